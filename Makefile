@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all the set-up themselves; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROTO_OUT ?= protos
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types contracts unit protos clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, PYTHON={sys.executable} is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP)  ## Make the virtual environment and install everything
+
+demo: setup  ## Serve the demo model on this machine, stream an answer, shut down
+	$(BIN)/python -m orchestrator demo deploy/local.yaml
+
+test: setup lint types contracts unit  ## Lint, types, import contracts and all tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+contracts: setup
+	$(BIN)/lint-imports
+
+unit: setup
+	$(BIN)/python -m pytest
+
+protos: setup  ## Generate the gRPC code again from the .proto files
+	mkdir -p $(PROTO_OUT)
+	cd protos && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m grpc_tools.protoc -I . \
+		--python_out=$(abspath $(PROTO_OUT)) --grpc_python_out=$(abspath $(PROTO_OUT)) \
+		--mypy_out=$(abspath $(PROTO_OUT)) --mypy_grpc_out=$(abspath $(PROTO_OUT)) \
+		$$(find heterodyne -name '*.proto' | sort)
+	# The packages live under protos/, so the generated imports do too.
+	find $(PROTO_OUT)/heterodyne -name '*_pb2*.py*' -not -path '*/__pycache__/*' -exec \
+		sed -i -E 's/^(from|import) heterodyne/\1 protos.heterodyne/; /^_builder\./s/(, .)heterodyne/\1protos.heterodyne/' {} +
+
+clean:  ## Remove the virtual environment and build products
+	rm -rf $(VENV) build *.egg-info
