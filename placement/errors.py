@@ -1,0 +1,45 @@
+"""The errors a user may see. Each names the field, the value and the fix."""
+
+
+class HeterodyneError(Exception):
+    """Base of every error meant for a user."""
+
+
+class FieldError(HeterodyneError):
+    """A value from outside was refused.
+
+    Attributes:
+        field: dotted name of what was wrong, as the user wrote it (``serving.block_size``, ``model.safetensors``).
+        value: what was given.
+        problem: why it was refused, in a clause.
+        fix: what to do about it, in a sentence.
+    """
+
+    def __init__(self, *, field: str, value: object, problem: str, fix: str) -> None:
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.fix = fix
+        super().__init__(f"{field}: {problem} (got {shorten(value)}). {fix}")
+
+
+class InvalidConfig(FieldError):
+    """The cluster YAML, the environment or the command line holds something that cannot work."""
+
+
+class InvalidModel(FieldError):
+    """The model directory is missing something, is damaged, or is of a kind that is not served."""
+
+
+class InvalidRequest(FieldError):
+    """A client's request cannot be served as it is written."""
+
+
+class NotEnoughMemory(FieldError):
+    """A rank's weights and KV blocks do not fit where the plan puts them."""
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """``repr(value)``, cut so that a message stays readable (and never carries a whole prompt)."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
