@@ -358,7 +358,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Where the time went, in seconds. Absent means not reached."""
+    """Where the time went, in seconds from the arrival of the request. Absent means not reached."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -367,13 +367,13 @@ class Timings(_message.Message):
     TIME_PER_OUTPUT_TOKEN_S_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
     queue_s: _builtins.float
-    """Accepted until first scheduled."""
+    """Until first scheduled on a replica."""
     time_to_first_token_s: _builtins.float
-    """Accepted until the first token left the service."""
+    """Until the first token left the service."""
     time_per_output_token_s: _builtins.float
     """Mean time between the tokens after the first."""
     total_s: _builtins.float
-    """Accepted until finished."""
+    """Until finished."""
     def __init__(
         self,
         *,

@@ -1,0 +1,40 @@
+"""The operations a decoder needs, as one protocol, and which variant of them a device runs."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kernels import cpu, reference
+from kernels.attention import LayerCache, SequenceSpan
+
+
+class Kernels(Protocol):
+    """One variant of every operation. Shapes and meaning are those of :mod:`kernels.reference`."""
+
+    def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+
+    def write_kv(self, cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> None: ...
+
+    def attention(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cache: LayerCache,
+        spans: Sequence[SequenceSpan],
+        scale: float,
+    ) -> Tensor: ...
+
+
+def kernels_for(device_type: str) -> Kernels:
+    """The fastest variant for a torch device type; devices with none of their own run the reference."""
+    return cpu if device_type == "cpu" else reference

@@ -1,0 +1,229 @@
+"""Owns the cluster YAML: its sections, their defaults and ranges, and how one file becomes a :class:`Config`.
+
+Precedence: command line, environment, file, default. The strings under the fields are the descriptions that
+``schema`` prints.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from orchestrator.config_source import Layers, read_layers
+from orchestrator.config_types import Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
+from orchestrator.config_violations import collect
+from orchestrator.errors import refuse
+from placement.errors import InvalidConfig
+
+_STRICT = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+_DEFAULT_ADDRESS = Address("127.0.0.1", 50051)
+_Name = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What is served."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    path: ModelPath
+    """Directory in the Hugging Face layout, relative to this file."""
+    name: _Name | None = None
+    """Name that clients ask for. Default: the directory's name."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number type of weights, activations and KV. auto: the one that the model was saved in."""
+    max_context_tokens: Annotated[int, Field(ge=1, le=2**27)] | None = None
+    """Most tokens of prompt and answer together. Default: the model's own, or what the KV blocks hold."""
+
+    @property
+    def directory(self) -> Path:
+        """``path`` as a Path; absolute once loaded."""
+        return Path(self.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """One or more workers of a kind, each of them a replica."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    device: Device = "cpu"
+    """cpu, or cuda:N for a GPU of the node."""
+    count: Annotated[int, Field(ge=1, le=1024)] = 1
+    """How many of them."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads of each. Default: the node's cores, divided by its cpu workers."""
+    memory: ByteSize | None = None
+    """Memory each may use. Default: what the node has."""
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    """Ray node labels that a node must have to run them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What it runs on."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    ray_address: RayAddress | None = None
+    """local starts Ray here, auto finds a running one, host:port joins one. Default: RAY_ADDRESS or local."""
+    bind_host: Annotated[str, Field(min_length=1, max_length=253)] = "127.0.0.1"
+    """Interface that workers and the controller listen on."""
+    workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1, max_length=1024)] = (WorkerConfig(),)
+    """The workers, one replica each."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether everything runs on this machine, in a Ray cluster of its own."""
+        return self.ray_address in (None, "local")
+
+    @property
+    def each_worker(self) -> tuple[WorkerConfig, ...]:
+        """One entry a worker, counts expanded: entry i is replica i."""
+        return tuple(worker for worker in self.workers for _ in range(worker.count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """How a replica runs its sequences."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Most sequences that run at once in a replica."""
+    token_budget: Annotated[int, Field(ge=1, le=2**20)] = 256
+    """Most tokens of one step, decodes counted. More: answers start sooner; fewer: they stream smoother."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens of one KV block."""
+    kv_cache: ByteSize = 256 * 2**20
+    """Memory for KV blocks in each rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """The public front."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    address: AddressText = _DEFAULT_ADDRESS
+    """Where clients connect. Port 0 takes any free port."""
+    max_in_flight: Annotated[int, Field(ge=1, le=2**20)] = 256
+    """Most requests that replicas work on at once."""
+    max_queued: Annotated[int, Field(ge=0, le=2**20)] = 1024
+    """Most requests that wait; further ones are refused with RESOURCE_EXHAUSTED."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """Longest a request may take, whatever deadline its client set."""
+    drain_grace_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
+    """How long requests may still run after the service was told to stop."""
+    heartbeat_timeout_s: Annotated[float, Field(ge=0.2, le=60)] = 2.0
+    """Silence after which a replica counts as failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """How long starting may take."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    start_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    """From launching a worker until it answers."""
+    load_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
+    """From then until its weights are loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig:
+    """What is measured and where it goes. Prompt text is never recorded."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    prometheus_address: AddressText | None = None
+    """Where Prometheus scrapes. Default: nowhere."""
+    otlp_endpoint: Endpoint | None = None
+    """OTLP gRPC receiver of traces and metrics. Default: none."""
+    service_name: _Name = "heterodyne"
+    """service.name of everything that is reported."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One Heterodyne deployment: a model, the machines it runs on, and how it is served."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    model: ModelConfig
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
+    """The configuration in ``path``, changed by the environment and by ``overrides``.
+
+    Args:
+        overrides: ``section.key=value`` each, as ``--set`` takes them; ``cluster.workers.0.device=cpu``
+            reaches into a list. Values are read as YAML, and as plain text where they are none.
+        environ: ``HETERODYNE_SECTION__KEY`` stands for ``section.key``; ``RAY_ADDRESS`` counts where
+            ``cluster.ray_address`` is not set.
+
+    Returns:
+        A Config with an absolute ``model.path``, and with ``model.name`` and ``cluster.ray_address`` set.
+        A relative path in the file starts at the file's directory, one from elsewhere at the working
+        directory.
+
+    Raises:
+        InvalidConfig: the file or a value was refused; InvalidConfigs, listing all, where several were.
+    """
+    path = Path(path)
+    layers = read_layers(path, overrides=overrides, environ=environ)
+    config, violations = collect(ADAPTER, Config, layers)
+    errors = [*layers.errors, *violations]
+    if config is not None:
+        errors += _contradictions(config, layers)
+    refuse(str(path), errors)
+    assert config is not None
+    return _resolve(config, path, layers)
+
+
+def _resolve(config: Config, path: Path, layers: Layers) -> Config:
+    base = path.parent if layers.is_from_file(("model", "path")) else Path()
+    directory = (base / config.model.directory.expanduser()).resolve()
+    name = config.model.name or directory.name
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(directory), name=name),
+        cluster=dataclasses.replace(config.cluster, ray_address=config.cluster.ray_address or "local"),
+    )
+
+
+def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
+    """Values that are fine alone but not together."""
+    errors = []
+    serving = config.serving
+    if serving.token_budget < serving.max_num_seqs:
+        key = ("serving", "token_budget")
+        problem = f"is less than serving.max_num_seqs = {serving.max_num_seqs}, so decodes would stall"
+        fix = f"Set it to {serving.max_num_seqs} or more, or lower serving.max_num_seqs."
+        errors.append(layers.refusal(key, serving.token_budget, problem, fix))
+    gateway, prometheus = config.gateway.address, config.telemetry.prometheus_address
+    if prometheus is not None and prometheus.port == gateway.port != 0:
+        problem = "has the port of gateway.address"
+        key = ("telemetry", "prometheus_address")
+        errors.append(layers.refusal(key, str(prometheus), problem, "Give each a port of its own."))
+    seen: set[str] = set()
+    for index, worker in enumerate(config.cluster.workers if config.cluster.is_local else ()):
+        if worker.device != "cpu" and (worker.count > 1 or worker.device in seen):
+            problem = "is given to more than one worker of this machine"
+            where = ("cluster", "workers", index, "device")
+            errors.append(layers.refusal(where, worker.device, problem, "Give each GPU to one worker."))
+        seen.add(worker.device)
+    return errors

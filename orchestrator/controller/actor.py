@@ -1,0 +1,67 @@
+"""The controller as a Ray actor, and the handle the command line holds on it."""
+
+import logging
+import sys
+from typing import Any
+
+import grpc
+import ray
+
+from orchestrator.controller.control import start_control_server
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.controller.shell import ControllerShell
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 20.0
+
+
+class Controller:
+    """The actor. All coroutines, so one event loop and no locks."""
+
+    def __init__(self) -> None:
+        logging.basicConfig(
+            level=logging.INFO,
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s controller %(message)s",
+            force=True,
+        )
+        self._shell: ControllerShell | None = None
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, settings: DeploymentSettings, launch: LaunchSettings) -> str:
+        """Begin the launch; returns the address of the control service, where its course can be watched."""
+        self._shell = ControllerShell(launcher=RayLauncher(launch), settings=settings)
+        self._server, address = await start_control_server(self._shell, launch.bind_host)
+        await self._shell.launch()
+        return address
+
+    async def stop(self) -> None:
+        """Stop every worker, give the resources back, close the control service."""
+        if self._shell is not None:
+            await self._shell.shutdown(_STOP_TIMEOUT_S)
+        if self._server is not None:
+            await self._server.stop(0.5)
+
+
+class ControllerHandle:
+    """The command line's hold on the controller actor."""
+
+    def __init__(self, actor: Any, control_address: str) -> None:
+        self._actor = actor
+        self.control_address = control_address
+
+    @classmethod
+    def start(cls, settings: DeploymentSettings, launch: LaunchSettings) -> "ControllerHandle":
+        """Create the actor and begin the launch. Needs Ray to be connected."""
+        # Ray's own types cannot follow its remote calls.
+        actor: Any = ray.remote(num_cpus=0)(Controller).remote()
+        address: str = ray.get(actor.start.remote(settings, launch), timeout=_START_TIMEOUT_S)
+        return cls(actor, address)
+
+    def stop(self) -> None:
+        """Stop the deployment; the actor goes with it."""
+        try:
+            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 10.0)
+        finally:
+            ray.kill(self._actor)

@@ -1,0 +1,41 @@
+"""The control service: how the gateway and the command line follow the controller."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from orchestrator.controller.shell import ControllerShell
+from protos.heterodyne.control.v1 import control_pb2 as pb
+from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
+
+
+class ControlService(pb_grpc.ControlServicer):
+    """Streams the deployment; takes word of lost leaders."""
+
+    def __init__(self, shell: ControllerShell) -> None:
+        self._shell = shell
+
+    async def Watch(
+        self, request: pb.WatchRequest, context: grpc.aio.ServicerContext[pb.WatchRequest, pb.WatchResponse]
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """The deployment now and after every change."""
+        async for message in self._shell.watch():
+            yield message
+
+    async def ReportLost(
+        self,
+        request: pb.ReportLostRequest,
+        context: grpc.aio.ServicerContext[pb.ReportLostRequest, pb.ReportLostResponse],
+    ) -> pb.ReportLostResponse:
+        """A leader stopped answering; its replica is failed and its processes are ended."""
+        await self._shell.report_lost(request.replica, request.epoch, request.cause)
+        return pb.ReportLostResponse()
+
+
+async def start_control_server(shell: ControllerShell, bind_host: str) -> tuple[grpc.aio.Server, str]:
+    """Serve on a free port of ``bind_host``; returns the server and its address."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    pb_grpc.add_ControlServicer_to_server(ControlService(shell), server)
+    port = server.add_insecure_port(f"{bind_host}:0")
+    await server.start()
+    return server, f"{bind_host}:{port}"

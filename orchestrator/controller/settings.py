@@ -1,0 +1,47 @@
+"""What the controller is told at its start: the plan, and how ranks load it."""
+
+import logging
+from dataclasses import dataclass
+
+from orchestrator.controller.wire import shard_message
+from placement.plan import Plan, Shard
+from placement.specs import DType
+from protos.heterodyne.worker.v1 import worker_pb2
+
+_DTYPES = {DType.FLOAT32: worker_pb2.DTYPE_FLOAT32, DType.BFLOAT16: worker_pb2.DTYPE_BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentSettings:
+    """The plan and the sizes every rank loads with."""
+
+    plan: Plan
+    model_path: str
+    token_budget: int
+    max_num_seqs: int
+    max_context_tokens: int
+    load_timeout_s: float
+
+    def load_request(self, shard: Shard, *, epoch: int) -> worker_pb2.LoadRequest:
+        """What a rank is asked to load."""
+        return worker_pb2.LoadRequest(
+            epoch=epoch,
+            model_path=self.model_path,
+            dtype=_DTYPES[self.plan.dtype],
+            shard=shard_message(shard),
+            block_size=self.plan.block_size,
+            num_blocks=shard.num_blocks,
+            token_budget=self.token_budget,
+            max_num_seqs=self.max_num_seqs,
+            max_context_tokens=self.max_context_tokens,
+        )
+
+    def log_plan(self, logger: logging.Logger) -> None:
+        """One line for each rank: who holds what."""
+        for replica in self.plan.replicas:
+            for shard in replica.shards:
+                logger.info(
+                    "plan replica=%s rank=%d node=%s device=%s layers=%d-%d weight_bytes=%d kv_bytes=%d blocks=%d",
+                    replica.name, shard.rank, shard.node, shard.device.name, shard.layers.start, shard.layers.stop,
+                    shard.weight_bytes, shard.kv_bytes, shard.num_blocks,
+                )  # fmt: skip

@@ -1,0 +1,201 @@
+"""The shell around the controller's state machine: runs commands, feeds back events, tells whoever watches.
+
+Knows no Ray: the launcher is a seam, so the shell is tested with real worker processes and no cluster.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from typing import Any, Protocol
+
+import grpc
+
+from orchestrator.controller import state as machine
+from orchestrator.controller import wire
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.launcher.agent import Started
+from orchestrator.launcher.process import WorkerFailed
+from placement.plan import Shard
+from protos.heterodyne.control.v1 import control_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_STOPPED = "stopped"
+
+
+class Launcher(Protocol):
+    """Starts and stops worker processes. A rank is named (replica, rank)."""
+
+    async def reserve(self, shards: Mapping[tuple[str, int], Shard]) -> None: ...
+    async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started: ...
+    async def wait(self, key: tuple[str, int]) -> str: ...
+    async def stop(self, key: tuple[str, int]) -> None: ...
+    async def close(self) -> None: ...
+
+
+class ControllerShell:
+    """Owns the deployment's state and its version; everything happens on one event loop."""
+
+    def __init__(self, *, launcher: Launcher, settings: DeploymentSettings) -> None:
+        self._launcher = launcher
+        self._settings = settings
+        self._state = machine.State()
+        self._version = 0
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def state(self) -> machine.State:
+        """The deployment as it stands."""
+        return self._state
+
+    async def launch(self) -> None:
+        """Reserve and start everything the plan names; failures become events, not exceptions."""
+        plan = self._settings.plan
+        await self.dispatch(machine.Launch(plan=plan, epoch=time.time_ns() // 1_000_000))
+        self._settings.log_plan(logger)
+
+    async def dispatch(self, event: machine.Event) -> None:
+        """Apply an event, tell the watchers, start what must be done."""
+        before = self._state
+        self._state, commands = machine.apply(before, event)
+        if self._state != before:
+            self._version += 1
+            _log_changes(before, self._state)
+            async with self._changed:
+                self._changed.notify_all()
+        if commands and isinstance(event, machine.Launch):
+            self._spawn(self._reserve_then(commands))
+        else:
+            for command in commands:
+                self._spawn(self._run(command))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def watch(self) -> AsyncIterator[pb.WatchResponse]:
+        """The deployment now, then whenever it changes; a slow watcher skips states in between."""
+        seen = -1
+        while True:
+            async with self._changed:
+                while self._version == seen:
+                    await self._changed.wait()
+            seen = self._version
+            yield wire.deployment(self._state, version=seen)
+
+    async def report_lost(self, replica: str, epoch: int, cause: str) -> None:
+        """The gateway says that a leader no longer answers."""
+        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=0, cause=cause))
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Stop every worker, whatever its state; returns when none is left."""
+        await self.dispatch(machine.Shutdown())
+        try:
+            async with asyncio.timeout(timeout_s):
+                async with self._changed:
+                    await self._changed.wait_for(lambda: self._state.phase is machine.Phase.STOPPED)
+        except TimeoutError:
+            logger.warning("shutdown_forced")
+        await self._launcher.close()
+        for task in list(self._tasks):
+            task.cancel()
+
+    # -- commands ---------------------------------------------------------------------------------------------
+
+    async def _reserve_then(self, commands: tuple[machine.Command, ...]) -> None:
+        starts = [command for command in commands if isinstance(command, machine.StartRank)]
+        try:
+            await self._launcher.reserve({(start.replica, start.shard.rank): start.shard for start in starts})
+        except Exception as error:
+            logger.exception("reserve_failed")
+            for start in starts:
+                await self._failed(start.replica, start.epoch, start.shard.rank, error)
+            return
+        for command in commands:
+            self._spawn(self._run(command))
+
+    async def _run(self, command: machine.Command) -> None:
+        match command:
+            case machine.StartRank(replica=replica, epoch=epoch, shard=shard):
+                try:
+                    await self._start(replica, epoch, shard)
+                except Exception as error:  # the border: any failure to start is the rank's cause
+                    await self._failed(replica, epoch, shard.rank, error)
+            case machine.LoadRank(replica=replica, epoch=epoch, shard=shard):
+                try:
+                    await self._load(command)
+                except Exception as error:  # likewise
+                    await self._failed(replica, epoch, shard.rank, error)
+            case machine.StopRank(replica=replica, epoch=epoch, rank=rank):
+                await self._launcher.stop((replica, rank))
+                await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+
+    async def _failed(self, replica: str, epoch: int, rank: int, error: Exception) -> None:
+        if isinstance(error, grpc.aio.AioRpcError):
+            cause = f"{error.details()} ({error.code().name})"
+        elif isinstance(error, WorkerFailed):
+            cause = str(error)
+        else:
+            logger.exception("command_failed", exc_info=error)
+            cause = f"{type(error).__name__}: {error}"
+        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+
+    async def _start(self, replica: str, epoch: int, shard: Shard) -> None:
+        key = (replica, shard.rank)
+        started = await self._launcher.start(key, epoch=epoch, shard=shard)
+        self._spawn(self._follow(key, epoch))
+        await self.dispatch(
+            machine.RankStarted(
+                replica=replica,
+                epoch=epoch,
+                rank=shard.rank,
+                node=started.node,
+                address=started.address,
+                pid=started.pid,
+            )
+        )
+
+    async def _follow(self, key: tuple[str, int], epoch: int) -> None:
+        """Wait for the process to end and say so."""
+        replica, rank = key
+        cause = await self._launcher.wait(key)
+        if cause == _STOPPED:
+            await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+        else:
+            await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+
+    async def _load(self, command: machine.LoadRank) -> None:
+        request = self._settings.load_request(command.shard, epoch=command.epoch)
+        rank = {"replica": command.replica, "epoch": command.epoch, "rank": command.shard.rank}
+        async with grpc.aio.insecure_channel(command.address) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            async for progress in stub.Load(request, timeout=self._settings.load_timeout_s):
+                if progress.phase == worker_pb2.LOAD_PHASE_READY:
+                    await self.dispatch(machine.RankLoaded(**rank))  # type: ignore[arg-type]
+                else:
+                    event = machine.RankProgress(loaded_bytes=progress.loaded_bytes, **rank)  # type: ignore[arg-type]
+                    await self.dispatch(event)
+
+
+def _log_changes(before: machine.State, after: machine.State) -> None:
+    """One structured line for each replica whose phase changed, and for the deployment."""
+    old = {replica.name: replica.phase for replica in before.replicas}
+    for replica in after.replicas:
+        if old.get(replica.name) is not replica.phase:
+            failed = replica.phase is machine.Phase.FAILED
+            level = logging.ERROR if failed else logging.INFO
+            detail = f' cause="{replica.cause}"' if failed else ""
+            logger.log(
+                level,
+                "replica=%s epoch=%d phase=%s%s",
+                replica.name,
+                replica.epoch,
+                replica.phase.value,
+                detail,
+            )
+    if before.phase is not after.phase:
+        logger.info("deployment phase=%s", after.phase.value)

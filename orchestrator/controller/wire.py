@@ -1,0 +1,66 @@
+"""The controller's state as the control protocol's messages. Pure."""
+
+from orchestrator.controller.state import Phase, RankState, ReplicaState, State
+from placement.plan import Shard, Span
+from protos.heterodyne.control.v1 import control_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2
+
+_PHASES = {
+    Phase.STARTING: pb.PHASE_STARTING,
+    Phase.LOADING: pb.PHASE_LOADING,
+    Phase.READY: pb.PHASE_READY,
+    Phase.DRAINING: pb.PHASE_DRAINING,
+    Phase.FAILED: pb.PHASE_FAILED,
+    Phase.STOPPED: pb.PHASE_STOPPED,
+}
+
+
+def _span(span: Span) -> worker_pb2.Range:
+    return worker_pb2.Range(start=span.start, stop=span.stop)
+
+
+def shard_message(shard: Shard) -> worker_pb2.Shard:
+    """What a rank holds."""
+    return worker_pb2.Shard(
+        rank=shard.rank,
+        layers=_span(shard.layers),
+        kv_heads=_span(shard.kv_heads),
+        ffn_columns=_span(shard.ffn_columns),
+        vocab_rows=_span(shard.vocab_rows),
+    )
+
+
+def _rank(rank: RankState) -> pb.Rank:
+    return pb.Rank(
+        rank=rank.shard.rank,
+        node=rank.node or rank.shard.node,
+        device=rank.shard.device.name,
+        address=rank.address,
+        pid=rank.pid,
+        shard=shard_message(rank.shard),
+        phase=_PHASES[rank.phase],
+        weight_bytes=rank.shard.weight_bytes,
+        kv_bytes=rank.shard.kv_bytes,
+        loaded_bytes=rank.loaded_bytes,
+        cause=rank.cause,
+    )
+
+
+def _replica(replica: ReplicaState) -> pb.Replica:
+    return pb.Replica(
+        name=replica.name,
+        epoch=replica.epoch,
+        phase=_PHASES[replica.phase],
+        cause=replica.cause,
+        ranks=[_rank(rank) for rank in replica.ranks],
+    )
+
+
+def deployment(state: State, *, version: int) -> pb.WatchResponse:
+    """The whole deployment."""
+    return pb.WatchResponse(
+        version=version,
+        phase=_PHASES[state.phase],
+        cause=state.cause,
+        replicas=[_replica(replica) for replica in state.replicas],
+    )

@@ -1,0 +1,48 @@
+"""``python -m orchestrator.gateway``: the gateway process, started by ``serve``. No Ray: a lost head stops nothing."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+
+from orchestrator.config import load_config
+from orchestrator.gateway.server import GatewaySettings, run
+from orchestrator.parent import die_with_parent
+from placement.errors import HeterodyneError
+from placement.specs import DType
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.gateway", description="The public gRPC front.")
+    parser.add_argument("config", type=Path, help="the cluster YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value")
+    parser.add_argument("--control", required=True, help="host:port of the controller")
+    parser.add_argument("--max-context-tokens", type=int, required=True)
+    parser.add_argument("--dtype", choices=[dtype.value for dtype in DType], required=True)
+    parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Run the gateway."""
+    args = parse()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s")
+    if args.parent_pid is not None:
+        die_with_parent(args.parent_pid)
+    try:
+        settings = GatewaySettings(
+            config=load_config(args.config, overrides=args.set),
+            control_address=args.control,
+            max_context_tokens=args.max_context_tokens,
+            dtype=DType(args.dtype),
+        )
+        return asyncio.run(run(settings))
+    except HeterodyneError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

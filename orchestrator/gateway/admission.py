@@ -1,0 +1,171 @@
+"""How many requests are served at once, and who waits: the gateway's bounded front door.
+
+A request that cannot be served soon is refused at once with a hint when to come back, which keeps the latency
+of the accepted ones bounded under any load.
+"""
+
+import asyncio
+from bisect import insort
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from placement.errors import HeterodyneError, InvalidConfig
+
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
+
+
+class NotAdmitted(HeterodyneError):
+    """A request did not get a slot."""
+
+
+class Overloaded(NotAdmitted):
+    """The queue is full.
+
+    Attributes:
+        retry_after_s: about how long what waits now will take to get slots.
+    """
+
+    def __init__(self, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"the service is at its limit; try again in {retry_after_s:.0f} s")
+
+
+class QueueTimeout(NotAdmitted):
+    """The request's deadline passed while it waited."""
+
+
+class Draining(NotAdmitted):
+    """The service is about to stop and takes nothing new."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    rank: tuple[int, int]  # -priority, arrival
+    given: asyncio.Future[None]  # done once it has a slot, or never will
+
+
+class Admission:
+    """Slots for requests in flight and a bounded queue for them. For one event loop.
+
+    A slot that is left passes straight to the head of the queue, so there is no moment at which a newcomer
+    could take it. While anybody waits, all slots are taken.
+    """
+
+    def __init__(self, max_in_flight: int, max_queued: int) -> None:
+        for name, value, least in (("max_in_flight", max_in_flight, 1), ("max_queued", max_queued, 0)):
+            if value < least:
+                raise InvalidConfig(
+                    field=f"gateway.{name}", value=value, problem=f"must be at least {least}", fix="Raise it."
+                )
+        self.max_in_flight = max_in_flight
+        self.max_queued = max_queued
+        self._in_flight = 0
+        self._queue: list[_Waiter] = []  # by rank
+        self._num_arrivals = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_handover_s: float | None = None  # loop time; None while nobody waits
+        self._handover_interval_s = MIN_RETRY_S  # moving average, under load
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that hold a slot."""
+        return self._in_flight
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for one."""
+        return sum(not waiter.given.done() for waiter in self._queue)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused for good."""
+        return self._draining
+
+    @asynccontextmanager
+    async def slot(self, *, priority: int = 0, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Holds a slot for the length of the block; waits for one by priority, then in order of arrival.
+
+        Args:
+            timeout_s: longest wait; absent, as long as it takes.
+
+        Raises:
+            Draining: nothing new is taken any more.
+            Overloaded: all slots are taken and the queue is full; raised at once.
+            QueueTimeout: no slot came free in time.
+        """
+        await self._enter(priority, timeout_s)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def start_drain(self) -> None:
+        """Refuses what comes from now on. What is in flight or queued goes on."""
+        self._draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing is in flight or queued; False when it takes longer than ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._in_flight:
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _enter(self, priority: int, timeout_s: float | None) -> None:
+        if self._draining:
+            raise Draining("the service is stopping")
+        if self._in_flight < self.max_in_flight:
+            self._in_flight += 1
+            self._idle.clear()
+            return
+        if self.queued >= self.max_queued:
+            raise Overloaded(self._retry_after_s())
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter((-priority, self._num_arrivals), loop.create_future())
+        self._num_arrivals += 1
+        insort(self._queue, waiter, key=lambda other: other.rank)
+        timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, waiter)
+        try:
+            await waiter.given
+        except asyncio.CancelledError:
+            # The slot may have been given in the very iteration of the loop in which the task was cancelled.
+            if waiter.given.done() and not waiter.given.cancelled() and waiter.given.exception() is None:
+                self._leave()
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if waiter in self._queue:
+                self._queue.remove(waiter)
+
+    def _leave(self) -> None:
+        """Gives the slot to the first that still waits, or back."""
+        while self._queue:
+            waiter = self._queue.pop(0)
+            if not waiter.given.done():
+                waiter.given.set_result(None)
+                self._note_handover()
+                return
+        self._last_handover_s = None
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+
+    def _note_handover(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self._last_handover_s is not None:
+            self._handover_interval_s += 0.1 * (now_s - self._last_handover_s - self._handover_interval_s)
+        self._last_handover_s = now_s
+
+    def _retry_after_s(self) -> float:
+        return min(max(self._handover_interval_s * self.queued, MIN_RETRY_S), MAX_RETRY_S)
+
+
+def _expire(waiter: _Waiter) -> None:
+    if not waiter.given.done():
+        waiter.given.set_exception(QueueTimeout("the deadline passed before a slot came free"))

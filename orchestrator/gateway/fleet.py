@@ -1,0 +1,125 @@
+"""The replicas as the gateway knows them: it follows the controller and keeps a leader stream to each that is ready.
+
+A controller that cannot be reached changes nothing: the last deployment it told of stays in force.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from orchestrator.gateway.leader import Leader
+from orchestrator.gateway.status import ReplicaUnavailable
+from placement.routing import ReplicaLoad, Route, least_loaded
+from protos.heterodyne.control.v1 import control_pb2 as pb
+from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_S = 0.5
+_REPORT_TIMEOUT_S = 2.0
+
+
+class Fleet:
+    """Every replica there is, and a route to one of them. Lives on one event loop.
+
+    Attributes:
+        deployment: what the controller last said.
+        controller_connected: whether it still can be heard.
+    """
+
+    def __init__(self, *, control_address: str, heartbeat_timeout_s: float, on_change: Callable[[], None]) -> None:
+        self.deployment = pb.WatchResponse()
+        self.controller_connected = False
+        self._control_address = control_address
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._on_change = on_change
+        self._leaders: dict[tuple[str, int], Leader] = {}
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    @property
+    def accepting(self) -> bool:
+        """Whether any replica takes requests."""
+        return any(leader.accepting for leader in self._leaders.values())
+
+    @property
+    def fenced_messages(self) -> int:
+        """Messages refused from passed epochs, on either side of the leader streams."""
+        return sum(
+            leader.fenced_messages + (leader.load.fenced_messages if leader.load else 0)
+            for leader in self._leaders.values()
+        )
+
+    def loads(self) -> list[ReplicaLoad]:
+        """The last load of every replica that lives."""
+        return [leader.replica_load() for leader in self._leaders.values() if leader.accepting]
+
+    def leader(self, name: str, epoch: int) -> Leader | None:
+        """The leader of that incarnation, if it was ever ready."""
+        return self._leaders.get((name, epoch))
+
+    def route(self, num_new_tokens: int) -> tuple[Leader, Route]:
+        """The leader that should serve a request.
+
+        Raises:
+            ReplicaUnavailable: no replica is ready.
+        """
+        live = {leader.name: leader for leader in self._leaders.values() if leader.accepting}
+        route = least_loaded(self.loads(), num_new_tokens)
+        if route is None:
+            cause = next((leader.lost.cause for leader in self._leaders.values() if leader.lost), "")
+            raise ReplicaUnavailable(f"no replica is ready{': ' + cause if cause else ''}")
+        return live[route.replica], route
+
+    async def follow(self) -> None:
+        """Follow the controller for as long as the gateway lives."""
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(self._control_address) as channel:
+                    stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
+                    async for deployment in stub.Watch(pb.WatchRequest()):
+                        self.controller_connected = True
+                        self._update(deployment)
+            except grpc.aio.AioRpcError as error:
+                if self.controller_connected:
+                    logger.warning("controller_lost code=%s", error.code().name)
+            self.controller_connected = False
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _update(self, deployment: pb.WatchResponse) -> None:
+        """Open streams to replicas that became ready; give up those that no longer are."""
+        self.deployment = deployment
+        for replica in deployment.replicas:
+            key = (replica.name, replica.epoch)
+            if replica.phase == pb.PHASE_READY and key not in self._leaders:
+                self._connect(key, replica.ranks[0].address)
+            elif replica.phase in (pb.PHASE_FAILED, pb.PHASE_STOPPED) and key in self._leaders:
+                self._leaders[key].give_up(replica.cause or "the replica was stopped")
+                self._tasks[key].cancel()
+        self._on_change()
+
+    def _connect(self, key: tuple[str, int], address: str) -> None:
+        leader = Leader(name=key[0], epoch=key[1], address=address, heartbeat_timeout_s=self._heartbeat_timeout_s)
+        # Of older incarnations only the newest is kept, for its cause.
+        for old in [old for old in self._leaders if old[0] == key[0]]:
+            self._leaders.pop(old)
+            self._tasks.pop(old).cancel()
+        self._leaders[key] = leader
+        self._tasks[key] = asyncio.create_task(self._keep(leader))
+
+    async def _keep(self, leader: Leader) -> None:
+        await leader.run(self._on_change)
+        assert leader.lost is not None
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the controller may be gone as well; it has its own eyes
+            async with grpc.aio.insecure_channel(self._control_address) as channel:
+                stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
+                report = pb.ReportLostRequest(replica=leader.name, epoch=leader.epoch, cause=leader.lost.cause)
+                await stub.ReportLost(report, timeout=_REPORT_TIMEOUT_S)
+
+    async def close(self) -> None:
+        """Close every leader stream."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)

@@ -1,0 +1,129 @@
+"""What the gateway remembers of every unfinished request: enough to finish it elsewhere, token for token.
+
+A client must see each token once and in order, whatever happens to the replica that computes them. The
+journal is where that is decided: it takes a token only from the current incarnation of the sequence's
+replica, only at the next position, and tells repeats from contradictions.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, defaults filled in.
+
+    A token is a pure function of the logits, these fields and its position in the answer: together with the
+    number of emitted tokens they are the whole sampling state.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class JournalEntry:
+    """One unfinished request.
+
+    Attributes:
+        replica: who computes it, in its incarnation ``epoch``.
+        emitted_ids: the answer so far. Only the journal appends to it.
+    """
+
+    request_id: str
+    sequence_id: int
+    replica: str
+    epoch: int
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    stop_token_ids: tuple[int, ...]
+    priority: int
+    emitted_ids: list[int] = field(default_factory=list)
+
+
+class Recorded(Enum):
+    """What became of a token."""
+
+    NEW = auto()  # kept: pass it on to the client
+    DUPLICATE = auto()  # had it already, the same
+    FENCED = auto()  # from an incarnation that no longer owns the sequence
+    CLOSED = auto()  # the sequence has ended, or was cancelled while the token was on its way
+
+
+class JournalError(Exception):
+    """A replica broke the order of tokens. Internal: the request is moved or fails, nothing is passed on."""
+
+
+class TokenGap(JournalError):
+    """A token arrived whose predecessor did not."""
+
+    def __init__(self, *, sequence_id: int, index: int, expected: int) -> None:
+        self.sequence_id = sequence_id
+        self.index = index
+        self.expected = expected
+        super().__init__(f"sequence {sequence_id}: token {index} arrived before token {expected}")
+
+
+class TokenConflict(JournalError):
+    """A replica repeated a position with another token than the client has."""
+
+    def __init__(self, *, sequence_id: int, index: int) -> None:
+        self.sequence_id = sequence_id
+        self.index = index
+        super().__init__(f"sequence {sequence_id}: token {index} differs from the one delivered")
+
+
+class Journal:
+    """The unfinished requests of a gateway, by sequence id."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, JournalEntry] = {}
+        self.num_fenced = 0  # tokens refused because they came from a fenced epoch
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def open(self, entry: JournalEntry) -> None:
+        """Starts to remember a request. Its sequence id must be new."""
+        assert entry.sequence_id not in self._entries, entry.sequence_id
+        self._entries[entry.sequence_id] = entry
+
+    def record(self, sequence_id: int, epoch: int, index: int, token_id: int) -> Recorded:
+        """Notes the token at position ``index`` of the answer, counted from 0.
+
+        Raises:
+            TokenGap: ``index`` is beyond the next position.
+            TokenConflict: another token is recorded at that position.
+        """
+        assert index >= 0, index
+        entry = self._entries.get(sequence_id)
+        if entry is None:
+            return Recorded.CLOSED
+        if epoch != entry.epoch:
+            self.num_fenced += 1
+            return Recorded.FENCED
+        if index > len(entry.emitted_ids):
+            raise TokenGap(sequence_id=sequence_id, index=index, expected=len(entry.emitted_ids))
+        if index == len(entry.emitted_ids):
+            entry.emitted_ids.append(token_id)
+            return Recorded.NEW
+        if entry.emitted_ids[index] != token_id:
+            raise TokenConflict(sequence_id=sequence_id, index=index)
+        return Recorded.DUPLICATE
+
+    def move(self, sequence_id: int, *, replica: str, epoch: int) -> JournalEntry:
+        """Makes another replica, or another epoch, the owner; tokens of the old one are fenced."""
+        entry = self._entries[sequence_id]
+        entry.replica, entry.epoch = replica, epoch
+        return entry
+
+    def close(self, sequence_id: int) -> JournalEntry | None:
+        """Forgets a request that ended. None where it was closed already, as when a cancel meets the end."""
+        return self._entries.pop(sequence_id, None)
+
+    def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:
+        """The requests that an incarnation of a replica owns, in the order in which they were opened."""
+        return [entry for entry in self._entries.values() if (entry.replica, entry.epoch) == (replica, epoch)]

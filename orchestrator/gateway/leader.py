@@ -1,0 +1,179 @@
+"""The gateway's end of the leader stream: one long-lived stream to the leader of one incarnation of a replica."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from placement.routing import ReplicaLoad
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+# Keepalive notices a host that is cut off; the heartbeat on the stream notices everything else, sooner.
+_CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """The replica is gone; its sequences end here."""
+
+    cause: str
+
+
+SequenceEvent = pb.SequenceOutput | pb.Rejected | Lost
+Inbox = asyncio.Queue[SequenceEvent]
+
+
+class Leader:
+    """One replica's leader, from connection to loss. Lives on one event loop.
+
+    Attributes:
+        load: its last report, None before the first.
+        lost: why it was given up; None while it lives.
+        fenced_messages: messages refused because they carried another epoch.
+    """
+
+    def __init__(self, *, name: str, epoch: int, address: str, heartbeat_timeout_s: float) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.address = address
+        self.load: pb.LoadReport | None = None
+        self.lost: Lost | None = None
+        self.fenced_messages = 0
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._reported_s = 0.0
+        self._unreported_tokens = 0
+        self._inboxes: dict[int, Inbox] = {}
+        self._outbox: asyncio.Queue[pb.LeadRequest | None] = asyncio.Queue()
+
+    # -- sequences --------------------------------------------------------------------------------------------
+
+    def submit(self, message: pb.Submit) -> Inbox:
+        """Hand a sequence over; its events arrive in the inbox returned, the last one says so."""
+        inbox: Inbox = asyncio.Queue()
+        if self.lost is not None:
+            inbox.put_nowait(self.lost)
+            return inbox
+        self._inboxes[message.sequence_id] = inbox
+        self._unreported_tokens += len(message.prompt_ids)
+        self._send(pb.LeadRequest(submit=message))
+        return inbox
+
+    def release(self, sequence_id: int, *, cancel: bool) -> None:
+        """The gateway has done with a sequence; ``cancel`` where the replica still computes it."""
+        if self._inboxes.pop(sequence_id, None) is not None and cancel and self.lost is None:
+            self._send(pb.LeadRequest(cancel=pb.Cancel(sequence_id=sequence_id)))
+
+    def _send(self, message: pb.LeadRequest) -> None:
+        message.epoch = self.epoch
+        self._outbox.put_nowait(message)
+
+    # -- figures ----------------------------------------------------------------------------------------------
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it can be given sequences: it has reported and is not lost."""
+        return self.load is not None and self.lost is None
+
+    @property
+    def report_age_s(self) -> float:
+        """Age of the last load report."""
+        return time.monotonic() - self._reported_s
+
+    def replica_load(self) -> ReplicaLoad:
+        """Its load for routing: the last report, and what was submitted since."""
+        load = self.load or pb.LoadReport()
+        return ReplicaLoad(
+            name=self.name,
+            accepting=self.accepting,
+            pending_tokens=load.pending_tokens + self._unreported_tokens,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+        )
+
+    # -- the stream -------------------------------------------------------------------------------------------
+
+    async def run(self, on_change: Callable[[], None]) -> None:
+        """Keep the stream until it breaks or falls silent; returns with ``lost`` set.
+
+        Args:
+            on_change: called when it begins to accept and when it is lost.
+        """
+        try:
+            cause = await self._follow(on_change)
+        except grpc.aio.AioRpcError as error:
+            cause = f"the leader stream broke: {error.code().name} {error.details()}"
+        except asyncio.CancelledError:
+            self.give_up("the gateway let go of the replica", expected=True)
+            raise
+        self.give_up(cause)
+        on_change()
+
+    async def _follow(self, on_change: Callable[[], None]) -> str:
+        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+            stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(channel)
+            call = stub.Lead(self._requests())
+            while True:
+                try:
+                    async with asyncio.timeout(self._heartbeat_timeout_s):
+                        message = await call.read()
+                except TimeoutError:
+                    call.cancel()
+                    return f"no heartbeat for {self._heartbeat_timeout_s:g} s"
+                if not isinstance(message, pb.LeadResponse):  # the end of the stream
+                    return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
+                self._take(message, on_change)
+
+    async def _requests(self) -> AsyncIterator[pb.LeadRequest]:
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def _take(self, message: pb.LeadResponse, on_change: Callable[[], None]) -> None:
+        if message.epoch != self.epoch:
+            self.fenced_messages += 1
+            return
+        match message.WhichOneof("event"):
+            case "step":
+                for output in message.step.sequences:
+                    self._deliver(output.sequence_id, output)
+            case "rejected":
+                self._deliver(message.rejected.sequence_id, message.rejected)
+            case "load":
+                first = self.load is None
+                self.load, self._reported_s, self._unreported_tokens = message.load, time.monotonic(), 0
+                if first:
+                    on_change()
+
+    def _deliver(self, sequence_id: int, event: SequenceEvent) -> None:
+        # A sequence that was cancelled a moment ago has no inbox any more.
+        inbox = self._inboxes.get(sequence_id)
+        if inbox is not None:
+            inbox.put_nowait(event)
+
+    def give_up(self, cause: str, *, expected: bool = False) -> None:
+        """End every sequence of this incarnation; the first cause stays."""
+        if self.lost is None:
+            self.lost = Lost(cause=cause)
+            logger.log(
+                logging.DEBUG if expected else logging.WARNING,
+                'replica_lost replica=%s epoch=%d cause="%s"',
+                self.name,
+                self.epoch,
+                cause,
+            )
+            for inbox in self._inboxes.values():
+                inbox.put_nowait(self.lost)
+            self._outbox.put_nowait(None)

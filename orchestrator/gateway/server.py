@@ -1,0 +1,208 @@
+"""The gateway process: builds the parts, serves, and drains when it is told to stop."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from tokenizers import Tokenizer
+
+from orchestrator.config import Config
+from orchestrator.gateway.admission import Admission
+from orchestrator.gateway.fleet import Fleet
+from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.model import ServedModel, default_sampling, longest_token_bytes
+from orchestrator.gateway.service import AdminService, InferenceService
+from orchestrator.model_files import read_model_files
+from orchestrator.telemetry import Telemetry
+from placement.errors import InvalidConfig
+from placement.specs import DType
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+_SERVER_OPTIONS = [
+    # Without this a second gateway could share the port unseen.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+_LAST_WORDS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """What the gateway is started with.
+
+    Attributes:
+        max_context_tokens: what the plan gives, at most the model's own.
+        dtype: what the plan computes in.
+    """
+
+    config: Config
+    control_address: str
+    max_context_tokens: int
+    dtype: DType
+
+
+class Gateway:
+    """The public front of one deployment. Lives on one event loop."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        config = settings.config
+        self._config = config
+        self._draining = False
+        self._telemetry = Telemetry(config.telemetry)
+        self._admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
+        self._fleet = Fleet(
+            control_address=settings.control_address,
+            heartbeat_timeout_s=config.gateway.heartbeat_timeout_s,
+            on_change=self._health_changed,
+        )
+        model = load_model(settings)
+        generator = Generator(
+            model=model,
+            fleet=self._fleet,
+            admission=self._admission,
+            telemetry=self._telemetry,
+            request_timeout_s=config.gateway.request_timeout_s,
+        )
+        self._health = health_aio.HealthServicer()
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        inference = InferenceService(model=model, generator=generator)
+        admin = AdminService(model=model, fleet=self._fleet, admission=self._admission)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (
+                _INFERENCE,
+                _ADMIN,
+                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+                reflection.SERVICE_NAME,
+            ),
+            self._server,
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._observe()
+
+    async def start(self) -> str:
+        """Listen and follow the controller. Returns the address.
+
+        Raises:
+            InvalidConfig: the address cannot be listened on.
+        """
+        address = self._config.gateway.address
+        try:
+            port = self._server.add_insecure_port(str(address))
+        except RuntimeError as error:
+            raise InvalidConfig(
+                field="gateway.address",
+                value=str(address),
+                problem="cannot be listened on",
+                fix="Choose a free port of this host.",
+            ) from error
+        await self._set_health()
+        await self._server.start()
+        self._spawn(self._fleet.follow())
+        return str(replace(address, port=port))
+
+    async def drain(self) -> bool:
+        """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished."""
+        self._draining = True
+        self._admission.start_drain()
+        await self._set_health()
+        grace_s = self._config.gateway.drain_grace_s
+        logger.info("draining in_flight=%d queued=%d", self._admission.in_flight, self._admission.queued)
+        idle = await self._admission.wait_idle(grace_s)
+        if not idle:
+            logger.warning("drain_cut in_flight=%d after_s=%g", self._admission.in_flight, grace_s)
+        await self._server.stop(_LAST_WORDS_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._fleet.close()
+        self._telemetry.close()
+        return idle
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _health_changed(self) -> None:
+        self._spawn(self._set_health())
+
+    async def _set_health(self) -> None:
+        serving = self._fleet.accepting and not self._draining
+        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", _INFERENCE):
+            await self._health.set(service, state)
+        # Status can be asked for as long as the gateway lives.
+        await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
+
+    def _observe(self) -> None:
+        """Figures read when metrics are collected."""
+        Figures = Iterable[tuple[float, Mapping[str, str]]]
+
+        def admission() -> Figures:
+            yield self._admission.in_flight, {"state": "in_flight"}
+            yield self._admission.queued, {"state": "queued"}
+
+        def sequences() -> Figures:
+            for load in self._fleet.loads():
+                yield load.num_running, {"replica": load.name, "state": "running"}
+                yield load.num_waiting, {"replica": load.name, "state": "waiting"}
+
+        def kv_usage() -> Figures:
+            for load in self._fleet.loads():
+                if load.total_blocks:
+                    yield 1 - load.free_blocks / load.total_blocks, {"replica": load.name}
+
+        self._telemetry.gauge("heterodyne.gateway.requests", "{request}", admission)
+        self._telemetry.gauge("heterodyne.replica.sequences", "{sequence}", sequences)
+        self._telemetry.gauge("heterodyne.replica.kv_cache.usage", "1", kv_usage)
+
+
+def load_model(settings: GatewaySettings) -> ServedModel:
+    """The served model, from its directory. Raises InvalidModel."""
+    config = settings.config
+    directory = Path(config.model.path)
+    spec = read_model_files(directory).spec
+    generation = directory / "generation_config.json"
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return ServedModel(
+        name=config.model.name or directory.name,
+        spec=spec,
+        dtype=settings.dtype,
+        max_context_tokens=settings.max_context_tokens,
+        tokenizer=tokenizer,
+        max_token_bytes=longest_token_bytes(tokenizer),
+        defaults=default_sampling(json.loads(generation.read_text()) if generation.exists() else {}),
+    )
+
+
+async def run(settings: GatewaySettings) -> int:
+    """Serve until SIGTERM or SIGINT, then drain. Says where it listens in one JSON line on standard output."""
+    gateway = Gateway(settings)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    address = await gateway.start()
+    print(json.dumps({"event": "listening", "address": address, "pid": os.getpid()}), flush=True)
+    await stop.wait()
+    return 0 if await gateway.drain() else 1

@@ -1,0 +1,163 @@
+"""The public services, thin: Inference and Admin over the parts that do the work."""
+
+import time
+from typing import Any
+
+import grpc
+
+from orchestrator.gateway.admission import Admission
+from orchestrator.gateway.fleet import Fleet
+from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request import check_model
+from orchestrator.gateway.status import abort
+from placement.errors import HeterodyneError, InvalidRequest
+from protos.heterodyne.control.v1 import control_pb2
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from protos.heterodyne.v1 import inference_pb2 as pb
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_STATES = {
+    control_pb2.PHASE_STARTING: admin_pb2.REPLICA_STATE_STARTING,
+    control_pb2.PHASE_LOADING: admin_pb2.REPLICA_STATE_STARTING,
+    control_pb2.PHASE_READY: admin_pb2.REPLICA_STATE_READY,
+    control_pb2.PHASE_DRAINING: admin_pb2.REPLICA_STATE_DRAINING,
+    control_pb2.PHASE_FAILED: admin_pb2.REPLICA_STATE_FAILED,
+    control_pb2.PHASE_STOPPED: admin_pb2.REPLICA_STATE_STOPPED,
+}
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    """heterodyne.v1.Inference."""
+
+    def __init__(self, *, model: ServedModel, generator: Generator) -> None:
+        self._model = model
+        self._generator = generator
+
+    # The stubs know handlers of streams as generators only; gRPC takes coroutines that write as well, and those end
+    # in order when a client goes.
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
+        """Streams an answer."""
+        await self._generator.generate(request, context)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        """Text to ids."""
+        try:
+            check_model(request.model, self._model)
+            ids = await self._generator.tokenize(request.text, field="text", special=not request.skip_special_tokens)
+        except HeterodyneError as error:
+            await abort(context, error)
+        return pb.TokenizeResponse(ids=ids)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        """Ids to text."""
+        try:
+            check_model(request.model, self._model)
+            _check_ids(request, self._model)
+        except HeterodyneError as error:
+            await abort(context, error)
+        text = self._model.tokenizer.decode(list(request.ids), skip_special_tokens=not request.keep_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """The one model."""
+        return pb.ListModelsResponse(models=[self._model.message()])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        """The one model, by name."""
+        try:
+            check_model(request.name, self._model)
+        except HeterodyneError as error:
+            await abort(context, error)
+        return pb.GetModelResponse(model=self._model.message())
+
+
+def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
+    if len(request.ids) > model.max_context_tokens:
+        raise InvalidRequest(
+            field="ids",
+            value=f"{len(request.ids)} ids",
+            problem="are more than the context holds",
+            fix=f"Send at most {model.max_context_tokens} at a time.",
+        )
+    for index, token_id in enumerate(request.ids):
+        if token_id >= model.spec.vocab_size:
+            raise InvalidRequest(
+                field=f"ids[{index}]",
+                value=token_id,
+                problem="is outside the vocabulary",
+                fix=f"Use ids from 0 to {model.spec.vocab_size - 1}.",
+            )
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """heterodyne.v1.Admin."""
+
+    def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission) -> None:
+        self._model = model
+        self._fleet = fleet
+        self._admission = admission
+        self._started_s = time.monotonic()
+
+    async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
+        """Who holds what, in which state, under which load."""
+        admission = self._admission
+        return admin_pb2.GetStatusResponse(
+            model=self._model.name,
+            gateway=admin_pb2.GatewayStatus(
+                in_flight=admission.in_flight,
+                queued=admission.queued,
+                max_in_flight=admission.max_in_flight,
+                max_queued=admission.max_queued,
+                draining=admission.draining,
+                uptime_s=time.monotonic() - self._started_s,
+                controller_connected=self._fleet.controller_connected,
+                fenced_messages=self._fleet.fenced_messages,
+            ),
+            replicas=[self._replica(replica) for replica in self._fleet.deployment.replicas],
+        )
+
+    def _replica(self, replica: control_pb2.Replica) -> admin_pb2.ReplicaStatus:
+        message = admin_pb2.ReplicaStatus(
+            name=replica.name,
+            state=_STATES.get(replica.phase, admin_pb2.REPLICA_STATE_UNSPECIFIED),
+            epoch=replica.epoch,
+            cause=replica.cause,
+            ranks=[_rank(rank) for rank in replica.ranks],
+        )
+        leader = self._fleet.leader(replica.name, replica.epoch)
+        if leader is not None and leader.lost is not None:
+            # The gateway sees a broken stream before the controller has said so.
+            message.state = admin_pb2.REPLICA_STATE_FAILED
+            message.cause = replica.cause or leader.lost.cause
+        if leader is not None and leader.load is not None:
+            load = leader.load
+            message.load.CopyFrom(
+                admin_pb2.ReplicaLoad(
+                    num_running=load.num_running,
+                    num_waiting=load.num_waiting,
+                    free_blocks=load.free_blocks,
+                    total_blocks=load.total_blocks,
+                    steps=load.steps,
+                    num_preemptions=load.num_preemptions,
+                    age_s=leader.report_age_s,
+                )
+            )
+        return message
+
+
+def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
+    return admin_pb2.RankStatus(
+        rank=rank.rank,
+        node=rank.node,
+        device=rank.device,
+        address=rank.address,
+        pid=rank.pid,
+        first_layer=rank.shard.layers.start,
+        last_layer=rank.shard.layers.stop,
+        weight_bytes=rank.weight_bytes,
+        kv_bytes=rank.kv_bytes,
+        loaded_bytes=rank.loaded_bytes,
+        cause=rank.cause,
+    )

@@ -1,0 +1,1 @@
+"""The launcher: joins or starts Ray, places ranks, and keeps each worker process under a small Ray actor."""

@@ -1,0 +1,64 @@
+"""The Ray actor that keeps one worker process: it sets the environment, watches, and takes the worker with it.
+
+All methods are coroutines, so Ray runs them on one event loop in one long-lived thread. That matters: the kernel's
+parent-death signal follows the thread that started the process.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import psutil
+
+from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a node has."""
+
+    node: str
+    num_cpus: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A worker that listens."""
+
+    node: str
+    address: str
+    pid: int
+
+
+class NodeAgent:
+    """One worker process on this node."""
+
+    def __init__(self) -> None:
+        self._worker: WorkerProcess | None = None
+
+    async def probe(self) -> Probe:
+        """What this node has, now."""
+        return Probe(
+            node=socket.gethostname(),
+            num_cpus=os.cpu_count() or 1,
+            available_bytes=psutil.virtual_memory().available,
+        )
+
+    async def start(self, args: WorkerArgs, timeout_s: float) -> Started | str:
+        """Start the worker. A failure comes back as its cause, since Ray would wrap an exception in its own."""
+        try:
+            self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
+        except WorkerFailed as error:
+            return str(error)
+        return Started(node=socket.gethostname(), address=self._worker.address, pid=self._worker.pid)
+
+    async def wait(self) -> str:
+        """Wait for the worker's end; says how it came."""
+        assert self._worker is not None
+        return await self._worker.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            await self._worker.stop(grace_s=grace_s)

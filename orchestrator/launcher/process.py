@@ -1,0 +1,133 @@
+"""One worker process: started, listened to, ended. No Ray here, so it is tested without any."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from placement.errors import HeterodyneError
+
+logger = logging.getLogger(__name__)
+
+# The directory that holds the packages: what `python -m workers` needs on its path.
+_ROOT = Path(__file__).resolve().parents[2]
+_STDERR_LINES = 20
+
+
+class WorkerFailed(HeterodyneError):
+    """The worker process did not start, or ended by itself; the text is its cause, one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerArgs:
+    """How to start a worker."""
+
+    bind_host: str
+    device: str
+    num_threads: int
+    epoch: int
+
+    def argv(self) -> list[str]:
+        """The command line."""
+        return [
+            sys.executable, "-m", "workers", "--bind", f"{self.bind_host}:0", "--device", self.device,
+            "--threads", str(self.num_threads), "--epoch", str(self.epoch), "--parent-pid", str(os.getpid()),
+        ]  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """What a worker runs with: the thread counts count from before torch is imported."""
+        threads = str(self.num_threads)
+        return environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with the directory of our packages first on the path."""
+    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+class WorkerProcess:
+    """A worker under watch. It dies with the process that started it."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._pump = asyncio.create_task(self._read_stderr())
+        self._stopping = False
+        self.address = ""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @classmethod
+    async def start(cls, args: WorkerArgs, *, timeout_s: float) -> "WorkerProcess":
+        """Start it and wait until it listens.
+
+        Raises:
+            WorkerFailed: it ended, or said nothing within ``timeout_s``.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *args.argv(),
+            env=args.environment(),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            # Signals of a terminal are for the command line, which stops workers in order.
+            start_new_session=True,
+        )
+        worker = cls(process)
+        try:
+            await asyncio.wait_for(worker._listen(), timeout_s)
+        except TimeoutError:
+            await worker.stop(grace_s=0.0)
+            raise WorkerFailed(f"did not listen within {timeout_s:g} s") from None
+        except BaseException:
+            await worker.stop(grace_s=0.0)
+            raise
+        return worker
+
+    async def _listen(self) -> None:
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise WorkerFailed(await self.wait())
+        self.address = str(json.loads(line)["address"])
+
+    async def _read_stderr(self) -> None:
+        assert self._process.stderr is not None
+        while line := await self._process.stderr.readline():
+            text = line.decode(errors="replace").rstrip()
+            self._stderr.append(text)
+            print(text, file=sys.stderr, flush=True)
+
+    async def wait(self) -> str:
+        """Wait for the end and say, in one line, how it came."""
+        code = await self._process.wait()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._pump, 1.0)
+        if self._stopping:
+            return "stopped"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        last = next((line for line in reversed(self._stderr) if line.strip()), "")
+        return f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")
+
+    async def stop(self, *, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL after ``grace_s`` (at once when 0)."""
+        self._stopping = True
+        if self._process.returncode is None and grace_s > 0:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), grace_s)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()

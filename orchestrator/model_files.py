@@ -1,0 +1,190 @@
+"""Owns the reading of a model directory in the Hugging Face layout, as far as headers go: no weight is read.
+
+Every file is opened below the directory only; a symlink or an index that leads out of it is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from placement.errors import InvalidConfig, InvalidModel
+from placement.hf import read_model_spec
+from placement.specs import ModelSpec
+from placement.weights import whole_model
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_CONFIG_BYTES = 2**20
+MAX_INDEX_BYTES = 2**26
+MAX_TOKENIZER_BYTES = 2**28
+_DTYPES = ("F32", "F16", "BF16")
+_FIX_AGAIN = "Download or export the model again."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A model directory that was found sound.
+
+    Attributes:
+        checkpoint_bytes: size of its safetensors files.
+    """
+
+    spec: ModelSpec
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_model_files(directory: Path) -> ModelFiles:
+    """What the directory holds, once everything in it was found to fit together.
+
+    Raises:
+        InvalidConfig: ``directory`` is none.
+        InvalidModel: a file is missing, damaged, too large, outside the directory, or contradicts another.
+    """
+    if not directory.is_dir():
+        problem = "is not a directory" if directory.exists() else "does not exist"
+        fix = "Give the directory that holds config.json and the safetensors files."
+        raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
+    directory = directory.resolve()
+    config = _read_json(directory, "config.json", MAX_CONFIG_BYTES)
+    has_generation = (directory / "generation_config.json").exists()
+    generation = _read_json(directory, "generation_config.json", MAX_CONFIG_BYTES) if has_generation else {}
+    spec = read_model_spec(config, generation)
+    _check_vocabulary(_read_json(directory, "tokenizer.json", MAX_TOKENIZER_BYTES), spec)
+    owners = _owners(directory)
+    headers = {name: _read_header(directory, name) for name in sorted(set(owners.values()))}
+    _check_tensors(spec, owners, headers)
+    return ModelFiles(spec=spec, checkpoint_bytes=sum((directory / name).stat().st_size for name in headers))
+
+
+def _owners(directory: Path) -> dict[str, str]:
+    """Which file holds each tensor."""
+    if (directory / INDEX).exists():
+        weight_map = _read_json(directory, INDEX, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InvalidModel(
+                field=f"{INDEX}: weight_map",
+                value=weight_map,
+                problem="does not map tensors to files",
+                fix=_FIX_AGAIN,
+            )
+        return weight_map
+    if not (directory / SINGLE).exists():
+        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in directory.glob(kind))
+        if pickled:
+            problem = "holds weights as pickles only, which can run code and are never loaded"
+            fix = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
+            raise InvalidModel(field="model.path", value=pickled[0], problem=problem, fix=fix)
+        raise _missing(SINGLE)
+    return dict.fromkeys(_read_header(directory, SINGLE), SINGLE)
+
+
+def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
+    """The tensors of one safetensors file; the library checks sizes, overlaps and the file's length."""
+    path = _inside(directory, name)
+    if path.suffix != ".safetensors":
+        fix = "Only safetensors files are loaded; save the model as such."
+        raise InvalidModel(field=INDEX, value=name, problem="names a file of another kind", fix=fix)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: _Tensor(dtype=part.get_dtype(), shape=tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        problem = f"is damaged or truncated: {reason}"
+        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN) from None
+
+
+def _check_tensors(spec: ModelSpec, owners: Mapping[str, str], headers: Mapping[str, Mapping[str, _Tensor]]) -> None:
+    for wanted in whole_model(spec):
+        file = owners.get(wanted.name, INDEX if len(headers) > 1 else SINGLE)
+        found = headers.get(file, {}).get(wanted.name)
+        if found is None:
+            raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=_FIX_AGAIN)
+        if found.shape != wanted.shape:
+            raise InvalidModel(
+                field=f"{file}: {wanted.name}",
+                value=list(found.shape),
+                problem=f"has another shape than config.json says, which is {list(wanted.shape)}",
+                fix="Use the config.json that was saved with these weights.",
+            )
+        if found.dtype not in _DTYPES:
+            raise InvalidModel(
+                field=f"{file}: {wanted.name}",
+                value=found.dtype,
+                problem="is of a number type that is not served",
+                fix=f"Save the model as one of {', '.join(_DTYPES)}.",
+            )
+
+
+def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
+    """The tokenizer must not make an id that the embedding has no row for."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        ids: list[Any] = list(vocabulary.values())
+    elif isinstance(vocabulary, list):
+        ids = [len(vocabulary) - 1]
+    else:
+        fix = "Save the tokenizer as a fast one: tokenizer.save_pretrained(path)."
+        raise InvalidModel(field="tokenizer.json", value=None, problem="has no model.vocab", fix=fix)
+    added = tokenizer.get("added_tokens") or []
+    ids += [token.get("id") if isinstance(token, dict) else None for token in added]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        problem = "has a token whose id is not a number"
+        raise InvalidModel(field="tokenizer.json", value=None, problem=problem, fix=_FIX_AGAIN)
+    largest = max(ids, default=-1)
+    if largest >= spec.vocab_size:
+        raise InvalidModel(
+            field="tokenizer.json",
+            value=largest,
+            problem=f"has a token id that is not below vocab_size = {spec.vocab_size} of config.json",
+            fix="Use the tokenizer.json that was saved with the model.",
+        )
+
+
+def _read_json(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
+    path = _inside(directory, name)
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+        if len(data) > limit_bytes:
+            problem = f"is larger than {limit_bytes} bytes"
+        else:
+            values = json.loads(data)
+            if isinstance(values, dict):
+                return values
+            problem = "is not a JSON object"
+    except OSError as error:
+        problem = f"cannot be read: {(error.strerror or str(error)).lower()}"
+    except (ValueError, RecursionError) as error:
+        problem = f"is not valid JSON: {error}"
+    raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN)
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The real path of a file of the directory."""
+    path = (directory / name).resolve() if "\0" not in name else directory.parent
+    if not path.is_relative_to(directory):
+        raise InvalidModel(
+            field=INDEX if "/" in name or name == ".." else name,
+            value=name,
+            problem="leads out of the model directory",
+            fix="Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does.",
+        )
+    if not path.is_file():
+        raise _missing(name)
+    return path
+
+
+def _missing(name: str) -> InvalidModel:
+    return InvalidModel(field="model.path", value=name, problem="lacks a file", fix=_FIX_AGAIN)

@@ -1,0 +1,137 @@
+"""Owns how a deployment's status is shown: a table on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterator
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from placement.memory import format_bytes
+from protos.heterodyne.v1 import admin_pb2
+
+_STYLES = {
+    "READY": "green",
+    "STARTING": "yellow",
+    "DRAINING": "yellow",
+    "FAILED": "bold red",
+    "STOPPED": "dim",
+}
+_COLUMNS = (
+    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "weights", "KV",
+    "KV used", "running", "waiting", "cause",
+)  # fmt: skip
+_RIGHT = ("epoch", "rank", "pid", "weights", "KV", "KV used", "running", "waiting")
+
+
+def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
+    """The table where ``console`` is a terminal, else one ``key=value`` line a rank, for other programs."""
+    if console.is_terminal:
+        console.print(status_table(status))
+        return
+    for line in status_lines(status):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def status_table(status: admin_pb2.GetStatusResponse) -> Group:
+    """One row a rank under a line on the gateway. A replica's own figures stand in its first row."""
+    table = Table(title=Text(f"model {_printable(status.model)}"), title_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
+    for row in _rows(status):
+        style = _STYLES.get(row["state"], "")
+        table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in _COLUMNS))
+    return Group(table, Text(_gateway_words(status.gateway)))
+
+
+def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
+    """``key=value`` pairs: one line on the gateway, then one a rank. What is unknown is left out."""
+    gateway = status.gateway
+    yield key_values(
+        event="gateway",
+        model=status.model,
+        in_flight=gateway.in_flight,
+        max_in_flight=gateway.max_in_flight,
+        queued=gateway.queued,
+        max_queued=gateway.max_queued,
+        draining=str(gateway.draining).lower(),
+        controller_connected=str(gateway.controller_connected).lower(),
+        fenced_messages=gateway.fenced_messages,
+        uptime_s=f"{gateway.uptime_s:.1f}",
+    )
+    for row in _rows(status):
+        named = {column.lower().replace(" ", "_"): value for column, value in row.items()}
+        yield key_values(event="rank", **named)
+
+
+def key_values(**pairs: object) -> str:
+    """``a=1 b="two words"``: values that are empty are left out, those with spaces or quotes are quoted."""
+    return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs.items() if str(value))
+
+
+def _quoted(text: str) -> str:
+    if text.isprintable() and not any(character in text for character in " \"'=\\"):
+        return text
+    text = text.replace("\\", "\\\\") if text.isprintable() else _printable(text)
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _printable(text: str) -> str:
+    """What a worker says may hold line breaks and escape codes: they are shown, not obeyed."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+    for replica in status.replicas:
+        state = admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
+        figures = _load_figures(replica)
+        for rank in replica.ranks or [admin_pb2.RankStatus()]:
+            yield {
+                "replica": replica.name,
+                "state": state,
+                "epoch": str(replica.epoch),
+                "rank": str(rank.rank) if replica.ranks else "",
+                "node": rank.node,
+                "device": rank.device,
+                "pid": str(rank.pid or ""),
+                "address": rank.address,
+                "layers": f"{rank.first_layer}-{rank.last_layer}" if rank.last_layer else "",
+                "weights": _loaded(rank),
+                "KV": format_bytes(rank.kv_bytes) if rank.kv_bytes else "",
+                "KV used": figures.get("KV used", ""),
+                "running": figures.get("running", ""),
+                "waiting": figures.get("waiting", ""),
+                "cause": rank.cause or replica.cause,
+            }
+            figures = {}
+
+
+def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
+    """What the leader last reported; nothing before it did."""
+    if not replica.HasField("load"):
+        return {}
+    load = replica.load
+    return {
+        "KV used": f"{load.total_blocks - load.free_blocks}/{load.total_blocks}",
+        "running": str(load.num_running),
+        "waiting": str(load.num_waiting),
+    }
+
+
+def _loaded(rank: admin_pb2.RankStatus) -> str:
+    total = format_bytes(rank.weight_bytes)
+    return total if rank.loaded_bytes >= rank.weight_bytes else f"{format_bytes(rank.loaded_bytes)} of {total}"
+
+
+def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
+    words = [
+        f"gateway: {gateway.in_flight}/{gateway.max_in_flight} in flight",
+        f"{gateway.queued}/{gateway.max_queued} queued",
+        f"up {gateway.uptime_s:.0f} s",
+    ]
+    if gateway.draining:
+        words.append("draining")
+    if not gateway.controller_connected:
+        words.append("controller lost, serving the last known plan")
+    if gateway.fenced_messages:
+        words.append(f"{gateway.fenced_messages} messages of old epochs refused")
+    return ", ".join(words)

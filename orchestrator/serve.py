@@ -1,0 +1,282 @@
+"""``serve``: one deployment from preflight to the last process's end.
+
+This process is the Ray driver and the parent of the gateway. The order of starting is controller, gateway, workers;
+of stopping gateway (drained), workers, Ray. Whatever fails first is the message that the user sees.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import grpc
+from rich.console import Console
+
+from orchestrator.config import Config, load_config
+from orchestrator.controller.actor import ControllerHandle
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.launcher.cluster import LaunchSettings, connect, disconnect
+from orchestrator.launcher.process import environment
+from orchestrator.load_progress import LoadProgress
+from orchestrator.preflight import Checked, preflight
+from orchestrator.render import key_values
+from placement.errors import HeterodyneError
+from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+_GATEWAY_START_S = 30.0
+# Beyond the grace period: closing streams and exporters.
+_GATEWAY_STOP_S = 10.0
+
+
+class LaunchFailed(HeterodyneError):
+    """The deployment did not come up; the text is the first failing rank's cause."""
+
+
+class ServiceEnded(HeterodyneError):
+    """Something that must live as long as the service ended by itself."""
+
+
+class _Stop:
+    """SIGINT and SIGTERM: the first asks for a drain, the second cuts it short."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.forced = threading.Event()
+
+    def handle(self, _number: int, _frame: FrameType | None) -> None:
+        (self.forced if self.asked.is_set() else self.asked).set()
+
+    def install(self) -> None:
+        """Ray sets handlers of its own when it connects, so this is called again after."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+
+def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
+    """Serve until stopped. Returns 0 when every accepted request finished, 1 when the drain had to be cut.
+
+    Raises:
+        HeterodyneError: a mistake in the input, before anything was started; a launch that failed; or a part
+            that ended by itself.
+    """
+    config = load_config(path, overrides=overrides)
+    checked = preflight(config)
+    stop = _Stop()
+    stop.install()
+    address = config.cluster.ray_address or "local"
+    num_cpus = sum(shard.device.num_threads for replica in checked.plan.replicas for shard in replica.shards)
+    _say(console, event="connect", ray_address=address)
+    connect(address, num_cpus=num_cpus)
+    try:
+        stop.install()
+        with (
+            _controller(checked) as controller,
+            _gateway(path, overrides, checked, controller, stop) as gateway,
+        ):
+            return _run(config, controller, gateway, stop, console)
+    finally:
+        disconnect()
+
+
+@contextmanager
+def _controller(checked: Checked) -> Iterator[ControllerHandle]:
+    config = checked.config
+    settings = DeploymentSettings(
+        plan=checked.plan,
+        model_path=config.model.path,
+        token_budget=config.serving.token_budget,
+        max_num_seqs=config.serving.max_num_seqs,
+        max_context_tokens=checked.plan.model.max_context_tokens,
+        load_timeout_s=config.launch.load_timeout_s,
+    )
+    # One replica a worker of the configuration, in its order.
+    labels = {
+        (replica.name, shard.rank): worker.node_labels
+        for replica, worker in zip(checked.plan.replicas, config.cluster.each_worker, strict=True)
+        for shard in replica.shards
+    }
+    launch = LaunchSettings(
+        bind_host=config.cluster.bind_host,
+        start_timeout_s=config.launch.start_timeout_s,
+        load_timeout_s=config.launch.load_timeout_s,
+        labels=labels,
+    )
+    handle = ControllerHandle.start(settings, launch)
+    try:
+        yield handle
+    finally:
+        handle.stop()
+
+
+class _Gateway:
+    """The gateway process."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", address: str) -> None:
+        self.process = process
+        self.address = address
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def stop(self, *, grace_s: float, stop: _Stop) -> int:
+        """Drain it; kill it when it takes too long or the user insists. Returns its exit code."""
+        self.process.terminate()
+        deadline = time.monotonic() + grace_s + _GATEWAY_STOP_S
+        while not self.ended():
+            if stop.forced.is_set() or time.monotonic() > deadline:
+                self.process.kill()
+            time.sleep(_POLL_S / 4)
+        return self.process.wait()
+
+
+@contextmanager
+def _gateway(
+    path: Path, overrides: Sequence[str], checked: Checked, controller: ControllerHandle, stop: _Stop
+) -> Iterator[_Gateway]:
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "orchestrator.gateway", str(path.resolve()), "--control", controller.control_address,
+            "--max-context-tokens", str(checked.plan.model.max_context_tokens), "--dtype", checked.plan.dtype.value,
+            "--parent-pid", str(os.getpid()), *(f"--set={override}" for override in overrides),
+        ],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        # A terminal's Ctrl-C is for this process, which drains the gateway in order.
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield _Gateway(process, _listening(process, stop))
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _listening(process: "subprocess.Popen[bytes]", stop: _Stop) -> str:
+    """The address that the gateway says it listens on. Raises LaunchFailed."""
+    assert process.stdout is not None
+    lines: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=lambda out: lines.put(out.readline()), args=(process.stdout,), daemon=True).start()
+    deadline = time.monotonic() + _GATEWAY_START_S
+    while time.monotonic() < deadline and not stop.asked.is_set():
+        try:
+            line = lines.get(timeout=_POLL_S)
+        except queue.Empty:
+            continue
+        if not line:
+            raise LaunchFailed(f"the gateway ended at its start with exit code {process.wait()}; its words are above")
+        return str(json.loads(line)["address"])
+    raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
+
+
+def _run(config: Config, controller: ControllerHandle, gateway: _Gateway, stop: _Stop, console: Console) -> int:
+    """Follow the launch, then serve until asked to stop, then drain."""
+    with _watch(controller.control_address) as states:
+        with LoadProgress(console) as progress:
+            ready = _launch(states, gateway, stop, progress.update, progress.tick)
+        if ready:
+            _say(console, event="serving", model=config.model.name, address=gateway.address)
+            _supervise(states, gateway, stop, console)
+    _say(console, event="draining", grace_s=config.gateway.drain_grace_s)
+    code = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop)
+    _say(console, event="drained" if code == 0 else "drain_cut", exit_code=code)
+    return 0 if code == 0 else 1
+
+
+States = Callable[[], control_pb2.WatchResponse | None]
+
+
+@contextmanager
+def _watch(control_address: str) -> Iterator[States]:
+    """The controller's stream, read in a thread; the function yielded gives the next state, or None for a while."""
+    states: queue.Queue[control_pb2.WatchResponse] = queue.Queue()
+    with grpc.insecure_channel(control_address) as channel:
+        call = control_pb2_grpc.ControlStub(channel).Watch(control_pb2.WatchRequest())
+
+        def read() -> None:
+            try:
+                for state in call:
+                    states.put(state)
+            except grpc.RpcError as error:
+                # A lost controller does not stop the service; the gateway goes on.
+                if error.code() is not grpc.StatusCode.CANCELLED:
+                    logger.warning("controller_lost code=%s", error.code().name)
+
+        def take() -> control_pb2.WatchResponse | None:
+            try:
+                return states.get(timeout=_POLL_S)
+            except queue.Empty:
+                return None
+
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            yield take
+        finally:
+            call.cancel()
+            thread.join(timeout=2.0)
+
+
+def _launch(
+    states: States,
+    gateway: _Gateway,
+    stop: _Stop,
+    show: Callable[[control_pb2.WatchResponse], None],
+    tick: Callable[[], None],
+) -> bool:
+    """Wait until the deployment is ready; False when asked to stop before.
+
+    Raises:
+        LaunchFailed: the first failing rank's cause.
+    """
+    while not stop.asked.is_set():
+        state = states()
+        tick()
+        if gateway.ended():
+            raise LaunchFailed(f"the gateway ended with exit code {gateway.process.returncode}")
+        if state is None:
+            continue
+        show(state)
+        if state.phase == control_pb2.PHASE_FAILED:
+            raise LaunchFailed(state.cause)
+        if state.phase == control_pb2.PHASE_READY:
+            return True
+    return False
+
+
+def _supervise(states: States, gateway: _Gateway, stop: _Stop, console: Console) -> None:
+    """Say what changes until asked to stop.
+
+    Raises:
+        ServiceEnded: the gateway ended by itself.
+    """
+    phases: dict[tuple[str, int], control_pb2.Phase.ValueType] = {}
+    while not stop.asked.is_set():
+        if gateway.ended():
+            raise ServiceEnded(f"the gateway ended by itself with exit code {gateway.process.returncode}")
+        state = states()
+        for replica in state.replicas if state is not None else ():
+            key = (replica.name, replica.epoch)
+            if phases.get(key) not in (None, replica.phase):
+                phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
+                _say(console, event="replica", replica=replica.name, phase=phase, cause=replica.cause)
+            phases[key] = replica.phase
+
+
+def _say(console: Console, **pairs: object) -> None:
+    console.print(key_values(**pairs), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,54 @@
+"""Where a request goes: live load of the replicas -> route."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaLoad:
+    """What a replica's leader last reported.
+
+    Attributes:
+        accepting: ready, and not draining.
+        pending_tokens: tokens still to be computed for what waits and runs there.
+    """
+
+    name: str
+    accepting: bool
+    pending_tokens: int
+    num_running: int
+    num_waiting: int
+    free_blocks: int
+    total_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Which replica serves a request, and why."""
+
+    replica: str
+    reason: str
+
+
+def least_loaded(loads: Iterable[ReplicaLoad], num_new_tokens: int) -> Route | None:
+    """Joins the shortest queue, counted in pending tokens (the cluster scheduler of Splitwise, Patel et al.
+    2024).
+
+    Ties go to the replica with most free blocks, then to the first by name, so that the choice is
+    reproducible.
+
+    Args:
+        num_new_tokens: tokens of the request's prompt.
+
+    Returns:
+        None where no replica accepts requests.
+    """
+    accepting = [load for load in loads if load.accepting]
+    if not accepting:
+        return None
+    best = min(accepting, key=lambda load: (load.pending_tokens, -load.free_blocks, load.name))
+    reason = (
+        f"fewest pending tokens of {len(accepting)} accepting: {best.pending_tokens} "
+        f"+ {num_new_tokens} new, {best.free_blocks} of {best.total_blocks} blocks free"
+    )
+    return Route(replica=best.name, reason=reason)

@@ -1,0 +1,47 @@
+"""Fixtures shared by the whole suite: small random Llama checkpoints, written by transformers."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Small tensors gain nothing from threads, and spinning ones slow a busy machine down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make(seed=0, dtype="float32", max_shard_size="5GB", **config)``: the directory of a new checkpoint.
+
+    ``config`` overrides the keys of transformers' ``LlamaConfig``. Weights are drawn wide enough that greedy
+    tokens differ clearly in likelihood and no two positions look alike.
+    """
+
+    def make(*, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **overrides: Any) -> Path:
+        # Here, so that tests which need neither do not wait for them.
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 509,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**config | overrides))
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):  # transformers starts these at 0 and 1, which hides mistakes
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+        directory = tmp_path_factory.mktemp("llama")
+        model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
+        return directory
+
+    return make

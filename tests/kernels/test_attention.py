@@ -1,0 +1,170 @@
+"""Data of attention, and the CPU variant against the reference."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import cpu, reference
+from kernels.attention import LayerCache, Run, SequenceSpan, num_slots, split_runs
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@st.composite
+def runs_and_cut(draw: st.DrawFn) -> tuple[tuple[Run, ...], int]:
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+    runs = tuple((100 * i, 100 * i + length) for i, length in enumerate(lengths))
+    return runs, draw(st.integers(0, sum(lengths)))
+
+
+@given(runs_and_cut())
+def test_split_runs_keeps_every_slot_in_order(case: tuple[tuple[Run, ...], int]) -> None:
+    runs, num_first = case
+    first, rest = ([slot for run in part for slot in range(*run)] for part in split_runs(runs, num_first))
+    assert len(first) == num_first
+    assert first + rest == [slot for run in runs for slot in range(*run)]
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "runs"), [(0, ((0, 4),)), (5, ((0, 4),)), (1, ((4, 4),)), (1, ((4, 2),)), (1, ())]
+)
+def test_impossible_spans_are_caught(num_queries: int, runs: tuple[Run, ...]) -> None:
+    with pytest.raises(AssertionError):
+        SequenceSpan(query_start=0, num_queries=num_queries, runs=runs)
+
+
+class Batch:
+    """Random sequences whose tokens are scattered over a cache, every one already written."""
+
+    def __init__(
+        self,
+        *,
+        lengths: list[tuple[int, int]],
+        num_kv_heads: int,
+        group: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        """``lengths``: context tokens and queries of each sequence."""
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        capacity = 4 * sum(map(sum, lengths)) + 8 * len(lengths)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        num_tokens = sum(queries for _, queries in lengths)
+        # As the decoder makes them: query and keys are views of one tensor.
+        turned = normal(num_tokens, (group + 1) * num_kv_heads, head_dim)
+        self.query, self.keys = turned.split([group * num_kv_heads, num_kv_heads], dim=1)
+        self.values = normal(num_tokens, num_kv_heads, head_dim)
+        self.cache = LayerCache(
+            keys=normal(num_kv_heads, capacity, head_dim), values=normal(num_kv_heads, capacity, head_dim)
+        )
+        self.spans = []
+        free, row = 0, 0
+        for context, queries in lengths:
+            runs: list[Run] = []
+            while (missing := context + queries - num_slots(tuple(runs))) > 0:
+                free += rng.randint(0, 3)
+                taken = rng.randint(1, missing)
+                runs.append((free, free + taken))
+                free += taken
+            rng.shuffle(runs)
+            span = SequenceSpan(query_start=row, num_queries=queries, runs=tuple(runs))
+            self.spans.append(span)
+            slots = torch.tensor([slot for run in span.query_runs for slot in range(*run)])
+            rows = slice(row, row + queries)
+            reference.write_kv(self.cache, slots, self.keys[rows], self.values[rows])
+            row += queries
+        self.scale = head_dim**-0.5
+
+    def attend(self, kernels: object) -> Tensor:
+        attention = kernels.attention  # type: ignore[attr-defined]
+        out: Tensor = attention(self.query, self.keys, self.values, self.cache, self.spans, self.scale)
+        return out
+
+
+def lengths(max_context: int, max_queries: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    return st.lists(st.tuples(st.integers(0, max_context), st.integers(1, max_queries)), min_size=1, max_size=5)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    lengths=lengths(40, 1) | lengths(40, 20),
+    num_kv_heads=st.sampled_from([1, 2, 5]),
+    group=st.sampled_from([1, 3, 4]),
+    head_dim=st.sampled_from([16, 32, 64]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**20),
+)
+def test_cpu_attention_agrees_with_the_reference(
+    lengths: list[tuple[int, int]],
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    batch = Batch(lengths=lengths, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, dtype=dtype, seed=seed)
+    got, expected = batch.attend(cpu), batch.attend(reference)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts_in_many_runs_agree(dtype: torch.dtype) -> None:
+    batch = Batch(lengths=[(1500, 1), (1100, 70), (0, 600)], num_kv_heads=5, group=3, head_dim=64, dtype=dtype, seed=3)
+    torch.testing.assert_close(batch.attend(cpu), batch.attend(reference), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_the_reference_is_textbook_attention() -> None:
+    """One token at a time, one head at a time, in float64."""
+    batch = Batch(lengths=[(6, 4)], num_kv_heads=2, group=3, head_dim=16, dtype=torch.float32, seed=1)
+    slots = [slot for run in batch.spans[0].runs for slot in range(*run)]
+    expected = torch.empty_like(batch.query)
+    for row, head in itertools.product(range(4), range(6)):
+        seen = slots[: 6 + row + 1]
+        keys, values = (
+            batch.cache.keys[head // 3, seen].double(),
+            batch.cache.values[head // 3, seen].double(),
+        )
+        weights = torch.exp(keys @ batch.query[row, head].double() / 4.0)
+        expected[row, head] = ((weights / weights.sum()) @ values).float()
+    torch.testing.assert_close(batch.attend(reference), expected, atol=1e-6, rtol=1e-6)
+
+
+class _CountBytes(TorchDispatchMode):
+    """Adds up the bytes of every tensor an operation creates; views of existing memory are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.num_bytes += tensor.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("num_queries", [1, 16])
+def test_attention_copies_no_context(num_queries: int) -> None:
+    context = 3000
+    batch = Batch(lengths=[(context, num_queries)], num_kv_heads=5, group=3, head_dim=64, dtype=torch.bfloat16, seed=0)
+    context_bytes = 2 * context * 5 * 64 * 2
+    with _CountBytes() as made:
+        batch.attend(cpu)
+    with _CountBytes() as made_by_reference:
+        batch.attend(reference)
+    num_runs = len(batch.spans[0].runs)
+    assert made.num_bytes < 16 * (num_runs + 2) * batch.query.nbytes  # partial outputs, nothing else
+    assert made.num_bytes < (0.1 if num_queries == 1 else 1.0) * context_bytes
+    assert made_by_reference.num_bytes > context_bytes  # the count does see copies

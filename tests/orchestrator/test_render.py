@@ -1,0 +1,217 @@
+"""How status and loading are shown, on a terminal and elsewhere."""
+
+import io
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from orchestrator.load_progress import LoadProgress
+from orchestrator.render import key_values, print_status, status_lines
+from protos.heterodyne.control.v1 import control_pb2
+from protos.heterodyne.v1 import admin_pb2
+
+MIB = 2**20
+
+
+def status() -> admin_pb2.GetStatusResponse:
+    loading = admin_pb2.RankStatus(rank=0, node="node-1", device="cuda:0", weight_bytes=4 * MIB, loaded_bytes=MIB)
+    ready = admin_pb2.RankStatus(
+        rank=0,
+        node="local",
+        device="cpu",
+        address="127.0.0.1:41000",
+        pid=77,
+        first_layer=0,
+        last_layer=12,
+        weight_bytes=100 * MIB,
+        loaded_bytes=100 * MIB,
+        kv_bytes=256 * MIB,
+    )
+    load = admin_pb2.ReplicaLoad(num_running=3, num_waiting=0, free_blocks=90, total_blocks=100)
+    return admin_pb2.GetStatusResponse(
+        model="demo [bold]",
+        gateway=admin_pb2.GatewayStatus(
+            in_flight=3, max_in_flight=256, max_queued=1024, uptime_s=12.5, controller_connected=True
+        ),
+        replicas=[
+            admin_pb2.ReplicaStatus(
+                name="replica-0", state=admin_pb2.REPLICA_STATE_READY, epoch=2, ranks=[ready], load=load
+            ),
+            admin_pb2.ReplicaStatus(name="replica-1", state=admin_pb2.REPLICA_STATE_STARTING, epoch=1, ranks=[loading]),
+            admin_pb2.ReplicaStatus(
+                name="replica-2", state=admin_pb2.REPLICA_STATE_FAILED, epoch=4, cause="rank 0: no GPU"
+            ),
+        ],
+    )
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=240, color_system=None)
+
+
+def output(shown: Console) -> str:
+    assert isinstance(shown.file, io.StringIO)
+    return shown.file.getvalue()
+
+
+def pairs(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shlex.split(line))
+
+
+def test_status_off_a_terminal_is_one_line_a_rank() -> None:
+    shown = console(terminal=False)
+    print_status(shown, status())
+    gateway, ready, loading, failed = map(pairs, output(shown).splitlines())
+    assert gateway == {
+        "event": "gateway", "model": "demo [bold]", "in_flight": "3", "max_in_flight": "256", "queued": "0",
+        "max_queued": "1024", "draining": "false", "controller_connected": "true", "fenced_messages": "0",
+        "uptime_s": "12.5",
+    }  # fmt: skip
+    assert ready == {
+        "event": "rank", "replica": "replica-0", "state": "READY", "epoch": "2", "rank": "0", "node": "local",
+        "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-12", "weights": "100 MiB",
+        "kv": "256 MiB", "kv_used": "10/100", "running": "3", "waiting": "0",
+    }  # fmt: skip
+    assert (loading["weights"], "running" in loading) == ("1 MiB of 4 MiB", False)
+    assert (failed["state"], failed["cause"], "rank" in failed) == ("FAILED", "rank 0: no GPU", False)
+
+
+def test_status_on_a_terminal_is_a_table_of_all_ranks() -> None:
+    shown = console(terminal=True)
+    print_status(shown, status())
+    text = output(shown)
+    assert "model demo [bold]" in text
+    for cell in ("replica-0", "READY", "10/100", "127.0.0.1:41000", "1 MiB of 4 MiB", "rank 0: no GPU"):
+        assert cell in text
+    assert "gateway: 3/256 in flight, 0/1024 queued, up 12 s" in text
+
+
+def test_table_says_when_the_gateway_is_not_well() -> None:
+    unwell = status()
+    unwell.gateway.draining, unwell.gateway.controller_connected = True, False
+    unwell.gateway.fenced_messages = 7
+    shown = console(terminal=True)
+    print_status(shown, unwell)
+    words = "draining, controller lost, serving the last known plan, 7 messages of old epochs refused"
+    assert words in output(shown)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.text(st.characters(codec="utf-8"), min_size=1)))
+def test_key_values_stay_on_one_line_and_can_be_taken_apart(values: dict[str, str]) -> None:
+    line = key_values(**values)
+    assert line.isprintable()
+    assert [word.split("=", 1)[0] for word in shlex.split(line)] == list(values)
+
+
+def test_table_shows_escape_codes_of_a_cause_instead_of_obeying_them() -> None:
+    odd = status()
+    odd.replicas[2].cause = "a\x1b[2Jb\nc"
+    shown = console(terminal=True)
+    print_status(shown, odd)
+    assert r"a\x1b[2Jb\nc" in output(shown)
+
+
+def test_status_lines_of_nothing_are_the_gateway_alone() -> None:
+    assert len(list(status_lines(admin_pb2.GetStatusResponse()))) == 1
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def loading(loaded: int, *, phase: Any = control_pb2.PHASE_LOADING, **replica: Any) -> control_pb2.WatchResponse:
+    rank = control_pb2.Rank(rank=0, phase=phase, loaded_bytes=loaded, weight_bytes=1000)
+    settings = {"name": "replica-0", "epoch": 1} | replica
+    return control_pb2.WatchResponse(replicas=[control_pb2.Replica(ranks=[rank], **settings)])
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_loading_is_logged_at_most_once_a_second(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        for step in range(10):
+            progress.update(loading(25 * step))
+            clock.now_s += 0.25
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+    lines = [pairs(line) for line in output(shown).splitlines()]
+    assert [(line["phase"], line["loaded_bytes"]) for line in lines] == [
+        ("loading", "0"), ("loading", "100"), ("loading", "200"), ("ready", "1000"),
+    ]  # fmt: skip
+    assert lines[1] == {
+        "event": "load", "replica": "replica-0", "rank": "0", "phase": "loading", "loaded_bytes": "100",
+        "total_bytes": "1000", "bytes_per_s": "100", "left_s": "9.0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: bool) -> None:
+    shown = console(terminal=terminal)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(100))
+        clock.now_s += 9.9
+        progress.tick()
+        assert "event=stall" not in output(shown)
+        clock.now_s += 0.2
+        progress.tick()
+        progress.tick()
+        line = "event=stall replica=replica-0 rank=0 loaded_bytes=100 total_bytes=1000 no_progress_s=10"
+        assert output(shown).count(line) == 1
+        progress.update(loading(101))
+        clock.now_s += 10.0
+        progress.tick()
+    assert output(shown).count("event=stall") == 2
+
+
+def test_rank_that_is_loaded_does_not_stall(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(1000))
+        clock.now_s += 60
+        progress.tick()
+    assert "stall" not in output(shown)
+
+
+def test_new_epoch_starts_from_nothing(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(900))
+        clock.now_s += 5
+        progress.update(loading(0, epoch=2))
+        clock.now_s += 5
+        progress.update(loading(500, epoch=2))
+    assert pairs(output(shown).splitlines()[-1])["bytes_per_s"] == "100"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_failure_shows_its_cause(clock: Clock, terminal: bool) -> None:
+    shown = console(terminal=terminal)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(10))
+        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
+        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
+    assert output(shown).count('event=failed replica=replica-0 rank=0 cause="out of memory"') == 1
+
+
+def test_terminal_has_one_bar_a_rank(clock: Clock) -> None:
+    shown = console(terminal=True)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(500))
+        progress.update(loading(0, name="replica-1"))
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+    text = output(shown)
+    assert "replica-0 rank 0: ready" in text
+    assert "replica-1 rank 0: loading" in text
+    assert "event=load" not in text

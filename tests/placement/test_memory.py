@@ -1,0 +1,106 @@
+"""How many bytes things take."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placement.memory import (
+    CPU_PROCESS_BYTES,
+    CUDA_PROCESS_BYTES,
+    footprint,
+    format_bytes,
+    kv_bytes_per_block,
+    num_blocks_for,
+    num_blocks_of,
+    size_setting,
+    workspace_bytes,
+)
+from placement.plan import Span
+from placement.specs import DType, ModelSpec, RopeSpec
+from placement.weights import whole_model
+
+MODEL = ModelSpec(
+    architecture="llama",
+    num_layers=4,
+    hidden_size=64,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=128,
+    vocab_size=100,
+    max_context_tokens=512,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(),
+    tied_embeddings=False,
+)
+ALL = {"layers": Span(0, 4), "kv_heads": Span(0, 2)}
+
+
+def test_block_holds_keys_and_values_of_its_layers_and_heads() -> None:
+    whole = kv_bytes_per_block(MODEL, dtype=DType.FLOAT32, block_size=16, **ALL)
+    assert whole == 2 * 4 * 16 * 2 * 8 * 4
+    part = {"layers": Span(1, 3), "kv_heads": Span(1, 2)}
+    assert kv_bytes_per_block(MODEL, dtype=DType.BFLOAT16, block_size=16, **part) == whole // 8
+
+
+@given(st.integers(0, 2**40), st.integers(1, 2**24))
+def test_blocks_fit_and_one_more_would_not(size: int, bytes_per_block: int) -> None:
+    num_blocks = num_blocks_for(size, bytes_per_block=bytes_per_block)
+    assert num_blocks * bytes_per_block <= size < (num_blocks + 1) * bytes_per_block
+
+
+@given(st.integers(1, 10**6), st.integers(1, 1024))
+def test_blocks_of_a_sequence_hold_all_its_tokens(num_tokens: int, block_size: int) -> None:
+    num_blocks = num_blocks_of(num_tokens, block_size=block_size)
+    assert (num_blocks - 1) * block_size < num_tokens <= num_blocks * block_size
+
+
+def test_workspace_follows_its_formula() -> None:
+    size = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
+    assert size == 10 * (4 * 64 + (8 + 4) * 8 + 2 * 128) * 4 + 3 * 100 * (4 + 16)
+
+
+@pytest.mark.parametrize(("on_cpu", "process_bytes"), [(True, CPU_PROCESS_BYTES), (False, CUDA_PROCESS_BYTES)])
+def test_footprint_adds_up_and_says_so(on_cpu: bool, process_bytes: int) -> None:
+    need = footprint(
+        MODEL,
+        whole_model(MODEL),
+        dtype=DType.FLOAT32,
+        kv_bytes=2**20,
+        max_num_seqs=1,
+        token_budget=1,
+        on_cpu=on_cpu,
+    )
+    parts = (need.weight_bytes, need.kv_bytes, need.workspace_bytes, need.process_bytes)
+    assert need.process_bytes == process_bytes
+    assert need.total_bytes == sum(parts)
+    assert str(need).startswith(f"{format_bytes(need.weight_bytes)} weights + 1 MiB KV blocks + ")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (2**20 - 1, "1 MiB"),
+        (256 * 2**20, "256 MiB"),
+        (999 * 2**20, "999 MiB"),
+        (1000 * 2**20, "0.977 GiB"),
+        (9 * 2**28, "2.25 GiB"),
+        (3 * 2**40, "3 TiB"),
+    ],
+)
+def test_sizes_are_written_for_people(size: int, text: str) -> None:
+    assert format_bytes(size) == text
+
+
+@given(st.integers(2**10, 2**45))
+def test_setting_is_never_on_the_wrong_side(size: int) -> None:
+    units = {"MiB": 2**20, "KiB": 2**10}
+
+    def value(text: str) -> int:
+        return int(text[:-3]) * units[text[-3:]]
+
+    assert value(size_setting(size, round_up=False)) <= size <= value(size_setting(size, round_up=True))

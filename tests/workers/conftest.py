@@ -1,0 +1,36 @@
+"""A worker's parts put together for tests: a runner over a checkpoint, with slots handed out by the test."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.select import Kernels, kernels_for
+from placement.hf import read_model_spec
+from placement.weights import whole_model
+from workers.device import open_device
+from workers.kv_cache import allocate_kv_cache
+from workers.runner import ModelRunner
+from workers.weights import load_weights
+
+NUM_SLOTS = 4096
+
+
+@pytest.fixture(scope="session")
+def make_runner() -> Callable[..., ModelRunner]:
+    """``make(directory, dtype=torch.float32, kernels=None)``: a runner with 4096 empty slots."""
+
+    def make(directory: Path, dtype: torch.dtype = torch.float32, kernels: Kernels | None = None) -> ModelRunner:
+        device = open_device("cpu", 1)
+        model = read_model_spec(json.loads((directory / "config.json").read_text()))
+        return ModelRunner(
+            model=model,
+            weights=load_weights(directory, whole_model(model), dtype, device.torch_device, lambda loaded, total: None),
+            cache=allocate_kv_cache(model, num_slots=NUM_SLOTS, dtype=dtype, device=device),
+            device=device.torch_device,
+            kernels=kernels or kernels_for("cpu"),
+        )
+
+    return make

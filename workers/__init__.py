@@ -1,0 +1,1 @@
+"""One process per device: a rank. Loads its shard, keeps its KV, runs steps, serves the worker protocol."""

@@ -1,0 +1,112 @@
+"""``python -m workers``: one rank on one device, started by a launcher or by hand, with no Ray needed.
+
+Says where it listens in one JSON line on standard output; logs go to standard error. Ends on SIGTERM, SIGINT, when
+its parent dies, or with exit code 1 when its engine fails.
+"""
+
+import argparse
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+
+import grpc
+
+from placement.errors import FieldError, InvalidConfig
+from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers.device import open_device
+from workers.server import WorkerService
+
+logger = logging.getLogger("workers")
+
+_PR_SET_PDEATHSIG = 1
+_WATCH_S = 0.25
+_STOP_GRACE_S = 1.0
+_SERVER_OPTIONS = [
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 200),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m workers", description="One Heterodyne rank.")
+    parser.add_argument("--bind", default="127.0.0.1:0", help="host:port to listen on; port 0 takes a free one")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that compute, on cpu")
+    parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
+    parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
+    return parser.parse_args(argv)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux), and end now if it already has."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("the parent process is gone")
+
+
+async def serve(args: argparse.Namespace) -> int:
+    """Listen until told to stop. Returns the exit code."""
+    device = open_device(args.device, args.threads)
+    service = WorkerService(device=device, epoch=args.epoch)
+    server = grpc.aio.server(options=_SERVER_OPTIONS)
+    pb_grpc.add_WorkerServicer_to_server(service, server)
+    host = args.bind.rpartition(":")[0]
+    try:
+        port = server.add_insecure_port(args.bind)
+    except RuntimeError as error:
+        raise InvalidConfig(
+            field="--bind",
+            value=args.bind,
+            problem="cannot be listened on",
+            fix="Choose a free port of this host.",
+        ) from error
+    await server.start()
+    print(json.dumps({"event": "listening", "address": f"{host}:{port}", "pid": os.getpid()}), flush=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    code = await _watch(service, stop, args.parent_pid)
+    await server.stop(_STOP_GRACE_S)
+    service.close()
+    return code
+
+
+async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None) -> int:
+    while not stop.is_set():
+        if service.engine_failure is not None:
+            # The outputs that carry the cause leave first; then the supervisor sees the process end.
+            await asyncio.sleep(_WATCH_S)
+            print(f"engine failed: {service.engine_failure}", file=sys.stderr, flush=True)
+            return 1
+        if parent_pid is not None and os.getppid() != parent_pid:
+            return 1
+        try:
+            await asyncio.wait_for(stop.wait(), _WATCH_S)
+        except TimeoutError:
+            continue
+    return 0
+
+
+def main() -> int:
+    """Run the worker."""
+    args = parse()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if args.parent_pid is not None:
+        die_with_parent(args.parent_pid)
+    try:
+        return asyncio.run(serve(args))
+    except FieldError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What goes in and out of the engine: commands, outputs, limits, and the seams to its runner and its listeners."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from placement.errors import FieldError, InvalidRequest
+from placement.sequence import Sequence
+from workers.runner import SequenceInput
+from workers.sampling import SampledToken, SamplingParams
+
+
+class EndReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one sequence may ask of this replica."""
+
+    max_context_tokens: int
+    vocab_size: int
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """A sequence to be continued.
+
+    Attributes:
+        stop_token_ids: the sequence ends after one of these, the model's end-of-sequence ids among them.
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a step gave one sequence.
+
+    Attributes:
+        index: position of ``token`` in the answer; None with no token.
+        end: set on the last output of a sequence.
+        queue_s: from submission until first scheduled, with the first token.
+        prefill_s: from first scheduled until the first token, with it.
+    """
+
+    sequence_id: int
+    index: int | None = None
+    token: SampledToken | None = None
+    end: EndReason | None = None
+    detail: str = ""
+    num_preemptions: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """Figures of the engine between two steps. ``steps`` is the progress counter of the failure detector."""
+
+    steps: int
+    num_running: int
+    num_waiting: int
+    free_blocks: int
+    total_blocks: int
+    num_preemptions: int
+    pending_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Sink(Protocol):
+    """Who asked for a sequence. Called on the engine's thread, so it must only hand over and return."""
+
+    def step(self, step: int, outputs: Seq[Output]) -> None:
+        """One step's outputs for this sink."""
+
+    def refused(self, sequence_id: int, error: FieldError) -> None:
+        """The submission was not taken."""
+
+
+class Runner(Protocol):
+    """Computes one batch."""
+
+    def run(self, batch: Seq[SequenceInput]) -> Seq[SampledToken | None]:
+        """One sampled token for each input that has ``params``, None for the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    sink: Sink
+    sequence_id: int
+    submission: Submission
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    sink: Sink
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    sink: Sink
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    pass
+
+
+Command = Submit | Cancel | Abandon | Stop
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """A sequence in the engine: what was asked, its token ids so far, and when things happened (monotonic s)."""
+
+    sink: Sink
+    sequence_id: int
+    submission: Submission
+    sequence: Sequence
+    token_ids: list[int]
+    submitted_s: float
+    scheduled_s: float | None = None
+
+
+def repeated(sequence_id: int) -> InvalidRequest:
+    """The refusal of a sequence id that is already in use on its stream."""
+    return InvalidRequest(
+        field="sequence_id",
+        value=sequence_id,
+        problem="is already in use",
+        fix="Use each id once in a stream.",
+    )
+
+
+def check_submission(submission: Submission, limits: Limits) -> None:
+    """Refuse what this replica cannot compute.
+
+    Raises:
+        InvalidRequest: an empty prompt, a token id outside the vocabulary, no token asked for, or a prompt and
+            answer longer together than the context.
+    """
+    num_prompt = len(submission.prompt_ids)
+    if not num_prompt:
+        raise InvalidRequest(field="prompt", value="", problem="is empty", fix="Send at least one token.")
+    for token_id in (min(submission.prompt_ids), max(submission.prompt_ids)):
+        if not 0 <= token_id < limits.vocab_size:
+            raise InvalidRequest(
+                field="prompt_ids",
+                value=token_id,
+                problem="holds an id outside the vocabulary",
+                fix=f"Use ids from 0 to {limits.vocab_size - 1}.",
+            )
+    room = limits.max_context_tokens - num_prompt
+    if not 1 <= submission.max_tokens <= room:
+        raise InvalidRequest(
+            field="max_tokens",
+            value=submission.max_tokens,
+            problem=f"does not fit a prompt of {num_prompt} tokens in a context of {limits.max_context_tokens}",
+            fix=f"Ask for 1 to {room} tokens." if room >= 1 else "Send a shorter prompt.",
+        )

@@ -1,0 +1,190 @@
+"""Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernels.select import kernels_for
+from placement.blocks import BlockPool
+from placement.errors import InvalidModel, InvalidRequest
+from placement.hf import read_model_spec
+from placement.scheduling import Scheduler, SchedulerLimits
+from placement.specs import ModelSpec
+from placement.weights import TensorSlice, shard_tensors, whole_model
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers import wire
+from workers.device import TORCH_DTYPES, Device
+from workers.engine import Engine
+from workers.engine_types import Limits
+from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
+from workers.runner import ModelRunner, SequenceInput
+from workers.sampling import SamplingParams
+from workers.weights import load_weights
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A rank that is ready to run."""
+
+    engine: Engine
+    weight_bytes: int
+    kv_bytes: int
+
+
+class LoadJob:
+    """One load, run in a thread of its own while the service reads ``phase`` and the byte counts."""
+
+    def __init__(self, *, request: pb.LoadRequest, device: Device) -> None:
+        self._request = request
+        self._device = device
+        self.phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_WEIGHTS
+        self.loaded_bytes = 0
+        self.total_bytes = 0
+
+    def run(self) -> Loaded:
+        """Load everything.
+
+        Raises:
+            InvalidModel: the directory is missing something, damaged, or of a kind that is not served.
+            InvalidRequest: the load asks for something impossible.
+            NotEnoughMemory: the device cannot hold the KV blocks.
+        """
+        request = self._request
+        path = Path(request.model_path)
+        model = read_model(path)
+        dtype = wire.dtype(request.dtype)
+        _check(request, model)
+        slices = _slices(request.shard, model)
+        weights = load_weights(path, slices, TORCH_DTYPES[dtype], self._device.torch_device, self._progress)
+        self.phase = pb.LOAD_PHASE_KV_CACHE
+        cache = allocate_kv_cache(
+            model,
+            num_slots=request.num_blocks * request.block_size,
+            dtype=TORCH_DTYPES[dtype],
+            device=self._device,
+        )
+        runner = ModelRunner(
+            model=model,
+            weights=weights,
+            cache=cache,
+            device=self._device.torch_device,
+            kernels=kernels_for(self._device.torch_device.type),
+        )
+        self.phase = pb.LOAD_PHASE_WARM_UP
+        warm_up(
+            runner,
+            model=model,
+            token_budget=request.token_budget,
+            num_slots=request.num_blocks * request.block_size,
+        )
+        return Loaded(
+            engine=build_engine(runner, request=request, model=model),
+            weight_bytes=self.loaded_bytes,
+            kv_bytes=kv_cache_bytes(cache),
+        )
+
+    def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
+        self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
+
+
+def read_model(path: Path) -> ModelSpec:
+    """The model's specification from its directory. Raises InvalidModel."""
+    generation = path / "generation_config.json"
+    return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InvalidModel(
+                field=path.name,
+                value=path.stat().st_size,
+                problem="is too large",
+                fix="At most 1 MiB is read.",
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(
+            field=path.name,
+            value=str(path),
+            problem=f"cannot be read ({type(error).__name__})",
+            fix="Give a directory in the Hugging Face layout that this node can read.",
+        ) from error
+    if not isinstance(content, dict):
+        raise InvalidModel(
+            field=path.name, value=type(content).__name__, problem="is not an object", fix="Export it again."
+        )
+    return content
+
+
+def _slices(shard: pb.Shard, model: ModelSpec) -> tuple[TensorSlice, ...]:
+    """What the rank reads. Raises InvalidRequest for a shard that this version cannot compute."""
+    slices = shard_tensors(
+        model,
+        layers=wire.span(shard.layers, field="shard.layers", limit=model.num_layers),
+        kv_heads=wire.span(shard.kv_heads, field="shard.kv_heads", limit=model.num_kv_heads),
+        ffn_columns=wire.span(shard.ffn_columns, field="shard.ffn_columns", limit=model.ffn_size),
+        vocab_rows=wire.span(shard.vocab_rows, field="shard.vocab_rows", limit=model.vocab_size),
+    )
+    if slices != whole_model(model):
+        raise InvalidRequest(
+            field="shard",
+            value=str(shard),
+            problem="is a part of the model",
+            fix="Give each rank the whole model: cutting it across ranks is not built yet.",
+        )
+    return slices
+
+
+def _check(request: pb.LoadRequest, model: ModelSpec) -> None:
+    """Refuse sizes that cannot work. Raises InvalidRequest."""
+    for field in ("block_size", "num_blocks", "token_budget", "max_num_seqs", "max_context_tokens"):
+        if getattr(request, field) < 1:
+            raise InvalidRequest(
+                field=field, value=getattr(request, field), problem="is too small", fix="Use at least 1."
+            )
+    if request.max_context_tokens > model.max_context_tokens:
+        raise InvalidRequest(
+            field="max_context_tokens",
+            value=request.max_context_tokens,
+            problem=f"is more than the model's own {model.max_context_tokens}",
+            fix=f"Use at most {model.max_context_tokens}.",
+        )
+
+
+def warm_up(runner: ModelRunner, *, model: ModelSpec, token_budget: int, num_slots: int) -> None:
+    """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
+    greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=None)
+    num_tokens = min(token_budget, num_slots - 1, model.max_context_tokens - 1)
+    if num_tokens < 1:
+        return
+    for start, count in ((0, num_tokens), (num_tokens, 1)):
+        runner.run(
+            [
+                SequenceInput(
+                    token_ids=[0] * count,
+                    start=start,
+                    runs=((0, start + count),),
+                    params=greedy,
+                    output_index=0,
+                )
+            ]
+        )
+
+
+def build_engine(runner: ModelRunner, *, request: pb.LoadRequest, model: ModelSpec) -> Engine:
+    """The engine of a leader, not yet started."""
+    pool = BlockPool(request.num_blocks, request.block_size)
+    scheduler_limits = SchedulerLimits(token_budget=request.token_budget, max_num_seqs=request.max_num_seqs)
+    return Engine(
+        runner=runner,
+        scheduler=Scheduler(pool, scheduler_limits),
+        pool=pool,
+        limits=Limits(
+            max_context_tokens=request.max_context_tokens,
+            vocab_size=model.vocab_size,
+            block_size=request.block_size,
+        ),
+    )

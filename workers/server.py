@@ -1,0 +1,140 @@
+"""The worker's gRPC service: load, describe, and the leader stream."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import torch
+
+from placement.errors import FieldError
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers import wire
+from workers.device import Device
+from workers.lead import LeaderStream
+from workers.loading import Loaded, LoadJob
+
+logger = logging.getLogger(__name__)
+
+# How often a load tells how far it is.
+_PROGRESS_S = 0.2
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class WorkerService(pb_grpc.WorkerServicer):
+    """One rank. Loads once, then serves leader streams of its own epoch."""
+
+    def __init__(self, *, device: Device, epoch: int) -> None:
+        self._device = device
+        self._epoch = epoch
+        self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
+        self._loaded: Loaded | None = None
+        self._fenced_messages = 0
+
+    @property
+    def engine_failure(self) -> Exception | None:
+        """What ended the engine, if a step raised."""
+        return self._loaded.engine.failure if self._loaded else None
+
+    async def Load(
+        self, request: pb.LoadRequest, context: grpc.aio.ServicerContext[pb.LoadRequest, pb.LoadResponse]
+    ) -> AsyncIterator[pb.LoadResponse]:
+        """Load weights in a thread and report progress beside it."""
+        await self._check_epoch(request.epoch, context)
+        if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
+        self._phase = pb.LOAD_PHASE_WEIGHTS
+        started = time.monotonic()
+        job = LoadJob(request=request, device=self._device)
+        task = asyncio.create_task(asyncio.to_thread(job.run))
+        while not task.done():
+            await asyncio.wait([task], timeout=_PROGRESS_S)
+            self._phase = job.phase
+            yield self._progress(job, started)
+        try:
+            self._loaded = task.result()
+        except FieldError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        except MemoryError:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory while loading; lower serving.kv_cache"
+            )
+        self._loaded.engine.thread.start()
+        self._phase = pb.LOAD_PHASE_READY
+        yield self._progress(job, started)
+
+    def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:
+        return pb.LoadResponse(
+            epoch=self._epoch,
+            phase=self._phase,
+            loaded_bytes=job.loaded_bytes,
+            total_bytes=job.total_bytes,
+            elapsed_s=time.monotonic() - started,
+        )
+
+    async def Describe(
+        self,
+        request: pb.DescribeRequest,
+        context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeResponse],
+    ) -> pb.DescribeResponse:
+        """What this rank is, holds and does."""
+        await self._check_epoch(request.epoch, context)
+        loaded = self._loaded
+        return pb.DescribeResponse(
+            epoch=self._epoch,
+            pid=os.getpid(),
+            device=self._device.name,
+            torch_version=torch.__version__,
+            total_memory_bytes=self._device.total_memory_bytes,
+            available_memory_bytes=self._device.available_memory_bytes,
+            phase=self._phase,
+            weight_bytes=loaded.weight_bytes if loaded else 0,
+            kv_bytes=loaded.kv_bytes if loaded else 0,
+            num_threads=torch.get_num_threads(),
+            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages) if loaded else None,
+        )
+
+    async def Lead(
+        self,
+        request_iterator: AsyncIterator[pb.LeadRequest],
+        context: grpc.aio.ServicerContext[pb.LeadRequest, pb.LeadResponse],
+    ) -> AsyncIterator[pb.LeadResponse]:
+        """Serve one gateway until the stream ends, however it ends."""
+        if self._loaded is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
+        engine = self._loaded.engine
+        stream = LeaderStream(engine=engine, epoch=self._epoch, loop=asyncio.get_running_loop())
+        tasks = [asyncio.create_task(stream.read(request_iterator)), asyncio.create_task(stream.beat())]
+        try:
+            async for message in stream.write():
+                yield message
+        finally:
+            engine.abandon(stream)
+            self._fenced_messages += stream.fenced_messages
+            for task in tasks:
+                task.cancel()
+            for task in tasks:
+                with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
+                    await task
+
+    async def _check_epoch(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if epoch != self._epoch:
+            self._fenced_messages += 1
+            await self._fence(epoch, context)
+
+    async def _fence(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        await context.abort(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"epoch {epoch} is fenced: this replica is at epoch {self._epoch}",
+        )
+
+    def close(self) -> None:
+        """Stop the engine's thread."""
+        if self._loaded is not None and self._loaded.engine.thread.is_alive():
+            self._loaded.engine.stop()
+            self._loaded.engine.thread.join(timeout=5.0)

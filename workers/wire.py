@@ -1,0 +1,122 @@
+"""Between the worker protocol's messages and the engine's types. Pure."""
+
+import math
+
+from placement.errors import FieldError, InvalidRequest, NotEnoughMemory
+from placement.plan import Span
+from placement.specs import DType
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.engine_types import EndReason, LoadSnapshot, Output, Submission
+from workers.sampling import SamplingParams
+
+_END = {
+    EndReason.STOP: pb.END_REASON_STOP,
+    EndReason.LENGTH: pb.END_REASON_LENGTH,
+    EndReason.CANCELLED: pb.END_REASON_CANCELLED,
+    EndReason.FAILED: pb.END_REASON_FAILED,
+}
+_DTYPE = {pb.DTYPE_FLOAT32: DType.FLOAT32, pb.DTYPE_BFLOAT16: DType.BFLOAT16}
+
+# google.rpc.Code numbers, spelled here so that a message can carry them.
+INVALID_ARGUMENT = 3
+RESOURCE_EXHAUSTED = 8
+FAILED_PRECONDITION = 9
+
+
+def error_code(error: FieldError) -> int:
+    """The google.rpc.Code that a refused value travels as."""
+    match error:
+        case NotEnoughMemory():
+            return RESOURCE_EXHAUSTED
+        case InvalidRequest():
+            return INVALID_ARGUMENT
+        case _:
+            return FAILED_PRECONDITION
+
+
+def dtype(message: pb.Dtype.ValueType) -> DType:
+    """Raises InvalidRequest for a type that this worker does not know."""
+    if message not in _DTYPE:
+        raise InvalidRequest(
+            field="dtype", value=message, problem="is not known", fix="Use DTYPE_FLOAT32 or DTYPE_BFLOAT16."
+        )
+    return _DTYPE[message]
+
+
+def span(message: pb.Range, *, field: str, limit: int) -> Span:
+    """Raises InvalidRequest for a range outside ``[0, limit)``."""
+    if not 0 <= message.start <= message.stop <= limit:
+        raise InvalidRequest(
+            field=field,
+            value=(message.start, message.stop),
+            problem="is not a range within the model",
+            fix=f"Use 0 <= start <= stop <= {limit}.",
+        )
+    return Span(message.start, message.stop)
+
+
+def submission(message: pb.Submit) -> Submission:
+    """What the gateway submitted.
+
+    Raises:
+        InvalidRequest: a sampling parameter is out of its range.
+    """
+    sampling = message.sampling
+    # Written so that a NaN is out of range too.
+    for field, value, fits in (
+        ("temperature", sampling.temperature, 0.0 <= sampling.temperature < math.inf),
+        ("top_k", sampling.top_k, sampling.top_k >= 0),
+        ("top_p", sampling.top_p, 0.0 < sampling.top_p <= 1.0),
+        ("logprobs", message.logprobs, message.logprobs >= 0),
+    ):
+        if not fits:
+            raise InvalidRequest(
+                field=field, value=value, problem="is out of range", fix="The gateway checks it first."
+            )
+    return Submission(
+        prompt_ids=tuple(message.prompt_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+        ),
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+    )
+
+
+def sequence_output(output: Output) -> pb.SequenceOutput:
+    """One sequence's part of a step."""
+    message = pb.SequenceOutput(
+        sequence_id=output.sequence_id, index=output.index, queue_s=output.queue_s, prefill_s=output.prefill_s
+    )
+    if output.token is not None:
+        message.token_id = output.token.token_id
+        if output.token.logprob is not None:
+            message.logprob = output.token.logprob
+            message.top_ids.extend(token_id for token_id, _ in output.token.top)
+            message.top_logprobs.extend(logprob for _, logprob in output.token.top)
+    if output.end is not None:
+        message.end.CopyFrom(
+            pb.End(reason=_END[output.end], detail=output.detail, num_preemptions=output.num_preemptions)
+        )
+    return message
+
+
+def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
+    """The engine's figures as the heartbeat carries them."""
+    return pb.LoadReport(
+        steps=load.steps,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        num_preemptions=load.num_preemptions,
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=load.output_tokens,
+        pending_tokens=load.pending_tokens,
+        fenced_messages=fenced_messages,
+    )
