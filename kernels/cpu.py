@@ -1,9 +1,12 @@
-"""CPU variants. Attention reads the KV cache where it lies: no key or value is gathered or copied.
+"""CPU variants. Attention reads the KV cache where it lies: a sequence in one run of slots is never copied.
 
-Each run of slots is a strided view, given to torch's CPU flash attention, which also returns the
-log-sum-exp; partial outputs are merged by it.
+The run is a strided view, given to torch's CPU flash attention, which also returns the log-sum-exp by which a
+chunk's context and its own tokens are merged. A sequence in several runs is first gathered into one, for two
+reasons. Its result then has the same bits wherever its blocks lie, so that tokens replayed after a fault are
+the same tokens even in bfloat16, where merging run by run rounds each part. And it is faster for runs of up
+to about 200 tokens: a call costs as much as copying a few hundred KB.
 
-Shapes: n queries of one sequence, R = G * n rows, others as in :mod:`kernels.reference`.
+Shapes: n queries of one sequence, R = G * n rows, L tokens, others as in :mod:`kernels.reference`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import LayerCache, Run, SequenceSpan
 from kernels.reference import embedding, linear, merge_partials, rms_norm, rotate, silu_mul, write_kv
 
 __all__ = ["attention", "embedding", "linear", "rms_norm", "rotate", "silu_mul", "write_kv"]
@@ -31,42 +34,48 @@ def attention(
     and its own tokens, of which each query sees a different part, from ``keys`` and ``values``, which are
     dense even where the chunk's slots are not.
     """
+    num_kv_heads, head_dim = cache.keys.shape[0], query.shape[-1]
     output = torch.empty(query.shape, dtype=query.dtype)
     for span in spans:
         rows = slice(span.query_start, span.query_start + span.num_queries)
-        grouped = query[rows].view(span.num_queries, cache.keys.shape[0], -1, query.shape[-1])  # [n, K, G, D]
+        grouped = query[rows].view(span.num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [K, G, n, D]
         if span.num_queries == 1:
-            parts = _over_cache(grouped, cache, span.runs, scale)
+            attended, _ = _over_cache(grouped, cache, span.runs, scale)
         else:
-            parts = _over_cache(grouped, cache, span.context_runs, scale)
-            parts.append(_over_chunk(grouped, keys[rows], values[rows], scale))
-        # [K, G, n, D] -> [n, K, G, D]
-        output[rows].view_as(grouped).copy_(_merge(parts).view(*_group_shape(grouped)).permute(2, 0, 1, 3))
+            attended, mass = _over_chunk(grouped, keys[rows], values[rows], scale)
+            if span.context_runs:
+                context, context_mass = _over_cache(grouped, cache, span.context_runs, scale)
+                attended, _ = merge_partials((context, attended), (context_mass, mass))
+        output[rows].view(span.num_queries, num_kv_heads, -1, head_dim).copy_(attended.permute(2, 0, 1, 3))
     return output
 
 
-def _over_cache(
-    grouped: Tensor, cache: LayerCache, runs: Sequence[tuple[int, int]], scale: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Every query over all slots of each run: outputs [K, R, D] and log-sum-exps [K, R].
+def _over_cache(grouped: Tensor, cache: LayerCache, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:
+    """Every query [K, G, n, D] over all slots of the runs: output [K, G, n, D] and log-sum-exp [K, G, n].
 
     The G query heads of a KV head are laid out as rows, so that its keys are read once for all of them.
     """
-    rows = grouped.permute(1, 2, 0, 3).flatten(1, 2)[None]  # [1, K, R, D]; a view where n = 1
-    parts = []
-    for start, stop in runs:
-        out, mass = _flash(rows, cache.keys[None, :, start:stop], cache.values[None, :, start:stop], scale)
-        parts.append((out[0], mass[0]))
-    return parts
+    shape = grouped.shape
+    rows = grouped.flatten(1, 2)[None]  # [1, K, R, D]; a view where n = 1
+    out, mass = _flash(rows, _dense(cache.keys, runs)[None], _dense(cache.values, runs)[None], scale)
+    return out.view(shape), mass.reshape(shape[:3])
 
 
 def _over_chunk(grouped: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Every query over its chunk's tokens up to its own: output [K, R, D] and log-sum-exp [K, R]."""
-    shape = _group_shape(grouped)
-    query = grouped.permute(1, 2, 0, 3)  # [K, G, n, D]
-    shared_keys, shared_values = (x.transpose(0, 1)[:, None].expand(shape) for x in (keys, values))
-    out, mass = _flash(query, shared_keys, shared_values, scale, is_causal=True)
-    return out.flatten(1, 2), mass.flatten(1, 2)
+    """Every query [K, G, n, D] over its chunk's tokens [n, K, D] up to its own: as :func:`_over_cache`.
+
+    The KV head's keys are shared by its G query heads as a dim of stride 0.
+    """
+    shared_keys, shared_values = (x.transpose(0, 1)[:, None].expand(grouped.shape) for x in (keys, values))
+    return _flash(grouped, shared_keys, shared_values, scale, is_causal=True)
+
+
+def _dense(stored: Tensor, runs: Sequence[Run]) -> Tensor:
+    """The runs' slots of ``stored`` [K, S, D] as [K, L, D]: a view of a single run, a copy of several."""
+    if len(runs) == 1:
+        ((start, stop),) = runs
+        return stored[:, start:stop]
+    return stored.index_select(1, torch.cat([torch.arange(start, stop) for start, stop in runs]))
 
 
 def _flash(
@@ -80,16 +89,3 @@ def _flash(
         query, keys, values, 0.0, is_causal, attn_mask=None, scale=scale
     )
     return out, mass
-
-
-def _merge(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0][0]
-    outputs, masses = zip(*parts, strict=True)
-    return merge_partials(outputs, masses)[0]
-
-
-def _group_shape(grouped: Tensor) -> tuple[int, int, int, int]:
-    """(K, G, n, D) of ``grouped`` [n, K, G, D]."""
-    n, num_kv_heads, group, head_dim = grouped.shape
-    return num_kv_heads, group, n, head_dim

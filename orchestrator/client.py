@@ -47,11 +47,9 @@ def stream_generate(
         ServiceError: refused, failed, not done within ``timeout_s``, or answered against the protocol.
     """
     with _channel(address) as channel, _one_line_errors(address):
+        # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
-        try:
-            return _read_answer(call, on_text)
-        finally:
-            call.cancel()
+        return _read_answer(call, on_text)
 
 
 def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatusResponse:
@@ -76,9 +74,8 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
     with _channel(address) as channel, _one_line_errors(address):
         stub = health_pb2_grpc.HealthStub(channel)
         while (left_s := deadline - time.monotonic()) > 0:
-            call = stub.Watch(request, timeout=left_s, wait_for_ready=True)
             try:
-                for response in call:
+                for response in stub.Watch(request, timeout=left_s, wait_for_ready=True):
                     if response.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                     last_seen = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
@@ -86,8 +83,6 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
                 last_seen = last_seen if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else "unreachable"
-            finally:
-                call.cancel()
             time.sleep(min(_RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
     message = f"{service} at {address} did not serve within {timeout_s:g} s (last seen: {last_seen})"
     raise ServiceError(code="DEADLINE_EXCEEDED", message=message)

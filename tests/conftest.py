@@ -45,3 +45,13 @@ def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served_checkpoint(llama_checkpoint: Callable[..., Path]) -> Path:
+    """A random checkpoint of 2 layers with a tokenizer beside it: text in, (random) text out."""
+    from tests.support.tokenizer import save_tokenizer
+
+    directory = llama_checkpoint(seed=11, initializer_range=0.3)
+    save_tokenizer(directory)
+    return directory

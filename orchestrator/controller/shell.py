@@ -23,6 +23,7 @@ from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _STOPPED = "stopped"
+_EXIT_SEEN_S = 0.3
 
 
 class Launcher(Protocol):
@@ -88,7 +89,11 @@ class ControllerShell:
             yield wire.deployment(self._state, version=seen)
 
     async def report_lost(self, replica: str, epoch: int, cause: str) -> None:
-        """The gateway says that a leader no longer answers."""
+        """The gateway says that a leader no longer answers.
+
+        Its stream breaks a moment before the process's own end is seen here, and that end is the better cause.
+        """
+        await asyncio.sleep(_EXIT_SEEN_S)
         await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=0, cause=cause))
 
     async def shutdown(self, timeout_s: float) -> None:

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 # Keepalive notices a host that is cut off; the heartbeat on the stream notices everything else, sooner.
 _CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", 64 << 20),
 ]

@@ -60,31 +60,37 @@ class GatewaySettings:
 
 
 class Gateway:
-    """The public front of one deployment. Lives on one event loop."""
+    """The public front of one deployment. Lives on one event loop.
+
+    Attributes:
+        fleet: the replicas as it knows them.
+        admission: what is in flight and what waits.
+        generator: serves requests and keeps their journal.
+    """
 
     def __init__(self, settings: GatewaySettings) -> None:
         config = settings.config
         self._config = config
         self._draining = False
         self._telemetry = Telemetry(config.telemetry)
-        self._admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
-        self._fleet = Fleet(
+        self.admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
+        self.fleet = Fleet(
             control_address=settings.control_address,
             heartbeat_timeout_s=config.gateway.heartbeat_timeout_s,
             on_change=self._health_changed,
         )
         model = load_model(settings)
-        generator = Generator(
+        self.generator = Generator(
             model=model,
-            fleet=self._fleet,
-            admission=self._admission,
+            fleet=self.fleet,
+            admission=self.admission,
             telemetry=self._telemetry,
             request_timeout_s=config.gateway.request_timeout_s,
         )
         self._health = health_aio.HealthServicer()
         self._server = grpc.aio.server(options=_SERVER_OPTIONS)
-        inference = InferenceService(model=model, generator=generator)
-        admin = AdminService(model=model, fleet=self._fleet, admission=self._admission)
+        inference = InferenceService(model=model, generator=self.generator)
+        admin = AdminService(model=model, fleet=self.fleet, admission=self.admission)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -118,24 +124,24 @@ class Gateway:
             ) from error
         await self._set_health()
         await self._server.start()
-        self._spawn(self._fleet.follow())
+        self._spawn(self.fleet.follow())
         return str(replace(address, port=port))
 
     async def drain(self) -> bool:
         """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished."""
         self._draining = True
-        self._admission.start_drain()
+        self.admission.start_drain()
         await self._set_health()
         grace_s = self._config.gateway.drain_grace_s
-        logger.info("draining in_flight=%d queued=%d", self._admission.in_flight, self._admission.queued)
-        idle = await self._admission.wait_idle(grace_s)
+        logger.info("draining in_flight=%d queued=%d", self.admission.in_flight, self.admission.queued)
+        idle = await self.admission.wait_idle(grace_s)
         if not idle:
-            logger.warning("drain_cut in_flight=%d after_s=%g", self._admission.in_flight, grace_s)
+            logger.warning("drain_cut in_flight=%d after_s=%g", self.admission.in_flight, grace_s)
         await self._server.stop(_LAST_WORDS_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._fleet.close()
+        await self.fleet.close()
         self._telemetry.close()
         return idle
 
@@ -148,7 +154,7 @@ class Gateway:
         self._spawn(self._set_health())
 
     async def _set_health(self) -> None:
-        serving = self._fleet.accepting and not self._draining
+        serving = self.fleet.accepting and not self._draining
         state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", _INFERENCE):
             await self._health.set(service, state)
@@ -160,16 +166,16 @@ class Gateway:
         Figures = Iterable[tuple[float, Mapping[str, str]]]
 
         def admission() -> Figures:
-            yield self._admission.in_flight, {"state": "in_flight"}
-            yield self._admission.queued, {"state": "queued"}
+            yield self.admission.in_flight, {"state": "in_flight"}
+            yield self.admission.queued, {"state": "queued"}
 
         def sequences() -> Figures:
-            for load in self._fleet.loads():
+            for load in self.fleet.loads():
                 yield load.num_running, {"replica": load.name, "state": "running"}
                 yield load.num_waiting, {"replica": load.name, "state": "waiting"}
 
         def kv_usage() -> Figures:
-            for load in self._fleet.loads():
+            for load in self.fleet.loads():
                 if load.total_blocks:
                     yield 1 - load.free_blocks / load.total_blocks, {"replica": load.name}
 

@@ -280,6 +280,16 @@ def test_port_in_use_is_refused_with_a_free_one(model: Path, section: str, key: 
     assert check(model, **{section: {key: f"127.0.0.1:{port}"}})
 
 
+def test_port_whose_last_connection_still_lingers_counts_as_free(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        with socket.create_connection(address) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # closed here first: the server's end stays in TIME_WAIT
+            assert client.recv(1) == b""
+    assert check(model, gateway={"address": f"127.0.0.1:{address[1]}"})
+
+
 def test_address_of_another_machine_is_refused(model: Path) -> None:
     error = refused(InvalidConfig, lambda: check(model, gateway={"address": "192.0.2.1:6000"}))
     assert (error.field, error.value) == ("gateway.address", "192.0.2.1:6000")

@@ -1,4 +1,3 @@
-import itertools
 from itertools import pairwise
 
 import pytest

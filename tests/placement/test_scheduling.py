@@ -193,12 +193,12 @@ def test_running_prefill_is_preempted_before_a_decode_of_higher_rank() -> None:
 
 
 def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
-    scheduler = make_scheduler(num_blocks=3, block_size=4, budget=16)
+    scheduler = make_scheduler(num_blocks=4, block_size=4, budget=16)
     add(scheduler, sid=1, prompt=4, max_tokens=8)
-    add(scheduler, sid=2, prompt=4, max_tokens=8)
+    add(scheduler, sid=2, prompt=8, max_tokens=8)
     step(scheduler)
     add(scheduler, sid=3, prompt=1, max_tokens=1, priority=9)
-    plan = step(scheduler)
+    plan = step(scheduler)  # the two blocks taken from 2 would hold 3, with one to spare
     assert plan.preempted == (2,) and sizes(plan) == {1: 1}
     assert scheduler.num_waiting == 2
 

@@ -69,9 +69,9 @@ def test_top_p_keeps_the_fewest_that_reach_the_mass() -> None:
 
 
 def test_top_p_counts_mass_within_top_k_after_temperature() -> None:
-    # After temperature 2 and top-k 3 the masses are 3/6, 2/6, 1/6: top-p 0.6 keeps two.
+    # After temperature 2 and top-k 3 the masses are 3/6, 2/6, 1/6, so two reach 0.75; of all tokens they would not.
     logits = 2 * torch.tensor([1.0, 3.0, 2.0, 0.5, 0.5]).log()
-    counts = draw_many(logits, SamplingParams(temperature=2.0, top_k=3, top_p=0.6, seed=4))
+    counts = draw_many(logits, SamplingParams(temperature=2.0, top_k=3, top_p=0.75, seed=4))
     assert_drawn_from(counts, filtered(logits, temperature=2.0, keep=[1, 2]))
 
 

@@ -1,0 +1,126 @@
+"""A whole deployment without Ray: real worker processes, a real controller shell and gateway, in the test's loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from orchestrator.config import Config, load_config
+from orchestrator.controller import state as machine
+from orchestrator.controller.control import start_control_server
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.controller.shell import ControllerShell
+from orchestrator.gateway.server import Gateway, GatewaySettings
+from orchestrator.launcher.agent import Started
+from orchestrator.launcher.process import WorkerArgs, WorkerProcess
+from orchestrator.preflight import preflight
+from placement.plan import Shard
+
+START_S = 60.0
+
+
+class LocalLauncher:
+    """The launcher's seam without Ray: worker processes that are children of the test."""
+
+    def __init__(self) -> None:
+        self.workers: dict[tuple[str, int], WorkerProcess] = {}
+
+    async def reserve(self, shards: Mapping[tuple[str, int], Shard]) -> None:
+        return None
+
+    async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started:
+        args = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=epoch)
+        worker = self.workers[key] = await WorkerProcess.start(args, timeout_s=START_S)
+        return Started(node="here", address=worker.address, pid=worker.pid)
+
+    async def wait(self, key: tuple[str, int]) -> str:
+        return await self.workers[key].wait()
+
+    async def stop(self, key: tuple[str, int]) -> None:
+        if key in self.workers:
+            await self.workers[key].stop(grace_s=2.0)
+
+    async def close(self) -> None:
+        for key in self.workers:
+            await self.stop(key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """What runs."""
+
+    address: str
+    gateway: Gateway
+    shell: ControllerShell
+    launcher: LocalLauncher
+
+    def pid(self, replica: str) -> int:
+        """The leader's process id."""
+        return self.launcher.workers[replica, 0].pid
+
+
+def make_config(directory: Path, model: Path, **sections: Mapping[str, object]) -> Config:
+    """A configuration for ``model`` on any free port, written as a file and read back."""
+    content: dict[str, dict[str, object]] = {
+        "model": {"path": str(model)},
+        "cluster": {"ray_address": "local"},
+        "gateway": {"address": "127.0.0.1:0"},
+        "serving": {"kv_cache": "16MiB"},
+    }
+    for section, values in sections.items():
+        content.setdefault(section, {}).update(values)
+    path = directory / "cluster.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return load_config(path, environ={})
+
+
+@contextlib.asynccontextmanager
+async def deploy(config: Config) -> AsyncIterator[Deployment]:
+    """Run ``config`` until the block ends; the block begins once every replica is ready and reports."""
+    checked = preflight(config)
+    launcher = LocalLauncher()
+    settings = DeploymentSettings(
+        plan=checked.plan,
+        model_path=config.model.path,
+        token_budget=config.serving.token_budget,
+        max_num_seqs=config.serving.max_num_seqs,
+        max_context_tokens=checked.plan.model.max_context_tokens,
+        load_timeout_s=START_S,
+    )
+    shell = ControllerShell(launcher=launcher, settings=settings)
+    server, control_address = await start_control_server(shell, "127.0.0.1")
+    gateway = Gateway(
+        GatewaySettings(
+            config=config,
+            control_address=control_address,
+            max_context_tokens=checked.plan.model.max_context_tokens,
+            dtype=checked.plan.dtype,
+        )
+    )
+    try:
+        await shell.launch()
+        address = await gateway.start()
+        async with asyncio.timeout(START_S):
+            while len(gateway.fleet.loads()) < len(checked.plan.replicas):
+                assert shell.state.phase is not machine.Phase.FAILED, shell.state.cause
+                await asyncio.sleep(0.02)
+        yield Deployment(address=address, gateway=gateway, shell=shell, launcher=launcher)
+    finally:
+        await gateway.drain()
+        await shell.shutdown(10.0)
+        await server.stop(0.1)
+
+
+async def settled(deployment: Deployment, *, timeout_s: float = 5.0) -> None:
+    """Wait until nothing is in flight and every block of every replica that lives is free again."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            loads = deployment.gateway.fleet.loads()
+            busy = [load for load in loads if load.num_running or load.num_waiting]
+            kept = [load for load in loads if load.free_blocks != load.total_blocks]
+            if not busy and not kept and deployment.gateway.admission.in_flight == 0:
+                return
+            await asyncio.sleep(0.05)
