@@ -45,7 +45,7 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
         [sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides)],
         env=environment(),
     )
-    family = _Family(process.pid)
+    family = Family(process.pid)
     try:
         _wait(process, address, family)
         console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {PROMPT!r}")
@@ -61,7 +61,7 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
     console.rule(f"stopped, {len(family.seen)} processes ended, none left")
 
 
-def _wait(process: "subprocess.Popen[bytes]", address: str, family: "_Family") -> None:
+def _wait(process: "subprocess.Popen[bytes]", address: str, family: "Family") -> None:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         family.look()
@@ -106,7 +106,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
         raise DemoFailed(f"the service did not stop within {_STOP_S:g} s") from None
 
 
-class _Family:
+class Family:
     """Every process that descended from one, also those whose parent has gone since."""
 
     def __init__(self, pid: int) -> None:

@@ -30,6 +30,7 @@ from orchestrator.load_progress import LoadProgress
 from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
 from placement.errors import HeterodyneError
+from placement.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     stop.install()
     address = config.cluster.ray_address or "local"
     num_cpus = sum(shard.device.num_threads for replica in checked.plan.replicas for shard in replica.shards)
+    _say_plan(checked, console)
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)
     try:
@@ -272,10 +274,28 @@ def _supervise(states: States, gateway: _Gateway, stop: _Stop, console: Console)
         state = states()
         for replica in state.replicas if state is not None else ():
             key = (replica.name, replica.epoch)
-            if phases.get(key) not in (None, replica.phase):
+            if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
                 phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
                 _say(console, event="replica", replica=replica.name, phase=phase, cause=replica.cause)
             phases[key] = replica.phase
+
+
+def _say_plan(checked: Checked, console: Console) -> None:
+    """Who will hold what, one line a rank."""
+    for replica in checked.plan.replicas:
+        for shard in replica.shards:
+            _say(
+                console,
+                event="plan",
+                replica=replica.name,
+                rank=shard.rank,
+                device=shard.device.name,
+                threads=shard.device.num_threads,
+                layers=f"{shard.layers.start}-{shard.layers.stop}",
+                weights=format_bytes(shard.weight_bytes),
+                kv=format_bytes(shard.kv_bytes),
+                kv_tokens=shard.num_blocks * checked.plan.block_size,
+            )
 
 
 def _say(console: Console, **pairs: object) -> None:

@@ -113,6 +113,8 @@ class Engine:
     def _take_commands(self) -> bool:
         """Apply every command that waits; when there is nothing to compute, wait for one."""
         block = not self._works
+        if block:  # what is reported while it waits must be what is
+            self.load = self._snapshot()
         while not self._stopped:
             try:
                 command = self._inbox.get(block=block, timeout=_IDLE_WAIT_S if block else None)

@@ -14,14 +14,16 @@ from orchestrator.launcher.cluster import LaunchSettings, RayLauncher
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
+_LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
 
 class Controller:
     """The actor. All coroutines, so one event loop and no locks."""
 
     def __init__(self) -> None:
+        # What it does is told to whoever watches; only what went wrong is also logged, through Ray, to the driver.
         logging.basicConfig(
-            level=logging.INFO,
+            level=logging.WARNING,
             stream=sys.stderr,
             format="%(asctime)s %(levelname)s controller %(message)s",
             force=True,

@@ -1,6 +1,5 @@
 """What the controller is told at its start: the plan, and how ranks load it."""
 
-import logging
 from dataclasses import dataclass
 
 from orchestrator.controller.wire import shard_message
@@ -35,13 +34,3 @@ class DeploymentSettings:
             max_num_seqs=self.max_num_seqs,
             max_context_tokens=self.max_context_tokens,
         )
-
-    def log_plan(self, logger: logging.Logger) -> None:
-        """One line for each rank: who holds what."""
-        for replica in self.plan.replicas:
-            for shard in replica.shards:
-                logger.info(
-                    "plan replica=%s rank=%d node=%s device=%s layers=%d-%d weight_bytes=%d kv_bytes=%d blocks=%d",
-                    replica.name, shard.rank, shard.node, shard.device.name, shard.layers.start, shard.layers.stop,
-                    shard.weight_bytes, shard.kv_bytes, shard.num_blocks,
-                )  # fmt: skip

@@ -56,7 +56,6 @@ class ControllerShell:
         """Reserve and start everything the plan names; failures become events, not exceptions."""
         plan = self._settings.plan
         await self.dispatch(machine.Launch(plan=plan, epoch=time.time_ns() // 1_000_000))
-        self._settings.log_plan(logger)
 
     async def dispatch(self, event: machine.Event) -> None:
         """Apply an event, tell the watchers, start what must be done."""

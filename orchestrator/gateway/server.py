@@ -1,6 +1,7 @@
 """The gateway process: builds the parts, serves, and drains when it is told to stop."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import signal
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -206,8 +208,15 @@ async def run(settings: GatewaySettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Says where it listens in one JSON line on standard output."""
     gateway = Gateway(settings)
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ask(_number: int, _frame: FrameType | None) -> None:
+        # Not the loop's own handlers: those fall away when it closes, and a second signal then kills what has drained.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(stop.set)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        signal.signal(number, ask)
     address = await gateway.start()
     print(json.dumps({"event": "listening", "address": address, "pid": os.getpid()}), flush=True)
     await stop.wait()

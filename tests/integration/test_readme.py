@@ -1,0 +1,107 @@
+"""Every command of the README runs as it is written. (``ray job submit`` and its cluster: test_ray_job.)"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.service import REPOSITORY, Command, free_port
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+README = (REPOSITORY / "README.md").read_text()
+SERVE = "python -m orchestrator serve deploy/local.yaml"
+ELSEWHERE = {
+    "make test",  # is what runs this test
+    "source .venv/bin/activate",  # below, in front of every command
+    "ray start --head",  # test_ray_job, with ports of its own
+    f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {SERVE}",  # likewise
+}
+# So that the tests neither need nor disturb the default ports.
+ADDRESS, METRICS = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+ENV = {
+    "HETERODYNE_GATEWAY__ADDRESS": ADDRESS,
+    "HETERODYNE_ADDRESS": ADDRESS,
+    "HETERODYNE_TELEMETRY__PROMETHEUS_ADDRESS": METRICS,
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.splitlines()]
+
+
+def shell(command: str) -> list[str]:
+    activate = f"source {shlex.quote(str(Path(sys.executable).parent / 'activate'))}"
+    return ["bash", "-c", f"{activate} && exec {command}"]
+
+
+def test_make_demo_streams_an_answer_and_leaves_nothing() -> None:
+    assert "make demo" in commands()
+    # The environment is there already: the tests run in it.
+    with Command(["make", "demo", f"VENV={Path(sys.executable).parents[1]}"], env=ENV) as demo:
+        assert demo.process.wait(timeout=180.0) == 0, demo.output()
+        output = demo.output()
+        assert not demo.family.alive()
+    for words in (
+        "time to first token",
+        "time per output token",
+        "tokens/s",
+        "replica=replica-0 state=READY",
+        "none left",
+    ):
+        assert words in output
+
+
+def test_serve_and_every_command_that_talks_to_it() -> None:
+    # The port of the metrics is written in a command, not set by the environment.
+    rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
+    assert len(rest) == 5
+    with Command(shell(SERVE), env=ENV) as service:
+        service.wait_for(f"event=serving model=demo address={ADDRESS}")
+        for command in rest:
+            result = subprocess.run(
+                shell(command),
+                env=os.environ | ENV,
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+            assert result.stdout.strip(), command
+        run_python_example()
+        output = service.stop_cleanly()
+    assert "event=drained" in output
+
+
+def run_python_example() -> None:
+    (example,) = blocks("python")
+    result = subprocess.run(
+        [sys.executable, "-c", example.replace("127.0.0.1:50051", ADDRESS)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert len(result.stdout) > 20
+
+
+def test_the_yaml_shown_is_the_one_of_local_yaml() -> None:
+    (shown,) = blocks("yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load((REPOSITORY / "deploy" / "local.yaml").read_text())
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "make test" in commands()
+    assert re.search(r"^exec make test$", (REPOSITORY / ".ci" / "run").read_text(), re.MULTILINE)

@@ -1,0 +1,220 @@
+"""The demo model through real Ray and real gRPC, started as a user starts it."""
+
+import asyncio
+import random
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
+from protos.heterodyne.v1 import inference_pb2 as pb
+from tests.support.service import Command, free_port, orchestrator, serve
+
+pytestmark = pytest.mark.integration
+
+NUM_STREAMS = 32
+LOAD_S = 30.0
+NUM_CANCELS = 300
+PROMPTS = [
+    "And it came to pass",
+    "The LORD said unto Moses,",
+    "In the beginning",
+    "Blessed are they that",
+    "And David " * 24,
+    "Now therefore hear the word, " * 12,
+    "B",
+    "And the children of Israel did that which was evil " * 9,
+]
+LENGTHS = [1, 5, 17, 64, 128, 33, 96, 200]
+
+
+@dataclass(frozen=True)
+class Service:
+    command: Command
+    address: str
+    prometheus: str
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    port = free_port()
+    # float32: greedy answers then do not depend on what else is in the batch.
+    command, address = serve("model.dtype=float32", f"telemetry.prometheus_address=127.0.0.1:{port}")
+    with command:
+        yield Service(command, address, f"http://127.0.0.1:{port}/metrics")
+        output = command.stop_cleanly()
+    assert "event=drained" in output
+    assert "Traceback" not in output
+
+
+def request(index: int, **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt=PROMPTS[index % len(PROMPTS)], max_tokens=LENGTHS[index % len(LENGTHS)], ignore_eos=True, **fields
+    )
+
+
+async def tokens(stub: Any, message: pb.GenerateRequest) -> list[int]:
+    """The answer's token ids, after the order of messages was checked."""
+    responses = [response async for response in stub.Generate(message, timeout=120.0)]
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds[0] == "accepted" and kinds[-1] == "finished" and set(kinds[1:-1]) == {"chunk"}
+    ids: list[int] = []
+    for response in responses[1:-1]:
+        assert response.chunk.first_index == len(ids)
+        ids += [token.id for token in response.chunk.tokens]
+    finished = responses[-1].finished
+    assert finished.finish_reason == pb.FINISH_REASON_LENGTH, finished
+    assert finished.usage.completion_tokens == len(ids) == message.max_tokens
+    return ids
+
+
+def status(address: str) -> admin_pb2.GetStatusResponse:
+    with grpc.insecure_channel(address) as channel:
+        return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=5.0)
+
+
+def check_everything_is_back(address: str) -> None:
+    """All KV blocks free, nothing running, waiting, in flight or queued."""
+    deadline = time.monotonic() + 5.0
+    while True:
+        now = status(address)
+        idle = not (now.gateway.in_flight or now.gateway.queued)
+        for replica in now.replicas:
+            load = replica.load
+            idle = idle and load.free_blocks == load.total_blocks and not (load.num_running or load.num_waiting)
+        if idle:
+            return
+        assert time.monotonic() < deadline, now
+        time.sleep(0.1)
+
+
+async def test_32_streams_of_mixed_lengths_for_30_s_give_the_answers_they_give_alone(service: Service) -> None:
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        alone = [await tokens(stub, request(i)) for i in range(len(PROMPTS))]
+        until = time.monotonic() + LOAD_S
+
+        async def stream(number: int) -> int:
+            done = 0
+            while time.monotonic() < until:
+                index = (number + done) % len(PROMPTS)
+                assert await tokens(stub, request(index)) == alone[index]
+                done += 1
+            return done
+
+        done = await asyncio.gather(*(stream(number) for number in range(NUM_STREAMS)))
+    assert min(done) >= 1
+    check_everything_is_back(service.address)
+
+
+async def test_300_random_cancels_and_disconnects_leave_nothing_behind(service: Service) -> None:
+    chance = random.Random(20)
+    (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
+    num_threads = worker.num_threads()
+
+    async def one(index: int, shared: grpc.aio.Channel) -> None:
+        await asyncio.sleep(chance.uniform(0.0, 6.0))
+        message = request(index)
+        message.max_tokens = 400
+        if index % 3:
+            call = inference_pb2_grpc.InferenceStub(shared).Generate(message, timeout=60.0)
+            await read_some(call, chance)
+            call.cancel()
+        else:  # the whole connection goes
+            own = grpc.aio.insecure_channel(service.address, options=[("grpc.use_local_subchannel_pool", 1)])
+            call = inference_pb2_grpc.InferenceStub(own).Generate(message, timeout=60.0)
+            await read_some(call, chance)
+            await own.close()
+
+    async with grpc.aio.insecure_channel(service.address) as shared:
+        await asyncio.gather(*(one(index, shared) for index in range(NUM_CANCELS)))
+        check_everything_is_back(service.address)
+        assert await tokens(inference_pb2_grpc.InferenceStub(shared), request(1))
+    assert worker.num_threads() <= num_threads + 2
+
+
+async def read_some(call: Any, chance: random.Random) -> None:
+    """Read none, one or several messages, or for a random while."""
+    try:
+        async with asyncio.timeout(chance.uniform(0.0, 0.5)):
+            for _ in range(chance.choice([0, 1, 2, 10, 50])):
+                if await call.read() is grpc.aio.EOF:
+                    return
+    except TimeoutError:
+        return
+
+
+def test_metrics_are_scraped_under_the_genai_names(service: Service) -> None:
+    with orchestrator("generate", "In the beginning", "--address", service.address, "--max-tokens", "8") as generated:
+        assert generated.process.wait(timeout=60.0) == 0
+        assert re.search(r"8 generated on replica-0; time to first token", generated.output())
+    with urllib.request.urlopen(service.prometheus, timeout=5.0) as reply:
+        metrics = reply.read().decode()
+    for name in (
+        "gen_ai_server_request_duration_seconds_bucket",
+        "gen_ai_server_time_to_first_token_seconds_bucket",
+        "gen_ai_server_time_per_output_token_seconds_bucket",
+        "gen_ai_client_token_usage_bucket",
+        "heterodyne_replica_kv_cache_usage{",
+        'gen_ai_request_model="demo"',
+    ):
+        assert name in metrics, metrics[:2000]
+    assert "In the beginning" not in metrics
+
+
+def test_status_shows_who_holds_what(service: Service) -> None:
+    with orchestrator("status", "--address", service.address) as shown:
+        assert shown.process.wait(timeout=60.0) == 0
+        output = shown.output()
+    (rank,) = status(service.address).replicas[0].ranks
+    assert f"replica=replica-0 state=READY epoch={status(service.address).replicas[0].epoch} rank=0" in output
+    assert f"pid={rank.pid}" in output and "device=cpu" in output
+
+
+async def test_sigint_drains_while_a_worker_was_killed_under_load() -> None:
+    command, address = serve("cluster.workers=[{device: cpu, count: 2, threads: 1}]", "gateway.drain_grace_s=20")
+    with command:
+        await kill_and_drain(command, address)
+
+
+async def kill_and_drain(command: Command, address: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        killed_s = [0.0]
+
+        async def one(index: int) -> tuple[str, float]:
+            message = request(index)
+            message.max_tokens = 600
+            try:
+                async for _ in stub.Generate(message, timeout=100.0):
+                    pass
+            except grpc.aio.AioRpcError as error:
+                return error.code().name, time.monotonic() - killed_s[0]
+            return "OK", time.monotonic() - killed_s[0]
+
+        streams = [asyncio.create_task(one(index)) for index in range(16)]
+        while min(replica.load.num_running for replica in status(address).replicas) < 4:
+            await asyncio.sleep(0.05)
+        victim = status(address).replicas[1].ranks[0].pid
+        killed_s[0] = time.monotonic()
+        psutil.Process(victim).kill()
+        await asyncio.to_thread(
+            command.wait_for, rf"event=replica replica=replica-1 phase=failed .*{victim} was killed by SIGKILL", 5.0
+        )
+        # Ctrl-C with the other replica's requests still in flight: they finish.
+        command.process.send_signal(signal.SIGINT)
+        results = await asyncio.gather(*streams)
+    lost = [after_s for code, after_s in results if code == "UNAVAILABLE"]
+    assert len(lost) >= 4 and max(lost) < 3.0
+    assert [code for code, _ in results].count("OK") == len(results) - len(lost) > 0
+    assert command.process.wait(timeout=60.0) == 0, command.output()
+    assert not command.family.alive()
+    assert "event=drained" in command.output()
