@@ -6,6 +6,8 @@ block lies in slot ``block * block_size + i``. A run is a half-open range of slo
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 Run = tuple[int, int]
@@ -46,6 +48,40 @@ class SequenceSpan:
     def query_runs(self) -> tuple[Run, ...]:
         """Slots of the queries' own tokens."""
         return split_runs(self.runs, num_slots(self.runs) - self.num_queries)[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Where the tokens of a step's B decodes lie, token by token.
+
+    Attributes:
+        rows: [B], row of each sequence's query in the batch.
+        slots: slots of all tokens, in token order, sequence after sequence.
+        first_token: [B + 1], where each sequence's slots begin, and the end.
+        first_tile: [B + 1], the same in tiles of a fixed number of tokens.
+        tile_sequence: [tiles], the sequence of each tile.
+        addresses: number of tiles, then where the five arrays are.
+    """
+
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int32]
+    first_token: NDArray[np.int64]
+    first_tile: NDArray[np.int64]
+    tile_sequence: NDArray[np.int32]
+    addresses: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """A step's sequences, laid out once for all layers.
+
+    Attributes:
+        spans: every sequence; they cover the batch.
+        decodes: those of one query, for variants that attend to them all at once.
+    """
+
+    spans: tuple[SequenceSpan, ...]
+    decodes: DecodePlan | None = None
 
 
 def num_slots(runs: tuple[Run, ...]) -> int:

@@ -1,10 +1,10 @@
-"""CPU variants. Attention reads the KV cache where it lies: a sequence in one run of slots is never copied.
+"""CPU variants. Decodes read the KV cache where it lies, all of a step in one call: see :mod:`kernels.paged`.
 
-The run is a strided view, given to torch's CPU flash attention, which also returns the log-sum-exp by which a
-chunk's context and its own tokens are merged. A sequence in several runs is first gathered into one, for two
-reasons. Its result then has the same bits wherever its blocks lie, so that tokens replayed after a fault are
-the same tokens even in bfloat16, where merging run by run rounds each part. And it is faster for runs of up
-to about 200 tokens: a call costs as much as copying a few hundred KB.
+A prefill's chunk runs torch's CPU flash attention, which also returns the log-sum-exp by which its context and
+its own tokens are merged. The context is a view where it lies in one run of slots. A context in several runs is
+gathered into one, once a chunk: against the chunk's arithmetic that is little, and the result has the same bits
+wherever the blocks lie, so that tokens replayed after a fault are the same tokens even in bfloat16, where merging
+run by run rounds each part.
 
 Shapes: n queries of one sequence, R = G * n rows, L tokens, others as in :mod:`kernels.reference`.
 """
@@ -14,19 +14,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, Run, SequenceSpan
+from kernels import paged
+from kernels.attention import AttentionPlan, LayerCache, Run, SequenceSpan
 from kernels.reference import embedding, linear, merge_partials, rms_norm, rotate, silu_mul, write_kv
 
-__all__ = ["attention", "embedding", "linear", "rms_norm", "rotate", "silu_mul", "write_kv"]
+__all__ = ["attention", "embedding", "linear", "plan", "rms_norm", "rotate", "silu_mul", "write_kv"]
+
+
+def plan(spans: Sequence[SequenceSpan]) -> AttentionPlan:
+    """As :func:`kernels.reference.plan`, with the decodes laid out for :mod:`kernels.paged`."""
+    decodes = [span for span in spans if span.num_queries == 1]
+    return AttentionPlan(spans=tuple(spans), decodes=paged.plan_decodes(decodes) if decodes else None)
 
 
 def attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cache: LayerCache,
-    spans: Sequence[SequenceSpan],
-    scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
 ) -> Tensor:
     """As :func:`kernels.reference.attention`.
 
@@ -34,20 +36,29 @@ def attention(
     and its own tokens, of which each query sees a different part, from ``keys`` and ``values``, which are
     dense even where the chunk's slots are not.
     """
-    num_kv_heads, head_dim = cache.keys.shape[0], query.shape[-1]
     output = torch.empty(query.shape, dtype=query.dtype)
-    for span in spans:
+    chunks = plan.spans
+    if plan.decodes is not None and paged.supports(cache):
+        paged.decode(query, cache, plan.decodes, scale, output)
+        chunks = tuple(span for span in chunks if span.num_queries > 1)
+    for span in chunks:
         rows = slice(span.query_start, span.query_start + span.num_queries)
-        grouped = query[rows].view(span.num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [K, G, n, D]
-        if span.num_queries == 1:
-            attended, _ = _over_cache(grouped, cache, span.runs, scale)
-        else:
-            attended, mass = _over_chunk(grouped, keys[rows], values[rows], scale)
-            if span.context_runs:
-                context, context_mass = _over_cache(grouped, cache, span.context_runs, scale)
-                attended, _ = merge_partials((context, attended), (context_mass, mass))
-        output[rows].view(span.num_queries, num_kv_heads, -1, head_dim).copy_(attended.permute(2, 0, 1, 3))
+        # [n, H, D] -> [K, G, n, D]
+        grouped = query[rows].view(span.num_queries, cache.keys.shape[0], -1, query.shape[-1]).permute(1, 2, 0, 3)
+        attended = _attend_chunk(grouped, keys[rows], values[rows], cache, span, scale)
+        output[rows].view(span.num_queries, *grouped.shape[:2], -1).copy_(attended.permute(2, 0, 1, 3))
     return output
+
+
+def _attend_chunk(
+    grouped: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, span: SequenceSpan, scale: float
+) -> Tensor:
+    """A sequence's queries [K, G, n, D] over its context and its own tokens: [K, G, n, D]."""
+    attended, mass = _over_chunk(grouped, keys, values, scale)
+    if span.context_runs:
+        context, context_mass = _over_cache(grouped, cache, span.context_runs, scale)
+        attended, _ = merge_partials((context, attended), (context_mass, mass))
+    return attended
 
 
 def _over_cache(grouped: Tensor, cache: LayerCache, runs: Sequence[Run], scale: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -82,13 +82,13 @@ def write_kv(cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> 
     cache.values.index_copy_(1, slots, values.transpose(0, 1))
 
 
+def plan(spans: Sequence[SequenceSpan]) -> AttentionPlan:
+    """Which rows and slots of a step belong together, laid out once for :func:`attention` in every layer."""
+    return AttentionPlan(spans=tuple(spans))
+
+
 def attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cache: LayerCache,
-    spans: Sequence[SequenceSpan],
-    scale: float,
+    query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
 ) -> Tensor:
     """Causal grouped-query attention (Ainslie et al. 2023) over a paged KV cache (Kwon et al. 2023).
 
@@ -97,14 +97,14 @@ def attention(
         keys: the batch's own keys [T, K, D], the same as the cache already holds; fast variants read them.
         values: likewise.
         cache: keys and values [K, S, D].
-        spans: which rows and slots belong together; they cover the batch.
+        plan: the step's sequences.
         scale: factor of the scores, ``D ** -0.5``.
 
     Returns:
         [T, H, D].
     """
     output = torch.empty_like(query)
-    for span in spans:
+    for span in plan.spans:
         rows = slice(span.query_start, span.query_start + span.num_queries)
         slots = torch.cat([torch.arange(*run, device=query.device) for run in span.runs])
         output[rows] = _dense_attention(query[rows], cache.keys[:, slots], cache.values[:, slots], scale)

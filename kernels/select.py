@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels import cpu, reference
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
 
 
 class Kernels(Protocol):
@@ -24,14 +24,10 @@ class Kernels(Protocol):
 
     def write_kv(self, cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> None: ...
 
+    def plan(self, spans: Sequence[SequenceSpan]) -> AttentionPlan: ...
+
     def attention(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        cache: LayerCache,
-        spans: Sequence[SequenceSpan],
-        scale: float,
+        self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
     ) -> Tensor: ...
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import AttentionPlan, LayerCache
 from kernels.reference import rope_frequencies, scale_llama3
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
@@ -54,7 +54,7 @@ class TokenBatch:
     slots: Tensor  # [T]: where each token's KV goes
     cos: Tensor  # [T, 1, D]
     sin: Tensor  # [T, 1, D]
-    spans: Sequence[SequenceSpan]
+    attention: AttentionPlan
 
 
 def assemble(tensors: dict[str, Tensor]) -> DecoderWeights:
@@ -141,7 +141,7 @@ def _attend(
     values = qkv[:, num_heads + num_kv_heads :]
     kernels.write_kv(cache, batch.slots, keys, values)
     scale = model.head_dim**-0.5
-    attended = kernels.attention(query, keys, values, cache, batch.spans, scale)  # [T, H, D]
+    attended = kernels.attention(query, keys, values, cache, batch.attention, scale)  # [T, H, D]
     return kernels.linear(attended.flatten(1), layer.output, layer.output_bias)
 
 

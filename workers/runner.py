@@ -75,7 +75,7 @@ class ModelRunner:
         if not all_positions:
             last = [
                 span.query_start + span.num_queries - 1
-                for span, sequence in zip(tokens.spans, batch, strict=True)
+                for span, sequence in zip(tokens.attention.spans, batch, strict=True)
                 if sequence.params is not None
             ]
             hidden = hidden[torch.tensor(last, dtype=torch.int64, device=self._device)]
@@ -98,4 +98,4 @@ class ModelRunner:
             assert len(slots) == len(positions) == len(token_ids)
         ids, at, where = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=self._device)
         cos, sin = rope_tables(at, self._frequencies, self._weights.embedding.dtype)
-        return decoder.TokenBatch(token_ids=ids, slots=where, cos=cos, sin=sin, spans=spans)
+        return decoder.TokenBatch(token_ids=ids, slots=where, cos=cos, sin=sin, attention=self._kernels.plan(spans))

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu, reference
 from kernels.attention import LayerCache, Run, SequenceSpan, num_slots, split_runs
+from kernels.select import Kernels
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
@@ -86,10 +87,9 @@ class Batch:
             row += queries
         self.scale = head_dim**-0.5
 
-    def attend(self, kernels: object) -> Tensor:
-        attention = kernels.attention  # type: ignore[attr-defined]
-        out: Tensor = attention(self.query, self.keys, self.values, self.cache, self.spans, self.scale)
-        return out
+    def attend(self, kernels: Kernels) -> Tensor:
+        plan = kernels.plan(self.spans)
+        return kernels.attention(self.query, self.keys, self.values, self.cache, plan, self.scale)
 
 
 def lengths(max_context: int, max_queries: int) -> st.SearchStrategy[list[tuple[int, int]]]:
@@ -166,7 +166,7 @@ def test_attention_over_one_run_copies_no_context(num_queries: int) -> None:
     with _CountBytes() as made_by_reference:
         batch.attend(reference)
     context_bytes = 2 * context * 5 * 64 * 2
-    assert made.num_bytes < 24 * batch.query.nbytes < context_bytes / 2  # outputs and little else
+    assert made.num_bytes < context_bytes / 10  # outputs, partial sums and little else
     assert made_by_reference.num_bytes > context_bytes  # the count does see copies
 
 
