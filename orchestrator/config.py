@@ -56,7 +56,8 @@ class WorkerConfig:
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of each. Default: the node's cores, divided by its cpu workers."""
+    """CPU threads of each. Default: this machine's cores, divided by its cpu workers. On a Ray cluster that was
+    there before, a cpu worker has no default."""
     memory: ByteSize | None = None
     """Memory each may use. Default: what the node has."""
     node_labels: Mapping[str, str] = field(default_factory=dict)
@@ -119,8 +120,10 @@ class GatewayConfig:
     """Longest a request may take, whatever deadline its client set."""
     drain_grace_s: Annotated[float, Field(ge=0, le=86400)] = 30.0
     """How long requests may still run after the service was told to stop."""
-    heartbeat_timeout_s: Annotated[float, Field(ge=0.2, le=60)] = 2.0
+    heartbeat_timeout_s: Annotated[float, Field(ge=1.0, le=60)] = 2.0
     """Silence after which a replica counts as failed."""
+    stall_timeout_s: Annotated[float, Field(ge=1.0, le=3600)] = 30.0
+    """How long a replica with running sequences may go without finishing a step before it counts as failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,11 +222,21 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "has the port of gateway.address"
         key = ("telemetry", "prometheus_address")
         errors.append(layers.refusal(key, str(prometheus), problem, "Give each a port of its own."))
+    return errors + _worker_contradictions(config, layers)
+
+
+def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
+    errors = []
     seen: set[str] = set()
-    for index, worker in enumerate(config.cluster.workers if config.cluster.is_local else ()):
-        if worker.device != "cpu" and (worker.count > 1 or worker.device in seen):
+    is_local = config.cluster.is_local
+    for index, worker in enumerate(config.cluster.workers):
+        where = ("cluster", "workers", index)
+        if is_local and worker.device != "cpu" and (worker.count > 1 or worker.device in seen):
             problem = "is given to more than one worker of this machine"
-            where = ("cluster", "workers", index, "device")
-            errors.append(layers.refusal(where, worker.device, problem, "Give each GPU to one worker."))
+            errors.append(layers.refusal((*where, "device"), worker.device, problem, "Give each GPU to one worker."))
+        if not is_local and worker.device == "cpu" and worker.threads is None:
+            problem = f"is missing, and the nodes of the Ray cluster at {config.cluster.ray_address} are not known yet"
+            fix = f"Set cluster.workers[{index}].threads to the cores that each such worker shall have."
+            errors.append(layers.refusal((*where, "threads"), None, problem, fix))
         seen.add(worker.device)
     return errors

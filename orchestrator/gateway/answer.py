@@ -1,7 +1,10 @@
 """One accepted request: a replica's events go in, the client's messages come out. Decides, sends nothing."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from google.rpc import code_pb2
 
 from orchestrator.gateway.journal import Journal, JournalEntry, JournalError, Recorded
 from orchestrator.gateway.leader import Lost, SequenceEvent
@@ -12,6 +15,9 @@ from placement.errors import HeterodyneError
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
+logger = logging.getLogger(__name__)
+
+_NOT_NOW = (code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED)
 _REASONS = {
     worker_pb2.END_REASON_STOP: pb.FINISH_REASON_STOP,
     worker_pb2.END_REASON_LENGTH: pb.FINISH_REASON_LENGTH,
@@ -46,17 +52,23 @@ class Clock:
 class Answer:
     """The state of one accepted request.
 
+    Args:
+        epoch: of the incarnation whose events it is given; once the journal has moved the request on, they are fenced.
+
     Attributes:
         outcome: set when it has ended, by a finish reason or an error.
         at_replica: whether the replica still computes it, so that leaving means cancelling.
     """
 
-    def __init__(self, *, request: Request, entry: JournalEntry, journal: Journal, text: TextStream) -> None:
+    def __init__(
+        self, *, request: Request, entry: JournalEntry, epoch: int, journal: Journal, text: TextStream
+    ) -> None:
         self.entry = entry
         self.clock = Clock()
         self.outcome: pb.FinishReason.ValueType | HeterodyneError | None = None
         self.at_replica = True
-        self._request = request
+        self.request = request
+        self._epoch = epoch
         self._journal = journal
         self._text = text
         self._matched_stop: str | None = None
@@ -77,11 +89,19 @@ class Answer:
                     self._take_output(event, chunk, submitted_s, now_s)
                 case worker_pb2.Rejected():
                     self.at_replica = False
-                    self.outcome = ReplicaFault(f"the replica refused the request: {event.message}")
-                case Lost(cause=cause):
+                    self.outcome = self._refused(event)
+                case Lost():
+                    # The cause names processes and addresses: it is in the log and the status.
                     self.at_replica = False
-                    self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} was lost: {cause}")
+                    self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} was lost")
         return chunk if chunk.tokens or chunk.text else None
+
+    def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
+        """A refusal that another replica, or a later time, could mend is not the request's fault."""
+        logger.warning('sequence_refused replica=%s message="%s"', self.entry.replica, event.message)
+        if event.code in _NOT_NOW:
+            return ReplicaUnavailable(f"replica {self.entry.replica} takes no requests")
+        return ReplicaFault(f"replica {self.entry.replica} refused the request")
 
     def _take_output(
         self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, submitted_s: float, now_s: float
@@ -98,7 +118,7 @@ class Answer:
     def _take_token(self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, now_s: float) -> None:
         entry = self.entry
         try:
-            recorded = self._journal.record(entry.sequence_id, entry.epoch, output.index, output.token_id)
+            recorded = self._journal.record(entry.sequence_id, self._epoch, output.index, output.token_id)
         except JournalError as error:
             self.outcome = ReplicaFault(str(error))
             return
@@ -125,7 +145,9 @@ class Answer:
             self._matched_stop = rest.matched_stop
             self.outcome = pb.FINISH_REASON_STOP if rest.matched_stop else _REASONS[end.reason]
         elif end.reason == worker_pb2.END_REASON_FAILED:
-            self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} failed: {end.detail}")
+            # The detail is for the operator: it may name files, and clients are not to see those.
+            logger.error('sequence_failed replica=%s detail="%s"', self.entry.replica, end.detail)
+            self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} failed while it computed the request")
         else:
             self.outcome = ReplicaFault("the replica ended the sequence without being asked")
 
@@ -138,7 +160,7 @@ class Answer:
         """The terminal message. Only once ``outcome`` is set."""
         assert self.outcome is not None
         message = pb.Finished(
-            usage=pb.Usage(prompt_tokens=len(self._request.prompt_ids), completion_tokens=len(self.entry.emitted_ids)),
+            usage=pb.Usage(prompt_tokens=len(self.request.prompt_ids), completion_tokens=len(self.entry.emitted_ids)),
             timings=self.clock.message(len(self.entry.emitted_ids)),
             matched_stop=self._matched_stop,
             replica=self.entry.replica,

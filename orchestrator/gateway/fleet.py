@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import grpc
 
-from orchestrator.gateway.leader import Leader
+from orchestrator.background import BackgroundTasks
+from orchestrator.gateway.leader import Leader, LeaderLimits
 from orchestrator.gateway.status import ReplicaUnavailable
 from placement.routing import ReplicaLoad, Route, least_loaded
 from protos.heterodyne.control.v1 import control_pb2 as pb
@@ -19,6 +20,7 @@ from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 _RECONNECT_S = 0.5
+_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 _REPORT_TIMEOUT_S = 2.0
 
 
@@ -30,14 +32,15 @@ class Fleet:
         controller_connected: whether it still can be heard.
     """
 
-    def __init__(self, *, control_address: str, heartbeat_timeout_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(self, *, control_address: str, limits: LeaderLimits, on_change: Callable[[], None]) -> None:
         self.deployment = pb.WatchResponse()
         self.controller_connected = False
         self._control_address = control_address
-        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._limits = limits
         self._on_change = on_change
         self._leaders: dict[tuple[str, int], Leader] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._background = BackgroundTasks()
 
     @property
     def accepting(self) -> bool:
@@ -69,15 +72,14 @@ class Fleet:
         live = {leader.name: leader for leader in self._leaders.values() if leader.accepting}
         route = least_loaded(self.loads(), num_new_tokens)
         if route is None:
-            cause = next((leader.lost.cause for leader in self._leaders.values() if leader.lost), "")
-            raise ReplicaUnavailable(f"no replica is ready{': ' + cause if cause else ''}")
+            raise ReplicaUnavailable("no replica is ready; the service's status says why")
         return live[route.replica], route
 
     async def follow(self) -> None:
         """Follow the controller for as long as the gateway lives."""
         while True:
             try:
-                async with grpc.aio.insecure_channel(self._control_address) as channel:
+                async with grpc.aio.insecure_channel(self._control_address, options=_CHANNEL_OPTIONS) as channel:
                     stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
                     async for deployment in stub.Watch(pb.WatchRequest()):
                         self.controller_connected = True
@@ -85,6 +87,9 @@ class Fleet:
             except grpc.aio.AioRpcError as error:
                 if self.controller_connected:
                     logger.warning("controller_lost code=%s", error.code().name)
+            except Exception:
+                # A gateway that no longer follows would serve an old plan for good.
+                logger.exception("controller_message_failed")
             self.controller_connected = False
             await asyncio.sleep(_RECONNECT_S)
 
@@ -101,25 +106,43 @@ class Fleet:
         self._on_change()
 
     def _connect(self, key: tuple[str, int], address: str) -> None:
-        leader = Leader(name=key[0], epoch=key[1], address=address, heartbeat_timeout_s=self._heartbeat_timeout_s)
+        leader = Leader(name=key[0], epoch=key[1], address=address, limits=self._limits)
         # Of older incarnations only the newest is kept, for its cause.
         for old in [old for old in self._leaders if old[0] == key[0]]:
             self._leaders.pop(old)
             self._tasks.pop(old).cancel()
         self._leaders[key] = leader
-        self._tasks[key] = asyncio.create_task(self._keep(leader))
+        self._tasks[key] = self._background.spawn(self._keep(leader))
 
     async def _keep(self, leader: Leader) -> None:
+        """Follow a leader to its loss, then see to it that the controller knows."""
         await leader.run(self._on_change)
         assert leader.lost is not None
-        with contextlib.suppress(grpc.aio.AioRpcError):  # the controller may be gone as well; it has its own eyes
-            async with grpc.aio.insecure_channel(self._control_address) as channel:
-                stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
-                report = pb.ReportLostRequest(replica=leader.name, epoch=leader.epoch, cause=leader.lost.cause)
-                await stub.ReportLost(report, timeout=_REPORT_TIMEOUT_S)
+        report = pb.ReportLostRequest(replica=leader.name, epoch=leader.epoch, cause=leader.lost.cause)
+        while self._believed_ready(leader):
+            # The controller may be gone or slow; as long as it holds the replica for well, it is told again.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async with grpc.aio.insecure_channel(self._control_address, options=_CHANNEL_OPTIONS) as channel:
+                    stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
+                    await stub.ReportLost(report, timeout=_REPORT_TIMEOUT_S)
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _believed_ready(self, leader: Leader) -> bool:
+        return any(
+            (replica.name, replica.epoch, replica.phase) == (leader.name, leader.epoch, pb.PHASE_READY)
+            for replica in self.deployment.replicas
+        )
+
+    def drain(self) -> None:
+        """Tell every replica to take nothing more. For when the last request has been submitted."""
+        for leader in self._leaders.values():
+            leader.drain()
+
+    def give_up(self, cause: str) -> None:
+        """End every sequence of every replica with that cause: the service stops now."""
+        for leader in self._leaders.values():
+            leader.give_up(cause, expected=True)
 
     async def close(self) -> None:
         """Close every leader stream."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._background.close()

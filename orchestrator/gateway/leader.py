@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Keepalive notices a host that is cut off; the heartbeat on the stream notices everything else, sooner.
 _CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1500),
     ("grpc.http2.ping_timeout_ms", 1500),
@@ -31,8 +32,22 @@ class Lost:
     cause: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderLimits:
+    """When a leader counts as lost.
+
+    Attributes:
+        heartbeat_timeout_s: after this long without any message.
+        stall_timeout_s: after this long with running sequences and no step finished.
+    """
+
+    heartbeat_timeout_s: float
+    stall_timeout_s: float
+
+
 SequenceEvent = pb.SequenceOutput | pb.Rejected | Lost
 Inbox = asyncio.Queue[SequenceEvent]
+LeadCall = grpc.aio.StreamStreamCall[pb.LeadRequest, pb.LeadResponse]
 
 
 class Leader:
@@ -44,16 +59,19 @@ class Leader:
         fenced_messages: messages refused because they carried another epoch.
     """
 
-    def __init__(self, *, name: str, epoch: int, address: str, heartbeat_timeout_s: float) -> None:
+    def __init__(self, *, name: str, epoch: int, address: str, limits: LeaderLimits) -> None:
         self.name = name
         self.epoch = epoch
         self.address = address
         self.load: pb.LoadReport | None = None
         self.lost: Lost | None = None
         self.fenced_messages = 0
-        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._limits = limits
         self._reported_s = 0.0
         self._unreported_tokens = 0
+        self._reported_once_tokens = 0
+        self._silent_s = 0.0
+        self._stalled_s = 0.0
         self._inboxes: dict[int, Inbox] = {}
         self._outbox: asyncio.Queue[pb.LeadRequest | None] = asyncio.Queue()
 
@@ -74,6 +92,11 @@ class Leader:
         """The gateway has done with a sequence; ``cancel`` where the replica still computes it."""
         if self._inboxes.pop(sequence_id, None) is not None and cancel and self.lost is None:
             self._send(pb.LeadRequest(cancel=pb.Cancel(sequence_id=sequence_id)))
+
+    def drain(self) -> None:
+        """Tell the replica to finish what it has and to take nothing more."""
+        if self.lost is None:
+            self._send(pb.LeadRequest(drain=pb.Drain()))
 
     def _send(self, message: pb.LeadRequest) -> None:
         message.epoch = self.epoch
@@ -97,7 +120,7 @@ class Leader:
         return ReplicaLoad(
             name=self.name,
             accepting=self.accepting,
-            pending_tokens=load.pending_tokens + self._unreported_tokens,
+            pending_tokens=load.pending_tokens + self._unreported_tokens + self._reported_once_tokens,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             free_blocks=load.free_blocks,
@@ -119,23 +142,50 @@ class Leader:
         except asyncio.CancelledError:
             self.give_up("the gateway let go of the replica", expected=True)
             raise
+        except Exception as error:
+            # Whatever it is, a replica that is not listened to must not be given requests.
+            logger.exception("leader_stream_failed replica=%s", self.name)
+            cause = f"the leader stream failed: {type(error).__name__}"
         self.give_up(cause)
         on_change()
 
     async def _follow(self, on_change: Callable[[], None]) -> str:
+        """Read and watch side by side; returns why one of them ended."""
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
             stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(channel)
             call = stub.Lead(self._requests())
-            while True:
-                try:
-                    async with asyncio.timeout(self._heartbeat_timeout_s):
-                        message = await call.read()
-                except TimeoutError:
-                    call.cancel()
-                    return f"no heartbeat for {self._heartbeat_timeout_s:g} s"
-                if not isinstance(message, pb.LeadResponse):  # the end of the stream
-                    return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
-                self._take(message, on_change)
+            reading = asyncio.ensure_future(self._read(call, on_change))
+            watching = asyncio.ensure_future(self._watch())
+            try:
+                await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+                return reading.result() if reading.done() else watching.result()
+            finally:
+                call.cancel()
+                reading.cancel()
+                watching.cancel()
+                await asyncio.gather(reading, watching, return_exceptions=True)
+
+    async def _read(self, call: LeadCall, on_change: Callable[[], None]) -> str:
+        while isinstance(message := await call.read(), pb.LeadResponse):
+            self._silent_s = 0.0
+            self._take(message, on_change)
+        return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
+
+    async def _watch(self) -> str:
+        """Wait until the leader has been silent for too long, or has stopped making progress.
+
+        Time is counted in small sleeps, each for no more than it asked: when this very process was held up, what the
+        leader said meanwhile has yet to be read, and the leader is not to blame.
+        """
+        tick_s = min(self._limits.heartbeat_timeout_s, self._limits.stall_timeout_s) / 10
+        while self._silent_s < self._limits.heartbeat_timeout_s:
+            await asyncio.sleep(tick_s)
+            self._silent_s += tick_s
+            if self.load is not None and self.load.num_running:
+                self._stalled_s += tick_s
+            if self._stalled_s >= self._limits.stall_timeout_s:
+                return f"no step finished for {self._limits.stall_timeout_s:g} s"
+        return f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s"
 
     async def _requests(self) -> AsyncIterator[pb.LeadRequest]:
         while (message := await self._outbox.get()) is not None:
@@ -152,10 +202,17 @@ class Leader:
             case "rejected":
                 self._deliver(message.rejected.sequence_id, message.rejected)
             case "load":
-                first = self.load is None
-                self.load, self._reported_s, self._unreported_tokens = message.load, time.monotonic(), 0
-                if first:
-                    on_change()
+                self._take_report(message.load, on_change)
+
+    def _take_report(self, load: pb.LoadReport, on_change: Callable[[], None]) -> None:
+        before, self.load = self.load, load
+        self._reported_s = time.monotonic()
+        # The report may be older than the last submissions: each counts until the second report after it.
+        self._reported_once_tokens, self._unreported_tokens = self._unreported_tokens, 0
+        if before is None or before.steps != load.steps or not load.num_running:
+            self._stalled_s = 0.0
+        if before is None:
+            on_change()
 
     def _deliver(self, sequence_id: int, event: SequenceEvent) -> None:
         # A sequence that was cancelled a moment ago has no inbox any more.

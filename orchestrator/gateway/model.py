@@ -1,12 +1,20 @@
 """The served model as the gateway sees it: its name, limits, defaults and tokenizer."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from placement.errors import InvalidModel
 from placement.specs import DType, ModelSpec
 from placement.weights import num_parameters
 from protos.heterodyne.v1 import inference_pb2 as pb
+
+MAX_TEMPERATURE = 100.0
+MAX_TOP_K = 2**31 - 1
+# What transformers takes where a file that samples leaves the key out.
+_TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +54,46 @@ class ServedModel:
         )
 
 
-def default_sampling(generation_config: dict[str, object]) -> DefaultSampling:
-    """The defaults that generation_config.json sets; greedy unless it says ``do_sample``."""
-    if not generation_config.get("do_sample"):
+def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling:
+    """The defaults that generation_config.json sets; greedy unless it says ``do_sample``.
+
+    A ``null`` turns a filter off; so does ``top_k`` -1. ``temperature`` 0 is greedy.
+
+    Raises:
+        InvalidModel: a value that no sampler could use.
+    """
+    do_sample = generation_config.get("do_sample")
+    if not isinstance(do_sample, bool | None):
+        raise _refusal("do_sample", do_sample, "is not true or false", "Write true or false.")
+    if not do_sample:
         return DefaultSampling()
+    temperature = _number(generation_config, "temperature", absent=_TEMPERATURE, null=_TEMPERATURE)
+    top_k = _number(generation_config, "top_k", absent=_TOP_K, null=0)
+    top_p = _number(generation_config, "top_p", absent=_TOP_P, null=1.0)
+    if not 0.0 <= temperature <= MAX_TEMPERATURE:
+        problem = f"is not between 0 and {MAX_TEMPERATURE:g}"
+        raise _refusal("temperature", temperature, problem, "Use the model's own, or 0 for greedy.")
+    if top_k != int(top_k) or not -1 <= top_k <= MAX_TOP_K:
+        problem = f"is not a whole number from -1 to {MAX_TOP_K}"
+        raise _refusal("top_k", top_k, problem, "Use the model's own, or 0 for all tokens.")
+    if not 0.0 < top_p <= 1.0:
+        raise _refusal("top_p", top_p, "is not above 0 and at most 1", "Use the model's own, or 1 for all tokens.")
+    if temperature == 0.0:
+        return DefaultSampling()
+    return DefaultSampling(temperature=temperature, top_k=max(0, int(top_k)), top_p=top_p)
 
-    def number(key: str, default: float) -> float:
-        value = generation_config.get(key)
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
-    return DefaultSampling(
-        temperature=number("temperature", 1.0), top_k=int(number("top_k", 50)), top_p=number("top_p", 1.0)
-    )
+def _number(values: Mapping[str, object], key: str, *, absent: float, null: float) -> float:
+    value = values.get(key, absent)
+    if value is None:
+        return null
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _refusal(key, value, "is not a number", "Use the generation_config.json that was saved with the model.")
+    return value
+
+
+def _refusal(key: str, value: object, problem: str, fix: str) -> InvalidModel:
+    return InvalidModel(field=f"generation_config.json: {key}", value=value, problem=problem, fix=fix)
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:

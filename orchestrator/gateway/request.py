@@ -110,18 +110,24 @@ def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
             problem="holds no token",
             fix="Set prompt or prompt_ids to at least one token.",
         )
+    # The length first: what follows then is bounded by the context, however long the list is.
+    check_length(len(prompt_ids), model)
     for index, token_id in enumerate(prompt_ids):
-        if not 0 <= token_id < model.spec.vocab_size:
+        if token_id >= model.spec.vocab_size:
             raise InvalidRequest(
                 field=f"prompt_ids.ids[{index}]",
                 value=token_id,
                 problem="is outside the vocabulary",
                 fix=f"Use ids from 0 to {model.spec.vocab_size - 1}.",
             )
-    if len(prompt_ids) >= model.max_context_tokens:
+
+
+def check_length(num_prompt_tokens: int, model: ServedModel) -> None:
+    """Raises InvalidRequest for a prompt that leaves no room for an answer."""
+    if num_prompt_tokens >= model.max_context_tokens:
         raise InvalidRequest(
             field="prompt",
-            value=f"{len(prompt_ids)} tokens",
+            value=f"{num_prompt_tokens} tokens",
             problem=f"leaves no room for an answer in the context of {model.max_context_tokens} tokens",
             fix=f"Send at most {model.max_context_tokens - 1} tokens.",
         )

@@ -6,11 +6,10 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,10 +17,12 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from tokenizers import Tokenizer
 
+from orchestrator.background import BackgroundTasks
 from orchestrator.config import Config
 from orchestrator.gateway.admission import Admission
 from orchestrator.gateway.fleet import Fleet
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.leader import LeaderLimits
 from orchestrator.gateway.model import ServedModel, default_sampling, longest_token_bytes
 from orchestrator.gateway.service import AdminService, InferenceService
 from orchestrator.model_files import read_model_files
@@ -44,6 +45,7 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 _LAST_WORDS_S = 1.0
+STOPPING = "the service is stopping"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +76,15 @@ class Gateway:
         config = settings.config
         self._config = config
         self._draining = False
+        self._health_lock = asyncio.Lock()
         self._telemetry = Telemetry(config.telemetry)
         self.admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
         self.fleet = Fleet(
             control_address=settings.control_address,
-            heartbeat_timeout_s=config.gateway.heartbeat_timeout_s,
+            limits=LeaderLimits(
+                heartbeat_timeout_s=config.gateway.heartbeat_timeout_s,
+                stall_timeout_s=config.gateway.stall_timeout_s,
+            ),
             on_change=self._health_changed,
         )
         model = load_model(settings)
@@ -105,7 +111,7 @@ class Gateway:
             ),
             self._server,
         )
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = BackgroundTasks()
         self._observe()
 
     async def start(self) -> str:
@@ -126,11 +132,16 @@ class Gateway:
             ) from error
         await self._set_health()
         await self._server.start()
-        self._spawn(self.fleet.follow())
+        self._background.spawn(self.fleet.follow())
         return str(replace(address, port=port))
 
     async def drain(self) -> bool:
-        """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished."""
+        """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished.
+
+        Called again it does nothing, and is True.
+        """
+        if self._draining:
+            return True
         self._draining = True
         self.admission.start_drain()
         await self._set_health()
@@ -139,29 +150,28 @@ class Gateway:
         idle = await self.admission.wait_idle(grace_s)
         if not idle:
             logger.warning("drain_cut in_flight=%d after_s=%g", self.admission.in_flight, grace_s)
+            # What is cut still ends as promised, with a last message that says why.
+            self.fleet.give_up(STOPPING)
+            await self.admission.wait_idle(_LAST_WORDS_S)
+        self.fleet.drain()
         await self._server.stop(_LAST_WORDS_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         await self.fleet.close()
-        self._telemetry.close()
+        await asyncio.to_thread(self._telemetry.close)
         return idle
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _health_changed(self) -> None:
-        self._spawn(self._set_health())
+        self._background.spawn(self._set_health())
 
     async def _set_health(self) -> None:
-        serving = self.fleet.accepting and not self._draining
-        state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", _INFERENCE):
-            await self._health.set(service, state)
-        # Status can be asked for as long as the gateway lives.
-        await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
+        # One at a time, each reading the state anew: the last to run tells the truth.
+        async with self._health_lock:
+            serving = self.fleet.accepting and not self._draining
+            state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            for service in ("", _INFERENCE):
+                await self._health.set(service, state)
+            # Status can be asked for as long as the gateway lives.
+            await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
 
     def _observe(self) -> None:
         """Figures read when metrics are collected."""

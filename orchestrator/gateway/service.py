@@ -1,5 +1,6 @@
 """The public services, thin: Inference and Admin over the parts that do the work."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+_TOKENIZE_S = 30.0
 
 _STATES = {
     control_pb2.PHASE_STARTING: admin_pb2.REPLICA_STATE_STARTING,
@@ -45,7 +48,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Text to ids."""
         try:
             check_model(request.model, self._model)
-            ids = await self._generator.tokenize(request.text, field="text", special=not request.skip_special_tokens)
+            special = not request.skip_special_tokens
+            ids = await self._generator.tokenize(request.text, field="text", special=special, timeout_s=_TOKENIZE_S)
         except HeterodyneError as error:
             await abort(context, error)
         return pb.TokenizeResponse(ids=ids)
@@ -57,7 +61,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             _check_ids(request, self._model)
         except HeterodyneError as error:
             await abort(context, error)
-        text = self._model.tokenizer.decode(list(request.ids), skip_special_tokens=not request.keep_special_tokens)
+        decode, skip = self._model.tokenizer.decode_batch, not request.keep_special_tokens
+        (text,) = await asyncio.to_thread(decode, [list(request.ids)], skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import yaml
 
 from orchestrator.config import Config, load_config
@@ -56,6 +57,7 @@ class Deployment:
     gateway: Gateway
     shell: ControllerShell
     launcher: LocalLauncher
+    control: grpc.aio.Server
 
     def pid(self, replica: str) -> int:
         """The leader's process id."""
@@ -107,7 +109,7 @@ async def deploy(config: Config) -> AsyncIterator[Deployment]:
             while len(gateway.fleet.loads()) < len(checked.plan.replicas):
                 assert shell.state.phase is not machine.Phase.FAILED, shell.state.cause
                 await asyncio.sleep(0.02)
-        yield Deployment(address=address, gateway=gateway, shell=shell, launcher=launcher)
+        yield Deployment(address=address, gateway=gateway, shell=shell, launcher=launcher, control=server)
     finally:
         await gateway.drain()
         await shell.shutdown(10.0)
@@ -119,6 +121,7 @@ async def settled(deployment: Deployment, *, timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
         while True:
             loads = deployment.gateway.fleet.loads()
+            assert loads, "no replica lives"
             busy = [load for load in loads if load.num_running or load.num_waiting]
             kept = [load for load in loads if load.free_blocks != load.total_blocks]
             if not busy and not kept and deployment.gateway.admission.in_flight == 0:

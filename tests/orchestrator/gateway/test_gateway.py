@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.deployment import Deployment, deploy, make_config, settled
+from tests.support.tokenizer import save_tokenizer
 
 PROMPT = "In the beginning"
 
@@ -359,13 +360,14 @@ async def lost_status(channel: grpc.aio.Channel) -> admin_pb2.ReplicaStatus:
 
 
 async def test_the_last_replica_lost_means_not_serving_and_unavailable_at_once(
-    stub: Any, deployment: Deployment
+    served_checkpoint: Path, tmp_path: Path
 ) -> None:
-    async with grpc.aio.insecure_channel(deployment.address) as channel:
-        os.kill(deployment.pid("replica-0"), signal.SIGKILL)
+    config = make_config(tmp_path, served_checkpoint)
+    async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+        os.kill(running.pid("replica-0"), signal.SIGKILL)
         await watch_until(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await answer(stub, request())
+            await answer(inference_pb2_grpc.InferenceStub(channel), request())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert "replica" in caught.value.details()
 
@@ -386,3 +388,74 @@ async def test_drain_refuses_new_requests_and_finishes_those_in_flight(served_ch
             check_order(responses)
             assert responses[-1].finished.finish_reason == pb.FINISH_REASON_LENGTH
         assert await drain
+
+
+async def test_a_lost_controller_does_not_stop_serving(served_checkpoint: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, served_checkpoint)
+    async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+        await running.control.stop(0.0)
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        async with asyncio.timeout(5.0):
+            while (
+                await admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest())
+            ).gateway.controller_connected:
+                await asyncio.sleep(0.05)
+        check_order(await answer(stub, request()))
+        os.kill(running.pid("replica-0"), signal.SIGKILL)
+        await watch_until(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+async def test_a_cut_drain_ends_every_answer_with_its_last_message(served_checkpoint: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, served_checkpoint, gateway={"drain_grace_s": 0.1, "max_in_flight": 4})
+    async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+
+        async def one() -> tuple[str, list[pb.GenerateResponse]]:
+            responses = []
+            try:
+                async for response in stub.Generate(request(max_tokens=490), timeout=60.0):
+                    responses.append(response)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name, responses
+            return "OK", responses
+
+        streams = [asyncio.create_task(one()) for _ in range(8)]
+        while running.gateway.admission.queued < 4:
+            await asyncio.sleep(0.005)
+        assert not await running.gateway.drain()
+        for code, responses in await asyncio.gather(*streams):
+            assert code == "UNAVAILABLE"
+            if responses:
+                check_order(responses)
+                assert responses[-1].finished.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+
+
+async def test_a_client_that_stops_reading_loses_its_slot_at_its_deadline(stub: Any, deployment: Deployment) -> None:
+    # Never read: the service's writes block once the window is full, or end with the request.
+    options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(deployment.address, options=options) as channel:
+        deaf = inference_pb2_grpc.InferenceStub(channel)
+        calls = [deaf.Generate(request(max_tokens=450, logprobs=20), timeout=1.5) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        check_order(await answer(stub, request()))
+        await settled(deployment, timeout_s=10.0)
+        for call in calls:
+            call.cancel()
+
+
+async def test_tokenizing_a_long_text_does_not_hold_the_service_up(tmp_path: Path, llama_checkpoint: Any) -> None:
+    model = llama_checkpoint(seed=3, max_position_embeddings=131072)
+    save_tokenizer(model)
+    async with deploy(make_config(tmp_path, model)) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        limit = (await stub.GetModel(pb.GetModelRequest())).model.max_context_tokens
+        text = "waters of the deep " * (limit // 4)
+        health = health_pb2_grpc.HealthStub(channel)
+        longest_s = 0.0
+        tokenizing = asyncio.ensure_future(stub.Tokenize(pb.TokenizeRequest(text=text), timeout=60.0))
+        while not tokenizing.done():
+            asked_s = time.monotonic()
+            await health.Check(health_pb2.HealthCheckRequest())
+            longest_s = max(longest_s, time.monotonic() - asked_s)
+        assert len(tokenizing.result().ids) > 1000
+        assert longest_s < 0.5, f"health answered after {longest_s:.2f} s"
