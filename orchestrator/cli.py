@@ -24,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+# The most that the fields of the protocol hold.
+_INT32, _UINT64 = 2**31 - 1, 2**64 - 1
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one value of the file")]
@@ -55,13 +57,13 @@ def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     address: ServiceAddress = DEFAULT_ADDRESS,
-    max_tokens: Annotated[int | None, typer.Option(help="most tokens generated")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option(help="draws the same answer again")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, max=_INT32, help="most tokens generated")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, max=_INT32, help="0 is all tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="1 is all tokens")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=_UINT64, help="draws the same answer again")] = None,
     stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = [],  # noqa: B006
-    timeout_s: Annotated[float, typer.Option("--timeout", help="seconds")] = 600.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, max=86400.0, help="seconds")] = 600.0,
 ) -> None:
     """Continue a prompt; the answer streams to standard output, the figures to standard error."""
     request = pb.GenerateRequest(

@@ -1,6 +1,7 @@
 """``demo``: the whole service once, as a user would run it: serve, ask, look, stop, and see that nothing is left."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
 
 from orchestrator.client import fetch_status, stream_generate, wait_serving
 from orchestrator.config import load_config
@@ -17,7 +20,8 @@ from orchestrator.errors import ServiceError
 from orchestrator.launcher.process import environment
 from orchestrator.preflight import preflight
 from orchestrator.render import print_status
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, InvalidConfig
+from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 PROMPT = "And it came to pass in those days, that"
@@ -25,6 +29,8 @@ MAX_TOKENS = 160
 _START_S = 120.0
 _ANSWER_S = 60.0
 _STOP_S = 60.0
+_SETTLE_S = 2.0
+_TEXT_WIDTH = 100
 
 
 class DemoFailed(HeterodyneError):
@@ -38,8 +44,12 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
         HeterodyneError: a mistake in the configuration, a service that did not come up, or a process left over.
     """
     config = load_config(path, overrides=overrides)
-    preflight(config)
     address = str(config.gateway.address)
+    if config.gateway.address.port == 0:
+        problem = "leaves the port open, and the demo has to know where to connect"
+        fix = "Give a port, for instance 127.0.0.1:50051."
+        raise InvalidConfig(field="gateway.address", value=address, problem=problem, fix=fix)
+    preflight(config)
     started_s = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides)],
@@ -51,7 +61,7 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
         console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {PROMPT!r}")
         _ask(address, console)
         console.rule("what ran where")
-        print_status(console, fetch_status(address))
+        print_status(console, _settled_status(address))
     finally:
         family.look()
         _stop(process)
@@ -79,20 +89,70 @@ def _ask(address: str, console: Console) -> None:
     request = pb.GenerateRequest(
         prompt=PROMPT, max_tokens=MAX_TOKENS, sampling=pb.SamplingParams(temperature=0.7, top_p=0.9, seed=7)
     )
-    console.print(PROMPT, end="", style="dim", markup=False, highlight=False)
-    result = stream_generate(
-        address,
-        request,
-        timeout_s=_ANSWER_S,
-        on_text=lambda text: console.print(text, end="", markup=False, highlight=False, soft_wrap=True),
-    )
-    console.print()
-    usage, timings = result.finished.usage, result.finished.timings
+    text = WrappedText(console)
+    text.write(PROMPT)
+    result = stream_generate(address, request, timeout_s=_ANSWER_S, on_text=text.write)
+    text.end()
     console.rule("measured")
-    console.print(f"time to first token    {timings.time_to_first_token_s * 1e3:8.1f} ms")
-    console.print(f"time per output token  {timings.time_per_output_token_s * 1e3:8.2f} ms")
-    console.print(f"tokens/s               {1 / timings.time_per_output_token_s:8.1f}")
-    console.print(f"tokens                 {usage.prompt_tokens} prompt, {usage.completion_tokens} generated")
+    console.print(measurements(result.finished))
+
+
+def measurements(finished: pb.Finished) -> Table:
+    """What the answer took, a line each; an answer of one token has no time between tokens."""
+    usage, timings = finished.usage, finished.timings
+    table = Table.grid(padding=(0, 1))
+    table.add_column()
+    table.add_column(justify="right", style="bold")
+    table.add_column()
+    table.add_row("prompt", str(usage.prompt_tokens), "tokens")
+    table.add_row("generated", str(usage.completion_tokens), "tokens")
+    table.add_row("time to first token", f"{timings.time_to_first_token_s * 1e3:.1f}", "ms")
+    per_token_s = timings.time_per_output_token_s
+    if per_token_s > 0:
+        table.add_row("time per output token", f"{per_token_s * 1e3:.2f}", "ms")
+        table.add_row("throughput", f"{1 / per_token_s:.1f}", "tokens/s")
+    return table
+
+
+class WrappedText:
+    """Text that comes in pieces, broken between words at the width of the console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._width = min(console.width, _TEXT_WIDTH)
+        self._column = 0
+        # The last word may go on in the next piece.
+        self._word = ""
+
+    def write(self, text: str) -> None:
+        """Show every word that is known to be whole."""
+        *whole, self._word = re.split(r"(\s)", self._word + text)
+        for piece in whole:
+            self._put(piece)
+
+    def end(self) -> None:
+        """Show the last word and end the line."""
+        self._put(self._word)
+        self._console.print()
+
+    def _put(self, piece: str) -> None:
+        width = cell_len(piece)
+        if piece == "\n" or (self._column and self._column + width > self._width):
+            self._console.print()
+            self._column = 0
+        if piece.strip() or (piece == " " and self._column):
+            self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            self._column += width
+
+
+def _settled_status(address: str) -> admin_pb2.GetStatusResponse:
+    """The status once the replicas have reported that the answer is done, or after a moment."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        status = fetch_status(address)
+        if time.monotonic() > deadline or not any(replica.load.num_running for replica in status.replicas):
+            return status
+        time.sleep(0.1)
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

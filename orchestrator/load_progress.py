@@ -12,15 +12,16 @@ from typing import Self
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from orchestrator.render import key_values
+from placement.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2
 
 STALL_S = 10.0
@@ -150,12 +151,17 @@ class LoadProgress:
         self._console.print(key_values(**pairs), markup=False, highlight=False, soft_wrap=True)
 
 
+class _Loaded(ProgressColumn):
+    """How much, how fast and how long still, as far as it is known."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        words = [f"{format_bytes(int(task.completed))} of {format_bytes(int(task.total))}"]
+        if task.speed and task.time_remaining:
+            words += [f"{format_bytes(int(task.speed))}/s", f"{task.time_remaining:.0f} s left"]
+        return Text(", ".join(words))
+
+
 def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), _Loaded(), console=console)

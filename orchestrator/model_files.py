@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
+from orchestrator.gateway.model import DefaultSampling, default_sampling
 from placement.errors import InvalidConfig, InvalidModel
 from placement.hf import read_model_spec
 from placement.specs import ModelSpec
@@ -30,10 +32,15 @@ class ModelFiles:
     """A model directory that was found sound.
 
     Attributes:
+        config: its config.json.
+        defaults: what its generation_config.json says of sampling.
         checkpoint_bytes: size of its safetensors files.
     """
 
+    config: Mapping[str, Any]
     spec: ModelSpec
+    defaults: DefaultSampling
+    tokenizer: Tokenizer
     checkpoint_bytes: int
 
 
@@ -59,41 +66,55 @@ def read_model_files(directory: Path) -> ModelFiles:
     has_generation = (directory / "generation_config.json").exists()
     generation = _read_json(directory, "generation_config.json", MAX_CONFIG_BYTES) if has_generation else {}
     spec = read_model_spec(config, generation)
-    _check_vocabulary(_read_json(directory, "tokenizer.json", MAX_TOKENIZER_BYTES), spec)
+    defaults = default_sampling(generation)
+    tokenizer = _read_tokenizer(directory, spec)
     owners = _owners(directory)
     headers = {name: _read_header(directory, name) for name in sorted(set(owners.values()))}
     _check_tensors(spec, owners, headers)
-    return ModelFiles(spec=spec, checkpoint_bytes=sum((directory / name).stat().st_size for name in headers))
+    return ModelFiles(
+        config=config,
+        spec=spec,
+        defaults=defaults,
+        tokenizer=tokenizer,
+        checkpoint_bytes=sum((directory / name).stat().st_size for name in headers),
+    )
 
 
 def _owners(directory: Path) -> dict[str, str]:
-    """Which file holds each tensor."""
-    if (directory / INDEX).exists():
-        weight_map = _read_json(directory, INDEX, MAX_INDEX_BYTES).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InvalidModel(
-                field=f"{INDEX}: weight_map",
-                value=weight_map,
-                problem="does not map tensors to files",
-                fix=_FIX_AGAIN,
-            )
-        return weight_map
-    if not (directory / SINGLE).exists():
+    """Which file holds each tensor. Where there is a single file it is the one, as for transformers and the workers."""
+    if (directory / SINGLE).exists():
+        return dict.fromkeys(_read_header(directory, SINGLE), SINGLE)
+    if not (directory / INDEX).exists():
         pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in directory.glob(kind))
         if pickled:
             problem = "holds weights as pickles only, which can run code and are never loaded"
             fix = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
             raise InvalidModel(field="model.path", value=pickled[0], problem=problem, fix=fix)
         raise _missing(SINGLE)
-    return dict.fromkeys(_read_header(directory, SINGLE), SINGLE)
+    weight_map = _read_json(directory, INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        problem = "does not map tensors to files"
+        raise InvalidModel(field=f"{INDEX}: weight_map", value=weight_map, problem=problem, fix=_FIX_AGAIN)
+    for name in weight_map.values():
+        _check_shard_name(name)
+    return weight_map
+
+
+def _check_shard_name(name: str) -> None:
+    """Raises InvalidModel unless ``name`` is that of a safetensors file right beside the index."""
+    if Path(name).name != name or "\\" in name or "\0" in name:
+        problem, fix = "names a file that is not right in the model directory", _FIX_AGAIN
+    elif not name.endswith(".safetensors"):
+        problem = "names a file of another kind"
+        fix = "Only safetensors files are loaded; save the model as such."
+    else:
+        return
+    raise InvalidModel(field=INDEX, value=name, problem=problem, fix=fix)
 
 
 def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
     """The tensors of one safetensors file; the library checks sizes, overlaps and the file's length."""
     path = _inside(directory, name)
-    if path.suffix != ".safetensors":
-        fix = "Only safetensors files are loaded; save the model as such."
-        raise InvalidModel(field=INDEX, value=name, problem="names a file of another kind", fix=fix)
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
@@ -106,7 +127,7 @@ def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
 
 def _check_tensors(spec: ModelSpec, owners: Mapping[str, str], headers: Mapping[str, Mapping[str, _Tensor]]) -> None:
     for wanted in whole_model(spec):
-        file = owners.get(wanted.name, INDEX if len(headers) > 1 else SINGLE)
+        file = owners.get(wanted.name, SINGLE if SINGLE in headers else INDEX)
         found = headers.get(file, {}).get(wanted.name)
         if found is None:
             raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=_FIX_AGAIN)
@@ -124,6 +145,18 @@ def _check_tensors(spec: ModelSpec, owners: Mapping[str, str], headers: Mapping[
                 problem="is of a number type that is not served",
                 fix=f"Save the model as one of {', '.join(_DTYPES)}.",
             )
+
+
+def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """The tokenizer, once its ids were found to fit the model."""
+    name = "tokenizer.json"
+    _check_vocabulary(_read_json(directory, name, MAX_TOKENIZER_BYTES), spec)
+    try:
+        return Tokenizer.from_file(str(_inside(directory, name)))
+    except Exception as error:  # the library has no type of its own for what it cannot read
+        problem = f"cannot be read as a tokenizer: {error}"
+        fix = "Save the tokenizer again as a fast one: tokenizer.save_pretrained(path)."
+        raise InvalidModel(field=name, value=None, problem=problem, fix=fix) from None
 
 
 def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
@@ -173,10 +206,10 @@ def _read_json(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
 
 def _inside(directory: Path, name: str) -> Path:
     """The real path of a file of the directory."""
-    path = (directory / name).resolve() if "\0" not in name else directory.parent
+    path = (directory / name).resolve()
     if not path.is_relative_to(directory):
         raise InvalidModel(
-            field=INDEX if "/" in name or name == ".." else name,
+            field=name,
             value=name,
             problem="leads out of the model directory",
             fix="Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does.",

@@ -10,19 +10,18 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import psutil
-
 from orchestrator.config import Config, WorkerConfig
 from orchestrator.config_types import Address
+from orchestrator.launcher.node import available_memory_bytes
 from orchestrator.model_files import read_model_files
 from placement.errors import InvalidConfig
+from placement.hf import saved_dtype
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.weights import num_parameters
 
 LOCAL_NODE = "local"
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _PORTS_TRIED = 100
 
 
@@ -69,7 +68,7 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
     plan = plan_replicas(
         files.spec,
         cluster,
-        dtype=files.spec.dtype if config.model.dtype == "auto" else DType(config.model.dtype),
+        dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
         block_size=config.serving.block_size,
         kv_cache_bytes=config.serving.kv_cache,
         max_context_tokens=config.model.max_context_tokens,
@@ -78,6 +77,8 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
         unmeasured=unmeasured,
     )
     _check_port("gateway.address", config.gateway.address)
+    if config.cluster.is_local:
+        _check_bind_host(config.cluster.bind_host)
     if config.telemetry.prometheus_address is not None:
         _check_port("telemetry.prometheus_address", config.telemetry.prometheus_address)
     return Checked(
@@ -91,22 +92,7 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
 
 def measure_machine() -> Machine:
     """Memory that is free now, within the container's limit, and the cores this process may use."""
-    return Machine(
-        memory_bytes=min([psutil.virtual_memory().available, *_container_limits()]),
-        num_cores=len(os.sched_getaffinity(0)),
-    )
-
-
-def _container_limits() -> list[int]:
-    limits = []
-    for name in _CGROUP_LIMITS:
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():  # cgroup v2 writes "max" for none
-            limits.append(int(text))
-    return limits
+    return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
 
 
 def _cluster(config: Config, machine: Machine) -> tuple[ClusterSpec, set[tuple[str, str]]]:
@@ -170,6 +156,17 @@ def _check_port(field: str, address: Address) -> None:
         problem = "is not an address of this machine"
         fix = f"Set {field} to 127.0.0.1:{address.port}, or to 0.0.0.0:{address.port} for all interfaces."
     raise InvalidConfig(field=field, value=str(address), problem=problem, fix=fix)
+
+
+def _check_bind_host(host: str) -> None:
+    """Raises InvalidConfig where workers of this machine could not listen on ``host``."""
+    if _bind_error(Address(host, 0)) is not None:
+        raise InvalidConfig(
+            field="cluster.bind_host",
+            value=host,
+            problem="is not an address of this machine",
+            fix="Set it to 127.0.0.1, or to an address that this machine has.",
+        )
 
 
 def _free_address(address: Address) -> Address | None:

@@ -1,8 +1,10 @@
 """Owns how a deployment's status is shown: a table on a terminal, plain lines elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,29 +20,49 @@ _STYLES = {
 }
 _COLUMNS = (
     "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "weights", "KV",
-    "KV used", "running", "waiting", "cause",
+    "KV used", "running", "waiting",
 )  # fmt: skip
+# What a narrow terminal does without, first to go first; the lines for programs have everything.
+_DISPENSABLE = ("epoch", "address", "pid", "layers", "KV", "weights", "node")
+_UNLIMITED = 10_000
 _RIGHT = ("epoch", "rank", "pid", "weights", "KV", "KV used", "running", "waiting")
 
 
 def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
     """The table where ``console`` is a terminal, else one ``key=value`` line a rank, for other programs."""
     if console.is_terminal:
-        console.print(status_table(status))
+        console.print(status_table(console, status))
         return
     for line in status_lines(status):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def status_table(status: admin_pb2.GetStatusResponse) -> Group:
-    """One row a rank under a line on the gateway. A replica's own figures stand in its first row."""
-    table = Table(title=Text(f"model {_printable(status.model)}"), title_justify="left")
-    for column in _COLUMNS:
+def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
+    """One row a rank, then why some failed, then a line on the gateway. As many columns as fit ``console``.
+
+    A replica's own figures stand in its first row.
+    """
+    rows = list(_rows(status))
+    columns = [column for column in _COLUMNS if any(row[column] for row in rows)]
+    table = _table(status.model, columns, rows)
+    unlimited = console.options.update(width=_UNLIMITED)
+    for column in _DISPENSABLE:
+        if Measurement.get(console, unlimited, table).maximum <= console.width:
+            break
+        columns = [kept for kept in columns if kept != column]
+        table = _table(status.model, columns, rows)
+    causes = [f"{row['replica']}: {row['cause']}" for row in rows if row["cause"]]
+    return Group(table, *(Text(_printable(cause), "red") for cause in causes), Text(_gateway_words(status.gateway)))
+
+
+def _table(model: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=Text(f"model {_printable(model)}"), title_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
         table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
-    for row in _rows(status):
+    for row in rows:
         style = _STYLES.get(row["state"], "")
-        table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in _COLUMNS))
-    return Group(table, Text(_gateway_words(status.gateway)))
+        table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in columns))
+    return table
 
 
 def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:

@@ -5,7 +5,6 @@ of stopping gateway (drained), workers, Ray. Whatever fails first is the message
 """
 
 import json
-import logging
 import os
 import queue
 import signal
@@ -33,12 +32,14 @@ from placement.errors import HeterodyneError
 from placement.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
-logger = logging.getLogger(__name__)
-
 _POLL_S = 0.2
 _GATEWAY_START_S = 30.0
 # Beyond the grace period: closing streams and exporters.
 _GATEWAY_STOP_S = 10.0
+# Beyond the limits of the launch's own steps, whose causes say more.
+_LAUNCH_SLACK_S = 30.0
+# The controller is reached directly, whatever proxy the environment names.
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 class LaunchFailed(HeterodyneError):
@@ -50,19 +51,29 @@ class ServiceEnded(HeterodyneError):
 
 
 class _Stop:
-    """SIGINT and SIGTERM: the first asks for a drain, the second cuts it short."""
+    """SIGINT and SIGTERM: the first asks for a drain; a second Ctrl-C cuts it short.
+
+    A second SIGTERM does not: supervisors repeat it, to a process and to its group.
+    """
 
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.forced = threading.Event()
 
-    def handle(self, _number: int, _frame: FrameType | None) -> None:
-        (self.forced if self.asked.is_set() else self.asked).set()
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked.is_set():
+            self.forced.set()
+        self.asked.set()
 
     def install(self) -> None:
         """Ray sets handlers of its own when it connects, so this is called again after."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
+
+    def ignore(self) -> None:
+        """For the way out: the interpreter resets ``handle`` there, and a late signal would spoil the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
@@ -90,6 +101,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
             return _run(config, controller, gateway, stop, console)
     finally:
         disconnect()
+        stop.ignore()
 
 
 @contextmanager
@@ -112,7 +124,6 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
     launch = LaunchSettings(
         bind_host=config.cluster.bind_host,
         start_timeout_s=config.launch.start_timeout_s,
-        load_timeout_s=config.launch.load_timeout_s,
         labels=labels,
     )
     handle = ControllerHandle.start(settings, launch)
@@ -190,7 +201,7 @@ def _run(config: Config, controller: ControllerHandle, gateway: _Gateway, stop: 
     """Follow the launch, then serve until asked to stop, then drain."""
     with _watch(controller.control_address) as states:
         with LoadProgress(console) as progress:
-            ready = _launch(states, gateway, stop, progress.update, progress.tick)
+            ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
             _say(console, event="serving", model=config.model.name, address=gateway.address)
             _supervise(states, gateway, stop, console)
@@ -200,30 +211,40 @@ def _run(config: Config, controller: ControllerHandle, gateway: _Gateway, stop: 
     return 0 if code == 0 else 1
 
 
+class _ControllerLost(Exception):
+    """The controller's stream ended. Raised once; there are no further states after it."""
+
+
 States = Callable[[], control_pb2.WatchResponse | None]
 
 
 @contextmanager
 def _watch(control_address: str) -> Iterator[States]:
-    """The controller's stream, read in a thread; the function yielded gives the next state, or None for a while."""
-    states: queue.Queue[control_pb2.WatchResponse] = queue.Queue()
-    with grpc.insecure_channel(control_address) as channel:
+    """The controller's stream, read in a thread.
+
+    The function yielded gives the next state, or None after a while without one; it raises _ControllerLost.
+    """
+    states: queue.Queue[control_pb2.WatchResponse | _ControllerLost] = queue.Queue()
+    with grpc.insecure_channel(control_address, options=_CHANNEL_OPTIONS) as channel:
         call = control_pb2_grpc.ControlStub(channel).Watch(control_pb2.WatchRequest())
 
         def read() -> None:
+            cause = "it ended its stream"
             try:
                 for state in call:
                     states.put(state)
             except grpc.RpcError as error:
-                # A lost controller does not stop the service; the gateway goes on.
-                if error.code() is not grpc.StatusCode.CANCELLED:
-                    logger.warning("controller_lost code=%s", error.code().name)
+                cause = error.code().name
+            states.put(_ControllerLost(cause))
 
         def take() -> control_pb2.WatchResponse | None:
             try:
-                return states.get(timeout=_POLL_S)
+                state = states.get(timeout=_POLL_S)
             except queue.Empty:
                 return None
+            if isinstance(state, _ControllerLost):
+                raise state
+            return state
 
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
@@ -234,26 +255,31 @@ def _watch(control_address: str) -> Iterator[States]:
             thread.join(timeout=2.0)
 
 
-def _launch(
-    states: States,
-    gateway: _Gateway,
-    stop: _Stop,
-    show: Callable[[control_pb2.WatchResponse], None],
-    tick: Callable[[], None],
-) -> bool:
+def _launch_limit_s(config: Config) -> float:
+    """Reserving, reaching and starting the workers each take start_timeout_s at most; then they load."""
+    return 3 * config.launch.start_timeout_s + config.launch.load_timeout_s + _LAUNCH_SLACK_S
+
+
+def _launch(states: States, gateway: _Gateway, stop: _Stop, progress: LoadProgress, *, timeout_s: float) -> bool:
     """Wait until the deployment is ready; False when asked to stop before.
 
     Raises:
-        LaunchFailed: the first failing rank's cause.
+        LaunchFailed: the first failing rank's cause; the controller or the gateway was lost; or ``timeout_s`` passed.
     """
+    deadline = time.monotonic() + timeout_s
     while not stop.asked.is_set():
-        state = states()
-        tick()
+        try:
+            state = states()
+        except _ControllerLost as lost:
+            raise LaunchFailed(f"the controller was lost while the deployment started ({lost})") from None
+        progress.tick()
         if gateway.ended():
             raise LaunchFailed(f"the gateway ended with exit code {gateway.process.returncode}")
+        if time.monotonic() > deadline:
+            raise LaunchFailed(f"the deployment was not ready after {timeout_s:g} s")
         if state is None:
             continue
-        show(state)
+        progress.update(state)
         if state.phase == control_pb2.PHASE_FAILED:
             raise LaunchFailed(state.cause)
         if state.phase == control_pb2.PHASE_READY:
@@ -262,7 +288,7 @@ def _launch(
 
 
 def _supervise(states: States, gateway: _Gateway, stop: _Stop, console: Console) -> None:
-    """Say what changes until asked to stop.
+    """Say what changes until asked to stop. A lost controller is only said: the gateway goes on without it.
 
     Raises:
         ServiceEnded: the gateway ended by itself.
@@ -271,7 +297,11 @@ def _supervise(states: States, gateway: _Gateway, stop: _Stop, console: Console)
     while not stop.asked.is_set():
         if gateway.ended():
             raise ServiceEnded(f"the gateway ended by itself with exit code {gateway.process.returncode}")
-        state = states()
+        try:
+            state = states()
+        except _ControllerLost as lost:
+            _say(console, event="controller_lost", cause=lost)
+            continue
         for replica in state.replicas if state is not None else ():
             key = (replica.name, replica.epoch)
             if phases.get(key, control_pb2.PHASE_READY) != replica.phase:

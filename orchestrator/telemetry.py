@@ -1,5 +1,8 @@
 """Traces and metrics, through OpenTelemetry, under the names of its GenAI conventions. Never prompt or answer text."""
 
+import logging
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +21,8 @@ from prometheus_client import start_http_server
 
 from orchestrator.config import TelemetryConfig
 from placement.errors import InvalidConfig
+
+logger = logging.getLogger(__name__)
 
 _SYSTEM = "heterodyne"
 _OPERATION = "text_completion"
@@ -65,6 +70,7 @@ class Telemetry:
 
     def __init__(self, config: TelemetryConfig, *, span_exporter: SpanExporter | None = None) -> None:
         resource = Resource.create({"service.name": config.service_name})
+        self._closing: list[Callable[[], object]] = []
         readers: list[MetricReader] = []
         exporters = [span_exporter] if span_exporter else []
         if config.prometheus_address is not None:
@@ -80,12 +86,13 @@ class Telemetry:
         self._traces = TracerProvider(resource=resource, shutdown_on_exit=False)
         for exporter in exporters:
             self._traces.add_span_processor(BatchSpanProcessor(exporter))
+        self._closing += [self._traces.shutdown, self._meters.shutdown]
         self._tracer = self._traces.get_tracer("heterodyne.gateway")
         self._make_instruments()
 
     def _serve_prometheus(self, host: str, port: int) -> None:
         try:
-            self._prometheus = start_http_server(port, addr=host)
+            server, thread = start_http_server(port, addr=host)
         except OSError as error:
             raise InvalidConfig(
                 field="telemetry.prometheus_address",
@@ -93,6 +100,13 @@ class Telemetry:
                 problem="cannot be listened on",
                 fix="Choose a free port of this host, or null.",
             ) from error
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._closing.append(close)
 
     def _make_instruments(self) -> None:
         meter = self._meter = self._meters.get_meter("heterodyne.gateway")
@@ -167,7 +181,17 @@ class Telemetry:
         context = set_span_in_context(request)
         self._tracer.start_span(name, context=context, start_time=start).end(max(start, stop))
 
-    def close(self) -> None:
-        """Send what is still held."""
-        self._traces.shutdown()
-        self._meters.shutdown()
+    def close(self, timeout_s: float = 3.0) -> None:
+        """Send what is still held and stop listening; returns within ``timeout_s``. Blocks: not for an event loop.
+
+        What a receiver has not taken by then is lost.
+        """
+        deadline = time.monotonic() + timeout_s
+        # The exporters retry for longer than a drained service may take to end; nothing waits for these threads.
+        closers = [threading.Thread(target=close, daemon=True) for close in self._closing]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join(max(0.0, deadline - time.monotonic()))
+        if any(closer.is_alive() for closer in closers):
+            logger.warning("telemetry_not_sent timeout_s=%g", timeout_s)

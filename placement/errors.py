@@ -43,3 +43,8 @@ def shorten(value: object, limit: int = 120) -> str:
     """``repr(value)``, cut so that a message stays readable (and never carries a whole prompt)."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def cause_of(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

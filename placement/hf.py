@@ -23,8 +23,8 @@ _FIX_EXPORT = "Use the config.json that was saved with the model."
 def read_model_spec(config: Mapping[str, object], generation_config: Mapping[str, object] | None = None) -> ModelSpec:
     """The model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
 
-    Understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and
-    5 (``rope_parameters``, ``dtype``).
+    Understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
+    The number type is not part of it: see :func:`saved_dtype`.
 
     Raises:
         InvalidModel: a value is missing, of the wrong type, impossible, or of a model that is not served.
@@ -51,9 +51,26 @@ def read_model_spec(config: Mapping[str, object], generation_config: Mapping[str
         tied_embeddings=_bool(config, "tie_word_embeddings"),
         attention_bias=_bool(config, "attention_bias"),
         mlp_bias=_bool(config, "mlp_bias"),
-        dtype=_dtype(config),
         eos_token_ids=_eos_token_ids(config, generation_config, vocab_size),
     )
+
+
+def saved_dtype(config: Mapping[str, object]) -> DType:
+    """The number type that the model was saved in, for a deployment that names none; float32 where it is not said.
+
+    Reads ``dtype`` (transformers 5) or ``torch_dtype`` (4).
+
+    Raises:
+        InvalidModel: it is not one that is served.
+    """
+    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
+    name = config.get(key)
+    if name is None:
+        return DType.FLOAT32
+    if name in ("float32", "bfloat16"):
+        return DType(name)
+    fix = "Set model.dtype to bfloat16 or float32 in the cluster file: weights are converted while they load."
+    raise _refusal(key, name, "is not a number type that is served", fix)
 
 
 def _check_architecture(config: Mapping[str, object]) -> None:
@@ -115,17 +132,6 @@ def _rope(config: Mapping[str, object]) -> RopeSpec:
         high_freq_factor=high,
         original_max_tokens=original,
     )
-
-
-def _dtype(config: Mapping[str, object]) -> DType:
-    key = "dtype" if config.get("dtype") is not None else "torch_dtype"
-    name = config.get(key)
-    if name is None:
-        return DType.FLOAT32
-    if name in ("float32", "bfloat16"):
-        return DType(name)
-    fix = f"Set {key} to bfloat16 or float32 there: weights are converted while they load."
-    raise _refusal(key, name, "is not a number type that is served", fix)
 
 
 def _eos_token_ids(

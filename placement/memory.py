@@ -37,7 +37,7 @@ class Footprint:
             "workspace": self.workspace_bytes,
             "process": self.process_bytes,
         }
-        return " + ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
+        return " + ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
 
 
 def footprint(

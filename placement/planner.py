@@ -4,7 +4,7 @@ In this version each device holds a whole replica: one stage, one shard.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from placement.errors import InvalidConfig, NotEnoughMemory
@@ -36,6 +36,15 @@ class _Blocks:
     smallest_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    """A whole model on a device, and what it takes there."""
+
+    node: NodeSpec
+    device: DeviceSpec
+    need: Footprint
+
+
 def plan_replicas(
     model: ModelSpec,
     cluster: ClusterSpec,
@@ -65,34 +74,30 @@ def plan_replicas(
             node together do not fit in the node.
     """
     blocks = _blocks(model, dtype, block_size, kv_cache_bytes, max_context_tokens)
-    needs: list[tuple[NodeSpec, DeviceSpec, Footprint]] = []
-    for node in cluster.nodes:
-        for device in node.devices:
-            need = footprint(
-                model,
-                whole_model(model),
-                dtype=dtype,
-                kv_bytes=blocks.kv_bytes,
-                max_num_seqs=max_num_seqs,
-                token_budget=token_budget,
-                on_cpu=device.kind == "cpu",
-            )
-            needs.append((node, device, need))
-            if (node.name, device.name) not in unmeasured:
-                where = f"{device.name} of node {node.name}"
-                _check_fits([need], device.memory_bytes, blocks.smallest_bytes, where)
-    for node in cluster.nodes:
-        on_cpu = [
-            need
-            for holder, device, need in needs
-            if holder is node and device.kind == "cpu" and (node.name, device.name) not in unmeasured
-        ]
-        _check_fits(on_cpu, node.memory_bytes, blocks.smallest_bytes, f"node {node.name}")
-    replicas = (
-        _whole_replica(index, model, node, device, need, blocks) for index, (node, device, need) in enumerate(needs)
-    )
+    ranks = _ranks(model, cluster, dtype, blocks.kv_bytes, max_num_seqs, token_budget)
+    _check_memory([rank for rank in ranks if (rank.node.name, rank.device.name) not in unmeasured], blocks)
+    replicas = tuple(_whole_replica(index, model, rank, blocks) for index, rank in enumerate(ranks))
     served = dataclasses.replace(model, max_context_tokens=blocks.context_tokens)
-    return Plan(model=served, dtype=dtype, block_size=block_size, replicas=tuple(replicas))
+    return Plan(model=served, dtype=dtype, block_size=block_size, replicas=replicas)
+
+
+def _ranks(
+    model: ModelSpec, cluster: ClusterSpec, dtype: DType, kv_bytes: int, max_num_seqs: int, token_budget: int
+) -> list[_Rank]:
+    """One rank a device, in the order of nodes and devices."""
+
+    def need(device: DeviceSpec) -> Footprint:
+        return footprint(
+            model,
+            whole_model(model),
+            dtype=dtype,
+            kv_bytes=kv_bytes,
+            max_num_seqs=max_num_seqs,
+            token_budget=token_budget,
+            on_cpu=device.kind == "cpu",
+        )
+
+    return [_Rank(node=node, device=device, need=need(device)) for node in cluster.nodes for device in node.devices]
 
 
 def _blocks(
@@ -135,6 +140,17 @@ def _blocks(
     )
 
 
+def _check_memory(ranks: Sequence[_Rank], blocks: _Blocks) -> None:
+    """Each rank in its device, then those on CPUs together in their node. Raises NotEnoughMemory."""
+    for rank in ranks:
+        where = f"{rank.device.name} of node {rank.node.name}"
+        _check_fits([rank.need], rank.device.memory_bytes, blocks.smallest_bytes, where)
+    on_cpu = [rank for rank in ranks if rank.device.kind == "cpu"]
+    for node in {rank.node.name: rank.node for rank in on_cpu}.values():
+        needs = [rank.need for rank in on_cpu if rank.node.name == node.name]
+        _check_fits(needs, node.memory_bytes, blocks.smallest_bytes, f"node {node.name}")
+
+
 def _check_fits(needs: list[Footprint], memory_bytes: int, smallest_kv_bytes: int, where: str) -> None:
     """Whether the ranks together fit in ``memory_bytes``; the error names what would.
 
@@ -168,20 +184,18 @@ def _check_fits(needs: list[Footprint], memory_bytes: int, smallest_kv_bytes: in
     )
 
 
-def _whole_replica(
-    index: int, model: ModelSpec, node: NodeSpec, device: DeviceSpec, need: Footprint, blocks: _Blocks
-) -> Replica:
+def _whole_replica(index: int, model: ModelSpec, rank: _Rank, blocks: _Blocks) -> Replica:
     layers = Span(0, model.num_layers)
     shard = Shard(
         rank=0,
-        node=node.name,
-        device=device,
+        node=rank.node.name,
+        device=rank.device,
         layers=layers,
         kv_heads=Span(0, model.num_kv_heads),
         ffn_columns=Span(0, model.ffn_size),
         vocab_rows=Span(0, model.vocab_size),
         num_blocks=blocks.num_blocks,
-        weight_bytes=need.weight_bytes,
+        weight_bytes=rank.need.weight_bytes,
         kv_bytes=blocks.kv_bytes,
     )
     return Replica(name=f"replica-{index}", stages=(Stage(layers=layers, shards=(shard,)),))

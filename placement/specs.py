@@ -58,7 +58,6 @@ class ModelSpec:
     tied_embeddings: bool
     attention_bias: bool = False
     mlp_bias: bool = False
-    dtype: DType = DType.FLOAT32
     eos_token_ids: tuple[int, ...] = ()
 
     @property

@@ -15,7 +15,7 @@ import sys
 
 import grpc
 
-from placement.errors import FieldError, InvalidConfig
+from placement.errors import FieldError, InvalidConfig, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.device import open_device
 from workers.server import WorkerService
@@ -25,6 +25,8 @@ logger = logging.getLogger("workers")
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.25
 _STOP_GRACE_S = 1.0
+# Streams of a failed engine end by themselves; their last messages get this long to leave.
+_FLUSH_S = 0.25
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 64 << 20),
@@ -37,7 +39,7 @@ _SERVER_OPTIONS = [
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m workers", description="One Heterodyne rank.")
-    parser.add_argument("--bind", default="127.0.0.1:0", help="host:port to listen on; port 0 takes a free one")
+    parser.add_argument("--bind", default="127.0.0.1:0", help="host:port or [ipv6]:port; port 0 takes a free one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that compute, on cpu")
     parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
@@ -74,17 +76,17 @@ async def serve(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     code = await _watch(service, stop, args.parent_pid)
-    await server.stop(_STOP_GRACE_S)
+    failure = service.engine_failure
+    await server.stop(_STOP_GRACE_S if failure is None else _FLUSH_S)
     service.close()
+    if failure is not None:  # the last line, so that the launcher can name the cause
+        print(f"engine failed: {cause_of(failure)}", file=sys.stderr, flush=True)
     return code
 
 
 async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None) -> int:
     while not stop.is_set():
         if service.engine_failure is not None:
-            # The outputs that carry the cause leave first; then the supervisor sees the process end.
-            await asyncio.sleep(_WATCH_S)
-            print(f"engine failed: {service.engine_failure}", file=sys.stderr, flush=True)
             return 1
         if parent_pid is not None and os.getppid() != parent_pid:
             return 1

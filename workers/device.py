@@ -3,10 +3,12 @@
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
+from placement.cgroup import container_available
 from placement.errors import InvalidConfig
 from placement.specs import DType
 
@@ -33,10 +35,24 @@ class Device:
 
     @property
     def available_memory_bytes(self) -> int:
-        """Memory that can be allocated at this moment."""
+        """Memory that can be allocated at this moment; for a CPU within the container's limit."""
         if self.torch_device.type == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)[0]
-        return psutil.virtual_memory().available
+        free, limit = psutil.virtual_memory().available, container_available(_read)
+        return free if limit is None else min(free, limit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how Python, the CPU's allocator (a plain RuntimeError) or CUDA's says that memory ran out."""
+    by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return by_type or re.search("can't allocate memory|not enough memory", str(error)) is not None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None
 
 
 def open_device(name: str, num_threads: int) -> Device:

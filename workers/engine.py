@@ -12,15 +12,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 
 from placement.blocks import BlockPool, block_runs
-from placement.errors import FieldError
+from placement.errors import HeterodyneError, cause_of
 from placement.scheduling import Chunk, Scheduler, StepPlan
 from placement.sequence import Sequence
 from workers.engine_types import (
     Abandon,
     Cancel,
     Command,
+    Drain,
+    Draining,
     EndReason,
     Limits,
     LoadSnapshot,
@@ -51,6 +54,11 @@ class Engine:
         scheduler: decides what each step computes, with the blocks of ``pool``.
         limits: what a submission may ask for.
         clock: seconds, monotonic.
+
+    Attributes:
+        load: its figures between two steps.
+        failure: what a step raised; whatever is submitted from then on ends at once with that cause.
+        ended: done when the loop was left, whichever way, and all that was submitted until then is answered.
     """
 
     def __init__(
@@ -74,8 +82,10 @@ class Engine:
         self._steps = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._draining = False
         self._stopped = False
         self.failure: Exception | None = None
+        self.ended: Future[None] = Future()
         self.load = self._snapshot()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
@@ -84,6 +94,9 @@ class Engine:
     def submit(self, sink: Sink, sequence_id: int, submission: Submission) -> None:
         """Ask for a sequence. The answer, outputs or a refusal, goes to ``sink``."""
         self._inbox.put(Submit(sink=sink, sequence_id=sequence_id, submission=submission, at_s=self._clock()))
+        # Looked at after the put, as `_fail` empties the inbox after it is set: one of the two finds the command.
+        if self.failure is not None:
+            self._fail_inbox(self.failure)
 
     def cancel(self, sink: Sink, sequence_id: int) -> None:
         """End a sequence before the next step; it may already have ended."""
@@ -92,6 +105,10 @@ class Engine:
     def abandon(self, sink: Sink) -> None:
         """The sink is gone: end everything submitted through it and send it nothing more."""
         self._inbox.put(Abandon(sink=sink))
+
+    def drain(self) -> None:
+        """Finish what was submitted before; refuse what comes after with ``Draining``."""
+        self._inbox.put(Drain())
 
     def stop(self) -> None:
         """Leave the loop before the next step."""
@@ -109,6 +126,8 @@ class Engine:
         except Exception as error:  # the border of the thread: whatever it was, every sequence must end
             logger.exception("engine_failed")
             self._fail(error)
+        finally:
+            self.ended.set_result(None)
 
     def _take_commands(self) -> bool:
         """Apply every command that waits; when there is nothing to compute, wait for one."""
@@ -137,6 +156,8 @@ class Engine:
             case Abandon(sink=sink):
                 for engine_id in [i for i, work in self._works.items() if work.sink is sink]:
                     self._end(engine_id)
+            case Drain():
+                self._draining = True
             case Stop():
                 self._stopped = True
 
@@ -151,11 +172,13 @@ class Engine:
             arrival=engine_id,
         )
         try:
+            if self._draining:
+                raise Draining("this replica is draining and takes no new sequences")
             check_submission(submission, self._limits)
             if (sink, command.sequence_id) in self._engine_ids:
                 raise repeated(command.sequence_id)
             self._scheduler.add(sequence)
-        except FieldError as error:
+        except HeterodyneError as error:
             sink.refused(command.sequence_id, error)
             return
         self._works[engine_id] = Work(
@@ -231,14 +254,24 @@ class Engine:
         self._scheduler.remove(engine_id)
 
     def _fail(self, error: Exception) -> None:
-        """A step raised: every sequence ends with the cause, and the engine takes no more."""
+        """A step raised: every sequence ends with the cause, those in the inbox too, and the engine takes no more."""
         self.failure = error
-        detail = f"{type(error).__name__}: {error}"
         outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
         for work in self._works.values():
-            outputs[work.sink].append(Output(sequence_id=work.sequence_id, end=EndReason.FAILED, detail=detail))
+            outputs[work.sink].append(_failed(work.sequence_id, error))
         for sink, items in outputs.items():
             sink.step(self._steps, items)
+        self._fail_inbox(error)
+
+    def _fail_inbox(self, error: Exception) -> None:
+        """Answer every submission in the inbox. Any thread: whoever takes a command out answers it."""
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(command, Submit):
+                command.sink.step(self._steps, [_failed(command.sequence_id, error)])
 
     def _snapshot(self) -> LoadSnapshot:
         pool = self._pool
@@ -253,3 +286,7 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
         )
+
+
+def _failed(sequence_id: int, error: Exception) -> Output:
+    return Output(sequence_id=sequence_id, end=EndReason.FAILED, detail=cause_of(error))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from placement.errors import FieldError, InvalidRequest
+from placement.errors import HeterodyneError, InvalidRequest
 from placement.sequence import Sequence
 from workers.runner import SequenceInput
 from workers.sampling import SampledToken, SamplingParams
@@ -18,6 +18,10 @@ class EndReason(Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     FAILED = "failed"
+
+
+class Draining(HeterodyneError):
+    """The engine finishes what it has and takes nothing new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +85,15 @@ class LoadSnapshot:
 
 
 class Sink(Protocol):
-    """Who asked for a sequence. Called on the engine's thread, so it must only hand over and return."""
+    """Who asked for a sequence. Called on the engine's thread, so it must only hand over and return.
+
+    Once the engine has failed, it is called on the thread that submits.
+    """
 
     def step(self, step: int, outputs: Seq[Output]) -> None:
         """One step's outputs for this sink."""
 
-    def refused(self, sequence_id: int, error: FieldError) -> None:
+    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
         """The submission was not taken."""
 
 
@@ -117,11 +124,16 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     pass
 
 
-Command = Submit | Cancel | Abandon | Stop
+Command = Submit | Cancel | Abandon | Drain | Stop
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
 
-from placement.errors import FieldError
+import grpc
+
+from placement.errors import FieldError, HeterodyneError, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
 from workers.engine import Engine
@@ -14,7 +16,11 @@ HEARTBEAT_S = 0.4
 
 
 class LeaderStream:
-    """The engine's sink for one stream. Lives on ``loop``; only ``step`` and ``refused`` run elsewhere."""
+    """The engine's sink for one stream. Lives on ``loop``; only ``step`` and ``refused`` run elsewhere.
+
+    Attributes:
+        status: how the stream ends where this side ends it; None while it lasts or when the gateway closed it.
+    """
 
     def __init__(self, *, engine: Engine, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
         self._engine = engine
@@ -22,6 +28,7 @@ class LeaderStream:
         self._loop = loop
         self._outbox: asyncio.Queue[pb.LeadResponse | None] = asyncio.Queue()
         self.fenced_messages = 0
+        self.status: tuple[grpc.StatusCode, str] | None = None
 
     # -- called on the engine's thread ------------------------------------------------------------------------
 
@@ -29,7 +36,7 @@ class LeaderStream:
         """Hand one step's outputs over; the message is built on the loop, so the engine goes on at once."""
         self._post(self._send_step, step, outputs)
 
-    def refused(self, sequence_id: int, error: FieldError) -> None:
+    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
         """Hand a refusal over."""
         self._post(self._send_refusal, sequence_id, error)
 
@@ -44,7 +51,7 @@ class LeaderStream:
         sequences = [wire.sequence_output(output) for output in outputs]
         self._send(pb.LeadResponse(step=pb.StepOutput(step=step, sequences=sequences)))
 
-    def _send_refusal(self, sequence_id: int, error: FieldError) -> None:
+    def _send_refusal(self, sequence_id: int, error: HeterodyneError) -> None:
         self._refuse(sequence_id, wire.error_code(error), str(error))
 
     def _refuse(self, sequence_id: int, code: int, message: str) -> None:
@@ -76,6 +83,10 @@ class LeaderStream:
             self._submit(request.submit)
         elif command == "cancel":
             self._engine.cancel(self, request.cancel.sequence_id)
+        elif command == "drain":
+            self._engine.drain()
+        else:
+            self._end(grpc.StatusCode.INVALID_ARGUMENT, "a message holds no command that this worker knows")
 
     def _submit(self, message: pb.Submit) -> None:
         try:
@@ -92,7 +103,17 @@ class LeaderStream:
             self._send(pb.LeadResponse(load=report))
             await asyncio.sleep(HEARTBEAT_S)
 
+    async def end_with_engine(self) -> None:
+        """Wait for the engine's failure, then end the stream, behind the outputs that carry the cause."""
+        await asyncio.shield(asyncio.wrap_future(self._engine.ended, loop=self._loop))
+        if self._engine.failure is not None:
+            self._end(grpc.StatusCode.INTERNAL, f"the engine failed: {cause_of(self._engine.failure)}")
+
+    def _end(self, code: grpc.StatusCode, details: str) -> None:
+        self.status = self.status or (code, details)
+        self._outbox.put_nowait(None)
+
     async def write(self) -> AsyncIterator[pb.LeadResponse]:
-        """What goes to the gateway, in order, until it closes the stream."""
+        """What goes to the gateway, in order, until either side ends the stream."""
         while (message := await self._outbox.get()) is not None:
             yield message

@@ -1,19 +1,23 @@
 """Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from kernels.select import kernels_for
 from placement.blocks import BlockPool
-from placement.errors import InvalidModel, InvalidRequest
+from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory, cause_of
 from placement.hf import read_model_spec
+from placement.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
+from placement.plan import Span
 from placement.scheduling import Scheduler, SchedulerLimits
-from placement.specs import ModelSpec
+from placement.specs import DType, ModelSpec
 from placement.weights import TensorSlice, shard_tensors, whole_model
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
-from workers.device import TORCH_DTYPES, Device
+from workers.device import TORCH_DTYPES, Device, is_out_of_memory
 from workers.engine import Engine
 from workers.engine_types import Limits
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
@@ -49,36 +53,37 @@ class LoadJob:
         Raises:
             InvalidModel: the directory is missing something, damaged, or of a kind that is not served.
             InvalidRequest: the load asks for something impossible.
-            NotEnoughMemory: the device cannot hold the KV blocks.
+            NotEnoughMemory: the device has not the memory, by reckoning before anything is read or in fact.
         """
-        request = self._request
-        path = Path(request.model_path)
-        model = read_model(path)
+        request, device = self._request, self._device
+        model = read_model(Path(request.model_path))
         dtype = wire.dtype(request.dtype)
         _check(request, model)
         slices = _slices(request.shard, model)
-        weights = load_weights(path, slices, TORCH_DTYPES[dtype], self._device.torch_device, self._progress)
+        need = _need(request, model, slices, dtype, on_cpu=device.torch_device.type == "cpu")
+        check_memory(need, device.available_memory_bytes, where=device.name)
+        try:
+            return self._load(model, slices, TORCH_DTYPES[dtype])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemory(
+                field="serving.kv_cache",
+                value=format_bytes(need.kv_bytes),
+                problem=f"{device.name} ran out of memory while loading ({cause_of(error)})",
+                fix="Lower it, free memory, or use a smaller model.",
+            ) from error
+
+    def _load(self, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: torch.dtype) -> Loaded:
+        request, torch_device = self._request, self._device.torch_device
+        num_slots = request.num_blocks * request.block_size
+        weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress)
         self.phase = pb.LOAD_PHASE_KV_CACHE
-        cache = allocate_kv_cache(
-            model,
-            num_slots=request.num_blocks * request.block_size,
-            dtype=TORCH_DTYPES[dtype],
-            device=self._device,
-        )
-        runner = ModelRunner(
-            model=model,
-            weights=weights,
-            cache=cache,
-            device=self._device.torch_device,
-            kernels=kernels_for(self._device.torch_device.type),
-        )
+        cache = allocate_kv_cache(model, num_slots=num_slots, dtype=dtype, device=self._device)
+        kernels = kernels_for(torch_device.type)
+        runner = ModelRunner(model=model, weights=weights, cache=cache, device=torch_device, kernels=kernels)
         self.phase = pb.LOAD_PHASE_WARM_UP
-        warm_up(
-            runner,
-            model=model,
-            token_budget=request.token_budget,
-            num_slots=request.num_blocks * request.block_size,
-        )
+        warm_up(runner, model=model, token_budget=request.token_budget, num_slots=num_slots)
         return Loaded(
             engine=build_engine(runner, request=request, model=model),
             weight_bytes=self.loaded_bytes,
@@ -152,6 +157,52 @@ def _check(request: pb.LoadRequest, model: ModelSpec) -> None:
             problem=f"is more than the model's own {model.max_context_tokens}",
             fix=f"Use at most {model.max_context_tokens}.",
         )
+
+
+def _need(
+    request: pb.LoadRequest, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: DType, *, on_cpu: bool
+) -> Footprint:
+    """What this process has yet to allocate: it stands already, so its own bytes are left out."""
+    block_bytes = kv_bytes_per_block(
+        model,
+        dtype=dtype,
+        block_size=request.block_size,
+        layers=Span(request.shard.layers.start, request.shard.layers.stop),
+        kv_heads=Span(request.shard.kv_heads.start, request.shard.kv_heads.stop),
+    )
+    need = footprint(
+        model,
+        slices,
+        dtype=dtype,
+        kv_bytes=request.num_blocks * block_bytes,
+        max_num_seqs=request.max_num_seqs,
+        token_budget=request.token_budget,
+        on_cpu=on_cpu,
+    )
+    return replace(need, process_bytes=0)
+
+
+def check_memory(need: Footprint, available_bytes: int, *, where: str) -> None:
+    """Refuse what does not fit in ``available_bytes``; the error names the setting that would help.
+
+    Raises:
+        NotEnoughMemory: of ``serving.kv_cache`` where fewer KV blocks would fit, else of ``serving.token_budget``
+            where smaller steps would, else of ``model.path``.
+    """
+    if need.total_bytes <= available_bytes:
+        return
+    kv_room = available_bytes - need.weight_bytes - need.workspace_bytes
+    if kv_room > 0:
+        field, size = "serving.kv_cache", need.kv_bytes
+        fix = f"Set serving.kv_cache to {size_setting(kv_room, round_up=False)} or less."
+    elif need.weight_bytes < available_bytes:
+        field, size = "serving.token_budget", need.workspace_bytes
+        fix = "Lower serving.token_budget or serving.max_num_seqs, or free memory."
+    else:
+        field, size = "model.path", need.weight_bytes
+        fix = "Free memory, or use a smaller model."
+    problem = f"{need} are needed, and {where} has {format_bytes(max(available_bytes, 0))} left"
+    raise NotEnoughMemory(field=field, value=format_bytes(size), problem=problem, fix=fix)
 
 
 def warm_up(runner: ModelRunner, *, model: ModelSpec, token_budget: int, num_slots: int) -> None:

@@ -60,10 +60,6 @@ class WorkerService(pb_grpc.WorkerServicer):
             self._loaded = task.result()
         except FieldError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
-        except MemoryError:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "out of memory while loading; lower serving.kv_cache"
-            )
         self._loaded.engine.thread.start()
         self._phase = pb.LOAD_PHASE_READY
         yield self._progress(job, started)
@@ -104,12 +100,16 @@ class WorkerService(pb_grpc.WorkerServicer):
         request_iterator: AsyncIterator[pb.LeadRequest],
         context: grpc.aio.ServicerContext[pb.LeadRequest, pb.LeadResponse],
     ) -> AsyncIterator[pb.LeadResponse]:
-        """Serve one gateway until the stream ends, however it ends."""
+        """Serve one gateway until the stream ends, however it ends.
+
+        INTERNAL with the cause when the engine fails, INVALID_ARGUMENT for a message without a known command.
+        """
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
         engine = self._loaded.engine
         stream = LeaderStream(engine=engine, epoch=self._epoch, loop=asyncio.get_running_loop())
-        tasks = [asyncio.create_task(stream.read(request_iterator)), asyncio.create_task(stream.beat())]
+        parts = (stream.read(request_iterator), stream.beat(), stream.end_with_engine())
+        tasks = [asyncio.create_task(part) for part in parts]
         try:
             async for message in stream.write():
                 yield message
@@ -121,6 +121,8 @@ class WorkerService(pb_grpc.WorkerServicer):
             for task in tasks:
                 with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
                     await task
+        if stream.status is not None:
+            await context.abort(*stream.status)
 
     async def _check_epoch(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         if epoch != self._epoch:

@@ -2,11 +2,11 @@
 
 import math
 
-from placement.errors import FieldError, InvalidRequest, NotEnoughMemory
+from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.plan import Span
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine_types import EndReason, LoadSnapshot, Output, Submission
+from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, Submission
 from workers.sampling import SamplingParams
 
 _END = {
@@ -21,15 +21,18 @@ _DTYPE = {pb.DTYPE_FLOAT32: DType.FLOAT32, pb.DTYPE_BFLOAT16: DType.BFLOAT16}
 INVALID_ARGUMENT = 3
 RESOURCE_EXHAUSTED = 8
 FAILED_PRECONDITION = 9
+UNAVAILABLE = 14
 
 
-def error_code(error: FieldError) -> int:
-    """The google.rpc.Code that a refused value travels as."""
+def error_code(error: HeterodyneError) -> int:
+    """The google.rpc.Code that a refusal travels as."""
     match error:
         case NotEnoughMemory():
             return RESOURCE_EXHAUSTED
         case InvalidRequest():
             return INVALID_ARGUMENT
+        case Draining():
+            return UNAVAILABLE
         case _:
             return FAILED_PRECONDITION
 

@@ -1,4 +1,8 @@
-"""The controller as a Ray actor, and the handle the command line holds on it."""
+"""The controller as a Ray actor, and the handle the command line holds on it.
+
+The controller owns the actors that keep the workers: if it is lost, the workers end with it, and the gateway sees its
+leaders go. Starting it again is not built yet.
+"""
 
 import logging
 import sys
@@ -10,11 +14,20 @@ import ray
 from orchestrator.controller.control import start_control_server
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
-from orchestrator.launcher.cluster import LaunchSettings, RayLauncher
+from orchestrator.launcher.agent import node_ip
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, ray_cause
+from orchestrator.launcher.node import advertised_host
+from placement.errors import HeterodyneError
+
+logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
+
+
+class ControllerFailed(HeterodyneError):
+    """The controller actor did not come up."""
 
 
 class Controller:
@@ -25,7 +38,7 @@ class Controller:
         logging.basicConfig(
             level=logging.WARNING,
             stream=sys.stderr,
-            format="%(asctime)s %(levelname)s controller %(message)s",
+            format=_LOG_FORMAT,
             force=True,
         )
         self._shell: ControllerShell | None = None
@@ -33,8 +46,10 @@ class Controller:
 
     async def start(self, settings: DeploymentSettings, launch: LaunchSettings) -> str:
         """Begin the launch; returns the address of the control service, where its course can be watched."""
-        self._shell = ControllerShell(launcher=RayLauncher(launch), settings=settings)
-        self._server, address = await start_control_server(self._shell, launch.bind_host)
+        self._shell = ControllerShell(launcher=RayLauncher(launch, settings.needed_bytes), settings=settings)
+        self._server, address = await start_control_server(
+            self._shell, launch.bind_host, advertise_host=advertised_host(launch.bind_host, node_ip())
+        )
         await self._shell.launch()
         return address
 
@@ -58,12 +73,17 @@ class ControllerHandle:
         """Create the actor and begin the launch. Needs Ray to be connected."""
         # Ray's own types cannot follow its remote calls.
         actor: Any = ray.remote(num_cpus=0)(Controller).remote()
-        address: str = ray.get(actor.start.remote(settings, launch), timeout=_START_TIMEOUT_S)
+        try:
+            address: str = ray.get(actor.start.remote(settings, launch), timeout=_START_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise ControllerFailed(f"the controller did not start: {ray_cause(error)}") from error
         return cls(actor, address)
 
     def stop(self) -> None:
         """Stop the deployment; the actor goes with it."""
         try:
             ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 10.0)
-        finally:
-            ray.kill(self._actor)
+        except ray.exceptions.RayError as error:
+            # Its workers end with it: Ray ends the actors it owns, and each worker dies with its parent.
+            logger.warning("controller_stop_forced cause=%s", type(error).__name__)
+        ray.kill(self._actor)

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from orchestrator.controller.shell import ControllerShell
+from orchestrator.launcher.node import host_port
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
 
@@ -32,10 +33,12 @@ class ControlService(pb_grpc.ControlServicer):
         return pb.ReportLostResponse()
 
 
-async def start_control_server(shell: ControllerShell, bind_host: str) -> tuple[grpc.aio.Server, str]:
-    """Serve on a free port of ``bind_host``; returns the server and its address."""
+async def start_control_server(
+    shell: ControllerShell, bind_host: str, *, advertise_host: str | None = None
+) -> tuple[grpc.aio.Server, str]:
+    """Serve on a free port of ``bind_host``; returns the server and its address, at ``advertise_host`` if given."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     pb_grpc.add_ControlServicer_to_server(ControlService(shell), server)
-    port = server.add_insecure_port(f"{bind_host}:0")
+    port = server.add_insecure_port(host_port(bind_host, 0))
     await server.start()
-    return server, f"{bind_host}:{port}"
+    return server, host_port(advertise_host or bind_host, port)

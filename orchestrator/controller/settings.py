@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.controller.wire import shard_message
+from placement.memory import CPU_PROCESS_BYTES, workspace_bytes
 from placement.plan import Plan, Shard
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -20,6 +21,13 @@ class DeploymentSettings:
     max_num_seqs: int
     max_context_tokens: int
     load_timeout_s: float
+
+    def needed_bytes(self, shard: Shard) -> int:
+        """All that the rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
+        workspace = workspace_bytes(
+            self.plan.model, dtype=self.plan.dtype, max_num_seqs=self.max_num_seqs, token_budget=self.token_budget
+        )
+        return shard.weight_bytes + shard.kv_bytes + workspace + CPU_PROCESS_BYTES
 
     def load_request(self, shard: Shard, *, epoch: int) -> worker_pb2.LoadRequest:
         """What a rank is asked to load."""

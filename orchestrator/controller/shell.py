@@ -6,16 +6,18 @@ Knows no Ray: the launcher is a seam, so the shell is tested with real worker pr
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
 
 import grpc
 
+from orchestrator.background import BackgroundTasks
 from orchestrator.controller import state as machine
 from orchestrator.controller import wire
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerFailed
+from placement.errors import cause_of
 from placement.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _STOPPED = "stopped"
 _EXIT_SEEN_S = 0.3
+_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 
 
 class Launcher(Protocol):
@@ -45,7 +48,8 @@ class ControllerShell:
         self._state = machine.State()
         self._version = 0
         self._changed = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._starts = BackgroundTasks()
+        self._background = BackgroundTasks()
 
     @property
     def state(self) -> machine.State:
@@ -67,15 +71,14 @@ class ControllerShell:
             async with self._changed:
                 self._changed.notify_all()
         if commands and isinstance(event, machine.Launch):
-            self._spawn(self._reserve_then(commands))
+            self._starts.spawn(self._reserve_then(commands))
         else:
-            for command in commands:
-                self._spawn(self._run(command))
+            self._spawn(commands)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spawn(self, commands: tuple[machine.Command, ...]) -> None:
+        for command in commands:
+            tasks = self._starts if isinstance(command, machine.StartRank) else self._background
+            tasks.spawn(self._run(command))
 
     async def watch(self) -> AsyncIterator[pb.WatchResponse]:
         """The deployment now, then whenever it changes; a slow watcher skips states in between."""
@@ -97,6 +100,8 @@ class ControllerShell:
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop every worker, whatever its state; returns when none is left."""
+        # First, so that none comes up behind the back of what follows.
+        await self._starts.close()
         await self.dispatch(machine.Shutdown())
         try:
             async with asyncio.timeout(timeout_s):
@@ -105,8 +110,7 @@ class ControllerShell:
         except TimeoutError:
             logger.warning("shutdown_forced")
         await self._launcher.close()
-        for task in list(self._tasks):
-            task.cancel()
+        await self._background.close()
 
     # -- commands ---------------------------------------------------------------------------------------------
 
@@ -119,8 +123,7 @@ class ControllerShell:
             for start in starts:
                 await self._failed(start.replica, start.epoch, start.shard.rank, error)
             return
-        for command in commands:
-            self._spawn(self._run(command))
+        self._spawn(commands)
 
     async def _run(self, command: machine.Command) -> None:
         match command:
@@ -135,8 +138,10 @@ class ControllerShell:
                 except Exception as error:  # likewise
                     await self._failed(replica, epoch, shard.rank, error)
             case machine.StopRank(replica=replica, epoch=epoch, rank=rank):
-                await self._launcher.stop((replica, rank))
-                await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+                try:
+                    await self._launcher.stop((replica, rank))
+                finally:  # nobody waits for a rank that we have let go of
+                    await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
 
     async def _failed(self, replica: str, epoch: int, rank: int, error: Exception) -> None:
         if isinstance(error, grpc.aio.AioRpcError):
@@ -145,13 +150,13 @@ class ControllerShell:
             cause = str(error)
         else:
             logger.exception("command_failed", exc_info=error)
-            cause = f"{type(error).__name__}: {error}"
+            cause = cause_of(error)
         await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
 
     async def _start(self, replica: str, epoch: int, shard: Shard) -> None:
         key = (replica, shard.rank)
         started = await self._launcher.start(key, epoch=epoch, shard=shard)
-        self._spawn(self._follow(key, epoch))
+        self._background.spawn(self._follow(key, epoch))
         await self.dispatch(
             machine.RankStarted(
                 replica=replica,
@@ -161,6 +166,17 @@ class ControllerShell:
                 address=started.address,
                 pid=started.pid,
             )
+        )
+        if self._ended(key, epoch):
+            # Told to stop while it was starting, when there was nothing yet to stop.
+            await self._launcher.stop(key)
+
+    def _ended(self, key: tuple[str, int], epoch: int) -> bool:
+        return any(
+            rank.phase.ended
+            for replica in self._state.replicas
+            for rank in replica.ranks
+            if (replica.name, rank.shard.rank, replica.epoch) == (*key, epoch)
         )
 
     async def _follow(self, key: tuple[str, int], epoch: int) -> None:
@@ -175,14 +191,24 @@ class ControllerShell:
     async def _load(self, command: machine.LoadRank) -> None:
         request = self._settings.load_request(command.shard, epoch=command.epoch)
         rank = {"replica": command.replica, "epoch": command.epoch, "rank": command.shard.rank}
-        async with grpc.aio.insecure_channel(command.address) as channel:
+        timeout_s = self._settings.load_timeout_s
+        async with grpc.aio.insecure_channel(command.address, options=_CHANNEL_OPTIONS) as channel:
             stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
-            async for progress in stub.Load(request, timeout=self._settings.load_timeout_s):
-                if progress.phase == worker_pb2.LOAD_PHASE_READY:
-                    await self.dispatch(machine.RankLoaded(**rank))  # type: ignore[arg-type]
-                else:
-                    event = machine.RankProgress(loaded_bytes=progress.loaded_bytes, **rank)  # type: ignore[arg-type]
-                    await self.dispatch(event)
+            try:
+                async for progress in stub.Load(request, timeout=timeout_s):
+                    if progress.phase == worker_pb2.LOAD_PHASE_READY:
+                        await self.dispatch(machine.RankLoaded(**rank))  # type: ignore[arg-type]
+                    else:
+                        loaded_bytes = progress.loaded_bytes
+                        await self.dispatch(machine.RankProgress(loaded_bytes=loaded_bytes, **rank))  # type: ignore[arg-type]
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    late = f"did not load within launch.load_timeout_s = {timeout_s:g} s; raise it or check the disk"
+                    raise WorkerFailed(late) from None
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    # The connection of a process that ends breaks before its end is seen, which is the better cause.
+                    await asyncio.sleep(_EXIT_SEEN_S)
+                raise
 
 
 def _log_changes(before: machine.State, after: machine.State) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.journal import Sampling
-from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.model import MAX_TEMPERATURE, ServedModel
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -12,7 +12,6 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
-MAX_TEMPERATURE = 100.0
 MAX_PRIORITY = 100
 MAX_REQUEST_ID = 128
 

@@ -15,7 +15,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from tokenizers import Tokenizer
 
 from orchestrator.background import BackgroundTasks
 from orchestrator.config import Config
@@ -23,7 +22,7 @@ from orchestrator.gateway.admission import Admission
 from orchestrator.gateway.fleet import Fleet
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.leader import LeaderLimits
-from orchestrator.gateway.model import ServedModel, default_sampling, longest_token_bytes
+from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.service import AdminService, InferenceService
 from orchestrator.model_files import read_model_files
 from orchestrator.telemetry import Telemetry
@@ -200,17 +199,15 @@ def load_model(settings: GatewaySettings) -> ServedModel:
     """The served model, from its directory. Raises InvalidModel."""
     config = settings.config
     directory = Path(config.model.path)
-    spec = read_model_files(directory).spec
-    generation = directory / "generation_config.json"
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    files = read_model_files(directory)
     return ServedModel(
         name=config.model.name or directory.name,
-        spec=spec,
+        spec=files.spec,
         dtype=settings.dtype,
         max_context_tokens=settings.max_context_tokens,
-        tokenizer=tokenizer,
-        max_token_bytes=longest_token_bytes(tokenizer),
-        defaults=default_sampling(json.loads(generation.read_text()) if generation.exists() else {}),
+        tokenizer=files.tokenizer,
+        max_token_bytes=longest_token_bytes(files.tokenizer),
+        defaults=files.defaults,
     )
 
 
@@ -230,4 +227,8 @@ async def run(settings: GatewaySettings) -> int:
     address = await gateway.start()
     print(json.dumps({"event": "listening", "address": address, "pid": os.getpid()}), flush=True)
     await stop.wait()
-    return 0 if await gateway.drain() else 1
+    finished = await gateway.drain()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The interpreter resets handlers of ours on its way out, but leaves this; what has drained is not killed.
+        signal.signal(number, signal.SIG_IGN)
+    return 0 if finished else 1

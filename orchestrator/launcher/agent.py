@@ -1,15 +1,16 @@
 """The Ray actor that keeps one worker process: it sets the environment, watches, and takes the worker with it.
 
+The controller's actor owns it: when the controller is lost, Ray ends this actor, and the worker ends too.
+
 All methods are coroutines, so Ray runs them on one event loop in one long-lived thread. That matters: the kernel's
 parent-death signal follows the thread that started the process.
 """
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import psutil
-
+from orchestrator.launcher.node import advertised_host, available_memory_bytes
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
 
 
@@ -31,6 +32,13 @@ class Started:
     pid: int
 
 
+def node_ip() -> str:
+    """The address that Ray knows this node by."""
+    import ray  # here, for this module is also used where Ray is not
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
 class NodeAgent:
     """One worker process on this node."""
 
@@ -42,11 +50,12 @@ class NodeAgent:
         return Probe(
             node=socket.gethostname(),
             num_cpus=os.cpu_count() or 1,
-            available_bytes=psutil.virtual_memory().available,
+            available_bytes=available_memory_bytes(),
         )
 
     async def start(self, args: WorkerArgs, timeout_s: float) -> Started | str:
         """Start the worker. A failure comes back as its cause, since Ray would wrap an exception in its own."""
+        args = replace(args, advertise_host=advertised_host(args.bind_host, node_ip()))
         try:
             self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
         except WorkerFailed as error:

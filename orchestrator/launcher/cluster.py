@@ -3,23 +3,25 @@
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, Probe, Started
-from orchestrator.launcher.process import WorkerArgs, WorkerFailed
-from placement.errors import InvalidConfig
+from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
+from placement.errors import InvalidConfig, cause_of
+from placement.memory import format_bytes
 from placement.plan import Shard
 
 logger = logging.getLogger(__name__)
 
 # Names a rank: (replica, rank).
 RankKey = tuple[str, int]
+T = TypeVar("T")
 
 
 def connect(address: str, *, num_cpus: int) -> None:
@@ -54,6 +56,11 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def ray_cause(error: ray.exceptions.RayError) -> str:
+    """What went wrong, in one line: Ray's own texts are tracebacks and lists."""
+    return cause_of(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSettings:
     """How workers are started.
@@ -64,7 +71,6 @@ class LaunchSettings:
 
     bind_host: str
     start_timeout_s: float
-    load_timeout_s: float
     labels: Mapping[RankKey, Mapping[str, str]]
     stop_grace_s: float = 5.0
 
@@ -72,11 +78,22 @@ class LaunchSettings:
 class RayLauncher:
     """Starts, watches and stops the worker processes of a deployment, one Ray actor for each.
 
-    Lives in the controller, whose event loop every method runs on.
+    Lives in the controller, whose event loop every method runs on. The controller owns the actors: when it is lost
+    they end, and the workers with them. Starting a lost controller again is not built yet.
+
+    Ray picks the GPU of a cuda rank and shows the worker that one alone, as cuda:0. The index a user wrote says only
+    that local workers with different ones get different GPUs.
+
+    Memory is no part of the reservation: what Ray counts as its own leaves out its object store, 30 % of what is free
+    at its start, so that a plan which fits a small machine would never be placed.
+
+    Args:
+        needed_bytes: all that a rank's process takes on a CPU node.
     """
 
-    def __init__(self, settings: LaunchSettings) -> None:
+    def __init__(self, settings: LaunchSettings, needed_bytes: Callable[[Shard], int]) -> None:
         self._settings = settings
+        self._needed_bytes = needed_bytes
         self._group: PlacementGroup | None = None
         self._bundles: dict[RankKey, int] = {}
         self._agents: dict[RankKey, Any] = {}
@@ -110,45 +127,56 @@ class RayLauncher:
         Raises:
             WorkerFailed: the node has not the memory, or the worker did not come up.
         """
-        agent = self._agent(key)
+        agent = self._agent(key, shard)
         await self._check_memory(agent, shard)
         args = WorkerArgs(
             bind_host=self._settings.bind_host,
-            # Ray shows the process only the GPU it was given, as number 0.
+            # Ray sets CUDA_VISIBLE_DEVICES to the one GPU of the agent's bundle.
             device="cpu" if shard.device.kind == "cpu" else "cuda:0",
             num_threads=shard.device.num_threads,
             epoch=epoch,
         )
         timeout_s = self._settings.start_timeout_s
-        started: Started | str = await asyncio.wait_for(agent.start.remote(args, timeout_s), timeout_s + 5.0)
+        started: Started | str = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
         if isinstance(started, str):
             raise WorkerFailed(started)
         return started
 
-    def _agent(self, key: RankKey) -> Any:
+    async def _answer(self, call: Awaitable[T], timeout_s: float) -> T:
+        """An agent's answer. Raises WorkerFailed where none comes."""
+        try:
+            return await asyncio.wait_for(call, timeout_s)
+        except TimeoutError:
+            raise WorkerFailed(started_late(self._settings.start_timeout_s)) from None
+        except ray.exceptions.RayError as error:
+            raise WorkerFailed(f"the Ray actor that starts it failed ({ray_cause(error)})") from error
+
+    def _agent(self, key: RankKey, shard: Shard) -> Any:
         assert self._group is not None, "reserve comes first"
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._group, placement_group_bundle_index=self._bundles[key]
         )
-        actor = ray.remote(num_cpus=0, max_restarts=0)(NodeAgent)
+        num_gpus = 1 if shard.device.kind == "cuda" else 0
+        actor = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=0)(NodeAgent)
         self._agents[key] = actor.options(scheduling_strategy=strategy).remote()
         return self._agents[key]
 
     async def _check_memory(self, agent: Any, shard: Shard) -> None:
-        probe: Probe = await asyncio.wait_for(agent.probe.remote(), self._settings.start_timeout_s)
-        needed = shard.weight_bytes + shard.kv_bytes
+        probe: Probe = await self._answer(agent.probe.remote(), self._settings.start_timeout_s)
+        needed = self._needed_bytes(shard)
         if shard.device.kind == "cpu" and needed > probe.available_bytes:
             raise WorkerFailed(
-                f"not enough memory on {probe.node}: weights and KV blocks take {needed / 2**30:.2f} GiB, "
-                f"{probe.available_bytes / 2**30:.2f} GiB is free. Lower serving.kv_cache or choose another node"
+                f"not enough memory on {probe.node}: {format_bytes(needed)} are needed, "
+                f"{format_bytes(shard.weight_bytes)} for weights and {format_bytes(shard.kv_bytes)} for KV blocks, and "
+                f"{format_bytes(probe.available_bytes)} are free. Lower serving.kv_cache or choose another node"
             )
 
     async def wait(self, key: RankKey) -> str:
         """Wait for a worker's end and say how it came; a lost agent counts as one."""
         try:
             cause: str = await self._agents[key].wait.remote()
-        except ray.exceptions.RayActorError as error:
-            return f"its node or its Ray actor was lost ({type(error).__name__})"
+        except ray.exceptions.RayError as error:
+            return f"its node or its Ray actor was lost ({ray_cause(error)})"
         return cause
 
     async def stop(self, key: RankKey) -> None:
@@ -159,9 +187,10 @@ class RayLauncher:
         grace_s = self._settings.stop_grace_s
         try:
             await asyncio.wait_for(agent.stop.remote(grace_s), grace_s + 2.0)
-        except (TimeoutError, ray.exceptions.RayActorError):
+        except (TimeoutError, ray.exceptions.RayError):
             logger.warning("worker_stop_forced replica=%s rank=%d", *key)
-        ray.kill(agent)
+        finally:
+            ray.kill(agent)
 
     async def close(self) -> None:
         """End every worker and give the placement group back."""

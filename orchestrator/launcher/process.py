@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -11,9 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.launcher.node import host_port
 from placement.errors import HeterodyneError
-
-logger = logging.getLogger(__name__)
 
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
@@ -26,24 +24,37 @@ class WorkerFailed(HeterodyneError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerArgs:
-    """How to start a worker."""
+    """How to start a worker.
+
+    Attributes:
+        advertise_host: where others reach it, if not at ``bind_host``.
+    """
 
     bind_host: str
     device: str
     num_threads: int
     epoch: int
+    advertise_host: str | None = None
 
     def argv(self) -> list[str]:
         """The command line."""
         return [
-            sys.executable, "-m", "workers", "--bind", f"{self.bind_host}:0", "--device", self.device,
+            sys.executable, "-m", "workers", "--bind", host_port(self.bind_host, 0), "--device", self.device,
             "--threads", str(self.num_threads), "--epoch", str(self.epoch), "--parent-pid", str(os.getpid()),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """What a worker runs with: the thread counts count from before torch is imported."""
         threads = str(self.num_threads)
-        return environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        # OpenMP's threads wait for work by spinning, by default so long that on a machine which also does other work
+        # they take each other's cores; this is long enough to bridge the gap between two operations of a step.
+        spin = os.environ.get("GOMP_SPINCOUNT", "1000")
+        return environment() | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "GOMP_SPINCOUNT": spin}
+
+
+def started_late(timeout_s: float) -> str:
+    """The cause of a worker that did not come up in time."""
+    return f"did not start within launch.start_timeout_s = {timeout_s:g} s; raise it, or look at the node's load"
 
 
 def environment() -> dict[str, str]:
@@ -55,8 +66,9 @@ def environment() -> dict[str, str]:
 class WorkerProcess:
     """A worker under watch. It dies with the process that started it."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, host: str) -> None:
         self._process = process
+        self._host = host
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
         self._pump = asyncio.create_task(self._read_stderr())
         self._stopping = False
@@ -83,12 +95,12 @@ class WorkerProcess:
             # Signals of a terminal are for the command line, which stops workers in order.
             start_new_session=True,
         )
-        worker = cls(process)
+        worker = cls(process, args.advertise_host or args.bind_host)
         try:
             await asyncio.wait_for(worker._listen(), timeout_s)
         except TimeoutError:
             await worker.stop(grace_s=0.0)
-            raise WorkerFailed(f"did not listen within {timeout_s:g} s") from None
+            raise WorkerFailed(started_late(timeout_s)) from None
         except BaseException:
             await worker.stop(grace_s=0.0)
             raise
@@ -99,11 +111,17 @@ class WorkerProcess:
         line = await self._process.stdout.readline()
         if not line:
             raise WorkerFailed(await self.wait())
-        self.address = str(json.loads(line)["address"])
+        self.address = host_port(self._host, int(json.loads(line)["address"].rpartition(":")[2]))
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
-        while line := await self._process.stderr.readline():
+        while True:
+            try:
+                line = await self._process.stderr.readline()
+            except ValueError:  # longer than the reader's buffer: what was read of it is dropped
+                continue
+            if not line:
+                return
             text = line.decode(errors="replace").rstrip()
             self._stderr.append(text)
             print(text, file=sys.stderr, flush=True)

@@ -3,12 +3,16 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("orchestrator", "workers", "protos", "placement", "kernels")
+
+IGNORED = ("__init__.py", "__pycache__", "launcher", "controller")
+RAY_CONTRACT = "ray only in the orchestrator's launcher and controller"
 
 PLANTED = [
     ("placement/plan.py", "import torch", "placement is pure"),
@@ -17,7 +21,8 @@ PLANTED = [
     ("workers/engine.py", "import ray", "workers never import ray"),
     ("workers/engine.py", "import orchestrator.cli", "workers never import ray or the orchestrator"),
     ("orchestrator/preflight.py", "import torch", "the orchestrator never imports torch"),
-    ("orchestrator/gateway/fleet.py", "import ray", "ray only in the orchestrator's launcher and controller"),
+    ("orchestrator/gateway/fleet.py", "import ray", RAY_CONTRACT),
+    ("orchestrator/serve.py", "import ray", RAY_CONTRACT),
 ]
 
 
@@ -47,3 +52,10 @@ def test_a_planted_violation_is_caught(copy: Path, file: str, line: str, contrac
 def test_the_contracts_hold() -> None:
     result = lint(REPOSITORY)
     assert result.returncode == 0, result.stdout
+
+
+def test_every_module_but_launcher_and_controller_is_under_the_ray_contract() -> None:
+    contracts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = [contract for contract in contracts if contract["name"] == RAY_CONTRACT]
+    there = {path.stem for path in (REPOSITORY / "orchestrator").glob("[!.]*") if path.name not in IGNORED}
+    assert {f"orchestrator.{name}" for name in there} == set(contract["source_modules"])

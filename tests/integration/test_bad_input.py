@@ -74,6 +74,15 @@ def test_a_missing_model_directory_is_named(refused: Callable[..., str], tmp_pat
     assert "model.path" in line and "does not exist" in line
 
 
+def test_a_tokenizer_that_cannot_be_read_is_refused(refused: Callable[..., str], model: Path) -> None:
+    (model / "tokenizer.json").write_text('{"model": {"type": "Nothing", "vocab": {}}}')
+    assert "tokenizer.json" in refused()
+
+
+def test_a_cpu_worker_of_a_cluster_elsewhere_without_threads_is_refused(refused: Callable[..., str]) -> None:
+    assert "cluster.workers[0].threads" in refused(cluster={"ray_address": "auto"})
+
+
 def test_truncated_weights_are_refused(refused: Callable[..., str], model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -98,6 +107,10 @@ def test_a_port_in_use_is_refused(refused: Callable[..., str]) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         line = refused(gateway={"address": address})
     assert "gateway.address" in line and address in line and "in use" in line
+
+
+def test_a_host_that_is_not_ours_is_refused(refused: Callable[..., str]) -> None:
+    assert "cluster.bind_host" in refused(cluster={"bind_host": "192.0.2.77", "ray_address": "local"})
 
 
 def test_too_little_memory_is_refused_with_what_would_fit(refused: Callable[..., str]) -> None:

@@ -33,7 +33,8 @@ def cluster() -> Iterator[str]:
             "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2",
             "--object-store-memory=100000000",
         ],
-        env=ENV,
+        # A job that is stopped gets this long to drain; Ray's own 3 s is less than a drain may take.
+        env=ENV | {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
     )  # fmt: skip
     with head:
         head.wait_for("Ray runtime started", 60.0)

@@ -191,8 +191,8 @@ async def kill_and_drain(command: Command, address: str) -> None:
         killed_s = [0.0]
 
         async def one(index: int) -> tuple[str, float]:
-            message = request(index)
-            message.max_tokens = 600
+            # Prompts of one length, so that the replicas get equal shares of them.
+            message = pb.GenerateRequest(prompt=f"And it came to pass {index:02}", max_tokens=1200, ignore_eos=True)
             try:
                 async for _ in stub.Generate(message, timeout=100.0):
                     pass
@@ -201,8 +201,9 @@ async def kill_and_drain(command: Command, address: str) -> None:
             return "OK", time.monotonic() - killed_s[0]
 
         streams = [asyncio.create_task(one(index)) for index in range(16)]
-        while min(replica.load.num_running for replica in status(address).replicas) < 4:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(20.0):
+            while min(replica.load.num_running for replica in status(address).replicas) < 4:
+                await asyncio.sleep(0.05)
         victim = status(address).replicas[1].ranks[0].pid
         killed_s[0] = time.monotonic()
         psutil.Process(victim).kill()

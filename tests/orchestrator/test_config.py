@@ -108,6 +108,14 @@ def test_worker_counts_expand_to_one_entry_a_replica(tmp_path: Path) -> None:
             "Write a number.",
         ),
         (
+            MINIMAL + "gateway: {heartbeat_timeout_s: 0.5}\n",
+            "gateway.heartbeat_timeout_s", 0.5, "is below 1.0, on line 3", "Set it to 1.0 or more.",
+        ),
+        (
+            MINIMAL + "gateway: {stall_timeout_s: 0.5}\n",
+            "gateway.stall_timeout_s", 0.5, "is below 1.0, on line 3", "Set it to 1.0 or more.",
+        ),
+        (
             MINIMAL + "serving: {kv_cache: 12 parsecs}\n",
             "serving.kv_cache", "12 parsecs", "is not a size in bytes, on line 3",
             "Write a whole number of bytes, or a number and a unit such as 256MiB or 2GB.",
@@ -198,6 +206,16 @@ def test_same_gpu_on_two_nodes_of_a_cluster_is_taken(tmp_path: Path) -> None:
     assert len(load(tmp_path, text).cluster.each_worker) == 2
 
 
+def test_cpu_worker_of_a_cluster_that_was_there_before_must_say_its_threads(tmp_path: Path) -> None:
+    text = MINIMAL + "cluster: {ray_address: auto, workers: [{threads: 2}, {device: cuda:0}, {device: cpu}]}\n"
+    error = refusal(tmp_path, text)
+    assert (error.field, error.value) == ("cluster.workers.2.threads", None)
+    assert error.problem.startswith("is missing, and the nodes of the Ray cluster at auto are not known yet")
+    assert error.fix == "Set cluster.workers[2].threads to the cores that each such worker shall have."
+    assert refusal(tmp_path, MINIMAL, RAY_ADDRESS="h:1").field == "cluster.workers.0.threads"
+    assert load(tmp_path, text, "cluster.ray_address=local").cluster.workers[2].threads is None
+
+
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
     text = "model: {path: a, path: b}\nserving: {block_size: 0, kv_cache: x}\n"
     text += "cluster: {workers: [{device: gpu}]}\n"
@@ -268,8 +286,9 @@ def test_bad_environment_variable_is_named(tmp_path: Path) -> None:
 
 
 def test_ray_address_of_the_environment_counts_only_where_the_file_has_none(tmp_path: Path) -> None:
-    given = MINIMAL + "cluster: {ray_address: auto}\n"
-    assert load(tmp_path, MINIMAL, RAY_ADDRESS="10.0.0.1:6379").cluster.ray_address == "10.0.0.1:6379"
+    given = MINIMAL + "cluster: {ray_address: auto, workers: [{threads: 1}]}\n"
+    minimal = MINIMAL + "cluster: {workers: [{threads: 1}]}\n"
+    assert load(tmp_path, minimal, RAY_ADDRESS="10.0.0.1:6379").cluster.ray_address == "10.0.0.1:6379"
     assert load(tmp_path, given, RAY_ADDRESS="10.0.0.1:6379").cluster.ray_address == "auto"
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from orchestrator.config import Config, load_config
 from orchestrator.model_files import read_model_files
@@ -44,10 +46,13 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    tokenizer = {"model": {"vocab": {"a": 0, "b": 18}}, "added_tokens": [{"id": 19}]}
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    save_words(directory, {"a": 0, "b": 19})
     save_file(tensors(), directory / "model.safetensors")
     return directory
+
+
+def save_words(directory: Path, vocab: dict[str, int]) -> None:
+    Tokenizer(WordLevel(vocab, unk_token="a")).save(str(directory / "tokenizer.json"))
 
 
 def tensors(**changes: Any) -> dict[str, np.ndarray]:
@@ -86,6 +91,21 @@ def test_sound_model_is_planned(model: Path) -> None:
 
 def test_dtype_of_the_configuration_wins_over_the_models(model: Path) -> None:
     assert check(model, model={"path": str(model), "dtype": "float32"}).plan.dtype is DType.FLOAT32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_float16_weights_are_served_as_the_dtype_asked_for_and_only_so(model: Path, dtype: str) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | {"dtype": "float16"}))
+    save_file({name: value.astype(np.float16) for name, value in tensors().items()}, model / "model.safetensors")
+    assert check(model, model={"path": str(model), "dtype": dtype}).plan.dtype is DType(dtype)
+    error = refused(InvalidModel, lambda: check(model))
+    assert (error.field, error.value) == ("config.json: dtype", "float16")
+    assert error.fix.startswith("Set model.dtype to bfloat16 or float32 in the cluster file")
+
+
+def test_single_file_wins_over_an_index_as_it_does_for_the_workers(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
+    assert check(model).checkpoint_bytes == (model / "model.safetensors").stat().st_size
 
 
 def test_bfloat16_shards_with_an_index_are_read(model: Path) -> None:
@@ -147,16 +167,26 @@ def test_symlink_out_of_the_directory_is_refused(model: Path) -> None:
     assert error.fix == "Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does."
 
 
-@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", "..", "a\0b"])
-def test_index_that_leads_out_of_the_directory_is_refused(model: Path, name: str) -> None:
+def test_symlink_of_an_index_out_of_the_directory_is_refused(model: Path) -> None:
+    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
+    (model / "part.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "part.safetensors"}}')
+    error = refused(InvalidModel, lambda: check(model))
+    assert (error.field, error.problem) == ("part.safetensors", "leads out of the model directory")
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a\0b", "sub/x.safetensors", "a\\b"])
+def test_index_takes_plain_file_names_only(model: Path, name: str) -> None:
+    (model / "sub").mkdir()
+    (model / "model.safetensors").rename(model / "sub" / "x.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     error = refused(InvalidModel, lambda: check(model))
-    assert error.value == name
-    assert error.problem == "leads out of the model directory"
+    assert (error.field, error.value) == ("model.safetensors.index.json", name)
+    assert error.problem == "names a file that is not right in the model directory"
 
 
 def test_index_of_another_kind_of_file_is_refused(model: Path) -> None:
-    (model / "w.bin").write_bytes(b"")
+    (model / "model.safetensors").rename(model / "w.bin")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "w.bin"}}))
     error = refused(InvalidModel, lambda: check(model))
     assert (error.field, error.value) == ("model.safetensors.index.json", "w.bin")
@@ -164,6 +194,7 @@ def test_index_of_another_kind_of_file_is_refused(model: Path) -> None:
 
 
 def test_index_without_a_map_is_refused(model: Path) -> None:
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')
     error = refused(InvalidModel, lambda: check(model))
     assert (error.field, error.value) == ("model.safetensors.index.json: weight_map", {"x": 3})
@@ -264,6 +295,19 @@ def test_tokenizer_that_does_not_fit_the_model_is_refused(
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     error = refused(InvalidModel, lambda: check(model))
     assert (error.field, error.value, error.problem) == ("tokenizer.json", value, problem)
+
+
+def test_tokenizer_that_the_library_cannot_read_is_refused(model: Path) -> None:
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "Nothing", "vocab": {"a": 0}}}))
+    error = refused(InvalidModel, lambda: check(model))
+    assert error.field == "tokenizer.json"
+    assert error.problem.startswith("cannot be read as a tokenizer: ")
+    assert error.fix == "Save the tokenizer again as a fast one: tokenizer.save_pretrained(path)."
+
+
+def test_sampling_defaults_that_no_sampler_could_use_are_refused(model: Path) -> None:
+    (model / "generation_config.json").write_text('{"do_sample": true, "top_p": 1.5}')
+    assert refused(InvalidModel, lambda: check(model)).field == "generation_config.json: top_p"
 
 
 @pytest.mark.parametrize(("section", "key"), [("gateway", "address"), ("telemetry", "prometheus_address")])

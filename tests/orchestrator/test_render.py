@@ -90,6 +90,22 @@ def test_status_on_a_terminal_is_a_table_of_all_ranks() -> None:
     assert "gateway: 3/256 in flight, 0/1024 queued, up 12 s" in text
 
 
+@pytest.mark.parametrize(("width", "missing"), [(80, "layers"), (100, "pid"), (120, "epoch"), (160, "")])
+def test_table_drops_columns_before_it_breaks_words(width: int, missing: str) -> None:
+    long = status()
+    for replica in long.replicas:
+        replica.epoch = 1_795_318_332_410
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, long)
+    lines = output(shown).splitlines()
+    header = next(line.split() for line in lines if "replica " in line)
+    assert header[:2] == ["replica", "state"] and header[-2:] == ["running", "waiting"]
+    assert missing not in header
+    (ready,) = [line.split() for line in lines if "replica-0" in line]
+    assert ready[1] == "READY" and "10/100" in ready
+    assert "replica-2: rank 0: no GPU" in lines
+
+
 def test_table_says_when_the_gateway_is_not_well() -> None:
     unwell = status()
     unwell.gateway.draining, unwell.gateway.controller_connected = True, False

@@ -1,6 +1,8 @@
 """Traces and metrics as they leave: over OTLP to a real receiver, and never with text in them."""
 
 import asyncio
+import socket
+import time
 from collections.abc import AsyncIterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -91,6 +93,16 @@ async def test_a_request_is_traced_as_queue_prefill_and_decode_without_its_text(
     } <= set(kept.metrics)
     assert SECRET.encode() not in kept.raw
     assert len(answer) > 3 and answer.encode() not in kept.raw
+
+
+def test_close_returns_in_time_when_no_receiver_answers() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # takes the port, and never answers
+        telemetry = Telemetry(TelemetryConfig(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        telemetry.finished(record())
+        started = time.monotonic()
+        telemetry.close(0.3)
+        assert time.monotonic() - started < 2.0
 
 
 def record(**fields: Any) -> RequestRecord:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from placement.errors import InvalidModel
-from placement.hf import read_model_spec
+from placement.hf import read_model_spec, saved_dtype
 from placement.specs import DType, ModelSpec, RopeSpec
 
 CONFIG: dict[str, Any] = {
@@ -57,7 +57,6 @@ def test_a_full_config_is_read() -> None:
         rms_norm_eps=1e-5,
         rope=RopeSpec(theta=10_000.0),
         tied_embeddings=False,
-        dtype=DType.FLOAT32,
         eos_token_ids=(2,),
     )
 
@@ -93,7 +92,8 @@ def test_rope_is_read_in_old_and_new_layout(rope: dict[str, Any], expected: Rope
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_is_read_from_either_key(key: str) -> None:
-    assert read_model_spec(CONFIG | {key: "bfloat16"}).dtype is DType.BFLOAT16
+    assert saved_dtype(CONFIG | {key: "bfloat16"}) is DType.BFLOAT16
+    assert saved_dtype(CONFIG) is DType.FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,6 @@ def test_impossible_sizes_are_refused(key: str, value: object) -> None:
         ({"head_dim": 7}, "head_dim"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"attention_bias": "no"}, "attention_bias"),
-        ({"dtype": "float16"}, "dtype"),
-        ({"torch_dtype": "float16"}, "torch_dtype"),
-        ({"dtype": ["float32"]}, "dtype"),
         ({"eos_token_id": 509}, "eos_token_id"),
         ({"eos_token_id": [1, "2"]}, "eos_token_id"),
         ({"eos_token_id": True}, "eos_token_id"),
@@ -183,9 +180,13 @@ def test_a_bad_eos_names_the_file_it_stands_in() -> None:
     assert caught.value.field == "generation_config.json: eos_token_id"
 
 
-def test_float16_is_refused_with_the_way_out() -> None:
-    with pytest.raises(InvalidModel, match="Set dtype to bfloat16 or float32"):
-        read_model_spec(CONFIG | {"dtype": "float16"})
+@pytest.mark.parametrize("given", [{"dtype": "float16"}, {"torch_dtype": "float16"}, {"dtype": ["float32"]}])
+def test_a_saved_dtype_that_is_not_served_is_refused_with_the_way_out(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidModel, match=r"Set model\.dtype to bfloat16 or float32") as caught:
+        saved_dtype(CONFIG | given)
+    (key,) = given
+    assert caught.value.field == f"config.json: {key}"
+    assert read_model_spec(CONFIG | given) == read_model_spec(CONFIG), "a deployment that names a type is served"
 
 
 @pytest.mark.parametrize("overrides", [{}, {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}])

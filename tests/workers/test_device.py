@@ -5,7 +5,7 @@ import torch
 
 from placement.errors import InvalidConfig
 from workers import device
-from workers.device import open_device
+from workers.device import is_out_of_memory, open_device
 
 
 def test_the_cpu_opens_with_its_memory_and_threads() -> None:
@@ -14,6 +14,32 @@ def test_the_cpu_opens_with_its_memory_and_threads() -> None:
     assert opened.torch_device == torch.device("cpu")
     assert torch.get_num_threads() == opened.num_threads == 1
     assert 0 < opened.available_memory_bytes <= opened.total_memory_bytes
+
+
+def test_a_container_leaves_the_cpu_what_its_limit_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "container_available", lambda read: 1234)
+    assert open_device("cpu", 1).available_memory_bytes == 1234
+    monkeypatch.setattr(device, "container_available", lambda read: None)
+    assert open_device("cpu", 1).available_memory_bytes > 1234
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("shapes differ"), False),
+        (OSError("not found"), False),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_the_allocator_of_the_cpu_is_understood() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:01", "cuda:1x", "CPU", "cpu:0", "meta"])

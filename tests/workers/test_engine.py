@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from placement.blocks import BlockPool
-from placement.errors import FieldError
+from placement.errors import FieldError, HeterodyneError
 from placement.scheduling import Scheduler, SchedulerLimits
 from workers.engine import Engine
-from workers.engine_types import EndReason, Limits, Output, Submission
+from workers.engine_types import Draining, EndReason, Limits, Output, Submission
 from workers.runner import SequenceInput
 from workers.sampling import SampledToken, SamplingParams
 
@@ -30,7 +30,7 @@ class Listener:
 
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     ends: dict[int, Output] = field(default_factory=dict)
-    refusals: dict[int, FieldError] = field(default_factory=dict)
+    refusals: dict[int, HeterodyneError] = field(default_factory=dict)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def step(self, step: int, outputs: Seq[Output]) -> None:
@@ -44,7 +44,7 @@ class Listener:
                     self.ends[output.sequence_id] = output
             self.changed.notify_all()
 
-    def refused(self, sequence_id: int, error: FieldError) -> None:
+    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
         with self.changed:
             self.refusals[sequence_id] = error
             self.changed.notify_all()
@@ -241,18 +241,37 @@ def test_an_abandoned_sink_loses_its_sequences_and_others_go_on(make_engine: Any
 
 def test_a_step_that_raises_ends_every_sequence_with_the_cause(make_engine: Any) -> None:
     runner = SlowRunner()
-    runner.error = RuntimeError("the device is on fire")
+    runner.error = RuntimeError("the device is on fire\nand so is the house")
+    parts = make_engine(runner, vocab_size=16)
+    listener, later = Listener(), Listener()
+    parts.engine.submit(listener, 0, submission([3, 4], max_tokens=5))
+    assert runner.entered.acquire(timeout=WAIT_S)
+    for i in (1, 2):  # these are in the inbox when the step raises
+        parts.engine.submit(listener, i, submission([3, 4], max_tokens=5))
+    runner.gate.release()
+    listener.wait(lambda: len(listener.ends) == 3)
+    parts.engine.ended.result(WAIT_S)
+    assert parts.engine.failure is runner.error
+    assert {output.end for output in listener.ends.values()} == {EndReason.FAILED}
+    assert {output.detail for output in listener.ends.values()} == {"RuntimeError: the device is on fire"}
+    parts.engine.submit(later, 3, submission([3, 4], max_tokens=5))
+    assert later.ends[3].end is EndReason.FAILED, "answered at once"
+
+
+def test_a_draining_engine_finishes_what_it_has_and_refuses_what_comes(make_engine: Any) -> None:
+    runner = SlowRunner()
     parts = make_engine(runner, vocab_size=16)
     listener = Listener()
-    for i in range(3):
-        parts.engine.submit(listener, i, submission([3, 4], max_tokens=5))
-    runner.gate.release(10)
-    listener.wait(lambda: bool(listener.ends))
-    parts.engine.thread.join(WAIT_S)
-    assert parts.engine.failure is runner.error
-    # Those that were in the inbox, not yet taken, end with the stream: the process exits.
-    assert {output.end for output in listener.ends.values()} == {EndReason.FAILED}
-    assert "the device is on fire" in listener.ends[0].detail
+    parts.engine.submit(listener, 1, submission([3], max_tokens=3))
+    assert runner.entered.acquire(timeout=WAIT_S)
+    parts.engine.submit(listener, 2, submission([3], max_tokens=3))
+    parts.engine.drain()
+    parts.engine.submit(listener, 3, submission([3], max_tokens=3))
+    runner.gate.release(20)
+    listener.wait(lambda: len(listener.ends) == 2 and bool(listener.refusals))
+    assert listener.tokens == {1: [1, 1, 1], 2: [1, 1, 1]}
+    assert isinstance(listener.refusals[3], Draining)
+    parts.idle()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +291,8 @@ def test_an_impossible_submission_is_refused_and_named(make_engine: Any, bad: Su
     listener = Listener()
     parts.engine.submit(listener, 7, bad)
     listener.wait(lambda: 7 in listener.refusals)
-    assert listener.refusals[7].field == name
+    refusal = listener.refusals[7]
+    assert isinstance(refusal, FieldError) and refusal.field == name
     parts.idle()
 
 
@@ -285,6 +305,7 @@ def test_a_sequence_id_in_use_is_refused_and_the_first_goes_on(make_engine: Any)
     parts.engine.submit(listener, 1, submission([3], max_tokens=3))
     runner.gate.release(10)
     listener.wait(lambda: 1 in listener.ends)
-    assert listener.refusals[1].field == "sequence_id"
+    refusal = listener.refusals[1]
+    assert isinstance(refusal, FieldError) and refusal.field == "sequence_id"
     assert listener.tokens[1] == [1, 1, 1]
     parts.idle()

@@ -1,0 +1,35 @@
+"""This node: the memory it has left, and where others reach what listens on it. No Ray here."""
+
+import ipaddress
+from pathlib import Path
+
+import psutil
+
+from placement.cgroup import container_available
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be allocated now, within the container's limit."""
+    free = psutil.virtual_memory().available
+    limit = container_available(_read)
+    return free if limit is None else min(free, limit)
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return None
+
+
+def advertised_host(bind_host: str, node_ip: str) -> str:
+    """Where others reach a server on ``bind_host``: the node itself for a wildcard (0.0.0.0, ::)."""
+    try:
+        return node_ip if ipaddress.ip_address(bind_host).is_unspecified else bind_host
+    except ValueError:  # a name
+        return bind_host
+
+
+def host_port(host: str, port: int) -> str:
+    """``host:port``, with the brackets that an IPv6 address needs."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

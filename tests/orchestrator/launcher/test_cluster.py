@@ -1,0 +1,77 @@
+"""The launcher on a Ray of its own, whose GPUs are numbers only."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, disconnect
+from orchestrator.launcher.process import WorkerFailed
+from placement.plan import Shard, Span
+from placement.specs import DeviceSpec
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    disconnect()
+
+
+def shard(rank: int, device: DeviceSpec, weight_bytes: int = 1) -> Shard:
+    return Shard(
+        rank=rank,
+        node="local",
+        device=device,
+        layers=Span(0, 1),
+        kv_heads=Span(0, 1),
+        ffn_columns=Span(0, 1),
+        vocab_rows=Span(0, 1),
+        num_blocks=1,
+        weight_bytes=weight_bytes,
+        kv_bytes=1,
+    )
+
+
+def launcher(start_timeout_s: float = 30.0) -> RayLauncher:
+    settings = LaunchSettings(bind_host="127.0.0.1", start_timeout_s=start_timeout_s, labels={})
+    return RayLauncher(settings, lambda shard: shard.weight_bytes + shard.kv_bytes)
+
+
+async def visible_gpus(agent: Any) -> str | None:
+    gpus: str | None = await agent.__ray_call__.remote(lambda self: os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return gpus
+
+
+async def test_each_cuda_rank_sees_one_gpu_of_its_own(cluster: None) -> None:
+    under_test = launcher()
+    shards = {("a", i): shard(i, DeviceSpec(kind="cuda", index=i, memory_bytes=0)) for i in range(2)}
+    await under_test.reserve(shards)
+    agents = [under_test._agent(key, shard) for key, shard in shards.items()]
+    assert sorted([await visible_gpus(agent) for agent in agents], key=str) == ["0", "1"]
+    await under_test.close()
+
+
+async def test_a_rank_that_needs_more_memory_than_is_free_is_not_started(cluster: None) -> None:
+    under_test = launcher()
+    big = shard(0, DeviceSpec(kind="cpu", memory_bytes=0), weight_bytes=2**60)
+    await under_test.reserve({("a", 0): big})
+    with pytest.raises(WorkerFailed, match=r"not enough memory on .*Lower serving.kv_cache"):
+        await under_test.start(("a", 0), epoch=1, shard=big)
+    await under_test.close()
+
+
+async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
+    under_test = launcher()
+    small = shard(0, DeviceSpec(kind="cpu", memory_bytes=0))
+    await under_test.reserve({("a", 0): small})
+    ray.kill(under_test._agent(("a", 0), small))
+    cause = await under_test.wait(("a", 0))
+    assert cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in cause
+    await under_test.stop(("a", 0))  # an actor that is gone already is no error
+    await under_test.close()
