@@ -56,3 +56,11 @@ class ServiceError(HeterodyneError):
         if retry_after_s is not None:
             parts.append(f"try again in {retry_after_s:g} s")
         super().__init__("; ".join(" ".join(part.split()) for part in parts))
+
+
+class LaunchFailed(HeterodyneError):
+    """The deployment did not come up; the text is the first failing rank's cause."""
+
+
+class ServiceEnded(HeterodyneError):
+    """Something that must live as long as the service ended by itself."""

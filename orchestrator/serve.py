@@ -4,18 +4,12 @@ This process is the Ray driver and the parent of the gateway. The order of start
 of stopping gateway (drained), workers, Ray. Whatever fails first is the message that the user sees.
 """
 
-import json
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import grpc
 from rich.console import Console
@@ -23,57 +17,21 @@ from rich.console import Console
 from orchestrator.config import Config, load_config
 from orchestrator.controller.actor import ControllerHandle
 from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.errors import LaunchFailed, ServiceEnded
+from orchestrator.gateway_process import GatewayProcess, gateway_process
 from orchestrator.launcher.cluster import LaunchSettings, connect, disconnect
-from orchestrator.launcher.process import environment
 from orchestrator.load_progress import LoadProgress
 from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
-from placement.errors import HeterodyneError
+from orchestrator.stop_request import StopRequest
 from placement.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
-_GATEWAY_START_S = 30.0
-# Beyond the grace period: closing streams and exporters.
-_GATEWAY_STOP_S = 10.0
 # Beyond the limits of the launch's own steps, whose causes say more.
 _LAUNCH_SLACK_S = 30.0
 # The controller is reached directly, whatever proxy the environment names.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
-
-
-class LaunchFailed(HeterodyneError):
-    """The deployment did not come up; the text is the first failing rank's cause."""
-
-
-class ServiceEnded(HeterodyneError):
-    """Something that must live as long as the service ended by itself."""
-
-
-class _Stop:
-    """SIGINT and SIGTERM: the first asks for a drain; a second Ctrl-C cuts it short.
-
-    A second SIGTERM does not: supervisors repeat it, to a process and to its group.
-    """
-
-    def __init__(self) -> None:
-        self.asked = threading.Event()
-        self.forced = threading.Event()
-
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked.is_set():
-            self.forced.set()
-        self.asked.set()
-
-    def install(self) -> None:
-        """Ray sets handlers of its own when it connects, so this is called again after."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def ignore(self) -> None:
-        """For the way out: the interpreter resets ``handle`` there, and a late signal would spoil the exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
 
 
 def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
@@ -85,7 +43,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     """
     config = load_config(path, overrides=overrides)
     checked = preflight(config)
-    stop = _Stop()
+    stop = StopRequest()
     stop.install()
     address = config.cluster.ray_address or "local"
     num_cpus = sum(shard.device.num_threads for replica in checked.plan.replicas for shard in replica.shards)
@@ -96,7 +54,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
         stop.install()
         with (
             _controller(checked) as controller,
-            _gateway(path, overrides, checked, controller, stop) as gateway,
+            gateway_process(path, overrides, checked, controller.control_address, stop) as gateway,
         ):
             return _run(config, controller, gateway, stop, console)
     finally:
@@ -133,71 +91,9 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
         handle.stop()
 
 
-class _Gateway:
-    """The gateway process."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", address: str) -> None:
-        self.process = process
-        self.address = address
-
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def stop(self, *, grace_s: float, stop: _Stop) -> int:
-        """Drain it; kill it when it takes too long or the user insists. Returns its exit code."""
-        self.process.terminate()
-        deadline = time.monotonic() + grace_s + _GATEWAY_STOP_S
-        while not self.ended():
-            if stop.forced.is_set() or time.monotonic() > deadline:
-                self.process.kill()
-            time.sleep(_POLL_S / 4)
-        return self.process.wait()
-
-
-@contextmanager
-def _gateway(
-    path: Path, overrides: Sequence[str], checked: Checked, controller: ControllerHandle, stop: _Stop
-) -> Iterator[_Gateway]:
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "orchestrator.gateway", str(path.resolve()), "--control", controller.control_address,
-            "--max-context-tokens", str(checked.plan.model.max_context_tokens), "--dtype", checked.plan.dtype.value,
-            "--parent-pid", str(os.getpid()), *(f"--set={override}" for override in overrides),
-        ],
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        # A terminal's Ctrl-C is for this process, which drains the gateway in order.
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield _Gateway(process, _listening(process, stop))
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def _listening(process: "subprocess.Popen[bytes]", stop: _Stop) -> str:
-    """The address that the gateway says it listens on. Raises LaunchFailed."""
-    assert process.stdout is not None
-    lines: queue.Queue[bytes] = queue.Queue()
-    threading.Thread(target=lambda out: lines.put(out.readline()), args=(process.stdout,), daemon=True).start()
-    deadline = time.monotonic() + _GATEWAY_START_S
-    while time.monotonic() < deadline and not stop.asked.is_set():
-        try:
-            line = lines.get(timeout=_POLL_S)
-        except queue.Empty:
-            continue
-        if not line:
-            raise LaunchFailed(f"the gateway ended at its start with exit code {process.wait()}; its words are above")
-        return str(json.loads(line)["address"])
-    raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
-
-
-def _run(config: Config, controller: ControllerHandle, gateway: _Gateway, stop: _Stop, console: Console) -> int:
+def _run(
+    config: Config, controller: ControllerHandle, gateway: GatewayProcess, stop: StopRequest, console: Console
+) -> int:
     """Follow the launch, then serve until asked to stop, then drain."""
     with _watch(controller.control_address) as states:
         with LoadProgress(console) as progress:
@@ -260,7 +156,9 @@ def _launch_limit_s(config: Config) -> float:
     return 3 * config.launch.start_timeout_s + config.launch.load_timeout_s + _LAUNCH_SLACK_S
 
 
-def _launch(states: States, gateway: _Gateway, stop: _Stop, progress: LoadProgress, *, timeout_s: float) -> bool:
+def _launch(
+    states: States, gateway: GatewayProcess, stop: StopRequest, progress: LoadProgress, *, timeout_s: float
+) -> bool:
     """Wait until the deployment is ready; False when asked to stop before.
 
     Raises:
@@ -287,7 +185,7 @@ def _launch(states: States, gateway: _Gateway, stop: _Stop, progress: LoadProgre
     return False
 
 
-def _supervise(states: States, gateway: _Gateway, stop: _Stop, console: Console) -> None:
+def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, console: Console) -> None:
     """Say what changes until asked to stop. A lost controller is only said: the gateway goes on without it.
 
     Raises:

@@ -55,10 +55,10 @@ class RunningGateway:
 
 
 def launch(controller: Controller, *, timeout_s: float = 20.0) -> bool:
-    gateway = cast(serve._Gateway, RunningGateway())
+    gateway = cast(serve.GatewayProcess, RunningGateway())
     console = Console(file=io.StringIO())
     with serve._watch(controller.address) as states, LoadProgress(console) as progress:
-        return serve._launch(states, gateway, serve._Stop(), progress, timeout_s=timeout_s)
+        return serve._launch(states, gateway, serve.StopRequest(), progress, timeout_s=timeout_s)
 
 
 def test_launch_ends_when_everything_is_ready(controller: Controller) -> None:
@@ -93,7 +93,7 @@ def test_the_controller_is_reached_past_any_proxy(controller: Controller, monkey
 
 def test_serving_goes_on_without_the_controller_which_is_said_once(controller: Controller) -> None:
     controller.end.set()
-    out, gateway, stop = io.StringIO(), RunningGateway(), serve._Stop()
+    out, gateway, stop = io.StringIO(), RunningGateway(), serve.StopRequest()
 
     def stop_later() -> None:
         while gateway.looked < 5:
@@ -102,5 +102,5 @@ def test_serving_goes_on_without_the_controller_which_is_said_once(controller: C
 
     threading.Thread(target=stop_later, daemon=True).start()
     with serve._watch(controller.address) as states:
-        serve._supervise(states, cast(serve._Gateway, gateway), stop, Console(file=out, width=200))
+        serve._supervise(states, cast(serve.GatewayProcess, gateway), stop, Console(file=out, width=200))
     assert out.getvalue().count("event=controller_lost") == 1
