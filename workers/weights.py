@@ -64,6 +64,7 @@ def load_weights(
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
     """Which file holds which slice."""
     if (path / SINGLE_FILE).is_file():
+        _check_inside(path / SINGLE_FILE)
         return {path / SINGLE_FILE: slices}
     if not (path / INDEX_FILE).is_file():
         raise _nothing_to_load(path)
@@ -76,7 +77,14 @@ def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence
     for file in located:
         if not file.is_file():
             raise _refusal(INDEX_FILE, file.name, "names a file that is missing", _FIX_COPY)
+        _check_inside(file)
     return located
+
+
+def _check_inside(file: Path) -> None:
+    """A link may not lead out of the model's directory."""
+    if not file.resolve().is_relative_to(file.parent.resolve()):
+        raise _refusal(file.name, str(file), "is a link out of the model's directory", _FIX_COPY)
 
 
 def _read_weight_map(index: Path) -> Mapping[str, object]:

@@ -213,3 +213,11 @@ def test_an_index_without_the_tensor_is_refused(tmp_path: Path) -> None:
 def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content.encode("latin-1"))
     assert refusal(tmp_path).field == INDEX_FILE
+
+
+def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "model"
+    inside.mkdir()
+    save_file({WHOLE.name: torch.zeros(WHOLE.shape)}, tmp_path / "elsewhere.safetensors")
+    (inside / SINGLE_FILE).symlink_to(tmp_path / "elsewhere.safetensors")
+    assert "link" in refusal(inside).problem
