@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 
 from orchestrator.client import GenerateResult, fetch_status, stream_generate
-from orchestrator.render import print_status
+from orchestrator.config_types import parse_address
+from orchestrator.render import ending, print_status
 from orchestrator.schema import schema_text
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, InvalidConfig
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app = typer.Typer(
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # The most that the fields of the protocol hold.
 _INT32, _UINT64 = 2**31 - 1, 2**64 - 1
+# Whether the last thing written to standard output left its line open.
+_line_open = False
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one value of the file")]
@@ -38,6 +41,8 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except HeterodyneError as error:
+        if _line_open:
+            _write("\n")
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
@@ -57,7 +62,10 @@ def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     address: ServiceAddress = DEFAULT_ADDRESS,
-    max_tokens: Annotated[int | None, typer.Option(min=1, max=_INT32, help="most tokens generated")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=_INT32, help="most tokens; default: to the text's end"),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, max=_INT32, help="0 is all tokens")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="1 is all tokens")] = None,
@@ -73,14 +81,27 @@ def generate(
         sampling=pb.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
     )
     with _errors_in_one_line():
+        check_address(address)
         result = stream_generate(address, request, timeout_s=timeout_s, on_text=_write)
     _write("\n")
     print(figures(result), file=sys.stderr)
 
 
+def check_address(address: str) -> None:
+    """Raises InvalidConfig unless it is host:port."""
+    try:
+        parse_address(address)
+    except ValueError:
+        raise InvalidConfig(
+            field="--address", value=address, problem="is not host:port", fix="Write it as 127.0.0.1:50051."
+        ) from None
+
+
 def _write(text: str) -> None:
+    global _line_open
     sys.stdout.write(text)
     sys.stdout.flush()
+    _line_open = not text.endswith("\n")
 
 
 def figures(result: GenerateResult) -> str:
@@ -89,6 +110,7 @@ def figures(result: GenerateResult) -> str:
     per_token_s = timings.time_per_output_token_s
     parts = [
         f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated on {finished.replica}",
+        f"ended by {ending(finished)}",
         f"time to first token {timings.time_to_first_token_s * 1e3:.1f} ms",
     ]
     if per_token_s:
@@ -100,6 +122,7 @@ def figures(result: GenerateResult) -> str:
 def status(address: ServiceAddress = DEFAULT_ADDRESS) -> None:
     """Who holds what, in which state, under which load."""
     with _errors_in_one_line():
+        check_address(address)
         print_status(Console(), fetch_status(address))
 
 

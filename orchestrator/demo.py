@@ -19,7 +19,7 @@ from orchestrator.config import load_config
 from orchestrator.errors import ServiceError
 from orchestrator.launcher.process import environment
 from orchestrator.preflight import preflight
-from orchestrator.render import print_status
+from orchestrator.render import ending, print_status
 from placement.errors import HeterodyneError, InvalidConfig
 from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -105,7 +105,8 @@ def measurements(finished: pb.Finished) -> Table:
     table.add_column(justify="right", style="bold")
     table.add_column()
     table.add_row("prompt", str(usage.prompt_tokens), "tokens")
-    table.add_row("generated", str(usage.completion_tokens), "tokens")
+    ended = f"tokens, ended by {ending(finished)}"
+    table.add_row("generated", str(usage.completion_tokens), ended)
     table.add_row("time to first token", f"{timings.time_to_first_token_s * 1e3:.1f}", "ms")
     per_token_s = timings.time_per_output_token_s
     if per_token_s > 0:

@@ -52,7 +52,9 @@ class ServiceError(HeterodyneError):
         self.message = message
         self.violations = violations
         self.retry_after_s = retry_after_s
-        parts = [f"{code}: {message}", *(f"{field}: {text}" for field, text in violations)]
+        # Our own service names the field in its message already; others may not.
+        more = [f"{field}: {text}" for field, text in violations if not message.startswith(f"{field}:")]
+        parts = [f"{code}: {message}", *more]
         if retry_after_s is not None:
             parts.append(f"try again in {retry_after_s:g} s")
         super().__init__("; ".join(" ".join(part.split()) for part in parts))

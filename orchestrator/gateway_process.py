@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -33,11 +34,17 @@ class GatewayProcess:
         return self.process.poll() is not None
 
     def stop(self, *, grace_s: float, stop: StopRequest) -> int:
-        """Drain it; kill it when it takes too long or the user insists. Returns its exit code."""
+        """Drain it, at once when the user insists; kill it when even that takes too long. Returns its exit code."""
         self.process.terminate()
         deadline = time.monotonic() + grace_s + _GATEWAY_STOP_S
+        cut = False
         while not self.ended():
-            if stop.forced.is_set() or time.monotonic() > deadline:
+            if stop.forced.is_set() and not cut:
+                # Its second signal, a SIGINT: it ends every stream with its last message, and then itself.
+                cut = True
+                self.process.send_signal(signal.SIGINT)
+                deadline = min(deadline, time.monotonic() + _GATEWAY_STOP_S)
+            if time.monotonic() > deadline:
                 self.process.kill()
             time.sleep(_POLL_S / 4)
         return self.process.wait()

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from placement.memory import format_bytes
-from protos.heterodyne.v1 import admin_pb2
+from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
 _STYLES = {
     "READY": "green",
@@ -157,3 +157,10 @@ def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
     if gateway.fenced_messages:
         words.append(f"{gateway.fenced_messages} messages of old epochs refused")
     return ", ".join(words)
+
+
+def ending(finished: inference_pb2.Finished) -> str:
+    """Why an answer ended, in words."""
+    if finished.HasField("matched_stop"):
+        return f"stop string {finished.matched_stop!r}"
+    return "its length" if finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH else "end of text"

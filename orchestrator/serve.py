@@ -19,7 +19,7 @@ from orchestrator.controller.actor import ControllerHandle
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.gateway_process import GatewayProcess, gateway_process
-from orchestrator.launcher.cluster import LaunchSettings, connect, disconnect
+from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
 from orchestrator.load_progress import LoadProgress
 from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
@@ -46,12 +46,15 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     stop = StopRequest()
     stop.install()
     address = config.cluster.ray_address or "local"
-    num_cpus = sum(shard.device.num_threads for replica in checked.plan.replicas for shard in replica.shards)
+    devices = [shard.device for replica in checked.plan.replicas for shard in replica.shards]
+    num_gpus = sum(device.kind == "cuda" for device in devices)
+    num_cpus = num_gpus + sum(device.num_threads for device in devices if device.kind == "cpu")
     _say_plan(checked, console)
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)
     try:
         stop.install()
+        check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         with (
             _controller(checked) as controller,
             gateway_process(path, overrides, checked, controller.control_address, stop) as gateway,
@@ -101,10 +104,14 @@ def _run(
         if ready:
             _say(console, event="serving", model=config.model.name, address=gateway.address)
             _supervise(states, gateway, stop, console)
+    if not ready:
+        _say(console, event="stopped_before_ready")
+        gateway.stop(grace_s=0.0, stop=stop)
+        return 1
     _say(console, event="draining", grace_s=config.gateway.drain_grace_s)
-    code = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop)
-    _say(console, event="drained" if code == 0 else "drain_cut", exit_code=code)
-    return 0 if code == 0 else 1
+    finished = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop) == 0
+    _say(console, event="drained" if finished else "drain_cut")
+    return 0 if finished else 1
 
 
 class _ControllerLost(Exception):

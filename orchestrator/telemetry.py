@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.metrics import CallbackOptions, Histogram, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
@@ -111,14 +111,27 @@ class Telemetry:
     def _make_instruments(self) -> None:
         meter = self._meter = self._meters.get_meter("heterodyne.gateway")
 
-        def histogram(name: str, unit: str, boundaries: list[float]):  # type: ignore[no-untyped-def]
-            return meter.create_histogram(name, unit=unit, explicit_bucket_boundaries_advisory=boundaries)
+        def histogram(name: str, unit: str, boundaries: list[float], description: str) -> Histogram:
+            return meter.create_histogram(
+                name, unit=unit, description=description, explicit_bucket_boundaries_advisory=boundaries
+            )
 
-        self._duration = histogram("gen_ai.server.request.duration", "s", _DURATION_S)
-        self._first_token = histogram("gen_ai.server.time_to_first_token", "s", _FIRST_TOKEN_S)
-        self._per_token = histogram("gen_ai.server.time_per_output_token", "s", _PER_TOKEN_S)
-        self._usage = histogram("gen_ai.client.token.usage", "{token}", _TOKENS)
-        self._refused = meter.create_counter("heterodyne.requests.refused", unit="{request}")
+        self._duration = histogram(
+            "gen_ai.server.request.duration", "s", _DURATION_S, "From the arrival of an accepted request to its end."
+        )
+        self._first_token = histogram(
+            "gen_ai.server.time_to_first_token",
+            "s",
+            _FIRST_TOKEN_S,
+            "From a request's arrival to its first token.",
+        )
+        self._per_token = histogram(
+            "gen_ai.server.time_per_output_token", "s", _PER_TOKEN_S, "Mean time between a request's later tokens."
+        )
+        self._usage = histogram("gen_ai.client.token.usage", "{token}", _TOKENS, "Tokens of a request, by type.")
+        self._refused = meter.create_counter(
+            "heterodyne.requests.refused", unit="{request}", description="Requests refused before they were accepted."
+        )
 
     def gauge(self, name: str, unit: str, read: Gauge) -> None:
         """A figure that is read whenever metrics are collected."""

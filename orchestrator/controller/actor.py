@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 20.0
+_PING_TIMEOUT_S = 3.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
 
@@ -53,6 +54,9 @@ class Controller:
         await self._shell.launch()
         return address
 
+    async def ping(self) -> None:
+        """Answers, while it lives."""
+
     async def stop(self) -> None:
         """Stop every worker, give the resources back, close the control service."""
         if self._shell is not None:
@@ -82,6 +86,8 @@ class ControllerHandle:
     def stop(self) -> None:
         """Stop the deployment; the actor goes with it."""
         try:
+            # A signal to the whole process group ends a local Ray as well: then there is nobody to wait for.
+            ray.get(self._actor.ping.remote(), timeout=_PING_TIMEOUT_S)
             ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 10.0)
         except ray.exceptions.RayError as error:
             # Its workers end with it: Ray ends the actors it owns, and each worker dies with its parent.

@@ -217,10 +217,9 @@ def _log_changes(before: machine.State, after: machine.State) -> None:
     for replica in after.replicas:
         if old.get(replica.name) is not replica.phase:
             failed = replica.phase is machine.Phase.FAILED
-            level = logging.ERROR if failed else logging.INFO
             detail = f' cause="{replica.cause}"' if failed else ""
-            logger.log(
-                level,
+            # Not an error of the controller's: `serve`, which watches it, is who tells the user.
+            logger.info(
                 "replica=%s epoch=%d phase=%s%s",
                 replica.name,
                 replica.epoch,

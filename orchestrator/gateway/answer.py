@@ -93,15 +93,15 @@ class Answer:
                 case Lost():
                     # The cause names processes and addresses: it is in the log and the status.
                     self.at_replica = False
-                    self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} was lost")
+                    self.outcome = ReplicaUnavailable(f"{self.entry.replica} was lost; the request may be sent again")
         return chunk if chunk.tokens or chunk.text else None
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
         """A refusal that another replica, or a later time, could mend is not the request's fault."""
         logger.warning('sequence_refused replica=%s message="%s"', self.entry.replica, event.message)
         if event.code in _NOT_NOW:
-            return ReplicaUnavailable(f"replica {self.entry.replica} takes no requests")
-        return ReplicaFault(f"replica {self.entry.replica} refused the request")
+            return ReplicaUnavailable(f"{self.entry.replica} takes no requests at present; send it again")
+        return ReplicaFault(f"{self.entry.replica} refused the request")
 
     def _take_output(
         self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, submitted_s: float, now_s: float
@@ -147,7 +147,7 @@ class Answer:
         elif end.reason == worker_pb2.END_REASON_FAILED:
             # The detail is for the operator: it may name files, and clients are not to see those.
             logger.error('sequence_failed replica=%s detail="%s"', self.entry.replica, end.detail)
-            self.outcome = ReplicaUnavailable(f"replica {self.entry.replica} failed while it computed the request")
+            self.outcome = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
         else:
             self.outcome = ReplicaFault("the replica ended the sequence without being asked")
 

@@ -134,10 +134,13 @@ class Gateway:
         self._background.spawn(self.fleet.follow())
         return str(replace(address, port=port))
 
-    async def drain(self) -> bool:
+    async def drain(self, cut: asyncio.Event | None = None) -> bool:
         """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished.
 
         Called again it does nothing, and is True.
+
+        Args:
+            cut: ends the grace period when it is set.
         """
         if self._draining:
             return True
@@ -145,8 +148,7 @@ class Gateway:
         self.admission.start_drain()
         await self._set_health()
         grace_s = self._config.gateway.drain_grace_s
-        logger.info("draining in_flight=%d queued=%d", self.admission.in_flight, self.admission.queued)
-        idle = await self.admission.wait_idle(grace_s)
+        idle = await self._wait_idle(grace_s, cut)
         if not idle:
             logger.warning("drain_cut in_flight=%d after_s=%g", self.admission.in_flight, grace_s)
             # What is cut still ends as promised, with a last message that says why.
@@ -158,6 +160,14 @@ class Gateway:
         await self.fleet.close()
         await asyncio.to_thread(self._telemetry.close)
         return idle
+
+    async def _wait_idle(self, grace_s: float, cut: asyncio.Event | None) -> bool:
+        idle = asyncio.ensure_future(self.admission.wait_idle(grace_s))
+        cutting = asyncio.ensure_future((cut or asyncio.Event()).wait())
+        await asyncio.wait({idle, cutting}, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (idle, cutting):
+            waiting.cancel()
+        return idle.done() and not idle.cancelled() and idle.result()
 
     def _health_changed(self) -> None:
         self._background.spawn(self._set_health())
@@ -214,20 +224,21 @@ def load_model(settings: GatewaySettings) -> ServedModel:
 async def run(settings: GatewaySettings) -> int:
     """Serve until SIGTERM or SIGINT, then drain. Says where it listens in one JSON line on standard output."""
     gateway = Gateway(settings)
-    stop = asyncio.Event()
+    stop, cut = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def ask(_number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         # Not the loop's own handlers: those fall away when it closes, and a second signal then kills what has drained.
+        event = cut if stop.is_set() and number == signal.SIGINT else stop
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(stop.set)
+            loop.call_soon_threadsafe(event.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ask)
     address = await gateway.start()
     print(json.dumps({"event": "listening", "address": address, "pid": os.getpid()}), flush=True)
     await stop.wait()
-    finished = await gateway.drain()
+    finished = await gateway.drain(cut)
     for number in (signal.SIGTERM, signal.SIGINT):
         # The interpreter resets handlers of ours on its way out, but leaves this; what has drained is not killed.
         signal.signal(number, signal.SIG_IGN)

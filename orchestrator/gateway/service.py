@@ -136,7 +136,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             # The gateway sees a broken stream before the controller has said so.
             message.state = admin_pb2.REPLICA_STATE_FAILED
             message.cause = replica.cause or leader.lost.cause
-        if leader is not None and leader.load is not None:
+        if leader is not None and leader.load is not None and leader.lost is None:
             load = leader.load
             message.load.CopyFrom(
                 admin_pb2.ReplicaLoad(

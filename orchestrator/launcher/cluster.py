@@ -51,6 +51,26 @@ def connect(address: str, *, num_cpus: int) -> None:
         ) from error
 
 
+def check_resources(*, num_cpus: int, num_gpus: int) -> None:
+    """Refuse what the whole cluster could never place, before anything is launched on it.
+
+    Raises:
+        InvalidConfig: the cluster has fewer CPUs or GPUs than the workers ask for.
+    """
+    resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for name, needed, key in (("GPU", num_gpus, "device"), ("CPU", num_cpus, "threads")):
+        there = int(resources.get(name, 0))
+        if needed > there:
+            raise InvalidConfig(
+                field=f"cluster.workers: {key}",
+                value=f"{needed} {name}",
+                problem=f"asks for more than the {there} {name} of the Ray cluster",
+                fix=f"Lower {key} or count, or add nodes."
+                if name == "CPU"
+                else "Set device: cpu, or start Ray on nodes with GPUs.",
+            )
+
+
 def disconnect() -> None:
     """Leave Ray; a cluster that ``connect`` started ends."""
     ray.shutdown()

@@ -129,3 +129,17 @@ def test_schema_prints_the_committed_schema() -> None:
     with orchestrator("schema") as command:
         assert command.process.wait(timeout=30.0) == 0
         assert command.output() == (REPOSITORY / "deploy" / "heterodyne.schema.json").read_text()
+
+
+def test_more_gpus_than_the_cluster_has_are_refused_before_anything_is_launched() -> None:
+    sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", "cluster.workers=[{device: cuda:7}]")
+    with orchestrator("serve", "deploy/local.yaml", *(f"--set={item}" for item in sets)) as command:
+        assert command.process.wait(timeout=60.0) == 1
+        last = command.output().strip().splitlines()[-1]
+    assert last.startswith("error: cluster.workers: device: asks for more than the ") and "device: cpu" in last
+
+
+def test_an_address_without_a_port_is_refused() -> None:
+    with orchestrator("generate", "hello", "--address", "localhost") as command:
+        assert command.process.wait(timeout=30.0) == 1
+        assert "--address: is not host:port (got 'localhost')" in command.output()

@@ -459,3 +459,30 @@ async def test_tokenizing_a_long_text_does_not_hold_the_service_up(tmp_path: Pat
             longest_s = max(longest_s, time.monotonic() - asked_s)
         assert len(tokenizing.result().ids) > 1000
         assert longest_s < 0.5, f"health answered after {longest_s:.2f} s"
+
+
+async def test_a_second_request_to_stop_cuts_the_grace_period(served_checkpoint: Path, tmp_path: Path) -> None:
+    config = make_config(tmp_path, served_checkpoint, gateway={"drain_grace_s": 60.0})
+    async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        responses: list[pb.GenerateResponse] = []
+
+        async def one() -> None:
+            async for response in stub.Generate(request(max_tokens=490), timeout=60.0):
+                responses.append(response)
+
+        streams = [asyncio.create_task(one())]
+        while running.gateway.admission.in_flight < 1:
+            await asyncio.sleep(0.005)
+        os.kill(running.pid("replica-0"), signal.SIGSTOP)  # so that it cannot finish by itself
+        cut = asyncio.Event()
+        drain = asyncio.create_task(running.gateway.drain(cut))
+        await asyncio.sleep(0.1)
+        asked_s = time.monotonic()
+        cut.set()
+        assert not await drain
+        assert time.monotonic() - asked_s < 5.0
+        (result,) = await asyncio.gather(*streams, return_exceptions=True)
+        assert isinstance(result, grpc.aio.AioRpcError) and result.code() is grpc.StatusCode.UNAVAILABLE
+        check_order(responses)
+        os.kill(running.pid("replica-0"), signal.SIGCONT)
