@@ -22,7 +22,8 @@ from placement.errors import HeterodyneError
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 20.0
+# A worker has 5 s to end by itself and 2 s more; then it is killed.
+_STOP_TIMEOUT_S = 8.0
 _PING_TIMEOUT_S = 3.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
@@ -88,7 +89,7 @@ class ControllerHandle:
         try:
             # A signal to the whole process group ends a local Ray as well: then there is nobody to wait for.
             ray.get(self._actor.ping.remote(), timeout=_PING_TIMEOUT_S)
-            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 10.0)
+            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 2.0)
         except ray.exceptions.RayError as error:
             # Its workers end with it: Ray ends the actors it owns, and each worker dies with its parent.
             logger.warning("controller_stop_forced cause=%s", type(error).__name__)
