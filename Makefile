@@ -6,7 +6,7 @@ PROTO_OUT ?= protos
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos clean
+.PHONY: help setup demo test lint types contracts unit protos bench-attention clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -47,6 +47,9 @@ protos: setup  ## Generate the gRPC code again from the .proto files
 	# The packages live under protos/, so the generated imports do too.
 	find $(PROTO_OUT)/heterodyne -name '*_pb2*.py*' -not -path '*/__pycache__/*' -exec \
 		sed -i -E 's/^(from|import) heterodyne/\1 protos.heterodyne/; /^_builder\./s/(, .)heterodyne/\1protos.heterodyne/' {} +
+
+bench-attention: setup  ## Decode attention over paged KV against gathering it; writes build/bench/attention.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_attention.py
 
 clean:  ## Remove the virtual environment and build products
 	rm -rf $(VENV) build *.egg-info

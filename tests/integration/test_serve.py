@@ -155,7 +155,7 @@ async def read_some(call: Any, chance: random.Random) -> None:
 def test_metrics_are_scraped_under_the_genai_names(service: Service) -> None:
     with orchestrator("generate", "In the beginning", "--address", service.address, "--max-tokens", "8") as generated:
         assert generated.process.wait(timeout=60.0) == 0
-        assert re.search(r"8 generated on replica-0; time to first token", generated.output())
+        assert re.search(r"8 generated on replica-0; ended by its length; time to first token", generated.output())
     with urllib.request.urlopen(service.prometheus, timeout=5.0) as reply:
         metrics = reply.read().decode()
     for name in (
