@@ -40,7 +40,7 @@ def test_defaults_fill_everything_but_the_model_path(tmp_path: Path) -> None:
 def test_committed_sample_is_valid() -> None:
     config = load_config(Path("deploy/local.yaml"), environ={})
     assert config.model.path == str(Path("deploy/demo").resolve())
-    assert [worker.threads for worker in config.cluster.each_worker] == [2]
+    assert [worker.threads for worker in config.cluster.each_worker] == [1]
     assert config.telemetry.prometheus_address == Address("127.0.0.1", 9464)
 
 
