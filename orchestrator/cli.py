@@ -50,6 +50,7 @@ def _errors_in_one_line() -> Iterator[None]:
 @app.command()
 def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
     """Serve a model until Ctrl-C or SIGTERM, then drain."""
+    # Here, because it imports Ray, which takes a second that `generate` and `status` need not wait.
     from orchestrator.serve import serve as run
 
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s serve %(message)s")

@@ -79,13 +79,7 @@ def check_request(
     stop_ids = tuple(message.stop_token_ids) + (() if message.ignore_eos else model.spec.eos_token_ids)
     _check_stops(message, model)
     _bounds("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
-    if len(message.request_id) > MAX_REQUEST_ID:
-        raise InvalidRequest(
-            field="request_id",
-            value=message.request_id,
-            problem="is too long",
-            fix=f"Use at most {MAX_REQUEST_ID} characters.",
-        )
+    _check_id(message.request_id)
     logprobs = message.logprobs if message.HasField("logprobs") else None
     if logprobs is not None:
         _bounds("logprobs", logprobs, 0, min(MAX_LOGPROBS, model.spec.vocab_size))
@@ -99,6 +93,16 @@ def check_request(
         logprobs=logprobs,
         priority=message.priority,
     )
+
+
+def _check_id(request_id: str) -> None:
+    if len(request_id) > MAX_REQUEST_ID:
+        raise InvalidRequest(
+            field="request_id",
+            value=request_id,
+            problem="is too long",
+            fix=f"Use at most {MAX_REQUEST_ID} characters.",
+        )
 
 
 def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
