@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kernels import paged
 from kernels.attention import AttentionPlan, LayerCache, Run, SequenceSpan
-from kernels.reference import embedding, linear, merge_partials, rms_norm, rotate, silu_mul, write_kv
+from kernels.linear import pack
+from kernels.reference import embedding, merge_partials, rms_norm, rotate, silu_mul, write_kv
 
-__all__ = ["attention", "embedding", "linear", "plan", "rms_norm", "rotate", "silu_mul", "write_kv"]
+__all__ = ["attention", "embedding", "pack", "plan", "rms_norm", "rotate", "silu_mul", "write_kv"]
 
 
 def plan(spans: Sequence[SequenceSpan]) -> AttentionPlan:

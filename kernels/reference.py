@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
+from kernels.linear import Linear, PlainLinear
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -19,9 +20,9 @@ def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
     return F.embedding(token_ids, table)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x`` [T, in] times ``weight`` [out, in] transposed, plus ``bias`` [out]: [T, out]."""
-    return F.linear(x, weight, bias)
+def pack(weight: Tensor, bias: Tensor | None) -> Linear:
+    """A linear layer of ``weight`` [O, I] and ``bias`` [O], both let go by the caller."""
+    return PlainLinear(weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

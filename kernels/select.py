@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
+from kernels.linear import Linear
 
 
 class Kernels(Protocol):
@@ -14,7 +15,7 @@ class Kernels(Protocol):
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def pack(self, weight: Tensor, bias: Tensor | None) -> Linear: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

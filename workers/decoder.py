@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import AttentionPlan, LayerCache
+from kernels.linear import Linear
 from kernels.reference import rope_frequencies, scale_llama3
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
@@ -25,15 +26,11 @@ class LayerWeights:
     """One layer. Projections that read the same input are one matrix."""
 
     attention_norm: Tensor  # [E]
-    qkv: Tensor  # [(H + 2K) * D, E]
-    qkv_bias: Tensor | None
-    output: Tensor  # [E, H * D]
-    output_bias: Tensor | None
+    qkv: Linear  # E -> (H + 2K) * D
+    output: Linear  # H * D -> E
     ffn_norm: Tensor  # [E]
-    gate_up: Tensor  # [2F, E]
-    gate_up_bias: Tensor | None
-    down: Tensor  # [E, F]
-    down_bias: Tensor | None
+    gate_up: Linear  # E -> 2F
+    down: Linear  # F -> E
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +40,7 @@ class DecoderWeights:
     embedding: Tensor  # [V, E]
     layers: tuple[LayerWeights, ...]
     norm: Tensor  # [E]
-    head: Tensor  # [V, E]; the embedding itself where the two are tied
+    head: Linear  # E -> V
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,38 +54,34 @@ class TokenBatch:
     attention: AttentionPlan
 
 
-def assemble(tensors: dict[str, Tensor]) -> DecoderWeights:
+def assemble(tensors: dict[str, Tensor], kernels: Kernels) -> DecoderWeights:
     """Checkpoint tensors by Hugging Face name as a decoder. Takes them out of ``tensors``.
 
-    Fused matrices are copies; the parts are let go layer by layer, so that at most one layer exists twice.
+    Matrices are copied as they are fused and packed; the parts are let go layer by layer, so that at most one
+    layer exists twice.
     """
     num_layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
-    layers = tuple(_assemble_layer(tensors, f"model.layers.{layer}") for layer in range(num_layers))
+    layers = tuple(_assemble_layer(tensors, f"model.layers.{layer}", kernels) for layer in range(num_layers))
     embedding = tensors.pop(EMBEDDING)
-    norm, head = tensors.pop(FINAL_NORM), tensors.pop(HEAD, embedding)
-    return DecoderWeights(embedding=embedding, layers=layers, norm=norm, head=head)
+    head = kernels.pack(tensors.pop(HEAD, embedding), None)
+    return DecoderWeights(embedding=embedding, layers=layers, norm=tensors.pop(FINAL_NORM), head=head)
 
 
-def _assemble_layer(tensors: dict[str, Tensor], prefix: str) -> LayerWeights:
-    def fused(*names: str) -> tuple[Tensor, Tensor | None]:
-        weight = torch.cat([tensors.pop(f"{prefix}.{name}.weight") for name in names])
+def _assemble_layer(tensors: dict[str, Tensor], prefix: str, kernels: Kernels) -> LayerWeights:
+    def linear(*names: str) -> Linear:
+        weights = [tensors.pop(f"{prefix}.{name}.weight") for name in names]
         biases = [tensors.pop(f"{prefix}.{name}.bias", None) for name in names]
         present = [bias for bias in biases if bias is not None]
-        return weight, torch.cat(present) if present else None
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return kernels.pack(weight, torch.cat(present) if present else None)
 
-    qkv, qkv_bias = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up, gate_up_bias = fused("mlp.gate_proj", "mlp.up_proj")
     return LayerWeights(
         attention_norm=tensors.pop(f"{prefix}.input_layernorm.weight"),
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        output=tensors.pop(f"{prefix}.self_attn.o_proj.weight"),
-        output_bias=tensors.pop(f"{prefix}.self_attn.o_proj.bias", None),
+        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output=linear("self_attn.o_proj"),
         ffn_norm=tensors.pop(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=tensors.pop(f"{prefix}.mlp.down_proj.weight"),
-        down_bias=tensors.pop(f"{prefix}.mlp.down_proj.bias", None),
+        gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+        down=linear("mlp.down_proj"),
     )
 
 
@@ -125,7 +118,7 @@ def hidden_states(
 
 def project(model: ModelSpec, weights: DecoderWeights, kernels: Kernels, x: Tensor) -> Tensor:
     """Logits [rows, V] of hidden states ``x`` [rows, E]."""
-    return kernels.linear(kernels.rms_norm(x, weights.norm, model.rms_norm_eps), weights.head, None)
+    return weights.head(kernels.rms_norm(x, weights.norm, model.rms_norm_eps))
 
 
 def _attend(
@@ -135,17 +128,16 @@ def _attend(
     num_kv_heads = cache.keys.shape[0]
     num_heads = num_kv_heads * model.queries_per_kv_head
     # [T, E] -> [T, H + 2K, D]
-    qkv = kernels.linear(x, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, model.head_dim)
+    qkv = layer.qkv(x).view(x.shape[0], -1, model.head_dim)
     turned = kernels.rotate(qkv[:, : num_heads + num_kv_heads], batch.cos, batch.sin)
     query, keys = turned[:, :num_heads], turned[:, num_heads:]
     values = qkv[:, num_heads + num_kv_heads :]
     kernels.write_kv(cache, batch.slots, keys, values)
     scale = model.head_dim**-0.5
     attended = kernels.attention(query, keys, values, cache, batch.attention, scale)  # [T, H, D]
-    return kernels.linear(attended.flatten(1), layer.output, layer.output_bias)
+    return layer.output(attended.flatten(1))
 
 
 def _feed_forward(layer: LayerWeights, kernels: Kernels, x: Tensor) -> Tensor:
     """[T, E] -> [T, 2F] -> [T, F] -> [T, E]."""
-    gate_up = kernels.linear(x, layer.gate_up, layer.gate_up_bias)
-    return kernels.linear(kernels.silu_mul(gate_up), layer.down, layer.down_bias)
+    return layer.down(kernels.silu_mul(layer.gate_up(x)))

@@ -48,7 +48,7 @@ class ModelRunner:
     ) -> None:
         """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory."""
         self._model = model
-        self._weights = decoder.assemble(weights)
+        self._weights = decoder.assemble(weights, kernels)
         self._cache = cache
         self._device = device
         self._kernels = kernels

@@ -58,13 +58,6 @@ def test_silu_mul_multiplies_the_halves() -> None:
     torch.testing.assert_close(reference.silu_mul(torch.cat((gate, up), dim=-1)), expected)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_linear_is_a_matrix_product(biased: bool) -> None:
-    x, weight, bias = torch.randn(3, 5), torch.randn(7, 5), torch.randn(7)
-    expected = x @ weight.T + (bias if biased else 0)
-    torch.testing.assert_close(reference.linear(x, weight, bias if biased else None), expected)
-
-
 def test_embedding_takes_rows() -> None:
     table = torch.randn(11, 4)
     assert torch.equal(reference.embedding(torch.tensor([3, 10, 3]), table), table[[3, 10, 3]])

@@ -69,7 +69,8 @@ class InferenceServicer:
     """
 
     def Generate(self, request, context):
-        """Generates one continuation, streamed as it is computed: Accepted, any number of Chunk, Finished.
+        """Generates continuations, streamed as they are computed: Accepted, Echo where it was asked for, any number of
+        Chunk, Finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Generates one continuation, streamed as it is computed: Accepted, any number of Chunk, Finished."""
+    """Generates continuations, streamed as they are computed: Accepted, Echo where it was asked for, any number of
+    Chunk, Finished.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text into the token ids that Generate would see."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -54,7 +56,9 @@ class InferenceAsyncStub(InferenceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generates one continuation, streamed as it is computed: Accepted, any number of Chunk, Finished."""
+    """Generates continuations, streamed as they are computed: Accepted, Echo where it was asked for, any number of
+    Chunk, Finished.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the token ids that Generate would see."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -75,7 +79,9 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Generates one continuation, streamed as it is computed: Accepted, any number of Chunk, Finished."""
+        """Generates continuations, streamed as they are computed: Accepted, Echo where it was asked for, any number of
+        Chunk, Finished.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
