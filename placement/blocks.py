@@ -1,4 +1,4 @@
-"""KV blocks: which are free, who refers to the others, and how long the runs of adjacent blocks get.
+"""KV blocks: which are free, who refers to the others, what can be found again, how long runs of blocks get.
 
 Attention reads a run of adjacent blocks as one strided view, so a sequence whose blocks lie in few long runs
 is read with few kernel calls and without a gather. Nothing is ever moved, hence placement has to leave room
@@ -9,11 +9,21 @@ ahead:
   interval starts can go on growing into the first half, the newcomer into the second. Best fit would pack
   tightly and cut every run at the first growth. An interval that starts at block 0 has nobody to its left and
   is filled from 0.
+
+A full block may be given the name of its content (placement.prefix). Then it can be found, and shared, until it
+is allocated anew: without references it is only cached, and the least recently used are evicted first.
 """
 
 from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from itertools import pairwise
+from itertools import chain, pairwise
+from operator import sub
+
+# Eviction frees at least one in so many blocks of the pool, where as many are cached: freed one by one they would
+# come in the order in which sequences ended, from their ends, and cut what grows into runs of one block.
+_EVICTION_SHARE = 32
 
 
 class OutOfBlocks(Exception):
@@ -26,19 +36,19 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """The KV blocks of a replica, with reference counts.
+    """The KV blocks of a replica, with reference counts and the names of their contents.
 
-    ``[_starts[i], _stops[i])`` are the free intervals: sorted, disjoint, never touching. ``allocate`` costs
-    O(free intervals), which is at most one more than the runs in use.
+    A block is in use (it has references), cached (none, but a name) or free (neither).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         assert num_blocks >= 1 and block_size >= 1, (num_blocks, block_size)
         self.block_size = block_size
         self._refs = [0] * num_blocks
-        self._num_free = num_blocks
-        self._starts = [0]
-        self._stops = [num_blocks]
+        self._free = _FreeIntervals(num_blocks)
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._named: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}  # the other way round
 
     @property
     def num_total(self) -> int:
@@ -47,85 +57,144 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody refers to."""
-        return self._num_free
+        """Blocks that nobody refers to, those that are cached included: as many can be allocated."""
+        return self._free.num_blocks + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody refers to and that can still be found."""
+        return len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, count: int) -> bool:
-        """Whether ``allocate(count)`` would succeed."""
-        return count <= self._num_free
+    def can_allocate(self, count: int, *, sharing: Seq[int] = ()) -> bool:
+        """Whether ``allocate(count)`` would succeed, once ``sharing`` were shared."""
+        taken = sum(1 for block in sharing if not self._refs[block])
+        return count + taken <= self.num_free
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Takes ``count`` blocks, with one reference each, in the order in which they are to be filled.
+
+        Free blocks are taken first. O(free intervals), which is at most one more than the runs not free.
 
         Args:
             after: last block of the sequence that grows; absent for a new sequence.
 
         Raises:
-            OutOfBlocks: fewer than ``count`` are free; then none is taken.
+            OutOfBlocks: fewer than ``count`` are free or cached; then none is taken.
         """
         assert count >= 0, count
-        if count > self._num_free:
-            raise OutOfBlocks(wanted=count, free=self._num_free)
+        if count > self.num_free:
+            raise OutOfBlocks(wanted=count, free=self.num_free)
+        if count > self._free.num_blocks:
+            self._evict(count - self._free.num_blocks)
         blocks: list[int] = []
         while len(blocks) < count:
-            taken = self._take_run(count - len(blocks), blocks[-1] if blocks else after)
+            taken = self._free.take_run(count - len(blocks), blocks[-1] if blocks else after)
             blocks.extend(taken)
         for block in blocks:
             self._refs[block] = 1
         return blocks
 
     def share(self, blocks: Seq[int]) -> None:
-        """Adds one reference to each; all must be in use."""
+        """Adds one reference to each; all must be in use or cached."""
         for block in blocks:
-            assert self._refs[block] > 0, f"block {block} is free"
+            if not self._refs[block]:
+                assert block in self._cached, f"block {block} is free"
+                del self._cached[block]
             self._refs[block] += 1
 
-    def release(self, blocks: Seq[int]) -> None:
-        """Drops one reference from each; a block without references is free again."""
-        for block in blocks:
+    def release(self, blocks: Seq[int], *, retain: bool = True) -> None:
+        """Drops one reference from each block of a table; one without references is cached or free again.
+
+        The table's end counts as less recently used than its start: without a start no end can be found.
+
+        Args:
+            retain: cache those that have a name.
+        """
+        for block in reversed(blocks):
             assert self._refs[block] > 0, f"block {block} is free already"
             self._refs[block] -= 1
-            if self._refs[block] == 0:
-                self._give_back(block)
+            if self._refs[block]:
+                continue
+            if retain and block in self._names:
+                self._cached[block] = None
+            else:
+                self._discard(block)
 
-    def check(self) -> None:
-        """Asserts what must always hold."""
-        assert len(self._starts) == len(self._stops)
-        intervals = list(zip(self._starts, self._stops, strict=True))
-        assert all(0 <= start < stop <= self.num_total for start, stop in intervals), intervals
-        assert all(left[1] < right[0] for left, right in pairwise(intervals)), intervals
-        free = {block for start, stop in intervals for block in range(start, stop)}
-        assert free == {block for block, refs in enumerate(self._refs) if refs == 0}
+    def name(self, block: int, name: bytes) -> None:
+        """Lets a block in use be found by ``name``: it is full and computed, and nobody writes to it any more.
+
+        A name has one block: the first, while that is in use. A cached one gives its name up and is free again, so
+        that the name is as recently used as what follows it in the new block's table.
+        """
+        assert self._refs[block] > 0 and block not in self._names, f"block {block} is free or has a name"
+        other = self._named.get(name)
+        if other is not None and self._refs[other]:
+            return
+        if other is not None:
+            del self._cached[other]
+            self._discard(other)
+        self._named[name] = block
+        self._names[block] = name
+
+    def find(self, name: bytes) -> int | None:
+        """The block of that name, in use or cached."""
+        return self._named.get(name)
+
+    def check(self, tables: Iterable[Seq[int]] | None = None) -> None:
+        """Asserts what must always hold; given the block tables of all who refer to blocks, also the counts."""
+        self._free.check(self.num_total)
+        free = set(self._free)
         assert all(refs >= 0 for refs in self._refs)
-        assert len(free) == self._num_free
+        assert not free & self._cached.keys()
+        assert free | self._cached.keys() == {block for block, refs in enumerate(self._refs) if refs == 0}
+        assert self._cached.keys() <= self._names.keys() and not free & self._names.keys()
+        assert self._named == {name: block for block, name in self._names.items()}
+        if tables is not None:
+            held = Counter(chain.from_iterable(tables))
+            assert self._refs == [held[block] for block in range(self.num_total)]
 
-    def _take_run(self, count: int, after: int | None) -> range:
+    def _evict(self, count: int) -> None:
+        """Frees at least ``count`` cached blocks."""
+        for _ in range(min(max(count, self.num_total // _EVICTION_SHARE), len(self._cached))):
+            block, _ = self._cached.popitem(last=False)
+            self._discard(block)
+
+    def _discard(self, block: int) -> None:
+        name = self._names.pop(block, None)
+        if name is not None:
+            del self._named[name]
+        self._free.give_back(block)
+
+
+class _FreeIntervals:
+    """The free blocks: ``[_starts[i], _stops[i])`` are sorted, disjoint and never touch."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._starts = [0]
+        self._stops = [num_blocks]
+
+    def __iter__(self) -> Iterator[int]:
+        return chain.from_iterable(map(range, self._starts, self._stops))
+
+    def take_run(self, count: int, after: int | None) -> range:
         """Takes one run of at most ``count`` blocks: behind ``after``, else in the largest interval."""
         if after is not None:
             index = bisect_left(self._starts, after + 1)
             if index < len(self._starts) and self._starts[index] == after + 1:
                 return self._cut(index, after + 1, count)
-        index = max(range(len(self._starts)), key=lambda i: self._stops[i] - self._starts[i])
+        lengths = list(map(sub, self._stops, self._starts))
+        index = lengths.index(max(lengths))
         start, stop = self._starts[index], self._stops[index]
         room = max(0, stop - start - count)
         return self._cut(index, start if start == 0 else start + room // 2, count)
 
-    def _cut(self, index: int, first: int, count: int) -> range:
-        """Takes ``[first, first + count)``, or what interval ``index`` has of it."""
-        start, stop = self._starts[index], self._stops[index]
-        last = min(first + count, stop)
-        rest = [(a, b) for a, b in ((start, first), (last, stop)) if a < b]
-        self._starts[index : index + 1] = [a for a, _ in rest]
-        self._stops[index : index + 1] = [b for _, b in rest]
-        self._num_free -= last - first
-        return range(first, last)
-
-    def _give_back(self, block: int) -> None:
-        """Returns ``block`` to the free intervals, joined with those it touches."""
+    def give_back(self, block: int) -> None:
+        """Frees ``block``, joined with the intervals that it touches."""
         index = bisect_left(self._starts, block)
         joins_left = index > 0 and self._stops[index - 1] == block
         joins_right = index < len(self._starts) and self._starts[index] == block + 1
@@ -138,7 +207,25 @@ class BlockPool:
         else:
             self._starts.insert(index, block)
             self._stops.insert(index, block + 1)
-        self._num_free += 1
+        self.num_blocks += 1
+
+    def check(self, num_total: int) -> None:
+        """Asserts what must always hold."""
+        assert len(self._starts) == len(self._stops)
+        intervals = list(zip(self._starts, self._stops, strict=True))
+        assert all(0 <= start < stop <= num_total for start, stop in intervals), intervals
+        assert all(left[1] < right[0] for left, right in pairwise(intervals)), intervals
+        assert self.num_blocks == sum(stop - start for start, stop in intervals)
+
+    def _cut(self, index: int, first: int, count: int) -> range:
+        """Takes ``[first, first + count)``, or what interval ``index`` has of it."""
+        start, stop = self._starts[index], self._stops[index]
+        last = min(first + count, stop)
+        rest = [(a, b) for a, b in ((start, first), (last, stop)) if a < b]
+        self._starts[index : index + 1] = [a for a, _ in rest]
+        self._stops[index : index + 1] = [b for _, b in rest]
+        self.num_blocks -= last - first
+        return range(first, last)
 
 
 def block_runs(block_table: Seq[int], block_size: int, num_tokens: int) -> tuple[tuple[int, int], ...]:

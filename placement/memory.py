@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from placement.plan import Span
 from placement.specs import DType, ModelSpec
-from placement.weights import TensorSlice, weight_bytes
+from placement.weights import EMBEDDING, FINAL_NORM, TensorSlice, weight_bytes
 
 CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
+SCORED_ROWS = 32
+"""Positions of a prompt that are scored at once."""
 CUDA_PROCESS_BYTES = 640 * 2**20
 """What a CUDA context, its libraries and the caching allocator's slack take of a GPU."""
 
@@ -52,11 +54,22 @@ def footprint(
 ) -> Footprint:
     """What a rank that holds ``slices`` and ``kv_bytes`` of KV blocks needs."""
     return Footprint(
-        weight_bytes=weight_bytes(slices, dtype),
+        weight_bytes=weight_bytes(slices, dtype) + (packed_head_bytes(model, slices, dtype) if on_cpu else 0),
         kv_bytes=kv_bytes,
         workspace_bytes=workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget),
         process_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES,
     )
+
+
+def packed_head_bytes(model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: DType) -> int:
+    """What a tied head takes beside the embedding: packed for the product, it is no longer a table of rows.
+
+    Only bfloat16 is packed (kernels.linear), and only the stage with the final norm has a head.
+    """
+    has_head = any(slice_.name == FINAL_NORM for slice_ in slices)
+    if dtype is not DType.BFLOAT16 or not model.tied_embeddings or not has_head:
+        return 0
+    return weight_bytes([slice_ for slice_ in slices if slice_.name == EMBEDDING], dtype)
 
 
 def kv_bytes_per_block(model: ModelSpec, *, dtype: DType, block_size: int, layers: Span, kv_heads: Span) -> int:
@@ -78,12 +91,14 @@ def workspace_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int, token_
     """An upper estimate of what one step allocates at once.
 
     Per token of the budget: residual, its normed copy, attention output and block output (4E), queries, keys
-    and values ((H + 2K) D), gate and up (2F), in ``dtype``. Per sequence: one row of V logits in ``dtype``,
-    the same in float32, and its sorted copy with int64 indices for sampling.
+    and values ((H + 2K) D), gate and up (2F), and the input of a product in tiles (E or F), in ``dtype``. Per
+    sequence: one row of V logits in ``dtype``, the same in float32, and its sorted copy with int64 indices for
+    sampling; as much for the rows of a prompt that are scored at once.
     """
     attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    per_token = 4 * model.hidden_size + attention + 2 * model.ffn_size
-    logits = max_num_seqs * model.vocab_size * (dtype.itemsize + 16)
+    tiles = max(model.hidden_size, model.ffn_size)
+    per_token = 4 * model.hidden_size + attention + 2 * model.ffn_size + tiles
+    logits = max(max_num_seqs, SCORED_ROWS) * model.vocab_size * (dtype.itemsize + 16)
     return token_budget * per_token * dtype.itemsize + logits
 
 

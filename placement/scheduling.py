@@ -2,7 +2,8 @@
 
 Stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024): every running decode is in every step,
 prompts fill what the token budget leaves, so a long prompt never delays somebody else's next token by more
-than one step.
+than one step. Full blocks that others computed are shared (placement.prefix): only the rest of a prompt is
+computed.
 """
 
 from bisect import insort
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 from placement.blocks import BlockPool
 from placement.errors import InvalidConfig, InvalidRequest
+from placement.prefix import PrefixCache
 from placement.sequence import Sequence
 
 
@@ -100,11 +102,20 @@ class Scheduler:
 
     The caller runs each plan, calls ``complete``, then counts every sampled token in ``num_output_tokens``
     and calls ``remove`` for what ended. Several plans may be in flight at once (micro-batches of a pipeline).
+
+    Where plans run strictly in the order in which they were made, ``complete`` may be called, and the token counted,
+    before a plan has run: whatever is shared or given back by that is read and written by later plans only.
+
+    Args:
+        prefix_cache: keep computed blocks, as long as there is room, for sequences to come. Otherwise sequences share
+            only what is in use.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, *, prefix_cache: bool = True) -> None:
         self._pool = pool
         self._limits = limits
+        self._retain = prefix_cache
+        self._prefixes = PrefixCache(pool)
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # by rank; these hold blocks
         self._waiting: list[Sequence] = []  # by rank; nothing computed, no blocks
@@ -126,6 +137,16 @@ class Scheduler:
     def num_preemptions(self) -> int:
         """Preemptions so far."""
         return self._num_preemptions
+
+    @property
+    def num_prefix_queries(self) -> int:
+        """Prompt tokens looked up among what was computed, so far; each sequence counts once."""
+        return self._prefixes.num_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Prompt tokens found there."""
+        return self._prefixes.num_hits
 
     @property
     def pending_tokens(self) -> int:
@@ -186,13 +207,21 @@ class Scheduler:
             assert sequence.in_flight and sequence.num_computed_tokens == chunk.start, (sequence, chunk)
             sequence.in_flight = False
             sequence.num_computed_tokens += chunk.num_tokens
+            self._prefixes.register(sequence)
             if chunk.sequence_id in self._removed:
                 self._removed.remove(chunk.sequence_id)
                 self._forget(sequence)
 
+    def register(self, sequence_id: int) -> None:
+        """Lets the blocks of a sequence be shared whose hashes came after their step had completed.
+
+        ``complete`` and ``remove`` do the same; this is for who cannot wait for them. Raises KeyError once it is gone.
+        """
+        self._prefixes.register(self._sequences[sequence_id])
+
     def check(self) -> None:
         """Asserts what must always hold, between any two calls."""
-        self._pool.check()
+        self._prefixes.check(self._running, self._waiting)
         assert len(self._running) <= self._limits.max_num_seqs
         assert {s.sequence_id for s in self._running + self._waiting} == self._sequences.keys()
         assert len(self._running) + len(self._waiting) == len(self._sequences)
@@ -204,8 +233,6 @@ class Scheduler:
             assert sequence.num_output_tokens <= sequence.max_tokens, sequence
         for sequence in self._waiting:
             assert not sequence.block_table and not sequence.in_flight and not sequence.num_computed_tokens
-        used = [block for sequence in self._running for block in sequence.block_table]
-        assert len(used) == len(set(used)), "a block belongs to two sequences"
         assert all(self._sequences[sequence_id].in_flight for sequence_id in self._removed)
 
     def _refuse_impossible(self, sequence: Sequence) -> None:
@@ -231,23 +258,41 @@ class Scheduler:
     def _schedule_prefills(self, draft: _Draft) -> None:
         """Goes on with prompts begun earlier; their blocks were allocated at admission."""
         for sequence in self._running:
-            if draft.budget and not sequence.in_flight and sequence.num_uncomputed_tokens:
+            if not draft.budget:
+                return
+            if not sequence.in_flight and sequence.num_uncomputed_tokens:
                 assert self._has_slot(sequence), sequence
                 draft.add(sequence, min(sequence.num_uncomputed_tokens, draft.budget))
 
     def _admit(self, draft: _Draft) -> None:
-        """Starts waiting sequences, strictly in order: nobody overtakes one that does not fit yet."""
-        while self._waiting and draft.budget and len(self._running) < self._limits.max_num_seqs:
-            sequence = self._waiting[0]
+        """Starts waiting sequences, in order: only one that awaits what is being computed lets others pass.
+
+        Nobody overtakes one that does not fit yet.
+        """
+        index = 0
+        while index < len(self._waiting) and draft.budget and len(self._running) < self._limits.max_num_seqs:
+            if not self._pool.can_allocate(1 + len(self._running)):
+                return  # nothing fits: spares looking up a long prompt
+            sequence = self._waiting[index]
+            found = self._prefixes.look_up(sequence)
+            if found is None:
+                index += 1
+                continue
             # All its blocks at once, so that a prefill once begun never waits for any; and one spare block
             # for each sequence that runs already, or the next step would preempt what this one admits.
-            count = self._pool.blocks_for(sequence.num_tokens)
-            if not self._pool.can_allocate(count + len(self._running)):
+            count = self._pool.blocks_for(sequence.num_tokens) - len(found)
+            if not self._pool.can_allocate(count + len(self._running), sharing=found):
                 return
-            del self._waiting[0]
-            sequence.block_table = self._pool.allocate(count)
-            insort(self._running, sequence, key=lambda other: other.rank)
+            del self._waiting[index]
+            self._start(sequence, found, count)
             draft.add(sequence, min(sequence.num_uncomputed_tokens, draft.budget))
+
+    def _start(self, sequence: Sequence, found: list[int], count: int) -> None:
+        """Gives a waiting sequence the computed blocks it starts with and ``count`` of its own."""
+        self._pool.share(found)
+        sequence.block_table = found + self._pool.allocate(count, after=found[-1] if found else None)
+        self._prefixes.begin(sequence, len(found))
+        insort(self._running, sequence, key=lambda other: other.rank)
 
     def _has_slot(self, sequence: Sequence) -> bool:
         return sequence.num_tokens <= len(sequence.block_table) * self._pool.block_size
@@ -277,11 +322,13 @@ class Scheduler:
         if sequence.block_table:
             self._release(sequence)
         else:
+            self._prefixes.leave(sequence)
             self._waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.release(sequence.block_table)
+        self._prefixes.leave(sequence)
+        self._pool.release(sequence.block_table, retain=self._retain)
         sequence.block_table = []
 
 

@@ -5,15 +5,22 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Progress of one request. Whoever samples counts ``num_output_tokens``; the scheduler changes the rest.
+    """Progress of one request.
+
+    Whoever samples counts ``num_output_tokens`` and extends ``block_hashes``; the scheduler changes the rest.
 
     Attributes:
         sequence_id: unique within the scheduler.
         max_tokens: most tokens to generate.
         priority: higher runs first and is preempted last. Fixed once added.
         arrival: grows with every request; a preempted sequence keeps it. Fixed once added.
-        num_computed_tokens: tokens whose keys and values are in its blocks.
-        block_table: its KV blocks, in token order.
+        block_hashes: of its full blocks, from the first (``placement.prefix.chain_hashes``); it only grows, and may
+            lag behind what is computed. Empty: none of its blocks is ever shared.
+        reuse_prefix: take blocks that others computed. Its own are offered to others either way.
+        num_computed_tokens: tokens whose keys and values are in its blocks, whoever computed them.
+        block_table: its KV blocks, in token order; the first ones may be shared, those are full.
+        num_cached_tokens: prompt tokens found computed when it was first admitted.
+        num_registered_blocks: leading blocks that are computed and whose hashes the pool has been told.
         num_preemptions: times its blocks were taken away.
         in_flight: part of a step that has not completed.
     """
@@ -23,9 +30,13 @@ class Sequence:
     max_tokens: int
     priority: int = 0
     arrival: int
+    block_hashes: list[bytes] = field(default_factory=list)
+    reuse_prefix: bool = True
     num_output_tokens: int = 0
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    num_registered_blocks: int = 0
     num_preemptions: int = 0
     in_flight: bool = False
 
@@ -42,7 +53,7 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens still to be computed; 0 between a step that samples and the arrival of its token."""
-        return self.num_tokens - self.num_computed_tokens
+        return self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
 
     @property
     def is_decode(self) -> bool:

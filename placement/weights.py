@@ -1,4 +1,4 @@
-"""Which part of which checkpoint tensor a rank holds. Owns the names and shapes of a Llama checkpoint.
+"""Which part of which checkpoint tensor a rank holds. Owns the names and shapes of a checkpoint.
 
 Cut as Megatron does (Shoeybi et al. 2019): query, key, value, gate and up projections by output rows,
 output and down projections by input columns. Spans may be unequal between ranks.
@@ -49,8 +49,8 @@ def shard_tensors(
 
     The stage with layer 0 holds the embedding; the stage with the last layer the final norm and the head
     (which is the embedding where the two are tied). The bias of a projection whose partial results
-    are summed over ranks is held once, by the rank with KV head 0 (or FFN column 0). Slices of no
-    elements are left out.
+    are summed over ranks is held once, by the rank with KV head 0 (or FFN column 0); norms, also those of
+    queries and keys, are held whole by every rank of the stage. Slices of no elements are left out.
     """
     is_first, is_last = layers.start == 0, layers.stop == model.num_layers
     table_shape = (model.vocab_size, model.hidden_size)
@@ -59,10 +59,14 @@ def shard_tensors(
         slices.append(_slice(EMBEDDING, table_shape, rows=vocab_rows))
     for layer in range(layers.start, layers.stop):
         prefix = f"model.layers.{layer}"
-        slices.append(_slice(f"{prefix}.input_layernorm.weight", (model.hidden_size,)))
+        slices.append(_norm(model, f"{prefix}.input_layernorm"))
         slices.extend(_attention(model, f"{prefix}.self_attn", kv_heads))
-        slices.append(_slice(f"{prefix}.post_attention_layernorm.weight", (model.hidden_size,)))
+        slices.append(_norm(model, f"{prefix}.post_attention_layernorm"))
+        if model.post_norms:
+            slices.append(_norm(model, f"{prefix}.pre_feedforward_layernorm"))
         slices.extend(_ffn(model, f"{prefix}.mlp", ffn_columns))
+        if model.post_norms:
+            slices.append(_norm(model, f"{prefix}.post_feedforward_layernorm"))
     if is_last:
         slices.append(_slice(FINAL_NORM, (model.hidden_size,)))
         if not model.tied_embeddings:
@@ -92,17 +96,20 @@ def num_parameters(model: ModelSpec) -> int:
 
 
 def _attention(model: ModelSpec, prefix: str, kv_heads: Span) -> Iterator[TensorSlice]:
-    """Query [H*D, E], key and value [K*D, E] by rows; output [E, H*D] by columns."""
+    """Query [H*D, E], key and value [K*D, E] by rows; norms of query and key [D]; output [E, H*D] by columns."""
     kv_width, hidden = model.head_dim, model.hidden_size
     query_width = model.queries_per_kv_head * kv_width
     for name, width in (("q_proj", query_width), ("k_proj", kv_width), ("v_proj", kv_width)):
         rows, num_rows = _scaled(kv_heads, width), model.num_kv_heads * width
         yield _slice(f"{prefix}.{name}.weight", (num_rows, hidden), rows=rows)
-        if model.attention_bias:
+        if model.qkv_bias:
             yield _slice(f"{prefix}.{name}.bias", (num_rows,), rows=rows)
+    if model.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            yield _slice(f"{prefix}.{name}.weight", (model.head_dim,))
     shape = (hidden, model.num_kv_heads * query_width)
     yield _slice(f"{prefix}.o_proj.weight", shape, columns=_scaled(kv_heads, query_width))
-    if model.attention_bias and _holds_zero(kv_heads):
+    if model.output_bias and _holds_zero(kv_heads):
         yield _slice(f"{prefix}.o_proj.bias", (hidden,))
 
 
@@ -116,6 +123,10 @@ def _ffn(model: ModelSpec, prefix: str, ffn_columns: Span) -> Iterator[TensorSli
     yield _slice(f"{prefix}.down_proj.weight", (hidden, ffn), columns=ffn_columns)
     if model.mlp_bias and _holds_zero(ffn_columns):
         yield _slice(f"{prefix}.down_proj.bias", (hidden,))
+
+
+def _norm(model: ModelSpec, name: str) -> TensorSlice:
+    return _slice(f"{name}.weight", (model.hidden_size,))
 
 
 def _slice(name: str, shape: tuple[int, ...], *, rows: Span | None = None, columns: Span | None = None) -> TensorSlice:

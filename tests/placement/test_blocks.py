@@ -78,6 +78,92 @@ def test_releasing_or_sharing_a_free_block_is_an_error() -> None:
         pool.share([block])
 
 
+def named(pool: BlockPool, names: bytes) -> list[int]:
+    """A table whose blocks have the names given, a byte each."""
+    blocks = pool.allocate(len(names))
+    for block, name in zip(blocks, names, strict=True):
+        pool.name(block, bytes([name]))
+    return blocks
+
+
+def test_named_blocks_can_be_found_after_their_last_reference_and_still_count_as_free() -> None:
+    pool = BlockPool(8, 4)
+    blocks = named(pool, b"ab")
+    pool.release([*blocks, *pool.allocate(1)])
+    assert [pool.find(b"a"), pool.find(b"b"), pool.find(b"c")] == [*blocks, None]
+    assert (pool.num_free, pool.num_cached) == (8, 2)
+    pool.share(blocks)
+    assert (pool.num_free, pool.num_cached) == (6, 0)
+    assert not set(pool.allocate(6)) & set(blocks)
+
+
+def test_without_retention_named_blocks_are_found_while_in_use_only() -> None:
+    pool = BlockPool(8, 4)
+    blocks = named(pool, b"ab")
+    pool.share(blocks)
+    pool.release(blocks, retain=False)
+    assert pool.find(b"b") == blocks[1]
+    pool.release(blocks, retain=False)
+    assert pool.find(b"a") is None and (pool.num_free, pool.num_cached) == (8, 0)
+
+
+def test_free_blocks_are_taken_before_any_is_evicted() -> None:
+    pool = BlockPool(8, 4)
+    pool.release(named(pool, b"abc"))
+    pool.allocate(5)
+    assert pool.num_cached == 3
+    pool.allocate(1)
+    assert pool.num_cached == 2
+
+
+def test_the_least_recently_used_table_is_evicted_first_from_its_end() -> None:
+    pool = BlockPool(6, 4)
+    first, second = named(pool, b"abc"), named(pool, b"xyz")
+    pool.release(first)
+    pool.release(second)
+    pool.share(first[:1])  # used again
+    pool.release(first[:1])
+    evicted = []
+    for _ in range(6):
+        pool.allocate(1)
+        evicted.append({name for name in b"abcxyz" if pool.find(bytes([name])) is None})
+    order = [min(later - earlier) for earlier, later in pairwise([set(), *evicted])]
+    assert bytes(order) == b"cbzyxa"
+
+
+def test_eviction_in_a_large_pool_frees_several_blocks_at_once_so_that_growth_finds_neighbours() -> None:
+    pool = BlockPool(128, 4)
+    pool.release(named(pool, bytes(range(128))))
+    table = pool.allocate(1)
+    assert pool.num_cached == 124
+    assert pool.allocate(1, after=table[-1]) == [table[-1] + 1]
+
+
+def test_a_name_stays_with_its_first_block_while_that_is_in_use() -> None:
+    pool = BlockPool(4, 4)
+    (first,), (second,) = named(pool, b"a"), named(pool, b"a")
+    assert pool.find(b"a") == first
+    pool.release([second])
+    assert pool.num_cached == 0
+
+
+def test_a_name_moves_from_a_cached_block_to_the_one_in_use() -> None:
+    pool = BlockPool(4, 4)
+    pool.release(named(pool, b"a"))
+    (second,) = named(pool, b"a")
+    assert pool.find(b"a") == second and pool.num_cached == 0 and pool.num_free == 3
+
+
+def test_room_for_an_allocation_does_not_count_the_cached_blocks_that_are_to_be_shared() -> None:
+    pool = BlockPool(4, 4)
+    blocks = named(pool, b"ab")
+    pool.release(blocks)
+    assert pool.can_allocate(4) and pool.can_allocate(2, sharing=blocks)
+    assert not pool.can_allocate(3, sharing=blocks)
+    pool.share(blocks)
+    assert pool.can_allocate(2, sharing=blocks)
+
+
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2)])
 def test_blocks_for_rounds_up(num_tokens: int, num_blocks: int) -> None:
     assert BlockPool(4, 4).blocks_for(num_tokens) == num_blocks
@@ -116,12 +202,14 @@ def test_block_runs_list_the_slots_in_token_order(data: st.DataObject, block_siz
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random owners against a plain list of reference counts."""
+    """Random owners against plain lists: reference counts, and the cached blocks by age."""
 
     @initialize(num_blocks=st.integers(1, 20))
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks, 4)
         self.refs = [0] * num_blocks
+        self.names: dict[int, bytes] = {}
+        self.cached: list[int] = []
         self.owned: list[list[int]] = []
 
     @rule(count=st.integers(0, 8), grow=st.booleans(), data=st.data())
@@ -129,41 +217,74 @@ class PoolMachine(RuleBasedStateMachine):
         growing = data.draw(st.sampled_from([t for t in self.owned if t])) if grow and any(self.owned) else None
         after = growing[-1] if growing else None
         if count > self.refs.count(0):
+            assert not self.pool.can_allocate(count)
             with pytest.raises(OutOfBlocks):
                 self.pool.allocate(count, after=after)
             return
-        next_is_free = after is not None and after + 1 < len(self.refs) and self.refs[after + 1] == 0
+        assert self.pool.can_allocate(count)
+        num_evicted = max(0, count - (self.refs.count(0) - len(self.cached)))
+        free = {block for block, refs in enumerate(self.refs) if not refs} - set(self.cached[num_evicted:])
         blocks = self.pool.allocate(count, after=after)
-        assert len(set(blocks)) == count and all(self.refs[block] == 0 for block in blocks)
-        if blocks and next_is_free and after is not None:
+        assert len(set(blocks)) == count and free >= set(blocks)
+        if blocks and after is not None and after + 1 in free:
             assert blocks[0] == after + 1
+        for block in self.cached[:num_evicted]:
+            del self.names[block]
+        del self.cached[:num_evicted]
         for block in blocks:
             self.refs[block] += 1
         self.owned.append(blocks)
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
-        if self.owned:
-            blocks = data.draw(st.sampled_from(self.owned))
+        held = [block for block, refs in enumerate(self.refs) if refs or block in self.cached]
+        if held:
+            blocks = data.draw(st.lists(st.sampled_from(held), unique=True))
+            assert self.pool.can_allocate(0, sharing=blocks)
             self.pool.share(blocks)
             for block in blocks:
                 self.refs[block] += 1
+            self.cached = [block for block in self.cached if block not in blocks]
             self.owned.append(list(blocks))
 
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        if self.owned:
-            blocks = self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))
-            self.pool.release(blocks)
-            for block in blocks:
-                self.refs[block] -= 1
+    @rule(data=st.data(), name=st.integers(0, 15).map(lambda number: bytes([number])))
+    def name(self, data: st.DataObject, name: bytes) -> None:
+        nameless = [block for block, refs in enumerate(self.refs) if refs and block not in self.names]
+        if not nameless:
+            return
+        block = data.draw(st.sampled_from(nameless))
+        self.pool.name(block, name)
+        other = next((other for other, taken in self.names.items() if taken == name), None)
+        if other is None or other in self.cached:
+            if other is not None:
+                self.cached.remove(other)
+                del self.names[other]
+            self.names[block] = name
+
+    @rule(data=st.data(), retain=st.booleans())
+    def release(self, data: st.DataObject, retain: bool) -> None:
+        if not self.owned:
+            return
+        blocks = self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))
+        self.pool.release(blocks, retain=retain)
+        for block in reversed(blocks):
+            self.refs[block] -= 1
+            if self.refs[block]:
+                continue
+            if retain and block in self.names:
+                self.cached.append(block)
+            else:
+                self.names.pop(block, None)
 
     @invariant()
-    def agrees_with_the_reference_counts(self) -> None:
+    def agrees_with_the_model(self) -> None:
         if hasattr(self, "pool"):
-            self.pool.check()
+            self.pool.check(self.owned)
             assert self.pool.num_free == self.refs.count(0)
+            assert self.pool.num_cached == len(self.cached)
             assert self.pool.num_total == len(self.refs)
+            found = {number: self.pool.find(bytes([number])) for number in range(16)}
+            assert {block: bytes([number]) for number, block in found.items() if block is not None} == self.names
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

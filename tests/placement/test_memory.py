@@ -1,5 +1,7 @@
 """How many bytes things take."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from placement.memory import (
     CPU_PROCESS_BYTES,
     CUDA_PROCESS_BYTES,
+    SCORED_ROWS,
     footprint,
     format_bytes,
     kv_bytes_per_block,
@@ -17,7 +20,7 @@ from placement.memory import (
 )
 from placement.plan import Span
 from placement.specs import DType, ModelSpec, RopeSpec
-from placement.weights import whole_model
+from placement.weights import weight_bytes, whole_model
 
 MODEL = ModelSpec(
     architecture="llama",
@@ -56,8 +59,24 @@ def test_blocks_of_a_sequence_hold_all_its_tokens(num_tokens: int, block_size: i
 
 
 def test_workspace_follows_its_formula() -> None:
-    size = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
-    assert size == 10 * (4 * 64 + (8 + 4) * 8 + 2 * 128) * 4 + 3 * 100 * (4 + 16)
+    per_token = 4 * 64 + (8 + 4) * 8 + 3 * 128
+    size = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=50, token_budget=10)
+    assert size == 10 * per_token * 4 + 50 * 100 * (4 + 16)
+    few = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
+    assert few == 10 * per_token * 4 + SCORED_ROWS * 100 * (4 + 16)
+
+
+@pytest.mark.parametrize(
+    ("tied", "dtype", "on_cpu", "copies"),
+    [(True, DType.BFLOAT16, True, 1), (True, DType.FLOAT32, True, 0), (True, DType.BFLOAT16, False, 0),
+     (False, DType.BFLOAT16, True, 0)],
+)  # fmt: skip
+def test_a_tied_head_is_held_twice_where_it_is_packed(tied: bool, dtype: DType, on_cpu: bool, copies: int) -> None:
+    model = replace(MODEL, tied_embeddings=tied)
+    slices = whole_model(model)
+    need = footprint(model, slices, dtype=dtype, kv_bytes=0, max_num_seqs=1, token_budget=1, on_cpu=on_cpu)
+    embedding = model.vocab_size * model.hidden_size * dtype.itemsize
+    assert need.weight_bytes == weight_bytes(slices, dtype) + copies * embedding
 
 
 @pytest.mark.parametrize(("on_cpu", "process_bytes"), [(True, CPU_PROCESS_BYTES), (False, CUDA_PROCESS_BYTES)])

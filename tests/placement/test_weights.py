@@ -62,14 +62,20 @@ def spans_of(size: int) -> st.SearchStrategy[list[Span]]:
             "head_dim": 6,
             "hidden_size": 60,
         },
+        {"family": "mistral"},
+        {"family": "qwen2"},
+        {"family": "qwen3"},
+        {"family": "qwen3", "attention_bias": True, "head_dim": 24},
+        {"family": "gemma"},
+        {"family": "gemma3_text"},
     ],
 )
 def test_the_whole_model_is_what_transformers_writes(
-    llama_checkpoint: Callable[..., Path], overrides: dict[str, Any]
+    checkpoint: Callable[..., Path], overrides: dict[str, Any]
 ) -> None:
     from safetensors import safe_open
 
-    path = llama_checkpoint(**overrides)
+    path = checkpoint(**{"family": "llama"} | overrides)
     model = read_model_spec(json.loads((path / "config.json").read_text()))
     with safe_open(path / "model.safetensors", framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -102,6 +108,23 @@ def test_a_shard_reads_its_heads_and_columns() -> None:
     }
 
 
+def test_a_shard_holds_the_norms_of_heads_whole_and_the_biases_of_its_own() -> None:
+    model = replace(MODEL, qkv_bias=True, qk_norm=True, post_norms=True)
+    slices = shard_tensors(model, **ALL | {"layers": Span(1, 2), "kv_heads": Span(1, 3)})
+    spans = {slice_.name.removeprefix("model.layers.1."): slice_.spans for slice_ in slices}
+    assert {name: span for name, span in spans.items() if "norm" in name or "bias" in name} == {
+        "input_layernorm.weight": (Span(0, 20),),
+        "self_attn.q_proj.bias": (Span(12, 36),),
+        "self_attn.k_proj.bias": (Span(4, 12),),
+        "self_attn.v_proj.bias": (Span(4, 12),),
+        "self_attn.q_norm.weight": (Span(0, 4),),
+        "self_attn.k_norm.weight": (Span(0, 4),),
+        "post_attention_layernorm.weight": (Span(0, 20),),
+        "pre_feedforward_layernorm.weight": (Span(0, 20),),
+        "post_feedforward_layernorm.weight": (Span(0, 20),),
+    }
+
+
 def test_only_the_ends_of_the_pipeline_hold_embedding_norm_and_head() -> None:
     stages = [names(shard_tensors(MODEL, **ALL | {"layers": Span(i, i + 1)})) for i in range(3)]
     ends = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
@@ -125,7 +148,7 @@ def test_shards_tile_every_matrix_exactly_once(
     heads: list[Span], columns: list[Span], rows: list[Span], layers: list[Span]
 ) -> None:
     """However unequal the cuts; vectors that every rank needs (norms) are held by every rank of the stage."""
-    model = replace(MODEL, attention_bias=True, mlp_bias=True)
+    model = replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True, post_norms=True)
     num_ranks = max(map(len, (heads, columns, rows)))
     heads, columns, rows = (part + [Span(part[-1].stop, part[-1].stop)] * num_ranks for part in (heads, columns, rows))
     read: Counter[str] = Counter()
@@ -143,7 +166,7 @@ def test_shards_tile_every_matrix_exactly_once(
 
 
 def test_summed_biases_are_held_by_one_rank() -> None:
-    model = replace(MODEL, attention_bias=True, mlp_bias=True)
+    model = replace(MODEL, output_bias=True, mlp_bias=True)
     first = names(shard_tensors(model, **ALL | {"kv_heads": Span(0, 2), "ffn_columns": Span(0, 7)}))
     second = names(shard_tensors(model, **ALL | {"kv_heads": Span(2, 5), "ffn_columns": Span(7, 14)}))
     assert sum(name.endswith(SUMMED_BIASES) for name in first) == 6
