@@ -51,23 +51,53 @@ class SequenceSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodePlan:
-    """Where the tokens of a step's B decodes lie, token by token.
+class SharedSpan:
+    """Tokens that several sequences of a batch have at the same positions, in the same slots.
 
     Attributes:
-        rows: [B], row of each sequence's query in the batch.
-        slots: slots of all tokens, in token order, sequence after sequence.
-        first_token: [B + 1], where each sequence's slots begin, and the end.
-        first_tile: [B + 1], the same in tiles of a fixed number of tokens.
-        tile_sequence: [tiles], the sequence of each tile.
-        addresses: number of tiles, then where the five arrays are.
+        members: which of the batch's spans, by index; each once.
+        first_token: position of the first of the tokens in each member.
+        num_tokens: how many there are.
+        runs: their slots, in token order.
     """
 
+    members: tuple[int, ...]
+    first_token: int
+    num_tokens: int
+    runs: tuple[Run, ...]
+
+    def __post_init__(self) -> None:
+        assert self.members and len(set(self.members)) == len(self.members), self
+        assert self.first_token >= 0 and self.num_tokens == num_slots(self.runs) > 0, self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPlan:
+    """A step's attention cut into tasks, each of some queries against a list of tokens.
+
+    Of E queries, the first B are the decodes. They are done when all their parts are: results of tasks that see some
+    of their tokens.
+
+    Attributes:
+        runs: [R, 2], slots of all lists of tokens: where each run begins and stops.
+        rows: [E], row of each query in the batch. A query in two tasks' lists of queries is there twice.
+        sequences: [E], its decode, or -1.
+        tasks: [tasks, 8], fields as in simd.TASK.
+        parts: numbers of the partial results of each decode, decode after decode.
+        first_part: [B + 1], where each decode's begin, and the end.
+        num_partials: partial results of all tasks.
+        max_queries: queries of the largest task.
+        addresses: sizes and addresses of the arrays, in the order of simd.JOB.
+    """
+
+    runs: NDArray[np.int64]
     rows: NDArray[np.int64]
-    slots: NDArray[np.int32]
-    first_token: NDArray[np.int64]
-    first_tile: NDArray[np.int64]
-    tile_sequence: NDArray[np.int32]
+    sequences: NDArray[np.int64]
+    tasks: NDArray[np.int64]
+    parts: NDArray[np.int64]
+    first_part: NDArray[np.int64]
+    num_partials: int
+    max_queries: int
     addresses: tuple[int, ...]
 
 
@@ -77,11 +107,13 @@ class AttentionPlan:
 
     Attributes:
         spans: every sequence; they cover the batch.
-        decodes: those of one query, for variants that attend to them all at once.
+        window: tokens that a query sees at most, its own the last of them; None for all.
+        tasks: the same work for variants that do it all at once.
     """
 
     spans: tuple[SequenceSpan, ...]
-    decodes: DecodePlan | None = None
+    window: int | None = None
+    tasks: TaskPlan | None = None
 
 
 def num_slots(runs: tuple[Run, ...]) -> int:

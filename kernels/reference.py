@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
+from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
 from kernels.linear import Linear, PlainLinear
 
 
@@ -26,16 +26,35 @@ def pack(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang and Sennrich 2019) of each row of ``x`` [T, E], computed in float32."""
+    """Root-mean-square norm (Zhang and Sennrich 2019) of each row of ``x``, computed in float32.
+
+    Args:
+        x: [T, E], or the heads [T, N, D] of which each is normed; rows may be strided.
+        weight: [E] or [N, D]. What is normed is rounded to its number type before it is multiplied: to that of
+            ``x`` as in Llama, or kept float32 as in Gemma.
+        eps: added to the mean square.
+    """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return weight * (wide * scale).to(x.dtype)
+    return (weight * (wide * scale).to(weight.dtype)).to(x.dtype)
+
+
+def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``residual + update`` normed, and the sum itself, each [T, E]; variants may write both over the arguments."""
+    total = residual + update
+    return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """SwiGLU (Shazeer 2020): ``silu(gate) * up`` [T, F] of ``gate_up`` [T, 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """GeGLU (Shazeer 2020): ``gelu(gate) * up`` [T, F] of ``gate_up`` [T, 2F], with GELU's tanh approximation."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
@@ -59,14 +78,47 @@ def scale_llama3(
     return (1 - blend) * frequencies / factor + blend * frequencies
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine, each [T, 1, D], at ``positions`` [T].
+def scale_yarn(
+    frequencies: Tensor,
+    *,
+    theta: float,
+    factor: float,
+    beta_fast: float,
+    beta_slow: float,
+    original_max_tokens: int,
+    truncate: bool,
+) -> Tensor:
+    """YaRN's context extension (Peng et al. 2023): as :func:`scale_llama3`, blended over the frequencies' indices.
+
+    A frequency that turns ``beta_fast`` times in the original context is kept, one of ``beta_slow`` turns is
+    slowed by ``factor``. ``truncate`` moves both ends of the blend outwards to whole indices.
+    """
+    num_pairs = frequencies.shape[0]
+
+    def index_of(turns: float) -> float:
+        return num_pairs * math.log(original_max_tokens / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = index_of(beta_fast), index_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * num_pairs - 1)
+    high += 0.001 * (low == high)  # a step, where there is no range to blend over
+    slowed = ((torch.arange(num_pairs, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+    return slowed * frequencies / factor + (1 - slowed) * frequencies
+
+
+def rope_tables(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine, each [T, 1, D] and times ``scale``, at ``positions`` [T].
 
     Angles are float32; only the result is rounded to ``dtype``. The sine of the first half is negative, so
     that :func:`rotate` need not negate.
     """
     angles = positions[:, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
     return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
@@ -83,9 +135,20 @@ def write_kv(cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> 
     cache.values.index_copy_(1, slots, values.transpose(0, 1))
 
 
-def plan(spans: Sequence[SequenceSpan]) -> AttentionPlan:
-    """Which rows and slots of a step belong together, laid out once for :func:`attention` in every layer."""
-    return AttentionPlan(spans=tuple(spans))
+def plan(
+    spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
+) -> AttentionPlan:
+    """Which rows and slots of a step belong together, laid out once for :func:`attention` in every layer.
+
+    Args:
+        spans: the step's sequences.
+        window: a query at position p sees positions ``p - window + 1`` to p (Beltagy et al. 2020, Longformer; the
+            convention of Mistral); None for all up to p. Layers that differ in it need a plan each.
+        shared: tokens that sequences have in common, which a variant may attend to once for all of them. The
+            shared spans of one sequence are disjoint. Says nothing of the result, so the reference ignores it.
+    """
+    assert window is None or window > 0, window
+    return AttentionPlan(spans=tuple(spans), window=window)
 
 
 def attention(
@@ -108,18 +171,22 @@ def attention(
     for span in plan.spans:
         rows = slice(span.query_start, span.query_start + span.num_queries)
         slots = torch.cat([torch.arange(*run, device=query.device) for run in span.runs])
-        output[rows] = _dense_attention(query[rows], cache.keys[:, slots], cache.values[:, slots], scale)
+        seen = cache.keys[:, slots], cache.values[:, slots]
+        output[rows] = _dense_attention(query[rows], *seen, scale, plan.window)
     return output
 
 
-def _dense_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def _dense_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     """The last n tokens' ``query`` [n, H, D] over all ``keys`` and ``values`` [K, S, D]: [n, H, D]."""
     num_queries, num_tokens = query.shape[0], keys.shape[1]
     group = query.shape[1] // keys.shape[0]
     keys, values = (x.repeat_interleave(group, dim=0).float() for x in (keys, values))
     scores = torch.einsum("nhd,hsd->hns", query.float(), keys) * scale
     position = torch.arange(num_tokens, device=query.device)
-    hidden = position > position[num_tokens - num_queries :, None]
+    own = position[num_tokens - num_queries :, None]
+    hidden = position > own
+    if window is not None:
+        hidden |= position <= own - window
     weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
     return torch.einsum("hns,hsd->nhd", weights, values).to(query.dtype)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kernels import cpu, reference
-from kernels.attention import AttentionPlan, LayerCache, SequenceSpan
+from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
 from kernels.linear import Linear
 
 
@@ -19,13 +19,19 @@ class Kernels(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
+    def add_rms_norm(self, update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
     def silu_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor: ...
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
 
     def write_kv(self, cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> None: ...
 
-    def plan(self, spans: Sequence[SequenceSpan]) -> AttentionPlan: ...
+    def plan(
+        self, spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
+    ) -> AttentionPlan: ...
 
     def attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float

@@ -1,184 +1,100 @@
-"""Decode attention as machine code for this CPU: explicit vectors in LLVM IR, put together by Numba.
+"""Attention over a paged KV cache as machine code for this CPU, put together by Numba.
 
-Owns all code that is compiled, in one file, so that an edit always invalidates Numba's cache on disk.
+Work is cut into tasks: a few queries of one KV head against a list of tokens, of which each query sees a range. A
+decode has one query, a prefill's chunk has neighbours, a shared prefix has those of all its members. A task goes
+through its tokens in tiles of TILE. A tile's keys are laid out for vectors in a buffer that stays in cache, met with
+the rows of all queries (G query heads each), and its values likewise; the softmax's maximum, mass and weighted values
+of a tile are folded into those of the tiles before (Dao et al. 2023, FlashDecoding). A task that is part of a
+sequence leaves them in memory; whoever ends the sequence's last part folds them in the order of the plan.
 
-Work is cut into tasks: one KV head's tile of at most TILE tokens of one sequence. A task's result, the
-softmax's maximum, mass and weighted values, goes to memory; whoever ends the last task of a (sequence, KV head)
-merges its tiles in token order (Dao et al. 2023, FlashDecoding). So bits depend on the sequence alone: not on
-where its tokens lie, nor on the rest of the batch, nor on how many threads share the tasks.
+So bits depend on the task alone: not on where its tokens lie, nor on who is in the batch or in the same task, nor on
+how many threads share the tasks.
 
-A task takes W query heads at a time (1, 2 or 4) against LANES / W tokens: LANES dot products are summed in as
-many registers, which a tree of shuffles then folds into one of scores, lane ``head * (LANES / W) + token``.
-A key is widened once for W heads, and no dot product is reduced alone.
-
-    B  sequences that decode    L  tokens of one          T  rows of the batch
+    B  sequences that decode    E  queries of all tasks   T  rows of the batch
     H  query heads              K  KV heads               G = H / K
     D  head dimension, a multiple of LANES                S  slots
 """
 
+import hashlib
 import struct
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-TILE = 256
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-_WIDTHS = (1, 2, 4)
-_CHUNKS = (1, 2, 4) if LANES == 16 else (1, 2)  # of a value row at a time: W * chunks sums stay in registers
+from kernels import vectors
+from kernels.vectors import FLOAT, INT32, INT64, LANES, PANEL
 
-# One call's arguments. Addresses are of dense arrays: query and output [T, H, D], keys and values [K, S, D], all
-# of one type; partials [tiles, K, padded G, D + 2] in float32; tickets [1 + B * K] in int64, zero at first; rows
-# [B], first_token [B + 1] and first_tile [B + 1] in int64; slots [tokens] and tile_sequence [tiles] in int32.
+TILE = 256
+BLOCK_ROWS = 64  # of scores at a time: with a tile's keys and values they stay in the second-level cache
+
+# One call's arguments. Addresses are of dense arrays: query and output [T, H, D], keys and values [K, S, D], all of
+# one type; partials [num_partials, K, G, D + 2] in float32; tickets [2 + B * K], zero at first; room [threads,
+# room_bytes], followed by where in it each buffer begins; then sizes and addresses of a plan's arrays.
+BUFFERS = ("slots", "queries", "packed_keys", "packed_values", "scores", "tile_sums", "tile_stats", "sums", "stats")
+PLANNED = ("tasks", "runs", "rows", "sequences", "parts", "first_part")  # arrays of attention.TaskPlan
 _ARGUMENTS = (
     *("num_kv_heads", "group", "head_dim", "num_slots", "query", "keys", "values", "output", "partials", "tickets"),
-    *("num_tiles", "rows", "first_token", "first_tile", "slots", "tile_sequence"),
+    *("room", "room_bytes", *(f"to_{name}" for name in BUFFERS)),
+    *("num_tasks", "num_runs", "num_queries", "num_parts", "num_ends", *PLANNED),
 )
 _JOB_TYPE = np.dtype([(name, np.int64) for name in _ARGUMENTS] + [("scale", np.float64)])
 JOB = struct.Struct(f"={len(_ARGUMENTS)}qd")
+# One task. It begins ``skip`` tokens into run ``first_run``. Query i sees the last ``window`` of the tokens up to
+# number ``position + i`` of the task. ``partial``: where its first query's result goes; -1 if that is the whole.
+TASK = ("first_query", "num_queries", "first_run", "skip", "num_tokens", "position", "window", "partial")
+_TASK = from_dtype(np.dtype([(name, np.int64) for name in TASK]))
 
-_LOG2_E = np.float32(1.4426950408889634)
-_FLOAT = ir.FloatType()
-_INT32 = ir.IntType(32)
-_INT64 = ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, LANES)
+_LOG2_E = 1.4426950408889634
 _KEPT: list[Any] = []  # code lives as long as its object
-_jit = njit(error_model="numpy", nogil=True, fastmath={"contract"})
+_OPTIONS = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+_jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 
-# ---- intrinsics: what Numba has no word for. ``zero`` gives the stored type: float32, or uint16 for bfloat16 ----
-
-
-def _widen(builder: Any, raw: Any, wide: Any) -> Any:
-    """bfloat16 bits as float32: they are its upper half."""
-    ints = ir.VectorType(_INT32, LANES) if isinstance(wide, ir.VectorType) else _INT32
-    shift = ir.Constant(ints, [16] * LANES if isinstance(wide, ir.VectorType) else 16)
-    return builder.bitcast(builder.shl(builder.zext(raw, ints), shift), wide)
-
-
-def _load_row(builder: Any, address: Any, zero: Any) -> Any:
-    """LANES stored numbers as float32."""
-    if zero == types.float32:
-        return builder.load(builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
-    raw = ir.VectorType(ir.IntType(16), LANES)
-    return _widen(builder, builder.load(builder.inttoptr(address, raw.as_pointer()), align=2), _VECTOR)
-
-
-def _store_row(builder: Any, vector: Any, address: Any) -> None:
-    builder.store(vector, builder.inttoptr(address, _VECTOR.as_pointer()), align=4)
-
-
-def _load_float(builder: Any, address: Any, index: int) -> Any:
-    return builder.load(builder.gep(builder.inttoptr(address, _FLOAT.as_pointer()), [_INT64(index)]), align=4)
-
-
-def _row_addresses(builder: Any, base: Any, slots: Any, count: int, row_bytes: Any) -> list[Any]:
-    pointer = builder.inttoptr(slots, _INT32.as_pointer())
-    found = [builder.load(builder.gep(pointer, [_INT64(i)]), align=4) for i in range(count)]
-    return [builder.add(base, builder.mul(builder.zext(slot, _INT64), row_bytes)) for slot in found]
-
-
-def _zeros(builder: Any, count: int) -> list[Any]:
-    """Stack slots that LLVM turns into registers."""
-    return [cgutils.alloca_once_value(builder, ir.Constant(_VECTOR, [0.0] * LANES)) for _ in range(count)]
-
-
-def _add_product(builder: Any, total: Any, a: Any, b: Any) -> None:
-    signature = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    fused = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.v{LANES}f32")
-    builder.store(builder.call(fused, [a, b, builder.load(total)]), total)
-
-
-def _fold(builder: Any, sums: list[Any]) -> Any:
-    """One vector whose lane i is the sum of the lanes of ``sums[i]``, for LANES of them."""
-    # A pair's halves of each segment are added side by side; segments shrink from LANES lanes to one.
-    order = [int(f"{i:0{LANES.bit_length() - 1}b}"[::-1], 2) for i in range(LANES)]
-    vectors, width = [sums[i] for i in order], LANES
-    while width > 1:
-        half = width // 2
-        lane = [(i // width * width, i % width) for i in range(LANES)]
-        low = [start + at if at < half else LANES + start + at - half for start, at in lane]
-        masks = [ir.Constant(ir.VectorType(_INT32, LANES), [i + shift for i in low]) for shift in (0, half)]
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks)) for a, b in pairs]
-        width = half
-    return vectors[0]
-
-
-def _spread(builder: Any, number: Any) -> Any:
-    """The number in every lane."""
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    single = builder.insert_element(undefined, number, _INT32(0))
-    return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_INT32, LANES), [0] * LANES))
+# ---- intrinsics: what Numba has no word for. The type of ``zero`` says what is stored: see kernels.vectors ----
 
 
 @intrinsic
-def _score_block(context, queries, keys, slots, head_dim, scores, width, zero):  # type: ignore[no-untyped-def]
-    """Scores [W, LANES / W], to ``scores``, of float32 queries [W, D] with the keys at as many slots."""
-
+def _product(context, a, a_stride, b, c, c_stride, num_words, num_rows, zero):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        for num_heads in _WIDTHS:
-            with builder.if_then(builder.icmp_signed("==", args[5], _INT64(num_heads))):
-                _emit_scores(builder, args[:5], num_heads, zero)
+        for count in vectors.ROW_COUNTS:
+            with builder.if_then(builder.icmp_signed("==", args[6], INT64(count))):
+                vectors.emit_product(builder, args[:6], count, zero)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6, zero), generate
-
-
-def _emit_scores(builder: Any, args: tuple[Any, ...], num_heads: int, zero: Any) -> None:
-    queries, keys, slots, head_dim, scores = args
-    num_tokens, item_bytes = LANES // num_heads, zero.bitwidth // 8
-    rows = _row_addresses(builder, keys, slots, num_tokens, builder.mul(head_dim, _INT64(item_bytes)))
-    sums = _zeros(builder, LANES)
-    with cgutils.for_range_slice(builder, _INT64(0), head_dim, _INT64(LANES), _INT64) as (at, _):
-        offset = builder.mul(at, _INT64(item_bytes))
-        loaded = [_load_row(builder, builder.add(row, offset), zero) for row in rows]
-        for head in range(num_heads):
-            place = builder.mul(builder.add(at, builder.mul(head_dim, _INT64(head))), _INT64(4))
-            query = _load_row(builder, builder.add(queries, place), types.float32)
-            for token in range(num_tokens):
-                _add_product(builder, sums[head * num_tokens + token], query, loaded[token])
-    _store_row(builder, _fold(builder, [builder.load(total) for total in sums]), scores)
+    return types.void(*[types.int64] * 7, zero), generate
 
 
 @intrinsic
-def _weigh(context, weights, values, slots, num_blocks, head_dim, sums, width, chunks, zero):  # type: ignore[no-untyped-def]
-    """Sums [W, chunks * LANES], rows D + 2 apart, of values weighted by ``weights`` [num_blocks, LANES]."""
-
+def _pack_keys(context, keys, slots, row_bytes, num_words, to, zero):  # type: ignore[no-untyped-def]
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        for num_heads in _WIDTHS:
-            for num_chunks in _CHUNKS:
-                fits = (args[6], num_heads), (args[7], num_chunks)
-                both = [builder.icmp_signed("==", have, _INT64(want)) for have, want in fits]
-                with builder.if_then(builder.and_(*both)):
-                    _emit_weigh(builder, args[:6], num_heads, num_chunks, zero)
+        vectors.emit_pack_keys(builder, args[:5], zero)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8, zero), generate
+    return types.void(*[types.int64] * 5, zero), generate
 
 
-def _emit_weigh(builder: Any, args: tuple[Any, ...], num_heads: int, num_chunks: int, zero: Any) -> None:
-    weights, values, slots, num_blocks, head_dim, sums = args
-    num_tokens, item_bytes = LANES // num_heads, zero.bitwidth // 8
-    row_bytes = builder.mul(head_dim, _INT64(item_bytes))
-    totals = _zeros(builder, num_heads * num_chunks)
-    with cgutils.for_range(builder, num_blocks, intp=_INT64) as block:
-        here = builder.add(slots, builder.mul(block.index, _INT64(4 * num_tokens)))
-        lanes = builder.add(weights, builder.mul(block.index, _INT64(4 * LANES)))
-        for token, row in enumerate(_row_addresses(builder, values, here, num_tokens, row_bytes)):
-            steps = [_INT64(chunk * LANES * item_bytes) for chunk in range(num_chunks)]
-            loaded = [_load_row(builder, builder.add(row, step), zero) for step in steps]
-            for head in range(num_heads):
-                weight = _spread(builder, _load_float(builder, lanes, head * num_tokens + token))
-                for chunk in range(num_chunks):
-                    _add_product(builder, totals[head * num_chunks + chunk], weight, loaded[chunk])
-    for index, total in enumerate(totals):
-        head, chunk = divmod(index, num_chunks)
-        place = builder.add(builder.mul(builder.add(head_dim, _INT64(2)), _INT64(head)), _INT64(chunk * LANES))
-        _store_row(builder, builder.load(total), builder.add(sums, builder.mul(place, _INT64(4))))
+@intrinsic
+def _pack_values(context, first, second, head_dim, stride, to, zero):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vectors.emit_pack_values(builder, args[:5], zero)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5, zero), generate
+
+
+@intrinsic
+def _softmax(context, scores, num_panels, factor, stats, zero):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vectors.emit_softmax(builder, args[:4], zero)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64, zero), generate
 
 
 @intrinsic
@@ -187,7 +103,7 @@ def _prefetch(context, address):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        arguments = [pointer, _INT32(0), _INT32(2), _INT32(1)]  # to read, into the second-level cache, data
+        arguments = [pointer, INT32(0), INT32(2), INT32(1)]  # to read, into the second-level cache, data
         of = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
         builder.call(cgutils.get_or_insert_function(builder.module, of, "llvm.prefetch.p0"), arguments)
         return context.get_dummy_value()
@@ -196,13 +112,23 @@ def _prefetch(context, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _item_bytes(context, zero):  # type: ignore[no-untyped-def]
+def _number_bytes(context, zero):  # type: ignore[no-untyped-def]
     """Size of a stored number."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _INT64(zero.bitwidth // 8)
+        return INT64(vectors.number_bytes(zero))
 
     return types.int64(zero), generate
+
+
+@intrinsic
+def _num_words(context, numbers, zero):  # type: ignore[no-untyped-def]
+    """Words that as many numbers fill."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ashr(builder.add(args[0], INT64(1)), INT64(1)) if zero == vectors.PAIRED else args[0]
+
+    return types.int64(types.int64, zero), generate
 
 
 @intrinsic
@@ -216,24 +142,35 @@ def _pointer(context, address, zero):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def _task_pointer(context, address):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(_TASK)(types.int64), generate
+
+
+@intrinsic
 def _take_ticket(context, address):  # type: ignore[no-untyped-def]
     """Adds one to the integer there, as one step among all threads, and returns what it was."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(args[0], _INT64.as_pointer())
-        return builder.atomic_rmw("add", pointer, _INT64(1), "acq_rel")
+        pointer = builder.inttoptr(args[0], INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, INT64(1), "acq_rel")
 
     return types.int64(types.int64), generate
 
 
 @intrinsic
-def _wide(context, stored):  # type: ignore[no-untyped-def]
-    """A stored number as float32."""
+def _load_word(context, address, index, zero):  # type: ignore[no-untyped-def]
+    """The word made of the stored numbers there, as a float32."""
+    item = types.uint16 if zero == vectors.WIDENED else types.float32
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return args[0] if stored == types.float32 else _widen(builder, args[0], _FLOAT)
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(item)))
+        loaded = builder.load(builder.gep(pointer, [args[1]]), align=2)
+        return vectors.widen(builder, loaded, FLOAT) if zero == vectors.WIDENED else loaded
 
-    return types.float32(stored), generate
+    return types.float32(types.int64, types.int64, zero), generate
 
 
 @intrinsic
@@ -241,13 +178,13 @@ def _narrow(context, number, zero):  # type: ignore[no-untyped-def]
     """A float32 as it is stored: bfloat16 is rounded to nearest, ties to even, and keeps a NaN."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if zero == types.float32:
+        if zero == vectors.FLOAT32:
             return args[0]
-        bits = builder.bitcast(args[0], _INT32)
-        odd = builder.and_(builder.lshr(bits, _INT32(16)), _INT32(1))
-        rounded = builder.lshr(builder.add(builder.add(bits, _INT32(0x7FFF)), odd), _INT32(16))
+        bits = builder.bitcast(args[0], INT32)
+        odd = builder.and_(builder.lshr(bits, INT32(16)), INT32(1))
+        rounded = builder.lshr(builder.add(builder.add(bits, INT32(0x7FFF)), odd), INT32(16))
         is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.select(is_nan, _INT32(0x7FC0), rounded), ir.IntType(16))
+        return builder.trunc(builder.select(is_nan, INT32(0x7FC0), rounded), ir.IntType(16))
 
     return zero(types.float32, zero), generate
 
@@ -257,183 +194,289 @@ def _power_of_two(context, exponent):  # type: ignore[no-untyped-def]
     """2 to a whole float32 of [-127, 127], made of its bits; -127 gives 0."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        biased = builder.add(builder.fptosi(args[0], _INT32), _INT32(127))
-        return builder.bitcast(builder.shl(biased, _INT32(23)), _FLOAT)
+        biased = builder.add(builder.fptosi(args[0], INT32), INT32(127))
+        return builder.bitcast(builder.shl(biased, INT32(23)), FLOAT)
 
     return types.float32(types.float32), generate
+
+
+@njit(**_OPTIONS)
+def exp2(x: Any) -> Any:
+    """2 to a float32 of at most 127, within 2 units in the last place; 0 below -126.5."""
+    x = max(x, np.float32(-127.0))
+    whole = np.floor(x + np.float32(0.5))
+    rest = x - whole
+    power = np.float32(vectors.EXP2[0])
+    for coefficient in vectors.EXP2[1:]:
+        power = power * rest + np.float32(coefficient)
+    return power * _power_of_two(whole)
+
+
+# ---- one tile ----
+
+
+@_jit
+def _floats(address, shape):  # type: ignore[no-untyped-def]
+    return carray(_pointer(address, np.float32(0)), shape)
+
+
+@_jit
+def _integers(address, shape):  # type: ignore[no-untyped-def]
+    return carray(_pointer(address, np.int64(0)), shape)
+
+
+@_jit
+def _multiply(a, a_stride, b, c, c_stride, num_words, num_rows, zero):  # type: ignore[no-untyped-def]
+    """C [num_rows, PANEL] = A [num_rows, num_words] B [num_words, PANEL]."""
+    row = 0
+    while row < num_rows:
+        missing = num_rows - row
+        count = 8 if missing >= 8 and LANES == 16 else 4 if missing >= 4 else 2 if missing >= 2 else 1
+        _product(a + row * a_stride, a_stride, b, c + row * c_stride, c_stride, num_words, count, zero)
+        row += count
+
+
+@_jit
+def _expand(runs, run, offset, num_tokens, slots):  # type: ignore[no-untyped-def]
+    """The slots of the next tokens, the last again up to a whole panel, and where they end: run and offset."""
+    filled = 0
+    while filled < num_tokens:
+        start = runs[run, 0] + offset
+        count = min(runs[run, 1] - start, num_tokens - filled)
+        for i in range(count):
+            slots[filled + i] = start + i
+        filled, offset = filled + count, offset + count
+        if start + count == runs[run, 1]:
+            run, offset = run + 1, 0
+    for i in range(filled, -(-filled // PANEL) * PANEL):
+        slots[i] = slots[filled - 1]
+    return run, offset
+
+
+@_jit
+def _lay_out_keys(job, head, slots, panel, num_panels, room, zero):  # type: ignore[no-untyped-def]
+    """The keys of one panel of tokens; asks for its values and the next panel's keys."""
+    row_bytes = job.head_dim * _number_bytes(zero)
+    to_head = head * job.num_slots * row_bytes
+    ahead = PANEL if panel + 1 < num_panels else 0
+    for token in range(panel * PANEL, (panel + 1) * PANEL):
+        value_row = job.values + to_head + slots[token] * row_bytes
+        key_row = job.keys + to_head + slots[token + ahead] * row_bytes
+        for line in range(0, row_bytes, 64):
+            _prefetch(value_row + line)
+            _prefetch(key_row + line)
+    num_words = _num_words(job.head_dim, zero)
+    for half in range(2):
+        where = room + job.to_slots + 4 * (2 * panel + half) * LANES
+        to = room + job.to_packed_keys + 4 * (panel * num_words * PANEL + half * LANES)
+        _pack_keys(job.keys + to_head, where, row_bytes, num_words, to, zero)
+
+
+@_jit
+def _lay_out_values(job, head, slots, num_tokens, room, zero):  # type: ignore[no-untyped-def]
+    row_bytes = job.head_dim * _number_bytes(zero)
+    values = job.values + head * job.num_slots * row_bytes
+    stride, num_words = 4 * PANEL * _num_words(TILE, zero), _num_words(num_tokens, zero)
+    step = TILE // _num_words(TILE, zero)
+    for word in range(num_words):
+        first = values + slots[word * step] * row_bytes
+        second = values + slots[min(word * step + step, num_tokens) - 1] * row_bytes
+        _pack_values(first, second, job.head_dim, stride, room + job.to_packed_values + 4 * PANEL * word, zero)
+
+
+@_jit
+def _hide(scores, first_row, group, lo, hi):  # type: ignore[no-untyped-def]
+    """Scores outside [lo, hi) of one query's rows weigh nothing."""
+    for row in range(first_row, first_row + group):
+        for token in range(lo):
+            scores[row, token] = -np.inf
+        for token in range(hi, scores.shape[1]):
+            scores[row, token] = -np.inf
+
+
+@_jit
+def _fold(sums, stats, more_sums, more_stats, head_dim):  # type: ignore[no-untyped-def]
+    """Adds weighted values, relative to their maximum, to those before them."""
+    top = max(stats[0], more_stats[0])
+    old, new = exp2(stats[0] - top), exp2(more_stats[0] - top)
+    stats[0], stats[1] = top, stats[1] * old + more_stats[1] * new
+    for d in range(head_dim):
+        sums[d] = sums[d] * old + more_sums[d] * new
+
+
+@_jit
+def _attend_block(job, task, head, done, count, block, laid_out, room, zero):  # type: ignore[no-untyped-def]
+    """Some of a task's queries against its tokens from ``done``, ``count`` of them, whose slots are there.
+
+    ``block``: first query and their number. ``laid_out``: panels of keys and values of tokens that earlier blocks
+    left in place. Returns what is there afterwards.
+    """
+    first, num_queries = block
+    last = task.position - done + first + num_queries - 1  # position of the last query, counted from the tile
+    visible = min(count, last + 1)
+    if visible <= 0 or last - num_queries + 2 - task.window >= count:
+        return laid_out
+    group, head_dim = job.group, job.head_dim
+    num_words, width = _num_words(head_dim, zero), -(-head_dim // PANEL) * PANEL
+    num_panels, num_rows = -(-visible // PANEL), num_queries * group
+    slots = carray(_pointer(room + job.to_slots, np.int32(0)), TILE)
+    queries = room + job.to_queries + 4 * num_words * first * group
+    num_keys, num_values = laid_out
+    for panel in range(num_panels):
+        if panel >= num_keys:
+            _lay_out_keys(job, head, slots, panel, -(-count // PANEL), room, zero)
+        keys = room + job.to_packed_keys + 4 * panel * num_words * PANEL
+        _multiply(
+            queries, 4 * num_words, keys, room + job.to_scores + 4 * panel * PANEL, 4 * TILE, num_words, num_rows, zero
+        )
+    scores = _floats(room + job.to_scores, (num_rows, TILE))
+    for i in range(num_queries):
+        position = last - num_queries + 1 + i
+        lo, hi = max(0, position + 1 - task.window), min(count, position + 1)
+        if lo > 0 or hi < num_panels * PANEL:
+            _hide(scores[:, : num_panels * PANEL], i * group, group, min(lo, num_panels * PANEL), max(hi, 0))
+    factor = np.float32(job.scale * _LOG2_E)
+    for row in range(num_rows):
+        _softmax(room + job.to_scores + 4 * TILE * row, num_panels, factor, room + job.to_tile_stats + 8 * row, zero)
+    if num_values == 0:
+        _lay_out_values(job, head, slots, count, room, zero)
+    for panel in range(width // PANEL):
+        values = room + job.to_packed_values + 4 * panel * PANEL * _num_words(TILE, zero)
+        to = room + job.to_tile_sums + 4 * panel * PANEL
+        _multiply(room + job.to_scores, 4 * TILE, values, to, 4 * width, _num_words(visible, zero), num_rows, zero)
+    tile_sums, tile_stats = (
+        _floats(room + job.to_tile_sums, (num_rows, width)),
+        _floats(room + job.to_tile_stats, (num_rows, 2)),
+    )
+    sums = _floats(room + job.to_sums + 4 * first * group * width, (num_rows, width))
+    stats = _floats(room + job.to_stats + 8 * first * group, (num_rows, 2))
+    for row in range(num_rows):
+        _fold(sums[row], stats[row], tile_sums[row], tile_stats[row], head_dim)
+    return max(num_keys, num_panels), np.int64(count)
 
 
 # ---- one task, and the loop that takes them ----
 
 
 @_jit
-def exp2(x: Any) -> Any:
-    """2 to a float32 of at most 127, within 2 units in the last place; 0 below -126.5.
-
-    The polynomial of degree 6 on [-0.5, 0.5] is that of Cephes' exp2f (Moshier 1989). Unlike a call to the
-    C library it becomes vector code.
-    """
-    x = max(x, np.float32(-127.0))
-    whole = np.floor(x + np.float32(0.5))
-    rest = x - whole
-    power = np.float32(1.535336188319500e-4)
-    power = power * rest + np.float32(1.339887440266574e-3)
-    power = power * rest + np.float32(9.618437357674640e-3)
-    power = power * rest + np.float32(5.550332471162809e-2)
-    power = power * rest + np.float32(2.402264791363012e-1)
-    power = power * rest + np.float32(6.931472028550421e-1)
-    power = power * rest + np.float32(1.0)
-    return power * _power_of_two(whole)
+def _load_queries(job, task, head, rows, room, zero):  # type: ignore[no-untyped-def]
+    """A task's queries of one KV head, as words, and their sums and maxima as those of no token."""
+    count, num_words = job.group * job.head_dim, _num_words(job.head_dim, zero)
+    width = -(-job.head_dim // PANEL) * PANEL
+    num_rows, words = task.num_queries * job.group, job.group * num_words
+    queries = _floats(room + job.to_queries, (task.num_queries, words))
+    for i in range(task.num_queries):
+        row = rows[task.first_query + i]
+        stored = job.query + (row * job.num_kv_heads + head) * count * _number_bytes(zero)
+        for word in range(words):
+            queries[i, word] = _load_word(stored, word, zero)
+    _floats(room + job.to_sums, num_rows * width)[:] = 0.0
+    stats = _floats(room + job.to_stats, (num_rows, 2))
+    stats[:, 0], stats[:, 1] = -np.inf, 0.0
 
 
 @_jit
-def _softmax(scores, num_tokens, width, partial):  # type: ignore[no-untyped-def]
-    """Exponentials of scores [blocks * LANES] in place; each head's maximum and mass to ``partial[head, -2:]``.
-
-    Tokens after ``num_tokens`` weigh 0.
-    """
-    tokens = LANES // width
-    if num_tokens % tokens:
-        for lane in range(LANES):
-            if lane % tokens >= num_tokens % tokens:
-                scores[scores.size - LANES + lane] = -np.inf
-    peak = np.full(LANES, -np.inf, np.float32)
-    mass = np.zeros(LANES, np.float32)
-    for start in range(0, scores.size, LANES):
-        for lane in range(LANES):
-            peak[lane] = max(peak[lane], scores[start + lane])
-    for head in range(width):
-        top = peak[head * tokens : (head + 1) * tokens].max()
-        peak[head * tokens : (head + 1) * tokens] = top
-        partial[head, -2] = top
-    for start in range(0, scores.size, LANES):
-        for lane in range(LANES):
-            weight = exp2(scores[start + lane] - peak[lane])
-            scores[start + lane] = weight
-            mass[lane] += weight
-    for head in range(width):
-        partial[head, -1] = mass[head * tokens : (head + 1) * tokens].sum()
+def _partial(job, number, head):  # type: ignore[no-untyped-def]
+    """A query's part of its sequence: weighted values, maximum and mass [G, D + 2]."""
+    shape = (job.group, job.head_dim + 2)
+    return _floats(job.partials + 4 * (number * job.num_kv_heads + head) * shape[0] * shape[1], shape)
 
 
 @_jit
-def _load_queries(job, row, head, queries, zero):  # type: ignore[no-untyped-def]
-    """A KV head's queries to ``queries`` [padded G, D], scaled so that weights are powers of 2."""
-    count = job.group * job.head_dim
-    before = (row * job.num_kv_heads + head) * count
-    stored = carray(_pointer(job.query + before * _item_bytes(zero), zero), count)
-    factor = np.float32(job.scale * _LOG2_E)
-    flat = queries.reshape(-1)
-    for i in range(count):
-        flat[i] = _wide(stored[i]) * factor
+def _output(job, row, head, zero):  # type: ignore[no-untyped-def]
+    """A row's output of one KV head [G, D]."""
+    size = job.group * job.head_dim * _number_bytes(zero)
+    return carray(_pointer(job.output + (row * job.num_kv_heads + head) * size, zero), (job.group, job.head_dim))
 
 
 @_jit
-def _attend(job, tile, head, slots, queries, scores, zero):  # type: ignore[no-untyped-def]
-    """One task: queries [padded G, D] over the KV at ``slots`` to ``partials[tile, head]``.
-
-    ``slots`` has one entry a token and then room for LANES more. ``scores`` is room for [padded G / W, TILE * W].
-    """
-    head_dim, padded = job.head_dim, queries.shape[0]
-    width = min(padded, 4)
-    tokens, num_tokens = LANES // width, slots.size - LANES
-    # Whole blocks are read: the last token again in place of tokens that are not there.
-    slots[num_tokens:] = slots[num_tokens - 1]
-    num_blocks = -(-num_tokens // tokens)
-    where = np.int64(slots.ctypes.data)
-    row_bytes = head_dim * _item_bytes(zero)
-    to_head = head * job.num_slots * head_dim * _item_bytes(zero)
-    to_partial = job.partials + 4 * (tile * job.num_kv_heads + head) * padded * (head_dim + 2)
-    partial = carray(_pointer(to_partial, np.float32(0)), (padded, head_dim + 2))
-    to_queries, to_scores = np.int64(queries.ctypes.data), np.int64(scores.ctypes.data)
-    for block in range(num_blocks):
-        here = where + 4 * block * tokens
-        for token in range(block * tokens, (block + 1) * tokens):
-            value_row = job.values + to_head + slots[token] * row_bytes
-            key_row = job.keys + to_head + slots[min(token + 16, slots.size - 1)] * row_bytes
-            for line in range(0, row_bytes, 64):
-                _prefetch(value_row + line)
-                _prefetch(key_row + line)
-        for first in range(0, padded, width):
-            query = to_queries + 4 * first * head_dim
-            to = to_scores + 4 * (first // width * scores.shape[1] + block * LANES)
-            _score_block(query, job.keys + to_head, here, head_dim, to, width, zero)
-    for first in range(0, padded, width):
-        weights = scores[first // width, : num_blocks * LANES]
-        _softmax(weights, num_tokens, width, partial[first : first + width])
-        start = 0
-        while start < head_dim:
-            missing = (head_dim - start) // LANES
-            chunks = _CHUNKS[-1] if missing >= _CHUNKS[-1] else min(missing, 2)
-            value = job.values + to_head + start * _item_bytes(zero)
-            to = to_partial + 4 * (first * (head_dim + 2) + start)
-            _weigh(np.int64(weights.ctypes.data), value, where, num_blocks, head_dim, to, width, chunks, zero)
-            start += chunks * LANES
+def _attend(job, task, head, rows, runs, room, zero):  # type: ignore[no-untyped-def]
+    """One task of one KV head, to its rows of the output or to the partial results."""
+    _load_queries(job, task, head, rows, room, zero)
+    slots = carray(_pointer(room + job.to_slots, np.int32(0)), TILE)
+    run, offset, done = task.first_run, task.skip, np.int64(0)
+    queries_at_once = max(1, BLOCK_ROWS // job.group)
+    while done < task.num_tokens:
+        count = min(TILE, task.num_tokens - done)
+        run, offset = _expand(runs, run, offset, count, slots)
+        laid_out = np.int64(0), np.int64(0)
+        for first in range(0, task.num_queries, queries_at_once):
+            block = first, min(queries_at_once, task.num_queries - first)
+            laid_out = _attend_block(job, task, head, done, count, block, laid_out, room, zero)
+        done += count
+    group, width = job.group, -(-job.head_dim // PANEL) * PANEL
+    sums = _floats(room + job.to_sums, (task.num_queries * group, width))
+    stats = _floats(room + job.to_stats, (task.num_queries * group, 2))
+    for i in range(task.num_queries):
+        if task.partial < 0:
+            output = _output(job, rows[task.first_query + i], head, zero)
+            for g in range(group):
+                for d in range(job.head_dim):
+                    output[g, d] = _narrow(sums[i * group + g, d] / stats[i * group + g, 1], zero)
+        else:
+            partial = _partial(job, task.partial + i, head)
+            for g in range(group):
+                for d in range(job.head_dim):
+                    partial[g, d] = sums[i * group + g, d]
+                partial[g, job.head_dim] = stats[i * group + g, 0]
+                partial[g, job.head_dim + 1] = stats[i * group + g, 1]
 
 
 @_jit
-def _merge(job, row, head, tiles, padded, sums, zero):  # type: ignore[no-untyped-def]
-    """A (sequence, KV head)'s partial results, first to last tile, to its rows of the output."""
-    head_dim, (first, stop) = job.head_dim, tiles
-    shape = (stop, job.num_kv_heads, padded, head_dim + 2)
-    partials = carray(_pointer(job.partials, np.float32(0)), shape)
-    to_output = job.output + (row * job.num_kv_heads + head) * job.group * head_dim * _item_bytes(zero)
-    output = carray(_pointer(to_output, zero), (job.group, head_dim))
-    for query in range(job.group):
-        peak, mass = partials[first, head, query, head_dim], partials[first, head, query, head_dim + 1]
+def _merge(job, row, head, parts, room, zero):  # type: ignore[no-untyped-def]
+    """A sequence's partial results, in the order of ``parts``, to its row of the output."""
+    head_dim, output = job.head_dim, _output(job, row, head, zero)
+    sums, stats = _floats(room + job.to_sums, head_dim), _floats(room + job.to_stats, 2)
+    for g in range(job.group):
+        sums[:] = 0.0
+        stats[0], stats[1] = -np.inf, 0.0
+        for part in parts:
+            partial = _partial(job, part, head)[g]
+            _fold(sums, stats, partial, partial[head_dim:], head_dim)
         for d in range(head_dim):
-            sums[d] = partials[first, head, query, d]
-        for tile in range(first + 1, stop):
-            top = max(peak, partials[tile, head, query, head_dim])
-            old, new = exp2(peak - top), exp2(partials[tile, head, query, head_dim] - top)
-            peak, mass = top, mass * old + partials[tile, head, query, head_dim + 1] * new
-            for d in range(head_dim):
-                sums[d] = sums[d] * old + partials[tile, head, query, d] * new
-        for d in range(head_dim):
-            output[query, d] = _narrow(sums[d] / mass, zero)
+            output[g, d] = _narrow(sums[d] / stats[1], zero)
 
 
 @_jit
 def _work(job, zero):  # type: ignore[no-untyped-def]
     """Takes tasks until none is left. Any number of threads may do so at once."""
-    num_heads, width = job.num_kv_heads, 4 if job.group > 2 else job.group
-    padded = -(-job.group // width) * width
-    queries = np.zeros((padded, job.head_dim), np.float32)
-    scores = np.empty((padded // width, TILE * width), np.float32)
-    sums = np.empty(job.head_dim, np.float32)
-    local = np.empty(TILE + LANES, np.int32)
-    sequences = carray(_pointer(job.tile_sequence, np.int32(0)), job.num_tiles)
-    num_sequences = sequences[job.num_tiles - 1] + 1
-    rows = carray(_pointer(job.rows, np.int64(0)), num_sequences)
-    first_token = carray(_pointer(job.first_token, np.int64(0)), num_sequences + 1)
-    first_tile = carray(_pointer(job.first_tile, np.int64(0)), num_sequences + 1)
-    slots = carray(_pointer(job.slots, np.int32(0)), first_token[num_sequences])
-    task = _take_ticket(job.tickets)
-    while task < job.num_tiles * num_heads:
-        tile, head = task // num_heads, task % num_heads
-        sequence = sequences[tile]
-        start = first_token[sequence] + (tile - first_tile[sequence]) * TILE
-        num_tokens = min(TILE, first_token[sequence + 1] - start)
-        local[:num_tokens] = slots[start : start + num_tokens]
-        _load_queries(job, rows[sequence], head, queries, zero)
-        _attend(job, tile, head, local[: num_tokens + LANES], queries, scores, zero)
-        tiles = first_tile[sequence], first_tile[sequence + 1]
-        if _take_ticket(job.tickets + 8 * (1 + sequence * num_heads + head)) == tiles[1] - tiles[0] - 1:
-            _merge(job, rows[sequence], head, tiles, padded, sums, zero)
-        task = _take_ticket(job.tickets)
+    room = job.room + _take_ticket(job.tickets) * job.room_bytes
+    tasks = carray(_task_pointer(job.tasks), job.num_tasks)
+    runs = _integers(job.runs, (job.num_runs, 2))
+    rows, sequences = _integers(job.rows, job.num_queries), _integers(job.sequences, job.num_queries)
+    parts, first_part = _integers(job.parts, job.num_parts), _integers(job.first_part, job.num_ends)
+    ticket = _take_ticket(job.tickets + 8)
+    while ticket < job.num_tasks * job.num_kv_heads:
+        head, task = ticket // job.num_tasks, tasks[ticket % job.num_tasks]
+        _attend(job, task, head, rows, runs, room, zero)
+        if task.partial >= 0:
+            for query in range(task.first_query, task.first_query + task.num_queries):
+                sequence = sequences[query]
+                ends = first_part[sequence], first_part[sequence + 1]
+                place = 2 + sequence * job.num_kv_heads + head
+                if _take_ticket(job.tickets + 8 * place) == ends[1] - ends[0] - 1:
+                    _merge(job, rows[query], head, parts[ends[0] : ends[1]], room, zero)
+        ticket = _take_ticket(job.tickets + 8)
 
 
-def work_float32(job):  # type: ignore[no-untyped-def]
-    """Does the job at the address, with the other threads that were given it."""
-    _work(carray(job, 1)[0], np.float32(0))
+def _entry(zero: Any, version: int) -> Callable[[Any], None]:
+    """The function that does the job at an address, with the other threads that were given it.
+
+    Numba's cache knows the code by ``version`` too.
+    """
+
+    def work(job):  # type: ignore[no-untyped-def]
+        if version >= 0:
+            _work(carray(job, 1)[0], zero)
+
+    return work
 
 
-def work_bfloat16(job):  # type: ignore[no-untyped-def]
-    """Likewise, where what is stored is bfloat16."""
-    _work(carray(job, 1)[0], np.uint16(0))
-
-
-def compiled(work: Any) -> int:
-    """Address of one of the two as a C function; from Numba's cache on disk where there is one to write to."""
+def compiled(stored: Any) -> int:
+    """Address of the code for what is stored, as a C function; from Numba's cache on disk where it can be written."""
+    zero = {vectors.FLOAT32: np.float32, vectors.WIDENED: np.uint16, vectors.PAIRED: np.int16}[stored](0)
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, vectors.__file__))
+    work = _entry(zero, int.from_bytes(hashlib.sha256(sources).digest()[:4]))
     signature = types.void(types.CPointer(from_dtype(_JOB_TYPE)))
     try:
         callback = cfunc(signature, cache=True)(work)

@@ -7,22 +7,20 @@ context into one piece and runs torch's flash attention, ``view`` runs that on a
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numba
 import torch
 
 from kernels import cpu
 from kernels.attention import LayerCache, SequenceSpan
+from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish, shown
 
 SHAPES = ((4, 2, 32), (4, 8, 64), (8, 4, 128))  # K KV heads, G query heads each, D: demo, 1.1 B and 8 B Llama
 LOADS = ((1, 1024), (1, 4096), (16, 256), (16, 1024))  # sequences, tokens of each
@@ -76,38 +74,32 @@ def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
     return taken
 
 
-def ratio(other: list[float], ours: list[float]) -> dict[str, Any]:
-    """The median of the pairs' ratios, with its quartiles as spread."""
+def ratio(other: list[float], ours: list[float]) -> Metric:
+    """The median of the pairs' ratios; the spread is that of the middle half."""
     pairs = sorted(b / a for a, b in zip(ours, other, strict=True))
-    low, middle, high = statistics.quantiles(pairs, n=4)
-    return {"value": middle, "unit": "x", "samples": len(pairs), "quartiles": [low, high]}
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return Metric(value=middle, unit="x", samples=len(pairs), spread=(low, high))
 
 
-def compare(shape: tuple[int, int, int], load: tuple[int, int], name: str, repeats: int) -> dict[str, Any]:
-    """The metrics of one shape, load and dtype; prints their row."""
+def compare(shape: tuple[int, int, int], load: tuple[int, int], name: str, repeats: int) -> dict[str, Metric]:
+    """The metrics of one shape, load and dtype."""
     taken = measure(arms(shape, load, DTYPES[name]), repeats)
-    key = f"{'_'.join(map(str, shape))}_{name}_{load[0]}x{load[1]}"
+    key = key_of(shape, load, name)
     paged_us = statistics.median(taken["paged"]) * 1e6
-    found = {arm: ratio(taken[arm], taken["paged"]) for arm in ("gather", "view")}
-    cells = [f"{one['value']:6.2f} ({one['quartiles'][0]:.2f}-{one['quartiles'][1]:.2f})" for one in found.values()]
-    where = f"{load[0]}x{load[1]}"
-    heads = ",".join(map(str, shape))
-    print(f"{heads:>9} {name:>9} {where:>12} {paged_us:9.0f} {cells[0]:>22} {cells[1]:>22}", flush=True)
-    ours = {f"{key}_us": {"value": paged_us, "unit": "us", "samples": len(taken["paged"])}}
-    return ours | {f"{arm}_over_paged_{key}": one for arm, one in found.items()}
+    ours = {f"{key}_us": Metric(value=paged_us, unit="us", samples=len(taken["paged"]))}
+    return ours | {f"{arm}_over_paged_{key}": ratio(taken[arm], taken["paged"]) for arm in ("gather", "view")}
 
 
-def report(metrics: dict[str, Any], threads: int, output: Path) -> None:
-    """Write the metrics with what they were measured on."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "name": "attention",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": threads},
-        "load": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
-        "metrics": metrics,
-    }
-    output.write_text(json.dumps(content, indent=2) + "\n")
+def key_of(shape: tuple[int, int, int], load: tuple[int, int], name: str) -> str:
+    """How the metrics of one shape, load and dtype are named."""
+    return f"{'_'.join(map(str, shape))}_{name}_{load[0]}x{load[1]}"
+
+
+def row(shape: tuple[int, int, int], load: tuple[int, int], name: str, metrics: dict[str, Metric]) -> list[str]:
+    """The same for the table."""
+    key = key_of(shape, load, name)
+    ratios = [shown(metrics[f"{arm}_over_paged_{key}"]) for arm in ("gather", "view")]
+    return [",".join(map(str, shape)), name, f"{load[0]}x{load[1]}", f"{metrics[f'{key}_us'].value:.0f}", *ratios]
 
 
 def main() -> int:
@@ -115,17 +107,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--output", type=Path, default=Path("build/bench/attention.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{'K,G,D':>9} {'dtype':>9} {'sequences':>12} {'paged us':>9} {'gather/paged':>22} {'view/paged':>22}")
-    metrics: dict[str, Any] = {}
+    load_at_start = os.getloadavg()
+    metrics: dict[str, Metric] = {}
+    rows = []
     for shape, name, load in itertools.product(SHAPES, DTYPES, LOADS):
         metrics |= compare(shape, load, name, options.repeats)
-    gains = [metric["value"] for key, metric in metrics.items() if key.startswith("gather_over")]
-    metrics["gather_over_paged_least"] = {"value": min(gains), "unit": "x", "samples": len(gains)}
-    report(metrics, options.threads, options.output)
-    print(f"paged over gathering: median {statistics.median(gains):.2f}x, least {min(gains):.2f}x")
+        rows.append(row(shape, load, name, metrics))
+        print(*rows[-1], flush=True)
+    gains = [metric.value for key, metric in metrics.items() if key.startswith("gather_over")]
+    metrics["gather_over_paged_least"] = Metric(value=min(gains), unit="x", samples=len(gains))
+    columns = ["K,G,D", "dtype", "sequences", "paged us", "gather/paged", "view/paged"]
+    report = Report(
+        name="attention",
+        headline=f"paged over gathering: median {statistics.median(gains):.2f}x, least {min(gains):.2f}x",
+        metrics=metrics,
+        tables=[Rows(title="decode attention: medians (middle half)", columns=columns, rows=rows)],
+        versions={"numba": numba.__version__},
+        settings={"threads": options.threads, "repeats": options.repeats},
+    )
+    publish(report, load_at_start=load_at_start, output=options.output)
     return 0
 
 

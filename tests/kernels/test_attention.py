@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from kernels import cpu, reference
 from kernels.attention import LayerCache, Run, SequenceSpan, num_slots, split_runs
@@ -87,8 +88,8 @@ class Batch:
             row += queries
         self.scale = head_dim**-0.5
 
-    def attend(self, kernels: Kernels) -> Tensor:
-        plan = kernels.plan(self.spans)
+    def attend(self, kernels: Kernels, window: int | None = None) -> Tensor:
+        plan = kernels.plan(self.spans, window=window)
         return kernels.attention(self.query, self.keys, self.values, self.cache, plan, self.scale)
 
 
@@ -98,10 +99,11 @@ def lengths(max_context: int, max_queries: int) -> st.SearchStrategy[list[tuple[
 
 @settings(max_examples=120, deadline=None)
 @given(
-    lengths=lengths(40, 1) | lengths(40, 20),
+    lengths=lengths(40, 1) | lengths(40, 20) | lengths(600, 70),
     num_kv_heads=st.sampled_from([1, 2, 5]),
-    group=st.sampled_from([1, 3, 4]),
+    group=st.sampled_from([1, 3, 4, 8]),
     head_dim=st.sampled_from([16, 32, 64]),
+    window=st.none() | st.integers(1, 60) | st.integers(1, 700),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**20),
 )
@@ -110,18 +112,71 @@ def test_cpu_attention_agrees_with_the_reference(
     num_kv_heads: int,
     group: int,
     head_dim: int,
+    window: int | None,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     batch = Batch(lengths=lengths, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, dtype=dtype, seed=seed)
-    got, expected = batch.attend(cpu), batch.attend(reference)
+    got, expected = batch.attend(cpu, window), batch.attend(reference, window)
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("window", [None, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_contexts_in_many_runs_agree(dtype: torch.dtype) -> None:
-    batch = Batch(lengths=[(1500, 1), (1100, 70), (0, 600)], num_kv_heads=5, group=3, head_dim=64, dtype=dtype, seed=3)
-    torch.testing.assert_close(batch.attend(cpu), batch.attend(reference), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+def test_long_contexts_in_many_runs_agree(dtype: torch.dtype, window: int | None) -> None:
+    lengths = [(1500, 1), (1100, 70), (0, 600), (5000, 1), (300, 257)]
+    batch = Batch(lengths=lengths, num_kv_heads=5, group=3, head_dim=64, dtype=dtype, seed=3)
+    got, expected = batch.attend(cpu, window), batch.attend(reference, window)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 400])
+@pytest.mark.parametrize("context", [0, 7, 300])
+@pytest.mark.parametrize("kernels", [cpu, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_is_that_of_transformers(
+    dtype: torch.dtype, kernels: Kernels, context: int, window: int | None
+) -> None:
+    """Against torch's own attention with the mask that transformers gives Mistral."""
+    num_queries = 90
+    batch = Batch(lengths=[(context, num_queries)], num_kv_heads=2, group=4, head_dim=32, dtype=dtype, seed=1)
+    sees = sliding_window_causal_mask_function(window) if window else causal_mask_function
+    position = torch.arange(context + num_queries)
+    mask = sees(0, 0, position[context:, None], position)
+    slots = [slot for run in batch.spans[0].runs for slot in range(*run)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        batch.query.transpose(0, 1),
+        batch.cache.keys[:, slots].repeat_interleave(4, dim=0),
+        batch.cache.values[:, slots].repeat_interleave(4, dim=0),
+        attn_mask=mask,
+    )
+    got = batch.attend(kernels, window).transpose(0, 1)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+def test_a_window_hides_what_it_passed(num_queries: int) -> None:
+    """Whatever lies in the slots of tokens that no query sees any more, they may have been given away."""
+    batch = Batch(lengths=[(500, num_queries)], num_kv_heads=2, group=2, head_dim=32, dtype=torch.float32, seed=2)
+    before = batch.attend(cpu, 100)
+    gone = [slot for run in split_runs(batch.spans[0].runs, 500 - 99)[0] for slot in range(*run)]
+    batch.cache.keys[:, gone] = torch.nan
+    batch.cache.values[:, gone] = torch.nan
+    assert torch.equal(batch.attend(cpu, 100), before)
+
+
+def test_bits_do_not_depend_on_how_a_prompt_is_cut_into_chunks() -> None:
+    whole = Batch(lengths=[(0, 700)], num_kv_heads=2, group=4, head_dim=64, dtype=torch.bfloat16, seed=4)
+    before = whole.attend(cpu)
+    for edges in ([0, 1, 700], [0, 333, 334, 700], [0, 256, 512, 700]):
+        parts = []
+        for start, stop in itertools.pairwise(edges):
+            runs, _ = split_runs(whole.spans[0].runs, stop)
+            plan = cpu.plan([SequenceSpan(query_start=0, num_queries=stop - start, runs=runs)])
+            rows = slice(start, stop)
+            fresh = whole.query[rows], whole.keys[rows], whole.values[rows]
+            parts.append(cpu.attention(*fresh, whole.cache, plan, whole.scale))
+        assert torch.equal(torch.cat(parts), before)
 
 
 def test_the_reference_is_textbook_attention() -> None:
@@ -157,10 +212,10 @@ class _CountBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("num_queries", [1, 16])
-def test_attention_over_one_run_copies_no_context(num_queries: int) -> None:
-    context = 6000
+def test_attention_copies_no_context_however_many_runs_it_lies_in(num_queries: int) -> None:
+    context = 12_000
     batch = Batch(lengths=[(context, num_queries)], num_kv_heads=5, group=3, head_dim=64, dtype=torch.bfloat16, seed=0)
-    batch.spans = [replace(batch.spans[0], runs=((41, 41 + context + num_queries),))]
+    assert len(batch.spans[0].runs) > 3
     with _CountBytes() as made:
         batch.attend(cpu)
     with _CountBytes() as made_by_reference:
@@ -174,12 +229,13 @@ def test_attention_over_one_run_copies_no_context(num_queries: int) -> None:
 @given(
     num_tokens=st.integers(2, 700),
     cuts=st.lists(st.integers(1, 699), max_size=20),
-    num_queries=st.sampled_from([1, 1, 9]),
+    num_queries=st.sampled_from([1, 1, 9, 80]),
+    window=st.none() | st.integers(1, 300),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
 )
 def test_bits_do_not_depend_on_where_the_blocks_lie(
-    num_tokens: int, cuts: list[int], num_queries: int, dtype: torch.dtype, seed: int
+    num_tokens: int, cuts: list[int], num_queries: int, window: int | None, dtype: torch.dtype, seed: int
 ) -> None:
     """What lets a sequence go on with the very same tokens from other blocks, or another replica."""
     num_queries = min(num_queries, num_tokens)
@@ -197,7 +253,7 @@ def test_bits_do_not_depend_on_where_the_blocks_lie(
     cache = LayerCache(keys=torch.zeros(2, at, 64, dtype=dtype), values=torch.zeros(2, at, 64, dtype=dtype))
     cache.keys[:, elsewhere] = batch.cache.keys[:, slots]
     cache.values[:, elsewhere] = batch.cache.values[:, slots]
-    before = batch.attend(cpu)
+    before = batch.attend(cpu, window)
     batch.cache = cache
     batch.spans = [replace(batch.spans[0], runs=tuple(moved[start] for start in sorted(moved)))]
-    assert torch.equal(batch.attend(cpu), before)
+    assert torch.equal(batch.attend(cpu, window), before)

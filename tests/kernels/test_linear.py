@@ -2,13 +2,23 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from kernels import linear
-from kernels.linear import PackedLinear, PlainLinear, pack
+from kernels import linear, matmul
+from kernels.linear import ColumnLinear, Linear, PackedLinear, PlainLinear, pack
 
+SHAPES = [(96, 64), (509, 250), (1, 2048), (2049, 34), (320, 2048)]
+needs_columns = pytest.mark.skipif(not matmul.is_supported(), reason="this CPU has no AVX512-BF16, or AMX")
 needs_packing = pytest.mark.skipif(
     not linear._can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="torch cannot pack bfloat16 weights here"
 )
+FORMS = [pytest.param(ColumnLinear, marks=needs_columns), pytest.param(PackedLinear, marks=needs_packing)]
+
+
+def random_layer(shape: tuple[int, int], *, biased: bool = False) -> tuple[Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    return weight.bfloat16(), bias.bfloat16() if biased else None
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -20,30 +30,78 @@ def test_linear_is_a_matrix_product(biased: bool) -> None:
     assert layer.num_bytes == 4 * (35 + 7 * biased)
 
 
-@needs_packing
-@pytest.mark.parametrize("num_tokens", [1, 2, 8, 17, 64, 300])
-@pytest.mark.parametrize("shape", [(96, 64), (509, 250), (1, 2048), (2049, 33)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_tokens", [1, 2, 6, 7, 8, 12, 13, 17, 24, 25, 64, 300])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_packed_agrees_with_plain(num_tokens: int, shape: tuple[int, int], biased: bool) -> None:
-    torch.manual_seed(0)
-    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+def test_every_form_agrees_with_plain(form: type, num_tokens: int, shape: tuple[int, int], biased: bool) -> None:
+    weight, bias = random_layer(shape, biased=biased)
     x = torch.randn(num_tokens, shape[1]).bfloat16()
-    given = bias if biased else None
-    packed, plain = PackedLinear(weight, given), PlainLinear(weight, given)
+    layer: Linear = form(weight, bias)
+    plain = PlainLinear(weight, bias)
     # Both sum in float32 and round once: they differ by the order of the sum, at most a unit in the last place.
-    torch.testing.assert_close(packed(x), plain(x), rtol=2**-7, atol=2**-7 * shape[1] ** 0.5)
-    assert packed.num_outputs == plain.num_outputs and packed.num_bytes == plain.num_bytes
+    torch.testing.assert_close(layer(x), plain(x), rtol=2**-7, atol=2**-7 * shape[1] ** 0.5)
+    assert layer.num_outputs == plain.num_outputs
+    assert layer.num_bytes >= plain.num_bytes
+
+
+@needs_columns
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_token_has_the_same_bits_in_every_batch(shape: tuple[int, int]) -> None:
+    layer = ColumnLinear(*random_layer(shape, biased=True))
+    x = torch.randn(100, shape[1]).bfloat16()
+    alone = torch.cat([layer(row[None]) for row in x])
+    for num_tokens in (2, 3, 6, 7, 11, 12, 13, 24, 25, 31, 49, 100):
+        assert torch.equal(layer(x[:num_tokens]), alone[:num_tokens]), num_tokens
+
+
+@needs_columns
+def test_threads_do_not_change_a_bit() -> None:
+    layer = ColumnLinear(*random_layer((2049, 34)))
+    x = torch.randn(30, 34).bfloat16()
+    alone = layer(x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(layer(x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_columns
+def test_a_batch_of_nothing_and_rows_apart_in_memory() -> None:
+    layer = ColumnLinear(*random_layer((96, 64)))
+    assert layer(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 96)
+    apart = torch.randn(4, 2, 64).bfloat16()[:, 0]
+    assert torch.equal(layer(apart), layer(apart.contiguous()))
+
+
+@needs_columns
+def test_not_a_number_stays_in_its_row() -> None:
+    layer = ColumnLinear(*random_layer((96, 64)))
+    x = torch.randn(9, 64).bfloat16()
+    expected = layer(x)
+    x[4, 3] = torch.nan
+    result = layer(x)
+    assert result[4].isnan().all()
+    assert torch.equal(result[[*range(4), *range(5, 9)]], expected[[*range(4), *range(5, 9)]])
 
 
 def test_float32_stays_plain() -> None:
     assert isinstance(pack(torch.randn(4, 4), None), PlainLinear)
 
 
+@needs_columns
+def test_bfloat16_goes_into_columns() -> None:
+    assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), ColumnLinear)
+
+
 @needs_packing
-def test_bfloat16_is_packed() -> None:
-    assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), PackedLinear)
+def test_an_odd_number_of_inputs_is_packed_by_torch() -> None:
+    assert isinstance(pack(torch.randn(4, 5).bfloat16(), None), PackedLinear)
 
 
-def test_without_the_operators_the_weight_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_of_it_the_weight_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "is_supported", lambda: False)
     monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
     assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), PlainLinear)

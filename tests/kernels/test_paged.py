@@ -1,9 +1,13 @@
-"""The decode kernel against the reference, and what its bits and its memory do not depend on."""
+"""The compiled kernel against the reference, and what its bits and its memory do not depend on."""
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import paged, reference, simd
+from kernels import paged, reference, simd, threads, vectors
 from kernels.attention import LayerCache, Run, SequenceSpan
+from kernels.tasks import plan_tasks
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -82,7 +87,7 @@ class Decodes:
 
 def run(query: Tensor, cache: LayerCache, spans: list[SequenceSpan], scale: float) -> Tensor:
     output = torch.full(query.shape, torch.nan, dtype=query.dtype)
-    paged.decode(query, cache, paged.plan_decodes(spans), scale, output)
+    paged.attend(query, cache, plan_tasks(spans, None, ()), scale, output)
     return output
 
 
@@ -145,7 +150,7 @@ def test_it_runs_on_this_thread_alone_where_torch_has_no_openmp(monkeypatch: pyt
     laid = decodes.lay(random.Random(2))
     torch.set_num_threads(2)
     expected = run(*laid, decodes.scale)
-    monkeypatch.setattr(paged, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_openmp_parallel", lambda: None)
     assert torch.equal(run(*laid, decodes.scale), expected)
 
 
@@ -195,17 +200,19 @@ def test_memory_does_not_grow_by_the_context() -> None:
             sizes.append(out.nbytes)
             return out
 
-    plan = paged.plan_decodes(spans)
-    paged.decode(query, cache, plan, 1.0, output)  # compiles
+    torch.set_num_threads(1)
+    plan = plan_tasks(spans, None, ())
+    paged.attend(query, cache, plan, 1.0, output)  # compiles
+    sizes.clear()
     tracemalloc.start()
     with Allocations():
-        paged.decode(query, cache, paged.plan_decodes(spans), 1.0, output)
+        paged.attend(query, cache, plan_tasks(spans, None, ()), 1.0, output)
     numpy_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     context_bytes = 2 * num_tokens * 2 * 64 * 2
-    assert sum(sizes) < context_bytes / 50  # one row of sums a tile
-    assert numpy_bytes < 40 * num_tokens  # the plan's slots and what they are made from, once a step
-    assert plan.slots.nbytes == 4 * num_tokens
+    assert sum(sizes) < context_bytes / 50  # a thread's buffers and a row of sums a part
+    assert numpy_bytes < 200 * len(spans[0].runs)  # the plan knows runs, not tokens
+    assert plan.runs.nbytes == 16 * len(spans[0].runs)
 
 
 def test_exp2_is_within_two_units_in_the_last_place() -> None:
@@ -239,4 +246,43 @@ def test_code_is_compiled_even_where_nothing_can_be_cached(monkeypatch: pytest.M
         return lambda work: Callback()
 
     monkeypatch.setattr(simd, "cfunc", no_place_to_write)
-    assert simd.compiled(simd.work_float32) == 4711
+    assert simd.compiled(vectors.FLOAT32) == 4711
+
+
+# What a CPU without AVX-512 runs. Compiled in a process of its own: what the CPU can do is asked on import.
+_NARROW_VECTORS = """
+import random
+from llvmlite import binding
+binding.get_host_cpu_features = lambda: binding.FeatureMap({"avx2": True, "fma": True})
+import torch
+from kernels import cpu, reference, vectors
+from kernels.attention import LayerCache, SequenceSpan
+assert vectors.LANES == 8 and not vectors.HAS_PAIRS
+torch.manual_seed(0)
+for group, head_dim in ((8, 64), (3, 40), (1, 16)):
+    cache = LayerCache(keys=torch.randn(2, 900, head_dim), values=torch.randn(2, 900, head_dim))
+    runs = ((30, 400), (0, 10), (500, 700))
+    spans = [
+        SequenceSpan(query_start=0, num_queries=70, runs=runs), SequenceSpan(query_start=70, num_queries=1, runs=runs)
+    ]
+    query = torch.randn(71, 2 * group, head_dim)
+    for window in (None, 100):
+        got, expected = (
+            kernels.attention(query, query, query, cache, kernels.plan(spans, window=window), head_dim**-0.5)
+            for kernels in (cpu, reference)
+        )
+        torch.testing.assert_close(got, expected, atol=3e-6, rtol=3e-6)
+"""
+
+
+def test_vectors_of_eight_agree_with_the_reference(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    subprocess.run([sys.executable, "-c", _NARROW_VECTORS], env=environment, check=True, timeout=200)
+
+
+def test_bfloat16_agrees_where_it_cannot_be_multiplied_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decodes = Decodes([600, 30], num_kv_heads=2, group=8, head_dim=64, dtype=torch.bfloat16, seed=2)
+    laid = decodes.lay(random.Random(2))
+    monkeypatch.setattr(vectors, "HAS_PAIRS", False)
+    got, expected = run(*laid, decodes.scale), by_reference(*laid, decodes.scale)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[torch.bfloat16], rtol=TOLERANCE[torch.bfloat16])

@@ -1,0 +1,174 @@
+"""LLVM IR of the matrix product behind :mod:`kernels.matmul`: register tiles, and the loop that hands them out.
+
+The weight lies in columns of 16 outputs, ``[O / 16, I / 2, 16, 2]`` in bfloat16: one vector register holds two inputs'
+weights for 16 outputs, and AVX512-BF16's dot product of pairs adds both to 16 float32 sums. A tile keeps ``rows`` times
+``columns`` such sums in registers while it goes through all inputs in order, so an output's sum, and its bits, depend
+on nothing but its own row: not on the batch, the tile or the thread.
+
+The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, so that a tile reads it in one stream.
+"""
+
+LANES = 16
+COLUMN_BYTES = 64
+"""Of one pair of inputs in a column of the weight: one vector, one cache line."""
+
+# What a few rows need of the memory, the hardware's own prefetch brings; with more of them the loop asks for lines
+# too rarely for it. Measured on Zen 4 with 1 to 24 rows.
+_PREFETCH_FROM_ROWS = 7
+_PREFETCH_BYTES = 2048
+
+JOB = (
+    *("x", "weight", "bias", "output", "num_pairs", "column_stride", "row_stride", "num_columns"),
+    *("num_tiles", "rows", "columns", "unit", "wide_tile", "narrow_tile", "ticket"),
+)
+"""Arguments of ``work``, 64-bit each. ``unit``: columns that one ticket stands for. ``wide_tile`` computes ``columns``
+columns at a time, ``narrow_tile`` one, for the rest. Strides are in bytes."""
+
+HEADER = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare i64 @llvm.smin.i64(i64, i64)
+"""
+
+
+def tile_name(rows: int, columns: int) -> str:
+    """Name of the function of a tile."""
+    return f"tile_{rows}_{columns}"
+
+
+def tile(rows: int, columns: int) -> str:
+    """``x`` [I / 2, rows, 2] times ``columns`` columns of the weight, plus bias, to ``output`` [rows, ...]."""
+    sums = [(row, column) for row in range(rows) for column in range(columns)]
+    lines = [
+        f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %weight, i64 %column_stride,",
+        "    ptr noalias %bias, ptr noalias %output, i64 %row_stride, i64 %num_pairs) {",
+        "entry:",
+        *(_bias(column) for column in range(columns)),
+        "  br label %loop",
+        "loop:",
+        "  %pair = phi i64 [0, %entry], [%next, %loop]",
+        *(f"  %sum_{r}_{c} = phi <16 x float> [%bias_{c}, %entry], [%new_{r}_{c}, %loop]" for r, c in sums),
+        f"  %at = mul i64 %pair, {COLUMN_BYTES}",
+        *(_weight(column, prefetch=rows >= _PREFETCH_FROM_ROWS) for column in range(columns)),
+        f"  %x_at = mul i64 %pair, {4 * rows}",
+        "  %x_here = getelementptr i8, ptr %x, i64 %x_at",
+        *(_input(row, columns) for row in range(rows)),
+        "  %next = add i64 %pair, 1",
+        "  %more = icmp slt i64 %next, %num_pairs",
+        "  br i1 %more, label %loop, label %done",
+        "done:",
+        *(_output(row, columns) for row in range(rows)),
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _bias(column: int) -> str:
+    return f"""
+  %bias_at_{column} = getelementptr i8, ptr %bias, i64 {4 * LANES * column}
+  %bias_{column} = load <16 x float>, ptr %bias_at_{column}, align 4"""
+
+
+def _weight(column: int, *, prefetch: bool) -> str:
+    before = "%weight" if column == 0 else f"%start_{column - 1}"
+    step = "0" if column == 0 else "%column_stride"
+    text = f"""
+  %start_{column} = getelementptr i8, ptr {before}, i64 {step}
+  %here_{column} = getelementptr i8, ptr %start_{column}, i64 %at
+  %w_{column} = load <32 x bfloat>, ptr %here_{column}, align 64"""
+    if prefetch:
+        text += f"""
+  %ahead_{column} = getelementptr i8, ptr %here_{column}, i64 {_PREFETCH_BYTES}
+  call void @llvm.prefetch.p0(ptr %ahead_{column}, i32 0, i32 3, i32 1)"""
+    return text
+
+
+def _input(row: int, columns: int) -> str:
+    """A token's pair of inputs in every lane; it becomes a broadcast operand of the dot product."""
+    text = f"""
+  %pair_at_{row} = getelementptr i8, ptr %x_here, i64 {4 * row}
+  %pair_{row} = load i32, ptr %pair_at_{row}, align 4
+  %single_{row} = insertelement <16 x i32> poison, i32 %pair_{row}, i32 0
+  %spread_{row} = shufflevector <16 x i32> %single_{row}, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x_{row} = bitcast <16 x i32> %spread_{row} to <32 x bfloat>"""
+    for c in range(columns):
+        product = "call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512"
+        text += f"""
+  %new_{row}_{c} = {product}(<16 x float> %sum_{row}_{c}, <32 x bfloat> %w_{c}, <32 x bfloat> %x_{row})"""
+    return text
+
+
+def _output(row: int, columns: int) -> str:
+    text = f"""
+  %row_at_{row} = mul i64 %row_stride, {row}
+  %row_{row} = getelementptr i8, ptr %output, i64 %row_at_{row}"""
+    for c in range(columns):
+        text += f"""
+  %narrow_{row}_{c} = fptrunc <16 x float> %new_{row}_{c} to <16 x bfloat>
+  %to_{row}_{c} = getelementptr i8, ptr %row_{row}, i64 {2 * LANES * c}
+  store <16 x bfloat> %narrow_{row}_{c}, ptr %to_{row}_{c}, align 2"""
+    return text
+
+
+def _load_job() -> str:
+    return "".join(
+        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
+        for i, name in enumerate(JOB)
+    )
+
+
+WORK = f"""
+define void @work(ptr %job) {{
+entry:{_load_job()}
+  %x_ptr = inttoptr i64 %x to ptr
+  %weight_ptr = inttoptr i64 %weight to ptr
+  %bias_ptr = inttoptr i64 %bias to ptr
+  %output_ptr = inttoptr i64 %output to ptr
+  %wide_ptr = inttoptr i64 %wide_tile to ptr
+  %narrow_ptr = inttoptr i64 %narrow_tile to ptr
+  %ticket_ptr = inttoptr i64 %ticket to ptr
+  %tile_pairs = mul i64 %num_pairs, %rows
+  %x_tile = shl i64 %tile_pairs, 2
+  %output_tile = mul i64 %rows, %row_stride
+  br label %take
+take:
+  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
+  %first = mul i64 %number, %unit
+  %is_work = icmp slt i64 %first, %num_columns
+  br i1 %is_work, label %begin, label %end
+begin:
+  %first_stop = add i64 %first, %unit
+  %stop = call i64 @llvm.smin.i64(i64 %first_stop, i64 %num_columns)
+  br label %column
+column:
+  %c = phi i64 [%first, %begin], [%c_next, %column_end]
+  %missing = sub i64 %stop, %c
+  %is_wide = icmp sge i64 %missing, %columns
+  %tile = select i1 %is_wide, ptr %wide_ptr, ptr %narrow_ptr
+  %step = select i1 %is_wide, i64 %columns, i64 1
+  %w_at = mul i64 %c, %column_stride
+  %w = getelementptr i8, ptr %weight_ptr, i64 %w_at
+  %b_at = mul i64 %c, {4 * LANES}
+  %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
+  %o_at = mul i64 %c, {2 * LANES}
+  %o = getelementptr i8, ptr %output_ptr, i64 %o_at
+  br label %row
+row:
+  %i = phi i64 [0, %column], [%i_next, %row]
+  %x_at = mul i64 %i, %x_tile
+  %x_here = getelementptr i8, ptr %x_ptr, i64 %x_at
+  %o_tile_at = mul i64 %i, %output_tile
+  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
+  call void %tile(ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs)
+  %i_next = add i64 %i, 1
+  %more_rows = icmp slt i64 %i_next, %num_tiles
+  br i1 %more_rows, label %row, label %column_end
+column_end:
+  %c_next = add i64 %c, %step
+  %more_columns = icmp slt i64 %c_next, %stop
+  br i1 %more_columns, label %column, label %take
+end:
+  ret void
+}}
+"""

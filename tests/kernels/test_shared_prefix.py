@@ -1,0 +1,248 @@
+"""Attention over tokens that sequences share, once for all of them, is attention."""
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import cpu, paged, reference
+from kernels.attention import AttentionPlan, LayerCache, Run, SequenceSpan, SharedSpan, num_slots
+from kernels.shared import choose, worthwhile
+from kernels.tasks import MAX_QUERIES, SHARED_PART, plan_tasks
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def _keep_the_number_of_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """Tokens that all sequences below have in common; a leaf's are a sequence's own."""
+
+    num_tokens: int
+    children: tuple["Node", ...] = ()
+
+
+def trees(max_tokens: int) -> st.SearchStrategy[Node]:
+    leaves = st.builds(Node, num_tokens=st.integers(1, max_tokens))
+    inner = st.integers(1, max_tokens)
+    return st.recursive(
+        leaves,
+        lambda below: st.builds(Node, num_tokens=inner, children=st.lists(below, min_size=1, max_size=5).map(tuple)),
+        max_leaves=12,
+    )
+
+
+class Forest:
+    """Sequences that share as their trees say, their tokens scattered over a cache; each a decode."""
+
+    def __init__(self, roots: Sequence[Node], *, num_kv_heads: int, group: int, head_dim: int, seed: int) -> None:
+        self.rng, self.free = random.Random(seed), 0
+        self.spans: list[SequenceSpan] = []
+        self.shared: list[SharedSpan] = []
+        for root in roots:
+            self._grow(root, ())
+        generator = torch.Generator().manual_seed(seed)
+        self.query = torch.randn(len(self.spans), num_kv_heads * group, head_dim, generator=generator)
+        shape = 2, num_kv_heads, self.free, head_dim
+        self.keys, self.values = torch.randn(shape, generator=generator)
+        self.scale = head_dim**-0.5
+
+    def _grow(self, node: Node, above: tuple[Run, ...]) -> None:
+        runs: list[Run] = []
+        while (missing := node.num_tokens - num_slots(tuple(runs))) > 0:
+            self.free += self.rng.randint(0, 3)
+            taken = self.rng.randint(1, missing)
+            runs.append((self.free, self.free + taken))
+            self.free += taken
+        self.rng.shuffle(runs)
+        if not node.children:
+            row = len(self.spans)
+            self.spans.append(SequenceSpan(query_start=row, num_queries=1, runs=(*above, *runs)))
+            return
+        first = len(self.spans)
+        for child in node.children:
+            self._grow(child, (*above, *runs))
+        members = tuple(range(first, len(self.spans)))
+        common = {"first_token": num_slots(above), "num_tokens": node.num_tokens, "runs": tuple(runs)}
+        self.shared.append(SharedSpan(members=members, **common))  # type: ignore[arg-type]
+
+    def attend(self, shared: Sequence[SharedSpan], dtype: torch.dtype) -> Tensor:
+        query, cache = self.query.to(dtype), LayerCache(keys=self.keys.to(dtype), values=self.values.to(dtype))
+        output = torch.full(query.shape, torch.nan, dtype=dtype)
+        paged.attend(query, cache, plan_tasks(self.spans, None, shared), self.scale, output)
+        return output
+
+    def by_reference(self, dtype: torch.dtype) -> Tensor:
+        query, cache = self.query.to(dtype), LayerCache(keys=self.keys.to(dtype), values=self.values.to(dtype))
+        plan = reference.plan(self.spans, shared=self.shared)
+        return reference.attention(query, query, query, cache, plan, self.scale)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    roots=st.lists(trees(90) | trees(700), min_size=1, max_size=4),
+    shape=st.sampled_from([(1, 1, 16), (2, 3, 32), (1, 8, 64), (3, 2, 80)]),
+    dtype=DTYPES,
+    keep=st.randoms(use_true_random=False),
+    seed=st.integers(0, 2**20),
+)
+def test_nested_groups_agree_with_the_reference(
+    roots: list[Node], shape: tuple[int, int, int], dtype: torch.dtype, keep: random.Random, seed: int
+) -> None:
+    """Whichever of the shared spans are used, in whatever order, of whichever members."""
+    num_kv_heads, group, head_dim = shape
+    forest = Forest(roots, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, seed=seed)
+    shared = []
+    for common in keep.sample(forest.shared, keep.randint(0, len(forest.shared))):
+        members = keep.sample(common.members, keep.randint(1, len(common.members)))
+        shared.append(
+            SharedSpan(
+                members=tuple(members),
+                first_token=common.first_token,
+                num_tokens=common.num_tokens,
+                runs=common.runs,
+            )
+        )
+    got = forest.attend(shared, dtype)
+    torch.testing.assert_close(got, forest.by_reference(dtype), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def prefix(num_members: int, num_tokens: int, own: int = 40) -> Node:
+    return Node(num_tokens=num_tokens, children=(Node(num_tokens=own),) * num_members)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [SHARED_PART - 1, SHARED_PART, 2 * SHARED_PART + 300])
+def test_more_members_and_tokens_than_one_task_holds(num_tokens: int, dtype: torch.dtype) -> None:
+    forest = Forest([prefix(2 * MAX_QUERIES + 3, num_tokens)], num_kv_heads=2, group=3, head_dim=32, seed=1)
+    got, expected = forest.attend(forest.shared, dtype), forest.by_reference(dtype)
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_on_the_group_but_not_on_threads_or_batch_mates(dtype: torch.dtype) -> None:
+    group, others = prefix(7, 1300), [Node(num_tokens=900), prefix(3, 50)]
+    forest = Forest([group, *others], num_kv_heads=2, group=4, head_dim=64, seed=5)
+    torch.set_num_threads(1)
+    expected = forest.attend(forest.shared, dtype)
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        assert torch.equal(forest.attend(forest.shared, dtype), expected)
+    alone = forest.attend([common for common in forest.shared if 0 in common.members], dtype)
+    assert torch.equal(alone[:7], expected[:7])
+    assert torch.equal(alone[7], forest.attend([], dtype)[7])
+
+
+def test_many_threads_at_once_lose_no_part() -> None:
+    tree = Node(num_tokens=1500, children=(prefix(6, 1100, own=600), prefix(40, 700), Node(num_tokens=2)))
+    forest = Forest([tree], num_kv_heads=3, group=2, head_dim=32, seed=6)
+    torch.set_num_threads(1)
+    expected = forest.attend(forest.shared, torch.float32)
+    torch.set_num_threads(4)
+    assert all(torch.equal(forest.attend(forest.shared, torch.float32), expected) for _ in range(50))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_a_prefill_beside_its_group_reads_the_prefix_itself(window: int | None) -> None:
+    """A chunk may be named as a member: it is one of the batch like any other."""
+    forest = Forest([prefix(6, 600)], num_kv_heads=2, group=4, head_dim=64, seed=7)
+    grown = (*forest.spans[5].runs, (forest.free, forest.free + 50))
+    spans = [*forest.spans[:5], SequenceSpan(query_start=5, num_queries=50, runs=grown)]
+    shape = 2, 2, forest.free + 50, 64
+    cache = LayerCache(keys=torch.randn(shape)[0], values=torch.randn(shape)[1])
+    query = torch.randn(55, 8, 64)
+    plans = [kernels.plan(spans, window=window, shared=forest.shared) for kernels in (cpu, reference)]
+    got, expected = (
+        kernels.attention(query, query, query, cache, plan, 0.125)
+        for kernels, plan in zip((cpu, reference), plans, strict=True)
+    )
+    torch.testing.assert_close(got, expected, atol=3e-6, rtol=3e-6)
+    assert tasks_with_many_decodes(plans[0]) == 1
+
+
+def tasks_with_many_decodes(plan: AttentionPlan) -> int:
+    """Tasks of several queries that leave partial results: those of shared runs."""
+    assert plan.tasks is not None
+    return int(((plan.tasks.tasks[:, 1] > 1) & (plan.tasks.tasks[:, -1] >= 0)).sum())
+
+
+def test_shared_tokens_are_planned_once() -> None:
+    forest = Forest([prefix(16, 4096, own=10)], num_kv_heads=1, group=1, head_dim=16, seed=0)
+    plan = cpu.plan(forest.spans, shared=forest.shared).tasks
+    assert plan is not None
+    assert plan.tasks[:, 4].sum() == 4096 + 16 * 10
+    assert cpu.plan(forest.spans).tasks.tasks[:, 4].sum() == 16 * (4096 + 10)  # type: ignore[union-attr]
+
+
+def test_sharing_pays_by_members_and_tokens() -> None:
+    assert not worthwhile(num_members=0, num_tokens=10_000)
+    assert not worthwhile(num_members=1, num_tokens=10_000)
+    assert not worthwhile(num_members=2, num_tokens=16)
+    assert worthwhile(num_members=2, num_tokens=1024)
+    assert worthwhile(num_members=64, num_tokens=4096)
+
+
+@given(num_members=st.integers(2, 300), num_tokens=st.integers(1, 20_000))
+def test_what_pays_goes_on_paying_with_whole_parts_more(num_members: int, num_tokens: int) -> None:
+    if worthwhile(num_members=num_members, num_tokens=num_tokens):
+        assert worthwhile(num_members=num_members, num_tokens=num_tokens + SHARED_PART)
+
+
+def spans_of(*lengths: tuple[int, int]) -> list[SequenceSpan]:
+    return [
+        SequenceSpan(query_start=row, num_queries=queries, runs=((0, tokens),))
+        for row, (tokens, queries) in enumerate(lengths)
+    ]
+
+
+def common(members: tuple[int, ...], first_token: int, num_tokens: int) -> SharedSpan:
+    runs = ((first_token, first_token + num_tokens),)
+    return SharedSpan(members=members, first_token=first_token, num_tokens=num_tokens, runs=runs)
+
+
+def test_only_decodes_that_see_all_of_it_share() -> None:
+    spans = spans_of((2000, 1), (2000, 1), (2000, 9), (1990, 1))
+    offered = [common((0, 1, 2, 3), 0, 1000), common((0, 1, 2, 3), 1000, 900), common((0, 2), 1900, 80)]
+    assert [kept.members for kept in choose(spans, offered)] == [(0, 1, 3), (0, 1, 3)]
+    assert [kept.first_token for kept in choose(spans, offered, window=1000)] == [1000]
+    assert choose(spans, offered, window=995)[0].members == (3,) or not choose(spans, offered, window=995)
+    assert not choose(spans, offered, window=10)
+
+
+@pytest.mark.parametrize(
+    ("members", "first_token", "num_tokens"), [((), 0, 4), ((1, 1), 0, 4), ((0, 1), -1, 4), ((0, 1), 0, 5)]
+)
+def test_impossible_shared_spans_are_caught(members: tuple[int, ...], first_token: int, num_tokens: int) -> None:
+    with pytest.raises(AssertionError):
+        SharedSpan(members=members, first_token=first_token, num_tokens=num_tokens, runs=((0, 4),))
+
+
+def test_more_shared_than_a_member_has_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        choose(spans_of((100, 1), (50, 1)), [common((0, 1), 0, 60)])
+
+
+def test_members_leave_and_the_rest_go_on() -> None:
+    """Step by step fewer members, down to none: each step's result is right."""
+    forest = Forest([prefix(5, 300)], num_kv_heads=2, group=2, head_dim=32, seed=3)
+    expected = forest.by_reference(torch.float32)
+    for left in itertools.accumulate(range(5), lambda left, _: left[1:], initial=tuple(range(5))):
+        shared = [common_of(forest.shared[0], left)] if left else []
+        torch.testing.assert_close(forest.attend(shared, torch.float32), expected, atol=3e-6, rtol=3e-6)
+
+
+def common_of(shared: SharedSpan, members: tuple[int, ...]) -> SharedSpan:
+    return SharedSpan(members=members, first_token=shared.first_token, num_tokens=shared.num_tokens, runs=shared.runs)
