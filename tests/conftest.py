@@ -1,7 +1,8 @@
-"""Fixtures shared by the whole suite: small random Llama checkpoints, written by transformers."""
+"""Fixtures shared by the whole suite: small random checkpoints of every family, written by transformers."""
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
-def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``make(seed=0, dtype="float32", max_shard_size="5GB", **config)``: the directory of a new checkpoint.
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make(family, seed=0, dtype="float32", max_shard_size="5GB", **config)``: the directory of a new checkpoint.
 
-    ``config`` overrides the keys of transformers' ``LlamaConfig``. Weights are drawn wide enough that greedy
-    tokens differ clearly in likelihood and no two positions look alike.
+    ``family`` is a ``model_type`` of transformers, ``config`` overrides the keys of its configuration. Weights are
+    drawn wide enough that greedy tokens differ clearly in likelihood and no two positions look alike.
     """
 
-    def make(*, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **overrides: Any) -> Path:
+    def make(
+        family: str, *, seed: int = 0, dtype: str = "float32", max_shard_size: str = "5GB", **overrides: Any
+    ) -> Path:
         # Here, so that tests which need neither do not wait for them.
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         config = {
             "hidden_size": 64,
@@ -36,15 +39,21 @@ def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
             "eos_token_id": 2,
         }
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**config | overrides))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config | overrides))
         for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):  # transformers starts these at 0 and 1, which hides mistakes
-                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-        directory = tmp_path_factory.mktemp("llama")
+            if name.endswith((".bias", "norm.weight")):  # transformers starts all alike, which hides mistakes
+                torch.nn.init.normal_(parameter, mean=parameter.detach().mean().item(), std=0.2)
+        directory = tmp_path_factory.mktemp(family)
         model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """``make(**config)``: as ``checkpoint`` of the Llama family."""
+    return partial(checkpoint, "llama")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The Llama decoder (Touvron et al. 2023): embedding, layers of attention and feed-forward, norm, head.
+"""The decoder of Llama (Touvron et al. 2023) and of the families after it, as ``ModelSpec`` tells them apart.
 
 Knows nothing of ranks: the shapes of its weights say which heads and columns it computes.
 
@@ -7,30 +7,36 @@ Knows nothing of ranks: the shapes of its weights say which heads and columns it
     H  query heads, K  KV heads                           D  head dimension
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
 from kernels.linear import Linear
-from kernels.reference import rope_frequencies, scale_llama3
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from placement.weights import EMBEDDING, FINAL_NORM, HEAD
 
+Window = int | None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerWeights:
-    """One layer. Projections that read the same input are one matrix."""
+class Layer:
+    """One layer. Projections that read the same input are one matrix; norms are as ``rms_norm`` takes them."""
 
+    window: Window
     attention_norm: Tensor  # [E]
     qkv: Linear  # E -> (H + 2K) * D
+    qk_norm: Tensor | None  # [H + K, D]
     output: Linear  # H * D -> E
+    attention_post_norm: Tensor | None  # [E]
     ffn_norm: Tensor  # [E]
     gate_up: Linear  # E -> 2F
     down: Linear  # F -> E
+    ffn_post_norm: Tensor | None  # [E]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,36 +44,57 @@ class DecoderWeights:
     """A whole decoder."""
 
     embedding: Tensor  # [V, E]
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[Layer, ...]
     norm: Tensor  # [E]
     head: Linear  # E -> V
+    frequencies: Mapping[Window, Tensor]  # [D / 2], of the layers with that window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeTables:
+    """Cosine and signed sine of every token's angles."""
+
+    cos: Tensor  # [T, 1, D]
+    sin: Tensor  # [T, 1, D]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """What a step computes: tokens of several sequences, side by side."""
+    """What a step computes: tokens of several sequences, side by side.
+
+    ``rope`` and ``attention`` have an entry for each window that some layer has.
+    """
 
     token_ids: Tensor  # [T]
     slots: Tensor  # [T]: where each token's KV goes
-    cos: Tensor  # [T, 1, D]
-    sin: Tensor  # [T, 1, D]
-    attention: AttentionPlan
+    rope: Mapping[Window, RopeTables]
+    attention: Mapping[Window, AttentionPlan]
 
 
-def assemble(tensors: dict[str, Tensor], kernels: Kernels) -> DecoderWeights:
+def assemble(model: ModelSpec, tensors: dict[str, Tensor], kernels: Kernels) -> DecoderWeights:
     """Checkpoint tensors by Hugging Face name as a decoder. Takes them out of ``tensors``.
 
     Matrices are copied as they are fused and packed; the parts are let go layer by layer, so that at most one
     layer exists twice.
     """
     num_layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
-    layers = tuple(_assemble_layer(tensors, f"model.layers.{layer}", kernels) for layer in range(num_layers))
+    layers = tuple(_assemble_layer(model, tensors, layer, kernels) for layer in range(num_layers))
     embedding = tensors.pop(EMBEDDING)
-    head = kernels.pack(tensors.pop(HEAD, embedding), None)
-    return DecoderWeights(embedding=embedding, layers=layers, norm=tensors.pop(FINAL_NORM), head=head)
+    return DecoderWeights(
+        embedding=embedding,
+        layers=layers,
+        norm=_norm(model, tensors, FINAL_NORM),
+        head=kernels.pack(tensors.pop(HEAD, embedding), None),
+        frequencies={
+            window: frequencies(model.rope_of(window), model.head_dim).to(embedding.device)
+            for window in model.distinct_windows
+        },
+    )
 
 
-def _assemble_layer(tensors: dict[str, Tensor], prefix: str, kernels: Kernels) -> LayerWeights:
+def _assemble_layer(model: ModelSpec, tensors: dict[str, Tensor], index: int, kernels: Kernels) -> Layer:
+    prefix = f"model.layers.{index}"
+
     def linear(*names: str) -> Linear:
         weights = [tensors.pop(f"{prefix}.{name}.weight") for name in names]
         biases = [tensors.pop(f"{prefix}.{name}.bias", None) for name in names]
@@ -75,28 +102,77 @@ def _assemble_layer(tensors: dict[str, Tensor], prefix: str, kernels: Kernels) -
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return kernels.pack(weight, torch.cat(present) if present else None)
 
-    return LayerWeights(
-        attention_norm=tensors.pop(f"{prefix}.input_layernorm.weight"),
+    def norm(name: str) -> Tensor:
+        return _norm(model, tensors, f"{prefix}.{name}.weight")
+
+    after_attention = norm("post_attention_layernorm")  # with post norms what it says, else before the feed-forward
+    return Layer(
+        window=model.window_of(index),
+        attention_norm=norm("input_layernorm"),
+        qk_norm=_qk_norm(model, tensors, f"{prefix}.self_attn") if model.qk_norm else None,
         qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         output=linear("self_attn.o_proj"),
-        ffn_norm=tensors.pop(f"{prefix}.post_attention_layernorm.weight"),
+        attention_post_norm=after_attention if model.post_norms else None,
+        ffn_norm=norm("pre_feedforward_layernorm") if model.post_norms else after_attention,
         gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
         down=linear("mlp.down_proj"),
+        ffn_post_norm=norm("post_feedforward_layernorm") if model.post_norms else None,
     )
+
+
+def _norm(model: ModelSpec, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """A norm's weight, as :func:`kernels.reference.rms_norm` takes it."""
+    weight = tensors.pop(name)
+    return 1.0 + weight.float() if model.unit_offset_norms else weight
+
+
+def _qk_norm(model: ModelSpec, tensors: dict[str, Tensor], prefix: str) -> Tensor:
+    """The norms of query and key [D], written out for each head: [H + K, D]."""
+    num_heads, num_kv_heads = (
+        tensors[f"{prefix}.{name}_proj.weight"].shape[0] // model.head_dim for name in ("q", "k")
+    )
+    query = _norm(model, tensors, f"{prefix}.q_norm.weight").expand(num_heads, -1)
+    key = _norm(model, tensors, f"{prefix}.k_norm.weight").expand(num_kv_heads, -1)
+    return torch.cat((query, key))
 
 
 def frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
     """Angle per position of each rotated pair, [D / 2] in float32."""
-    plain = rope_frequencies(head_dim, rope.theta)
-    if rope.kind == "default":
-        return plain
-    return scale_llama3(
-        plain,
-        factor=rope.factor,
-        low_freq_factor=rope.low_freq_factor,
-        high_freq_factor=rope.high_freq_factor,
-        original_max_tokens=rope.original_max_tokens,
-    )
+    plain = reference.rope_frequencies(head_dim, rope.theta)
+    match rope.kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / rope.factor
+        case "llama3":
+            return reference.scale_llama3(
+                plain,
+                factor=rope.factor,
+                low_freq_factor=rope.low_freq_factor,
+                high_freq_factor=rope.high_freq_factor,
+                original_max_tokens=rope.original_max_tokens,
+            )
+        case "yarn":
+            return reference.scale_yarn(
+                plain,
+                theta=rope.theta,
+                factor=rope.factor,
+                beta_fast=rope.beta_fast,
+                beta_slow=rope.beta_slow,
+                original_max_tokens=rope.original_max_tokens,
+                truncate=rope.truncate,
+            )
+
+
+def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) -> Mapping[Window, RopeTables]:
+    """What rotates tokens at ``positions`` [T], for the layers of each window."""
+    tables: dict[RopeSpec, RopeTables] = {}
+    for window, turns in weights.frequencies.items():
+        rope = model.rope_of(window)
+        if rope not in tables:
+            cos, sin = reference.rope_tables(positions, turns, weights.embedding.dtype, rope.attention_factor)
+            tables[rope] = RopeTables(cos=cos, sin=sin)
+    return {window: tables[model.rope_of(window)] for window in weights.frequencies}
 
 
 def hidden_states(
@@ -107,13 +183,17 @@ def hidden_states(
     batch: TokenBatch,
 ) -> Tensor:
     """The last layer's output [T, E], before the final norm. Writes the batch's KV to ``caches``."""
-    x = kernels.embedding(batch.token_ids, weights.embedding)
+    eps = model.rms_norm_eps
+    residual, update = _embed(model, weights, kernels, batch.token_ids), None
     for layer, cache in zip(weights.layers, caches, strict=True):
-        normed = kernels.rms_norm(x, layer.attention_norm, model.rms_norm_eps)
-        x = x + _attend(model, layer, cache, kernels, batch, normed)
-        normed = kernels.rms_norm(x, layer.ffn_norm, model.rms_norm_eps)
-        x = x + _feed_forward(layer, kernels, normed)
-    return x
+        if update is None:
+            normed = kernels.rms_norm(residual, layer.attention_norm, eps)
+        else:
+            normed, residual = kernels.add_rms_norm(update, residual, layer.attention_norm, eps)
+        update = _attend(model, layer, cache, kernels, batch, normed)
+        normed, residual = kernels.add_rms_norm(update, residual, layer.ffn_norm, eps)
+        update = _feed_forward(model, layer, kernels, normed)
+    return residual if update is None else residual + update
 
 
 def project(model: ModelSpec, weights: DecoderWeights, kernels: Kernels, x: Tensor) -> Tensor:
@@ -121,23 +201,42 @@ def project(model: ModelSpec, weights: DecoderWeights, kernels: Kernels, x: Tens
     return weights.head(kernels.rms_norm(x, weights.norm, model.rms_norm_eps))
 
 
+def _embed(model: ModelSpec, weights: DecoderWeights, kernels: Kernels, token_ids: Tensor) -> Tensor:
+    """[T] -> [T, E]."""
+    x = kernels.embedding(token_ids, weights.embedding)
+    if model.embedding_scale == 1.0:
+        return x
+    return x * torch.tensor(model.embedding_scale, dtype=x.dtype)  # a plain number would not be rounded
+
+
 def _attend(
-    model: ModelSpec, layer: LayerWeights, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
+    model: ModelSpec, layer: Layer, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
 ) -> Tensor:
     """[T, E] -> [T, E]."""
     num_kv_heads = cache.keys.shape[0]
     num_heads = num_kv_heads * model.queries_per_kv_head
     # [T, E] -> [T, H + 2K, D]
     qkv = layer.qkv(x).view(x.shape[0], -1, model.head_dim)
-    turned = kernels.rotate(qkv[:, : num_heads + num_kv_heads], batch.cos, batch.sin)
+    turned, values = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+    if layer.qk_norm is not None:
+        turned = kernels.rms_norm(turned, layer.qk_norm, model.rms_norm_eps)
+    rope = batch.rope[layer.window]
+    turned = kernels.rotate(turned, rope.cos, rope.sin)
     query, keys = turned[:, :num_heads], turned[:, num_heads:]
-    values = qkv[:, num_heads + num_kv_heads :]
     kernels.write_kv(cache, batch.slots, keys, values)
-    scale = model.head_dim**-0.5
-    attended = kernels.attention(query, keys, values, cache, batch.attention, scale)  # [T, H, D]
-    return layer.output(attended.flatten(1))
+    scale = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
+    plan = batch.attention[layer.window]
+    attended = kernels.attention(query, keys, values, cache, plan, scale)  # [T, H, D]
+    output = layer.output(attended.flatten(1))
+    if layer.attention_post_norm is None:
+        return output
+    return kernels.rms_norm(output, layer.attention_post_norm, model.rms_norm_eps)
 
 
-def _feed_forward(layer: LayerWeights, kernels: Kernels, x: Tensor) -> Tensor:
+def _feed_forward(model: ModelSpec, layer: Layer, kernels: Kernels, x: Tensor) -> Tensor:
     """[T, E] -> [T, 2F] -> [T, F] -> [T, E]."""
-    return layer.down(kernels.silu_mul(layer.gate_up(x)))
+    activate = kernels.silu_mul if model.activation == "silu" else kernels.gelu_mul
+    output = layer.down(activate(layer.gate_up(x)))
+    if layer.ffn_post_norm is None:
+        return output
+    return kernels.rms_norm(output, layer.ffn_post_norm, model.rms_norm_eps)

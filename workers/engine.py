@@ -1,7 +1,12 @@
-"""The engine: one thread that owns a replica's sequences and runs its steps.
+"""The engine: one thread that owns a replica's sequences, and one that runs its steps.
 
-The loop reads: take commands, schedule, run, postprocess. Everything else in this file is called by it, except the
-methods under "any thread", which only put a command in the inbox.
+The loop reads: take commands, dispatch the next step, collect the last. A step is dispatched while the one before it
+executes, so that scheduling, laying out and answering cost the device nothing (overlapped scheduling). What its
+sequences were given by the step before is known to the executing thread alone; here it is counted, not known. Steps
+execute in the order of dispatch, so blocks may be given away as soon as the last step that reads them is dispatched.
+
+Everything else in this file is called by the loop, except the methods under "any thread", which only put a command in
+the inbox.
 """
 
 import itertools
@@ -9,15 +14,16 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
-from placement.blocks import BlockPool, block_runs
+from placement.blocks import BlockPool
 from placement.errors import HeterodyneError, cause_of
-from placement.scheduling import Chunk, Scheduler, StepPlan
+from placement.scheduling import Scheduler, StepPlan
 from placement.sequence import Sequence
+from workers.batch import make_batch
 from workers.engine_types import (
     Abandon,
     Cancel,
@@ -30,32 +36,47 @@ from workers.engine_types import (
     Output,
     Runner,
     Sink,
+    StepDone,
+    StepStats,
     Stop,
     Submission,
     Submit,
-    Work,
     check_submission,
     repeated,
 )
-from workers.runner import SequenceInput
-from workers.sampling import SampledToken
+from workers.pacing import Pace
+from workers.runner import StepResult
+from workers.sampling import SamplerState, SamplingFailed
+from workers.work import Work
 
 logger = logging.getLogger(__name__)
 
 # An idle engine looks up this often, so that no wait is without an end.
 _IDLE_WAIT_S = 1.0
+# Steps that are dispatched and not collected: one executes, one waits for it to end.
+_MOST_DISPATCHED = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dispatched:
+    """A step on its way."""
+
+    plan: StepPlan
+    result: Future[StepResult]
 
 
 class Engine:
     """Runs steps until stopped. Owns the scheduler, the block pool and the token ids of every sequence.
 
     Args:
-        runner: computes a batch and samples; only this engine's thread calls it.
+        runner: computes a batch and samples; only this engine calls it.
         scheduler: decides what each step computes, with the blocks of ``pool``.
         limits: what a submission may ask for.
+        executor: of one thread, which executes the steps; ends with the engine.
         clock: seconds, monotonic.
 
     Attributes:
+        limits: as given.
         load: its figures between two steps.
         failure: what a step raised; whatever is submitted from then on ends at once with that cause.
         ended: done when the loop was left, whichever way, and all that was submitted until then is answered.
@@ -68,20 +89,25 @@ class Engine:
         scheduler: Scheduler,
         pool: BlockPool,
         limits: Limits,
+        executor: ThreadPoolExecutor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._pool = pool
-        self._limits = limits
+        self.limits = limits
         self._clock = clock
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._executor = executor
+        self._dispatched: deque[_Dispatched] = deque()
+        self._pace = Pace()
         self._works: dict[int, Work] = {}
         self._engine_ids: dict[tuple[Sink, int], int] = {}
         self._next_id = itertools.count()
         self._steps = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._broken = False
         self._draining = False
         self._stopped = False
         self.failure: Exception | None = None
@@ -120,29 +146,37 @@ class Engine:
         """The loop. Ends after ``stop``, or with ``failure`` set when a step raised."""
         try:
             while self._take_commands():
-                plan = self._scheduler.schedule()
-                if plan.chunks:
-                    self._postprocess(plan, self._runner.run(self._batch(plan)))
+                more = self._dispatch()
+                if self._dispatched and (not more or len(self._dispatched) == _MOST_DISPATCHED):
+                    self._collect(self._dispatched.popleft())
         except Exception as error:  # the border of the thread: whatever it was, every sequence must end
             logger.exception("engine_failed")
             self._fail(error)
         finally:
+            self._executor.shutdown(cancel_futures=True)
             self.ended.set_result(None)
 
     def _take_commands(self) -> bool:
-        """Apply every command that waits; when there is nothing to compute, wait for one."""
-        block = not self._works
-        if block:  # what is reported while it waits must be what is
-            self.load = self._snapshot()
+        """Apply every command that waits; wait for one while there is nothing to dispatch, or no hurry to."""
+        self.load = self._snapshot()  # what is reported while it waits must be what is
         while not self._stopped:
             try:
-                command = self._inbox.get(block=block, timeout=_IDLE_WAIT_S if block else None)
+                wait_s = self._wait_s()
+                command = self._inbox.get(block=wait_s > 0, timeout=wait_s or None)
             except queue.Empty:
-                break
+                if self._works or self._dispatched:
+                    break
+                continue
             self._apply(command)
-            block = False
         self.load = self._snapshot()
         return not self._stopped
+
+    def _wait_s(self) -> float:
+        """How long the next command may be waited for."""
+        if not self._dispatched:
+            return 0.0 if self._works else _IDLE_WAIT_S
+        # A sequence that comes while a step executes joins the next, so that is put together as late as it can be.
+        return 0.0 if self._dispatched[0].result.done() else self._pace.slack_s(self._clock())
 
     def _apply(self, command: Command) -> None:
         match command:
@@ -152,7 +186,8 @@ class Engine:
                 engine_id = self._engine_ids.get((sink, sequence_id))
                 if engine_id is not None:
                     self._end(engine_id)
-                    sink.step(self._steps, [Output(sequence_id=sequence_id, end=EndReason.CANCELLED)])
+                    output = Output(sequence_id=sequence_id, end=EndReason.CANCELLED)
+                    sink.step(StepStats(step=self._steps), [output])
             case Abandon(sink=sink):
                 for engine_id in [i for i, work in self._works.items() if work.sink is sink]:
                     self._end(engine_id)
@@ -160,6 +195,8 @@ class Engine:
                 self._draining = True
             case Stop():
                 self._stopped = True
+            case StepDone():
+                pass
 
     def _add(self, command: Submit) -> None:
         submission, sink = command.submission, command.sink
@@ -170,83 +207,100 @@ class Engine:
             max_tokens=submission.max_tokens,
             priority=submission.priority,
             arrival=engine_id,
+            reuse_prefix=submission.prompt_logprobs is None,
         )
         try:
             if self._draining:
                 raise Draining("this replica is draining and takes no new sequences")
-            check_submission(submission, self._limits)
+            check_submission(submission, self.limits)
             if (sink, command.sequence_id) in self._engine_ids:
                 raise repeated(command.sequence_id)
+            work = Work(
+                sink=sink,
+                sequence_id=command.sequence_id,
+                submission=submission,
+                sequence=sequence,
+                token_ids=list(submission.prompt_ids),
+                sampler=_sampler(submission),
+                submitted_s=command.at_s,
+            )
+            work.extend_hashes(self.limits.block_size)
             self._scheduler.add(sequence)
         except HeterodyneError as error:
             sink.refused(command.sequence_id, error)
             return
-        self._works[engine_id] = Work(
-            sink=sink,
-            sequence_id=command.sequence_id,
-            submission=submission,
-            sequence=sequence,
-            token_ids=list(submission.prompt_ids),
-            submitted_s=command.at_s,
-        )
+        self._works[engine_id] = work
         self._engine_ids[sink, command.sequence_id] = engine_id
 
-    def _batch(self, plan: StepPlan) -> list[SequenceInput]:
+    def _dispatch(self) -> bool:
+        """Put the next step together and hand it to the executing thread. False where there is nothing to compute."""
+        plan = self._scheduler.schedule()
+        if not plan.chunks:
+            return False
         now = self._clock()
-        return [self._input(chunk, now) for chunk in plan.chunks]
+        works = [self._works[chunk.sequence_id] for chunk in plan.chunks]
+        step = self._runner.prepare(make_batch(plan.chunks, works, self.limits.block_size))
+        result = self._executor.submit(self._execute, step)
+        result.add_done_callback(lambda _: self._inbox.put(StepDone()))
+        self._dispatched.append(_Dispatched(plan=plan, result=result))
+        self._count(plan, works, now)
+        self._pace.prepared(num_tokens=plan.num_tokens, took_s=self._clock() - now, now_s=self._clock())
+        return True
 
-    def _input(self, chunk: Chunk, now: float) -> SequenceInput:
-        work = self._works[chunk.sequence_id]
-        if work.scheduled_s is None:
-            work.scheduled_s = now
-        stop = chunk.start + chunk.num_tokens
-        return SequenceInput(
-            token_ids=work.token_ids[chunk.start : stop],
-            start=chunk.start,
-            runs=block_runs(work.sequence.block_table, self._limits.block_size, stop),
-            params=work.submission.sampling if chunk.samples else None,
-            output_index=work.sequence.num_output_tokens,
-        )
+    def _execute(self, step: Callable[[], StepResult]) -> StepResult:
+        """On the executing thread: run a step, unless one before it raised, for it would build on what is not there."""
+        if self._broken:
+            raise CancelledError
+        try:
+            return step()
+        except BaseException:
+            self._broken = True
+            raise
 
-    def _postprocess(self, plan: StepPlan, sampled: Seq[SampledToken | None]) -> None:
-        """Take each sampled token into its sequence, end what is finished, and tell every sink once."""
+    def _count(self, plan: StepPlan, works: list[Work], now: float) -> None:
+        """What the step will have done; sequences that it ends by length hold their blocks no longer."""
         self._scheduler.complete(plan)
-        self._steps += 1
-        now = self._clock()
-        outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
-        for chunk, token in zip(plan.chunks, sampled, strict=True):
+        for chunk, work in zip(plan.chunks, works, strict=True):
+            if work.scheduled_s is None:
+                work.scheduled_s = now
             if chunk.samples:
-                assert token is not None, chunk
-                work = self._works[chunk.sequence_id]
-                outputs[work.sink].append(self._append(work, token, now))
-        for sink, items in outputs.items():
-            sink.step(self._steps, items)
+                work.sequence.num_output_tokens += 1
+                if work.sequence.num_output_tokens == work.submission.max_tokens:
+                    self._scheduler.remove(chunk.sequence_id)
 
-    def _append(self, work: Work, token: SampledToken, now: float) -> Output:
-        index = work.sequence.num_output_tokens
-        work.token_ids.append(token.token_id)
-        work.sequence.num_output_tokens += 1
-        self._output_tokens += 1
-        end: EndReason | None = None
-        if token.token_id in work.submission.stop_token_ids:
-            end = EndReason.STOP
-        elif work.sequence.num_output_tokens == work.submission.max_tokens:
-            end = EndReason.LENGTH
-        if end is not None:
-            self._end(work.sequence.sequence_id)
-        assert work.scheduled_s is not None, work
-        first = index == 0
-        if first:
-            self._prompt_tokens += work.sequence.num_prompt_tokens
-        return Output(
-            sequence_id=work.sequence_id,
-            index=index,
-            token=token,
-            end=end,
-            num_preemptions=work.sequence.num_preemptions,
-            queue_s=work.scheduled_s - work.submitted_s if first else None,
-            prefill_s=now - work.scheduled_s if first else None,
+    def _collect(self, dispatched: _Dispatched) -> None:
+        """Wait for a step, take each sampled token into its sequence, and tell every sink once."""
+        result, plan = dispatched.result.result(), dispatched.plan
+        now = self._clock()
+        self._steps += 1
+        self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=now)
+        outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
+        for index, chunk in enumerate(plan.chunks):
+            work = self._works.get(chunk.sequence_id)
+            if work is not None:  # else it has ended while the step was on its way
+                outputs[work.sink] += self._take(chunk.sequence_id, work, result, index, now)
+        num_decodes = sum(chunk.num_tokens == 1 for chunk in plan.chunks)
+        stats = StepStats(
+            step=self._steps, duration_s=result.duration_s, num_tokens=plan.num_tokens, num_decodes=num_decodes
         )
+        for sink, items in outputs.items():
+            sink.step(stats, items)
+
+    def _take(self, engine_id: int, work: Work, result: StepResult, index: int, now: float) -> list[Output]:
+        """What a step gave one sequence."""
+        token, scores = result.tokens[index], result.scores.get(index)
+        outputs = [] if scores is None else [Output(sequence_id=work.sequence_id, scores=scores)]
+        if isinstance(token, SamplingFailed):
+            outputs.append(_failed(work.sequence_id, token))
+        elif token is not None:
+            if not work.num_outputs:
+                self._prompt_tokens += work.sequence.num_prompt_tokens
+            self._output_tokens += 1
+            outputs.append(work.append(token, is_complete=index in result.complete, now=now))
+            work.extend_hashes(self.limits.block_size)
+        if outputs and outputs[-1].end is not None:
+            self._end(engine_id)
+        return outputs
 
     def _end(self, engine_id: int) -> None:
         work = self._works.pop(engine_id)
@@ -260,7 +314,7 @@ class Engine:
         for work in self._works.values():
             outputs[work.sink].append(_failed(work.sequence_id, error))
         for sink, items in outputs.items():
-            sink.step(self._steps, items)
+            sink.step(StepStats(step=self._steps), items)
         self._fail_inbox(error)
 
     def _fail_inbox(self, error: Exception) -> None:
@@ -271,21 +325,33 @@ class Engine:
             except queue.Empty:
                 return
             if isinstance(command, Submit):
-                command.sink.step(self._steps, [_failed(command.sequence_id, error)])
+                command.sink.step(StepStats(step=self._steps), [_failed(command.sequence_id, error)])
 
     def _snapshot(self) -> LoadSnapshot:
-        pool = self._pool
+        pool, scheduler = self._pool, self._scheduler
         return LoadSnapshot(
             steps=self._steps,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
             free_blocks=pool.num_free,
             total_blocks=pool.num_total,
-            num_preemptions=self._scheduler.num_preemptions,
-            pending_tokens=self._scheduler.pending_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            pending_tokens=scheduler.pending_tokens,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
         )
+
+
+def _sampler(submission: Submission) -> SamplerState:
+    return SamplerState(
+        submission.sampling,
+        submission.prompt_ids,
+        stop_token_ids=submission.stop_token_ids,
+        min_tokens=submission.min_tokens,
+        grammar=None if submission.grammar is None else submission.grammar.start(),
+    )
 
 
 def _failed(sequence_id: int, error: Exception) -> Output:

@@ -1,14 +1,16 @@
 """What goes in and out of the engine: commands, outputs, limits, and the seams to its runner and its listeners."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from placement.errors import HeterodyneError, InvalidRequest
-from placement.sequence import Sequence
-from workers.runner import SequenceInput
+from workers.grammar import Grammar
+from workers.runner import Batch, StepResult
 from workers.sampling import SampledToken, SamplingParams
+from workers.scoring import PromptScores
 
 
 class EndReason(Enum):
@@ -39,6 +41,11 @@ class Submission:
 
     Attributes:
         stop_token_ids: the sequence ends after one of these, the model's end-of-sequence ids among them.
+        min_tokens: none of these is drawn before that many tokens.
+        prompt_logprobs: how many of the most likely tokens to report beside each token of the prompt; None
+            reports nothing.
+        cache_salt: KV is shared among sequences of equal salt.
+        grammar: what the answer must match.
     """
 
     prompt_ids: tuple[int, ...]
@@ -46,6 +53,10 @@ class Submission:
     max_tokens: int
     stop_token_ids: frozenset[int]
     priority: int = 0
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    cache_salt: bytes = b""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +68,8 @@ class Output:
         end: set on the last output of a sequence.
         queue_s: from submission until first scheduled, with the first token.
         prefill_s: from first scheduled until the first token, with it.
+        cached_tokens: prompt tokens found in the prefix cache, with the first token.
+        scores: log-probabilities of a run of prompt tokens.
     """
 
     sequence_id: int
@@ -67,6 +80,24 @@ class Output:
     num_preemptions: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
+    cached_tokens: int | None = None
+    scores: PromptScores | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What a step was.
+
+    Attributes:
+        step: counts from 1.
+        num_tokens: tokens it computed, of all sequences.
+        num_decodes: sequences of which it computed one token.
+    """
+
+    step: int
+    duration_s: float = 0.0
+    num_tokens: int = 0
+    num_decodes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +113,8 @@ class LoadSnapshot:
     pending_tokens: int
     prompt_tokens: int
     output_tokens: int
+    prefix_queries: int
+    prefix_hits: int
 
 
 class Sink(Protocol):
@@ -90,18 +123,21 @@ class Sink(Protocol):
     Once the engine has failed, it is called on the thread that submits.
     """
 
-    def step(self, step: int, outputs: Seq[Output]) -> None:
-        """One step's outputs for this sink."""
+    def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
+        """A step that computed sequences of this sink, and what it gave them; a prefill that goes on gives nothing."""
 
     def refused(self, sequence_id: int, error: HeterodyneError) -> None:
         """The submission was not taken."""
 
 
 class Runner(Protocol):
-    """Computes one batch."""
+    """Computes batches."""
 
-    def run(self, batch: Seq[SequenceInput]) -> Seq[SampledToken | None]:
-        """One sampled token for each input that has ``params``, None for the others."""
+    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
+        """Lays a batch out, while another may execute; calling the result executes it.
+
+        Results are called on one thread, in the order of preparation.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,20 +169,12 @@ class Stop:
     pass
 
 
-Command = Submit | Cancel | Abandon | Drain | Stop
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    pass
 
 
-@dataclass(slots=True, kw_only=True)
-class Work:
-    """A sequence in the engine: what was asked, its token ids so far, and when things happened (monotonic s)."""
-
-    sink: Sink
-    sequence_id: int
-    submission: Submission
-    sequence: Sequence
-    token_ids: list[int]
-    submitted_s: float
-    scheduled_s: float | None = None
+Command = Submit | Cancel | Abandon | Drain | Stop | StepDone
 
 
 def repeated(sequence_id: int) -> InvalidRequest:

@@ -10,7 +10,8 @@ from placement.errors import FieldError, HeterodyneError, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
 from workers.engine import Engine
-from workers.engine_types import Output
+from workers.engine_types import Output, StepStats
+from workers.grammar import Grammar, GrammarFactory, GrammarSpec
 
 HEARTBEAT_S = 0.4
 
@@ -22,8 +23,12 @@ class LeaderStream:
         status: how the stream ends where this side ends it; None while it lasts or when the gateway closed it.
     """
 
-    def __init__(self, *, engine: Engine, epoch: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, *, engine: Engine, grammars: GrammarFactory, epoch: int, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._engine = engine
+        self._grammars = grammars
+        self._compiling: dict[int, asyncio.Task[None]] = {}
         self._epoch = epoch
         self._loop = loop
         self._outbox: asyncio.Queue[pb.LeadResponse | None] = asyncio.Queue()
@@ -32,9 +37,9 @@ class LeaderStream:
 
     # -- called on the engine's thread ------------------------------------------------------------------------
 
-    def step(self, step: int, outputs: Seq[Output]) -> None:
+    def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
         """Hand one step's outputs over; the message is built on the loop, so the engine goes on at once."""
-        self._post(self._send_step, step, outputs)
+        self._post(self._send_step, stats, outputs)
 
     def refused(self, sequence_id: int, error: HeterodyneError) -> None:
         """Hand a refusal over."""
@@ -47,9 +52,8 @@ class LeaderStream:
 
     # -- called on the loop -----------------------------------------------------------------------------------
 
-    def _send_step(self, step: int, outputs: Seq[Output]) -> None:
-        sequences = [wire.sequence_output(output) for output in outputs]
-        self._send(pb.LeadResponse(step=pb.StepOutput(step=step, sequences=sequences)))
+    def _send_step(self, stats: StepStats, outputs: Seq[Output]) -> None:
+        self._send(pb.LeadResponse(step=wire.step_output(stats, outputs)))
 
     def _send_refusal(self, sequence_id: int, error: HeterodyneError) -> None:
         self._refuse(sequence_id, wire.error_code(error), str(error))
@@ -67,6 +71,8 @@ class LeaderStream:
             async for request in requests:
                 self._take(request)
         finally:
+            for compiling in self._compiling.values():
+                compiling.cancel()
             self._outbox.put_nowait(None)
 
     def _take(self, request: pb.LeadRequest) -> None:
@@ -82,19 +88,48 @@ class LeaderStream:
         elif command == "submit":
             self._submit(request.submit)
         elif command == "cancel":
-            self._engine.cancel(self, request.cancel.sequence_id)
+            self._cancel(request.cancel.sequence_id)
         elif command == "drain":
             self._engine.drain()
         else:
             self._end(grpc.StatusCode.INVALID_ARGUMENT, "a message holds no command that this worker knows")
 
     def _submit(self, message: pb.Submit) -> None:
+        """Hand a sequence to the engine; one with a grammar once that is compiled, while others go on."""
         try:
-            submission = wire.submission(message)
+            spec = wire.grammar_spec(message)
+        except FieldError as error:
+            self._send_refusal(message.sequence_id, error)
+            return
+        if spec is None:
+            self._hand_over(message, None)
+            return
+        compiling = self._loop.create_task(self._compile(message, spec))
+        self._compiling[message.sequence_id] = compiling
+        compiling.add_done_callback(lambda _: self._compiling.pop(message.sequence_id, None))
+
+    async def _compile(self, message: pb.Submit, spec: GrammarSpec) -> None:
+        try:
+            grammar = await asyncio.to_thread(self._grammars.compile, spec)
+        except HeterodyneError as error:
+            self._send_refusal(message.sequence_id, error)
+        else:
+            self._hand_over(message, grammar)
+
+    def _hand_over(self, message: pb.Submit, grammar: Grammar | None) -> None:
+        try:
+            submission = wire.submission(message, vocab_size=self._engine.limits.vocab_size, grammar=grammar)
         except FieldError as error:
             self._send_refusal(message.sequence_id, error)
         else:
             self._engine.submit(self, message.sequence_id, submission)
+
+    def _cancel(self, sequence_id: int) -> None:
+        compiling = self._compiling.pop(sequence_id, None)
+        if compiling is not None:
+            compiling.cancel()
+        else:
+            self._engine.cancel(self, sequence_id)
 
     async def beat(self) -> None:
         """Send a load report every heartbeat, for as long as the stream lasts."""

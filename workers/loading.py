@@ -1,6 +1,7 @@
 """Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from placement.specs import DType, ModelSpec
 from placement.weights import TensorSlice, shard_tensors, whole_model
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
+from workers.cores import claim_cores
 from workers.device import TORCH_DTYPES, Device, is_out_of_memory
 from workers.engine import Engine
 from workers.engine_types import Limits
+from workers.grammar import GrammarFactory
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
-from workers.runner import ModelRunner, SequenceInput
-from workers.sampling import SamplingParams
+from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.sampling import SamplerState, SamplingParams
 from workers.weights import load_weights
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -33,6 +36,7 @@ class Loaded:
     """A rank that is ready to run."""
 
     engine: Engine
+    grammars: GrammarFactory
     weight_bytes: int
     kv_bytes: int
 
@@ -83,9 +87,13 @@ class LoadJob:
         kernels = kernels_for(torch_device.type)
         runner = ModelRunner(model=model, weights=weights, cache=cache, device=torch_device, kernels=kernels)
         self.phase = pb.LOAD_PHASE_WARM_UP
-        warm_up(runner, model=model, token_budget=request.token_budget, num_slots=num_slots)
+        executor = executing_thread(self._device)
+        executor.submit(warm_up, runner, model=model, token_budget=request.token_budget, num_slots=num_slots).result()
         return Loaded(
-            engine=build_engine(runner, request=request, model=model),
+            engine=build_engine(runner, executor, request=request, model=model),
+            grammars=GrammarFactory(
+                Path(request.model_path), vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+            ),
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_cache_bytes(cache),
         )
@@ -207,32 +215,39 @@ def check_memory(need: Footprint, available_bytes: int, *, where: str) -> None:
 
 def warm_up(runner: ModelRunner, *, model: ModelSpec, token_budget: int, num_slots: int) -> None:
     """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
-    greedy = SamplingParams(temperature=0.0, top_k=0, top_p=1.0, seed=0, logprobs=None)
     num_tokens = min(token_budget, num_slots - 1, model.max_context_tokens - 1)
     if num_tokens < 1:
         return
     for start, count in ((0, num_tokens), (num_tokens, 1)):
-        runner.run(
-            [
-                SequenceInput(
-                    token_ids=[0] * count,
-                    start=start,
-                    runs=((0, start + count),),
-                    params=greedy,
-                    output_index=0,
-                )
-            ]
+        sequence = SequenceInput(
+            token_ids=[0] * count,
+            start=start,
+            runs=((0, start + count),),
+            sampler=SamplerState(SamplingParams(), ()),
+            samples=True,
         )
+        runner.prepare(Batch(sequences=(sequence,)))()
 
 
-def build_engine(runner: ModelRunner, *, request: pb.LoadRequest, model: ModelSpec) -> Engine:
+def executing_thread(device: Device) -> ThreadPoolExecutor:
+    """The thread that executes steps. On a CPU it, and those it shares work with, keep to cores of their own."""
+    if device.torch_device.type != "cpu":
+        return ThreadPoolExecutor(1, thread_name_prefix="runner")
+    claim = claim_cores(device.num_threads)
+    return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=claim.pin)
+
+
+def build_engine(
+    runner: ModelRunner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec
+) -> Engine:
     """The engine of a leader, not yet started."""
     pool = BlockPool(request.num_blocks, request.block_size)
     scheduler_limits = SchedulerLimits(token_budget=request.token_budget, max_num_seqs=request.max_num_seqs)
     return Engine(
         runner=runner,
-        scheduler=Scheduler(pool, scheduler_limits),
+        scheduler=Scheduler(pool, scheduler_limits, prefix_cache=request.prefix_cache),
         pool=pool,
+        executor=executor,
         limits=Limits(
             max_context_tokens=request.max_context_tokens,
             vocab_size=model.vocab_size,

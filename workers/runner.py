@@ -1,18 +1,24 @@
-"""Runs one step: lays a batch of sequences side by side, computes it, and samples where it is asked to."""
+"""Runs steps: lays a batch of sequences side by side, computes it, samples, and scores prompts.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A step is prepared on one thread while the step before it computes on another. What a sequence was given by that step
+is not known yet when it is prepared; it is put in its place when the step begins.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.attention import Run, SequenceSpan
-from kernels.reference import rope_tables
+from kernels.attention import Run, SequenceSpan, SharedSpan
 from kernels.select import Kernels
 from placement.specs import ModelSpec
 from workers import decoder
 from workers.kv_cache import KVCache
-from workers.sampling import SampledToken, SamplingParams, sample
+from workers.sampling import SampledToken, SamplerState, SamplingFailed, sample
+from workers.scoring import PromptScores, ScoredPrompt, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,22 +26,83 @@ class SequenceInput:
     """One sequence's chunk of a step.
 
     Attributes:
-        token_ids: ids of the chunk.
+        token_ids: ids of the chunk, as far as they are known.
         start: position of its first token; the tokens before it are in the cache.
-        runs: slots of the first ``start + len(token_ids)`` tokens, as contiguous ranges in token order.
-        params: how to sample after the chunk; None where the prompt goes on and no token is wanted.
-        output_index: how many tokens the sequence was given before.
+        runs: slots of all tokens up to the chunk's last, as contiguous ranges in token order.
+        awaits_token: the chunk has one more token, the one that the step before samples with ``sampler``.
+        sampler: how to sample after the chunk.
+        samples: whether to; the prompt may go on.
+        scored: the prompt's tokens whose log-probabilities are wanted.
     """
 
     token_ids: Sequence[int]
     start: int
     runs: tuple[Run, ...]
-    params: SamplingParams | None = None
-    output_index: int = 0
+    awaits_token: bool = False
+    sampler: SamplerState | None = None
+    samples: bool = False
+    scored: ScoredPrompt | None = None
+
+    def __post_init__(self) -> None:
+        assert self.sampler is not None or not (self.samples or self.awaits_token), self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the chunk."""
+        return len(self.token_ids) + self.awaits_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What a step computes.
+
+    Attributes:
+        shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
+    """
+
+    sequences: tuple[SequenceInput, ...]
+    shared: tuple[SharedSpan, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A step laid out for the device.
+
+    Attributes:
+        awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``.
+        rows: rows of ``tokens`` after which a token is sampled.
+        samplers: how, one for each of ``rows``.
+        scored: first row and prompt of what is scored, with the place of its sequence.
+    """
+
+    batch: Batch
+    tokens: decoder.TokenBatch
+    awaiting: tuple[SamplerState, ...]
+    awaiting_rows: Tensor
+    rows: Tensor
+    samplers: tuple[SamplerState, ...]
+    scored: tuple[tuple[int, int, ScoredPrompt], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave, by the place of the sequence in its batch.
+
+    Attributes:
+        tokens: the next token of each sequence that asked for one.
+        complete: sequences whose grammar the token completed.
+        scores: the prompt tokens that were scored.
+        duration_s: time that the device took.
+    """
+
+    tokens: tuple[SampledToken | SamplingFailed | None, ...]
+    complete: frozenset[int] = frozenset()
+    scores: dict[int, PromptScores] = field(default_factory=dict)
+    duration_s: float = 0.0
 
 
 class ModelRunner:
-    """A whole model on one device. Not thread-safe: steps write to the cache."""
+    """A whole model on one device."""
 
     def __init__(
         self,
@@ -48,54 +115,112 @@ class ModelRunner:
     ) -> None:
         """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory."""
         self._model = model
-        self._weights = decoder.assemble(weights, kernels)
+        self._weights = decoder.assemble(model, weights, kernels)
         self._cache = cache
         self._device = device
         self._kernels = kernels
-        self._frequencies = decoder.frequencies(model.rope, model.head_dim).to(device)
-
-    def run(self, batch: Sequence[SequenceInput]) -> list[SampledToken | None]:
-        """Computes the batch and writes its KV. One entry a sequence: its next token, if it asked for one."""
-        asking = [sequence for sequence in batch if sequence.params is not None]
-        params = [sequence.params for sequence in asking if sequence.params is not None]
-        logits = self.logits(batch)
-        tokens = iter(sample(logits, params, [sequence.output_index for sequence in asking]))
-        return [None if sequence.params is None else next(tokens) for sequence in batch]
 
     @torch.inference_mode()
-    def logits(self, batch: Sequence[SequenceInput], *, all_positions: bool = False) -> Tensor:
-        """Computes the batch and writes its KV.
+    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
+        """Lays the sequences' chunks side by side; calling the result executes the step.
 
-        Returns:
-            Logits [rows, V]: one row for each sequence with ``params``, after its last token; or, for
-            ``all_positions``, one for every token.
+        May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
-        tokens = self._flatten(batch)
+        return partial(self._execute, self._lay_out(batch))
+
+    def _lay_out(self, batch: Batch) -> _Prepared:
+        spans = _spans(batch)
+        last = [span.query_start + span.num_queries - 1 for span in spans]
+        placed = list(zip(batch.sequences, spans, last, strict=True))
+        return _Prepared(
+            batch=batch,
+            tokens=self._flatten(batch, spans),
+            awaiting=tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None),
+            awaiting_rows=self._indices([row for s, _, row in placed if s.awaits_token]),
+            rows=self._indices([row for s, _, row in placed if s.samples]),
+            samplers=tuple(s.sampler for s in batch.sequences if s.samples and s.sampler is not None),
+            scored=tuple(
+                (index, span.query_start + s.scored.first_index - 1 - s.start, s.scored)
+                for index, (s, span, _) in enumerate(placed)
+                if s.scored is not None
+            ),
+        )
+
+    @torch.inference_mode()
+    def _execute(self, prepared: _Prepared) -> StepResult:
+        """Computes the step, writes its KV and samples."""
+        started_s = time.monotonic()
+        tokens, samplers = prepared.tokens, prepared.samplers
+        if prepared.awaiting:
+            tokens.token_ids[prepared.awaiting_rows] = self._indices(_newest(prepared.awaiting))
         hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
-        if not all_positions:
-            last = [
-                span.query_start + span.num_queries - 1
-                for span, sequence in zip(tokens.attention.spans, batch, strict=True)
-                if sequence.params is not None
-            ]
-            hidden = hidden[torch.tensor(last, dtype=torch.int64, device=self._device)]
+        scores = {
+            index: score(hidden[row : row + len(prompt.token_ids)], self._project, prompt)
+            for index, row, prompt in prepared.scored
+        }
+        sampled = iter(sample(self._project(hidden[prepared.rows]), samplers) if samplers else ())
+        sequences = prepared.batch.sequences
+        return StepResult(
+            tokens=tuple(next(sampled) if sequence.samples else None for sequence in sequences),
+            complete=frozenset(
+                i for i, sequence in enumerate(sequences) if sequence.samples and _is_complete(sequence)
+            ),
+            scores=scores,
+            duration_s=time.monotonic() - started_s,
+        )
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """Computes a batch and writes its KV. Logits [T, V] after every token: for tests and measurements."""
+        tokens = self._lay_out(batch).tokens
+        hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
+        return self._project(hidden)
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, V] of hidden states [rows, E]."""
         return decoder.project(self._model, self._weights, self._kernels, hidden)
 
-    def _flatten(self, batch: Sequence[SequenceInput]) -> decoder.TokenBatch:
-        """Lays the sequences' chunks side by side."""
+    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> decoder.TokenBatch:
+        """Token ids, positions, slots and attention of the batch; a token that is awaited is 0."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        spans: list[SequenceSpan] = []
-        for sequence in batch:
-            num_queries = len(sequence.token_ids)
-            span = SequenceSpan(query_start=len(token_ids), num_queries=num_queries, runs=sequence.runs)
-            spans.append(span)
+        for sequence, span in zip(batch.sequences, spans, strict=True):
             token_ids.extend(sequence.token_ids)
-            positions.extend(range(sequence.start, sequence.start + num_queries))
+            if sequence.awaits_token:
+                token_ids.append(0)
+            positions.extend(range(sequence.start, sequence.start + span.num_queries))
             for run in span.query_runs:
                 slots.extend(range(*run))
-            assert len(slots) == len(positions) == len(token_ids)
+            assert len(slots) == len(positions) == len(token_ids), sequence
         ids, at, where = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=self._device)
-        cos, sin = rope_tables(at, self._frequencies, self._weights.embedding.dtype)
-        return decoder.TokenBatch(token_ids=ids, slots=where, cos=cos, sin=sin, attention=self._kernels.plan(spans))
+        windows = self._model.distinct_windows
+        return decoder.TokenBatch(
+            token_ids=ids,
+            slots=where,
+            rope=decoder.rope_tables(self._model, self._weights, at),
+            attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in windows},
+        )
+
+
+def _spans(batch: Batch) -> list[SequenceSpan]:
+    """Where each sequence's chunk lies in the batch."""
+    spans: list[SequenceSpan] = []
+    start = 0
+    for sequence in batch.sequences:
+        spans.append(SequenceSpan(query_start=start, num_queries=sequence.num_tokens, runs=sequence.runs))
+        start += sequence.num_tokens
+    return spans
+
+
+def _newest(samplers: Sequence[SamplerState]) -> list[int]:
+    """The token that each was last given. A sequence whose sampling failed has none: what is computed of it is lost."""
+    return [0 if sampler.last_token_id is None else sampler.last_token_id for sampler in samplers]
+
+
+def _is_complete(sequence: SequenceInput) -> bool:
+    """Whether the token that the step gave the sequence was the last that its grammar allows."""
+    return sequence.sampler is not None and sequence.sampler.grammar is not None and sequence.sampler.grammar.done

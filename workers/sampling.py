@@ -1,74 +1,74 @@
-"""Chooses tokens from logits. The whole state of a sampled sequence is its seed and how many tokens it has.
+"""Chooses tokens from logits, one for each row of a batch, each as if it were alone.
 
-Shapes: B rows, V vocabulary.
+What is changed in a row's logits and drawn from them depends on that row's logits, parameters and tokens, never on
+its batch-mates: the same bits alone or in any batch, on any number of threads (sampling_draw says why).
+
+Shapes: B rows of the batch; R rows of a part of it; V vocabulary.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import Enum, auto
 
 import torch
 from torch import Tensor
 
+from placement.errors import HeterodyneError, cause_of
+from workers.sampling_adjust import adjust
+from workers.sampling_draw import CANDIDATES, Cuts, draw_open, draw_top_k, draw_top_p
+from workers.sampling_logprobs import token_logprobs
+from workers.sampling_rows import copy_rows, highest, in_parts
+from workers.sampling_state import SampledToken, SamplerState, SamplingFailed, SamplingParams, TokenMask
+
+__all__ = ["SampledToken", "SamplerState", "SamplingFailed", "SamplingParams", "TokenMask", "sample", "uniform"]
+
 _MASK64 = (1 << 64) - 1
+# A lower temperature is as good as 0; one that rounds to 0 would divide 0 by 0.
+_LEAST_TEMPERATURE = 1e-30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How a sequence's tokens are chosen.
+class _Way(Enum):
+    """How a row's token is found."""
 
-    Attributes:
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: only the k most likely tokens (and ties with the last); 0 means all.
-        top_p: of those, the fewest most likely ones that hold this much probability; 1 means all.
-        seed: of the draws, 64 bits.
-        logprobs: how many of the most likely tokens to report beside the chosen one; None reports nothing.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1, self
-        assert self.logprobs is None or self.logprobs >= 0, self
+    GREEDY = auto()  # the most likely, and the raw logits say which
+    ADJUSTED_GREEDY = auto()
+    OPEN = auto()  # drawn from all, or all that min-p keeps
+    TOP_K = auto()  # drawn from few
+    TOP_P = auto()  # drawn from as many as it takes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
-    """A chosen token.
+@torch.inference_mode()
+def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | SamplingFailed]:
+    """One token for each row, appended to the row's state.
 
-    Attributes:
-        token_id: the token.
-        logprob: log-softmax of the raw logits at it, where logprobs were asked for.
-        top: the most likely tokens and their logprobs, best first.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-def sample(logits: Tensor, params: Sequence[SamplingParams], indices: Sequence[int]) -> list[SampledToken]:
-    """One token for each row.
+    In this order: raw logits, bias, minimum tokens (no stop id before), mask, repetition penalty, presence and
+    frequency penalty; at temperature 0 the most likely token (the lowest id of several), else temperature, min-p,
+    top-k, top-p and the draw, by inverse CDF in the order of token ids. That order, unlike one by likelihood, does
+    not turn on rounding between tokens that are nearly as likely. Log-probabilities are of the raw logits.
 
     Args:
-        logits: [B, V].
-        params: one a row.
-        indices: how many tokens each row's sequence was given before. Together with the seed it decides the
-            draw, whatever else is in the batch.
+        logits: [B, V], any floating type; left as they are.
+        states: one a row.
 
     Returns:
-        The tokens, in row order.
+        The tokens, in row order. For a row with a NaN or an infinity among its logits, with no token allowed, or
+        whose mask raised, the failure; its state is then unchanged.
     """
-    assert len(logits) == len(params) == len(indices)
-    token_ids = logits.argmax(dim=-1).tolist()
-    tokens = []
-    for row, (greedy, chosen, index) in enumerate(zip(token_ids, params, indices, strict=True)):
-        token_id = greedy if chosen.temperature == 0 else _draw(logits[row], chosen, index)
-        tokens.append(_report(logits[row], token_id, chosen.logprobs))
-    return tokens
+    assert len(logits) == len(states)
+    if not states:
+        return []
+    peaks, tokens = highest(logits)
+    errors: dict[int, HeterodyneError] = {}
+    rows_by_way: defaultdict[_Way, list[int]] = defaultdict(list)
+    for row, state in enumerate(states):
+        rows_by_way[_way(state, logits.shape[1])].append(row)
+    for way, all_rows in rows_by_way.items():
+        if way is not _Way.GREEDY:
+            for rows in in_parts(all_rows, logits):
+                raised = _choose(way, logits, [states[row] for row in rows], rows, peaks, tokens)
+                errors.update((rows[at], error) for at, error in raised.items())
+    return _finish(logits, states, tokens.tolist(), peaks.tolist(), errors)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -84,38 +84,125 @@ def _mix(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _draw(logits: Tensor, params: SamplingParams, index: int) -> int:
-    """A token of one row [V] by inverse CDF, in the order of token ids.
+def _way(state: SamplerState, vocab_size: int) -> _Way:
+    params = state.params
+    if params.temperature == 0:
+        return _Way.ADJUSTED_GREEDY if state.adjusts else _Way.GREEDY
+    if 0 < params.top_k <= CANDIDATES:
+        return _Way.TOP_K
+    return _Way.TOP_P if params.top_p < 1 or 0 < params.top_k < vocab_size else _Way.OPEN
 
-    That order, unlike one by likelihood, does not turn on rounding between tokens that are nearly as likely.
+
+def _choose(
+    way: _Way, logits: Tensor, states: Sequence[SamplerState], rows: Sequence[int], peaks: Tensor, tokens: Tensor
+) -> dict[int, HeterodyneError]:
+    """Put the tokens of ``rows`` [R] into ``tokens`` [B], and into ``peaks`` [B] the highest logit there was then.
+
+    Returns:
+        What masks raised, by place in ``rows``.
     """
-    wide = logits.double()
-    # The maximum goes first, so that a tiny temperature cannot overflow.
-    probabilities = ((wide - wide.max()) / params.temperature).softmax(dim=0)
-    if 0 < params.top_k < len(probabilities):
-        threshold = probabilities.topk(params.top_k).values[-1]
-        probabilities = probabilities.where(probabilities >= threshold, 0.0)
-    if params.top_p < 1:
-        probabilities = _nucleus(probabilities / probabilities.sum(), params.top_p)
-    cumulative = probabilities.cumsum(dim=0)
-    total = cumulative[-1]
-    # Below the total even where the product rounds up to it: the token found then has some probability.
-    target = torch.minimum(total * uniform(params.seed, index), total.nextafter(torch.zeros_like(total)))
-    return int(torch.searchsorted(cumulative, target, right=True))
+    at = torch.tensor(rows, device=logits.device)
+    copy = copy_rows(logits, at)
+    errors: dict[int, HeterodyneError] = {}
+    best = tokens[at]
+    if any(state.adjusts for state in states):
+        errors = adjust(copy, states, logits.shape[1])
+        adjusted, best = highest(copy)
+        # A damaged row stays so, even where what was damaged is masked.
+        peaks[at] = torch.where(peaks[at].isfinite(), adjusted, peaks[at])
+    tokens[at] = best if way is _Way.ADJUSTED_GREEDY else _draw(way, copy, peaks[at], states)
+    return errors
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """``probabilities`` [V] with all but the smallest set of mass ``top_p`` zeroed (Holtzman et al. 2020)."""
-    ordered, order = probabilities.sort(descending=True, stable=True)
-    before = ordered.cumsum(dim=0) - ordered
-    kept = ordered.where(before < top_p, 0.0)
-    return torch.zeros_like(probabilities).scatter(0, order, kept)
+def _draw(way: _Way, logits: Tensor, peaks: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Token ids [R] from adjusted logits [R, V] and the highest of each row [R]. Overwrites the logits."""
+    temperature, cuts = _cuts(states, logits)
+    # The highest goes first, so that a tiny temperature cannot overflow.
+    scaled = logits.sub_(peaks[:, None]).div_(temperature)
+    match way:
+        case _Way.OPEN:
+            return draw_open(scaled, cuts)
+        case _Way.TOP_K:
+            return draw_top_k(scaled, cuts, max(state.params.top_k for state in states))
+        case _:
+            return draw_top_p(scaled, cuts)
 
 
-def _report(logits: Tensor, token_id: int, num_top: int | None) -> SampledToken:
-    if num_top is None:
-        return SampledToken(token_id=token_id)
-    logprobs = logits.float().log_softmax(dim=0)
-    best = logprobs.topk(min(num_top, len(logprobs)))
-    top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return SampledToken(token_id=token_id, logprob=float(logprobs[token_id]), top=top)
+def _cuts(states: Sequence[SamplerState], like: Tensor) -> tuple[Tensor, Cuts]:
+    """The temperatures [R, 1] and the rest of the parameters, sent to the device at once."""
+    figures = [
+        (
+            max(p.temperature, _LEAST_TEMPERATURE),
+            math.log(p.min_p) if p.min_p else -math.inf,
+            p.top_k or math.inf,
+            p.top_p if p.top_p < 1 else math.inf,
+            uniform(p.seed, state.num_tokens),
+        )
+        for state in states
+        for p in (state.params,)
+    ]
+    columns = torch.tensor(figures, dtype=torch.float64).to(like.device).T.unsqueeze(-1)
+    temperature, log_min_p, top_k, top_p, draw = columns
+    return temperature.to(like.dtype), Cuts(uniform=draw, log_min_p=log_min_p.to(like.dtype), top_k=top_k, top_p=top_p)
+
+
+def _finish(
+    logits: Tensor,
+    states: Sequence[SamplerState],
+    token_ids: list[int],
+    peaks: list[float],
+    errors: dict[int, HeterodyneError],
+) -> list[SampledToken | SamplingFailed]:
+    """Append the tokens to the sequences that can go on, and report them."""
+    results: list[SampledToken | SamplingFailed] = []
+    for row, (state, token_id, peak) in enumerate(zip(states, token_ids, peaks, strict=True)):
+        try:
+            if row in errors:
+                raise errors[row]
+            if not math.isfinite(peak):
+                raise _damaged(row, peak)
+            state.append(token_id)
+            results.append(SampledToken(token_id=token_id))
+        except SamplingFailed as failure:
+            results.append(failure)
+        except HeterodyneError as error:
+            results.append(_refused(row, error))
+    return _with_logprobs(logits, states, results)
+
+
+def _with_logprobs(
+    logits: Tensor, states: Sequence[SamplerState], results: list[SampledToken | SamplingFailed]
+) -> list[SampledToken | SamplingFailed]:
+    """``results``, with log-probabilities in the rows that asked for them."""
+    asked = [
+        (row, result.token_id, num_top)
+        for row, (state, result) in enumerate(zip(states, results, strict=True))
+        if isinstance(result, SampledToken) and (num_top := state.params.logprobs) is not None
+    ]
+    if asked:
+        rows, token_ids, num_tops = zip(*asked, strict=True)
+        for row, token in zip(rows, token_logprobs(logits, rows, token_ids, num_tops), strict=True):
+            results[row] = token
+    return results
+
+
+def _damaged(row: int, peak: float) -> SamplingFailed:
+    if peak == -math.inf:
+        return SamplingFailed(
+            row=row,
+            value=peak,
+            problem="allow no token",
+            fix="Loosen the grammar or the minimum number of tokens, or check the model's weights.",
+        )
+    return SamplingFailed(
+        row=row,
+        value=peak,
+        problem="are not numbers",
+        fix="Check the model's weights, or serve it in a wider dtype.",
+    )
+
+
+def _refused(row: int, error: HeterodyneError) -> SamplingFailed:
+    failure = SamplingFailed(row=row, value=cause_of(error), problem="cannot follow the mask", fix="Check the grammar.")
+    failure.__cause__ = error
+    return failure

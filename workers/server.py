@@ -107,7 +107,9 @@ class WorkerService(pb_grpc.WorkerServicer):
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
         engine = self._loaded.engine
-        stream = LeaderStream(engine=engine, epoch=self._epoch, loop=asyncio.get_running_loop())
+        stream = LeaderStream(
+            engine=engine, grammars=self._loaded.grammars, epoch=self._epoch, loop=asyncio.get_running_loop()
+        )
         parts = (stream.read(request_iterator), stream.beat(), stream.end_with_engine())
         tasks = [asyncio.create_task(part) for part in parts]
         try:

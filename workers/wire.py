@@ -1,13 +1,16 @@
 """Between the worker protocol's messages and the engine's types. Pure."""
 
 import math
+from collections.abc import Sequence
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.plan import Span
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, Submission
+from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, StepStats, Submission
+from workers.grammar import Grammar, GrammarSpec
 from workers.sampling import SamplingParams
+from workers.scoring import PromptScores
 
 _END = {
     EndReason.STOP: pb.END_REASON_STOP,
@@ -58,43 +61,99 @@ def span(message: pb.Range, *, field: str, limit: int) -> Span:
     return Span(message.start, message.stop)
 
 
-def submission(message: pb.Submit) -> Submission:
-    """What the gateway submitted.
+def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
+    """What the answer must match, where anything is asked.
+
+    Raises:
+        InvalidRequest: a grammar of a kind that this worker does not know.
+    """
+    if not message.HasField("grammar"):
+        return None
+    match message.grammar.WhichOneof("format"):
+        case "json_schema":
+            return GrammarSpec(kind="json_schema", source=message.grammar.json_schema)
+        case "regex":
+            return GrammarSpec(kind="regex", source=message.grammar.regex)
+        case "lark":
+            return GrammarSpec(kind="lark", source=message.grammar.lark)
+    raise InvalidRequest(field="grammar", value="", problem="has no format that is known", fix="Set one.")
+
+
+def submission(message: pb.Submit, *, vocab_size: int, grammar: Grammar | None = None) -> Submission:
+    """What the gateway submitted; ``grammar`` is its grammar, compiled.
 
     Raises:
         InvalidRequest: a sampling parameter is out of its range.
     """
+    return Submission(
+        prompt_ids=tuple(message.prompt_ids),
+        sampling=_sampling(message, vocab_size),
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+        min_tokens=message.min_tokens,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        cache_salt=message.cache_salt,
+        grammar=grammar,
+    )
+
+
+def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
     sampling = message.sampling
     # Written so that a NaN is out of range too.
     for field, value, fits in (
         ("temperature", sampling.temperature, 0.0 <= sampling.temperature < math.inf),
         ("top_k", sampling.top_k, sampling.top_k >= 0),
         ("top_p", sampling.top_p, 0.0 < sampling.top_p <= 1.0),
+        ("min_p", sampling.min_p, 0.0 <= sampling.min_p <= 1.0),
+        ("repetition_penalty", sampling.repetition_penalty, 0.0 < sampling.repetition_penalty < math.inf),
+        ("presence_penalty", sampling.presence_penalty, math.isfinite(sampling.presence_penalty)),
+        ("frequency_penalty", sampling.frequency_penalty, math.isfinite(sampling.frequency_penalty)),
+        ("biases", list(sampling.biases), all(map(math.isfinite, sampling.biases))),
+        ("bias_ids", list(sampling.bias_ids), all(token_id < vocab_size for token_id in sampling.bias_ids)),
+        ("bias_ids", len(sampling.bias_ids), len(set(sampling.bias_ids)) == len(sampling.biases)),
         ("logprobs", message.logprobs, message.logprobs >= 0),
+        ("prompt_logprobs", message.prompt_logprobs, message.prompt_logprobs >= 0),
+        ("min_tokens", message.min_tokens, message.min_tokens >= 0),
     ):
         if not fits:
             raise InvalidRequest(
                 field=field, value=value, problem="is out of range", fix="The gateway checks it first."
             )
-    return Submission(
-        prompt_ids=tuple(message.prompt_ids),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            logprobs=message.logprobs if message.HasField("logprobs") else None,
-        ),
-        max_tokens=message.max_tokens,
-        stop_token_ids=frozenset(message.stop_token_ids),
-        priority=message.priority,
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
+        seed=sampling.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def step_output(stats: StepStats, outputs: Sequence[Output]) -> pb.StepOutput:
+    """One step's part for one stream."""
+    return pb.StepOutput(
+        step=stats.step,
+        sequences=[sequence_output(output) for output in outputs],
+        duration_s=stats.duration_s,
+        num_tokens=stats.num_tokens,
+        num_decodes=stats.num_decodes,
     )
 
 
 def sequence_output(output: Output) -> pb.SequenceOutput:
     """One sequence's part of a step."""
     message = pb.SequenceOutput(
-        sequence_id=output.sequence_id, index=output.index, queue_s=output.queue_s, prefill_s=output.prefill_s
+        sequence_id=output.sequence_id,
+        index=output.index,
+        queue_s=output.queue_s,
+        prefill_s=output.prefill_s,
+        cached_tokens=output.cached_tokens,
+        prompt=None if output.scores is None else _prompt_logprobs(output.scores),
     )
     if output.token is not None:
         message.token_id = output.token.token_id
@@ -107,6 +166,15 @@ def sequence_output(output: Output) -> pb.SequenceOutput:
             pb.End(reason=_END[output.end], detail=output.detail, num_preemptions=output.num_preemptions)
         )
     return message
+
+
+def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
+    return pb.PromptLogprobs(
+        first_index=scores.first_index,
+        logprobs=scores.logprobs,
+        top_ids=[token_id for top in scores.top for token_id, _ in top],
+        top_logprobs=[logprob for top in scores.top for _, logprob in top],
+    )
 
 
 def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
@@ -122,4 +190,6 @@ def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
         output_tokens=load.output_tokens,
         pending_tokens=load.pending_tokens,
         fenced_messages=fenced_messages,
+        prefix_queries=load.prefix_queries,
+        prefix_hits=load.prefix_hits,
     )

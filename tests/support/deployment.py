@@ -91,6 +91,7 @@ async def deploy(config: Config) -> AsyncIterator[Deployment]:
         max_num_seqs=config.serving.max_num_seqs,
         max_context_tokens=checked.plan.model.max_context_tokens,
         load_timeout_s=START_S,
+        prefix_cache=True,
     )
     shell = ControllerShell(launcher=launcher, settings=settings)
     server, control_address = await start_control_server(shell, "127.0.0.1")

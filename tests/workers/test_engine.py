@@ -1,105 +1,27 @@
 """The engine with a real model: whatever a step is made of, a sequence's tokens are those that transformers gives."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from placement.blocks import BlockPool
-from placement.errors import FieldError, HeterodyneError
-from placement.scheduling import Scheduler, SchedulerLimits
-from workers.engine import Engine
-from workers.engine_types import Draining, EndReason, Limits, Output, Submission
-from workers.runner import SequenceInput
-from workers.sampling import SampledToken, SamplingParams
+from placement.errors import FieldError
+from tests.support.engine import WAIT_S, Listener, Parts, engines, submission
+from workers.engine_types import Draining, EndReason, Submission
+from workers.runner import Batch, StepResult
+from workers.sampling import SampledToken
 
-BLOCK_SIZE = 8
 NUM_TOKENS = 64
-WAIT_S = 60.0
-
-
-@dataclass(eq=False)
-class Listener:
-    """A sink that collects, and says when all the sequences it waits for have ended."""
-
-    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    ends: dict[int, Output] = field(default_factory=dict)
-    refusals: dict[int, HeterodyneError] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-    def step(self, step: int, outputs: Seq[Output]) -> None:
-        with self.changed:
-            for output in outputs:
-                if output.token is not None:
-                    assert output.index == len(self.tokens[output.sequence_id])
-                    self.tokens[output.sequence_id].append(output.token.token_id)
-                if output.end is not None:
-                    assert output.sequence_id not in self.ends
-                    self.ends[output.sequence_id] = output
-            self.changed.notify_all()
-
-    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
-        with self.changed:
-            self.refusals[sequence_id] = error
-            self.changed.notify_all()
-
-    def wait(self, done: Callable[[], bool]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(done, WAIT_S), (self.ends, self.refusals)
-
-
-@dataclass(eq=False)
-class Parts:
-    engine: Engine
-    pool: BlockPool
-    scheduler: Scheduler
-
-    def idle(self) -> None:
-        """Stop, then see that nothing was kept."""
-        self.engine.stop()
-        self.engine.thread.join(WAIT_S)
-        assert not self.engine.thread.is_alive()
-        assert self.engine.failure is None
-        self.scheduler.check()
-        assert self.pool.num_free == self.pool.num_total
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., Parts]]:
-    engines: list[Engine] = []
-
-    def make(
-        runner: Any, *, num_blocks: int = 256, token_budget: int = 64, max_num_seqs: int = 16, vocab_size: int = 509
-    ) -> Parts:
-        pool = BlockPool(num_blocks, BLOCK_SIZE)
-        scheduler = Scheduler(pool, SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs))
-        limits = Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE)
-        engine = Engine(runner=runner, scheduler=scheduler, pool=pool, limits=limits)
-        engine.thread.start()
-        engines.append(engine)
-        return Parts(engine=engine, pool=pool, scheduler=scheduler)
-
-    yield make
-    for engine in engines:
-        engine.stop()
-        engine.thread.join(WAIT_S)
-
-
-def submission(prompt: Seq[int], *, max_tokens: int = NUM_TOKENS, stop: Seq[int] = (), priority: int = 0) -> Submission:
-    return Submission(
-        prompt_ids=tuple(prompt),
-        sampling=SamplingParams(),
-        max_tokens=max_tokens,
-        stop_token_ids=frozenset(stop),
-        priority=priority,
-    )
+    with engines() as make:
+        yield make
 
 
 @dataclass(frozen=True)
@@ -193,20 +115,23 @@ class SlowRunner:
 
     def __init__(self, vocab_size: int = 16) -> None:
         self.gate = threading.Semaphore(0)
-        self.batches: list[list[SequenceInput]] = []
+        self.batches: list[Batch] = []
         self.entered = threading.Semaphore(0)
         self.error: Exception | None = None
 
-    def run(self, batch: Seq[SequenceInput]) -> list[SampledToken | None]:
+    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
+        return lambda: self.execute(batch)
+
+    def execute(self, batch: Batch) -> StepResult:
         self.entered.release()
         assert self.gate.acquire(timeout=WAIT_S)
         if self.error is not None:
             raise self.error
-        self.batches.append(list(batch))
-        return [SampledToken(token_id=1) if item.params is not None else None for item in batch]
+        self.batches.append(batch)
+        return StepResult(tokens=tuple(SampledToken(token_id=1) if s.samples else None for s in batch.sequences))
 
 
-def test_cancel_frees_the_blocks_before_the_next_step(make_engine: Any) -> None:
+def test_cancel_takes_the_sequence_out_of_the_next_step(make_engine: Any) -> None:
     runner = SlowRunner()
     parts = make_engine(runner, vocab_size=16)
     listener = Listener()
@@ -217,7 +142,7 @@ def test_cancel_frees_the_blocks_before_the_next_step(make_engine: Any) -> None:
     runner.gate.release(3)
     listener.wait(lambda: 1 in listener.ends)
     assert listener.ends[1].end is EndReason.CANCELLED
-    assert len(listener.tokens[1]) <= 1, "nothing was computed after the step in which the cancel came"
+    assert len(listener.tokens[1]) <= 1, "nothing was given after the step in which the cancel came"
     parts.engine.cancel(listener, 2)
     runner.gate.release(3)
     listener.wait(lambda: 2 in listener.ends)

@@ -59,7 +59,7 @@ def submit(sequence_id: int = 1, *, epoch: int = EPOCH, **fields: Any) -> pb.Lea
     base: dict[str, Any] = {
         "sequence_id": sequence_id,
         "prompt_ids": [3, 4, 5],
-        "sampling": pb.Sampling(top_p=1.0),
+        "sampling": pb.Sampling(repetition_penalty=1.0, top_p=1.0),
         "max_tokens": 4,
     }
     return pb.LeadRequest(epoch=epoch, submit=pb.Submit(**base | fields))
@@ -167,9 +167,9 @@ async def test_a_broken_stream_gives_its_blocks_back(llama_checkpoint: Any) -> N
         ({"max_tokens": 0}, "max_tokens"),
         ({"prompt_ids": [509]}, "prompt_ids"),
         ({"prompt_ids": []}, "prompt"),
-        ({"sampling": pb.Sampling(top_p=1.0, temperature=float("nan"))}, "temperature"),
-        ({"sampling": pb.Sampling(top_p=0.0)}, "top_p"),
-        ({"sampling": pb.Sampling(top_p=1.0, top_k=-1)}, "top_k"),
+        ({"sampling": pb.Sampling(repetition_penalty=1.0, top_p=1.0, temperature=float("nan"))}, "temperature"),
+        ({"sampling": pb.Sampling(repetition_penalty=1.0, top_p=0.0)}, "top_p"),
+        ({"sampling": pb.Sampling(repetition_penalty=1.0, top_p=1.0, top_k=-1)}, "top_k"),
         ({"logprobs": -1}, "logprobs"),
         ({"max_tokens": 2**31 - 1}, "max_tokens"),
     ],
@@ -243,12 +243,12 @@ _BROKEN_WORKER = """
 import sys
 from workers import __main__ as worker, runner
 
-def run(self, batch):
-    if len(batch[0].token_ids) == 5:
+def execute(self, prepared):
+    if len(prepared.batch.sequences[0].token_ids) == 5:
         raise RuntimeError("the device is on fire" + chr(10) + "and so is the house")
-    return sampled(self, batch)
+    return sampled(self, prepared)
 
-sampled, runner.ModelRunner.run = runner.ModelRunner.run, run
+sampled, runner.ModelRunner._execute = runner.ModelRunner._execute, execute
 sys.exit(worker.main())
 """
 

@@ -1,0 +1,119 @@
+"""An engine for tests: started, listened to, and seen to keep nothing when it is idle."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from placement.blocks import BlockPool
+from placement.errors import HeterodyneError
+from placement.scheduling import Scheduler, SchedulerLimits
+from workers.engine import Engine
+from workers.engine_types import Limits, Output, Runner, StepStats, Submission
+from workers.sampling import SamplingParams
+from workers.scoring import PromptScores
+
+BLOCK_SIZE = 8
+WAIT_S = 60.0
+
+
+@dataclass(eq=False)
+class Listener:
+    """A sink that collects, and says when all the sequences it waits for have ended."""
+
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    scores: dict[int, list[PromptScores]] = field(default_factory=lambda: defaultdict(list))
+    firsts: dict[int, Output] = field(default_factory=dict)
+    ends: dict[int, Output] = field(default_factory=dict)
+    refusals: dict[int, HeterodyneError] = field(default_factory=dict)
+    steps: list[StepStats] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
+        with self.changed:
+            self.steps.append(stats)
+            for output in outputs:
+                if output.scores is not None:
+                    assert not self.tokens[output.sequence_id], "scores come before the answer"
+                    self.scores[output.sequence_id].append(output.scores)
+                if output.token is not None:
+                    assert output.index == len(self.tokens[output.sequence_id])
+                    self.firsts.setdefault(output.sequence_id, output)
+                    self.tokens[output.sequence_id].append(output.token.token_id)
+                if output.end is not None:
+                    assert output.sequence_id not in self.ends
+                    self.ends[output.sequence_id] = output
+            self.changed.notify_all()
+
+    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
+        with self.changed:
+            self.refusals[sequence_id] = error
+            self.changed.notify_all()
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(done, WAIT_S), (self.ends, self.refusals)
+
+    def wait_ends(self, count: int) -> None:
+        self.wait(lambda: len(self.ends) == count)
+
+
+@dataclass(eq=False)
+class Parts:
+    engine: Engine
+    pool: BlockPool
+    scheduler: Scheduler
+
+    def idle(self) -> None:
+        """Stop, then see that nothing was kept."""
+        self.engine.stop()
+        self.engine.thread.join(WAIT_S)
+        assert not self.engine.thread.is_alive()
+        assert self.engine.failure is None
+        self.scheduler.check()
+        assert self.pool.num_free == self.pool.num_total
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+
+
+@contextmanager
+def engines() -> Iterator[Callable[..., Parts]]:
+    """``make(runner, **sizes)``: a running engine, stopped at the end."""
+    made: list[Engine] = []
+
+    def make(
+        runner: Runner,
+        *,
+        num_blocks: int = 256,
+        token_budget: int = 64,
+        max_num_seqs: int = 16,
+        vocab_size: int = 509,
+        prefix_cache: bool = True,
+    ) -> Parts:
+        pool = BlockPool(num_blocks, BLOCK_SIZE)
+        limits = SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs)
+        scheduler = Scheduler(pool, limits, prefix_cache=prefix_cache)
+        engine = Engine(
+            runner=runner,
+            scheduler=scheduler,
+            pool=pool,
+            limits=Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE),
+            executor=ThreadPoolExecutor(1),
+        )
+        engine.thread.start()
+        made.append(engine)
+        return Parts(engine=engine, pool=pool, scheduler=scheduler)
+
+    yield make
+    for engine in made:
+        engine.stop()
+        engine.thread.join(WAIT_S)
+
+
+def submission(prompt: Seq[int], *, max_tokens: int = 64, stop: Seq[int] = (), **more: Any) -> Submission:
+    """Greedy, unless ``more`` says otherwise."""
+    fields: dict[str, Any] = {"sampling": SamplingParams()} | more
+    return Submission(prompt_ids=tuple(prompt), max_tokens=max_tokens, stop_token_ids=frozenset(stop), **fields)

@@ -1,0 +1,25 @@
+"""Single steps of a runner, for tests that lay out their batches themselves."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.sampling import SampledToken, SamplerState, SamplingParams
+
+
+def greedy_sampler() -> SamplerState:
+    """Takes the most likely token."""
+    return SamplerState(SamplingParams(), ())
+
+
+def run(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> list[SampledToken | None]:
+    """One step: the next token of each sequence that asks for one."""
+    tokens = runner.prepare(Batch(sequences=tuple(sequences)))().tokens
+    assert all(isinstance(token, SampledToken | None) for token in tokens), tokens
+    return [token for token in tokens if isinstance(token, SampledToken | None)]
+
+
+def logits(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> Tensor:
+    """One step: the logits [T, V] after every token."""
+    return runner.logits(Batch(sequences=tuple(sequences)))

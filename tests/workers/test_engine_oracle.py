@@ -1,0 +1,177 @@
+"""The engine against transformers for every family, with all that shares and reorders work: prefix cache, shared-prefix
+attention, choices, prompt scores, preemption. Tokens and log-probabilities are those of one prompt computed alone.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.support.engine import BLOCK_SIZE, Listener, Parts, engines, submission
+from workers.engine_types import EndReason
+from workers.runner import ModelRunner
+from workers.sampling import SamplingParams
+
+NUM_TOKENS = 24
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 60, "head_dim": 16},
+    "mistral": {"sliding_window": 21},
+    "qwen2": {"num_hidden_layers": 3},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 32, "num_key_value_heads": 1},
+}
+SHARED = [(37 * i + 11) % 509 for i in range(75)]
+# Prompts that begin alike for many blocks, for some, and not at all; the last repeats the first.
+PROMPTS = [
+    SHARED,
+    [*SHARED, 5, 6, 7],
+    [*SHARED[:64], *(9 * i % 509 for i in range(30))],
+    [*SHARED[:64], *(9 * i % 509 for i in range(24)), 1, 2, 3],
+    [*SHARED[:30], 400, 401],
+    [3, 1, 4, 1, 5],
+    SHARED[: 8 * BLOCK_SIZE],
+    SHARED,
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    runner: ModelRunner
+    oracle: PreTrainedModel
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_runner: Any) -> Case:
+    path = checkpoint(request.param, **FAMILIES[request.param])
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return Case(runner=make_runner(path), oracle=oracle, answers=[greedy(oracle, prompt) for prompt in PROMPTS])
+
+
+@pytest.fixture
+def make_engine() -> Iterator[Callable[..., Parts]]:
+    with engines() as make:
+        yield make
+
+
+@torch.inference_mode()
+def greedy(oracle: PreTrainedModel, prompt: list[int]) -> list[int]:
+    ids = list(prompt)
+    for _ in range(NUM_TOKENS):
+        ids.append(int(oracle(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def ask_all(parts: Parts, **more: Any) -> Listener:
+    listener = Listener()
+    for i, prompt in enumerate(PROMPTS):
+        parts.engine.submit(listener, i, submission(prompt, max_tokens=NUM_TOKENS, **more))
+    listener.wait_ends(len(PROMPTS))
+    return listener
+
+
+def answers_of(listener: Listener) -> list[list[int]]:
+    return [listener.tokens[i] for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("token_budget", [24, 1024])
+def test_prompts_that_begin_alike_get_the_tokens_of_transformers(
+    case: Case, make_engine: Any, prefix_cache: bool, token_budget: int
+) -> None:
+    parts = make_engine(case.runner, prefix_cache=prefix_cache, token_budget=token_budget)
+    first, again = ask_all(parts), ask_all(parts)
+    assert answers_of(first) == case.answers
+    assert answers_of(again) == case.answers
+    cached = [again.firsts[i].cached_tokens for i in range(len(PROMPTS))]
+    if prefix_cache:
+        # All but what is left to compute: at least one token, and what fills no block.
+        assert cached == [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in PROMPTS]
+        assert parts.pool.num_cached > 0
+    parts.idle()
+
+
+def test_blocks_that_are_evicted_and_sequences_that_are_preempted_change_no_token(case: Case, make_engine: Any) -> None:
+    parts = make_engine(case.runner, num_blocks=22)
+    for _ in range(3):
+        assert answers_of(ask_all(parts)) == case.answers
+    assert parts.engine.load.num_preemptions > 0
+    parts.idle()
+
+
+def test_choices_share_the_blocks_of_their_prompt(case: Case, make_engine: Any) -> None:
+    """Also where nothing is kept for later: choices run at the same time."""
+    parts = make_engine(case.runner, prefix_cache=False, token_budget=32)
+    listener = Listener()
+    for i in range(6):
+        parts.engine.submit(listener, i, submission(SHARED, max_tokens=NUM_TOKENS, cache_salt=b"one request"))
+    listener.wait_ends(6)
+    assert [listener.tokens[i] for i in range(6)] == [case.answers[0]] * 6
+    full = (len(SHARED) - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert [listener.firsts[i].cached_tokens for i in range(6)] == [0, *[full] * 5]
+    assert parts.pool.num_cached == 0
+    parts.idle()
+
+
+def test_another_salt_finds_nothing(case: Case, make_engine: Any) -> None:
+    parts = make_engine(case.runner)
+    listener = Listener()
+    for i, salt in enumerate((b"mine", b"yours", b"mine")):
+        parts.engine.submit(listener, i, submission(SHARED, max_tokens=4, cache_salt=salt))
+        listener.wait_ends(i + 1)
+    assert [listener.firsts[i].cached_tokens for i in range(3)] == [0, 0, 72]
+    parts.idle()
+
+
+@pytest.mark.parametrize("token_budget", [16, 1024])
+def test_prompt_scores_are_those_of_transformers(case: Case, make_engine: Any, token_budget: int) -> None:
+    parts = make_engine(case.runner, token_budget=token_budget)
+    ask_all(parts)  # what is cached now must not be skipped
+    listener = ask_all(parts, prompt_logprobs=2)
+    assert answers_of(listener) == case.answers
+    for i, prompt in enumerate(PROMPTS):
+        with torch.inference_mode():
+            expected = case.oracle(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
+        assert listener.firsts[i].cached_tokens == 0
+        found = [logprob for scores in listener.scores[i] for logprob in scores.logprobs]
+        wanted = [float(expected[at, token_id]) for at, token_id in enumerate(prompt[1:])]
+        assert found == pytest.approx(wanted, abs=1e-4)
+        assert [scores.first_index for scores in listener.scores[i]] == [
+            1 + sum(len(before.logprobs) for before in listener.scores[i][:n]) for n in range(len(listener.scores[i]))
+        ]
+    parts.idle()
+
+
+def test_a_stop_id_ends_a_sequence_whose_next_step_is_already_on_its_way(case: Case, make_engine: Any) -> None:
+    parts = make_engine(case.runner)
+    listener = Listener()
+    stops = [answer[5 + i] for i, answer in enumerate(case.answers)]
+    for i, prompt in enumerate(PROMPTS):
+        parts.engine.submit(listener, i, submission(prompt, max_tokens=NUM_TOKENS, stop=[stops[i]]))
+    listener.wait_ends(len(PROMPTS))
+    for i, answer in enumerate(case.answers):
+        assert listener.tokens[i] == answer[: answer.index(stops[i]) + 1]
+        assert listener.ends[i].end is EndReason.STOP
+    parts.idle()
+
+
+def test_a_sampled_answer_is_the_same_alone_and_among_others(case: Case, make_engine: Any) -> None:
+    def params(seed: int) -> SamplingParams:
+        return SamplingParams(temperature=1.0, top_p=0.95, min_p=0.01, presence_penalty=0.5, seed=seed)
+
+    together = make_engine(case.runner)
+    listener = Listener()
+    for i, prompt in enumerate(PROMPTS):
+        together.engine.submit(listener, i, submission(prompt, max_tokens=NUM_TOKENS, sampling=params(i)))
+    listener.wait_ends(len(PROMPTS))
+    for i in (0, 3, 5):
+        parts, alone = make_engine(case.runner, prefix_cache=False), Listener()
+        parts.engine.submit(alone, 0, submission(PROMPTS[i], max_tokens=NUM_TOKENS, sampling=params(i)))
+        alone.wait_ends(1)
+        assert alone.tokens[0] == listener.tokens[i]
+        parts.idle()
+    together.idle()

@@ -1,0 +1,153 @@
+"""How far answers have come in their grammars, and which tokens may come next.
+
+Shapes: V token ids, with those that pad the vocabulary; W = ceil(V / 32) words of a mask; N sequences.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from llguidance import LLExecutor, LLMatcher
+from torch import Tensor
+
+from placement.errors import HeterodyneError
+
+_MAX_PROBLEM = 200
+
+
+class GrammarFailed(HeterodyneError):
+    """An answer cannot be continued as its grammar wants; only its own sequence is at an end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarSpec:
+    """What an answer must match from its first to its last character.
+
+    Attributes:
+        source: a JSON Schema as JSON text, a regular expression (Rust's syntax), or a grammar in llguidance's Lark.
+    """
+
+    kind: Literal["json_schema", "regex", "lark"]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """A compiled grammar. Any number of sequences start from it, on any thread.
+
+    Attributes:
+        origins: at the beginning of the grammar, each with a lexer of its own; never moved, only copied.
+        turns: the origins in turn, without an end.
+        executor: fills the masks of several sequences at once, on threads of its own.
+    """
+
+    spec: GrammarSpec
+    origins: tuple[LLMatcher, ...]
+    turns: Iterator[LLMatcher]
+    executor: LLExecutor
+    eos_token_ids: frozenset[int]
+
+    def start(self, emitted_ids: Iterable[int] = ()) -> "GrammarState":
+        """A sequence's state at the beginning, or after the tokens that it was given before. Takes about 1 us."""
+        return GrammarState(self, emitted_ids)
+
+
+class GrammarState:
+    """How far one answer has come. Used by one thread at a time.
+
+    Where the grammar may end, the model's end-of-sequence ids are allowed beside what else may follow, and once it
+    must end, they alone are. So the grammar decides about the end, not the request's stop ids: whoever drives the
+    sequence ends it when it is ``done``, with or without such an id, be they ignored or not.
+
+    Raises:
+        GrammarFailed: the tokens given before do not follow the grammar.
+    """
+
+    __slots__ = ("_grammar", "_matcher")
+
+    def __init__(self, grammar: Grammar, emitted_ids: Iterable[int] = ()) -> None:
+        self._grammar = grammar
+        self._matcher = next(grammar.turns).deep_copy()
+        for token_id in emitted_ids:
+            self.accept(token_id)
+
+    @property
+    def done(self) -> bool:
+        """Whether only the end is left: the answer matches, and nothing can be added."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def fill(self, row: Tensor) -> bool:
+        """Writes which tokens may come next into ``row``, int32 [W] on the CPU; bit i of word w is token 32 w + i.
+
+        Lets go of the interpreter's lock meanwhile.
+
+        Returns:
+            True: there are always tokens that may not come, the special ones.
+
+        Raises:
+            GrammarFailed: nothing can follow, or finding it out takes more than llguidance's limits of a step.
+        """
+        _check_rows(row)
+        self._matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
+        if self._matcher.is_error():
+            raise self._failure()
+        return True
+
+    def accept(self, token_id: int) -> None:
+        """Moves on by a token. Once ``done``, end-of-sequence ids change nothing.
+
+        Raises:
+            GrammarFailed: the token does not follow the grammar.
+        """
+        if self.done and token_id in self._grammar.eos_token_ids:
+            return
+        if not self._matcher.consume_token(token_id):
+            raise self._failure()
+
+    def _failure(self) -> GrammarFailed:
+        return GrammarFailed(f"the answer cannot follow its grammar: {problem_of(self._matcher.get_error())}")
+
+
+def fill_all(states: Sequence[GrammarState | None], rows: Tensor) -> dict[int, GrammarFailed]:
+    """Fills the masks of a step at once, in parallel and without the interpreter's lock.
+
+    Args:
+        states: N, all of one factory's grammars; None where anything may come.
+        rows: int32 [N, W], contiguous, on the CPU. The row of None is filled with ones.
+
+    Returns:
+        Why a state has no mask, by row; the row then holds the end-of-sequence ids.
+    """
+    _check_rows(rows)
+    assert rows.dim() == 2 and len(rows) == len(states), (rows.shape, len(states))
+    filled = [(row, state) for row, state in enumerate(states) if state is not None]
+    if len(filled) < len(states):
+        rows[[row for row, state in enumerate(states) if state is None]] = -1
+    if not filled:
+        return {}
+    executor = filled[0][1]._grammar.executor
+    executor.unsafe_compute_mask_ptr(
+        [(state._matcher, row) for row, state in filled],
+        rows.data_ptr(),
+        rows.shape[1] * rows.element_size(),
+        len(rows),
+    )
+    return {row: state._failure() for row, state in filled if state._matcher.is_error()}
+
+
+def problem_of(error: str) -> str:
+    """llguidance's error in a clause, with nothing of the answer."""
+    lines = error.strip().splitlines() or ["unknown"]
+    if lines[0].startswith("NoExtension"):
+        return "no token can follow"
+    if "doesn't satisfy the grammar" in lines[0]:  # it goes on to name the token
+        return "a token does not fit"
+    # A regular expression's error ends in the reason; a grammar's begins with it.
+    reason = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return reason.removeprefix("error: ")[:_MAX_PROBLEM]
+
+
+def _check_rows(rows: Tensor) -> None:
+    """The library writes to the address that it is given, whatever is there."""
+    assert rows.dtype == torch.int32 and rows.is_contiguous() and rows.device.type == "cpu", rows
