@@ -1,5 +1,6 @@
-"""The command line: serve, generate, status, schema, demo. Parses and prints; the work is done elsewhere."""
+"""The command line: serve, generate, status, timeline, schema, demo. Parses and prints; the work is done elsewhere."""
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from rich.console import Console
 
 from orchestrator.client import GenerateResult, fetch_status, stream_generate
 from orchestrator.config_types import parse_address
-from orchestrator.render import ending, print_status
+from orchestrator.render import choice_blocks, ending, logprob_lines, print_status
 from orchestrator.schema import schema_text
+from orchestrator.timeline_cli import write_timeline
 from placement.errors import HeterodyneError, InvalidConfig
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -63,29 +65,115 @@ def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 
 def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads standard input")],
     address: ServiceAddress = DEFAULT_ADDRESS,
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is what a user says to the assistant")] = False,
+    system: Annotated[str | None, typer.Option(help="with --chat: what the assistant is told first")] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, max=_INT32, help="most tokens; default: to the text's end"),
+        typer.Option(min=0, max=_INT32, help="most tokens; default: to the text's end; 0 with --echo"),
     ] = None,
+    min_tokens: Annotated[int, typer.Option(min=0, max=_INT32, help="no end of text before as many")] = 0,
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="how many continuations")] = 1,
     temperature: Annotated[float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, max=_INT32, help="0 is all tokens")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="1 is all tokens")] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="0 is all tokens")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.0, max=100.0, help="1 is none")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0, help="0 is none")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0, help="0 is none")] = None,
+    logit_bias: Annotated[list[str], typer.Option(metavar="ID=VALUE", help="may be repeated")] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option(min=0, max=_UINT64, help="draws the same answer again")] = None,
     stop: Annotated[list[str], typer.Option(help="end before this text; may be repeated")] = [],  # noqa: B006
+    json_schema: Annotated[
+        str | None, typer.Option(metavar="FILE|TEXT", help="the answer is JSON of this schema")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="the answer matches this regular expression")] = None,
+    grammar: Annotated[str | None, typer.Option(metavar="FILE|TEXT", help="... this grammar in Lark's syntax")] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="show the prompt too")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, max=20, help="show log-probabilities and as many alternatives")
+    ] = None,
+    cache_salt: Annotated[str, typer.Option(help="share cached prefixes with this salt only")] = "",
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, max=86400.0, help="seconds")] = 600.0,
 ) -> None:
     """Continue a prompt; the answer streams to standard output, the figures to standard error."""
+    if max_tokens == 0 and not echo:
+        raise typer.BadParameter("0 is for --echo, which shows the prompt.", param_hint="--max-tokens")
     request = pb.GenerateRequest(
-        prompt=sys.stdin.read() if prompt == "-" else prompt,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        num_choices=n,
         stop=stop,
-        sampling=pb.SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        echo=echo,
+        logprobs=logprobs,
+        cache_salt=cache_salt,
+        sampling=pb.SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=[_bias(text) for text in logit_bias],
+            seed=seed,
+        ),
+        structured_output=_structured(json_schema, regex, grammar),
     )
+    _set_input(request, sys.stdin.read() if prompt == "-" else prompt, chat=chat, system=system)
     with _errors_in_one_line():
         check_address(address)
         result = stream_generate(address, request, timeout_s=timeout_s, on_text=_write)
-    _write("\n")
+    _show(result, logprobs=logprobs is not None)
+
+
+def _show(result: GenerateResult, *, logprobs: bool) -> None:
+    """What has not been shown while it came."""
+    lines = choice_blocks(result) if len(result.choices) > 1 else iter(("",))
+    for line in (*lines, *(logprob_lines(result) if logprobs else ())):
+        _write(f"{line}\n")
     print(figures(result), file=sys.stderr)
+
+
+def _set_input(request: pb.GenerateRequest, text: str, *, chat: bool, system: str | None) -> None:
+    if system is not None and not chat:
+        raise typer.BadParameter("It goes with --chat.", param_hint="--system")
+    if not chat:
+        request.prompt = text
+        return
+    if system is not None:
+        request.chat.messages.add(role="system", content=system)
+    request.chat.messages.add(role="user", content=text)
+
+
+def _bias(text: str) -> pb.LogitBias:
+    token_id, _, bias = text.partition("=")
+    try:
+        return pb.LogitBias(token_id=int(token_id), bias=float(bias))
+    except ValueError:
+        problem = f"{text!r} is not ID=VALUE, as 42=-1.5 is."
+        raise typer.BadParameter(problem, param_hint="--logit-bias") from None
+
+
+def _structured(json_schema: str | None, regex: str | None, grammar: str | None) -> pb.StructuredOutput | None:
+    given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise typer.BadParameter("An answer can match one of them.", param_hint=" and ".join(names))
+    if json_schema is not None:
+        return pb.StructuredOutput(json_schema=_file_or_text(json_schema, "--json-schema"))
+    if grammar is not None:
+        return pb.StructuredOutput(grammar=_file_or_text(grammar, "--grammar"))
+    return None if regex is None else pb.StructuredOutput(regex=regex)
+
+
+def _file_or_text(value: str, option: str) -> str:
+    """What the file of that name holds, where there is one; else the value itself."""
+    try:
+        return Path(value).read_text() if Path(value).is_file() else value
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return value
+        raise typer.BadParameter(f"{value!r} cannot be read: {error}", param_hint=option) from None
 
 
 def check_address(address: str) -> None:
@@ -108,12 +196,16 @@ def _write(text: str) -> None:
 def figures(result: GenerateResult) -> str:
     """What a request took, in one line."""
     finished, usage, timings = result.finished, result.finished.usage, result.finished.timings
-    per_token_s = timings.time_per_output_token_s
+    per_token_s, num_choices = timings.time_per_output_token_s, len(result.choices)
+    cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
+    drawn = f" in {num_choices} choices" if num_choices > 1 else ""
     parts = [
-        f"{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} generated on {finished.replica}",
-        f"ended by {ending(finished)}",
-        f"time to first token {timings.time_to_first_token_s * 1e3:.1f} ms",
+        f"{usage.prompt_tokens} prompt tokens{cached}, "
+        f"{usage.completion_tokens} generated{drawn} on {finished.replica}",
+        *([] if drawn else [f"ended by {ending(finished)}"]),
     ]
+    if timings.HasField("time_to_first_token_s"):
+        parts.append(f"time to first token {timings.time_to_first_token_s * 1e3:.1f} ms")
     if per_token_s:
         parts += [f"time per output token {per_token_s * 1e3:.2f} ms", f"{1 / per_token_s:.1f} tokens/s"]
     return "; ".join(parts)
@@ -125,6 +217,18 @@ def status(address: ServiceAddress = DEFAULT_ADDRESS) -> None:
     with _errors_in_one_line():
         check_address(address)
         print_status(Console(), fetch_status(address))
+
+
+@app.command()
+def timeline(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.JSON", help="the file to write")],
+    address: ServiceAddress = DEFAULT_ADDRESS,
+    last_s: Annotated[float | None, typer.Option("--last", min=0.0, help="only the last so many seconds")] = None,
+) -> None:
+    """Write the latest requests and steps as a trace that ui.perfetto.dev opens."""
+    with _errors_in_one_line():
+        check_address(address)
+        print(write_timeline(address, output, last_s=last_s))
 
 
 @app.command()

@@ -26,12 +26,33 @@ _RETRY_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateResult:
-    """A finished answer."""
+class Passage:
+    """A run of tokens and its text."""
 
     text: str
+    tokens: tuple[inference_pb2.Token, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateResult:
+    """A finished answer.
+
+    Attributes:
+        choices: as many as were asked for.
+        ends: how each of them ended.
+        echo: the prompt, where it was asked for.
+    """
+
     accepted: inference_pb2.Accepted
     finished: inference_pb2.Finished
+    choices: tuple[Passage, ...]
+    ends: tuple[inference_pb2.ChoiceEnd, ...]
+    echo: Passage | None = None
+
+    @property
+    def text(self) -> str:
+        """Of the first choice."""
+        return self.choices[0].text
 
 
 def stream_generate(
@@ -41,7 +62,11 @@ def stream_generate(
     timeout_s: float,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
-    """Runs one request; ``on_text`` gets each piece of text as it comes. Leaving early cancels the request.
+    """Runs one request. Leaving early cancels it.
+
+    Args:
+        on_text: gets each piece of text as it comes, the prompt's first where it is echoed; nothing where several
+            choices were asked for, which come interleaved.
 
     Raises:
         ServiceError: refused, failed, not done within ``timeout_s``, or answered against the protocol.
@@ -49,7 +74,7 @@ def stream_generate(
     with _channel(address) as channel, _one_line_errors(address):
         # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
-        return _read_answer(call, on_text)
+        return _Reader(request, on_text).read(call)
 
 
 def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatusResponse:
@@ -88,31 +113,85 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
     raise ServiceError(code="DEADLINE_EXCEEDED", message=message)
 
 
-def _read_answer(call: Iterator[inference_pb2.GenerateResponse], on_text: Callable[[str], None]) -> GenerateResult:
-    """Accepted, chunks without gap or repeat, Finished: anything else is an error."""
-    accepted: inference_pb2.Accepted | None = None
-    texts: list[str] = []
-    num_tokens = 0
-    for response in call:
-        event = response.WhichOneof("event")
-        if event == "accepted" and accepted is None:
-            accepted = response.accepted
-        elif event == "chunk" and accepted is not None:
-            if response.chunk.first_index != num_tokens:
-                raise _broken(f"token {num_tokens} was due and token {response.chunk.first_index} came")
-            num_tokens += len(response.chunk.tokens)
-            texts.append(response.chunk.text)
-            on_text(response.chunk.text)
-        elif event == "finished" and accepted is not None:
-            finished = response.finished
-            if finished.WhichOneof("outcome") == "error":
-                raise ServiceError(code=_code_name(finished.error.code), message=finished.error.message)
-            if next(call, None) is not None:
-                raise _broken("a message came after the last one")
-            return GenerateResult(text="".join(texts), accepted=accepted, finished=finished)
-        else:
-            raise _broken(f"{event or 'an unknown message'} came out of order")
-    raise _broken("the answer ended without its last message")
+class _Received:
+    """What has come of the prompt's echo, or of one choice."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.tokens: list[inference_pb2.Token] = []
+        self.end: inference_pb2.ChoiceEnd | None = None
+
+    def take(self, part: inference_pb2.Echo | inference_pb2.Chunk) -> None:
+        """Adds what follows without gap or repeat."""
+        if part.first_index != len(self.tokens):
+            raise _broken(f"token {len(self.tokens)} was due and token {part.first_index} came")
+        self.tokens += part.tokens
+        self.texts.append(part.text)
+
+    def passage(self) -> Passage:
+        return Passage(text="".join(self.texts), tokens=tuple(self.tokens))
+
+
+class _Reader:
+    """Accepted, the echo, chunks of choices without gap or repeat, Finished: anything else is an error."""
+
+    def __init__(self, request: inference_pb2.GenerateRequest, on_text: Callable[[str], None]) -> None:
+        self._choices = [_Received() for _ in range(max(1, request.num_choices))]
+        self._echo = _Received() if request.echo else None
+        self._on_text = on_text if len(self._choices) == 1 else lambda text: None
+        self._accepted: inference_pb2.Accepted | None = None
+
+    def read(self, call: Iterator[inference_pb2.GenerateResponse]) -> GenerateResult:
+        """The whole answer."""
+        for response in call:
+            event = response.WhichOneof("event")
+            if event == "accepted" and self._accepted is None:
+                self._accepted = response.accepted
+            elif event == "echo" and self._echo is not None and self._accepted is not None and not self._begun():
+                self._echo.take(response.echo)
+                self._on_text(response.echo.text)
+            elif event == "chunk" and self._accepted is not None:
+                self._take_chunk(response.chunk, self._accepted)
+            elif event == "finished" and self._accepted is not None:
+                result = self._finish(response.finished, self._accepted)
+                if next(call, None) is not None:
+                    raise _broken("a message came after the last one")
+                return result
+            else:
+                raise _broken(f"{event or 'an unknown message'} came out of order")
+        raise _broken("the answer ended without its last message")
+
+    def _begun(self) -> bool:
+        return any(choice.texts for choice in self._choices)
+
+    def _take_chunk(self, chunk: inference_pb2.Chunk, accepted: inference_pb2.Accepted) -> None:
+        if self._echo is not None and len(self._echo.tokens) != accepted.prompt_tokens:
+            raise _broken(f"{len(self._echo.tokens)} of {accepted.prompt_tokens} prompt tokens were echoed")
+        if not 0 <= chunk.choice < len(self._choices):
+            raise _broken(f"choice {chunk.choice} came of {len(self._choices)}")
+        choice = self._choices[chunk.choice]
+        if choice.end is not None:
+            raise _broken(f"choice {chunk.choice} went on after its end")
+        choice.take(chunk)
+        if chunk.HasField("end"):
+            choice.end = chunk.end
+        self._on_text(chunk.text)
+
+    def _finish(self, finished: inference_pb2.Finished, accepted: inference_pb2.Accepted) -> GenerateResult:
+        if finished.WhichOneof("outcome") == "error":
+            raise ServiceError(code=_code_name(finished.error.code), message=finished.error.message)
+        for index, choice in enumerate(self._choices):
+            if choice.end is None:
+                raise _broken(f"choice {index} has no end")
+            if choice.end.completion_tokens != len(choice.tokens):
+                raise _broken(f"choice {index} has {len(choice.tokens)} tokens of {choice.end.completion_tokens}")
+        return GenerateResult(
+            accepted=accepted,
+            finished=finished,
+            choices=tuple(choice.passage() for choice in self._choices),
+            ends=tuple(choice.end for choice in self._choices if choice.end is not None),
+            echo=None if self._echo is None else self._echo.passage(),
+        )
 
 
 def _broken(what: str) -> ServiceError:

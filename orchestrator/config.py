@@ -102,6 +102,9 @@ class ServingConfig:
     """Tokens of one KV block."""
     kv_cache: ByteSize = 256 * 2**20
     """Memory for KV blocks in each rank."""
+    prefix_cache: bool = True
+    """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
+    alike."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,9 @@ class TelemetryConfig:
     """Where Prometheus scrapes. Default: nowhere."""
     otlp_endpoint: Endpoint | None = None
     """OTLP gRPC receiver of traces and metrics. Default: none."""
+    vllm_metrics: bool = False
+    """Whether Prometheus also finds the metrics of vLLM, under vLLM's names, for the dashboards and gateways that
+    know those."""
     service_name: _Name = "heterodyne"
     """service.name of everything that is reported."""
 
@@ -222,6 +228,10 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "has the port of gateway.address"
         key = ("telemetry", "prometheus_address")
         errors.append(layers.refusal(key, str(prometheus), problem, "Give each a port of its own."))
+    if config.telemetry.vllm_metrics and prometheus is None:
+        problem = "is set, and telemetry.prometheus_address is not"
+        fix = "Set telemetry.prometheus_address to where Prometheus shall scrape, such as 127.0.0.1:9464."
+        errors.append(layers.refusal(("telemetry", "vllm_metrics"), True, problem, fix))
     return errors + _worker_contradictions(config, layers)
 
 

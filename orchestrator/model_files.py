@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
+from orchestrator.chat import ChatTemplate, read_special_tokens, template_source
 from orchestrator.gateway.model import DefaultSampling, default_sampling
 from placement.errors import InvalidConfig, InvalidModel
 from placement.hf import read_model_spec
@@ -23,6 +24,8 @@ SINGLE = "model.safetensors"
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 2**26
 MAX_TOKENIZER_BYTES = 2**28
+MAX_TOKENIZER_CONFIG_BYTES = 2**24
+MAX_TEMPLATE_BYTES = 2**20
 _DTYPES = ("F32", "F16", "BF16")
 _FIX_AGAIN = "Download or export the model again."
 
@@ -34,6 +37,7 @@ class ModelFiles:
     Attributes:
         config: its config.json.
         defaults: what its generation_config.json says of sampling.
+        chat_template: None where it has none, as base models do.
         checkpoint_bytes: size of its safetensors files.
     """
 
@@ -41,6 +45,7 @@ class ModelFiles:
     spec: ModelSpec
     defaults: DefaultSampling
     tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
     checkpoint_bytes: int
 
 
@@ -63,8 +68,7 @@ def read_model_files(directory: Path) -> ModelFiles:
         raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
     directory = directory.resolve()
     config = _read_json(directory, "config.json", MAX_CONFIG_BYTES)
-    has_generation = (directory / "generation_config.json").exists()
-    generation = _read_json(directory, "generation_config.json", MAX_CONFIG_BYTES) if has_generation else {}
+    generation = _read_json_if_there(directory, "generation_config.json", MAX_CONFIG_BYTES)
     spec = read_model_spec(config, generation)
     defaults = default_sampling(generation)
     tokenizer = _read_tokenizer(directory, spec)
@@ -76,6 +80,7 @@ def read_model_files(directory: Path) -> ModelFiles:
         spec=spec,
         defaults=defaults,
         tokenizer=tokenizer,
+        chat_template=_read_chat_template(directory),
         checkpoint_bytes=sum((directory / name).stat().st_size for name in headers),
     )
 
@@ -185,22 +190,53 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
         )
 
 
+def _read_chat_template(directory: Path) -> ChatTemplate | None:
+    """The template in chat_template.jinja, else the one in tokenizer_config.json: the order of transformers."""
+    file, config = "chat_template.jinja", "tokenizer_config.json"
+    values = _read_json_if_there(directory, config, MAX_TOKENIZER_CONFIG_BYTES)
+    special_tokens = read_special_tokens(
+        values, _read_json_if_there(directory, "special_tokens_map.json", MAX_CONFIG_BYTES)
+    )
+    if (directory / file).exists():
+        data = _read_bytes(directory, file, MAX_TEMPLATE_BYTES)
+        try:
+            source: str | None = data.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidModel(field=file, value=len(data), problem=f"is not UTF-8: {error}", fix=_FIX_AGAIN) from None
+        field = file
+    else:
+        source, field = template_source(values), f"{config}: chat_template"
+    return None if source is None else ChatTemplate(source, special_tokens=special_tokens, field=field)
+
+
+def _read_json_if_there(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
+    return _read_json(directory, name, limit_bytes) if (directory / name).exists() else {}
+
+
 def _read_json(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
+    data = _read_bytes(directory, name, limit_bytes)
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        problem = f"is not valid JSON: {error}"
+    else:
+        if isinstance(values, dict):
+            return values
+        problem = "is not a JSON object"
+    raise InvalidModel(field=name, value=len(data), problem=problem, fix=_FIX_AGAIN)
+
+
+def _read_bytes(directory: Path, name: str, limit_bytes: int) -> bytes:
     path = _inside(directory, name)
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
-        if len(data) > limit_bytes:
-            problem = f"is larger than {limit_bytes} bytes"
-        else:
-            values = json.loads(data)
-            if isinstance(values, dict):
-                return values
-            problem = "is not a JSON object"
     except OSError as error:
         problem = f"cannot be read: {(error.strerror or str(error)).lower()}"
-    except (ValueError, RecursionError) as error:
-        problem = f"is not valid JSON: {error}"
+    else:
+        if len(data) <= limit_bytes:
+            return data
+        problem = f"is larger than {limit_bytes} bytes"
     raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN)
 
 

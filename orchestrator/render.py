@@ -1,4 +1,4 @@
-"""Owns how a deployment's status is shown: a table on a terminal, plain lines elsewhere."""
+"""Owns how a deployment's status is shown, a table on a terminal, plain lines elsewhere; and an answer's parts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -8,6 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.client import GenerateResult
 from placement.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -159,8 +160,30 @@ def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
     return ", ".join(words)
 
 
-def ending(finished: inference_pb2.Finished) -> str:
+def ending(end: inference_pb2.Finished | inference_pb2.ChoiceEnd) -> str:
     """Why an answer ended, in words."""
-    if finished.HasField("matched_stop"):
-        return f"stop string {finished.matched_stop!r}"
-    return "its length" if finished.finish_reason == inference_pb2.FINISH_REASON_LENGTH else "end of text"
+    if end.HasField("matched_stop"):
+        return f"stop string {end.matched_stop!r}"
+    return "its length" if end.finish_reason == inference_pb2.FINISH_REASON_LENGTH else "end of text"
+
+
+def choice_blocks(result: GenerateResult) -> Iterator[str]:
+    """The lines of several choices: each under a heading of its own, the prompt first where it was echoed."""
+    if result.echo is not None:
+        yield f"== prompt: {len(result.echo.tokens)} tokens"
+        yield result.echo.text
+    for index, (choice, end) in enumerate(zip(result.choices, result.ends, strict=True)):
+        yield f"== choice {index}: {end.completion_tokens} tokens, ended by {ending(end)}"
+        yield choice.text
+
+
+def logprob_lines(result: GenerateResult) -> Iterator[str]:
+    """The lines of a table of tokens and their log-probabilities, columns apart by tabs."""
+    yield "\t".join(("part", "position", "token", "logprob", "alternatives"))
+    parts = [] if result.echo is None else [("prompt", result.echo)]
+    parts += [(f"choice {index}", choice) for index, choice in enumerate(result.choices)]
+    for name, part in parts:
+        for position, token in enumerate(part.tokens):
+            logprob = f"{token.logprob:.4f}" if token.HasField("logprob") else "-"
+            top = " ".join(f"{item.token_id}:{item.logprob:.4f}" for item in token.top)
+            yield "\t".join((name, str(position), str(token.id), logprob, top or "-"))

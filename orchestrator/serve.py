@@ -75,6 +75,7 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
         max_num_seqs=config.serving.max_num_seqs,
         max_context_tokens=checked.plan.model.max_context_tokens,
         load_timeout_s=config.launch.load_timeout_s,
+        prefix_cache=config.serving.prefix_cache,
     )
     # One replica a worker of the configuration, in its order.
     labels = {

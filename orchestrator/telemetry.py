@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
@@ -17,9 +17,11 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, start_http_server
+from prometheus_client.registry import Collector
 
 from orchestrator.config import TelemetryConfig
+from orchestrator.config_types import Address
 from placement.errors import InvalidConfig
 
 logger = logging.getLogger(__name__)
@@ -35,8 +37,8 @@ _PER_TOKEN_S = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1
 _TOKENS = [float(4**i) for i in range(14)]
 _NS = 1_000_000_000
 
-# Reads (value, attributes) pairs when metrics are collected.
-Gauge = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
+# Reads (value, attributes) pairs when metrics are collected, in whatever thread collects them.
+Figures = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,13 @@ class RequestRecord:
     """What is reported of one request, once it has ended.
 
     Attributes:
+        completion_tokens: of all choices.
         arrived_ns: wall clock, ns since 1970. Durations count from there.
         outcome: a finish reason (``stop``, ``length``), or the name of the gRPC status that ended it.
         failed: whether ``outcome`` is a status.
         parent: the client's trace headers.
+        cached_prompt_tokens: found in the prefix cache; None where the prompt was not computed.
+        max_tokens: the most that was asked for in each choice; None where nothing was.
     """
 
     request_id: str
@@ -63,19 +68,36 @@ class RequestRecord:
     outcome: str
     failed: bool
     parent: Mapping[str, str]
+    num_choices: int = 1
+    cached_prompt_tokens: int | None = None
+    max_tokens: int | None = None
 
 
 class Telemetry:
-    """The service's instruments. Where nothing is configured they cost nothing and go nowhere."""
+    """The service's instruments. Where nothing is configured they cost nothing and go nowhere.
 
-    def __init__(self, config: TelemetryConfig, *, span_exporter: SpanExporter | None = None) -> None:
+    Args:
+        observers: told of every request that ends, beside the instruments.
+        collectors: what Prometheus finds beside them.
+    """
+
+    def __init__(
+        self,
+        config: TelemetryConfig,
+        *,
+        span_exporter: SpanExporter | None = None,
+        observers: Sequence[Callable[[RequestRecord], None]] = (),
+        collectors: Sequence[Collector] = (),
+    ) -> None:
+        self._observers = observers
         resource = Resource.create({"service.name": config.service_name})
         self._closing: list[Callable[[], object]] = []
         readers: list[MetricReader] = []
         exporters = [span_exporter] if span_exporter else []
         if config.prometheus_address is not None:
-            readers.append(PrometheusMetricReader())
-            self._serve_prometheus(config.prometheus_address.host, config.prometheus_address.port)
+            registry = _registry(collectors)
+            readers.append(PrometheusMetricReader(registry=registry))
+            self._serve_prometheus(registry, config.prometheus_address)
         if config.otlp_endpoint is not None:
             insecure = config.otlp_endpoint.startswith("http://")
             readers.append(
@@ -90,13 +112,13 @@ class Telemetry:
         self._tracer = self._traces.get_tracer("heterodyne.gateway")
         self._make_instruments()
 
-    def _serve_prometheus(self, host: str, port: int) -> None:
+    def _serve_prometheus(self, registry: CollectorRegistry, address: Address) -> None:
         try:
-            server, thread = start_http_server(port, addr=host)
+            server, thread = start_http_server(address.port, addr=address.host, registry=registry)
         except OSError as error:
             raise InvalidConfig(
                 field="telemetry.prometheus_address",
-                value=f"{host}:{port}",
+                value=str(address),
                 problem="cannot be listened on",
                 fix="Choose a free port of this host, or null.",
             ) from error
@@ -133,13 +155,13 @@ class Telemetry:
             "heterodyne.requests.refused", unit="{request}", description="Requests refused before they were accepted."
         )
 
-    def gauge(self, name: str, unit: str, read: Gauge) -> None:
+    def gauge(self, name: str, unit: str, description: str, read: Figures) -> None:
         """A figure that is read whenever metrics are collected."""
+        self._meter.create_observable_gauge(name, [_observing(read)], unit, description)
 
-        def observe(_: CallbackOptions) -> Iterable[Observation]:
-            return [Observation(value, dict(attributes)) for value, attributes in read()]
-
-        self._meter.create_observable_gauge(name, callbacks=[observe], unit=unit)
+    def counter(self, name: str, unit: str, description: str, read: Figures) -> None:
+        """A sum that is read whenever metrics are collected, and only grows until it begins anew."""
+        self._meter.create_observable_counter(name, [_observing(read)], unit, description)
 
     def refused(self, code: str) -> None:
         """A request ended before it was accepted."""
@@ -161,6 +183,8 @@ class Telemetry:
         if record.per_token_s is not None:
             self._per_token.record(record.per_token_s, attributes)
         self._trace(record, ended)
+        for observer in self._observers:
+            observer(record)
 
     def _trace(self, record: RequestRecord, attributes: dict[str, str]) -> None:
         """request -> queue, prefill, decode; a phase that was not reached has no span."""
@@ -208,3 +232,17 @@ class Telemetry:
             closer.join(max(0.0, deadline - time.monotonic()))
         if any(closer.is_alive() for closer in closers):
             logger.warning("telemetry_not_sent timeout_s=%g", timeout_s)
+
+
+def _registry(collectors: Sequence[Collector]) -> CollectorRegistry:
+    """A registry of our own, so that two services in one process do not share their figures."""
+    registry = CollectorRegistry()
+    for collect in (ProcessCollector, PlatformCollector, GCCollector):
+        collect(registry=registry)
+    for collector in collectors:
+        registry.register(collector)
+    return registry
+
+
+def _observing(read: Figures) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    return lambda _: [Observation(value, dict(attributes)) for value, attributes in read()]

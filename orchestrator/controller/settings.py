@@ -20,6 +20,7 @@ class DeploymentSettings:
     token_budget: int
     max_num_seqs: int
     max_context_tokens: int
+    prefix_cache: bool
     load_timeout_s: float
 
     def needed_bytes(self, shard: Shard) -> int:
@@ -41,4 +42,5 @@ class DeploymentSettings:
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
             max_context_tokens=self.max_context_tokens,
+            prefix_cache=self.prefix_cache,
         )

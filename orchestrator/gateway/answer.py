@@ -1,172 +1,234 @@
-"""One accepted request: a replica's events go in, the client's messages come out. Decides, sends nothing."""
+"""One accepted request: replicas' events go in, the client's messages come out. Decides, sends nothing."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from google.rpc import code_pb2
 
-from orchestrator.gateway.journal import Journal, JournalEntry, JournalError, Recorded
-from orchestrator.gateway.leader import Lost, SequenceEvent
+from orchestrator.gateway.choice import Choice
+from orchestrator.gateway.echo import Echo
+from orchestrator.gateway.inbox import Lost, SequenceEvent
+from orchestrator.gateway.journal import JournalError
 from orchestrator.gateway.request import Request
 from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable, code_of
-from orchestrator.gateway.text import TextStream
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
 _NOT_NOW = (code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED)
-_REASONS = {
-    worker_pb2.END_REASON_STOP: pb.FINISH_REASON_STOP,
-    worker_pb2.END_REASON_LENGTH: pb.FINISH_REASON_LENGTH,
-}
+# A worker's refusal names the field of Submit first; this one holds nothing but what the client wrote.
+_GRAMMAR = "grammar:"
 
 
-@dataclass(slots=True, kw_only=True)
-class Clock:
-    """When things happened, in seconds since the request arrived. None means not yet."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerTimes:
+    """Where the time of an answer went, in seconds since the request arrived. None means not reached.
 
-    queue_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    total_s: float | None = None
+    Attributes:
+        queue_s: until the first choice was first scheduled.
+        first_token_s: until the first token of any choice was there.
+        per_token_s: mean time between the later tokens of a choice, over all choices.
+    """
 
-    def per_token_s(self, num_tokens: int) -> float | None:
-        """Mean time between the tokens after the first."""
-        if self.first_token_s is None or self.last_token_s is None or num_tokens < 2:
-            return None
-        return (self.last_token_s - self.first_token_s) / (num_tokens - 1)
-
-    def message(self, num_tokens: int) -> pb.Timings:
-        """The timings as clients see them."""
-        return pb.Timings(
-            queue_s=self.queue_s,
-            time_to_first_token_s=self.first_token_s,
-            time_per_output_token_s=self.per_token_s(num_tokens),
-            total_s=self.total_s,
-        )
+    queue_s: float | None
+    first_token_s: float | None
+    per_token_s: float | None
 
 
 class Answer:
-    """The state of one accepted request.
-
-    Args:
-        epoch: of the incarnation whose events it is given; once the journal has moved the request on, they are fenced.
+    """The state of one accepted request: its choices, and its echo where one was asked for.
 
     Attributes:
+        choices: in order; the sequence of the first one judges the prompt for the echo.
         outcome: set when it has ended, by a finish reason or an error.
-        at_replica: whether the replica still computes it, so that leaving means cancelling.
     """
 
-    def __init__(
-        self, *, request: Request, entry: JournalEntry, epoch: int, journal: Journal, text: TextStream
-    ) -> None:
-        self.entry = entry
-        self.clock = Clock()
-        self.outcome: pb.FinishReason.ValueType | HeterodyneError | None = None
-        self.at_replica = True
+    def __init__(self, *, request: Request, choices: Sequence[Choice], echo: Echo | None) -> None:
         self.request = request
-        self._epoch = epoch
-        self._journal = journal
-        self._text = text
-        self._matched_stop: str | None = None
+        self.choices = tuple(choices)
+        self.outcome: pb.FinishReason.ValueType | HeterodyneError | None = None
+        self._by_sequence = {choice.entry.sequence_id: choice for choice in choices}
+        self._replica = self.choices[0].entry.replica
+        self._echo = echo
+        self._num_going_on = len(self.choices)
+        self._let_go: list[Choice] = []
+        # Outputs of other choices that came before the echo was complete: no chunk precedes it.
+        self._held: list[worker_pb2.SequenceOutput] = []
 
-    def take(self, events: Sequence[SequenceEvent], *, submitted_s: float, now_s: float) -> pb.Chunk | None:
-        """Take what the replica said; returns what the client should see of it, if anything.
+    def opening(self) -> Iterator[pb.GenerateResponse]:
+        """What the client should see after acceptance, before a replica has said anything."""
+        return iter(()) if self._echo is None else self._echo.opening()
+
+    def take(self, events: Iterable[SequenceEvent], *, submitted_s: float, now_s: float) -> list[pb.GenerateResponse]:
+        """Take what the replica said, or what ends the request; returns what the client should see of it.
 
         Args:
-            submitted_s: when the sequence went to the replica, in seconds since the request arrived.
+            submitted_s: when the sequences went to the replica, in seconds since the request arrived.
             now_s: the present, likewise.
         """
-        chunk = pb.Chunk(first_index=len(self.entry.emitted_ids))
+        responses: list[pb.GenerateResponse] = []
+        outputs: list[worker_pb2.SequenceOutput] = []
+        failures: list[worker_pb2.Rejected | Lost | HeterodyneError] = []
         for event in events:
-            if self.outcome is not None:
-                break
-            match event:
-                case worker_pb2.SequenceOutput():
-                    self._take_output(event, chunk, submitted_s, now_s)
-                case worker_pb2.Rejected():
-                    self.at_replica = False
-                    self.outcome = self._refused(event)
-                case Lost():
-                    # The cause names processes and addresses: it is in the log and the status.
-                    self.at_replica = False
-                    self.outcome = ReplicaUnavailable(f"{self.entry.replica} was lost; the request may be sent again")
-        return chunk if chunk.tokens or chunk.text else None
+            if isinstance(event, worker_pb2.SequenceOutput):
+                outputs.append(event)
+            else:
+                failures.append(event)
+        if self._echo is not None and not self._echo.done:
+            outputs = self._take_echo(outputs, responses)
+        for sequence_id, run in _by_sequence(outputs).items():
+            if self.outcome is None:
+                self._take_outputs(self._by_sequence[sequence_id], run, responses, submitted_s, now_s)
+        for failure in failures:
+            self._take_failure(failure)
+        return responses
+
+    def _take_echo(
+        self, outputs: list[worker_pb2.SequenceOutput], responses: list[pb.GenerateResponse]
+    ) -> list[worker_pb2.SequenceOutput]:
+        """Take the prompt's log-probabilities; returns the outputs whose turn it is now."""
+        assert self._echo is not None
+        first = self.choices[0].entry.sequence_id
+        mine = [output for output in outputs if output.sequence_id == first]
+        self._held += [output for output in outputs if output.sequence_id != first]
+        try:
+            for output in mine:
+                if output.HasField("prompt"):
+                    responses += self._echo.take(output.prompt)
+        except JournalError as error:
+            self.fail(ReplicaFault(str(error)))
+        if self._echo.done:
+            held, self._held = self._held, []
+            return mine + held
+        if any(output.HasField("index") for output in mine):
+            self.fail(ReplicaFault("the answer began before the log-probabilities of the prompt were complete"))
+        return mine
+
+    def _take_outputs(
+        self,
+        choice: Choice,
+        outputs: Sequence[worker_pb2.SequenceOutput],
+        responses: list[pb.GenerateResponse],
+        submitted_s: float,
+        now_s: float,
+    ) -> None:
+        if choice.over:
+            return
+        response = pb.GenerateResponse()
+        chunk = response.chunk
+        choice.take(outputs, chunk, submitted_s=submitted_s, now_s=now_s)
+        if chunk.tokens or chunk.text or choice.end is not None:
+            responses.append(response)
+        if choice.failure is not None:
+            self.fail(choice.failure)
+        elif choice.end is not None:
+            if choice.at_replica:
+                self._let_go.append(choice)
+            self._num_going_on -= 1
+            if not self._num_going_on:
+                self.outcome = self._finish_reason()
+
+    def _finish_reason(self) -> pb.FinishReason.ValueType:
+        reasons = {choice.end.finish_reason for choice in self.choices if choice.end is not None}
+        return pb.FINISH_REASON_LENGTH if pb.FINISH_REASON_LENGTH in reasons else pb.FINISH_REASON_STOP
+
+    def _take_failure(self, event: worker_pb2.Rejected | Lost | HeterodyneError) -> None:
+        match event:
+            case worker_pb2.Rejected():
+                self._by_sequence[event.sequence_id].at_replica = False
+                self.fail(self._refused(event))
+            case Lost():
+                # The cause names processes and addresses: it is in the log and the status.
+                for choice in self.choices:
+                    choice.at_replica = False
+                self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
+            case _:
+                self.fail(event)
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
         """A refusal that another replica, or a later time, could mend is not the request's fault."""
-        logger.warning('sequence_refused replica=%s message="%s"', self.entry.replica, event.message)
+        logger.warning('sequence_refused replica=%s message="%s"', self._replica, event.message)
         if event.code in _NOT_NOW:
-            return ReplicaUnavailable(f"{self.entry.replica} takes no requests at present; send it again")
-        return ReplicaFault(f"{self.entry.replica} refused the request")
-
-    def _take_output(
-        self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, submitted_s: float, now_s: float
-    ) -> None:
-        if output.HasField("queue_s"):
-            self.clock.queue_s = submitted_s + output.queue_s
-        if output.HasField("index"):
-            self._take_token(output, chunk, now_s)
-        if output.HasField("end"):
-            self.at_replica = False
-            if self.outcome is None:
-                self._end(output.end, chunk)
-
-    def _take_token(self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, now_s: float) -> None:
-        entry = self.entry
-        try:
-            recorded = self._journal.record(entry.sequence_id, self._epoch, output.index, output.token_id)
-        except JournalError as error:
-            self.outcome = ReplicaFault(str(error))
-            return
-        if recorded is not Recorded.NEW:
-            return
-        if self.clock.first_token_s is None:
-            self.clock.first_token_s = now_s
-        self.clock.last_token_s = now_s
-        token = chunk.tokens.add(id=output.token_id)
-        if output.HasField("logprob"):
-            token.logprob = output.logprob
-            for token_id, logprob in zip(output.top_ids, output.top_logprobs, strict=True):
-                token.top.add(token_id=token_id, logprob=logprob)
-        delta = self._text.push(output.token_id)
-        chunk.text += delta.text
-        if delta.matched_stop is not None:
-            self._matched_stop = delta.matched_stop
-            self.outcome = pb.FINISH_REASON_STOP
-
-    def _end(self, end: worker_pb2.End, chunk: pb.Chunk) -> None:
-        if end.reason in _REASONS:
-            rest = self._text.finish()
-            chunk.text += rest.text
-            self._matched_stop = rest.matched_stop
-            self.outcome = pb.FINISH_REASON_STOP if rest.matched_stop else _REASONS[end.reason]
-        elif end.reason == worker_pb2.END_REASON_FAILED:
-            # The detail is for the operator: it may name files, and clients are not to see those.
-            logger.error('sequence_failed replica=%s detail="%s"', self.entry.replica, end.detail)
-            self.outcome = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
-        else:
-            self.outcome = ReplicaFault("the replica ended the sequence without being asked")
+            return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
+        grammar = self.request.grammar
+        if grammar is not None and event.code == code_pb2.INVALID_ARGUMENT and event.message.startswith(_GRAMMAR):
+            kind = grammar.WhichOneof("format")
+            return InvalidRequest(
+                field="structured_output",
+                value=getattr(grammar, kind) if kind else "",
+                problem=f"cannot be followed: {event.message.removeprefix(_GRAMMAR).strip()}",
+                fix="Send a simpler or a corrected one.",
+            )
+        return ReplicaFault(f"{self._replica} refused the request")
 
     def fail(self, error: HeterodyneError) -> None:
-        """End it from this side."""
+        """End all of it, unless it has ended."""
         if self.outcome is None:
             self.outcome = error
 
-    def finished(self) -> pb.Finished:
+    def let_go(self) -> list[int]:
+        """Sequences that ended here while the replica goes on with them, each told once: to be cancelled."""
+        choices, self._let_go = self._let_go, []
+        for choice in choices:
+            choice.at_replica = False
+        return [choice.entry.sequence_id for choice in choices]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Of all choices."""
+        return sum(len(choice.entry.emitted_ids) for choice in self.choices)
+
+    def times(self) -> AnswerTimes:
+        """Where the time went, so far."""
+        clocks = [choice.clock for choice in self.choices]
+        spans = [
+            (choice.clock.last_token_s - choice.clock.first_token_s, len(choice.entry.emitted_ids) - 1)
+            for choice in self.choices
+            if choice.clock.first_token_s is not None and choice.clock.last_token_s is not None
+        ]
+        num_gaps = sum(count for _, count in spans)
+        return AnswerTimes(
+            queue_s=min((clock.queue_s for clock in clocks if clock.queue_s is not None), default=None),
+            first_token_s=min(
+                (clock.first_token_s for clock in clocks if clock.first_token_s is not None), default=None
+            ),
+            per_token_s=sum(span_s for span_s, _ in spans) / num_gaps if num_gaps else None,
+        )
+
+    def finished(self, total_s: float) -> pb.Finished:
         """The terminal message. Only once ``outcome`` is set."""
         assert self.outcome is not None
+        times = self.times()
         message = pb.Finished(
-            usage=pb.Usage(prompt_tokens=len(self.request.prompt_ids), completion_tokens=len(self.entry.emitted_ids)),
-            timings=self.clock.message(len(self.entry.emitted_ids)),
-            matched_stop=self._matched_stop,
-            replica=self.entry.replica,
+            usage=pb.Usage(
+                prompt_tokens=len(self.request.prompt_ids),
+                completion_tokens=self.completion_tokens,
+                cached_prompt_tokens=self.choices[0].cached_tokens,
+            ),
+            timings=pb.Timings(
+                queue_s=times.queue_s,
+                time_to_first_token_s=times.first_token_s,
+                time_per_output_token_s=times.per_token_s,
+                total_s=total_s,
+            ),
+            replica=self._replica,
         )
         if isinstance(self.outcome, HeterodyneError):
             message.error.CopyFrom(pb.Error(code=code_of(self.outcome), message=str(self.outcome)))
-        else:
-            message.finish_reason = self.outcome
+            return message
+        message.finish_reason = self.outcome
+        end = self.choices[0].end
+        if len(self.choices) == 1 and end is not None and end.HasField("matched_stop"):
+            message.matched_stop = end.matched_stop
         return message
+
+
+def _by_sequence(outputs: list[worker_pb2.SequenceOutput]) -> dict[int, list[worker_pb2.SequenceOutput]]:
+    """The outputs of each sequence, in order."""
+    runs: dict[int, list[worker_pb2.SequenceOutput]] = {}
+    for output in outputs:
+        runs.setdefault(output.sequence_id, []).append(output)
+    return runs

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import grpc
 
 from orchestrator.background import BackgroundTasks
-from orchestrator.gateway.leader import Leader, LeaderLimits
+from orchestrator.gateway.leader import Leader, LeaderLimits, StepHook
 from orchestrator.gateway.status import ReplicaUnavailable
 from placement.routing import ReplicaLoad, Route, least_loaded
 from protos.heterodyne.control.v1 import control_pb2 as pb
@@ -32,12 +32,20 @@ class Fleet:
         controller_connected: whether it still can be heard.
     """
 
-    def __init__(self, *, control_address: str, limits: LeaderLimits, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        control_address: str,
+        limits: LeaderLimits,
+        on_change: Callable[[], None],
+        on_step: StepHook | None = None,
+    ) -> None:
         self.deployment = pb.WatchResponse()
         self.controller_connected = False
         self._control_address = control_address
         self._limits = limits
         self._on_change = on_change
+        self._on_step = on_step
         self._leaders: dict[tuple[str, int], Leader] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._background = BackgroundTasks()
@@ -106,7 +114,7 @@ class Fleet:
         self._on_change()
 
     def _connect(self, key: tuple[str, int], address: str) -> None:
-        leader = Leader(name=key[0], epoch=key[1], address=address, limits=self._limits)
+        leader = Leader(name=key[0], epoch=key[1], address=address, limits=self._limits, on_step=self._on_step)
         # Of older incarnations only the newest is kept, for its cause.
         for old in [old for old in self._leaders if old[0] == key[0]]:
             self._leaders.pop(old)

@@ -7,19 +7,26 @@ import logging
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from google.rpc import code_pb2
 
 from orchestrator.gateway.admission import Admission
 from orchestrator.gateway.answer import Answer
+from orchestrator.gateway.choice import Choice
+from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.fleet import Fleet
-from orchestrator.gateway.journal import Journal, JournalEntry
-from orchestrator.gateway.leader import Inbox, SequenceEvent
+from orchestrator.gateway.inbox import Inbox
+from orchestrator.gateway.journal import Journal
+from orchestrator.gateway.leader import Leader
 from orchestrator.gateway.model import ServedModel
-from orchestrator.gateway.request import Request, check_length, check_model, check_request, check_text
+from orchestrator.gateway.prompts import Prompts
+from orchestrator.gateway.request import Request, check_model, check_request
 from orchestrator.gateway.status import DeadlineExceeded, ReplicaFault, abort, code_of
+from orchestrator.gateway.structured import check_structured
+from orchestrator.gateway.structured_probe import GrammarProbe
+from orchestrator.gateway.submission import entries, submit_message
 from orchestrator.gateway.text import TextStream
 from orchestrator.telemetry import RequestRecord, Telemetry
 from placement.errors import HeterodyneError
@@ -30,11 +37,8 @@ logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
-# Longer texts are tokenized in a thread, so that health checks and other streams do not wait for them.
-_INLINE_CHARACTERS = 4096
-_TOKENIZING, _TOKENIZING_QUEUE = 2, 64
-_LAST_WORD_S = 5.0
-_LEAST_WRITE_S = 1.0
+# How long a client may take to make room for what is left to say to it, once its request is over.
+_LAST_WORD_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,11 @@ class _Arrival:
 
 
 class Generator:
-    """Serves Generate. Lives on one event loop; owns the journal."""
+    """Serves Generate. Lives on one event loop; owns the journal.
+
+    A request holds one slot of the admission whatever the number of its choices: slots bound the clients that are
+    listened to, and the replicas' KV blocks bound the sequences.
+    """
 
     def __init__(
         self,
@@ -71,7 +79,8 @@ class Generator:
         self._telemetry = telemetry
         self._request_timeout_s = request_timeout_s
         self._sequence_ids = itertools.count(1)
-        self._tokenizing = Admission(_TOKENIZING, _TOKENIZING_QUEUE)
+        self._grammars = GrammarProbe(model)
+        self.prompts = Prompts(model)
         self.journal = Journal()
 
     async def generate(self, message: pb.GenerateRequest, context: Context) -> None:
@@ -105,88 +114,99 @@ class Generator:
         )
 
     async def _check(self, message: pb.GenerateRequest, arrival: _Arrival) -> Request:
-        """Raises InvalidRequest."""
+        """Raises InvalidRequest, or NotAdmitted where too many long prompts wait for the tokenizer."""
         check_model(message.model, self._model)
-        if message.WhichOneof("input") == "prompt":
-            timeout_s = arrival.remaining_s()
-            prompt_ids = await self.tokenize(message.prompt, field="prompt", special=True, timeout_s=timeout_s)
-        else:
-            check_length(len(message.prompt_ids.ids), self._model)
-            prompt_ids = list(message.prompt_ids.ids)
-        return check_request(
+        request = check_request(
             message,
             self._model,
-            prompt_ids=prompt_ids,
+            prompt_ids=await self.prompts.read(message, remaining_s=arrival.remaining_s),
             new_seed=lambda: secrets.randbits(63),
             new_id=lambda: uuid.uuid4().hex,
         )
+        # Last, because it is the most work.
+        grammar = await self._grammar(message.structured_output, arrival)
+        return request if grammar is None else replace(request, grammar=grammar)
 
-    async def tokenize(self, text: str, *, field: str, special: bool, timeout_s: float) -> list[int]:
-        """The token ids of ``text``.
+    async def _grammar(self, message: pb.StructuredOutput, arrival: _Arrival) -> worker_pb2.Grammar | None:
+        grammar = check_structured(message, self._model)
+        if grammar is not None:
+            try:
+                async with asyncio.timeout(arrival.remaining_s()):
+                    await self._grammars.check(grammar)
+            except TimeoutError:
+                raise _overdue(arrival) from None
+        return grammar
 
-        Raises:
-            InvalidRequest: it cannot fit the context.
-            NotAdmitted: too many long texts wait for the same, or their turn does not come in time.
-        """
-        check_text(text, self._model, field=field)
-        if len(text) <= _INLINE_CHARACTERS:
-            return list(self._model.tokenizer.encode(text, add_special_tokens=special).ids)
-        async with self._tokenizing.slot(timeout_s=timeout_s):
-            # A batch of one: unlike `encode` it lets go of the interpreter's lock, so the loop goes on meanwhile.
-            encode = self._model.tokenizer.encode_batch
-            (encoding,) = await asyncio.to_thread(encode, [text], add_special_tokens=special)
-        return list(encoding.ids)
+    async def close(self) -> None:
+        """For when no request is served any more."""
+        await self._grammars.close()
 
     async def _serve(self, request: Request, context: Context, arrival: _Arrival) -> Answer:
         """From acceptance to the terminal message. Raises ReplicaUnavailable before acceptance only."""
         leader, _route = self._fleet.route(len(request.prompt_ids))
-        entry = JournalEntry(
-            request_id=request.request_id,
-            sequence_id=next(self._sequence_ids),
-            replica=leader.name,
-            epoch=leader.epoch,
-            prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
-            max_tokens=request.max_tokens,
-            stop_token_ids=request.stop_token_ids,
-            priority=request.priority,
-        )
-        text = TextStream(self._model.tokenizer, request.stop, request.prompt_ids)
-        answer = Answer(request=request, entry=entry, epoch=leader.epoch, journal=self.journal, text=text)
-        self.journal.open(entry)
-        submitted_s = arrival.age_s()
-        inbox = leader.submit(_submit(request, entry))
+        answer, inbox = self._open(request, leader), Inbox()
         try:
-            await self._talk(answer, inbox, context, arrival, submitted_s)
+            submitted_s = arrival.age_s()
+            for index, choice in enumerate(answer.choices):
+                # The later ones find the prompt's KV where the first one put it.
+                first = index == 0
+                message = submit_message(request, choice.entry, judge_prompt=first and request.echo)
+                leader.submit(message, inbox, num_new_tokens=len(request.prompt_ids) if first else 0)
+            await self._talk(answer, leader, inbox, context, arrival, submitted_s)
         finally:
-            leader.release(entry.sequence_id, cancel=answer.at_replica)
-            self.journal.close(entry.sequence_id)
+            for choice in answer.choices:
+                leader.release(choice.entry.sequence_id, cancel=choice.at_replica)
+                self.journal.close(choice.entry.sequence_id)
             self._telemetry.finished(self._record(request, answer, arrival))
         return answer
 
+    def _open(self, request: Request, leader: Leader) -> Answer:
+        """The answer that the leader will compute, its sequences in the journal."""
+        tokenizer, choices = self._model.tokenizer, []
+        sequences = entries(request, replica=leader.name, epoch=leader.epoch, sequence_ids=self._sequence_ids)
+        for index, entry in enumerate(sequences):
+            self.journal.open(entry)
+            choices.append(
+                Choice(
+                    index=index,
+                    entry=entry,
+                    epoch=leader.epoch,
+                    max_tokens=request.max_tokens,
+                    journal=self.journal,
+                    text=TextStream(tokenizer, request.stop, request.prompt_ids),
+                )
+            )
+        text, judged = TextStream(tokenizer, (), ()), request.logprobs is not None
+        echo = Echo(request.prompt_ids, text, judged=judged) if request.echo else None
+        return Answer(request=request, choices=choices, echo=echo)
+
     async def _talk(
-        self, answer: Answer, inbox: Inbox, context: Context, arrival: _Arrival, submitted_s: float
+        self, answer: Answer, leader: Leader, inbox: Inbox, context: Context, arrival: _Arrival, submitted_s: float
     ) -> None:
-        """Accepted, chunks, Finished; all of it, writing included, within the request's time."""
-        overdue = DeadlineExceeded(f"the request took longer than its {arrival.timeout_s:g} s")
+        """Accepted, echo, chunks, Finished; all of it, writing included, within the request's time."""
+        overdue = _overdue(arrival)
+        # One timer and one limit for the whole of it: there may be thousands of tokens a second to pass on.
+        timer = asyncio.get_running_loop().call_later(arrival.remaining_s(), inbox.put_now, overdue)
         try:
-            await _write(context, pb.GenerateResponse(accepted=self._accepted(answer.request)), arrival.remaining_s())
-            while answer.outcome is None:
-                try:
-                    async with asyncio.timeout(arrival.remaining_s()):
-                        events = await _next(inbox)
-                except TimeoutError:
-                    answer.fail(overdue)
-                    break
-                chunk = answer.take(events, submitted_s=submitted_s, now_s=arrival.age_s())
-                if chunk is not None:
-                    await _write(context, pb.GenerateResponse(chunk=chunk), arrival.remaining_s())
-            answer.clock.total_s = arrival.age_s()
-            await _write(context, pb.GenerateResponse(finished=answer.finished()), _LAST_WORD_S)
-        except _ClientDeaf:
+            async with asyncio.timeout(arrival.remaining_s() + _LAST_WORD_S) as limit:
+                await context.write(pb.GenerateResponse(accepted=self._accepted(answer.request)))
+                for response in answer.opening():
+                    await context.write(response)
+                while answer.outcome is None:
+                    events = await inbox.take()
+                    responses = answer.take(events, submitted_s=submitted_s, now_s=arrival.age_s())
+                    for sequence_id in answer.let_go():
+                        leader.release(sequence_id, cancel=True)
+                    for response in responses:
+                        await context.write(response)
+                limit.reschedule(asyncio.get_running_loop().time() + _LAST_WORD_S)
+                await context.write(pb.GenerateResponse(finished=answer.finished(total_s=arrival.age_s())))
+        except TimeoutError:
             # Nothing more can be written to it, the last message included; its slot is for somebody who listens.
             logger.info("client_deaf request_id=%s", answer.request.request_id)
             answer.outcome = overdue
+        finally:
+            timer.cancel()
 
     def _accepted(self, request: Request) -> pb.Accepted:
         return pb.Accepted(
@@ -205,64 +225,26 @@ class Generator:
             name, failed = code_pb2.Code.Name(code_of(outcome)), True
         else:
             name, failed = pb.FinishReason.Name(outcome).removeprefix("FINISH_REASON_").lower(), False
-        clock = answer.clock
+        times = answer.times()
         return RequestRecord(
             request_id=request.request_id,
             model=self._model.name,
-            replica=answer.entry.replica,
+            replica=answer.choices[0].entry.replica,
             prompt_tokens=len(request.prompt_ids),
-            completion_tokens=len(answer.entry.emitted_ids),
+            completion_tokens=answer.completion_tokens,
             arrived_ns=arrival.wall_ns,
             total_s=arrival.age_s(),
-            queue_s=clock.queue_s,
-            first_token_s=clock.first_token_s,
-            per_token_s=clock.per_token_s(len(answer.entry.emitted_ids)),
+            queue_s=times.queue_s,
+            first_token_s=times.first_token_s,
+            per_token_s=times.per_token_s,
             outcome=name,
             failed=failed,
             parent=arrival.parent,
+            num_choices=request.num_choices,
+            cached_prompt_tokens=answer.choices[0].cached_tokens,
+            max_tokens=request.max_tokens,
         )
 
 
-class _ClientDeaf(Exception):
-    """The client keeps its connection and reads nothing."""
-
-
-async def _write(context: Context, message: pb.GenerateResponse, timeout_s: float) -> None:
-    """Send a message. A write that was given up cannot be followed by another.
-
-    Raises:
-        _ClientDeaf: the client has not made room for it, for at least a second and until ``timeout_s``.
-    """
-    writing = asyncio.ensure_future(context.write(message))
-    try:
-        done, _ = await asyncio.wait({writing}, timeout=max(timeout_s, _LEAST_WRITE_S))
-        if not done:
-            raise _ClientDeaf
-        writing.result()
-    finally:
-        writing.cancel()
-
-
-async def _next(inbox: Inbox) -> list[SequenceEvent]:
-    """All events that are there, at least one: a slow client gets few large chunks."""
-    events = [await inbox.get()]
-    while not inbox.empty():
-        events.append(inbox.get_nowait())
-    return events
-
-
-def _submit(request: Request, entry: JournalEntry) -> worker_pb2.Submit:
-    return worker_pb2.Submit(
-        sequence_id=entry.sequence_id,
-        prompt_ids=request.prompt_ids,
-        sampling=worker_pb2.Sampling(
-            temperature=request.sampling.temperature,
-            top_k=request.sampling.top_k,
-            top_p=request.sampling.top_p,
-            seed=request.sampling.seed,
-        ),
-        max_tokens=request.max_tokens,
-        stop_token_ids=request.stop_token_ids,
-        priority=request.priority,
-        logprobs=request.logprobs,
-    )
+def _overdue(arrival: _Arrival) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the request took longer than its {arrival.timeout_s:g} s")

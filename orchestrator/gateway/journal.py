@@ -1,4 +1,4 @@
-"""What the gateway remembers of every unfinished request: enough to finish it elsewhere, token for token.
+"""What the gateway remembers of every unfinished sequence: enough to finish it elsewhere, token for token.
 
 A client must see each token once and in order, whatever happens to the replica that computes them. The
 journal is where that is decided: it takes a token only from the current incarnation of the sequence's
@@ -8,28 +8,41 @@ replica, only at the next position, and tells repeats from contradictions.
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from protos.heterodyne.worker.v1 import worker_pb2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen, defaults filled in.
 
-    A token is a pure function of the logits, these fields and its position in the answer: together with the
-    number of emitted tokens they are the whole sampling state.
+    A token is a pure function of the logits, these fields, the prompt and the tokens before it: together with the
+    emitted tokens they are the whole sampling state.
+
+    Attributes:
+        logit_bias: (token id, bias) pairs, each token once.
     """
 
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class JournalEntry:
-    """One unfinished request.
+    """One unfinished sequence: a choice of a request.
 
     Attributes:
         replica: who computes it, in its incarnation ``epoch``.
-        emitted_ids: the answer so far. Only the journal appends to it.
+        min_tokens: before so many, no stop id is drawn.
+        cache_salt: sequences of the same salt share the KV of equal prefixes.
+        grammar: what the answer must match; its state follows from the emitted tokens.
+        emitted_ids: the answer so far. Only the journal changes it.
     """
 
     request_id: str
@@ -41,6 +54,9 @@ class JournalEntry:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     priority: int
+    min_tokens: int = 0
+    cache_salt: bytes = b""
+    grammar: worker_pb2.Grammar | None = None
     emitted_ids: list[int] = field(default_factory=list)
 
 
@@ -77,7 +93,7 @@ class TokenConflict(JournalError):
 
 
 class Journal:
-    """The unfinished requests of a gateway, by sequence id."""
+    """The unfinished sequences of a gateway, by sequence id."""
 
     def __init__(self) -> None:
         self._entries: dict[int, JournalEntry] = {}
@@ -87,7 +103,7 @@ class Journal:
         return len(self._entries)
 
     def open(self, entry: JournalEntry) -> None:
-        """Starts to remember a request. Its sequence id must be new."""
+        """Starts to remember a sequence. Its sequence id must be new."""
         assert entry.sequence_id not in self._entries, entry.sequence_id
         self._entries[entry.sequence_id] = entry
 
@@ -114,6 +130,10 @@ class Journal:
             raise TokenConflict(sequence_id=sequence_id, index=index)
         return Recorded.DUPLICATE
 
+    def trim(self, sequence_id: int, num_tokens: int) -> None:
+        """Forgets the tokens past the first ``num_tokens``: a stop string ended the answer before they were shown."""
+        del self._entries[sequence_id].emitted_ids[num_tokens:]
+
     def move(self, sequence_id: int, *, replica: str, epoch: int) -> JournalEntry:
         """Makes another replica, or another epoch, the owner; tokens of the old one are fenced."""
         entry = self._entries[sequence_id]
@@ -121,9 +141,9 @@ class Journal:
         return entry
 
     def close(self, sequence_id: int) -> JournalEntry | None:
-        """Forgets a request that ended. None where it was closed already, as when a cancel meets the end."""
+        """Forgets a sequence that ended. None where it was closed already, as when a cancel meets the end."""
         return self._entries.pop(sequence_id, None)
 
     def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:
-        """The requests that an incarnation of a replica owns, in the order in which they were opened."""
+        """The sequences that an incarnation of a replica owns, in the order in which they were opened."""
         return [entry for entry in self._entries.values() if (entry.replica, entry.epoch) == (replica, epoch)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from orchestrator.gateway.inbox import Inbox, Lost, Rounds
 from placement.routing import ReplicaLoad
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
@@ -26,13 +27,6 @@ _CHANNEL_OPTIONS = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lost:
-    """The replica is gone; its sequences end here."""
-
-    cause: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderLimits:
     """When a leader counts as lost.
 
@@ -45,13 +39,17 @@ class LeaderLimits:
     stall_timeout_s: float
 
 
-SequenceEvent = pb.SequenceOutput | pb.Rejected | Lost
-Inbox = asyncio.Queue[SequenceEvent]
+# Given the replica's name and each step that it finished.
+StepHook = Callable[[str, pb.StepOutput], None]
 LeadCall = grpc.aio.StreamStreamCall[pb.LeadRequest, pb.LeadResponse]
 
 
 class Leader:
     """One replica's leader, from connection to loss. Lives on one event loop.
+
+    Args:
+        on_step: told of every step that is not fenced, prefill that goes on included, after its tokens went on their
+            way. Must be quick and raise nothing.
 
     Attributes:
         load: its last report, None before the first.
@@ -59,7 +57,9 @@ class Leader:
         fenced_messages: messages refused because they carried another epoch.
     """
 
-    def __init__(self, *, name: str, epoch: int, address: str, limits: LeaderLimits) -> None:
+    def __init__(
+        self, *, name: str, epoch: int, address: str, limits: LeaderLimits, on_step: StepHook | None = None
+    ) -> None:
         self.name = name
         self.epoch = epoch
         self.address = address
@@ -67,6 +67,8 @@ class Leader:
         self.lost: Lost | None = None
         self.fenced_messages = 0
         self._limits = limits
+        self._on_step = on_step
+        self._rounds = Rounds()
         self._reported_s = 0.0
         self._unreported_tokens = 0
         self._reported_once_tokens = 0
@@ -77,16 +79,18 @@ class Leader:
 
     # -- sequences --------------------------------------------------------------------------------------------
 
-    def submit(self, message: pb.Submit) -> Inbox:
-        """Hand a sequence over; its events arrive in the inbox returned, the last one says so."""
-        inbox: Inbox = asyncio.Queue()
+    def submit(self, message: pb.Submit, inbox: Inbox, *, num_new_tokens: int) -> None:
+        """Hand a sequence over; its events arrive in ``inbox``, the last one says so.
+
+        Args:
+            num_new_tokens: of the prompt, those that no sequence submitted with it shares.
+        """
         if self.lost is not None:
-            inbox.put_nowait(self.lost)
-            return inbox
+            inbox.put_now(self.lost)
+            return
         self._inboxes[message.sequence_id] = inbox
-        self._unreported_tokens += len(message.prompt_ids)
+        self._unreported_tokens += num_new_tokens
         self._send(pb.LeadRequest(submit=message))
-        return inbox
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:
         """The gateway has done with a sequence; ``cancel`` where the replica still computes it."""
@@ -197,12 +201,26 @@ class Leader:
             return
         match message.WhichOneof("event"):
             case "step":
-                for output in message.step.sequences:
-                    self._deliver(output.sequence_id, output)
+                self._take_step(message.step)
             case "rejected":
-                self._deliver(message.rejected.sequence_id, message.rejected)
+                inbox = self._inboxes.get(message.rejected.sequence_id)
+                if inbox is not None:
+                    inbox.put_now(message.rejected)
             case "load":
                 self._take_report(message.load, on_change)
+
+    def _take_step(self, step: pb.StepOutput) -> None:
+        self._stalled_s = 0.0
+        inboxes = []
+        for output in step.sequences:
+            # A sequence that was cancelled a moment ago has no inbox any more.
+            inbox = self._inboxes.get(output.sequence_id)
+            if inbox is not None:
+                inbox.put(output)
+                inboxes.append(inbox)
+        self._rounds.wake(inboxes)
+        if self._on_step is not None:
+            self._on_step(self.name, step)
 
     def _take_report(self, load: pb.LoadReport, on_change: Callable[[], None]) -> None:
         before, self.load = self.load, load
@@ -213,12 +231,6 @@ class Leader:
             self._stalled_s = 0.0
         if before is None:
             on_change()
-
-    def _deliver(self, sequence_id: int, event: SequenceEvent) -> None:
-        # A sequence that was cancelled a moment ago has no inbox any more.
-        inbox = self._inboxes.get(sequence_id)
-        if inbox is not None:
-            inbox.put_nowait(event)
 
     def give_up(self, cause: str, *, expected: bool = False) -> None:
         """End every sequence of this incarnation; the first cause stays."""
@@ -231,6 +243,6 @@ class Leader:
                 self.epoch,
                 cause,
             )
-            for inbox in self._inboxes.values():
-                inbox.put_nowait(self.lost)
+            for inbox in set(self._inboxes.values()):
+                inbox.put_now(self.lost)
             self._outbox.put_nowait(None)

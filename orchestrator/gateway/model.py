@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
+from orchestrator.chat import ChatTemplate
 from placement.errors import InvalidModel
 from placement.specs import DType, ModelSpec
 from placement.weights import num_parameters
@@ -13,6 +14,7 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
+MAX_REPETITION_PENALTY = 100.0
 # What transformers takes where a file that samples leaves the key out.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 
@@ -24,11 +26,27 @@ class DefaultSampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def message(self) -> pb.SamplingParams:
+        """The defaults as clients see them."""
+        return pb.SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """Everything the gateway knows of the model."""
+    """Everything the gateway knows of the model.
+
+    Attributes:
+        chat_template: writes conversations out as prompts; None where the model has none.
+    """
 
     name: str
     spec: ModelSpec
@@ -37,6 +55,7 @@ class ServedModel:
     tokenizer: Tokenizer
     max_token_bytes: int
     defaults: DefaultSampling
+    chat_template: ChatTemplate | None = None
 
     def message(self) -> pb.Model:
         """The model as clients see it."""
@@ -48,16 +67,15 @@ class ServedModel:
             vocab_size=self.spec.vocab_size,
             dtype=self.dtype.value,
             eos_token_ids=self.spec.eos_token_ids,
-            default_sampling=pb.SamplingParams(
-                temperature=self.defaults.temperature, top_k=self.defaults.top_k, top_p=self.defaults.top_p
-            ),
+            default_sampling=self.defaults.message(),
         )
 
 
 def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling:
     """The defaults that generation_config.json sets; greedy unless it says ``do_sample``.
 
-    A ``null`` turns a filter off; so does ``top_k`` -1. ``temperature`` 0 is greedy.
+    A ``null`` turns a filter off; so does ``top_k`` -1. ``temperature`` 0 is greedy. ``repetition_penalty`` holds for
+    greedy decoding too.
 
     Raises:
         InvalidModel: a value that no sampler could use.
@@ -65,22 +83,35 @@ def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling
     do_sample = generation_config.get("do_sample")
     if not isinstance(do_sample, bool | None):
         raise _refusal("do_sample", do_sample, "is not true or false", "Write true or false.")
+    penalty = _number(generation_config, "repetition_penalty", absent=1.0, null=1.0)
+    if not 0.0 < penalty <= MAX_REPETITION_PENALTY:
+        problem = f"is not above 0 and at most {MAX_REPETITION_PENALTY:g}"
+        raise _refusal("repetition_penalty", penalty, problem, "Use the model's own, or 1 for none.")
     if not do_sample:
-        return DefaultSampling()
+        return DefaultSampling(repetition_penalty=penalty)
     temperature = _number(generation_config, "temperature", absent=_TEMPERATURE, null=_TEMPERATURE)
-    top_k = _number(generation_config, "top_k", absent=_TOP_K, null=0)
-    top_p = _number(generation_config, "top_p", absent=_TOP_P, null=1.0)
     if not 0.0 <= temperature <= MAX_TEMPERATURE:
         problem = f"is not between 0 and {MAX_TEMPERATURE:g}"
         raise _refusal("temperature", temperature, problem, "Use the model's own, or 0 for greedy.")
+    filters = _filters(generation_config)
+    if temperature == 0.0:
+        return DefaultSampling(repetition_penalty=penalty)
+    return replace(filters, temperature=temperature, repetition_penalty=penalty)
+
+
+def _filters(generation_config: Mapping[str, object]) -> DefaultSampling:
+    """The filters of a file that samples."""
+    top_k = _number(generation_config, "top_k", absent=_TOP_K, null=0)
+    top_p = _number(generation_config, "top_p", absent=_TOP_P, null=1.0)
+    min_p = _number(generation_config, "min_p", absent=0.0, null=0.0)
     if top_k != int(top_k) or not -1 <= top_k <= MAX_TOP_K:
         problem = f"is not a whole number from -1 to {MAX_TOP_K}"
         raise _refusal("top_k", top_k, problem, "Use the model's own, or 0 for all tokens.")
     if not 0.0 < top_p <= 1.0:
         raise _refusal("top_p", top_p, "is not above 0 and at most 1", "Use the model's own, or 1 for all tokens.")
-    if temperature == 0.0:
-        return DefaultSampling()
-    return DefaultSampling(temperature=temperature, top_k=max(0, int(top_k)), top_p=top_p)
+    if not 0.0 <= min_p <= 1.0:
+        raise _refusal("min_p", min_p, "is not between 0 and 1", "Use the model's own, or 0 for all tokens.")
+    return DefaultSampling(top_k=max(0, int(top_k)), top_p=top_p, min_p=min_p)
 
 
 def _number(values: Mapping[str, object], key: str, *, absent: float, null: float) -> float:

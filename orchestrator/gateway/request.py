@@ -1,12 +1,15 @@
 """A client's GenerateRequest, checked and filled in. Pure, but for the tokenizer it is given."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.journal import Sampling
-from orchestrator.gateway.model import MAX_TEMPERATURE, ServedModel
+from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request_sampling import bounds, check_sampling
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
@@ -14,11 +17,21 @@ MAX_STOP_IDS = 64
 MAX_LOGPROBS = 20
 MAX_PRIORITY = 100
 MAX_REQUEST_ID = 128
+MAX_CHOICES = 64
+MAX_CACHE_SALT = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a user asked, every field within its bounds and every default filled in."""
+    """What a user asked, every field within its bounds and every default filled in.
+
+    Attributes:
+        max_tokens: most tokens of each choice; 0 with ``echo`` only.
+        num_choices: how many continuations are drawn.
+        echo: whether the prompt's tokens are returned.
+        cache_salt: a digest of the client's; empty where it gave none.
+        grammar: what each choice must match.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -28,6 +41,11 @@ class Request:
     stop_token_ids: tuple[int, ...]
     logprobs: int | None
     priority: int
+    min_tokens: int = 0
+    num_choices: int = 1
+    echo: bool = False
+    cache_salt: bytes = b""
+    grammar: worker_pb2.Grammar | None = None
 
 
 class UnknownModel(InvalidRequest):
@@ -47,11 +65,15 @@ def check_model(name: str, model: ServedModel) -> None:
 
 def check_text(text: str, model: ServedModel, *, field: str) -> None:
     """Refuse a text that cannot fit the context before any work is spent on tokenizing it."""
-    longest = model.max_context_tokens * model.max_token_bytes
-    if len(text) > longest:
+    check_size(len(text), model, field=field)
+
+
+def check_size(num_characters: int, model: ServedModel, *, field: str) -> None:
+    """Raises InvalidRequest for more characters than the tokens of a whole context can stand for."""
+    if num_characters > model.max_context_tokens * model.max_token_bytes:
         raise InvalidRequest(
             field=field,
-            value=f"{len(text)} characters",
+            value=f"{num_characters} characters",
             problem=f"is longer than the context of {model.max_context_tokens} tokens can be",
             fix="Send a shorter text.",
         )
@@ -65,7 +87,7 @@ def check_request(
     new_seed: Callable[[], int],
     new_id: Callable[[], str],
 ) -> Request:
-    """The request behind ``message``.
+    """The request behind ``message``, but for its grammar.
 
     Args:
         prompt_ids: the prompt's tokens, from the message or the tokenizer.
@@ -76,33 +98,39 @@ def check_request(
         InvalidRequest: names the field, the value and the fix.
     """
     _check_prompt(prompt_ids, model)
-    stop_ids = tuple(message.stop_token_ids) + (() if message.ignore_eos else model.spec.eos_token_ids)
     _check_stops(message, model)
-    _bounds("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
-    _check_id(message.request_id)
-    logprobs = message.logprobs if message.HasField("logprobs") else None
-    if logprobs is not None:
-        _bounds("logprobs", logprobs, 0, min(MAX_LOGPROBS, model.spec.vocab_size))
+    _check_rest(message, model)
+    max_tokens = _max_tokens(message, len(prompt_ids), model)
+    bounds("min_tokens", message.min_tokens, 0, max_tokens)
     return Request(
         request_id=message.request_id or new_id(),
         prompt_ids=tuple(prompt_ids),
-        sampling=_sampling(message.sampling, model, new_seed),
-        max_tokens=_max_tokens(message, len(prompt_ids), model),
+        sampling=check_sampling(message.sampling, model, new_seed),
+        max_tokens=max_tokens,
         stop=tuple(message.stop),
-        stop_token_ids=stop_ids,
-        logprobs=logprobs,
+        stop_token_ids=tuple(message.stop_token_ids) + (() if message.ignore_eos else model.spec.eos_token_ids),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
         priority=message.priority,
+        min_tokens=message.min_tokens,
+        num_choices=message.num_choices if message.HasField("num_choices") else 1,
+        echo=message.echo,
+        cache_salt=hashlib.sha256(message.cache_salt.encode()).digest() if message.cache_salt else b"",
     )
 
 
-def _check_id(request_id: str) -> None:
-    if len(request_id) > MAX_REQUEST_ID:
-        raise InvalidRequest(
-            field="request_id",
-            value=request_id,
-            problem="is too long",
-            fix=f"Use at most {MAX_REQUEST_ID} characters.",
-        )
+def _check_rest(message: pb.GenerateRequest, model: ServedModel) -> None:
+    bounds("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    if message.HasField("logprobs"):
+        bounds("logprobs", message.logprobs, 0, min(MAX_LOGPROBS, model.spec.vocab_size))
+    if message.HasField("num_choices"):
+        bounds("num_choices", message.num_choices, 1, MAX_CHOICES)
+    _check_length_of("request_id", message.request_id, MAX_REQUEST_ID)
+    _check_length_of("cache_salt", message.cache_salt, MAX_CACHE_SALT)
+
+
+def _check_length_of(field: str, value: str, limit: int) -> None:
+    if len(value) > limit:
+        raise InvalidRequest(field=field, value=value, problem="is too long", fix=f"Use at most {limit} characters.")
 
 
 def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
@@ -111,7 +139,7 @@ def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
             field="prompt",
             value="",
             problem="holds no token",
-            fix="Set prompt or prompt_ids to at least one token.",
+            fix="Set prompt, prompt_ids or chat to at least one token.",
         )
     # The length first: what follows then is bounded by the context, however long the list is.
     check_length(len(prompt_ids), model)
@@ -152,47 +180,20 @@ def _check_stops(message: pb.GenerateRequest, model: ServedModel) -> None:
                 fix=f"Use 1 to {MAX_STOP_CHARACTERS} characters.",
             )
     for index, token_id in enumerate(message.stop_token_ids):
-        _bounds(f"stop_token_ids[{index}]", token_id, 0, model.spec.vocab_size - 1)
+        bounds(f"stop_token_ids[{index}]", token_id, 0, model.spec.vocab_size - 1)
 
 
 def _max_tokens(message: pb.GenerateRequest, num_prompt_tokens: int, model: ServedModel) -> int:
     room = model.max_context_tokens - num_prompt_tokens
     if not message.HasField("max_tokens"):
         return room
-    if not 1 <= message.max_tokens <= room:
+    least = 0 if message.echo else 1
+    if not least <= message.max_tokens <= room:
         raise InvalidRequest(
             field="max_tokens",
             value=message.max_tokens,
             problem=f"is out of range for a prompt of {num_prompt_tokens} tokens in a context of "
             f"{model.max_context_tokens}",
-            fix=f"Ask for 1 to {room}, or leave it out.",
+            fix=f"Ask for {least} to {room}, or leave it out.",
         )
     return message.max_tokens
-
-
-def _sampling(message: pb.SamplingParams, model: ServedModel, new_seed: Callable[[], int]) -> Sampling:
-    defaults = model.defaults
-    temperature = message.temperature if message.HasField("temperature") else defaults.temperature
-    top_k = message.top_k if message.HasField("top_k") else defaults.top_k
-    top_p = message.top_p if message.HasField("top_p") else defaults.top_p
-    _bounds("sampling.temperature", temperature, 0.0, MAX_TEMPERATURE)
-    _bounds("sampling.top_k", top_k, 0, 2**31 - 1)
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidRequest(
-            field="sampling.top_p",
-            value=top_p,
-            problem="is out of range",
-            fix="Use a value above 0, at most 1.",
-        )
-    return Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=message.seed if message.HasField("seed") else new_seed(),
-    )
-
-
-def _bounds(field: str, value: float, low: float, high: float) -> None:
-    # Written so that a NaN is out of range too.
-    if not low <= value <= high:
-        raise InvalidRequest(field=field, value=value, problem="is out of range", fix=f"Use {low} to {high}.")

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -19,16 +18,20 @@ from grpc_reflection.v1alpha import reflection
 from orchestrator.background import BackgroundTasks
 from orchestrator.config import Config
 from orchestrator.gateway.admission import Admission
+from orchestrator.gateway.figures import load_reports, observe
 from orchestrator.gateway.fleet import Fleet
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.leader import LeaderLimits
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.service import AdminService, InferenceService
+from orchestrator.gateway.timeline import Timeline
 from orchestrator.model_files import read_model_files
 from orchestrator.telemetry import Telemetry
+from orchestrator.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
 from placement.specs import DType
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class Gateway:
         self._config = config
         self._draining = False
         self._health_lock = asyncio.Lock()
-        self._telemetry = Telemetry(config.telemetry)
+        model = load_model(settings)
         self.admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
         self.fleet = Fleet(
             control_address=settings.control_address,
@@ -85,8 +88,11 @@ class Gateway:
                 stall_timeout_s=config.gateway.stall_timeout_s,
             ),
             on_change=self._health_changed,
+            on_step=self._stepped,
         )
-        model = load_model(settings)
+        self._timeline = Timeline(model=model.name)
+        self._vllm = self._vllm_metrics(model) if config.telemetry.vllm_metrics else None
+        self._telemetry = self._make_telemetry()
         self.generator = Generator(
             model=model,
             fleet=self.fleet,
@@ -95,12 +101,16 @@ class Gateway:
             request_timeout_s=config.gateway.request_timeout_s,
         )
         self._health = health_aio.HealthServicer()
-        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._server = self._make_server(model)
+        self._background = BackgroundTasks()
+
+    def _make_server(self, model: ServedModel) -> grpc.aio.Server:
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
         inference = InferenceService(model=model, generator=self.generator)
-        admin = AdminService(model=model, fleet=self.fleet, admission=self.admission)
-        inference_pb2_grpc.add_InferenceServicer_to_server(inference, self._server)
-        admin_pb2_grpc.add_AdminServicer_to_server(admin, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        admin = AdminService(model=model, fleet=self.fleet, admission=self.admission, timeline=self._timeline)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (
                 _INFERENCE,
@@ -108,10 +118,33 @@ class Gateway:
                 health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
                 reflection.SERVICE_NAME,
             ),
-            self._server,
+            server,
         )
-        self._background = BackgroundTasks()
-        self._observe()
+        return server
+
+    def _make_telemetry(self) -> Telemetry:
+        vllm = [] if self._vllm is None else [self._vllm]
+        telemetry = Telemetry(
+            self._config.telemetry,
+            observers=[self._timeline.finished, *(metrics.finished for metrics in vllm)],
+            collectors=vllm,
+        )
+        observe(telemetry, admission=self.admission, fleet=self.fleet)
+        return telemetry
+
+    def _vllm_metrics(self, model: ServedModel) -> VllmMetrics:
+        return VllmMetrics(
+            model=model.name,
+            max_context_tokens=model.max_context_tokens,
+            block_size=self._config.serving.block_size,
+            reports=lambda: load_reports(self.fleet),
+            num_queued=lambda: self.admission.queued,
+        )
+
+    def _stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
+        self._timeline.stepped(replica, step)
+        if self._vllm is not None:
+            self._vllm.stepped(replica, step)
 
     async def start(self) -> str:
         """Listen and follow the controller. Returns the address.
@@ -182,28 +215,6 @@ class Gateway:
             # Status can be asked for as long as the gateway lives.
             await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
 
-    def _observe(self) -> None:
-        """Figures read when metrics are collected."""
-        Figures = Iterable[tuple[float, Mapping[str, str]]]
-
-        def admission() -> Figures:
-            yield self.admission.in_flight, {"state": "in_flight"}
-            yield self.admission.queued, {"state": "queued"}
-
-        def sequences() -> Figures:
-            for load in self.fleet.loads():
-                yield load.num_running, {"replica": load.name, "state": "running"}
-                yield load.num_waiting, {"replica": load.name, "state": "waiting"}
-
-        def kv_usage() -> Figures:
-            for load in self.fleet.loads():
-                if load.total_blocks:
-                    yield 1 - load.free_blocks / load.total_blocks, {"replica": load.name}
-
-        self._telemetry.gauge("heterodyne.gateway.requests", "{request}", admission)
-        self._telemetry.gauge("heterodyne.replica.sequences", "{sequence}", sequences)
-        self._telemetry.gauge("heterodyne.replica.kv_cache.usage", "1", kv_usage)
-
 
 def load_model(settings: GatewaySettings) -> ServedModel:
     """The served model, from its directory. Raises InvalidModel."""
@@ -218,6 +229,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         tokenizer=files.tokenizer,
         max_token_bytes=longest_token_bytes(files.tokenizer),
         defaults=files.defaults,
+        chat_template=files.chat_template,
     )
 
 

@@ -12,6 +12,7 @@ from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request import check_model
 from orchestrator.gateway.status import abort
+from orchestrator.gateway.timeline import Timeline
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -49,7 +50,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             check_model(request.model, self._model)
             special = not request.skip_special_tokens
-            ids = await self._generator.tokenize(request.text, field="text", special=special, timeout_s=_TOKENIZE_S)
+            ids = await self._generator.prompts.tokenize(
+                request.text, field="text", special=special, timeout_s=_TOKENIZE_S
+            )
         except HeterodyneError as error:
             await abort(context, error)
         return pb.TokenizeResponse(ids=ids)
@@ -99,10 +102,11 @@ def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
 class AdminService(admin_pb2_grpc.AdminServicer):
     """heterodyne.v1.Admin."""
 
-    def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission) -> None:
+    def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission, timeline: Timeline) -> None:
         self._model = model
         self._fleet = fleet
         self._admission = admission
+        self._timeline = timeline
         self._started_s = time.monotonic()
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
@@ -122,6 +126,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             ),
             replicas=[self._replica(replica) for replica in self._fleet.deployment.replicas],
         )
+
+    async def GetTimeline(
+        self, request: admin_pb2.GetTimelineRequest, context: Context
+    ) -> admin_pb2.GetTimelineResponse:
+        """When the latest requests and steps happened."""
+        try:
+            return self._timeline.message(request.last_s if request.HasField("last_s") else None)
+        except HeterodyneError as error:
+            await abort(context, error)
 
     def _replica(self, replica: control_pb2.Replica) -> admin_pb2.ReplicaStatus:
         message = admin_pb2.ReplicaStatus(

@@ -20,9 +20,12 @@ from tests.support.service import Command, free_port, orchestrator, serve
 
 pytestmark = pytest.mark.integration
 
-NUM_STREAMS = 32
-LOAD_S = 30.0
-NUM_CANCELS = 300
+NUM_STREAMS = 64
+LOAD_S = 60.0
+NUM_CANCELS = 1000
+# Allocators give nothing back; what grows with the number of requests would be far beyond this.
+MAX_GROWTH_BYTES = 24 << 20
+SCHEMA = '{"type":"object","properties":{"a":{"type":"integer"},"b":{"type":"boolean"}},"required":["a","b"]}'
 PROMPTS = [
     "And it came to pass",
     "The LORD said unto Moses,",
@@ -96,34 +99,69 @@ def check_everything_is_back(address: str) -> None:
         time.sleep(0.1)
 
 
-async def test_32_streams_of_mixed_lengths_for_30_s_give_the_answers_they_give_alone(service: Service) -> None:
+def mixed(index: int) -> pb.GenerateRequest:
+    """Requests that differ in all that a batch can: how tokens are drawn, from what, and how many answers."""
+    match index % 4:
+        case 0:
+            return request(index)
+        case 1:
+            return request(index, sampling=pb.SamplingParams(temperature=0.9, top_p=0.9, seed=index, min_p=0.01))
+        case 2:
+            sampling = pb.SamplingParams(temperature=1.1, seed=index, repetition_penalty=1.2, presence_penalty=0.5)
+            return request(index, sampling=sampling, logprobs=2, num_choices=1)
+        case _:
+            return request(index, sampling=pb.SamplingParams(top_k=40, temperature=0.7, seed=7), cache_salt="x")
+
+
+def resident_bytes(service: Service) -> dict[str, int]:
+    """Memory of the worker and the gateway."""
+    now = status(service.address)
+    (worker,) = [psutil.Process(rank.pid) for replica in now.replicas for rank in replica.ranks]
+    (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
+    return {"worker": worker.memory_info().rss, "gateway": gateway.memory_info().rss}
+
+
+async def test_64_streams_of_mixed_requests_for_60_s_give_the_answers_they_give_alone(service: Service) -> None:
     async with grpc.aio.insecure_channel(service.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        alone = [await tokens(stub, request(i)) for i in range(len(PROMPTS))]
-        until = time.monotonic() + LOAD_S
+        alone = [await tokens(stub, mixed(i)) for i in range(len(PROMPTS))]
+        started = time.monotonic()
 
         async def stream(number: int) -> int:
             done = 0
-            while time.monotonic() < until:
+            while time.monotonic() < started + LOAD_S:
                 index = (number + done) % len(PROMPTS)
-                assert await tokens(stub, request(index)) == alone[index]
+                assert await tokens(stub, mixed(index)) == alone[index]
                 done += 1
             return done
 
-        done = await asyncio.gather(*(stream(number) for number in range(NUM_STREAMS)))
+        streams = asyncio.gather(*(stream(number) for number in range(NUM_STREAMS)))
+        await asyncio.sleep(LOAD_S / 3)
+        service.command.family.look()
+        before = resident_bytes(service)
+        done = await streams
+        after = resident_bytes(service)
     assert min(done) >= 1
+    assert {name: max(0, after[name] - before[name] - MAX_GROWTH_BYTES) for name in after} == {
+        "worker": 0,
+        "gateway": 0,
+    }
     check_everything_is_back(service.address)
 
 
-async def test_300_random_cancels_and_disconnects_leave_nothing_behind(service: Service) -> None:
+async def test_1000_random_cancels_and_disconnects_leave_nothing_behind(service: Service) -> None:
     chance = random.Random(20)
     (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
     num_threads = worker.num_threads()
 
     async def one(index: int, shared: grpc.aio.Channel) -> None:
-        await asyncio.sleep(chance.uniform(0.0, 6.0))
-        message = request(index)
+        await asyncio.sleep(chance.uniform(0.0, 20.0))
+        message = mixed(index)
         message.max_tokens = 400
+        if index % 5 == 0:
+            message.structured_output.json_schema = SCHEMA
+        if index % 7 == 0:
+            message.num_choices, message.echo = 3, True
         if index % 3:
             call = inference_pb2_grpc.InferenceStub(shared).Generate(message, timeout=60.0)
             await read_some(call, chance)

@@ -27,6 +27,7 @@ class Service(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
     """Answers every request as the test says."""
 
     answer: Answer | None = None
+    expected: inference_pb2.GenerateRequest = field(default_factory=lambda: REQUEST)
     address: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
     watched: health.HealthServicer = field(default_factory=health.HealthServicer)
@@ -34,7 +35,7 @@ class Service(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
     def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
-        assert request == REQUEST
+        assert request == self.expected
         assert self.answer is not None
         context.add_callback(self.ended.set)
         yield from self.answer(context)
@@ -75,9 +76,25 @@ FINISHED = inference_pb2.GenerateResponse(
 )
 
 
-def chunk(first_index: int, text: str, num_tokens: int = 1) -> inference_pb2.GenerateResponse:
-    tokens = [inference_pb2.Token(id=first_index + offset) for offset in range(num_tokens)]
-    return inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(first_index=first_index, text=text, tokens=tokens))
+def some_tokens(first_index: int, num_tokens: int) -> list[inference_pb2.Token]:
+    return [inference_pb2.Token(id=first_index + offset) for offset in range(num_tokens)]
+
+
+def chunk(
+    first_index: int, text: str, num_tokens: int = 1, *, choice: int = 0, end: int | None = None
+) -> inference_pb2.GenerateResponse:
+    """Tokens of a choice; ``end`` says how many it has, with the last of them."""
+    message = inference_pb2.Chunk(
+        first_index=first_index, text=text, tokens=some_tokens(first_index, num_tokens), choice=choice
+    )
+    if end is not None:
+        message.end.finish_reason, message.end.completion_tokens = inference_pb2.FINISH_REASON_STOP, end
+    return inference_pb2.GenerateResponse(chunk=message)
+
+
+def echo(first_index: int, text: str, num_tokens: int = 1) -> inference_pb2.GenerateResponse:
+    message = inference_pb2.Echo(first_index=first_index, text=text, tokens=some_tokens(first_index, num_tokens))
+    return inference_pb2.GenerateResponse(echo=message)
 
 
 def fixed(*responses: inference_pb2.GenerateResponse) -> Answer:
@@ -86,13 +103,13 @@ def fixed(*responses: inference_pb2.GenerateResponse) -> Answer:
 
 def failure(service: Service, timeout_s: float = 10.0) -> ServiceError:
     with pytest.raises(ServiceError) as caught:
-        stream_generate(service.address, REQUEST, timeout_s=timeout_s)
+        stream_generate(service.address, service.expected, timeout_s=timeout_s)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
 def test_text_is_handed_on_as_it_comes(service: Service) -> None:
-    service.answer = fixed(ACCEPTED, chunk(0, "Hel", 2), chunk(2, "lo"), FINISHED)
+    service.answer = fixed(ACCEPTED, chunk(0, "Hel", 2), chunk(2, "lo", end=3), FINISHED)
     pieces: list[str] = []
     result = stream_generate(service.address, REQUEST, timeout_s=10.0, on_text=pieces.append)
     assert pieces == ["Hel", "lo"]
@@ -145,7 +162,13 @@ def test_error_in_the_last_message_is_raised_with_its_code(service: Service) -> 
         ((ACCEPTED, chunk(0, "a")), "the answer ended without its last message"),
         ((chunk(0, "a"), FINISHED), "chunk came out of order"),
         ((ACCEPTED, ACCEPTED), "accepted came out of order"),
-        ((ACCEPTED, FINISHED, chunk(0, "a")), "a message came after the last one"),
+        ((ACCEPTED, chunk(0, "a", end=1), FINISHED, chunk(1, "a")), "a message came after the last one"),
+        ((ACCEPTED, chunk(0, "a"), FINISHED), "choice 0 has no end"),
+        ((ACCEPTED, chunk(0, "a", end=2), FINISHED), "choice 0 has 1 tokens of 2"),
+        ((ACCEPTED, chunk(0, "a", end=1), chunk(1, "b"), FINISHED), "choice 0 went on after its end"),
+        ((ACCEPTED, chunk(0, "a", choice=1), FINISHED), "choice 1 came of 1"),
+        ((ACCEPTED, chunk(0, "a", choice=-1), FINISHED), "choice -1 came of 1"),
+        ((ACCEPTED, echo(0, "a"), FINISHED), "echo came out of order"),
         ((inference_pb2.GenerateResponse(),), "an unknown message came out of order"),
         ((), "the answer ended without its last message"),
     ],
@@ -154,6 +177,54 @@ def test_answer_against_the_protocol_is_an_error(
     service: Service, responses: tuple[inference_pb2.GenerateResponse, ...], message: str
 ) -> None:
     service.answer = fixed(*responses)
+    assert str(failure(service)) == f"DATA_LOSS: {message}"
+
+
+def test_choices_come_interleaved_and_are_told_apart(service: Service) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", num_choices=2)
+    service.answer = fixed(
+        ACCEPTED,
+        chunk(0, "x", choice=1),
+        chunk(0, "a"),
+        chunk(1, "y", choice=1, end=2),
+        chunk(1, "b", 2, end=3),
+        FINISHED,
+    )
+    pieces: list[str] = []
+    result = stream_generate(service.address, service.expected, timeout_s=10.0, on_text=pieces.append)
+    assert pieces == [], "they would be mixed up"
+    assert [choice.text for choice in result.choices] == ["ab", "xy"]
+    assert [len(choice.tokens) for choice in result.choices] == [3, 2]
+    assert [end.completion_tokens for end in result.ends] == [3, 2]
+    assert result.echo is None
+
+
+def test_an_echoed_prompt_is_handed_on_before_the_answer(service: Service) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", echo=True)
+    accepted = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(prompt_tokens=3))
+    service.answer = fixed(accepted, echo(0, "he", 2), echo(2, "llo"), chunk(0, "!", end=1), FINISHED)
+    pieces: list[str] = []
+    result = stream_generate(service.address, service.expected, timeout_s=10.0, on_text=pieces.append)
+    assert pieces == ["he", "llo", "!"]
+    assert result.echo is not None and (result.echo.text, len(result.echo.tokens)) == ("hello", 3)
+    assert result.text == "!"
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ((echo(0, "h"), echo(2, "l")), "token 1 was due and token 2 came"),
+        ((echo(0, "h"), chunk(0, "a")), "1 of 3 prompt tokens were echoed"),
+        ((chunk(0, "a"),), "0 of 3 prompt tokens were echoed"),
+        ((echo(0, "hel", 3), chunk(0, "a"), echo(3, "lo")), "echo came out of order"),
+    ],
+)
+def test_an_echo_against_the_protocol_is_an_error(
+    service: Service, responses: tuple[inference_pb2.GenerateResponse, ...], message: str
+) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", echo=True)
+    accepted = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(prompt_tokens=3))
+    service.answer = fixed(accepted, *responses, FINISHED)
     assert str(failure(service)) == f"DATA_LOSS: {message}"
 
 

@@ -35,6 +35,7 @@ def make_shell(
         max_num_seqs=8,
         max_context_tokens=256,
         load_timeout_s=load_timeout_s,
+        prefix_cache=True,
     )
     return ControllerShell(launcher=launcher, settings=settings), launcher
 
@@ -172,6 +173,7 @@ def test_a_rank_needs_more_than_its_weights_and_kv_blocks(served_checkpoint: Pat
             max_num_seqs=8,
             max_context_tokens=256,
             load_timeout_s=60.0,
+            prefix_cache=True,
         )
         for token_budget in (64, 4096)
     )

@@ -265,3 +265,176 @@ class GetStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class GetTimelineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Only what ended within so many seconds; absent means all that is remembered."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_last_s", b"_last_s", "last_s", b"last_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_last_s", b"_last_s", "last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__last_s: _TypeAlias = _typing.Literal["last_s"]  # noqa: Y015
+    _WhichOneofArgType__last_s: _TypeAlias = _typing.Literal["_last_s", b"_last_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__last_s) -> _WhichOneofReturnType__last_s | None: ...
+
+Global___GetTimelineRequest: _TypeAlias = GetTimelineRequest  # noqa: Y015
+
+@_typing.final
+class RequestTiming(_message.Message):
+    """A request that was accepted and has ended. Times are in seconds from its arrival; absent means not reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    ARRIVED_NS_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
+    TOTAL_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CHOICES_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    replica: _builtins.str
+    """Who computed it."""
+    arrived_ns: _builtins.int
+    """Nanoseconds since 1970 on the gateway's clock."""
+    queue_s: _builtins.float
+    """Until first scheduled on the replica."""
+    first_token_s: _builtins.float
+    """Until the first token."""
+    total_s: _builtins.float
+    """Until it ended."""
+    prompt_tokens: _builtins.int
+    cached_prompt_tokens: _builtins.int
+    """Prompt tokens found in the prefix cache. Absent where the prompt was not computed."""
+    completion_tokens: _builtins.int
+    """Of all choices together."""
+    num_choices: _builtins.int
+    outcome: _builtins.str
+    """"stop", "length", or the name of the gRPC status that it failed with."""
+    failed: _builtins.bool
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        replica: _builtins.str = ...,
+        arrived_ns: _builtins.int = ...,
+        queue_s: _builtins.float | None = ...,
+        first_token_s: _builtins.float | None = ...,
+        total_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int | None = ...,
+        completion_tokens: _builtins.int = ...,
+        num_choices: _builtins.int = ...,
+        outcome: _builtins.str = ...,
+        failed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_first_token_s", b"_first_token_s", "_queue_s", b"_queue_s", "cached_prompt_tokens", b"cached_prompt_tokens", "first_token_s", b"first_token_s", "queue_s", b"queue_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_first_token_s", b"_first_token_s", "_queue_s", b"_queue_s", "arrived_ns", b"arrived_ns", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "failed", b"failed", "first_token_s", b"first_token_s", "num_choices", b"num_choices", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "replica", b"replica", "request_id", b"request_id", "total_s", b"total_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cached_prompt_tokens: _TypeAlias = _typing.Literal["cached_prompt_tokens"]  # noqa: Y015
+    _WhichOneofArgType__cached_prompt_tokens: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
+    _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015
+    _WhichOneofReturnType__queue_s: _TypeAlias = _typing.Literal["queue_s"]  # noqa: Y015
+    _WhichOneofArgType__queue_s: _TypeAlias = _typing.Literal["_queue_s", b"_queue_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_prompt_tokens) -> _WhichOneofReturnType__cached_prompt_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_s) -> _WhichOneofReturnType__first_token_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_s) -> _WhichOneofReturnType__queue_s | None: ...
+
+Global___RequestTiming: _TypeAlias = RequestTiming  # noqa: Y015
+
+@_typing.final
+class StepTiming(_message.Message):
+    """A step that a replica finished."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ENDED_NS_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DECODES_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    step: _builtins.int
+    """Counts from the replica's start."""
+    ended_ns: _builtins.int
+    """When the gateway heard of its end: nanoseconds since 1970 on the gateway's clock."""
+    duration_s: _builtins.float
+    """How long it took on the replica."""
+    num_tokens: _builtins.int
+    """Tokens it computed, and how many of those were decodes."""
+    num_decodes: _builtins.int
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        step: _builtins.int = ...,
+        ended_ns: _builtins.int = ...,
+        duration_s: _builtins.float = ...,
+        num_tokens: _builtins.int = ...,
+        num_decodes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "ended_ns", b"ended_ns", "num_decodes", b"num_decodes", "num_tokens", b"num_tokens", "replica", b"replica", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTiming: _TypeAlias = StepTiming  # noqa: Y015
+
+@_typing.final
+class GetTimelineResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_REQUESTS_FIELD_NUMBER: _builtins.int
+    FORGOTTEN_STEPS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    forgotten_requests: _builtins.int
+    """How many more there were, which are remembered no longer."""
+    forgotten_steps: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestTiming]:
+        """In the order in which they ended."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTiming]:
+        """In the order in which the gateway heard of them."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        requests: _abc.Iterable[Global___RequestTiming] | None = ...,
+        steps: _abc.Iterable[Global___StepTiming] | None = ...,
+        forgotten_requests: _builtins.int = ...,
+        forgotten_steps: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forgotten_requests", b"forgotten_requests", "forgotten_steps", b"forgotten_steps", "model", b"model", "requests", b"requests", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015

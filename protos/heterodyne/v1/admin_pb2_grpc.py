@@ -39,6 +39,11 @@ class AdminStub:
                 request_serializer=heterodyne_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetTimeline = channel.unary_unary(
+                '/heterodyne.v1.Admin/GetTimeline',
+                request_serializer=heterodyne_dot_v1_dot_admin__pb2.GetTimelineRequest.SerializeToString,
+                response_deserializer=heterodyne_dot_v1_dot_admin__pb2.GetTimelineResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -51,6 +56,13 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTimeline(self, request, context):
+        """When the latest requests and steps happened: for a timeline. Holds no text, and stays below 4 MB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +70,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=heterodyne_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
                     response_serializer=heterodyne_dot_v1_dot_admin__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetTimeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTimeline,
+                    request_deserializer=heterodyne_dot_v1_dot_admin__pb2.GetTimelineRequest.FromString,
+                    response_serializer=heterodyne_dot_v1_dot_admin__pb2.GetTimelineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +104,33 @@ class Admin:
             '/heterodyne.v1.Admin/GetStatus',
             heterodyne_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
             heterodyne_dot_v1_dot_admin__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTimeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heterodyne.v1.Admin/GetTimeline',
+            heterodyne_dot_v1_dot_admin__pb2.GetTimelineRequest.SerializeToString,
+            heterodyne_dot_v1_dot_admin__pb2.GetTimelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,12 +33,16 @@ class AdminStub:
     def __new__(cls, channel: _aio.Channel) -> AdminAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]
     """Who holds what, in which state, under which load."""
+    GetTimeline: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetTimelineRequest, _admin_pb2.GetTimelineResponse]
+    """When the latest requests and steps happened: for a timeline. Holds no text, and stays below 4 MB."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.GetStatusResponse]  # type: ignore[assignment]
     """Who holds what, in which state, under which load."""
+    GetTimeline: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetTimelineRequest, _admin_pb2.GetTimelineResponse]  # type: ignore[assignment]
+    """When the latest requests and steps happened: for a timeline. Holds no text, and stays below 4 MB."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +52,13 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetStatusResponse, _abc.Awaitable[_admin_pb2.GetStatusResponse]]:
         """Who holds what, in which state, under which load."""
+
+    @_abc_1.abstractmethod
+    def GetTimeline(
+        self,
+        request: _admin_pb2.GetTimelineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetTimelineResponse, _abc.Awaitable[_admin_pb2.GetTimelineResponse]]:
+        """When the latest requests and steps happened: for a timeline. Holds no text, and stays below 4 MB."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

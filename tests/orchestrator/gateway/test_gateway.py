@@ -69,15 +69,30 @@ def text(responses: list[pb.GenerateResponse]) -> str:
 
 
 def check_order(responses: list[pb.GenerateResponse]) -> None:
-    """Accepted first, Finished last and once, chunks between them with no gap or repeat."""
+    """Accepted first, Finished last and once, echo before chunks, each choice with no gap or repeat."""
     kinds = [response.WhichOneof("event") for response in responses]
     assert kinds[0] == "accepted" and kinds[-1] == "finished"
-    assert set(kinds[1:-1]) <= {"chunk"}
-    position = 0
+    assert set(kinds[1:-1]) <= {"echo", "chunk"}
+    assert kinds[1:-1] == sorted(kinds[1:-1], reverse=True), "echo precedes chunks"
+    positions: dict[int, int] = {-1: 0}
     for response in responses[1:-1]:
-        assert response.chunk.first_index == position
-        position += len(response.chunk.tokens)
-    assert responses[-1].finished.usage.completion_tokens == position
+        part, choice = (response.echo, -1) if response.HasField("echo") else (response.chunk, response.chunk.choice)
+        assert part.first_index == positions.get(choice, 0)
+        positions[choice] = part.first_index + len(part.tokens)
+    del positions[-1]
+    assert responses[-1].finished.usage.completion_tokens == sum(positions.values())
+    if responses[-1].finished.WhichOneof("outcome") == "finish_reason":
+        ends = {r.chunk.choice: r.chunk.end.completion_tokens for r in responses if r.chunk.HasField("end")}
+        assert ends == positions
+
+
+def choices(responses: list[pb.GenerateResponse]) -> dict[int, list[int]]:
+    """The tokens of each choice."""
+    result: dict[int, list[int]] = {}
+    for response in responses:
+        if response.HasField("chunk"):
+            result.setdefault(response.chunk.choice, []).extend(token.id for token in response.chunk.tokens)
+    return result
 
 
 async def test_greedy_tokens_are_those_of_transformers(stub: Any, served_checkpoint: Path) -> None:
@@ -156,6 +171,100 @@ async def test_logprobs_come_with_each_token_and_its_alternatives(stub: Any) -> 
         assert token.logprob <= 0
 
 
+async def test_choices_are_what_requests_of_their_own_would_draw(stub: Any) -> None:
+    def sampling(seed: int) -> pb.SamplingParams:
+        return pb.SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
+
+    several = await answer(stub, request(num_choices=4, sampling=sampling(42), max_tokens=20))
+    check_order(several)
+    alone = await asyncio.gather(
+        *(answer(stub, request(sampling=sampling(42 + choice), max_tokens=20)) for choice in range(4))
+    )
+    assert choices(several) == {choice: tokens(responses) for choice, responses in enumerate(alone)}
+    greedy = choices(await answer(stub, request(num_choices=3)))
+    assert greedy[0] == greedy[1] == greedy[2]
+
+
+async def test_a_client_that_goes_leaves_no_choice_behind(stub: Any, deployment: Deployment) -> None:
+    for _ in range(5):
+        call = stub.Generate(request(num_choices=8, max_tokens=400, sampling=pb.SamplingParams(temperature=1.0)))
+        await call.read()
+        await call.read()
+        call.cancel()
+    await settled(deployment)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 4])
+async def test_an_echo_judges_the_prompt_as_transformers_does(
+    stub: Any, served_checkpoint: Path, max_tokens: int
+) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    prompt = "In the beginning God created the heaven and the earth. " * 12
+    responses = await answer(stub, request(prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens))
+    check_order(responses)
+    echoed = [token for response in responses for token in response.echo.tokens]
+    assert "".join(response.echo.text for response in responses) == prompt
+    ids = Tokenizer.from_file(str(served_checkpoint / "tokenizer.json")).encode(prompt).ids
+    assert [token.id for token in echoed] == ids
+    model = LlamaForCausalLM.from_pretrained(served_checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), dim=-1)
+    assert not echoed[0].HasField("logprob")
+    for token, row in zip(echoed[1:], expected, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-4)
+        best, _ = row.topk(2)
+        assert [item.logprob for item in token.top] == pytest.approx(best.tolist(), abs=1e-4)
+    assert len(tokens(responses)) == max_tokens
+
+
+async def test_an_echo_without_logprobs_is_the_prompt(stub: Any) -> None:
+    responses = await answer(stub, request(echo=True, num_choices=2))
+    check_order(responses)
+    assert "".join(response.echo.text for response in responses) == PROMPT
+
+
+async def test_no_stop_id_is_drawn_before_min_tokens(stub: Any) -> None:
+    (first, *_) = tokens(await answer(stub, request()))
+    (ended,) = [tokens(await answer(stub, request(stop_token_ids=[first])))]
+    assert ended == [first]
+    ids = tokens(await answer(stub, request(stop_token_ids=[first], min_tokens=5)))
+    assert len(ids) >= 5 and first not in ids[:5]
+
+
+async def test_a_bias_decides_and_a_penalty_dissuades(stub: Any) -> None:
+    bias = [pb.LogitBias(token_id=77, bias=100.0)]
+    assert tokens(await answer(stub, request(sampling=pb.SamplingParams(logit_bias=bias)))) == [77] * 8
+    penalized = pb.SamplingParams(logit_bias=[pb.LogitBias(token_id=77, bias=100.0)], repetition_penalty=100.0)
+    ids = tokens(await answer(stub, request(sampling=penalized)))
+    assert ids[0] == 77 and set(ids[1:]) != {77}
+
+
+async def test_a_prompt_seen_before_is_cached_for_those_of_its_salt(stub: Any) -> None:
+    async def cached(salt: str) -> int:
+        message = request(prompt="And the spirit moved upon the waters: so be it. " * 10, cache_salt=salt)
+        return int((await answer(stub, message))[-1].finished.usage.cached_prompt_tokens)
+
+    assert await cached("one") == 0
+    assert await cached("one") > 0
+    assert await cached("two") == 0
+
+
+async def test_an_answer_matches_what_was_asked(stub: Any) -> None:
+    output = pb.StructuredOutput(regex="(yes|no)[.]{3}")
+    sampling = pb.SamplingParams(temperature=1.0)
+    message = pb.GenerateRequest(prompt=PROMPT, structured_output=output, sampling=sampling, num_choices=4)
+    responses = await answer(stub, message)
+    check_order(responses)
+    texts = {
+        choice: "".join(r.chunk.text for r in responses if r.HasField("chunk") and r.chunk.choice == choice)
+        for choice in range(4)
+    }
+    assert set(texts.values()) <= {"yes...", "no..."}
+    assert responses[-1].finished.finish_reason == pb.FINISH_REASON_STOP
+
+
 async def test_models_are_listed_with_their_limits(stub: Any, served_checkpoint: Path) -> None:
     (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
     assert model == (await stub.GetModel(pb.GetModelRequest(name=served_checkpoint.name))).model
@@ -179,6 +288,12 @@ BAD = [
     ({"sampling": {"temperature": float("nan")}}, "sampling.temperature", "out of range"),
     ({"sampling": {"top_p": 0.0}}, "sampling.top_p", "out of range"),
     ({"sampling": {"top_k": -1}}, "sampling.top_k", "out of range"),
+    ({"sampling": {"min_p": 1.5}}, "sampling.min_p", "out of range"),
+    ({"sampling": {"repetition_penalty": 0.0}}, "sampling.repetition_penalty", "out of range"),
+    ({"sampling": {"logit_bias": [{"token_id": 509}]}}, "sampling.logit_bias[0].token_id", "out of range"),
+    ({"num_choices": 2**31 - 1}, "num_choices", "out of range"),
+    ({"min_tokens": 2**31 - 1}, "min_tokens", "out of range"),
+    ({"cache_salt": "x" * 200}, "cache_salt", "too long"),
     ({"logprobs": 2**31 - 1}, "logprobs", "out of range"),
     ({"priority": 1000}, "priority", "out of range"),
     ({"stop": ["x"] * 17}, "stop", "too many"),

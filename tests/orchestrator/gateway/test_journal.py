@@ -112,6 +112,15 @@ def test_moved_sequence_goes_on_at_the_next_position_and_fences_its_old_replica(
     assert entry.emitted_ids == [10, 11]
 
 
+def test_tokens_past_a_stop_string_were_never_there() -> None:
+    entry = make_entry()
+    journal = open_journal(entry)
+    for index in range(4):
+        journal.record(1, 3, index, 10 + index)
+    journal.trim(1, 2)
+    assert entry.emitted_ids == [10, 11]
+
+
 def test_sampling_state_cannot_change() -> None:
     with pytest.raises(FrozenInstanceError):
         SAMPLING.seed = 8  # type: ignore[misc]

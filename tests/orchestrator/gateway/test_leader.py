@@ -9,7 +9,8 @@ from typing import Any
 
 import grpc
 
-from orchestrator.gateway.leader import Leader, LeaderLimits, Lost
+from orchestrator.gateway.inbox import Inbox, Lost, SequenceEvent
+from orchestrator.gateway.leader import Leader, LeaderLimits, StepHook
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
 
@@ -37,7 +38,7 @@ class Script(worker_pb2_grpc.WorkerServicer):
 
 @asynccontextmanager
 async def connected(
-    heartbeat_timeout_s: float = 5.0, stall_timeout_s: float = 60.0
+    heartbeat_timeout_s: float = 5.0, stall_timeout_s: float = 60.0, on_step: StepHook | None = None
 ) -> AsyncIterator[tuple[Leader, Script]]:
     script = Script()
     server = grpc.aio.server()
@@ -45,7 +46,7 @@ async def connected(
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     limits = LeaderLimits(heartbeat_timeout_s=heartbeat_timeout_s, stall_timeout_s=stall_timeout_s)
-    leader = Leader(name="replica-0", epoch=EPOCH, address=f"127.0.0.1:{port}", limits=limits)
+    leader = Leader(name="replica-0", epoch=EPOCH, address=f"127.0.0.1:{port}", limits=limits, on_step=on_step)
     task = asyncio.create_task(leader.run(lambda: None))
     script.say.put_nowait(LOAD)
     try:
@@ -68,13 +69,23 @@ def token(index: int, *, epoch: int = EPOCH, sequence_id: int = 1) -> pb.LeadRes
     return pb.LeadResponse(epoch=epoch, step=pb.StepOutput(step=index + 1, sequences=[output]))
 
 
+def submit(leader: Leader, message: pb.Submit) -> Inbox:
+    inbox = Inbox()
+    leader.submit(message, inbox, num_new_tokens=len(message.prompt_ids))
+    return inbox
+
+
+async def taken(inbox: Inbox) -> list[SequenceEvent]:
+    return await asyncio.wait_for(inbox.take(), 5.0)
+
+
 async def test_commands_carry_the_epoch_and_outputs_reach_their_inbox() -> None:
     async with connected() as (leader, script):
-        inbox = leader.submit(pb.Submit(sequence_id=1, prompt_ids=[1, 2, 3]))
+        inbox = submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1, 2, 3]))
         heard = await asyncio.wait_for(script.heard.get(), 5.0)
         assert (heard.epoch, heard.submit.sequence_id) == (EPOCH, 1)
         script.say.put_nowait(token(0))
-        output = await asyncio.wait_for(inbox.get(), 5.0)
+        (output,) = await taken(inbox)
         assert isinstance(output, pb.SequenceOutput) and output.index == 0
         leader.release(1, cancel=True)
         heard = await asyncio.wait_for(script.heard.get(), 5.0)
@@ -83,23 +94,23 @@ async def test_commands_carry_the_epoch_and_outputs_reach_their_inbox() -> None:
 
 async def test_a_late_message_of_an_old_epoch_is_refused_and_counted() -> None:
     async with connected() as (leader, script):
-        inbox = leader.submit(pb.Submit(sequence_id=1))
+        inbox = submit(leader, pb.Submit(sequence_id=1))
         script.say.put_nowait(token(0, epoch=EPOCH - 1))
         script.say.put_nowait(token(0))
-        assert (await asyncio.wait_for(inbox.get(), 5.0)) == token(0).step.sequences[0]
-        assert inbox.empty()
+        assert await taken(inbox) == list(token(0).step.sequences)
         assert leader.fenced_messages == 1
 
 
 async def test_silence_is_a_loss_that_every_sequence_hears_of() -> None:
     async with connected(heartbeat_timeout_s=0.3) as (leader, _):
-        inboxes = [leader.submit(pb.Submit(sequence_id=number)) for number in range(3)]
+        inboxes = [submit(leader, pb.Submit(sequence_id=number)) for number in range(3)]
         for inbox in inboxes:
-            event = await asyncio.wait_for(inbox.get(), 5.0)
+            (event,) = await taken(inbox)
             assert isinstance(event, Lost) and event.cause == "no heartbeat for 0.3 s"
         assert not leader.accepting
-        late = leader.submit(pb.Submit(sequence_id=9))
-        assert isinstance(late.get_nowait(), Lost)
+        late = submit(leader, pb.Submit(sequence_id=9))
+        (event,) = await taken(late)
+        assert isinstance(event, Lost)
 
 
 async def test_heartbeats_alone_keep_it() -> None:
@@ -120,7 +131,7 @@ async def test_a_stream_that_ends_is_a_loss() -> None:
 async def test_what_was_submitted_since_the_last_report_counts_as_pending() -> None:
     async with connected() as (leader, script):
         assert leader.replica_load().pending_tokens == 5
-        leader.submit(pb.Submit(sequence_id=1, prompt_ids=[1] * 40))
+        submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1] * 40))
         assert leader.replica_load().pending_tokens == 45
         script.say.put_nowait(LOAD)
         await asyncio.sleep(0.1)
@@ -148,4 +159,44 @@ async def test_a_pause_of_this_process_is_not_blamed_on_the_leader() -> None:
         time.sleep(1.5)  # holds the loop up, which is the point
         script.say.put_nowait(LOAD)
         await asyncio.sleep(0.3)
+        assert leader.accepting
+
+
+async def test_sequences_of_one_request_share_an_inbox_and_hear_of_a_loss_once() -> None:
+    async with connected() as (leader, script):
+        inbox = Inbox()
+        for sequence_id in (1, 2):
+            leader.submit(pb.Submit(sequence_id=sequence_id, prompt_ids=[1] * 40), inbox, num_new_tokens=20)
+        assert leader.replica_load().pending_tokens == 45, "a shared prompt is computed once"
+        script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, rejected=pb.Rejected(sequence_id=2, message="no")))
+        (refused,) = await taken(inbox)
+        assert isinstance(refused, pb.Rejected) and refused.sequence_id == 2
+        leader.release(2, cancel=False)
+        script.say.put_nowait(token(0, sequence_id=2))
+        script.say.put_nowait(token(0, sequence_id=1))
+        (output,) = await taken(inbox)
+        assert isinstance(output, pb.SequenceOutput) and output.sequence_id == 1, "what was released is not heard"
+        script.say.put_nowait(None)
+        assert [type(event) for event in await taken(inbox)] == [Lost]
+
+
+async def test_every_step_is_told_of_with_or_without_tokens_and_none_of_another_epoch() -> None:
+    steps: list[tuple[str, pb.StepOutput]] = []
+    async with connected(on_step=lambda name, step: steps.append((name, step))) as (_, script):
+        script.say.put_nowait(token(7, epoch=EPOCH - 1))
+        script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(step=5, duration_s=0.5, num_tokens=64)))
+        script.say.put_nowait(token(5))
+        await until(lambda: len(steps) == 2)
+        assert steps[0] == ("replica-0", pb.StepOutput(step=5, duration_s=0.5, num_tokens=64))
+        assert steps[1] == ("replica-0", token(5).step)
+
+
+async def test_a_prefill_of_many_steps_is_no_stall() -> None:
+    running = pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(steps=7, num_running=1))
+    prefill = pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(num_tokens=64))
+    async with connected(stall_timeout_s=0.5) as (leader, script):
+        for _ in range(10):
+            script.say.put_nowait(running)
+            script.say.put_nowait(prefill)
+            await asyncio.sleep(0.1)
         assert leader.accepting

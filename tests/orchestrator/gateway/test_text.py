@@ -79,6 +79,30 @@ def stream(
     return [*deltas, last.text], last.matched_stop
 
 
+def stream_runs(
+    runs: list[list[int]], stop: list[str], prompt_ids: list[int], tokenizer: Tokenizer = BPE
+) -> tuple[str, str | None, int]:
+    """As ``stream`` with tokens in runs: the whole text, the stop string, and how many tokens belong to the answer."""
+    text, joined, num_tokens = TextStream(tokenizer, stop, prompt_ids), "", 0
+    for run in runs:
+        delta = text.push(*run)
+        joined += delta.text
+        num_tokens += delta.num_tokens
+        if delta.matched_stop is not None:
+            return joined, delta.matched_stop, num_tokens
+        assert delta.num_tokens == len(run)
+    last = text.finish()
+    return joined + last.text, last.matched_stop, num_tokens
+
+
+def split(ids: list[int], lengths: list[int]) -> list[list[int]]:
+    runs, rest = [], list(ids)
+    for length in lengths:
+        runs.append(rest[:length])
+        rest = rest[length:]
+    return [run for run in [*runs, rest] if run]
+
+
 def cut(text: str, stop: list[str]) -> str:
     return text[: min((text.find(s) for s in stop if s in text), default=len(text))]
 
@@ -105,6 +129,55 @@ def test_text_ends_before_the_first_stop_string(data: st.DataObject, text: str) 
     assert "".join(deltas) == cut(text, stop)
     assert (matched is None) == (cut(text, stop) == text)
     assert matched is None or text.startswith(matched, len(cut(text, stop)))
+
+
+LENGTHS = st.lists(st.integers(1, 6), max_size=8)
+
+
+@settings(deadline=None)
+@given(ids=IDS, prompt_ids=IDS, lengths=LENGTHS)
+def test_tokens_may_come_in_runs(ids: list[int], prompt_ids: list[int], lengths: list[int]) -> None:
+    joined, matched, num_tokens = stream_runs(split(ids, lengths), [], prompt_ids)
+    assert joined == BPE.decode(ids, skip_special_tokens=True)
+    assert (matched, num_tokens) == (None, len(ids))
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data(), text=st.text(alphabet="ab😀\n", max_size=14), lengths=LENGTHS)
+def test_a_stop_string_ends_a_run_at_the_token_that_completes_it(
+    data: st.DataObject, text: str, lengths: list[int]
+) -> None:
+    stop = data.draw(st.lists(st.text(alphabet="ab😀\n", min_size=1, max_size=4), max_size=4))
+    ids = ids_of(text)
+    singly = stream_runs([[token_id] for token_id in ids], stop, [])
+    assert stream_runs(split(ids, lengths), stop, []) == singly
+    deltas, matched = stream(ids, stop, [])
+    assert singly[:2] == ("".join(deltas), matched)
+
+
+def test_a_run_that_ends_within_a_character_gives_out_what_comes_before_it() -> None:
+    ids = ids_of("ok😂")
+    text = TextStream(BPE, [], [])
+    assert text.push(*ids[:-1]).text == "ok"
+    assert text.push(ids[-1]).text == "😂"
+
+
+def test_a_run_of_any_length_and_any_garbage_is_taken() -> None:
+    garbage = ids_of("ÿ")[-1:] * 5000
+    text = TextStream(BPE, [], [])
+    assert text.push(*garbage).text + text.finish().text == BPE.decode(garbage)
+    joined, matched, num_tokens = stream_runs([[*garbage, *ids_of("abc"), *garbage]], ["b"], [])
+    assert (joined, matched, num_tokens) == (BPE.decode(garbage) + "a", "b", 5002)
+
+
+def test_a_long_answer_is_exact_whatever_its_context() -> None:
+    """The window of context is cut many times over."""
+    a, b, c = (id_of(FALLBACK, token) for token in ("▁a", "▁b", "c"))
+    ids = [a, *fallback_bytes("é你".encode()), b, c, *fallback_bytes(b"\n")] * 40
+    expected = FALLBACK.decode([a, *ids])[1:]
+    assert "".join(stream(ids, [], [a], FALLBACK)[0]) == expected
+    for length in (2, 3, 5, 64):
+        assert stream_runs(split(ids, [length] * (len(ids) // length)), [], [a], FALLBACK)[0] == expected
 
 
 def test_unfinished_character_waits_for_its_last_byte() -> None:

@@ -1,0 +1,54 @@
+"""The figures of the gateway and of the replicas' load reports, read whenever metrics are collected."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from orchestrator.gateway.admission import Admission
+from orchestrator.gateway.fleet import Fleet
+from orchestrator.telemetry import Telemetry
+from protos.heterodyne.worker.v1 import worker_pb2
+
+_Figures = Iterable[tuple[float, Mapping[str, str]]]
+
+
+def load_reports(fleet: Fleet) -> Iterator[tuple[str, worker_pb2.LoadReport]]:
+    """The last report of every replica that lives, by name. For any thread."""
+    # A deployment is replaced as a whole, so that a thread may go through the one that it found.
+    for replica in fleet.deployment.replicas:
+        leader = fleet.leader(replica.name, replica.epoch)
+        if leader is not None and leader.load is not None and leader.lost is None:
+            yield replica.name, leader.load
+
+
+def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None:
+    """Report them from now on."""
+
+    def requests() -> _Figures:
+        yield admission.in_flight, {"state": "in_flight"}
+        yield admission.queued, {"state": "queued"}
+
+    def sequences() -> _Figures:
+        for name, load in load_reports(fleet):
+            yield load.num_running, {"replica": name, "state": "running"}
+            yield load.num_waiting, {"replica": name, "state": "waiting"}
+
+    def kv_usage() -> _Figures:
+        for name, load in load_reports(fleet):
+            if load.total_blocks:
+                yield 1 - load.free_blocks / load.total_blocks, {"replica": name}
+
+    def counted(field: str) -> Callable[[], _Figures]:
+        return lambda: ((getattr(load, field), {"replica": name}) for name, load in load_reports(fleet))
+
+    gauge, counter = telemetry.gauge, telemetry.counter
+    gauge("heterodyne.gateway.requests", "{request}", "Requests that replicas work on, and that wait.", requests)
+    gauge("heterodyne.replica.sequences", "{sequence}", "Sequences of a replica, by state.", sequences)
+    gauge("heterodyne.replica.kv_cache.usage", "1", "Share of KV blocks in use, 0 to 1.", kv_usage)
+    for name, unit, description, field in (
+        ("steps", "{step}", "Steps run since the replica started.", "steps"),
+        ("preemptions", "{sequence}", "Sequences put back for lack of KV blocks.", "num_preemptions"),
+        ("prompt_tokens", "{token}", "Tokens of prompts that were prefilled.", "prompt_tokens"),
+        ("output_tokens", "{token}", "Tokens that were generated.", "output_tokens"),
+        ("prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
+        ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
+    ):
+        counter(f"heterodyne.replica.{name}", unit, description, counted(field))

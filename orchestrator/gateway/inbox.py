@@ -1,0 +1,98 @@
+"""What replicas say of a request waits here for its task; and when tasks are woken to pass it on.
+
+To send a message to a client costs more than everything else that is done for a token. Tasks are therefore woken in
+rounds, and the next round waits until as much time again has gone by as half of the last one took. At rest that is over
+long before the next step comes, and no token waits. Under load, steps are read in the meantime, and each message to a
+client carries the tokens of several.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from placement.errors import HeterodyneError
+from protos.heterodyne.worker.v1 import worker_pb2
+
+# The share of time that is left to reading, as a multiple of a round; and what is too short to be worth a timer.
+_PAUSE = 0.5
+_LEAST_PAUSE_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """The replica is gone; its sequences end here."""
+
+    cause: str
+
+
+# Of a sequence; or what ends all sequences of a request: the replica is lost, or the gateway gives the request up.
+SequenceEvent = worker_pb2.SequenceOutput | worker_pb2.Rejected | Lost | HeterodyneError
+
+
+class Inbox:
+    """The events of one request, in order. For one event loop and one reader."""
+
+    def __init__(self) -> None:
+        self._events: list[SequenceEvent] = []
+        self._woken = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, event: SequenceEvent) -> None:
+        """Keeps an event, for when the reader is woken."""
+        self._events.append(event)
+
+    def wake(self) -> None:
+        """Has the reader take what is there: now if it waits, or as soon as it comes back."""
+        self._woken = True
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def put_now(self, event: SequenceEvent) -> None:
+        """Keeps an event and wakes the reader."""
+        self.put(event)
+        self.wake()
+
+    async def take(self) -> list[SequenceEvent]:
+        """All events there are, once it is woken."""
+        if not self._woken:
+            self._waiting = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiting
+            finally:
+                self._waiting = None
+        self._woken = False
+        events, self._events = self._events, []
+        return events
+
+
+class Rounds:
+    """Wakes the readers of inboxes that got something, together. For one event loop, that of its maker."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._inboxes: set[Inbox] = set()
+        self._open_s = 0.0  # loop time from which a round may begin
+        self._timer: asyncio.TimerHandle | None = None
+
+    def wake(self, inboxes: Iterable[Inbox]) -> None:
+        """Wake their readers, now or when the pause is over."""
+        self._inboxes.update(inboxes)
+        pause_s = self._open_s - self._loop.time()
+        if pause_s < _LEAST_PAUSE_S:
+            self._begin()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(pause_s, self._begin)
+
+    def _begin(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for inbox in self._inboxes:
+            inbox.wake()
+        self._inboxes.clear()
+        # The loop runs callbacks in order: this one after every reader just woken has passed on what it had.
+        self._loop.call_soon(self._end, self._loop.time())
+
+    def _end(self, begun_s: float) -> None:
+        now_s = self._loop.time()
+        self._open_s = now_s + _PAUSE * (now_s - begun_s)

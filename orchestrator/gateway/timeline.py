@@ -1,0 +1,88 @@
+"""What the gateway remembers for a timeline: the latest requests and steps, in bounded room. Never text."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from orchestrator.telemetry import RequestRecord
+from placement.errors import InvalidRequest
+from protos.heterodyne.v1 import admin_pb2
+from protos.heterodyne.worker.v1 import worker_pb2
+
+# Together below the 4 MB that a gRPC client takes in one message: a request is some 0.1 to 0.6 KB, a step 50 bytes.
+MAX_REQUESTS = 4096
+MAX_STEPS = 16384
+_MAX_LAST_S = 1e9
+
+
+class Timeline:
+    """The latest requests that ended and steps that were run. Lives on one event loop.
+
+    Args:
+        now_ns: nanoseconds since 1970, on the clock of ``RequestRecord.arrived_ns``.
+    """
+
+    def __init__(self, *, model: str, now_ns: Callable[[], int] = time.time_ns) -> None:
+        self._model = model
+        self._now_ns = now_ns
+        self._requests: deque[admin_pb2.RequestTiming] = deque(maxlen=MAX_REQUESTS)
+        self._steps: deque[admin_pb2.StepTiming] = deque(maxlen=MAX_STEPS)
+        self._num_requests = 0
+        self._num_steps = 0
+
+    def finished(self, record: RequestRecord) -> None:
+        """An accepted request ended."""
+        self._num_requests += 1
+        self._requests.append(
+            admin_pb2.RequestTiming(
+                request_id=record.request_id,
+                replica=record.replica,
+                arrived_ns=record.arrived_ns,
+                queue_s=record.queue_s,
+                first_token_s=record.first_token_s,
+                total_s=record.total_s,
+                prompt_tokens=record.prompt_tokens,
+                cached_prompt_tokens=record.cached_prompt_tokens,
+                completion_tokens=record.completion_tokens,
+                num_choices=record.num_choices,
+                outcome=record.outcome,
+                failed=record.failed,
+            )
+        )
+
+    def stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
+        """A replica finished a step."""
+        self._num_steps += 1
+        self._steps.append(
+            admin_pb2.StepTiming(
+                replica=replica,
+                step=step.step,
+                ended_ns=self._now_ns(),
+                duration_s=step.duration_s,
+                num_tokens=step.num_tokens,
+                num_decodes=step.num_decodes,
+            )
+        )
+
+    def message(self, last_s: float | None = None) -> admin_pb2.GetTimelineResponse:
+        """Everything that is remembered, or of that what ended within the last ``last_s`` seconds.
+
+        Raises:
+            InvalidRequest: ``last_s`` is no length of time.
+        """
+        since_ns = 0 if last_s is None else self._now_ns() - _nanoseconds(last_s)
+        return admin_pb2.GetTimelineResponse(
+            model=self._model,
+            requests=[item for item in self._requests if item.arrived_ns + round(item.total_s * 1e9) >= since_ns],
+            steps=[item for item in self._steps if item.ended_ns >= since_ns],
+            forgotten_requests=self._num_requests - len(self._requests),
+            forgotten_steps=self._num_steps - len(self._steps),
+        )
+
+
+def _nanoseconds(last_s: float) -> int:
+    if not 0.0 <= last_s <= _MAX_LAST_S:
+        raise InvalidRequest(
+            field="last_s", value=last_s, problem="is out of range", fix=f"Use 0 to {_MAX_LAST_S:g} seconds."
+        )
+    return round(last_s * 1e9)

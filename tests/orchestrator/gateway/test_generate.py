@@ -1,0 +1,336 @@
+"""Generate at the seam of the leader stream: what a replica is told, and what clients see of what it says."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import code_pb2
+
+from protos.heterodyne.v1 import inference_pb2 as pb
+from protos.heterodyne.v1 import inference_pb2_grpc
+from protos.heterodyne.worker.v1 import worker_pb2
+from tests.support.stub_gateway import BOS, EOS, StubGateway, StubWorker, served_model, stub_gateway, until
+
+CHATML = (
+    "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@asynccontextmanager
+async def serving(*, request_timeout_s: float = 30.0, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
+    async with (
+        stub_gateway(served_model(**model), request_timeout_s=request_timeout_s) as gateway,
+        grpc.aio.insecure_channel(gateway.address) as channel,
+    ):
+        yield gateway, inference_pb2_grpc.InferenceStub(channel)
+        await until(lambda: gateway.admission.in_flight == 0)
+        assert len(gateway.generator.journal) == 0
+
+
+async def collect(call: Any) -> tuple[list[pb.GenerateResponse], grpc.StatusCode]:
+    responses = []
+    try:
+        async for response in call:
+            responses.append(response)
+    except grpc.aio.AioRpcError:
+        pass
+    return responses, await call.code()
+
+
+def ask(stub: Any, **fields: Any) -> "asyncio.Task[tuple[list[pb.GenerateResponse], grpc.StatusCode]]":
+    return asyncio.create_task(collect(stub.Generate(pb.GenerateRequest(**({"prompt": "abc"} | fields)), timeout=20.0)))
+
+
+async def submitted(worker: StubWorker, count: int = 1) -> list[worker_pb2.Submit]:
+    return [await asyncio.wait_for(worker.submits.get(), 5.0) for _ in range(count)]
+
+
+def token(
+    submit: worker_pb2.Submit, index: int, token_id: int, *, end: Any = None, **fields: Any
+) -> worker_pb2.SequenceOutput:
+    output = worker_pb2.SequenceOutput(sequence_id=submit.sequence_id, index=index, token_id=token_id, **fields)
+    if end is not None:
+        output.end.reason = end
+    return output
+
+
+LENGTH, STOP = worker_pb2.END_REASON_LENGTH, worker_pb2.END_REASON_STOP
+
+
+def texts(responses: list[pb.GenerateResponse]) -> dict[int, str]:
+    result: dict[int, str] = {}
+    for response in responses:
+        if response.HasField("chunk"):
+            result[response.chunk.choice] = result.get(response.chunk.choice, "") + response.chunk.text
+    return result
+
+
+async def test_a_plain_request_is_submitted_with_every_field_that_changes_nothing() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, max_tokens=4)
+        (submit,) = await submitted(gateway.worker)
+        assert list(submit.prompt_ids) == [0, 1, 2]
+        sampling = submit.sampling
+        assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.0, 0, 1.0, 0.0)
+        assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
+        assert not sampling.bias_ids and not sampling.biases
+        assert (submit.max_tokens, submit.min_tokens, list(submit.stop_token_ids)) == (4, 0, [EOS])
+        assert not submit.HasField("logprobs") and not submit.HasField("prompt_logprobs")
+        assert submit.cache_salt == b"" and not submit.HasField("grammar")
+        gateway.worker.step(token(submit, 0, 3, end=LENGTH, cached_tokens=2))
+        responses, code = await answer
+        assert code is grpc.StatusCode.OK
+        assert [response.WhichOneof("event") for response in responses] == ["accepted", "chunk", "finished"]
+        assert responses[1].chunk.end.finish_reason == pb.FINISH_REASON_LENGTH
+        assert responses[-1].finished.usage.cached_prompt_tokens == 2
+
+
+async def test_everything_that_was_asked_reaches_the_replica() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(
+            stub,
+            sampling={
+                "temperature": 0.5,
+                "min_p": 0.25,
+                "repetition_penalty": 1.5,
+                "presence_penalty": -0.5,
+                "frequency_penalty": 0.5,
+                "logit_bias": [{"token_id": 4, "bias": -2.0}, {"token_id": 1, "bias": 3.0}],
+                "seed": 5,
+            },
+            max_tokens=9,
+            min_tokens=3,
+            logprobs=2,
+            priority=7,
+            cache_salt="tenant",
+        )
+        (submit,) = await submitted(gateway.worker)
+        assert submit.sampling == worker_pb2.Sampling(
+            temperature=0.5,
+            top_p=1.0,
+            seed=5,
+            min_p=0.25,
+            repetition_penalty=1.5,
+            presence_penalty=-0.5,
+            frequency_penalty=0.5,
+            bias_ids=[4, 1],
+            biases=[-2.0, 3.0],
+        )
+        assert (submit.max_tokens, submit.min_tokens, submit.logprobs, submit.priority) == (9, 3, 2, 7)
+        assert len(submit.cache_salt) == 32
+        assert not submit.HasField("prompt_logprobs"), "without echo nobody sees them"
+        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        await answer
+
+
+async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_together() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, num_choices=3, sampling={"temperature": 1.0, "seed": 2**64 - 1}, cache_salt="t", stop=["xy"])
+        submits = await submitted(gateway.worker, 3)
+        assert [submit.sampling.seed for submit in submits] == [2**64 - 1, 0, 1]
+        assert len({submit.sequence_id for submit in submits}) == 3
+        assert len({(tuple(submit.prompt_ids), submit.cache_salt) for submit in submits}) == 1
+        assert gateway.admission.in_flight == 1, "one slot, whatever the number of choices"
+        assert len(gateway.generator.journal) == 3
+        one, two, three = submits
+        gateway.worker.step(token(one, 0, 3), token(two, 0, 23), token(three, 0, 5, end=STOP))
+        gateway.worker.step(token(one, 1, 4), token(two, 1, 24))
+        assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == two.sequence_id, "at once"
+        assert not answer.done()
+        gateway.worker.step(token(one, 2, 5, end=LENGTH))
+        responses, code = await answer
+        assert code is grpc.StatusCode.OK
+        assert responses[0].accepted.seed == 2**64 - 1
+        assert texts(responses) == {0: "def", 1: "", 2: "f"}
+        ends = {response.chunk.choice: response.chunk.end for response in responses if response.chunk.HasField("end")}
+        assert {choice: end.completion_tokens for choice, end in ends.items()} == {0: 3, 1: 2, 2: 1}
+        finished = responses[-1].finished
+        assert finished.finish_reason == pb.FINISH_REASON_LENGTH
+        assert finished.usage.completion_tokens == 6
+        assert gateway.worker.cancels.empty()
+
+
+async def test_one_choice_refused_fails_the_request_once_and_cancels_the_others() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, num_choices=3)
+        one, two, three = await submitted(gateway.worker, 3)
+        gateway.worker.step(token(one, 0, 3), token(three, 0, 3, end=STOP))
+        gateway.worker.reject(two.sequence_id, code_pb2.RESOURCE_EXHAUSTED, "no blocks")
+        responses, code = await answer
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert [response.WhichOneof("event") for response in responses].count("finished") == 1
+        assert responses[-1].finished.error.code == code_pb2.UNAVAILABLE
+        assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == one.sequence_id
+        assert gateway.worker.cancels.empty(), "what has ended or was not taken is not cancelled"
+
+
+async def test_a_client_that_goes_cancels_every_choice() -> None:
+    async with serving() as (gateway, stub):
+        call = stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=4))
+        submits = await submitted(gateway.worker, 4)
+        await call.read()
+        call.cancel()
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) for _ in submits]
+        assert sorted(cancelled) == [submit.sequence_id for submit in submits]
+
+
+async def test_an_echo_without_logprobs_waits_for_nobody() -> None:
+    async with serving() as (gateway, stub):
+        responses = aiter(stub.Generate(pb.GenerateRequest(prompt="abc", echo=True)))
+        assert (await anext(responses)).HasField("accepted")
+        echo = (await asyncio.wait_for(anext(responses), 5.0)).echo
+        assert ([item.id for item in echo.tokens], echo.text) == ([0, 1, 2], "abc")
+        (submit,) = await submitted(gateway.worker)
+        assert not submit.HasField("prompt_logprobs")
+        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        assert texts([response async for response in responses]) == {0: "d"}
+
+
+async def test_a_judged_echo_precedes_every_chunk_and_only_the_first_choice_is_asked_for_it() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, num_choices=2, echo=True, logprobs=1)
+        one, two = await submitted(gateway.worker, 2)
+        assert one.prompt_logprobs == 1 and not two.HasField("prompt_logprobs")
+        gateway.worker.step(token(two, 0, 7, logprob=-1.0, end=STOP))
+        for first in (1, 2):
+            run = worker_pb2.PromptLogprobs(first_index=first, logprobs=[-first], top_ids=[9], top_logprobs=[-0.5])
+            gateway.worker.step(worker_pb2.SequenceOutput(sequence_id=one.sequence_id, prompt=run))
+        gateway.worker.step(token(one, 0, 8, logprob=-2.0, end=STOP))
+        responses, code = await answer
+        assert code is grpc.StatusCode.OK
+        kinds = [response.WhichOneof("event") for response in responses]
+        assert kinds.index("chunk") > max(index for index, kind in enumerate(kinds) if kind == "echo")
+        shown = [item for response in responses for item in response.echo.tokens]
+        assert [item.id for item in shown] == [0, 1, 2]
+        assert not shown[0].HasField("logprob") and [item.logprob for item in shown[1:]] == [-1.0, -2.0]
+        assert texts(responses) == {0: "i", 1: "h"}
+
+
+async def test_nothing_but_the_prompt_may_be_asked_for() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, echo=True, max_tokens=0)
+        (submit,) = await submitted(gateway.worker)
+        assert submit.max_tokens == 1
+        gateway.worker.step(token(submit, 0, 8, end=LENGTH))
+        responses, code = await answer
+        assert code is grpc.StatusCode.OK
+        assert not any(response.chunk.tokens for response in responses)
+        finished = responses[-1].finished
+        assert (finished.finish_reason, finished.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 0)
+
+
+async def test_a_step_without_tokens_says_nothing_to_anybody() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub)
+        (submit,) = await submitted(gateway.worker)
+        gateway.worker.step()
+        gateway.worker.step(worker_pb2.SequenceOutput(sequence_id=submit.sequence_id))
+        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        responses, _ = await answer
+        assert [response.WhichOneof("event") for response in responses] == ["accepted", "chunk", "finished"]
+
+
+async def test_a_conversation_is_written_by_the_template_and_tokenized_as_it_is() -> None:
+    async with serving(chat_template=CHATML) as (gateway, stub):
+        messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+        for skip, expected in ((False, "system be kind\nuser hi\nassistant "), (True, "system be kind\nuser hi\n")):
+            chat = {"messages": messages, "skip_generation_prompt": skip}
+            message = pb.GenerateRequest(chat=chat, echo=True)
+            answer = asyncio.create_task(collect(stub.Generate(message)))
+            (submit,) = await submitted(gateway.worker)
+            assert BOS not in submit.prompt_ids
+            gateway.worker.step(token(submit, 0, 3, end=STOP))
+            responses, _ = await answer
+            assert responses[1].echo.text == expected
+
+
+async def test_what_an_answer_must_match_reaches_the_replica_of_every_choice() -> None:
+    async with serving() as (gateway, stub):
+        answer = ask(stub, structured_output={"regex": "a|b"}, num_choices=2)
+        submits = await submitted(gateway.worker, 2)
+        assert [submit.grammar.regex for submit in submits] == ["a|b"] * 2
+        gateway.worker.reject(submits[0].sequence_id, code_pb2.INVALID_ARGUMENT, "grammar: is too much for it")
+        responses, code = await answer
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert responses[-1].finished.error.message.startswith("structured_output: ")
+
+
+@pytest.mark.parametrize("output", [{"regex": "(a"}, {"json_schema": "{"}, {"grammar": ""}])
+async def test_what_no_answer_can_match_is_refused_before_a_replica_hears_of_it(output: dict[str, str]) -> None:
+    async with serving() as (gateway, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(pb.GenerateRequest(prompt="abc", structured_output=output)).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (caught.value.details() or "").startswith("structured_output")
+        assert gateway.worker.submits.empty()
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "field", "fix"),
+    [
+        (None, {"messages": [{"role": "user", "content": "hi"}]}, "chat:", "chat_template.jinja"),
+        (CHATML, {}, "chat.messages:", "at least one"),
+        (CHATML, {"messages": [{"role": "user", "content": "hi " * 5000}]}, "chat:", "shorter"),
+        (
+            "{{ raise_exception('who is ' + messages[0].role) }}",
+            {"messages": [{"role": "elf", "content": "hi"}]},
+            "chat:",
+            "who is elf",
+        ),
+    ],
+)
+async def test_a_conversation_that_cannot_be_is_refused_with_a_fix(
+    template: str | None, chat: dict[str, Any], field: str, fix: str
+) -> None:
+    async with serving(chat_template=template) as (_, stub):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(pb.GenerateRequest(chat=chat)).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        details = caught.value.details() or ""
+        assert details.startswith(field) and fix in details
+
+
+async def test_a_request_out_of_time_ends_with_its_last_message_and_is_cancelled() -> None:
+    async with serving(request_timeout_s=0.2) as (gateway, stub):
+        answer = ask(stub, num_choices=2)
+        submits = await submitted(gateway.worker, 2)
+        responses, code = await answer
+        assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert responses[-1].finished.error.code == code_pb2.DEADLINE_EXCEEDED
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) for _ in submits]
+        assert sorted(cancelled) == [submit.sequence_id for submit in submits]
+
+
+async def test_a_client_that_never_reads_loses_its_slot_soon_after_its_time() -> None:
+    async with serving(request_timeout_s=0.5, context=2**20) as (gateway, _):
+        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
+            # Far more than the windows of the connection hold.
+            ids = {"ids": [1] * 500_000}
+            request = pb.GenerateRequest(prompt_ids=ids, echo=True)
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+            (submit,) = await submitted(gateway.worker)
+            assert await asyncio.wait_for(gateway.worker.cancels.get(), 6.0) == submit.sequence_id
+            await until(lambda: gateway.admission.in_flight == 0)
+            call.cancel()
+
+
+async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost() -> None:
+    async with serving(context=2**16) as (gateway, stub):
+        num_streams, num_steps = 16, 400
+        answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
+        submits = await submitted(gateway.worker, num_streams)
+        for index in range(num_steps):
+            end = LENGTH if index == num_steps - 1 else None
+            gateway.worker.step(*(token(submit, index, index % 26, end=end) for submit in submits))
+        for answer in answers:
+            responses, code = await answer
+            assert code is grpc.StatusCode.OK
+            ids = [item.id for response in responses for item in response.chunk.tokens]
+            assert ids == [index % 26 for index in range(num_steps)]
+            # The client shares the loop here, which slows the stream down; without rounds nothing is sent together.
+            assert len(responses) < 0.9 * num_steps

@@ -1,0 +1,77 @@
+"""Events reach their reader all and in order, and a busy gateway wakes readers less often, not later than it must."""
+
+import asyncio
+import time
+
+from orchestrator.gateway.inbox import Inbox, Lost, Rounds
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+
+
+def output(index: int) -> pb.SequenceOutput:
+    return pb.SequenceOutput(sequence_id=1, index=index)
+
+
+async def test_a_reader_takes_all_there_is_and_waits_for_more() -> None:
+    inbox = Inbox()
+    inbox.put(output(0))
+    inbox.put_now(output(1))
+    assert await inbox.take() == [output(0), output(1)]
+    waiting = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+    inbox.put(output(2))
+    await asyncio.sleep(0.01)
+    assert not waiting.done(), "put alone wakes nobody"
+    inbox.wake()
+    assert await waiting == [output(2)]
+    inbox.put_now(Lost(cause="gone"))
+    assert await inbox.take() == [Lost(cause="gone")]
+
+
+async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
+    inbox = Inbox()
+    waiting = asyncio.create_task(inbox.take())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    inbox.put_now(output(0))
+    assert await inbox.take() == [output(0)]
+
+
+async def read(inbox: Inbox, taken: list[int], work_s: float) -> None:
+    while True:
+        taken.append(len(await inbox.take()))
+        time.sleep(work_s)  # holds the loop as a write does, which is the point
+
+
+async def test_at_rest_every_step_wakes_its_readers_at_once() -> None:
+    inbox, rounds, taken = Inbox(), Rounds(), list[int]()
+    reader = asyncio.create_task(read(inbox, taken, 0.0))
+    await asyncio.sleep(0)
+    for number in range(5):
+        inbox.put(output(number))
+        rounds.wake([inbox])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert sum(taken) == number + 1
+        await asyncio.sleep(0.005)
+    assert taken == [1] * 5
+    reader.cancel()
+
+
+async def test_under_load_steps_are_gathered_and_none_is_left_behind() -> None:
+    inboxes, rounds = [Inbox() for _ in range(4)], Rounds()
+    taken: list[list[int]] = [[] for _ in inboxes]
+    readers = [asyncio.create_task(read(inbox, mine, 0.005)) for inbox, mine in zip(inboxes, taken, strict=True)]
+    await asyncio.sleep(0)
+    for number in range(100):
+        for inbox in inboxes:
+            inbox.put(output(number))
+        rounds.wake(inboxes)
+        await asyncio.sleep(0.001)
+    async with asyncio.timeout(5.0):
+        while any(sum(mine) < 100 for mine in taken):
+            await asyncio.sleep(0.005)
+    # A round takes 20 ms of work and is followed by a pause of 10 ms, in which steps go on coming.
+    assert all(max(mine) > 2 and len(mine) < 50 for mine in taken)
+    for reader in readers:
+        reader.cancel()
