@@ -106,6 +106,7 @@ class Telemetry:
             exporters.append(OTLPSpanExporter(endpoint=config.otlp_endpoint, insecure=insecure))
         self._meters = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
         self._traces = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._traced = bool(exporters)  # spans that nobody takes would cost more than the rest of a request's end
         for exporter in exporters:
             self._traces.add_span_processor(BatchSpanProcessor(exporter))
         self._closing += [self._traces.shutdown, self._meters.shutdown]
@@ -182,7 +183,8 @@ class Telemetry:
             self._first_token.record(record.first_token_s, attributes)
         if record.per_token_s is not None:
             self._per_token.record(record.per_token_s, attributes)
-        self._trace(record, ended)
+        if self._traced:
+            self._trace(record, ended)
         for observer in self._observers:
             observer(record)
 

@@ -25,6 +25,7 @@ logger = logging.getLogger("workers")
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.25
 _STOP_GRACE_S = 1.0
+_SWITCH_S = 0.0005
 # Streams of a failed engine end by themselves; their last messages get this long to leave.
 _FLUSH_S = 0.25
 _SERVER_OPTIONS = [
@@ -100,6 +101,8 @@ async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | 
 def main() -> int:
     """Run the worker."""
     args = parse()
+    # The loop that streams tokens waits for the interpreter this long at most, where a busy engine holds it.
+    sys.setswitchinterval(_SWITCH_S)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if args.parent_pid is not None:
         die_with_parent(args.parent_pid)

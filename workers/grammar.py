@@ -20,9 +20,17 @@ from pathlib import Path
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from placement.errors import InvalidRequest, cause_of
-from workers.grammar_state import Grammar, GrammarFailed, GrammarSpec, GrammarState, fill_all, problem_of
+from workers.grammar_state import (
+    Grammar,
+    GrammarFailed,
+    GrammarSpec,
+    GrammarState,
+    fill_all,
+    prefetch,
+    problem_of,
+)
 
-__all__ = ["Grammar", "GrammarFactory", "GrammarFailed", "GrammarSpec", "GrammarState", "fill_all"]
+__all__ = ["Grammar", "GrammarFactory", "GrammarFailed", "GrammarSpec", "GrammarState", "fill_all", "prefetch"]
 
 logger = logging.getLogger(__name__)
 

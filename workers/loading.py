@@ -21,7 +21,7 @@ from workers import wire
 from workers.cores import claim_cores
 from workers.device import TORCH_DTYPES, Device, is_out_of_memory
 from workers.engine import Engine
-from workers.engine_types import Limits
+from workers.engine_types import Limits, Runner
 from workers.grammar import GrammarFactory
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
 from workers.runner import Batch, ModelRunner, SequenceInput
@@ -89,11 +89,13 @@ class LoadJob:
         self.phase = pb.LOAD_PHASE_WARM_UP
         executor = executing_thread(self._device)
         executor.submit(warm_up, runner, model=model, token_budget=request.token_budget, num_slots=num_slots).result()
+        grammars = GrammarFactory(
+            Path(request.model_path), vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
+        )
+        grammars.prepare()  # reading a large tokenizer would hold up all that is served
         return Loaded(
             engine=build_engine(runner, executor, request=request, model=model),
-            grammars=GrammarFactory(
-                Path(request.model_path), vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
-            ),
+            grammars=grammars,
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_cache_bytes(cache),
         )
@@ -238,7 +240,7 @@ def executing_thread(device: Device) -> ThreadPoolExecutor:
 
 
 def build_engine(
-    runner: ModelRunner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec
+    runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec
 ) -> Engine:
     """The engine of a leader, not yet started."""
     pool = BlockPool(request.num_blocks, request.block_size)

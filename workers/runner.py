@@ -6,6 +6,7 @@ is not known yet when it is prepared; it is put in its place when the step begin
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +17,7 @@ from kernels.attention import Run, SequenceSpan, SharedSpan
 from kernels.select import Kernels
 from placement.specs import ModelSpec
 from workers import decoder
+from workers.grammar import GrammarState, prefetch
 from workers.kv_cache import KVCache
 from workers.sampling import SampledToken, SamplerState, SamplingFailed, sample
 from workers.scoring import PromptScores, ScoredPrompt, score
@@ -119,6 +121,7 @@ class ModelRunner:
         self._cache = cache
         self._device = device
         self._kernels = kernels
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     @torch.inference_mode()
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
@@ -153,7 +156,12 @@ class ModelRunner:
         tokens, samplers = prepared.tokens, prepared.samplers
         if prepared.awaiting:
             tokens.token_ids[prepared.awaiting_rows] = self._indices(_newest(prepared.awaiting))
+        # Which tokens the grammars allow is found out beside the forward pass.
+        grammars = [s.grammar for s in samplers if isinstance(s.grammar, GrammarState)]
+        masks = self._beside.submit(prefetch, grammars, self._model.vocab_size) if grammars else None
         hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
+        if masks is not None:
+            masks.result()
         scores = {
             index: score(hidden[row : row + len(prompt.token_ids)], self._project, prompt)
             for index, row, prompt in prepared.scored

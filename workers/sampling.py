@@ -102,7 +102,7 @@ def _choose(
         What masks raised, by place in ``rows``.
     """
     at = torch.tensor(rows, device=logits.device)
-    copy = copy_rows(logits, at)
+    copy = copy_rows(logits, rows)
     errors: dict[int, HeterodyneError] = {}
     best = tokens[at]
     if any(state.adjusts for state in states):

@@ -36,11 +36,9 @@ def token_logprobs(
 
 
 def _part(logits: Tensor, rows: list[int], token_ids: list[int], num_tops: list[int]) -> list[SampledToken]:
-    both = torch.tensor([rows, token_ids]).to(logits.device)
-    values = copy_rows(logits, both[0])
-    chosen = values.gather(-1, both[1][:, None])
-    num_top = min(max(num_tops), logits.shape[1])
-    top_values, top_ids = first(values, num_top) if num_top else (values[:, :0], both[:0].T)
+    values = copy_rows(logits, rows)
+    chosen = values.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])
+    top_values, top_ids = first(values, min(max(num_tops), logits.shape[1]))
     normalizers = _log_sum_exp(values)
     tops = zip(top_ids.tolist(), top_values.tolist(), strict=True)
     return [

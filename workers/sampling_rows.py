@@ -26,8 +26,9 @@ def copy_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
     """``rows`` [R] of ``logits`` [B, V] in float32, padded with -inf to a multiple of CHUNK."""
     vocab_size = logits.shape[1]
     copy = torch.empty(len(rows), -(-vocab_size // CHUNK) * CHUNK, dtype=torch.float32, device=logits.device)
-    if len(rows) == rows[-1] - rows[0] + 1:  # rows are in order, so these lie side by side
-        copy[:, :vocab_size] = logits[rows[0] : rows[-1] + 1]
+    stop = rows[0] + len(rows)
+    if list(rows) == list(range(rows[0], stop)):
+        copy[:, :vocab_size] = logits[rows[0] : stop]
     else:
         copy[:, :vocab_size] = logits.index_select(0, torch.tensor(rows, device=logits.device))
     copy[:, vocab_size:] = -torch.inf

@@ -6,6 +6,7 @@ A checkpoint is ``model.safetensors``, or shards named by ``model.safetensors.in
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels import gptq
+from kernels.quantized import RoundedWeight, round_weight
 from placement.errors import InvalidModel
-from placement.weights import TensorSlice
+from placement.quantization import (
+    LinearFormat,
+    checkpoint_tensors,
+    gptq_tensors,
+    head_weight,
+    is_layer_weight,
+    loaded_bytes,
+)
+from placement.specs import DType
+from placement.weights import HEAD, TensorSlice
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 64 << 20
-_ACCEPTED_DTYPES = ("F32", "BF16", "F16")
+_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16}
 _FIX_COPY = "Copy the model's files again."
+_FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
 
 
 def load_weights(
@@ -30,35 +43,127 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None],
+    linear: LinearFormat | None = None,
 ) -> dict[str, Tensor]:
     """The slices, by tensor name, converted to ``dtype`` on ``device``; no other bytes are read.
+
+    In place of ``NAME.weight``, a linear layer that ``linear`` holds in fewer bits has what :func:`take_rounded` takes
+    for NAME; a tied head that it rounds is there beside the embedding. Tensors are rounded one by one, so that no
+    more than one of them is there in full.
 
     Args:
         path: the model's directory.
         slices: what to read.
         dtype: number type of the result; float32, bfloat16 and float16 files are converted.
         device: where the result goes.
-        progress: called after every tensor with the bytes loaded so far and in all, counted in ``dtype``.
+        progress: called after every tensor with the bytes loaded so far and in all, counted as they are held.
+        linear: how the weights of linear layers are held; None: in ``dtype``.
 
     Raises:
         InvalidModel: a file or tensor is missing, damaged, not safetensors, or of the wrong shape or type.
     """
-    total_bytes = sum(slice_.num_elements for slice_ in slices) * dtype.itemsize
-    loaded_bytes = 0
+    total_bytes = loaded_bytes(slices, _DTYPES[dtype], linear)
+    done_bytes = 0
     weights: dict[str, Tensor] = {}
-    for file, wanted in _locate(path, slices).items():
+    stored = {slice_.name: dict(checkpoint_tensors([slice_], linear)) for slice_ in slices}
+    wholes = {part.name: slice_ for slice_ in slices for part in stored[slice_.name]}
+    read: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # of layers whose tensors are not all read yet
+    for file, wanted in _locate(path, [part for parts in stored.values() for part in parts]).items():
         try:
             # Context left before the next shard opens: one file is mapped at a time.
             with safe_open(file, framework="pt") as reader:
                 names = frozenset(reader.keys())
-                for slice_ in wanted:
-                    weights[slice_.name] = _read(reader, names, file, slice_, dtype, device)
-                    loaded_bytes += weights[slice_.name].nbytes
-                    progress(loaded_bytes, total_bytes)
+                for part in wanted:
+                    slice_ = wholes[part.name]
+                    accepted = stored[slice_.name]
+                    read[slice_.name][part.name] = _read(reader, names, file, part, accepted[part]).to(device)
+                    if len(read[slice_.name]) < len(accepted):
+                        continue
+                    held = _held(slice_, read.pop(slice_.name), dtype, linear, head=head_weight(slices))
+                    weights.update(held)
+                    done_bytes += sum(tensor.nbytes for tensor in held.values())
+                    progress(done_bytes, total_bytes)
         except (SafetensorError, OSError) as error:
             problem = f"cannot be read as safetensors ({error})"
             raise _refusal(file.name, str(file), problem, _FIX_COPY) from error
     return weights
+
+
+def _held(
+    slice_: TensorSlice,
+    read: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    linear: LinearFormat | None,
+    *,
+    head: TensorSlice | None,
+) -> dict[str, Tensor]:
+    """What is kept of a slice, given the checkpoint's tensors for it."""
+    if linear is not None and is_layer_weight(slice_):
+        unpack = _round if linear.gptq is None else _unpack
+        return _parts(slice_.name, unpack(slice_, read, linear))
+    held: dict[str, Tensor] = {}
+    if linear is not None and linear.head_bits is not None and slice_ == head:
+        held = _parts(HEAD, _round(slice_, read, replace(linear, bits=linear.head_bits)))
+    if slice_.name != HEAD or not held:
+        # A copy even where nothing changes: the file's mapping must not outlive this call.
+        held[slice_.name] = read[slice_.name].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return held
+
+
+def _round(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearFormat) -> RoundedWeight:
+    weight = read[slice_.name]
+    group_size = linear.group_size(weight.shape[1])
+    assert group_size is not None, slice_  # placement.quantization.check_linear_format refuses it
+    return round_weight(weight, bits=linear.bits, group_size=group_size)
+
+
+def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearFormat) -> RoundedWeight:
+    assert linear.gptq is not None, linear
+    tensors = gptq_tensors(slice_, linear)
+    codes, zeros, scales, groups = (read[part.name] for part in tensors.all)
+    try:
+        return gptq.unpack(
+            codes,
+            zeros,
+            scales,
+            groups - groups.min(),
+            bits=linear.bits,
+            zero_shift=linear.gptq.zero_shift,
+            offsets=linear.offsets,
+        )
+    except ValueError as error:
+        raise _refusal(slice_.name, None, f"is no such GPTQ weight: {error}", _FIX_GPTQ) from error
+
+
+def _parts(name: str, weight: RoundedWeight) -> dict[str, Tensor]:
+    """A rounded weight by the names that :func:`take_rounded` looks for."""
+    prefix = name.removesuffix("weight")
+    parts = {"codes": weight.codes, "scales": weight.scales, "offsets": weight.offsets, "order": weight.order}
+    return {f"{prefix}{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def take_rounded(weights: dict[str, Tensor], names: Sequence[str]) -> RoundedWeight | None:
+    """The rounded weights of some linear layers with the same input, one below the other; None: they are not rounded.
+
+    Takes them out of ``weights``.
+
+    Raises:
+        InvalidModel: their columns are in different orders.
+    """
+    if f"{names[0]}.codes" not in weights:
+        return None
+    codes, scales = (torch.cat([weights.pop(f"{name}.{part}") for name in names]) for part in ("codes", "scales"))
+    offsets, orders = ([weights.pop(f"{name}.{part}", None) for name in names] for part in ("offsets", "order"))
+    first = orders[0]
+    if not all(order is first or (order is not None and first is not None and order.equal(first)) for order in orders):
+        problem = "have their columns in different orders (desc_act), and share their input"
+        raise _refusal(", ".join(names), None, problem, _FIX_GPTQ)
+    return RoundedWeight(
+        codes=codes,
+        scales=scales,
+        offsets=None if offsets[0] is None else torch.cat([x for x in offsets if x is not None]),
+        order=first,
+    )
 
 
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
@@ -125,10 +230,9 @@ def _read(
     names: frozenset[str],
     file: Path,
     slice_: TensorSlice,
-    dtype: torch.dtype,
-    device: torch.device,
+    accepted: Sequence[str],
 ) -> Tensor:
-    """One slice out of an open file, checked against the shape that config.json promises."""
+    """One slice out of an open file, as it is stored, checked against the shape that config.json promises."""
     field = f"{file.name}: {slice_.name}"
     if slice_.name not in names:
         raise _refusal(field, slice_.name, "is missing from the file", "Use the config.json of this checkpoint.")
@@ -137,12 +241,11 @@ def _read(
     if shape != slice_.shape:
         problem = f"does not have the shape {slice_.shape} that config.json promises"
         raise _refusal(field, shape, problem, "Use the config.json that was saved with these weights.")
-    if stored.get_dtype() not in _ACCEPTED_DTYPES:
-        fix = "Use the model's float32, bfloat16 or float16 weights."
+    if stored.get_dtype() not in accepted:
+        fix = f"Use a checkpoint that has it as one of {', '.join(accepted)}."
         raise _refusal(field, stored.get_dtype(), "is not a number type that is served", fix)
     tensor: Tensor = stored[tuple(slice(span.start, span.stop) for span in slice_.spans)]
-    # A copy even where nothing changes: the file's mapping must not outlive this call.
-    return tensor.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _refusal(field: str, value: object, problem: str, fix: str) -> InvalidModel:

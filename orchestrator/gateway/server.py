@@ -189,6 +189,7 @@ class Gateway:
             await self.admission.wait_idle(_LAST_WORDS_S)
         self.fleet.drain()
         await self._server.stop(_LAST_WORDS_S)
+        await self.generator.close()
         await self._background.close()
         await self.fleet.close()
         await asyncio.to_thread(self._telemetry.close)

@@ -2,6 +2,7 @@
 attention, choices, prompt scores, preemption. Tokens and log-probabilities are those of one prompt computed alone.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.support.engine import BLOCK_SIZE, Listener, Parts, engines, submission
 from workers.engine_types import EndReason
+from workers.grammar import GrammarFactory, GrammarSpec
 from workers.runner import ModelRunner
 from workers.sampling import SamplingParams
 
@@ -175,3 +178,36 @@ def test_a_sampled_answer_is_the_same_alone_and_among_others(case: Case, make_en
         assert alone.tokens[0] == listener.tokens[i]
         parts.idle()
     together.idle()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_that_must_match_ends_with_its_grammar_beside_free_ones(
+    served_checkpoint: Path, make_runner: Any, make_engine: Any, temperature: float
+) -> None:
+    """Random weights: nothing but the grammar makes it JSON. Its batch-mates get what they get alone."""
+    tokenizer = Tokenizer.from_file(str(served_checkpoint / "tokenizer.json"))
+    factory = GrammarFactory(served_checkpoint, vocab_size=509, eos_token_ids=[2])
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}}
+    schema |= {"required": ["a", "b"], "additionalProperties": False}
+    grammar = factory.compile(GrammarSpec(kind="json_schema", source=json.dumps(schema)))
+    parts = make_engine(make_runner(served_checkpoint))
+    free, listener = Listener(), Listener()
+    parts.engine.submit(free, 0, submission(SHARED, max_tokens=40))
+    free.wait_ends(1)
+    for i in range(12):
+        sampling = SamplingParams(temperature=temperature, seed=i)
+        wanted = {"grammar": grammar, "sampling": sampling} if i % 2 else {}
+        parts.engine.submit(listener, i, submission(SHARED, max_tokens=40 if not i % 2 else 200, **wanted))
+    listener.wait_ends(12)
+    for i in range(12):
+        if i % 2 == 0:
+            assert listener.tokens[i] == free.tokens[0]
+            continue
+        text = tokenizer.decode(listener.tokens[i])
+        if listener.ends[i].end is EndReason.STOP:
+            value = json.loads(text)
+            assert value.keys() == {"a", "b"} and isinstance(value["a"], int) and value["b"] in ("x", "yy")
+        else:  # an integer may go on for ever
+            assert len(listener.tokens[i]) == 200 and text.lstrip().startswith("{")
+    assert any(listener.ends[i].end is EndReason.STOP for i in range(1, 12, 2)) or temperature == 0.0
+    parts.idle()

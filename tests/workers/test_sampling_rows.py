@@ -192,9 +192,10 @@ def test_parts_cover_all_rows_and_stay_small() -> None:
     assert 1 < len(parts) < 10
 
 
-def test_copied_rows_are_padded_with_what_cannot_be_drawn() -> None:
+@pytest.mark.parametrize("rows", [[4, 1], [0, 1, 2], [0, 4, 2], [3], [2, 2]])
+def test_copied_rows_are_padded_with_what_cannot_be_drawn(rows: list[int]) -> None:
     logits = torch.randn(5, 300).bfloat16()
-    copy = copy_rows(logits, torch.tensor([4, 1]))
-    assert copy.shape == (2, 512) and copy.dtype == torch.float32
-    assert torch.equal(copy[:, :300], logits[[4, 1]].float())
+    copy = copy_rows(logits, rows)
+    assert copy.shape == (len(rows), 512) and copy.dtype == torch.float32
+    assert torch.equal(copy[:, :300], logits[rows].float())
     assert bool((copy[:, 300:] == -torch.inf).all())
