@@ -4,7 +4,8 @@ Shapes: K KV heads, S slots, D head dimension. A slot holds one token's key and 
 block lies in slot ``block * block_size + i``. A run is a half-open range of slots ``(start, stop)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,25 +30,27 @@ class SequenceSpan:
         query_start: row of its first query in the batch.
         num_queries: its rows. They are the sequence's last tokens, whose KV is already written.
         runs: slots of all its tokens, context and queries, in token order.
+        num_tokens: how many these are.
     """
 
     query_start: int
     num_queries: int
     runs: tuple[Run, ...]
+    num_tokens: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        assert all(start < stop for start, stop in self.runs), self
-        assert 1 <= self.num_queries <= num_slots(self.runs), self
+        object.__setattr__(self, "num_tokens", num_slots(self.runs))
+        assert 1 <= self.num_queries <= self.num_tokens, self
 
     @property
     def context_runs(self) -> tuple[Run, ...]:
         """Slots of the tokens before the queries."""
-        return split_runs(self.runs, num_slots(self.runs) - self.num_queries)[0]
+        return split_runs(self.runs, self.num_tokens - self.num_queries)[0]
 
     @property
     def query_runs(self) -> tuple[Run, ...]:
         """Slots of the queries' own tokens."""
-        return split_runs(self.runs, num_slots(self.runs) - self.num_queries)[1]
+        return last_runs(self.runs, self.num_queries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,7 @@ class TaskPlan:
         runs: [R, 2], slots of all lists of tokens: where each run begins and stops.
         rows: [E], row of each query in the batch. A query in two tasks' lists of queries is there twice.
         sequences: [E], its decode, or -1.
-        tasks: [tasks, 8], fields as in simd.TASK.
+        tasks: [tasks, 8], fields as in simd.Task.
         parts: numbers of the partial results of each decode, decode after decode.
         first_part: [B + 1], where each decode's begin, and the end.
         num_partials: partial results of all tasks.
@@ -118,7 +121,20 @@ class AttentionPlan:
 
 def num_slots(runs: tuple[Run, ...]) -> int:
     """Slots in all runs together."""
-    return sum(stop - start for start, stop in runs)
+    edges = tuple(chain.from_iterable(runs))  # no loop: a fragmented sequence has hundreds of runs, in each step
+    return sum(edges[1::2]) - sum(edges[::2])
+
+
+def last_runs(runs: tuple[Run, ...], num_last: int) -> tuple[Run, ...]:
+    """The runs of the last ``num_last`` slots, of which there are as many."""
+    found: list[Run] = []
+    for start, stop in reversed(runs):
+        if num_last == 0:
+            break
+        start = max(start, stop - num_last)
+        num_last -= stop - start
+        found.append((start, stop))
+    return tuple(reversed(found))
 
 
 def split_runs(runs: tuple[Run, ...], num_first: int) -> tuple[tuple[Run, ...], tuple[Run, ...]]:

@@ -60,7 +60,7 @@ def _buffers(num_rows: int, group: int, head_dim: int, stored: object) -> tuple[
     words, width = head_dim // per_word, -(-head_dim // vectors.PANEL) * vectors.PANEL
     block = max(simd.BLOCK_ROWS, group)
     sizes = (
-        *(simd.TILE, num_rows * words, words * simd.TILE, simd.TILE // per_word * width),
+        *(2 * simd.TILE, num_rows * words, words * simd.TILE, simd.TILE // per_word * width),
         *(block * simd.TILE, block * width, 2 * block, num_rows * width, 2 * num_rows),
     )
     return tuple(accumulate((-(-4 * size // _LINE_BYTES) * _LINE_BYTES for size in sizes), initial=0))

@@ -7,11 +7,11 @@ price is a partial result, written and merged, for each member and part of the r
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kernels.attention import SequenceSpan, SharedSpan, num_slots
+from kernels.attention import SequenceSpan, SharedSpan
 from kernels.tasks import MAX_QUERIES, SHARED_PART
 
 # A member's partial result costs as much as reading and laying out so many tokens.
-PART_TOKENS = 32
+PART_TOKENS = 64
 
 
 def worthwhile(*, num_members: int, num_tokens: int) -> bool:
@@ -34,6 +34,5 @@ def choose(
 
 
 def _sees_whole(span: SequenceSpan, common: SharedSpan, window: int | None) -> bool:
-    num_tokens = num_slots(span.runs)
-    assert common.first_token + common.num_tokens <= num_tokens, (span, common)
-    return span.num_queries == 1 and (window is None or common.first_token >= num_tokens - window)
+    assert common.first_token + common.num_tokens <= span.num_tokens, (span, common)
+    return span.num_queries == 1 and (window is None or common.first_token >= span.num_tokens - window)

@@ -6,7 +6,7 @@ token that any of them sees. Decodes that share a run of tokens are taken in blo
 part of the run.
 
 A draft is a table of tasks, one row each, in which a task's tokens begin at a place in the list of all tokens of all
-runs; simd.TASK gives that place as a run and an offset.
+runs; simd.Task gives that place as a run and an offset.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import simd
-from kernels.attention import SequenceSpan, SharedSpan, TaskPlan
+from kernels.attention import Run, SequenceSpan, SharedSpan, TaskPlan, last_runs
 
 MAX_QUERIES = 32  # of a task: so many meet keys and values that are laid out once
-MAX_PARTS = 16  # of a run of a decode's own tokens
+MAX_PARTS = 4  # of a run of a decode's own tokens
 SHARED_PART = 1024  # tokens of a part of a shared run
 _NO_WINDOW = 1 << 40
 
@@ -44,70 +44,94 @@ class _Draft:
 def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequence[SharedSpan]) -> TaskPlan:
     """Tasks of a step. Members of ``shared`` are decodes that see all of the shared tokens."""
     shared = sorted(shared, key=lambda common: common.first_token)
-    runs, first_token, ends = _lay_out_runs([*(span.runs for span in spans), *(span.runs for span in shared)])
     decodes = [index for index, span in enumerate(spans) if span.num_queries == 1]
-    own = _draft_decodes(spans, decodes, window, shared, first_token)
-    common = _draft_shared(shared, decodes, first_token[len(spans) : -1], own)
+    ranges = _own_ranges([spans[index] for index in decodes], decodes, window, shared)
+    unread = _unread(spans, decodes, ranges, window)
+    read = [
+        span.runs if num_unread == 0 else last_runs(span.runs, span.num_tokens - num_unread)
+        for span, num_unread in zip(spans, unread, strict=True)
+    ]
+    runs, first_token, ends = _lay_out_runs([*read, *(common.runs for common in shared)])
+    first_token[: len(spans)] -= unread
+    own = _draft_decodes(ranges, first_token[decodes], np.array([spans[i].query_start for i in decodes], np.int64))
+    common = _draft_shared(shared, decodes, first_token[len(spans) :], own)
     chunks = _draft_chunks(spans, window, first_token, len(own.rows) + len(common.rows))
+    return _task_plan((own, common, chunks), runs, ends)
+
+
+def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Integers) -> TaskPlan:
+    own, common, _ = drafts
     parts = np.concatenate((common.parts, own.parts))
-    num_parts = np.bincount(parts[:, 0], minlength=len(decodes))
+    num_parts = np.bincount(parts[:, 0], minlength=len(own.rows))
     own.tasks[num_parts[own.tasks[:, 0]] == 1, -1] = -1
-    tasks = np.concatenate((chunks.tasks, common.tasks, own.tasks))  # the longest first
+    tasks = np.concatenate([draft.tasks for draft in reversed(drafts)])  # the longest first
     first_run = np.searchsorted(ends, tasks[:, 2], side="right")
     skip = tasks[:, 2] - (ends - (runs[:, 1] - runs[:, 0]))[first_run]
-    return _task_plan(
-        tasks=np.column_stack((tasks[:, :2], first_run, skip, tasks[:, 3:])),
-        runs=runs,
-        rows=np.concatenate((own.rows, common.rows, chunks.rows)),
-        sequences=np.concatenate((own.decodes, common.decodes, chunks.decodes)),
-        parts=parts[parts[:, 0].argsort(kind="stable"), 1],
-        first_part=np.concatenate(([0], num_parts.cumsum())),
-        num_partials=len(parts),
-    )
-
-
-def _task_plan(*, num_partials: int, **arrays: Integers) -> TaskPlan:
+    arrays = {
+        "tasks": np.column_stack((tasks[:, :2], first_run, skip, tasks[:, 3:])),
+        "runs": runs,
+        "rows": np.concatenate([draft.rows for draft in drafts]),
+        "sequences": np.concatenate([draft.decodes for draft in drafts]),
+        "parts": parts[parts[:, 0].argsort(kind="stable"), 1],
+        "first_part": np.concatenate(([0], num_parts.cumsum())),
+    }
     dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     sizes = (len(dense[name]) for name in ("tasks", "runs", "rows", "parts", "first_part"))
     return TaskPlan(
         **dense,
-        num_partials=num_partials,
-        max_queries=int(dense["tasks"][:, 1].max()),
+        num_partials=len(parts),
+        max_queries=int(tasks[:, 1].max()),
         addresses=(*sizes, *(dense[name].ctypes.data for name in simd.PLANNED)),
     )
 
 
-def _lay_out_runs(lists: Sequence[tuple[tuple[int, int], ...]]) -> tuple[Integers, Integers, Integers]:
-    """Runs [R, 2] of all lists of tokens, the first token of each list, and tokens up to the end of each run."""
-    runs = np.fromiter(chain.from_iterable(chain.from_iterable(lists)), np.int64).reshape(-1, 2)
-    ends = (runs[:, 1] - runs[:, 0]).cumsum()
-    last_run = np.fromiter(map(len, lists), np.int64, len(lists)).cumsum() - 1
-    return runs, np.concatenate(([0], ends[last_run])), ends
-
-
-def _draft_decodes(
-    spans: Sequence[SequenceSpan],
-    decodes: Sequence[int],
-    window: int | None,
-    shared: Sequence[SharedSpan],
-    first_token: Integers,
-) -> _Draft:
-    """Each decode's tokens that it sees and does not share, in parts."""
+def _own_ranges(
+    spans: Sequence[SequenceSpan], names: Sequence[int], window: int | None, shared: Sequence[SharedSpan]
+) -> list[tuple[int, int, int]]:
+    """The tokens that each decode sees and does not share: its number, the first, and the end."""
     covered: dict[int, list[SharedSpan]] = {}
     for common in shared:
         for member in common.members:
             covered.setdefault(member, []).append(common)
     ranges: list[tuple[int, int, int]] = []
-    for decode, index in enumerate(decodes):
-        base, stop = int(first_token[index]), int(first_token[index + 1])
-        start = base if window is None else max(base, stop - window)
-        for common in covered.get(index, ()):
-            if start < base + common.first_token:
-                ranges.append((decode, start, base + common.first_token))
-            start = base + common.first_token + common.num_tokens
-        if start < stop:
-            ranges.append((decode, start, stop))
+    for decode, (span, name) in enumerate(zip(spans, names, strict=True)):
+        start = 0 if window is None else max(0, span.num_tokens - window)
+        for common in covered.get(name, ()):
+            if start < common.first_token:
+                ranges.append((decode, start, common.first_token))
+            start = common.first_token + common.num_tokens
+        if start < span.num_tokens:
+            ranges.append((decode, start, span.num_tokens))
+    return ranges
+
+
+def _unread(
+    spans: Sequence[SequenceSpan], decodes: Sequence[int], ranges: Sequence[tuple[int, int, int]], window: int | None
+) -> list[int]:
+    """How many of each span's first tokens no task reads from its own runs."""
+    first = [span.num_tokens for span in spans]
+    for decode, start, _ in reversed(ranges):
+        first[decodes[decode]] = start
+    for index, span in enumerate(spans):
+        if span.num_queries > 1:
+            first[index] = 0 if window is None else max(0, span.num_tokens - span.num_queries - window + 1)
+    return first
+
+
+def _lay_out_runs(lists: Sequence[tuple[Run, ...]]) -> tuple[Integers, Integers, Integers]:
+    """Runs [R, 2] of all lists of tokens, the first token of each list, and tokens up to the end of each run."""
+    runs = np.fromiter(chain.from_iterable(chain.from_iterable(lists)), np.int64).reshape(-1, 2)
+    lengths = runs[:, 1] - runs[:, 0]
+    assert (lengths > 0).all(), runs[lengths <= 0]
+    ends = lengths.cumsum()
+    num_runs = np.fromiter(map(len, lists), np.int64, len(lists))
+    return runs, np.concatenate(([0], ends))[num_runs.cumsum() - num_runs], ends
+
+
+def _draft_decodes(ranges: Sequence[tuple[int, int, int]], first_token: Integers, rows: Integers) -> _Draft:
+    """Each decode's tokens of its own in parts; they begin at ``first_token``, its query is in one of ``rows``."""
     owner, first, end = np.array(ranges, np.int64).reshape(-1, 3).T
+    first, end = first + first_token[owner], end + first_token[owner]
     size = -(-(end - first) // (simd.TILE * MAX_PARTS)) * simd.TILE
     num_parts = -(-(end - first) // size)
     which = np.arange(len(ranges)).repeat(num_parts)
@@ -116,8 +140,8 @@ def _draft_decodes(
     numbers = np.arange(len(which))
     return _Draft(
         tasks=_table(owner[which], 1, begin, tokens, tokens - 1, _NO_WINDOW, numbers),
-        rows=np.array([spans[index].query_start for index in decodes], np.int64),
-        decodes=np.arange(len(decodes)),
+        rows=rows,
+        decodes=np.arange(len(rows)),
         parts=_table(owner[which], numbers),
     )
 
@@ -155,12 +179,19 @@ def _draft_chunks(spans: Sequence[SequenceSpan], window: int | None, first_token
             continue
         query = np.arange(0, span.num_queries, MAX_QUERIES)[::-1]
         num_queries = np.minimum(MAX_QUERIES, span.num_queries - query)
-        base, end = first_token[index], first_token[index + 1]
-        position = end - span.num_queries - base + query
+        position = span.num_tokens - span.num_queries + query
         start = np.zeros_like(position) if window is None else (position - window + 1).clip(min=0)
         tokens = position + num_queries - start
         tasks.append(
-            _table(num_before + query, num_queries, base + start, tokens, position - start, window or _NO_WINDOW, -1)
+            _table(
+                num_before + query,
+                num_queries,
+                first_token[index] + start,
+                tokens,
+                position - start,
+                window or _NO_WINDOW,
+                -1,
+            )
         )
         rows.append(np.arange(span.query_start, span.query_start + span.num_queries))
         num_before += span.num_queries

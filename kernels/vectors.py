@@ -4,7 +4,8 @@ Each function appends to a block under construction. Addresses are 64-bit intege
 
 A word is 32 bits: a float32, or where ``stored`` is PAIRED two neighbouring bfloat16 that one instruction
 multiplies and adds (AVX512-BF16). Products are of matrices of words: rows of one as they lie, the other in panels
-[words, PANEL], so that a word of a row meets PANEL columns in two vectors.
+[words, PANEL], so that a word of a row meets PANEL columns in two vectors. Where values are PAIRED, a panel's even
+columns come before its odd ones, and so do the sums of weighted values.
 """
 
 from typing import Any
@@ -57,8 +58,7 @@ def number_bytes(stored: Any) -> int:
 
 def widen(builder: Any, raw: Any, wide: Any) -> Any:
     """bfloat16 bits as float32: they are its upper half."""
-    ints = _INTS if isinstance(wide, ir.VectorType) else INT32
-    shift = ir.Constant(ints, [16] * LANES if isinstance(wide, ir.VectorType) else 16)
+    ints, shift = (_INTS, _ints(16)) if isinstance(wide, ir.VectorType) else (INT32, INT32(16))
     return builder.bitcast(builder.shl(builder.zext(raw, ints), shift), wide)
 
 
@@ -108,6 +108,39 @@ def emit_pack_values(builder: Any, args: Any, stored: Any) -> None:
         else:
             half = builder.mul(builder.and_(at, INT64(LANES)), INT64(4))
             _store(builder, _load_words(builder, rows[0], stored), builder.add(place, half))
+
+
+def emit_output(builder: Any, args: Any, stored: Any) -> None:
+    """A row's weighted values over their mass, as they are stored; bfloat16 rounded to nearest, ties to even."""
+    sums, mass, head_dim, to = args
+    divisor = _spread(builder, mass)
+    step = PANEL if stored == PAIRED else LANES
+    with cgutils.for_range_slice(builder, INT64(0), head_dim, INT64(step), INT64) as (at, _):
+        place = builder.add(to, builder.mul(at, INT64(number_bytes(stored))))
+        offsets = [builder.mul(builder.add(at, INT64(lane)), INT64(4)) for lane in range(0, step, LANES)]
+        columns = [builder.fdiv(_load(builder, builder.add(sums, offset)), divisor) for offset in offsets]
+        if stored == FLOAT32:
+            _store(builder, columns[0], place)
+        elif stored == WIDENED:
+            narrow = ir.VectorType(ir.IntType(16), LANES)
+            _store(builder, builder.trunc(_narrow(builder, columns[0]), narrow), place)
+        else:
+            even, odd = (_narrow(builder, column) for column in columns)
+            _store(builder, builder.or_(even, builder.shl(odd, _ints(16))), place)
+
+
+def emit_prefetch(builder: Any, args: Any) -> None:
+    """Asks for the rows of the tokens whose slots are there, before they are read."""
+    rows, slots, num_tokens, row_bytes = args
+    of = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), INT32, INT32, INT32])
+    pointer = builder.inttoptr(slots, INT32.as_pointer())
+    with cgutils.for_range(builder, num_tokens, intp=INT64) as token:
+        slot = builder.load(builder.gep(pointer, [token.index]), align=4)
+        row = builder.add(rows, builder.mul(builder.zext(slot, INT64), row_bytes))
+        with cgutils.for_range_slice(builder, INT64(0), row_bytes, INT64(64), INT64) as (offset, _):
+            line = builder.inttoptr(builder.add(row, offset), ir.IntType(8).as_pointer())
+            # To read, into the second-level cache, data.
+            _call(builder, "llvm.prefetch.p0", of, line, INT32(0), INT32(2), INT32(1))
 
 
 def emit_softmax(builder: Any, args: Any, stored: Any) -> None:
@@ -227,13 +260,24 @@ def _multiply_add(builder: Any, a: Any, b: Any, total: Any, stored: Any) -> Any:
     return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", signature, total, *pairs)
 
 
+def _ints(number: int) -> Any:
+    return ir.Constant(_INTS, [number] * LANES)
+
+
+def _narrow(builder: Any, vector: Any) -> Any:
+    """float32 rounded to bfloat16, in the lower halves of integers; a NaN stays one."""
+    bits = builder.bitcast(vector, _INTS)
+    odd = builder.and_(builder.lshr(bits, _ints(16)), _ints(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, _ints(0x7FFF)), odd), _ints(16))
+    return builder.select(builder.fcmp_unordered("uno", vector, vector), _ints(0x7FC0), rounded)
+
+
 def _interleave(builder: Any, first: Any, second: Any) -> list[Any]:
-    """Numbers of two rows, PANEL of each, side by side."""
-    raw = ir.VectorType(ir.IntType(16), PANEL)
-    a, b = (builder.load(builder.inttoptr(row, raw.as_pointer()), align=2) for row in (first, second))
-    lanes = [i // 2 + i % 2 * PANEL for i in range(2 * PANEL)]
-    halves = lanes[:PANEL], lanes[PANEL:]
-    return [builder.bitcast(_shuffle(builder, a, b, half), _VECTOR) for half in halves]
+    """Numbers of two rows side by side, PANEL of each: those of even columns, then those of odd ones."""
+    a, b = (builder.load(builder.inttoptr(row, _INTS.as_pointer()), align=2) for row in (first, second))
+    even = builder.or_(builder.and_(a, _ints(0xFFFF)), builder.shl(b, _ints(16)))
+    odd = builder.or_(builder.lshr(a, _ints(16)), builder.and_(b, _ints(0xFFFF0000)))
+    return [builder.bitcast(words, _VECTOR) for words in (even, odd)]
 
 
 def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
@@ -275,5 +319,5 @@ def _exp2(builder: Any, x: Any, stored: Any) -> Any:
     power = _constant(first)
     for coefficient in others:
         power = _fma(builder, power, rest, _constant(coefficient))
-    exponent = builder.shl(builder.bitcast(shifted, _INTS), ir.Constant(_INTS, [23] * LANES))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), _ints(23))
     return builder.fmul(power, builder.bitcast(exponent, _VECTOR))

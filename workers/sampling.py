@@ -16,7 +16,7 @@ from torch import Tensor
 
 from placement.errors import HeterodyneError, cause_of
 from workers.sampling_adjust import adjust
-from workers.sampling_draw import CANDIDATES, Cuts, draw_open, draw_top_k, draw_top_p
+from workers.sampling_draw import FEW, Cuts, draw_open, draw_top_k, draw_top_p
 from workers.sampling_logprobs import token_logprobs
 from workers.sampling_rows import copy_rows, highest, in_parts
 from workers.sampling_state import SampledToken, SamplerState, SamplingFailed, SamplingParams, TokenMask
@@ -88,7 +88,7 @@ def _way(state: SamplerState, vocab_size: int) -> _Way:
     params = state.params
     if params.temperature == 0:
         return _Way.ADJUSTED_GREEDY if state.adjusts else _Way.GREEDY
-    if 0 < params.top_k <= CANDIDATES:
+    if 0 < params.top_k <= FEW:
         return _Way.TOP_K
     return _Way.TOP_P if params.top_p < 1 or 0 < params.top_k < vocab_size else _Way.OPEN
 
@@ -143,7 +143,12 @@ def _cuts(states: Sequence[SamplerState], like: Tensor) -> tuple[Tensor, Cuts]:
     ]
     columns = torch.tensor(figures, dtype=torch.float64).to(like.device).T.unsqueeze(-1)
     temperature, log_min_p, top_k, top_p, draw = columns
-    return temperature.to(like.dtype), Cuts(uniform=draw, log_min_p=log_min_p.to(like.dtype), top_k=top_k, top_p=top_p)
+    return temperature.to(like.dtype), Cuts(
+        uniform=draw,
+        log_min_p=log_min_p.to(like.dtype) if any(state.params.min_p for state in states) else None,
+        top_k=top_k,
+        top_p=top_p,
+    )
 
 
 def _finish(

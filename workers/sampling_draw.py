@@ -20,6 +20,7 @@ from workers.sampling_rows import CHUNK, first
 from workers.sampling_search import LOWEST, compared, prefix
 
 CANDIDATES = 128  # more nuclei would fit into more, but all rows would pay for them
+FEW = 1024  # a higher top-k is better searched for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +29,13 @@ class Cuts:
 
     Attributes:
         uniform: float64, in [0, 1).
-        log_min_p: float32, the lowest scaled logit kept; -inf keeps all.
+        log_min_p: float32, the lowest scaled logit kept; -inf keeps all, and None does so in every row.
         top_k: float64, how many are kept; inf keeps all.
         top_p: float64, how much of what is left is kept; inf keeps all.
     """
 
     uniform: Tensor
-    log_min_p: Tensor
+    log_min_p: Tensor | None
     top_k: Tensor
     top_p: Tensor
 
@@ -42,7 +43,7 @@ class Cuts:
         """Those of some rows [r]."""
         return Cuts(
             uniform=self.uniform[rows],
-            log_min_p=self.log_min_p[rows],
+            log_min_p=None if self.log_min_p is None else self.log_min_p[rows],
             top_k=self.top_k[rows],
             top_p=self.top_p[rows],
         )
@@ -54,20 +55,20 @@ def scale(vocab_size: int) -> float:
 
 
 def weights(scaled: Tensor, quanta: float) -> Tensor:
-    """exp of ``scaled`` (at most 0) in whole quanta, float32."""
+    """exp of ``scaled`` [R, V] (at most 0) in whole quanta, float32."""
     return scaled.exp().mul_(quanta).round_()
 
 
 def draw_open(scaled: Tensor, cuts: Cuts) -> Tensor:
     """Token ids [R], from all tokens that min-p keeps. Top-k and top-p are not looked at."""
-    return _invert(_above_min_p(scaled, cuts), cuts.uniform)
+    return _invert(_kept_weights(scaled, scale(scaled.shape[-1]), cuts), cuts.uniform)
 
 
 def draw_top_k(scaled: Tensor, cuts: Cuts, k: int) -> Tensor:
     """Token ids [R], where no row's top-k is above ``k``, so that the first k tokens are all that matters."""
     k = min(k, scaled.shape[-1])
     values, ids = first(scaled, k)
-    mass = weights(values, scale(scaled.shape[-1])).mul_(values >= cuts.log_min_p)
+    mass = _kept_weights(values, scale(scaled.shape[-1]), cuts)
     mass.mul_(torch.arange(k, device=mass.device) < cuts.top_k)
     target = cuts.top_p * mass.sum(-1, keepdim=True, dtype=torch.float64)
     return _draw_first(ids, mass, target, cuts.uniform)
@@ -75,7 +76,7 @@ def draw_top_k(scaled: Tensor, cuts: Cuts, k: int) -> Tensor:
 
 def draw_top_p(scaled: Tensor, cuts: Cuts) -> Tensor:
     """Token ids [R], whatever the cuts. The host waits for the device once, to see which rows want all tokens."""
-    mass = _above_min_p(scaled, cuts)
+    mass = _kept_weights(scaled, scale(scaled.shape[-1]), cuts)
     k = min(CANDIDATES, scaled.shape[-1])
     _, ids = first(scaled, k)
     near = mass.gather(-1, ids)
@@ -84,14 +85,14 @@ def draw_top_p(scaled: Tensor, cuts: Cuts) -> Tensor:
     reached = (near.sum(-1, keepdim=True, dtype=torch.float64) >= target) & cuts.top_k.isinf()
     far = (~reached.squeeze(-1)).nonzero().squeeze(-1)
     if len(far):
-        tokens[far] = _draw_far(scaled[far], mass[far], cuts.select(far))
+        tokens[far] = _draw_far(scaled.index_select(0, far), mass.index_select(0, far), cuts.select(far))
     return tokens
 
 
-def _above_min_p(scaled: Tensor, cuts: Cuts) -> Tensor:
-    """Weights [R, V] of what min-p keeps."""
-    mass = weights(scaled, scale(scaled.shape[-1]))
-    return mass.mul_(compared(torch.ge, scaled, cuts.log_min_p))
+def _kept_weights(scaled: Tensor, quanta: float, cuts: Cuts) -> Tensor:
+    """Weights of what min-p keeps of ``scaled`` [R, n]."""
+    mass = weights(scaled, quanta)
+    return mass if cuts.log_min_p is None else mass.mul_(compared(torch.ge, scaled, cuts.log_min_p))
 
 
 def _draw_first(ids: Tensor, mass: Tensor, target: Tensor, uniform: Tensor) -> Tensor:
@@ -103,15 +104,15 @@ def _draw_first(ids: Tensor, mass: Tensor, target: Tensor, uniform: Tensor) -> T
 
 
 def _draw_far(scaled: Tensor, mass: Tensor, cuts: Cuts) -> Tensor:
-    """Token ids [R] by a search for the end of each prefix among all tokens."""
-    near = scaled.clamp(min=-2 * LOWEST)  # what is below has no weight, and -inf would spoil arithmetic
+    """Token ids [R] by a search for the end of each prefix among all tokens. Overwrites its arguments."""
+    scaled.clamp_(min=-2 * LOWEST)  # what is below has no weight, and -inf would spoil arithmetic
     if bool(cuts.top_k.isfinite().any()):
-        mass = mass * prefix(near, torch.ones_like(mass), cuts.top_k, torch.full_like(cuts.log_min_p, LOWEST / 2))
+        mass.mul_(prefix(scaled, torch.ones_like(mass), cuts.top_k, torch.full_like(cuts.top_k, LOWEST / 4).float()))
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     target = cuts.top_p * total
-    # Were all tokens that are left out of this distance, the prefix would end here.
+    # Were all tokens that are left out at this distance, the prefix would end here.
     guess = (scale(mass.shape[-1]) * mass.shape[-1] / (total - target)).log().float()
-    return _invert(mass * prefix(near, mass, target, guess), cuts.uniform)
+    return _invert(mass.mul_(prefix(scaled, mass, target, guess)), cuts.uniform)
 
 
 def _invert(mass: Tensor, uniform: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 LOWEST = 40.0  # exp(-40) is below half of any quantum: what is further below 0 has no weight
 _FAR = 1e30
+_PROBES = 6  # before the ends are compared, which takes longer than a probe
 
 
 def prefix(scaled: Tensor, measure: Tensor, target: Tensor, guess: Tensor) -> Tensor:
@@ -24,11 +25,16 @@ def prefix(scaled: Tensor, measure: Tensor, target: Tensor, guess: Tensor) -> Te
     Returns:
         float32 [R, V], 1 in the prefix and else 0. Tokens LOWEST and more below 0 are in it or not as may be.
     """
-    last = -_last_distance(scaled, measure, target, guess)
-    ties = compared(torch.eq, scaled, last).mul_(measure)
-    before = _sum_above(scaled, measure, last) + ties.cumsum(-1, dtype=torch.float64).sub_(ties)
-    kept_ties = compared(torch.lt, before, target).float().mul_(compared(torch.eq, scaled, last))
-    return compared(torch.gt, scaled, last).add_(kept_ties)
+    tokens = _Tokens(scaled, measure)
+    last = -_last_distance(tokens, target, guess)
+    ties = compared(torch.eq, scaled, last)
+    num_ties = ties.sum(-1, keepdim=True).clamp_(min=1).double()  # float32 holds any number of tokens
+    before, each = tokens.measure_above(last), (tokens.measure_of(ties) / num_ties)
+    if bool((before + (num_ties - 1) * each < target).all()):  # the last of the ties is in the prefix too
+        return compared(torch.ge, scaled, last)
+    # Ties measure the same: whole numbers, and so all of this is exact.
+    preceding = before + (ties.cumsum(-1, dtype=torch.float64) - 1) * each
+    return compared(torch.gt, scaled, last).add_(ties.mul_(preceding < target))
 
 
 def compared(comparison: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
@@ -36,22 +42,49 @@ def compared(comparison: Callable[..., Tensor], left: Tensor, right: Tensor) -> 
     return comparison(left, right, out=torch.empty_like(left))
 
 
-def _last_distance(scaled: Tensor, measure: Tensor, target: Tensor, guess: Tensor) -> Tensor:
+class _Tokens:
+    """What is searched, with scratch memory for the passes: fresh memory would take longer than they do."""
+
+    def __init__(self, scaled: Tensor, measure: Tensor) -> None:
+        self._scaled, self._measure = scaled, measure
+        self._scratch = torch.empty_like(scaled)
+        self._wide = torch.empty_like(scaled, dtype=torch.float64)
+
+    def measure_of(self, chosen: Tensor) -> Tensor:
+        """Sum of the measure where ``chosen`` [R, V] is 1 and not 0; [R, 1]."""
+        return self._wide.copy_(torch.mul(chosen, self._measure, out=self._scratch)).sum(-1, keepdim=True)
+
+    def measure_above(self, bound: Tensor) -> Tensor:
+        """Sum of the measure of tokens above ``bound`` [R, 1]; [R, 1]."""
+        return self.measure_of(torch.gt(self._scaled, bound, out=self._scratch))
+
+    def highest_to(self, bound: Tensor) -> Tensor:
+        """The highest token that is not above ``bound`` [R, 1]; [R, 1]."""
+        above = torch.gt(self._scaled, bound, out=self._scratch)
+        return torch.sub(self._scaled, above, alpha=_FAR, out=self._scratch).amax(-1, keepdim=True)
+
+    def lowest_above(self, bound: Tensor) -> Tensor:
+        """The lowest token above ``bound`` [R, 1]; [R, 1]."""
+        others = torch.le(self._scaled, bound, out=self._scratch)
+        return torch.add(self._scaled, others, alpha=_FAR, out=self._scratch).amin(-1, keepdim=True)
+
+
+def _last_distance(tokens: _Tokens, target: Tensor, guess: Tensor) -> Tensor:
     """How far below 0 the last token of the prefix is, [R, 1]; LOWEST where none of weight is left out.
 
     What is above a distance measures less than the target at ``low``, and not less at ``high``. Regula falsi with the
-    Illinois step (Dowell and Jarratt 1971) narrows that down in few passes, and every fourth probe halves the
-    interval, so that it ends. Then both ends go to the tokens next to them, until they meet.
+    Illinois step (Dowell and Jarratt 1971) narrows that down in few passes, and some probes halve the interval,
+    so that it ends. Then both ends go to the tokens next to them, until they meet.
     """
     low, high = torch.zeros_like(guess), torch.full_like(guess, LOWEST)
-    missing, excess = -target, _sum_above(scaled, measure, -high) - target
+    missing, excess = -target, tokens.measure_above(-high) - target
     bounded = excess >= 0
     searching, probe = bounded.clone(), guess
     while bool(searching.any()):
         fell = torch.zeros_like(searching)
-        for number in range(4):
+        for number in range(_PROBES):
             probe = torch.maximum(torch.minimum(probe, high.nextafter(low)), low.nextafter(high))
-            surplus = _sum_above(scaled, measure, -probe) - target
+            surplus = tokens.measure_above(-probe) - target
             falls = surplus >= 0
             # The end that stays twice counts half, or it would stay for long.
             repeated = (falls == fell) & (number > 0)
@@ -59,9 +92,8 @@ def _last_distance(scaled: Tensor, measure: Tensor, target: Tensor, guess: Tenso
             excess = torch.where(falls, surplus, torch.where(repeated, excess / 2, excess))
             low, high = torch.where(falls, low, probe), torch.where(falls, probe, high)
             fell = falls
-            probe = (low + high) / 2 if number == 2 else _crossing(low, high, missing, excess)
-        nearest = -(scaled - compared(torch.gt, scaled, -low).mul_(_FAR)).amax(-1, keepdim=True)
-        farthest = -(scaled + compared(torch.le, scaled, -high).mul_(_FAR)).amin(-1, keepdim=True)
+            probe = (low + high) / 2 if number == _PROBES - 2 else _crossing(low, high, missing, excess)
+        nearest, farthest = -tokens.highest_to(-low), -tokens.lowest_above(-high)
         low, high = nearest.abs(), farthest.nextafter(torch.full_like(high, torch.inf))
         searching &= nearest < farthest
     return torch.where(bounded, low, LOWEST)
@@ -70,8 +102,3 @@ def _last_distance(scaled: Tensor, measure: Tensor, target: Tensor, guess: Tenso
 def _crossing(low: Tensor, high: Tensor, missing: Tensor, excess: Tensor) -> Tensor:
     """Where the line from ``missing`` at ``low`` to ``excess`` at ``high`` is 0."""
     return low + (high - low) * (missing / (missing - excess)).float()
-
-
-def _sum_above(scaled: Tensor, measure: Tensor, bound: Tensor) -> Tensor:
-    """Sum of ``measure`` over the tokens above ``bound`` [R, 1]; [R, 1]."""
-    return compared(torch.gt, scaled, bound).mul_(measure).sum(-1, keepdim=True, dtype=torch.float64)

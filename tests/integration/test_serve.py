@@ -176,7 +176,8 @@ async def test_1000_random_cancels_and_disconnects_leave_nothing_behind(service:
         await asyncio.gather(*(one(index, shared) for index in range(NUM_CANCELS)))
         check_everything_is_back(service.address)
         assert await tokens(inference_pb2_grpc.InferenceStub(shared), request(1))
-    assert worker.num_threads() <= num_threads + 2
+    # Grammars are compiled on the event loop's own few threads, which stay.
+    assert worker.num_threads() <= num_threads + 8
 
 
 async def read_some(call: Any, chance: random.Random) -> None:

@@ -218,8 +218,7 @@ def test_only_decodes_that_see_all_of_it_share() -> None:
     offered = [common((0, 1, 2, 3), 0, 1000), common((0, 1, 2, 3), 1000, 900), common((0, 2), 1900, 80)]
     assert [kept.members for kept in choose(spans, offered)] == [(0, 1, 3), (0, 1, 3)]
     assert [kept.first_token for kept in choose(spans, offered, window=1000)] == [1000]
-    assert choose(spans, offered, window=995)[0].members == (3,) or not choose(spans, offered, window=995)
-    assert not choose(spans, offered, window=10)
+    assert not choose(spans, offered, window=995)  # one is left that sees all of it
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,22 @@ def test_a_row_of_any_size_is_sampled_the_same_in_any_batch(size: int, num_rows:
     assert sampled(logits, range(num_rows))[row] == sampled(logits, range(row, row + 1))[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+@pytest.mark.parametrize("size", [257, 9999, 32_000, 128_256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_sampled_the_same_in_any_batch_on_a_gpu(size: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(36, size, generator=torch.Generator().manual_seed(size)).to("cuda", dtype)
+    alone = [sampled(logits, range(row, row + 1))[0] for row in range(36)]
+    assert all(isinstance(token, SampledToken) for token in alone)
+    assert sampled(logits, range(36)) == alone
+    assert sampled(logits, range(5, 20)) == alone[5:20]
+    # Exponentials may differ from a CPU's by a rounding, which seldom moves a draw and never a greedy token.
+    here = sampled(logits.cpu(), range(36))
+    same = [one.token_id == other.token_id for one, other in zip(alone, here, strict=True)]  # type: ignore[union-attr]
+    assert sum(same) >= 34 and all(same[:: len(PARAMS)])
+
+
 def test_exp_gives_the_same_bits_wherever_a_number_lies(threads: int) -> None:
     """What all else relies on: no other operation on whole rows is inexact."""
     values = -16 * torch.rand(3000, generator=torch.Generator().manual_seed(4))
