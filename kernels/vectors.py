@@ -150,23 +150,25 @@ def emit_softmax(builder: Any, args: Any, stored: Any) -> None:
     that a row of minus infinities weighs nothing.
     """
     scores, num_panels, factor, stats = args
-    top = cgutils.alloca_once_value(builder, _constant(float("-inf")))
-    total = cgutils.alloca_once_value(builder, _constant(0.0))
+    tops, totals = (
+        [cgutils.alloca_once_value(builder, _constant(start)) for _ in range(2)] for start in (float("-inf"), 0.0)
+    )
     with cgutils.for_range(builder, num_panels, intp=INT64) as panel:
-        for vector in _load_panel(builder, scores, panel.index):
+        for vector, top in zip(_load_panel(builder, scores, panel.index), tops, strict=True):
             builder.store(_larger(builder, vector, builder.load(top)), top)
     factors = _spread(builder, factor)
-    peak = builder.fmul(_across(builder, builder.load(top), _larger), factors)
+    peak = builder.fmul(_across(builder, _larger(builder, *map(builder.load, tops)), _larger), factors)
     peak = _larger(builder, peak, _constant(-1e30))
     shift = builder.fneg(peak)
     with cgutils.for_range(builder, num_panels, intp=INT64) as panel:
-        weights = []
-        for vector in _load_panel(builder, scores, panel.index):
-            weights.append(_exp2(builder, _fma(builder, vector, factors, shift), stored))
-            builder.store(builder.fadd(builder.load(total), weights[-1]), total)
+        vectors = _load_panel(builder, scores, panel.index)
+        weights = [_exp2(builder, _fma(builder, vector, factors, shift), stored) for vector in vectors]
+        for weight, total in zip(weights, totals, strict=True):
+            builder.store(builder.fadd(builder.load(total), weight), total)
         _store_weights(builder, weights, scores, panel.index, stored)
+    mass = builder.fadd(*map(builder.load, totals))
     _store_float(builder, peak, stats, 0)
-    _store_float(builder, _across(builder, builder.load(total), lambda b, x, y: b.fadd(x, y)), stats, 1)
+    _store_float(builder, _across(builder, mass, lambda b, x, y: b.fadd(x, y)), stats, 1)
 
 
 def _store_weights(builder: Any, weights: list[Any], scores: Any, panel: Any, stored: Any) -> None:
