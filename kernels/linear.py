@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import matmul, quantized
+from kernels.quantized import RoundedWeight
+
 
 class Linear(Protocol):
     """``x W^T + b``."""
@@ -45,11 +48,30 @@ class PlainLinear:
         return F.linear(x, self._weight, self._bias)
 
 
-class PackedLinear:
-    """The weight reordered once into blocks, as oneDNN would do for each call (see MKL's packed GEMM).
+class ColumnLinear:
+    """The weight in columns, multiplied by :mod:`kernels.matmul`: the same bits for a token whatever its batch."""
 
-    Reads the weight at close to the memory's speed for a few tokens, where the plain layout reads at half of it.
-    The operators are private to torch: :func:`pack` looks whether they are there.
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Of ``weight`` [O, I] and ``bias`` [O]; both are copied and not held on to."""
+        self._weight = matmul.PackedWeight(weight, bias)
+
+    @property
+    def num_outputs(self) -> int:
+        return self._weight.num_outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return matmul.multiply(x, self._weight)
+
+
+class PackedLinear:
+    """The weight reordered once into blocks by oneDNN, which would else do it for each call.
+
+    For CPUs that :mod:`kernels.matmul` has no code for. The operators are private to torch: :func:`pack` looks
+    whether they are there.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -76,9 +98,76 @@ class PackedLinear:
 _PACKED_FOR_TOKENS = 16
 
 
+class RoundedLinear:
+    """A rounded weight, of which parts are widened for each call: what the other form must agree with."""
+
+    def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
+        """Of ``weight`` [O, I] and ``bias`` [O]; holds on to both."""
+        self._weight = weight
+        self._bias = bias
+        most = _WIDENED_AT_ONCE[weight.codes.device.type == "cuda"]
+        self._rows_at_once = max(1, most // weight.num_inputs)
+
+    @property
+    def num_outputs(self) -> int:
+        return self._weight.num_outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, step = self._weight, self._rows_at_once
+        if weight.order is not None:
+            x = x.index_select(1, weight.order)
+        output = x.new_empty(len(x), weight.num_outputs)
+        for start in range(0, weight.num_outputs, step):
+            part = quantized.dequantize(weight.rows(start, start + step), x.dtype)
+            bias = None if self._bias is None else self._bias[start : start + step]
+            output[:, start : start + step] = F.linear(x, part, bias)
+        return output
+
+
+class RoundedColumnLinear:
+    """A rounded weight in columns, multiplied by :mod:`kernels.quantized`: the same bits whatever the batch."""
+
+    def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
+        """Of ``weight`` [O, I] and ``bias`` [O]; both are copied and not held on to."""
+        self._weight = quantized.PackedWeight(weight, bias)
+
+    @property
+    def num_outputs(self) -> int:
+        return self._weight.num_outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return quantized.multiply(x, self._weight)
+
+
+# Numbers of a rounded weight: a part that stays in a CPU's cache, or one that keeps a GPU busy.
+_WIDENED_AT_ONCE = {False: 1 << 19, True: 1 << 24}
+
+
+def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    """The fastest form for inputs of ``dtype`` on the device where ``weight`` is."""
+    on_cpu = weight.codes.device.type == "cpu"
+    if on_cpu and dtype == torch.bfloat16 and quantized.is_supported(weight):
+        return RoundedColumnLinear(weight, bias)
+    return RoundedLinear(weight, bias)
+
+
 def pack(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The fastest form for this CPU: packed where torch can and it pays, else plain."""
+    """The fastest form for this CPU: float32 stays plain, bfloat16 is packed by us, else by torch, where one can."""
+    if _has_columns(weight):
+        return ColumnLinear(weight, bias)
     return PackedLinear(weight, bias) if _can_pack(weight) else PlainLinear(weight, bias)
+
+
+def _has_columns(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and matmul.is_supported()
 
 
 def _can_pack(weight: Tensor) -> bool:

@@ -42,8 +42,9 @@ class PackedWeight:
         self.num_outputs, self.num_inputs = num_outputs, num_inputs
         self.num_columns = -(-num_outputs // LANES)
         missing = self.num_columns * LANES - num_outputs
-        pairs = F.pad(weight, (0, 0, 0, missing)).view(torch.int32)  # [O, I / 2], padded
-        self.columns = _empty((self.num_columns, num_inputs // 2, LANES))
+        padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight.contiguous()
+        pairs = padded.view(torch.int32)  # [O, I / 2]
+        self.columns = huge_empty((self.num_columns, num_inputs // 2, LANES))
         self.columns.copy_(pairs.view(self.num_columns, LANES, -1).transpose(1, 2))
         given = torch.zeros(num_outputs) if bias is None else bias.float()
         self.bias = F.pad(given, (0, missing))
@@ -54,7 +55,7 @@ class PackedWeight:
         return self.columns.nbytes + self.bias.nbytes
 
 
-def _empty(shape: tuple[int, ...]) -> Tensor:
+def huge_empty(shape: tuple[int, ...]) -> Tensor:
     """Room for 32-bit integers, on huge pages where the system has them: reading takes fewer walks of page tables."""
     num_bytes = 4 * torch.Size(shape).numel()
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -83,7 +84,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
     num_tiles, rows, columns = tile_shape(num_tokens)
-    tiles = _in_tiles(x, num_tiles, rows)
+    tiles = in_tiles(x, num_tiles, rows)
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
@@ -100,7 +101,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     return output[:num_tokens, : weight.num_outputs]
 
 
-def _in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
+def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
     """``x`` [T, I] as pairs of inputs, ``[tiles, I / 2, rows]``, with zeros for the rows that are missing."""
     pairs = x.contiguous().view(torch.int32)
     missing = num_tiles * rows - len(x)

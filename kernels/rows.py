@@ -34,6 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As :func:`kernels.reference.rms_norm`, of ``x`` [T, E] and ``weight`` [E]."""
     if x.dim() != 2 or not is_supported(x, weight):
         return reference.rms_norm(x, weight, eps)
+    assert weight.shape == x.shape[1:], (x.shape, weight.shape)
     normed = torch.empty_like(x)
     width = x.shape[1] * 2
     pointers = (x.data_ptr(), x.data_ptr(), weight.data_ptr(), normed.data_ptr(), x.data_ptr())
@@ -45,6 +46,7 @@ def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     """As :func:`kernels.reference.add_rms_norm`; the sum is written over ``residual``."""
     if not is_supported(update, residual, weight):
         return reference.add_rms_norm(update, residual, weight, eps)
+    assert update.shape == residual.shape and weight.shape == residual.shape[1:], (update.shape, weight.shape)
     normed = torch.empty_like(residual)
     width = residual.shape[1] * 2
     pointers = tuple(x.data_ptr() for x in (update, residual, weight, normed, residual))

@@ -1,8 +1,11 @@
 """The operations a decoder needs, as one protocol, and which variant of them a device runs."""
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kernels import cpu, reference
@@ -38,6 +41,20 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
 
-def kernels_for(device_type: str) -> Kernels:
-    """The fastest variant for a torch device type; devices with none of their own run the reference."""
-    return cpu if device_type == "cpu" else reference
+def kernels_for(device: torch.device | str) -> Kernels:
+    """The fastest variant for a torch device; devices with none of their own run the reference."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return cpu
+    if device.type == "cuda" and _runs_triton(device):
+        # By name, because the module imports Triton, which machines without a GPU need not have.
+        variant: Kernels = importlib.import_module("kernels.cuda.variant").open_kernels(device)
+        return variant
+    return reference
+
+
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is here and the GPU multiplies bfloat16 by itself (Ampere and later)."""
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -5,11 +5,14 @@ cores.
 """
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
@@ -32,10 +35,12 @@ def _openmp_parallel() -> Callable[[int, bytes, int, int], None] | None:
 
     Not public to torch, but what every compiled ``omp parallel`` of GCC calls; LLVM's runtime has it too.
     """
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*")):
-        parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
-        if parallel is not None:
-            parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
-            parallel.restype = None
-            return parallel  # type: ignore[no-any-return]
-    return None
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    # Looked up through torch's own library, so that it is the runtime that torch runs on, wherever that lies.
+    parallel = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None) if library.exists() else None
+    if parallel is None:
+        logger.warning("no_openmp library=%s effect=%r", library, "compiled code runs on one thread")
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ Every file is opened below the directory only; a symlink or an index that leads 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from orchestrator.chat import ChatTemplate, read_special_tokens, template_source
 from orchestrator.gateway.model import DefaultSampling, default_sampling
 from placement.errors import InvalidConfig, InvalidModel
 from placement.hf import read_model_spec
+from placement.quantization import checkpoint_tensors, read_gptq
 from placement.specs import ModelSpec
-from placement.weights import whole_model
+from placement.weights import TensorSlice, whole_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,7 +27,6 @@ MAX_INDEX_BYTES = 2**26
 MAX_TOKENIZER_BYTES = 2**28
 MAX_TOKENIZER_CONFIG_BYTES = 2**24
 MAX_TEMPLATE_BYTES = 2**20
-_DTYPES = ("F32", "F16", "BF16")
 _FIX_AGAIN = "Download or export the model again."
 
 
@@ -74,7 +74,7 @@ def read_model_files(directory: Path) -> ModelFiles:
     tokenizer = _read_tokenizer(directory, spec)
     owners = _owners(directory)
     headers = {name: _read_header(directory, name) for name in sorted(set(owners.values()))}
-    _check_tensors(spec, owners, headers)
+    _check_tensors(checkpoint_tensors(whole_model(spec), read_gptq(config)), owners, headers)
     return ModelFiles(
         config=config,
         spec=spec,
@@ -130,8 +130,13 @@ def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
         raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN) from None
 
 
-def _check_tensors(spec: ModelSpec, owners: Mapping[str, str], headers: Mapping[str, Mapping[str, _Tensor]]) -> None:
-    for wanted in whole_model(spec):
+def _check_tensors(
+    tensors: Iterable[tuple[TensorSlice, tuple[str, ...]]],
+    owners: Mapping[str, str],
+    headers: Mapping[str, Mapping[str, _Tensor]],
+) -> None:
+    """Whether the files have the tensors, each of one of its number types. Raises InvalidModel."""
+    for wanted, dtypes in tensors:
         file = owners.get(wanted.name, SINGLE if SINGLE in headers else INDEX)
         found = headers.get(file, {}).get(wanted.name)
         if found is None:
@@ -143,12 +148,12 @@ def _check_tensors(spec: ModelSpec, owners: Mapping[str, str], headers: Mapping[
                 problem=f"has another shape than config.json says, which is {list(wanted.shape)}",
                 fix="Use the config.json that was saved with these weights.",
             )
-        if found.dtype not in _DTYPES:
+        if found.dtype not in dtypes:
             raise InvalidModel(
                 field=f"{file}: {wanted.name}",
                 value=found.dtype,
                 problem="is of a number type that is not served",
-                fix=f"Save the model as one of {', '.join(_DTYPES)}.",
+                fix=f"Save the model as one of {', '.join(dtypes)}.",
             )
 
 

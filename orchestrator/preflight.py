@@ -18,6 +18,7 @@ from placement.errors import InvalidConfig
 from placement.hf import saved_dtype
 from placement.plan import Plan
 from placement.planner import plan_replicas
+from placement.quantization import Quantization, linear_format
 from placement.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.weights import num_parameters
 
@@ -75,6 +76,7 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
         max_num_seqs=config.serving.max_num_seqs,
         token_budget=config.serving.token_budget,
         unmeasured=unmeasured,
+        linear=linear_format(files.config, Quantization(config.model.quantization)),
     )
     _check_port("gateway.address", config.gateway.address)
     if config.cluster.is_local:

@@ -25,6 +25,7 @@ from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
 from orchestrator.stop_request import StopRequest
 from placement.memory import format_bytes
+from placement.quantization import Quantization
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
@@ -76,6 +77,7 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
         max_context_tokens=checked.plan.model.max_context_tokens,
         load_timeout_s=config.launch.load_timeout_s,
         prefix_cache=config.serving.prefix_cache,
+        quantization=Quantization(config.model.quantization),
     )
     # One replica a worker of the configuration, in its order.
     labels = {

@@ -77,7 +77,8 @@ class BlockPool:
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Takes ``count`` blocks, with one reference each, in the order in which they are to be filled.
 
-        Free blocks are taken first. O(free intervals), which is at most one more than the runs not free.
+        Free blocks are taken first. O(n log n) in the free intervals, of which there is at most one more than there
+        are runs not free.
 
         Args:
             after: last block of the sequence that grows; absent for a new sequence.
@@ -90,10 +91,8 @@ class BlockPool:
             raise OutOfBlocks(wanted=count, free=self.num_free)
         if count > self._free.num_blocks:
             self._evict(count - self._free.num_blocks)
-        blocks: list[int] = []
-        while len(blocks) < count:
-            taken = self._free.take_run(count - len(blocks), blocks[-1] if blocks else after)
-            blocks.extend(taken)
+        blocks = [] if after is None else list(self._free.take_behind(after, count))
+        blocks += self._free.take(count - len(blocks))
         for block in blocks:
             self._refs[block] = 1
         return blocks
@@ -181,17 +180,39 @@ class _FreeIntervals:
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(map(range, self._starts, self._stops))
 
-    def take_run(self, count: int, after: int | None) -> range:
-        """Takes one run of at most ``count`` blocks: behind ``after``, else in the largest interval."""
-        if after is not None:
-            index = bisect_left(self._starts, after + 1)
-            if index < len(self._starts) and self._starts[index] == after + 1:
-                return self._cut(index, after + 1, count)
+    def take_behind(self, block: int, count: int) -> range:
+        """Takes at most ``count`` blocks that follow ``block``; none where the next is not free."""
+        index = bisect_left(self._starts, block + 1)
+        if index < len(self._starts) and self._starts[index] == block + 1:
+            return self._cut(index, block + 1, count)
+        return range(0)
+
+    def take(self, count: int) -> list[int]:
+        """Takes ``count`` blocks: the largest intervals whole, the rest out of the next largest."""
+        blocks: list[int] = []
+        if not count:
+            return blocks
         lengths = list(map(sub, self._stops, self._starts))
+        if max(lengths) < count:
+            whole: set[int] = set()
+            for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+                if len(blocks) + lengths[index] > count:
+                    break
+                whole.add(index)
+                blocks += range(self._starts[index], self._stops[index])
+            self._starts = [start for index, start in enumerate(self._starts) if index not in whole]
+            self._stops = [stop for index, stop in enumerate(self._stops) if index not in whole]
+            self.num_blocks -= len(blocks)
+            lengths = [length for index, length in enumerate(lengths) if index not in whole]
+        if len(blocks) < count:
+            blocks += self._cut_largest(lengths, count - len(blocks))
+        return blocks
+
+    def _cut_largest(self, lengths: Seq[int], count: int) -> range:
+        """Takes ``count`` blocks out of the middle of the largest interval, which has as many."""
         index = lengths.index(max(lengths))
-        start, stop = self._starts[index], self._stops[index]
-        room = max(0, stop - start - count)
-        return self._cut(index, start if start == 0 else start + room // 2, count)
+        start = self._starts[index]
+        return self._cut(index, start if start == 0 else start + (lengths[index] - count) // 2, count)
 
     def give_back(self, block: int) -> None:
         """Frees ``block``, joined with the intervals that it touches."""
@@ -226,6 +247,42 @@ class _FreeIntervals:
         self._stops[index : index + 1] = [b for _, b in rest]
         self.num_blocks -= last - first
         return range(first, last)
+
+
+class TableRuns:
+    """The runs of one sequence's block table, kept as it grows: a step then looks at what is new alone."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._table: Seq[int] = ()
+        self._num_blocks = 0
+        self._runs: list[tuple[int, int]] = []
+
+    def first(self, block_table: list[int], num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """As :func:`block_runs`. A table only ever grows; a new one is another list."""
+        if block_table is not self._table:
+            self._table, self._num_blocks, self._runs = block_table, 0, []
+        for block in block_table[self._num_blocks :]:
+            start, stop = block * self._block_size, (block + 1) * self._block_size
+            if self._runs and self._runs[-1][1] == start:
+                self._runs[-1] = (self._runs[-1][0], stop)
+            else:
+                self._runs.append((start, stop))
+        self._num_blocks = len(block_table)
+        return _without_last(self._runs, self._num_blocks * self._block_size - num_tokens)
+
+
+def _without_last(runs: Seq[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    """``runs`` without their last ``count`` slots."""
+    assert count >= 0, count
+    kept = len(runs)
+    while count and runs[kept - 1][1] - runs[kept - 1][0] <= count:
+        kept -= 1
+        count -= runs[kept][1] - runs[kept][0]
+    if not count:
+        return tuple(runs[:kept])
+    start, stop = runs[kept - 1]
+    return (*runs[: kept - 1], (start, stop - count))
 
 
 def block_runs(block_table: Seq[int], block_size: int, num_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,7 @@ Owns what is read alike for every family of models. Pure: the caller reads the f
 from placement.hf_families import family_of
 from placement.hf_rope import context_tokens
 from placement.hf_values import MAX_CONTEXT, Config, flag, positive, refusal, whole_number
+from placement.quantization import read_gptq
 from placement.specs import DType, ModelSpec
 
 MAX_LAYERS = 1024
@@ -19,13 +20,14 @@ def read_model_spec(config: Config, generation_config: Config | None = None) -> 
     """The model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
 
     Understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
-    The number type is not part of it: see :func:`saved_dtype`.
+    The number type is not part of it: see :func:`saved_dtype`. Nor is how a quantized checkpoint holds its weights,
+    which is only checked: see :mod:`placement.quantization`.
 
     Raises:
         InvalidModel: a value is missing, of the wrong type, impossible, or of a model that is not served.
     """
     architecture, family = family_of(config)
-    _check_not_quantized(config)
+    read_gptq(config)
     config = {**family.defaults, **config}
     num_heads = whole_number(config, "num_attention_heads", maximum=MAX_HEADS)
     num_kv_heads = whole_number(config, "num_key_value_heads", default=num_heads, maximum=MAX_HEADS)
@@ -70,13 +72,6 @@ def saved_dtype(config: Config) -> DType:
         return DType(name)
     fix = "Set model.dtype to bfloat16 or float32 in the cluster file: weights are converted while they load."
     raise refusal(key, name, "is not a number type that is served", fix)
-
-
-def _check_not_quantized(config: Config) -> None:
-    if config.get("quantization_config") is not None:
-        problem = "describes quantized weights, which are not served"
-        fix = "Use the model's float32 or bfloat16 weights."
-        raise refusal("quantization_config", config["quantization_config"], problem, fix)
 
 
 def _head_dim(config: Config, *, hidden_size: int, num_heads: int) -> int:

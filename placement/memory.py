@@ -7,6 +7,7 @@ D head dimension, V vocabulary.
 from dataclasses import dataclass
 
 from placement.plan import Span
+from placement.quantization import LinearFormat, loaded_bytes
 from placement.specs import DType, ModelSpec
 from placement.weights import EMBEDDING, FINAL_NORM, TensorSlice, weight_bytes
 
@@ -14,6 +15,8 @@ CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
 SCORED_ROWS = 32
 """Positions of a prompt that are scored at once."""
+WIDENED_BYTES = 128 * 2**20
+"""Of a rounded weight's part that a GPU widens at once (kernels.linear)."""
 CUDA_PROCESS_BYTES = 640 * 2**20
 """What a CUDA context, its libraries and the caching allocator's slack take of a GPU."""
 
@@ -51,12 +54,16 @@ def footprint(
     max_num_seqs: int,
     token_budget: int,
     on_cpu: bool,
+    linear: LinearFormat | None = None,
 ) -> Footprint:
-    """What a rank that holds ``slices`` and ``kv_bytes`` of KV blocks needs."""
+    """What a rank that holds ``slices`` and ``kv_bytes`` of KV blocks needs; ``linear`` as its layers are held."""
+    has_plain_head = linear is None or linear.head_bits is None
+    head_bytes = packed_head_bytes(model, slices, dtype) if on_cpu and has_plain_head else 0
+    workspace = workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget)
     return Footprint(
-        weight_bytes=weight_bytes(slices, dtype) + (packed_head_bytes(model, slices, dtype) if on_cpu else 0),
+        weight_bytes=loaded_bytes(slices, dtype, linear) + head_bytes,
         kv_bytes=kv_bytes,
-        workspace_bytes=workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget),
+        workspace_bytes=workspace + (0 if on_cpu or linear is None else WIDENED_BYTES),
         process_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES,
     )
 

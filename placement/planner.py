@@ -18,6 +18,7 @@ from placement.memory import (
     size_setting,
 )
 from placement.plan import Plan, Replica, Shard, Span, Stage
+from placement.quantization import LinearFormat, check_linear_format
 from placement.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.weights import whole_model
 
@@ -56,6 +57,7 @@ def plan_replicas(
     max_num_seqs: int,
     token_budget: int,
     unmeasured: Collection[tuple[str, str]] = (),
+    linear: LinearFormat | None = None,
 ) -> Plan:
     """One replica on each device of the cluster, ``replica-0`` onwards in the order of nodes and devices.
 
@@ -67,14 +69,17 @@ def plan_replicas(
         kv_cache_bytes: memory for KV blocks on each rank; whole blocks of it are used.
         unmeasured: (node, device) pairs whose memory is not known yet, and so is not checked here: the worker
             checks when it loads.
+        linear: how the weights of linear layers are held; None: as all else, in ``dtype``.
 
     Raises:
-        InvalidConfig: ``max_context_tokens`` is more than the model knows.
+        InvalidConfig: ``max_context_tokens`` is more than the model knows, or its layers cannot be rounded.
+        InvalidModel: the sizes of a GPTQ checkpoint contradict each other.
         NotEnoughMemory: the KV blocks hold too little, a rank does not fit in its device, or the ranks of a
             node together do not fit in the node.
     """
+    check_linear_format(whole_model(model), linear)
     blocks = _blocks(model, dtype, block_size, kv_cache_bytes, max_context_tokens)
-    ranks = _ranks(model, cluster, dtype, blocks.kv_bytes, max_num_seqs, token_budget)
+    ranks = _ranks(model, cluster, dtype, linear, blocks.kv_bytes, max_num_seqs, token_budget)
     _check_memory([rank for rank in ranks if (rank.node.name, rank.device.name) not in unmeasured], blocks)
     replicas = tuple(_whole_replica(index, model, rank, blocks) for index, rank in enumerate(ranks))
     served = dataclasses.replace(model, max_context_tokens=blocks.context_tokens)
@@ -82,7 +87,13 @@ def plan_replicas(
 
 
 def _ranks(
-    model: ModelSpec, cluster: ClusterSpec, dtype: DType, kv_bytes: int, max_num_seqs: int, token_budget: int
+    model: ModelSpec,
+    cluster: ClusterSpec,
+    dtype: DType,
+    linear: LinearFormat | None,
+    kv_bytes: int,
+    max_num_seqs: int,
+    token_budget: int,
 ) -> list[_Rank]:
     """One rank a device, in the order of nodes and devices."""
 
@@ -95,6 +106,7 @@ def _ranks(
             max_num_seqs=max_num_seqs,
             token_budget=token_budget,
             on_cpu=device.kind == "cpu",
+            linear=linear,
         )
 
     return [_Rank(node=node, device=device, need=need(device)) for node in cluster.nodes for device in node.devices]

@@ -72,10 +72,10 @@ async def serve(args: argparse.Namespace) -> int:
             fix="Choose a free port of this host.",
         ) from error
     await server.start()
-    print(json.dumps({"event": "listening", "address": f"{host}:{port}", "pid": os.getpid()}), flush=True)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    print(json.dumps({"event": "listening", "address": f"{host}:{port}", "pid": os.getpid()}), flush=True)
     code = await _watch(service, stop, args.parent_pid)
     failure = service.engine_failure
     await server.stop(_STOP_GRACE_S if failure is None else _FLUSH_S)

@@ -13,7 +13,7 @@ from workers.work import Work
 def make_batch(chunks: Sequence[Chunk], works: Sequence[Work], block_size: int) -> Batch:
     """The chunks of ``works``, one each, and the KV that decodes among them have in common."""
     return Batch(
-        sequences=tuple(work.input(chunk, block_size) for chunk, work in zip(chunks, works, strict=True)),
+        sequences=tuple(work.take_chunk(chunk) for chunk, work in zip(chunks, works, strict=True)),
         shared=_shared(chunks, works, block_size),
     )
 

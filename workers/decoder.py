@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
-from kernels.linear import Linear
+from kernels.linear import Linear, pack_rounded
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from placement.weights import EMBEDDING, FINAL_NORM, HEAD
+from workers.weights import take_rounded
 
 Window = int | None
 
@@ -77,14 +78,14 @@ def assemble(model: ModelSpec, tensors: dict[str, Tensor], kernels: Kernels) -> 
     Matrices are copied as they are fused and packed; the parts are let go layer by layer, so that at most one
     layer exists twice.
     """
-    num_layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
+    num_layers = sum(name.endswith(("self_attn.q_proj.weight", "self_attn.q_proj.codes")) for name in tensors)
     layers = tuple(_assemble_layer(model, tensors, layer, kernels) for layer in range(num_layers))
     embedding = tensors.pop(EMBEDDING)
     return DecoderWeights(
         embedding=embedding,
         layers=layers,
         norm=_norm(model, tensors, FINAL_NORM),
-        head=kernels.pack(tensors.pop(HEAD, embedding), None),
+        head=_head(tensors, embedding, kernels),
         frequencies={
             window: frequencies(model.rope_of(window), model.head_dim).to(embedding.device)
             for window in model.distinct_windows
@@ -96,11 +97,14 @@ def _assemble_layer(model: ModelSpec, tensors: dict[str, Tensor], index: int, ke
     prefix = f"model.layers.{index}"
 
     def linear(*names: str) -> Linear:
-        weights = [tensors.pop(f"{prefix}.{name}.weight") for name in names]
         biases = [tensors.pop(f"{prefix}.{name}.bias", None) for name in names]
         present = [bias for bias in biases if bias is not None]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return kernels.pack(weight, torch.cat(present) if present else None)
+        bias = torch.cat(present) if present else None
+        rounded = take_rounded(tensors, [f"{prefix}.{name}" for name in names])
+        if rounded is not None:
+            return pack_rounded(rounded, bias, tensors[EMBEDDING].dtype)
+        weights = [tensors.pop(f"{prefix}.{name}.weight") for name in names]
+        return kernels.pack(weights[0] if len(weights) == 1 else torch.cat(weights), bias)
 
     def norm(name: str) -> Tensor:
         return _norm(model, tensors, f"{prefix}.{name}.weight")
@@ -120,6 +124,13 @@ def _assemble_layer(model: ModelSpec, tensors: dict[str, Tensor], index: int, ke
     )
 
 
+def _head(tensors: dict[str, Tensor], embedding: Tensor, kernels: Kernels) -> Linear:
+    rounded = take_rounded(tensors, [HEAD.removesuffix(".weight")])
+    if rounded is not None:
+        return pack_rounded(rounded, None, embedding.dtype)
+    return kernels.pack(tensors.pop(HEAD, embedding), None)
+
+
 def _norm(model: ModelSpec, tensors: dict[str, Tensor], name: str) -> Tensor:
     """A norm's weight, as :func:`kernels.reference.rms_norm` takes it."""
     weight = tensors.pop(name)
@@ -128,9 +139,8 @@ def _norm(model: ModelSpec, tensors: dict[str, Tensor], name: str) -> Tensor:
 
 def _qk_norm(model: ModelSpec, tensors: dict[str, Tensor], prefix: str) -> Tensor:
     """The norms of query and key [D], written out for each head: [H + K, D]."""
-    num_heads, num_kv_heads = (
-        tensors[f"{prefix}.{name}_proj.weight"].shape[0] // model.head_dim for name in ("q", "k")
-    )
+    form = "codes" if f"{prefix}.q_proj.codes" in tensors else "weight"
+    num_heads, num_kv_heads = (len(tensors[f"{prefix}.{name}_proj.{form}"]) // model.head_dim for name in ("q", "k"))
     query = _norm(model, tensors, f"{prefix}.q_norm.weight").expand(num_heads, -1)
     key = _norm(model, tensors, f"{prefix}.k_norm.weight").expand(num_kv_heads, -1)
     return torch.cat((query, key))

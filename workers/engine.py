@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from placement.blocks import BlockPool
+from placement.blocks import BlockPool, TableRuns
 from placement.errors import HeterodyneError, cause_of
 from placement.scheduling import Scheduler, StepPlan
 from placement.sequence import Sequence
@@ -110,7 +110,7 @@ class Engine:
         self._broken = False
         self._draining = False
         self._stopped = False
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.ended: Future[None] = Future()
         self.load = self._snapshot()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -149,7 +149,7 @@ class Engine:
                 more = self._dispatch()
                 if self._dispatched and (not more or len(self._dispatched) == _MOST_DISPATCHED):
                     self._collect(self._dispatched.popleft())
-        except Exception as error:  # the border of the thread: whatever it was, every sequence must end
+        except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
             logger.exception("engine_failed")
             self._fail(error)
         finally:
@@ -168,7 +168,6 @@ class Engine:
                     break
                 continue
             self._apply(command)
-        self.load = self._snapshot()
         return not self._stopped
 
     def _wait_s(self) -> float:
@@ -222,6 +221,7 @@ class Engine:
                 sequence=sequence,
                 token_ids=list(submission.prompt_ids),
                 sampler=_sampler(submission),
+                runs=TableRuns(self.limits.block_size),
                 submitted_s=command.at_s,
             )
             work.extend_hashes(self.limits.block_size)
@@ -307,7 +307,7 @@ class Engine:
         del self._engine_ids[work.sink, work.sequence_id]
         self._scheduler.remove(engine_id)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         """A step raised: every sequence ends with the cause, those in the inbox too, and the engine takes no more."""
         self.failure = error
         outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
@@ -317,7 +317,7 @@ class Engine:
             sink.step(StepStats(step=self._steps), items)
         self._fail_inbox(error)
 
-    def _fail_inbox(self, error: Exception) -> None:
+    def _fail_inbox(self, error: BaseException) -> None:
         """Answer every submission in the inbox. Any thread: whoever takes a command out answers it."""
         while True:
             try:
@@ -328,15 +328,16 @@ class Engine:
                 command.sink.step(StepStats(step=self._steps), [_failed(command.sequence_id, error)])
 
     def _snapshot(self) -> LoadSnapshot:
+        """What is dispatched counts as running and pending until it is collected, whatever the scheduler has let go."""
         pool, scheduler = self._pool, self._scheduler
         return LoadSnapshot(
             steps=self._steps,
-            num_running=scheduler.num_running,
+            num_running=len(self._works) - scheduler.num_waiting,
             num_waiting=scheduler.num_waiting,
             free_blocks=pool.num_free,
             total_blocks=pool.num_total,
             num_preemptions=scheduler.num_preemptions,
-            pending_tokens=scheduler.pending_tokens,
+            pending_tokens=scheduler.pending_tokens + sum(step.plan.num_tokens for step in self._dispatched),
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             prefix_queries=scheduler.num_prefix_queries,
@@ -354,5 +355,5 @@ def _sampler(submission: Submission) -> SamplerState:
     )
 
 
-def _failed(sequence_id: int, error: Exception) -> Output:
+def _failed(sequence_id: int, error: BaseException) -> Output:
     return Output(sequence_id=sequence_id, end=EndReason.FAILED, detail=cause_of(error))

@@ -1,6 +1,7 @@
 """The leader stream: one gateway's sequences on this engine, in both directions."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Seq
 
@@ -12,6 +13,8 @@ from workers import wire
 from workers.engine import Engine
 from workers.engine_types import Output, StepStats
 from workers.grammar import Grammar, GrammarFactory, GrammarSpec
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.4
 
@@ -71,9 +74,12 @@ class LeaderStream:
             async for request in requests:
                 self._take(request)
         finally:
-            for compiling in self._compiling.values():
-                compiling.cancel()
             self._outbox.put_nowait(None)
+
+    def close(self) -> None:
+        """Nothing is handed to the engine any more."""
+        for compiling in self._compiling.values():
+            compiling.cancel()
 
     def _take(self, request: pb.LeadRequest) -> None:
         command = request.WhichOneof("command")
@@ -113,6 +119,9 @@ class LeaderStream:
             grammar = await asyncio.to_thread(self._grammars.compile, spec)
         except HeterodyneError as error:
             self._send_refusal(message.sequence_id, error)
+        except Exception as error:  # the border of the task: whatever it was, the gateway must hear of it
+            logger.exception("grammar_not_compiled")
+            self._refuse(message.sequence_id, wire.UNAVAILABLE, cause_of(error))
         else:
             self._hand_over(message, grammar)
 
@@ -126,9 +135,8 @@ class LeaderStream:
 
     def _cancel(self, sequence_id: int) -> None:
         compiling = self._compiling.pop(sequence_id, None)
-        if compiling is not None:
-            compiling.cancel()
-        else:
+        # One that has ended by now has handed its sequence over.
+        if compiling is None or not compiling.cancel():
             self._engine.cancel(self, sequence_id)
 
     async def beat(self) -> None:

@@ -13,6 +13,7 @@ from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory, caus
 from placement.hf import read_model_spec
 from placement.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
 from placement.plan import Span
+from placement.quantization import LinearFormat, Quantization, check_linear_format, linear_format
 from placement.scheduling import Scheduler, SchedulerLimits
 from placement.specs import DType, ModelSpec
 from placement.weights import TensorSlice, shard_tensors, whole_model
@@ -29,6 +30,11 @@ from workers.sampling import SamplerState, SamplingParams
 from workers.weights import load_weights
 
 _MAX_CONFIG_BYTES = 1 << 20
+_QUANTIZATIONS = {
+    pb.QUANTIZATION_UNSPECIFIED: Quantization.NONE,
+    pb.QUANTIZATION_INT8: Quantization.INT8,
+    pb.QUANTIZATION_INT4: Quantization.INT4,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +70,12 @@ class LoadJob:
         dtype = wire.dtype(request.dtype)
         _check(request, model)
         slices = _slices(request.shard, model)
-        need = _need(request, model, slices, dtype, on_cpu=device.torch_device.type == "cpu")
+        linear = read_linear_format(request)
+        check_linear_format(slices, linear)
+        need = _need(request, model, slices, dtype, linear, on_cpu=device.torch_device.type == "cpu")
         check_memory(need, device.available_memory_bytes, where=device.name)
         try:
-            return self._load(model, slices, TORCH_DTYPES[dtype])
+            return self._load(model, slices, TORCH_DTYPES[dtype], linear)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -78,10 +86,12 @@ class LoadJob:
                 fix="Lower it, free memory, or use a smaller model.",
             ) from error
 
-    def _load(self, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: torch.dtype) -> Loaded:
+    def _load(
+        self, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: torch.dtype, linear: LinearFormat | None
+    ) -> Loaded:
         request, torch_device = self._request, self._device.torch_device
         num_slots = request.num_blocks * request.block_size
-        weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress)
+        weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress, linear)
         self.phase = pb.LOAD_PHASE_KV_CACHE
         cache = allocate_kv_cache(model, num_slots=num_slots, dtype=dtype, device=self._device)
         kernels = kernels_for(torch_device.type)
@@ -108,6 +118,20 @@ def read_model(path: Path) -> ModelSpec:
     """The model's specification from its directory. Raises InvalidModel."""
     generation = path / "generation_config.json"
     return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
+
+
+def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
+    """How the model's linear layers are to be held.
+
+    Raises:
+        InvalidRequest: the request's quantization is not known.
+        InvalidModel, InvalidConfig: see :func:`placement.quantization.linear_format`.
+    """
+    if request.quantization not in _QUANTIZATIONS:
+        fix = "Use QUANTIZATION_UNSPECIFIED, _INT8 or _INT4."
+        raise InvalidRequest(field="quantization", value=request.quantization, problem="is not known", fix=fix)
+    config = _read_json(Path(request.model_path) / "config.json")
+    return linear_format(config, _QUANTIZATIONS[request.quantization])
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -170,7 +194,13 @@ def _check(request: pb.LoadRequest, model: ModelSpec) -> None:
 
 
 def _need(
-    request: pb.LoadRequest, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: DType, *, on_cpu: bool
+    request: pb.LoadRequest,
+    model: ModelSpec,
+    slices: tuple[TensorSlice, ...],
+    dtype: DType,
+    linear: LinearFormat | None,
+    *,
+    on_cpu: bool,
 ) -> Footprint:
     """What this process has yet to allocate: it stands already, so its own bytes are left out."""
     block_bytes = kv_bytes_per_block(
@@ -188,6 +218,7 @@ def _need(
         max_num_seqs=request.max_num_seqs,
         token_budget=request.token_budget,
         on_cpu=on_cpu,
+        linear=linear,
     )
     return replace(need, process_bytes=0)
 
@@ -239,9 +270,7 @@ def executing_thread(device: Device) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=claim.pin)
 
 
-def build_engine(
-    runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec
-) -> Engine:
+def build_engine(runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec) -> Engine:
     """The engine of a leader, not yet started."""
     pool = BlockPool(request.num_blocks, request.block_size)
     scheduler_limits = SchedulerLimits(token_budget=request.token_budget, max_num_seqs=request.max_num_seqs)

@@ -7,7 +7,7 @@ is not known yet when it is prepared; it is put in its place when the step begin
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -71,6 +71,8 @@ class _Prepared:
     """A step laid out for the device.
 
     Attributes:
+        tokens: all but what turns them, which the executing thread computes with its own team of threads.
+        positions: of the tokens, [T].
         awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``.
         rows: rows of ``tokens`` after which a token is sampled.
         samplers: how, one for each of ``rows``.
@@ -79,6 +81,7 @@ class _Prepared:
 
     batch: Batch
     tokens: decoder.TokenBatch
+    positions: Tensor
     awaiting: tuple[SamplerState, ...]
     awaiting_rows: Tensor
     rows: Tensor
@@ -133,11 +136,13 @@ class ModelRunner:
 
     def _lay_out(self, batch: Batch) -> _Prepared:
         spans = _spans(batch)
+        tokens, positions = self._flatten(batch, spans)
         last = [span.query_start + span.num_queries - 1 for span in spans]
         placed = list(zip(batch.sequences, spans, last, strict=True))
         return _Prepared(
             batch=batch,
-            tokens=self._flatten(batch, spans),
+            tokens=tokens,
+            positions=positions,
             awaiting=tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None),
             awaiting_rows=self._indices([row for s, _, row in placed if s.awaits_token]),
             rows=self._indices([row for s, _, row in placed if s.samples]),
@@ -153,7 +158,7 @@ class ModelRunner:
     def _execute(self, prepared: _Prepared) -> StepResult:
         """Computes the step, writes its KV and samples."""
         started_s = time.monotonic()
-        tokens, samplers = prepared.tokens, prepared.samplers
+        tokens, samplers = self._turned(prepared), prepared.samplers
         if prepared.awaiting:
             tokens.token_ids[prepared.awaiting_rows] = self._indices(_newest(prepared.awaiting))
         # Which tokens the grammars allow is found out beside the forward pass.
@@ -180,7 +185,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Computes a batch and writes its KV. Logits [T, V] after every token: for tests and measurements."""
-        tokens = self._lay_out(batch).tokens
+        tokens = self._turned(self._lay_out(batch))
         hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
         return self._project(hidden)
 
@@ -191,8 +196,12 @@ class ModelRunner:
         """Logits [rows, V] of hidden states [rows, E]."""
         return decoder.project(self._model, self._weights, self._kernels, hidden)
 
-    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> decoder.TokenBatch:
-        """Token ids, positions, slots and attention of the batch; a token that is awaited is 0."""
+    def _turned(self, prepared: _Prepared) -> decoder.TokenBatch:
+        """The step's tokens with what turns them by their positions."""
+        return replace(prepared.tokens, rope=decoder.rope_tables(self._model, self._weights, prepared.positions))
+
+    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> tuple[decoder.TokenBatch, Tensor]:
+        """Token ids, slots and attention of the batch, and its positions; a token that is awaited is 0."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -206,12 +215,13 @@ class ModelRunner:
             assert len(slots) == len(positions) == len(token_ids), sequence
         ids, at, where = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=self._device)
         windows = self._model.distinct_windows
-        return decoder.TokenBatch(
+        tokens = decoder.TokenBatch(
             token_ids=ids,
             slots=where,
-            rope=decoder.rope_tables(self._model, self._weights, at),
+            rope={},
             attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in windows},
         )
+        return tokens, at
 
 
 def _spans(batch: Batch) -> list[SequenceSpan]:

@@ -37,7 +37,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._fenced_messages = 0
 
     @property
-    def engine_failure(self) -> Exception | None:
+    def engine_failure(self) -> BaseException | None:
         """What ended the engine, if a step raised."""
         return self._loaded.engine.failure if self._loaded else None
 
@@ -116,13 +116,14 @@ class WorkerService(pb_grpc.WorkerServicer):
             async for message in stream.write():
                 yield message
         finally:
-            engine.abandon(stream)
             self._fenced_messages += stream.fenced_messages
             for task in tasks:
                 task.cancel()
             for task in tasks:
                 with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
                     await task
+            stream.close()
+            engine.abandon(stream)
         if stream.status is not None:
             await context.abort(*stream.status)
 

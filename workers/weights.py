@@ -5,7 +5,7 @@ A checkpoint is ``model.safetensors``, or shards named by ``model.safetensors.in
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from placement.quantization import (
     is_layer_weight,
     loaded_bytes,
 )
-from placement.specs import DType
 from placement.weights import HEAD, TensorSlice
+from workers.device import TORCH_DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 64 << 20
-_DTYPES = {torch.float32: DType.FLOAT32, torch.bfloat16: DType.BFLOAT16}
+_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 _FIX_COPY = "Copy the model's files again."
 _FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
 
@@ -62,31 +62,41 @@ def load_weights(
     Raises:
         InvalidModel: a file or tensor is missing, damaged, not safetensors, or of the wrong shape or type.
     """
-    total_bytes = loaded_bytes(slices, _DTYPES[dtype], linear)
-    done_bytes = 0
+    sources = {slice_: dict(checkpoint_tensors([slice_], linear)) for slice_ in slices}
+    total_bytes, done_bytes = loaded_bytes(slices, _DTYPES[dtype], linear), 0
     weights: dict[str, Tensor] = {}
-    stored = {slice_.name: dict(checkpoint_tensors([slice_], linear)) for slice_ in slices}
-    wholes = {part.name: slice_ for slice_ in slices for part in stored[slice_.name]}
-    read: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)  # of layers whose tensors are not all read yet
-    for file, wanted in _locate(path, [part for parts in stored.values() for part in parts]).items():
+    for slice_, read in _read_all(path, sources, device):
+        held = _held(slice_, read, dtype, linear, head=head_weight(slices))
+        weights.update(held)
+        done_bytes += sum(tensor.nbytes for tensor in held.values())
+        progress(done_bytes, total_bytes)
+    return weights
+
+
+def _read_all(
+    path: Path, sources: Mapping[TensorSlice, Mapping[TensorSlice, Sequence[str]]], device: torch.device
+) -> Iterator[tuple[TensorSlice, dict[str, Tensor]]]:
+    """Every slice with the checkpoint's tensors for it, as they are stored, once all of them are read.
+
+    Args:
+        sources: the tensors of each slice, each with the number types that it may have.
+    """
+    wholes = {part.name: slice_ for slice_, parts in sources.items() for part in parts}
+    read: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for file, wanted in _locate(path, [part for parts in sources.values() for part in parts]).items():
         try:
-            # Context left before the next shard opens: one file is mapped at a time.
+            # Context left before the next shard opens: one file is mapped at a time, beside those of layers begun.
             with safe_open(file, framework="pt") as reader:
                 names = frozenset(reader.keys())
                 for part in wanted:
                     slice_ = wholes[part.name]
-                    accepted = stored[slice_.name]
+                    accepted = sources[slice_]
                     read[slice_.name][part.name] = _read(reader, names, file, part, accepted[part]).to(device)
-                    if len(read[slice_.name]) < len(accepted):
-                        continue
-                    held = _held(slice_, read.pop(slice_.name), dtype, linear, head=head_weight(slices))
-                    weights.update(held)
-                    done_bytes += sum(tensor.nbytes for tensor in held.values())
-                    progress(done_bytes, total_bytes)
+                    if len(read[slice_.name]) == len(accepted):
+                        yield slice_, read.pop(slice_.name)
         except (SafetensorError, OSError) as error:
             problem = f"cannot be read as safetensors ({error})"
             raise _refusal(file.name, str(file), problem, _FIX_COPY) from error
-    return weights
 
 
 def _held(

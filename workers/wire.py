@@ -111,7 +111,11 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
         ("frequency_penalty", sampling.frequency_penalty, math.isfinite(sampling.frequency_penalty)),
         ("biases", list(sampling.biases), all(map(math.isfinite, sampling.biases))),
         ("bias_ids", list(sampling.bias_ids), all(token_id < vocab_size for token_id in sampling.bias_ids)),
-        ("bias_ids", len(sampling.bias_ids), len(set(sampling.bias_ids)) == len(sampling.biases)),
+        (
+            "bias_ids",
+            len(sampling.bias_ids),
+            len(set(sampling.bias_ids)) == len(sampling.bias_ids) == len(sampling.biases),
+        ),
         ("logprobs", message.logprobs, message.logprobs >= 0),
         ("prompt_logprobs", message.prompt_logprobs, message.prompt_logprobs >= 0),
         ("min_tokens", message.min_tokens, message.min_tokens >= 0),

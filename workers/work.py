@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from placement.blocks import block_runs
+from placement.blocks import TableRuns
 from placement.prefix import chain_hashes
 from placement.scheduling import Chunk
 from placement.sequence import Sequence
@@ -29,6 +29,7 @@ class Work:
     sequence: Sequence
     token_ids: list[int]
     sampler: SamplerState
+    runs: TableRuns
     submitted_s: float
     scheduled_s: float | None = None
     num_scored: int = 1
@@ -38,14 +39,14 @@ class Work:
         """Tokens of the answer that are known."""
         return len(self.token_ids) - self.sequence.num_prompt_tokens
 
-    def input(self, chunk: Chunk, block_size: int) -> SequenceInput:
+    def take_chunk(self, chunk: Chunk) -> SequenceInput:
         """What the next step computes of the sequence. Prompt tokens are scored once, even if computed again."""
         stop = chunk.start + chunk.num_tokens
         assert len(self.token_ids) >= stop - 1, "only the newest token can be unknown"
         return SequenceInput(
             token_ids=self.token_ids[chunk.start : stop],
             start=chunk.start,
-            runs=block_runs(self.sequence.block_table, block_size, stop),
+            runs=self.runs.first(self.sequence.block_table, stop),
             awaits_token=stop > len(self.token_ids),
             sampler=self.sampler,
             samples=chunk.samples,

@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from orchestrator.controller.wire import shard_message
 from placement.memory import CPU_PROCESS_BYTES, workspace_bytes
 from placement.plan import Plan, Shard
+from placement.quantization import Quantization
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2
 
 _DTYPES = {DType.FLOAT32: worker_pb2.DTYPE_FLOAT32, DType.BFLOAT16: worker_pb2.DTYPE_BFLOAT16}
+_QUANTIZATIONS = {
+    Quantization.NONE: worker_pb2.QUANTIZATION_UNSPECIFIED,
+    Quantization.INT8: worker_pb2.QUANTIZATION_INT8,
+    Quantization.INT4: worker_pb2.QUANTIZATION_INT4,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +28,7 @@ class DeploymentSettings:
     max_context_tokens: int
     prefix_cache: bool
     load_timeout_s: float
+    quantization: Quantization = Quantization.NONE
 
     def needed_bytes(self, shard: Shard) -> int:
         """All that the rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
@@ -43,4 +50,5 @@ class DeploymentSettings:
             max_num_seqs=self.max_num_seqs,
             max_context_tokens=self.max_context_tokens,
             prefix_cache=self.prefix_cache,
+            quantization=_QUANTIZATIONS[self.quantization],
         )

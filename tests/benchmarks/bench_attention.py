@@ -1,8 +1,10 @@
-"""``make bench-attention``: decode attention over shuffled KV blocks, against gathering them and against no need to.
+"""``make bench-attention``: attention over shuffled KV blocks, against gathering them and against no need to.
 
-Three arms in one process, interleaved call by call: ``paged`` reads blocks where they lie, ``gather`` copies the
+Arms in one process, interleaved call by call. Decodes: ``paged`` reads blocks where they lie, ``gather`` copies the
 context into one piece and runs torch's flash attention, ``view`` runs that on a context which already is one piece
-(what paging gives up). Ratios are medians of pairs; above 1 means that paged is faster.
+(what paging gives up). Prefills: ``paged`` against ``flash``, torch's on one piece. Decodes behind one prefix:
+``paged`` attends to it once for all, ``own`` once a sequence. Ratios are medians of pairs; above 1 means that paged is
+faster.
 """
 
 import argparse
@@ -13,17 +15,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
 
 from kernels import cpu
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import LayerCache, Run, SequenceSpan, SharedSpan
 from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish, shown
 
 SHAPES = ((4, 2, 32), (4, 8, 64), (8, 4, 128))  # K KV heads, G query heads each, D: demo, 1.1 B and 8 B Llama
 LOADS = ((1, 1024), (1, 4096), (16, 256), (16, 1024))  # sequences, tokens of each
+PREFILLS = (256, 2048)  # tokens of one prompt
+PREFIXES = ((8, 1024), (64, 4096))  # sequences, tokens that they share
+OWN = 64  # tokens of each sequence behind the prefix
 BLOCK = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,6 +69,51 @@ def arms(shape: tuple[int, int, int], load: tuple[int, int], dtype: torch.dtype)
     }
 
 
+def shuffled(num_blocks: int) -> list[Run]:
+    """Blocks in random order."""
+    return [(block * BLOCK, (block + 1) * BLOCK) for block in random.Random(1).sample(range(num_blocks), num_blocks)]
+
+
+def prefill_arms(shape: tuple[int, int, int], length: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """One prompt, computed at once."""
+    num_kv_heads, group, head_dim = shape
+    keys, values = (torch.randn(num_kv_heads, length, head_dim).to(dtype) for _ in range(2))
+    cache = LayerCache(keys=keys, values=values)
+    query = torch.randn(length, num_kv_heads * group, head_dim).to(dtype)
+    fresh = torch.randn(length, num_kv_heads, head_dim).to(dtype)
+    span = SequenceSpan(query_start=0, num_queries=length, runs=tuple(shuffled(length // BLOCK)))
+    rows = query.view(length, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    dense = [stored[:, None].expand(rows.shape) for stored in (keys, values)]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    plan, scale = cpu.plan([span]), head_dim**-0.5
+    return {
+        "paged": lambda: cpu.attention(query, fresh, fresh, cache, plan, scale),
+        "flash": lambda: flash(rows, *dense, 0.0, True, scale=scale),
+    }
+
+
+def shared_arms(
+    shape: tuple[int, int, int], load: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """A decode of each sequence behind one prefix."""
+    (num_kv_heads, group, head_dim), (num_sequences, length) = shape, load
+    num_slots = length + num_sequences * OWN
+    keys, values = (torch.randn(num_kv_heads, num_slots, head_dim).to(dtype) for _ in range(2))
+    cache = LayerCache(keys=keys, values=values)
+    query = torch.randn(num_sequences, num_kv_heads * group, head_dim).to(dtype)
+    fresh = torch.randn(num_sequences, num_kv_heads, head_dim).to(dtype)
+    runs, (many, few) = shuffled(num_slots // BLOCK), (length // BLOCK, OWN // BLOCK)
+    prefix, rest = tuple(runs[:many]), runs[many:]
+    spans = [
+        SequenceSpan(query_start=i, num_queries=1, runs=(*prefix, *rest[i * few : (i + 1) * few]))
+        for i in range(num_sequences)
+    ]
+    shared = SharedSpan(members=tuple(range(num_sequences)), first_token=0, num_tokens=length, runs=prefix)
+    plans, scale = (cpu.plan(spans, shared=[shared]), cpu.plan(spans)), head_dim**-0.5
+    once, each = (partial(cpu.attention, query, fresh, fresh, cache, plan, scale) for plan in plans)
+    return {"paged": once, "own": each}
+
+
 def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each call of each arm, the arms in turn; the first two rounds do not count."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -81,25 +133,38 @@ def ratio(other: list[float], ours: list[float]) -> Metric:
     return Metric(value=middle, unit="x", samples=len(pairs), spread=(low, high))
 
 
-def compare(shape: tuple[int, int, int], load: tuple[int, int], name: str, repeats: int) -> dict[str, Metric]:
-    """The metrics of one shape, load and dtype."""
-    taken = measure(arms(shape, load, DTYPES[name]), repeats)
-    key = key_of(shape, load, name)
+def compare(key: str, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Metric]:
+    """The metrics of the arms, of which one is ``paged``."""
+    taken = measure(calls, repeats)
     paged_us = statistics.median(taken["paged"]) * 1e6
     ours = {f"{key}_us": Metric(value=paged_us, unit="us", samples=len(taken["paged"]))}
-    return ours | {f"{arm}_over_paged_{key}": ratio(taken[arm], taken["paged"]) for arm in ("gather", "view")}
+    others = taken.keys() - {"paged"}
+    return ours | {f"{arm}_over_paged_{key}": ratio(taken[arm], taken["paged"]) for arm in sorted(others)}
 
 
-def key_of(shape: tuple[int, int, int], load: tuple[int, int], name: str) -> str:
-    """How the metrics of one shape, load and dtype are named."""
-    return f"{'_'.join(map(str, shape))}_{name}_{load[0]}x{load[1]}"
-
-
-def row(shape: tuple[int, int, int], load: tuple[int, int], name: str, metrics: dict[str, Metric]) -> list[str]:
-    """The same for the table."""
-    key = key_of(shape, load, name)
-    ratios = [shown(metrics[f"{arm}_over_paged_{key}"]) for arm in ("gather", "view")]
-    return [",".join(map(str, shape)), name, f"{load[0]}x{load[1]}", f"{metrics[f'{key}_us'].value:.0f}", *ratios]
+def compare_all(repeats: int) -> tuple[dict[str, Metric], list[Rows]]:
+    """All metrics, and a table for each kind of work."""
+    kinds: tuple[tuple[str, Callable[..., dict[str, Callable[[], object]]], tuple[Any, ...]], ...] = (
+        ("decode", arms, LOADS),
+        ("prefill", prefill_arms, PREFILLS),
+        ("shared", shared_arms, PREFIXES),
+    )
+    metrics: dict[str, Metric] = {}
+    tables = []
+    for kind, make, loads in kinds:
+        rows, ratios = [], []
+        for shape, name, load in itertools.product(SHAPES, DTYPES, loads):
+            what = "x".join(map(str, load)) if isinstance(load, tuple) else str(load)
+            key = f"{'_'.join(map(str, shape))}_{name}_{what}"
+            found = compare(key if kind == "decode" else f"{kind}_{key}", make(shape, load, DTYPES[name]), repeats)
+            metrics.update(found)
+            ours, *others = found.values()
+            ratios = [metric.split("_over_")[0] for metric in list(found)[1:]]
+            rows.append([",".join(map(str, shape)), name, what, f"{ours.value:.0f}", *map(shown, others)])
+            print(kind, *rows[-1], flush=True)
+        columns = ["K,G,D", "dtype", "tokens", "paged us", *(f"{arm}/paged" for arm in ratios)]
+        tables.append(Rows(title=f"{kind} attention: medians (middle half)", columns=columns, rows=rows))
+    return metrics, tables
 
 
 def main() -> int:
@@ -111,20 +176,14 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load_at_start = os.getloadavg()
-    metrics: dict[str, Metric] = {}
-    rows = []
-    for shape, name, load in itertools.product(SHAPES, DTYPES, LOADS):
-        metrics |= compare(shape, load, name, options.repeats)
-        rows.append(row(shape, load, name, metrics))
-        print(*rows[-1], flush=True)
+    metrics, tables = compare_all(options.repeats)
     gains = [metric.value for key, metric in metrics.items() if key.startswith("gather_over")]
     metrics["gather_over_paged_least"] = Metric(value=min(gains), unit="x", samples=len(gains))
-    columns = ["K,G,D", "dtype", "sequences", "paged us", "gather/paged", "view/paged"]
     report = Report(
         name="attention",
         headline=f"paged over gathering: median {statistics.median(gains):.2f}x, least {min(gains):.2f}x",
         metrics=metrics,
-        tables=[Rows(title="decode attention: medians (middle half)", columns=columns, rows=rows)],
+        tables=tables,
         versions={"numba": numba.__version__},
         settings={"threads": options.threads, "repeats": options.repeats},
     )

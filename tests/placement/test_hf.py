@@ -112,7 +112,7 @@ def test_impossible_sizes_are_refused(key: str, value: object) -> None:
         ({"architectures": "LlamaForCausalLM"}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method"),
         ({"num_key_value_heads": 4}, "num_key_value_heads"),
         ({"num_key_value_heads": 30}, "num_key_value_heads"),
         ({"hidden_size": 121}, "hidden_size"),

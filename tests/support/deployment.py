@@ -19,6 +19,7 @@ from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerArgs, WorkerProcess
 from orchestrator.preflight import preflight
 from placement.plan import Shard
+from placement.quantization import Quantization
 
 START_S = 60.0
 
@@ -92,6 +93,7 @@ async def deploy(config: Config) -> AsyncIterator[Deployment]:
         max_context_tokens=checked.plan.model.max_context_tokens,
         load_timeout_s=START_S,
         prefix_cache=True,
+        quantization=Quantization(config.model.quantization),
     )
     shell = ControllerShell(launcher=launcher, settings=settings)
     server, control_address = await start_control_server(shell, "127.0.0.1")

@@ -23,7 +23,7 @@ from placement.specs import DType
 from placement.weights import HEAD, whole_model
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.steps import logits
-from workers.device import TORCH_DTYPES, open_device
+from workers.device import open_device
 from workers.kv_cache import allocate_kv_cache
 from workers.loading import LoadJob
 from workers.runner import ModelRunner, SequenceInput
@@ -354,7 +354,3 @@ def test_a_gptq_model_is_not_rounded_again(served: Path, tmp_path: Path) -> None
     with pytest.raises(InvalidConfig) as caught:
         LoadJob(request=request, device=open_device("cpu", 1)).run()
     assert caught.value.field == "model.quantization"
-
-
-def test_types_for_torch_and_placement_agree() -> None:
-    assert {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16} == TORCH_DTYPES

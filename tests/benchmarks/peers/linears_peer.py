@@ -15,6 +15,7 @@ from peer_protocol import Measure, serve
 from kernels.linear import Linear, pack
 from placement.specs import ModelSpec
 from tests.benchmarks.engine_models import read_spec
+from workers.cores import claim_cores
 
 
 def shapes(model: ModelSpec) -> Iterator[tuple[int, int]]:
@@ -30,6 +31,7 @@ def shapes(model: ModelSpec) -> Iterator[tuple[int, int]]:
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
     torch.set_num_threads(settings["threads"])
+    claim_cores(settings["threads"]).pin()  # as a worker does
     torch.manual_seed(0)
     layers: list[tuple[Linear, int]] = []
     for outputs, inputs in shapes(read_spec(Path(settings["model"]))):

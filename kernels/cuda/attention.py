@@ -1,0 +1,124 @@
+"""Attention over a paged KV cache, its work laid out by :mod:`kernels.cuda.plan`: the host's part.
+
+Decodes read their tokens once, in parts that run side by side (Dao et al. 2023, FlashDecoding); chunks tile their
+queries (Dao 2023, FlashAttention-2). The query heads of one KV head are rows of one tile, so keys and values are read
+once for all of them.
+
+Shapes: T tokens of a batch, H query heads, K KV heads, G = H / K, D head dimension, S slots.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.attention import AttentionPlan, LayerCache
+from kernels.cuda.attention_kernels import chunk_kernel, decode_kernel, merge_kernel
+from kernels.cuda.plan import CHUNK, MAX_PARTS, DevicePlan
+
+_LEAST_ROWS = 16  # of a tile that tensor cores multiply
+_PROGRAMS = 16  # of decodes, for each multiprocessor; each takes every so many-th part
+_LEAST_DIM = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How a program is cut: query rows and tokens that meet at once, its warps, and tiles on their way from memory."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tile(group: int, block_dim: int, itemsize: int) -> Tile:
+    """For one query of ``group`` heads: bound by memory, so tiles are many and small."""
+    tokens = max(16, min(64, 16384 // (block_dim * itemsize)))  # 16 KB each of keys and of values
+    return Tile(rows=max(_LEAST_ROWS, triton.next_power_of_2(group)), tokens=tokens, num_warps=4, num_stages=3)
+
+
+def chunk_tile(block_dim: int, itemsize: int) -> Tile:
+    """For many queries: bound by arithmetic, so that tiles are as large as registers and shared memory hold."""
+    if itemsize == 4:
+        size = 32 if block_dim <= 128 else 16
+        return Tile(rows=size, tokens=size, num_warps=4, num_stages=2)
+    if block_dim <= 128:
+        return Tile(rows=128, tokens=64, num_warps=4 if block_dim <= 64 else 8, num_stages=3)
+    return Tile(rows=64, tokens=32, num_warps=8, num_stages=2)
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """As :func:`kernels.reference.attention`, with a plan of this variant. Rows that no sequence owns are not set.
+
+    Sums are float32; softmax's weights are rounded to the number type of the values before they multiply them.
+    """
+    assert isinstance(plan, DevicePlan), type(plan)
+    _, num_slots, head_dim = cache.keys.shape
+    assert query.stride(2) == 1 and cache.keys.is_contiguous() and cache.values.is_contiguous()
+    assert query.dtype == cache.keys.dtype == cache.values.dtype
+    assert num_slots * head_dim < 1 << 31, "offsets within a head are 32 bits"
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    with torch.cuda.device_of(query):
+        if len(plan.decodes):
+            _decode(query, cache, plan, scale, output)
+        if len(plan.chunks):
+            _chunks(query, cache, plan, scale, output)
+    return output
+
+
+def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
+    num_kv_heads, num_slots, head_dim = cache.keys.shape
+    num_heads = query.shape[1]
+    group, block_dim = num_heads // num_kv_heads, _block_dim(head_dim)
+    tile = decode_tile(group, block_dim, query.itemsize)
+    partials = query.new_empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32)
+    masses = query.new_empty((plan.num_partials, num_heads), dtype=torch.float32)
+    grid = min(len(plan.decodes) * num_kv_heads, _PROGRAMS * _num_multiprocessors(query.device))
+    decode_kernel[(grid,)](
+        *(query, cache.keys, cache.values, plan.slots, plan.counts, plan.decodes, output, partials, masses),
+        *(query.stride(0), query.stride(1), num_slots, num_kv_heads, scale * math.log2(math.e)),
+        *(group, head_dim, block_dim, tile.rows, tile.tokens, _widens(query)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if len(plan.merges):
+        merge_kernel[(len(plan.merges), num_heads)](
+            *(plan.counts, plan.merges, partials, masses, output),
+            *(head_dim, block_dim, MAX_PARTS),
+        )
+
+
+def _chunks(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
+    num_kv_heads, num_slots, head_dim = cache.keys.shape
+    group, block_dim = query.shape[1] // num_kv_heads, _block_dim(head_dim)
+    tile = chunk_tile(block_dim, query.itemsize)
+    blocks = triton.cdiv(CHUNK * group, tile.rows)
+    chunk_kernel[(num_kv_heads * blocks, len(plan.chunks))](
+        *(query, cache.keys, cache.values, plan.slots, plan.chunks, output),
+        *(query.stride(0), query.stride(1), num_slots, num_kv_heads, scale * math.log2(math.e)),
+        *(group, head_dim, block_dim, tile.rows, tile.tokens, plan.window or 0, _widens(query)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _block_dim(head_dim: int) -> int:
+    return max(_LEAST_DIM, int(triton.next_power_of_2(head_dim)))
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; for the interpreter few, so that programs take several parts each."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _widens(query: Tensor) -> bool:
+    """Whether operands of products are widened first: Triton's interpreter multiplies the bits of bfloat16."""
+    return query.device.type != "cuda" and query.dtype == torch.bfloat16

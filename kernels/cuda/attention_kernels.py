@@ -1,0 +1,222 @@
+"""Attention over a paged KV cache: the device's part. The tables are those of :mod:`kernels.cuda.plan`.
+
+Exponentials are of base 2: ``scale`` holds the factor log2(e). A row of a tile is one query under one head.
+
+Shapes: M rows of a tile, N tokens of a tile, D head dimension.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def decode_kernel(
+    query,
+    keys,
+    values,
+    slots,
+    counts,
+    tasks,
+    output,
+    partials,
+    masses,
+    row_stride,
+    head_stride,
+    num_slots,
+    num_kv_heads,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """Parts of decodes, each under each KV head: to ``output``, or a partial result and its mass's logarithm.
+
+    Grid: any number of programs; program p takes every pair (part, KV head) whose number is p modulo the grid.
+    """
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    num_pairs = tl.load(counts) * num_kv_heads
+    pair = tl.program_id(0)
+    while pair < num_pairs:
+        task, kv_head = tasks + pair // num_kv_heads * 8, pair % num_kv_heads
+        row, first_slot = tl.load(task).to(tl.int64), tl.load(task + 1)
+        begin, end, partial = tl.load(task + 2), tl.load(task + 3), tl.load(task + 4).to(tl.int64)
+        heads = kv_head * GROUP + rows
+        at = query + row * row_stride + heads[:, None] * head_stride + columns[None, :]
+        turned = tl.load(at, mask=inside, other=0.0)
+        base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
+        total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+        top = tl.full((ROWS,), -float("inf"), tl.float32)
+        mass = tl.zeros((ROWS,), tl.float32)
+        total, top, mass = _fold(
+            turned, keys + base, values + base, slots + first_slot, begin, end, rows, total, top, mass, scale,
+            HEAD_DIM, BLOCK_DIM, TOKENS, True, False, 0, WIDENS,
+        )  # fmt: skip
+        mean = total / mass[:, None]
+        num_heads = num_kv_heads * GROUP
+        if partial < 0:
+            place = row * num_heads + heads
+            out = output + place[:, None] * HEAD_DIM + columns[None, :]
+            tl.store(out, mean.to(output.dtype.element_ty), mask=inside)
+        else:
+            place = partial * num_heads + heads
+            tl.store(partials + place[:, None] * HEAD_DIM + columns[None, :], mean, mask=inside)
+            tl.store(masses + place, top + tl.log2(mass), mask=rows < GROUP)
+        pair += tl.num_programs(0)
+
+
+@triton.jit
+def merge_kernel(
+    counts, merges, partials, masses, output, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr
+):
+    """Each decode of several parts from their partial results, weighted by mass. Grid: merges, H."""
+    merge, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if merge >= tl.load(counts + 1):
+        return
+    row = tl.load(merges + merge * 4).to(tl.int64)
+    first, num_parts = tl.load(merges + merge * 4 + 1), tl.load(merges + merge * 4 + 2)
+    parts, columns = tl.arange(0, PARTS), tl.arange(0, BLOCK_DIM)
+    inside = (parts < num_parts)[:, None] & (columns < HEAD_DIM)[None, :]
+    place = (first + parts).to(tl.int64) * num_heads + head
+    mass = tl.load(masses + place, mask=parts < num_parts, other=-float("inf"))
+    share = tl.exp2(mass - tl.max(mass, axis=0))
+    means = tl.load(partials + place[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+    mean = tl.sum(share[:, None] * means, axis=0) / tl.sum(share, axis=0)
+    at = output + (row * num_heads + head) * HEAD_DIM + columns
+    tl.store(at, mean.to(output.dtype.element_ty), mask=columns < HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def chunk_kernel(
+    query,
+    keys,
+    values,
+    slots,
+    tasks,
+    output,
+    row_stride,
+    head_stride,
+    num_slots,
+    num_kv_heads,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """Blocks of ROWS (query, head) pairs of chunks, each over all tokens that it sees. WINDOW 0 is none.
+
+    Grid: K times the blocks of a task's pairs, tasks. Later blocks come first: they see more tokens.
+    """
+    kv_head = tl.program_id(0) % num_kv_heads
+    first = (tl.num_programs(0) // num_kv_heads - 1 - tl.program_id(0) // num_kv_heads) * ROWS
+    task = tasks + tl.program_id(1) * 8
+    first_row, num_queries = tl.load(task).to(tl.int64), tl.load(task + 1)
+    first_slot, position = tl.load(task + 2), tl.load(task + 3)
+    if first >= num_queries * GROUP:
+        return
+    pairs, columns = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
+    inside = (pairs < num_queries * GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    row, head = first_row + pairs // GROUP, kv_head * GROUP + pairs % GROUP
+    at = query + (row * row_stride + head * head_stride)[:, None] + columns[None, :]
+    turned = tl.load(at, mask=inside, other=0.0)
+    base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
+    keys, values, slots = keys + base, values + base, slots + first_slot
+    own = position + tl.minimum(pairs // GROUP, num_queries - 1)  # the last token that each pair sees
+    first_own = position + first // GROUP
+    last_own = position + tl.minimum(num_queries, tl.cdiv(first + ROWS, GROUP)) - 1
+    total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    mass = tl.zeros((ROWS,), tl.float32)
+    seen_from = 0  # by every pair, as the tokens up to first_own are
+    if WINDOW:
+        begin = tl.maximum(0, first_own - WINDOW + 1)
+        seen_from = begin + tl.cdiv(tl.maximum(0, last_own - WINDOW + 1 - begin), TOKENS) * TOKENS
+        seen_from = tl.minimum(seen_from, last_own + 1)
+        total, top, mass = _fold(
+            turned, keys, values, slots, begin, seen_from, own, total, top, mass, scale,
+            HEAD_DIM, BLOCK_DIM, TOKENS, True, True, WINDOW, WIDENS,
+        )  # fmt: skip
+    seen_to = seen_from + tl.maximum(0, first_own + 1 - seen_from) // TOKENS * TOKENS
+    total, top, mass = _fold(
+        turned, keys, values, slots, seen_from, seen_to, own, total, top, mass, scale,
+        HEAD_DIM, BLOCK_DIM, TOKENS, False, False, 0, WIDENS,
+    )  # fmt: skip
+    total, top, mass = _fold(
+        turned, keys, values, slots, seen_to, last_own + 1, own, total, top, mass, scale,
+        HEAD_DIM, BLOCK_DIM, TOKENS, True, True, WINDOW, WIDENS,
+    )  # fmt: skip
+    out = output + (row * (num_kv_heads * GROUP) + head)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(out, (total / mass[:, None]).to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fold(
+    turned,
+    keys,
+    values,
+    slots,
+    begin,
+    end,
+    own,
+    total,
+    top,
+    mass,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDENS: tl.constexpr,
+):
+    """Tokens ``begin`` to ``end`` added to the running softmax of ``turned`` [M, D] (Milakov and Gimelshein 2018).
+
+    ``total`` [M, D] is the sum of values by their weights, ``mass`` [M] that of the weights, both relative to
+    2 ** ``top`` [M]. Not RAGGED: ``end - begin`` is whole tiles. CAUSAL: a row sees tokens up to ``own`` [M], and
+    of them the last WINDOW. Reads nothing that lies beyond ``end``. Float32 is multiplied as three products of TF32,
+    which keeps all but its last bit or two (Ootomo and Yokota 2022); bfloat16 does not heed that.
+    """
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    if WIDENS:
+        turned = turned.to(tl.float32)
+    for first in range(begin, end, TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        there = token < end
+        slot = tl.load(slots + token, mask=there, other=0) if RAGGED else tl.load(slots + token)
+        at = slot[:, None] * HEAD_DIM + columns
+        if RAGGED:
+            inside = there[:, None] & (columns < HEAD_DIM)
+            key = tl.load(keys + at, mask=inside, other=0.0)
+            value = tl.load(values + at, mask=inside, other=0.0)
+        elif BLOCK_DIM == HEAD_DIM:
+            key = tl.load(keys + at)
+            value = tl.load(values + at)
+        else:
+            key = tl.load(keys + at, mask=columns < HEAD_DIM, other=0.0)
+            value = tl.load(values + at, mask=columns < HEAD_DIM, other=0.0)
+        if WIDENS:
+            key, value = key.to(tl.float32), value.to(tl.float32)
+        scores = tl.dot(turned, tl.trans(key), input_precision="tf32x3") * scale
+        if RAGGED:
+            visible = there[None, :]
+            if CAUSAL:
+                visible = visible & (token[None, :] <= own[:, None])
+                if WINDOW:
+                    visible = visible & (token[None, :] > own[:, None] - WINDOW)
+            scores = tl.where(visible, scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row may have seen nothing yet
+        weights = tl.exp2(scores - safe[:, None])
+        decay = tl.exp2(top - safe)
+        mass = mass * decay + tl.sum(weights, axis=1)
+        total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="tf32x3")
+        top = new_top
+    return total, top, mass

@@ -1,0 +1,39 @@
+"""The CUDA variant of every operation. Matrix products are cuBLAS's, through torch."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels import reference
+from kernels.attention import AttentionPlan, SequenceSpan, SharedSpan
+from kernels.cuda import activations, attention, norms, plan, rope
+from kernels.select import Kernels
+
+
+class CudaKernels:
+    """Operations on the tensors of one device."""
+
+    embedding = staticmethod(reference.embedding)
+    pack = staticmethod(reference.pack)
+    rms_norm = staticmethod(norms.rms_norm)
+    add_rms_norm = staticmethod(norms.add_rms_norm)
+    silu_mul = staticmethod(activations.silu_mul)
+    gelu_mul = staticmethod(activations.gelu_mul)
+    rotate = staticmethod(rope.rotate)
+    write_kv = staticmethod(rope.write_kv)
+    attention = staticmethod(attention.attention)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def plan(
+        self, spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
+    ) -> AttentionPlan:
+        """As :func:`kernels.reference.plan`, sent to the device. ``shared`` is not made use of."""
+        assert window is None or window > 0, window
+        return plan.plan_step(spans, window, self._device)
+
+
+def open_kernels(device: torch.device) -> Kernels:
+    """The variant for tensors of ``device``."""
+    return CudaKernels(device)

@@ -1,0 +1,30 @@
+"""The Triton kernels' tests, run under Triton's interpreter in a process of its own, so that no GPU is needed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODULES = (
+    "tests/kernels/test_triton_rows.py",
+    "tests/kernels/test_triton_attention.py",
+    "tests/workers/test_triton_decoder.py",
+    "tests/workers/test_graphs.py",
+)
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="Triton is not installed, or this is the interpreted run itself",
+)
+
+
+def test_kernels_agree_with_the_reference_under_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *MODULES]
+    found = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "skipped" not in found.stdout, found.stdout

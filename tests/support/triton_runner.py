@@ -1,0 +1,27 @@
+"""A runner whose operations are Triton's: on the GPU, or on the CPU under Triton's interpreter."""
+
+from pathlib import Path
+
+import torch
+
+from kernels.cuda.variant import open_kernels
+from placement.weights import whole_model
+from tests.support.triton_cases import DEVICE, HAS_GPU
+from workers.device import open_device
+from workers.kv_cache import allocate_kv_cache
+from workers.loading import read_model
+from workers.runner import ModelRunner
+from workers.weights import load_weights
+
+
+def triton_runner(directory: Path, dtype: torch.dtype = torch.float32, num_slots: int = 4096) -> ModelRunner:
+    """A runner with empty slots."""
+    device = open_device("cuda:0" if HAS_GPU else "cpu", 1)
+    model = read_model(directory)
+    return ModelRunner(
+        model=model,
+        weights=load_weights(directory, whole_model(model), dtype, device.torch_device, lambda *_: None),
+        cache=allocate_kv_cache(model, num_slots=num_slots, dtype=dtype, device=device),
+        device=device.torch_device,
+        kernels=open_kernels(DEVICE),
+    )
