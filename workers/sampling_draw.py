@@ -107,7 +107,9 @@ def _draw_far(scaled: Tensor, mass: Tensor, cuts: Cuts) -> Tensor:
     """Token ids [R] by a search for the end of each prefix among all tokens. Overwrites its arguments."""
     scaled.clamp_(min=-2 * LOWEST)  # what is below has no weight, and -inf would spoil arithmetic
     if bool(cuts.top_k.isfinite().any()):
-        mass.mul_(prefix(scaled, torch.ones_like(mass), cuts.top_k, torch.full_like(cuts.top_k, LOWEST / 4).float()))
+        kept = prefix(scaled, torch.ones_like(mass), cuts.top_k, torch.full_like(cuts.top_k, LOWEST / 4).float())
+        mass.mul_(kept)
+        scaled.masked_fill_(kept == 0, -2 * LOWEST)  # or those left out would count among equals of those that stay
     total = mass.sum(-1, keepdim=True, dtype=torch.float64)
     target = cuts.top_p * total
     # Were all tokens that are left out at this distance, the prefix would end here.
