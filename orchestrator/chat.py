@@ -5,7 +5,7 @@ The format is that of transformers' ``apply_chat_template``.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -64,13 +64,14 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses the conversation, fails on it, takes too long or writes too much.
         """
+        deadline_s = time.monotonic() + MAX_RENDER_S
         values = {
             **self._special_tokens,
-            "messages": [asdict(message) for message in messages],
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            DEADLINE: time.monotonic() + MAX_RENDER_S,
+            DEADLINE: deadline_s,
         }
         try:
             return self._write(values)

@@ -77,7 +77,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=0, max=_INT32, help="0 is all tokens")] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="1 is all tokens")] = None,
     min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0, help="0 is all tokens")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(min=0.0, max=100.0, help="1 is none")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.01, max=100.0, help="1 is none")] = None,
     presence_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0, help="0 is none")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(min=-2.0, max=2.0, help="0 is none")] = None,
     logit_bias: Annotated[list[str], typer.Option(metavar="ID=VALUE", help="may be repeated")] = [],  # noqa: B006
@@ -119,7 +119,7 @@ def generate(
         ),
         structured_output=_structured(json_schema, regex, grammar),
     )
-    _set_input(request, sys.stdin.read() if prompt == "-" else prompt, chat=chat, system=system)
+    _set_input(request, _standard_input() if prompt == "-" else prompt, chat=chat, system=system)
     with _errors_in_one_line():
         check_address(address)
         result = stream_generate(address, request, timeout_s=timeout_s, on_text=_write)
@@ -145,6 +145,14 @@ def _set_input(request: pb.GenerateRequest, text: str, *, chat: bool, system: st
     request.chat.messages.add(role="user", content=text)
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        problem = f"Standard input is not UTF-8: {error.reason} at byte {error.start}."
+        raise typer.BadParameter(problem, param_hint="PROMPT") from None
+
+
 def _bias(text: str) -> pb.LogitBias:
     token_id, _, bias = text.partition("=")
     try:
@@ -160,16 +168,20 @@ def _structured(json_schema: str | None, regex: str | None, grammar: str | None)
     if len(names) > 1:
         raise typer.BadParameter("An answer can match one of them.", param_hint=" and ".join(names))
     if json_schema is not None:
-        return pb.StructuredOutput(json_schema=_file_or_text(json_schema, "--json-schema"))
+        return pb.StructuredOutput(json_schema=_file_or_text(json_schema, "--json-schema", mark="{"))
     if grammar is not None:
-        return pb.StructuredOutput(grammar=_file_or_text(grammar, "--grammar"))
+        return pb.StructuredOutput(grammar=_file_or_text(grammar, "--grammar", mark=":"))
     return None if regex is None else pb.StructuredOutput(regex=regex)
 
 
-def _file_or_text(value: str, option: str) -> str:
-    """What the file of that name holds, where there is one; else the value itself."""
+def _file_or_text(value: str, option: str, *, mark: str) -> str:
+    """What the file of that name holds, where there is one; else the value itself, which has ``mark`` in it."""
     try:
-        return Path(value).read_text() if Path(value).is_file() else value
+        if Path(value).is_file():
+            return Path(value).read_text(encoding="utf-8")
+        if mark in value or value.strip() == "true":
+            return value
+        raise FileNotFoundError(errno.ENOENT, "there is no such file")
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return value

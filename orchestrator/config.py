@@ -119,7 +119,7 @@ class GatewayConfig:
     address: AddressText = _DEFAULT_ADDRESS
     """Where clients connect. Port 0 takes any free port."""
     max_in_flight: Annotated[int, Field(ge=1, le=2**20)] = 256
-    """Most requests that replicas work on at once."""
+    """Most answers that replicas work on at once; a request counts once for each of its choices."""
     max_queued: Annotated[int, Field(ge=0, le=2**20)] = 1024
     """Most requests that wait; further ones are refused with RESOURCE_EXHAUSTED."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0

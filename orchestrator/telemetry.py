@@ -52,7 +52,7 @@ class RequestRecord:
         failed: whether ``outcome`` is a status.
         parent: the client's trace headers.
         cached_prompt_tokens: found in the prefix cache; None where the prompt was not computed.
-        max_tokens: the most that was asked for in each choice; None where nothing was.
+        max_tokens: the most tokens of each choice: what was asked for, else the room that was left in the context.
     """
 
     request_id: str

@@ -42,14 +42,16 @@ class Draining(NotAdmitted):
 @dataclass(slots=True, eq=False)
 class _Waiter:
     rank: tuple[int, int]  # -priority, arrival
+    weight: int  # slots that it needs
     given: asyncio.Future[None]  # done once it has a slot, or never will
 
 
 class Admission:
     """Slots for requests in flight and a bounded queue for them. For one event loop.
 
-    A slot that is left passes straight to the head of the queue, so there is no moment at which a newcomer
-    could take it. While anybody waits, all slots are taken.
+    Slots that are left pass straight to the head of the queue, so there is no moment at which a newcomer could take
+    them. While anybody waits, fewer slots are free than the head of the queue needs: nobody overtakes it, however many
+    those are.
     """
 
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
@@ -71,7 +73,7 @@ class Admission:
 
     @property
     def in_flight(self) -> int:
-        """Requests that hold a slot."""
+        """Slots that are held."""
         return self._in_flight
 
     @property
@@ -85,22 +87,24 @@ class Admission:
         return self._draining
 
     @asynccontextmanager
-    async def slot(self, *, priority: int = 0, timeout_s: float | None = None) -> AsyncIterator[None]:
-        """Holds a slot for the length of the block; waits for one by priority, then in order of arrival.
+    async def slot(self, *, priority: int = 0, timeout_s: float | None = None, weight: int = 1) -> AsyncIterator[None]:
+        """Holds ``weight`` slots for the length of the block; waits by priority, then in order of arrival.
 
         Args:
             timeout_s: longest wait; absent, as long as it takes.
+            weight: 1 to ``max_in_flight``.
 
         Raises:
             Draining: nothing new is taken any more.
-            Overloaded: all slots are taken and the queue is full; raised at once.
-            QueueTimeout: no slot came free in time.
+            Overloaded: too few slots are free and the queue is full; raised at once.
+            QueueTimeout: too few slots came free in time.
         """
-        await self._enter(priority, timeout_s)
+        assert 1 <= weight <= self.max_in_flight, weight
+        await self._enter(priority, timeout_s, weight)
         try:
             yield
         finally:
-            self._leave()
+            self._leave(weight)
 
     def start_drain(self) -> None:
         """Refuses what comes from now on. What is in flight or queued goes on."""
@@ -116,45 +120,56 @@ class Admission:
             return False
         return True
 
-    async def _enter(self, priority: int, timeout_s: float | None) -> None:
+    async def _enter(self, priority: int, timeout_s: float | None, weight: int) -> None:
         if self._draining:
             raise Draining("the service is stopping")
-        if self._in_flight < self.max_in_flight:
-            self._in_flight += 1
-            self._idle.clear()
+        num_queued = self.queued
+        if not num_queued and self._in_flight + weight <= self.max_in_flight:
+            self._take(weight)
             return
-        if self.queued >= self.max_queued:
+        if num_queued >= self.max_queued:
             raise Overloaded(self._retry_after_s())
         loop = asyncio.get_running_loop()
-        waiter = _Waiter((-priority, self._num_arrivals), loop.create_future())
+        waiter = _Waiter((-priority, self._num_arrivals), weight, loop.create_future())
         self._num_arrivals += 1
         insort(self._queue, waiter, key=lambda other: other.rank)
         timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, waiter)
         try:
             await waiter.given
         except asyncio.CancelledError:
-            # The slot may have been given in the very iteration of the loop in which the task was cancelled.
+            # The slots may have been given in the very iteration of the loop in which the task was cancelled.
             if waiter.given.done() and not waiter.given.cancelled() and waiter.given.exception() is None:
-                self._leave()
+                self._leave(weight)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
             if waiter in self._queue:
                 self._queue.remove(waiter)
+                self._hand_out()  # those behind it may need fewer
 
-    def _leave(self) -> None:
-        """Gives the slot to the first that still waits, or back."""
-        while self._queue:
-            waiter = self._queue.pop(0)
-            if not waiter.given.done():
-                waiter.given.set_result(None)
-                self._note_handover()
-                return
-        self._last_handover_s = None
-        self._in_flight -= 1
+    def _take(self, weight: int) -> None:
+        self._in_flight += weight
+        self._idle.clear()
+
+    def _leave(self, weight: int) -> None:
+        """Gives the slots to the first that still wait, or back."""
+        self._in_flight -= weight
+        self._hand_out()
         if not self._in_flight:
             self._idle.set()
+
+    def _hand_out(self) -> None:
+        while self._queue:
+            waiter = self._queue[0]
+            if not waiter.given.done():
+                if self._in_flight + waiter.weight > self.max_in_flight:
+                    return
+                self._take(waiter.weight)
+                waiter.given.set_result(None)
+                self._note_handover()
+            self._queue.pop(0)
+        self._last_handover_s = None
 
     def _note_handover(self) -> None:
         now_s = asyncio.get_running_loop().time()

@@ -11,6 +11,7 @@ from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.inbox import Lost, SequenceEvent
 from orchestrator.gateway.journal import JournalError
 from orchestrator.gateway.request import Request
+from orchestrator.gateway.shown import shown
 from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable, code_of
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -18,6 +19,8 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
+# In one message: with 20 alternatives to each some 200 kB, far below what a client takes.
+MAX_CHUNK_TOKENS = 1024
 _NOT_NOW = (code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED)
 # A worker's refusal names the field of Submit first; this one holds nothing but what the client wrote.
 _GRAMMAR = "grammar:"
@@ -80,8 +83,10 @@ class Answer:
         if self._echo is not None and not self._echo.done:
             outputs = self._take_echo(outputs, responses)
         for sequence_id, run in _by_sequence(outputs).items():
-            if self.outcome is None:
-                self._take_outputs(self._by_sequence[sequence_id], run, responses, submitted_s, now_s)
+            for start in range(0, len(run), MAX_CHUNK_TOKENS):
+                if self.outcome is None:
+                    part = run[start : start + MAX_CHUNK_TOKENS]
+                    self._take_outputs(self._by_sequence[sequence_id], part, responses, submitted_s, now_s)
         for failure in failures:
             self._take_failure(failure)
         return responses
@@ -158,7 +163,7 @@ class Answer:
             kind = grammar.WhichOneof("format")
             return InvalidRequest(
                 field="structured_output",
-                value=getattr(grammar, kind) if kind else "",
+                value=shown(getattr(grammar, kind)) if kind else "",
                 problem=f"cannot be followed: {event.message.removeprefix(_GRAMMAR).strip()}",
                 fix="Send a simpler or a corrected one.",
             )

@@ -40,7 +40,9 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
         return lambda: ((getattr(load, field), {"replica": name}) for name, load in load_reports(fleet))
 
     gauge, counter = telemetry.gauge, telemetry.counter
-    gauge("heterodyne.gateway.requests", "{request}", "Requests that replicas work on, and that wait.", requests)
+    gauge(
+        "heterodyne.gateway.requests", "{request}", "Choices that replicas work on, and requests that wait.", requests
+    )
     gauge("heterodyne.replica.sequences", "{sequence}", "Sequences of a replica, by state.", sequences)
     gauge("heterodyne.replica.kv_cache.usage", "1", "Share of KV blocks in use, 0 to 1.", kv_usage)
     for name, unit, description, field in (

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import secrets
@@ -17,19 +18,19 @@ from orchestrator.gateway.answer import Answer
 from orchestrator.gateway.choice import Choice
 from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.fleet import Fleet
-from orchestrator.gateway.inbox import Inbox
+from orchestrator.gateway.inbox import MAX_WAITING, Inbox
 from orchestrator.gateway.journal import Journal
 from orchestrator.gateway.leader import Leader
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.prompts import Prompts
 from orchestrator.gateway.request import Request, check_model, check_request
-from orchestrator.gateway.status import DeadlineExceeded, ReplicaFault, abort, code_of
+from orchestrator.gateway.status import ClientTooSlow, DeadlineExceeded, ReplicaFault, abort, code_of
 from orchestrator.gateway.structured import check_structured
 from orchestrator.gateway.structured_probe import GrammarProbe
 from orchestrator.gateway.submission import entries, submit_message
 from orchestrator.gateway.text import TextStream
 from orchestrator.telemetry import RequestRecord, Telemetry
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -60,8 +61,8 @@ class _Arrival:
 class Generator:
     """Serves Generate. Lives on one event loop; owns the journal.
 
-    A request holds one slot of the admission whatever the number of its choices: slots bound the clients that are
-    listened to, and the replicas' KV blocks bound the sequences.
+    A request holds a slot of the admission for each of its choices: what is bounded is the work, and the memory for
+    what clients have yet to read.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class Generator:
         try:
             request = await self._check(message, arrival)
             async with contextlib.AsyncExitStack() as stack:
-                slot = self._admission.slot(priority=request.priority, timeout_s=arrival.remaining_s())
-                await stack.enter_async_context(slot)
+                slots = self._admission.slot(
+                    priority=request.priority, timeout_s=arrival.remaining_s(), weight=request.num_choices
+                )
+                await stack.enter_async_context(slots)
                 answer = await self._serve(request, context, arrival)
         except HeterodyneError as error:
             self._telemetry.refused(code_pb2.Code.Name(code_of(error)))
@@ -114,7 +117,7 @@ class Generator:
         )
 
     async def _check(self, message: pb.GenerateRequest, arrival: _Arrival) -> Request:
-        """Raises InvalidRequest, or NotAdmitted where too many long prompts wait for the tokenizer."""
+        """Raises InvalidRequest, or NotAdmitted where too many long prompts, or grammars, wait for the same."""
         check_model(message.model, self._model)
         request = check_request(
             message,
@@ -123,6 +126,13 @@ class Generator:
             new_seed=lambda: secrets.randbits(63),
             new_id=lambda: uuid.uuid4().hex,
         )
+        if request.num_choices > self._admission.max_in_flight:
+            raise InvalidRequest(
+                field="num_choices",
+                value=request.num_choices,
+                problem="is more than the service computes at once",
+                fix=f"Ask for at most {self._admission.max_in_flight}.",
+            )
         # Last, because it is the most work.
         grammar = await self._grammar(message.structured_output, arrival)
         return request if grammar is None else replace(request, grammar=grammar)
@@ -144,7 +154,7 @@ class Generator:
     async def _serve(self, request: Request, context: Context, arrival: _Arrival) -> Answer:
         """From acceptance to the terminal message. Raises ReplicaUnavailable before acceptance only."""
         leader, _route = self._fleet.route(len(request.prompt_ids))
-        answer, inbox = self._open(request, leader), Inbox()
+        answer, inbox = self._open(request, leader), Inbox(limit=MAX_WAITING * request.num_choices)
         try:
             submitted_s = arrival.age_s()
             for index, choice in enumerate(answer.choices):
@@ -189,6 +199,7 @@ class Generator:
         timer = asyncio.get_running_loop().call_later(arrival.remaining_s(), inbox.put_now, overdue)
         try:
             async with asyncio.timeout(arrival.remaining_s() + _LAST_WORD_S) as limit:
+                inbox.on_full = functools.partial(_cut, limit, answer)
                 await context.write(pb.GenerateResponse(accepted=self._accepted(answer.request)))
                 for response in answer.opening():
                     await context.write(response)
@@ -199,14 +210,16 @@ class Generator:
                         leader.release(sequence_id, cancel=True)
                     for response in responses:
                         await context.write(response)
-                limit.reschedule(asyncio.get_running_loop().time() + _LAST_WORD_S)
+                left_s = max(arrival.remaining_s(), _LAST_WORD_S)
+                limit.reschedule(asyncio.get_running_loop().time() + left_s)
                 await context.write(pb.GenerateResponse(finished=answer.finished(total_s=arrival.age_s())))
         except TimeoutError:
             # Nothing more can be written to it, the last message included; its slot is for somebody who listens.
-            logger.info("client_deaf request_id=%s", answer.request.request_id)
-            answer.outcome = overdue
+            logger.info("client_deaf request_id=%s full=%s", answer.request.request_id, inbox.full)
+            answer.outcome = ClientTooSlow("the answer was not read as fast as it came") if inbox.full else overdue
         finally:
             timer.cancel()
+            inbox.silence()
 
     def _accepted(self, request: Request) -> pb.Accepted:
         return pb.Accepted(
@@ -244,6 +257,12 @@ class Generator:
             cached_prompt_tokens=answer.choices[0].cached_tokens,
             max_tokens=request.max_tokens,
         )
+
+
+def _cut(limit: asyncio.Timeout, answer: Answer) -> None:
+    """Ends the wait for a client that does not read, unless it ends already."""
+    if answer.outcome is None and not limit.expired():
+        limit.reschedule(asyncio.get_running_loop().time())
 
 
 def _overdue(arrival: _Arrival) -> DeadlineExceeded:

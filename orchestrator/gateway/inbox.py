@@ -1,21 +1,25 @@
 """What replicas say of a request waits here for its task; and when tasks are woken to pass it on.
 
 To send a message to a client costs more than everything else that is done for a token. Tasks are therefore woken in
-rounds, and the next round waits until as much time again has gone by as half of the last one took. At rest that is over
-long before the next step comes, and no token waits. Under load, steps are read in the meantime, and each message to a
-client carries the tokens of several.
+rounds, and the next round waits until as much time again has gone by as half of the last one took, 5 ms at most. At
+rest that is over long before the next step comes, and no token waits. Under load, steps are read in the meantime, and
+each message to a client carries the tokens of several.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from placement.errors import HeterodyneError
 from protos.heterodyne.worker.v1 import worker_pb2
 
-# The share of time that is left to reading, as a multiple of a round; and what is too short to be worth a timer.
+# The share of time that is left to reading, as a multiple of a round, which includes whatever else was due on the loop;
+# the most of it; and what is too short to be worth a timer.
 _PAUSE = 0.5
+_MOST_PAUSE_S = 0.005
 _LEAST_PAUSE_S = 0.0005
+# Events of a choice that wait while nothing can be written to the client. Each is a token, and some 100 bytes.
+MAX_WAITING = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,16 +34,38 @@ SequenceEvent = worker_pb2.SequenceOutput | worker_pb2.Rejected | Lost | Heterod
 
 
 class Inbox:
-    """The events of one request, in order. For one event loop and one reader."""
+    """The events of one request, in order, at most ``limit``. For one event loop and one reader.
 
-    def __init__(self) -> None:
+    Where more come than that, the reader is too slow: nothing is kept from then on, and the request is to be ended.
+
+    Args:
+        limit: ``MAX_WAITING`` for each choice of the request: 40 s of an answer of 200 tokens a second, beyond what the
+            buffers of the connection hold.
+
+    Attributes:
+        full: whether more came.
+        on_full: called once, when that happens. Must raise nothing.
+    """
+
+    def __init__(self, *, limit: int = MAX_WAITING) -> None:
+        self.full = False
+        self.on_full: Callable[[], None] = _nothing
+        self._limit = limit
         self._events: list[SequenceEvent] = []
         self._woken = False
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: SequenceEvent) -> None:
-        """Keeps an event, for when the reader is woken."""
-        self._events.append(event)
+        """Keeps an event, for when the reader is woken; drops it where it is one too many."""
+        if not self.full and len(self._events) >= self._limit:
+            self.full = True
+            self.on_full()
+        if not self.full:
+            self._events.append(event)
+
+    def silence(self) -> None:
+        """``on_full`` is called no more."""
+        self.on_full = _nothing
 
     def wake(self) -> None:
         """Has the reader take what is there: now if it waits, or as soon as it comes back."""
@@ -48,8 +74,8 @@ class Inbox:
             self._waiting.set_result(None)
 
     def put_now(self, event: SequenceEvent) -> None:
-        """Keeps an event and wakes the reader."""
-        self.put(event)
+        """Keeps an event, one of those that end it all, whatever there is, and wakes the reader."""
+        self._events.append(event)
         self.wake()
 
     async def take(self) -> list[SequenceEvent]:
@@ -63,6 +89,10 @@ class Inbox:
         self._woken = False
         events, self._events = self._events, []
         return events
+
+
+def _nothing() -> None:
+    pass
 
 
 class Rounds:
@@ -95,4 +125,4 @@ class Rounds:
 
     def _end(self, begun_s: float) -> None:
         now_s = self._loop.time()
-        self._open_s = now_s + _PAUSE * (now_s - begun_s)
+        self._open_s = now_s + min(_PAUSE * (now_s - begun_s), _MOST_PAUSE_S)

@@ -48,8 +48,8 @@ class Leader:
     """One replica's leader, from connection to loss. Lives on one event loop.
 
     Args:
-        on_step: told of every step that is not fenced, prefill that goes on included, after its tokens went on their
-            way. Must be quick and raise nothing.
+        on_step: told of every step that computed something and is not fenced, prefill that goes on included, after its
+            tokens went on their way. Must be quick and raise nothing.
 
     Attributes:
         load: its last report, None before the first.
@@ -210,7 +210,9 @@ class Leader:
                 self._take_report(message.load, on_change)
 
     def _take_step(self, step: pb.StepOutput) -> None:
-        self._stalled_s = 0.0
+        computed = step.num_tokens > 0  # others only tell of sequences that ended between steps
+        if computed:
+            self._stalled_s = 0.0
         inboxes = []
         for output in step.sequences:
             # A sequence that was cancelled a moment ago has no inbox any more.
@@ -219,7 +221,7 @@ class Leader:
                 inbox.put(output)
                 inboxes.append(inbox)
         self._rounds.wake(inboxes)
-        if self._on_step is not None:
+        if computed and self._on_step is not None:
             self._on_step(self.name, step)
 
     def _take_report(self, load: pb.LoadReport, on_change: Callable[[], None]) -> None:

@@ -14,7 +14,9 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
-MAX_REPETITION_PENALTY = 100.0
+# Lower ones blow the logits of what was said up by more than float32 tells apart.
+# 0.01 as the float32 that it comes as.
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.009999999776482582, 100.0
 # What transformers takes where a file that samples leaves the key out.
 _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 
@@ -84,8 +86,8 @@ def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling
     if not isinstance(do_sample, bool | None):
         raise _refusal("do_sample", do_sample, "is not true or false", "Write true or false.")
     penalty = _number(generation_config, "repetition_penalty", absent=1.0, null=1.0)
-    if not 0.0 < penalty <= MAX_REPETITION_PENALTY:
-        problem = f"is not above 0 and at most {MAX_REPETITION_PENALTY:g}"
+    if not MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY:
+        problem = f"is not between {MIN_REPETITION_PENALTY:g} and {MAX_REPETITION_PENALTY:g}"
         raise _refusal("repetition_penalty", penalty, problem, "Use the model's own, or 1 for none.")
     if not do_sample:
         return DefaultSampling(repetition_penalty=penalty)

@@ -16,6 +16,7 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 
 _INLINE_CHARACTERS = 4096
 _INLINE_MESSAGES = 64
+MAX_MESSAGES = 4096
 _WORKING, _WORKING_QUEUE = 2, 64
 
 
@@ -93,5 +94,9 @@ def _messages(chat: pb.Chat) -> list[Message]:
     if not chat.messages:
         raise InvalidRequest(
             field="chat.messages", value=0, problem="holds no message", fix='Send at least one, of role "user".'
+        )
+    if len(chat.messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            field="chat.messages", value=len(chat.messages), problem="are too many", fix=f"Send at most {MAX_MESSAGES}."
         )
     return [Message(role=message.role, content=message.content) for message in chat.messages]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from orchestrator.gateway.journal import Sampling
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request_sampling import bounds, check_sampling
+from orchestrator.gateway.shown import shown
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -57,7 +58,7 @@ def check_model(name: str, model: ServedModel) -> None:
     if name not in ("", model.name):
         raise UnknownModel(
             field="model",
-            value=name,
+            value=shown(name),
             problem="is not served here",
             fix=f"Ask for {model.name!r}, or leave it empty.",
         )
@@ -102,6 +103,7 @@ def check_request(
     _check_rest(message, model)
     max_tokens = _max_tokens(message, len(prompt_ids), model)
     bounds("min_tokens", message.min_tokens, 0, max_tokens)
+    _check_together(message, max_tokens)
     return Request(
         request_id=message.request_id or new_id(),
         prompt_ids=tuple(prompt_ids),
@@ -126,11 +128,39 @@ def _check_rest(message: pb.GenerateRequest, model: ServedModel) -> None:
         bounds("num_choices", message.num_choices, 1, MAX_CHOICES)
     _check_length_of("request_id", message.request_id, MAX_REQUEST_ID)
     _check_length_of("cache_salt", message.cache_salt, MAX_CACHE_SALT)
+    if not message.request_id.isprintable():
+        raise InvalidRequest(
+            field="request_id",
+            value=shown(message.request_id),
+            problem="holds characters that cannot be printed",
+            fix="Use printable characters only.",
+        )
+
+
+def _check_together(message: pb.GenerateRequest, max_tokens: int) -> None:
+    """What is allowed alone, and has no meaning together."""
+    if message.min_tokens and message.structured_output.WhichOneof("format") is not None:
+        # A grammar may allow nothing but the end, which min_tokens forbids.
+        raise InvalidRequest(
+            field="min_tokens",
+            value=message.min_tokens,
+            problem="cannot be held together with structured_output, which says where the answer ends",
+            fix="Leave one of them out.",
+        )
+    if not max_tokens and message.num_choices > 1:
+        raise InvalidRequest(
+            field="num_choices",
+            value=message.num_choices,
+            problem="choices without tokens are all alike",
+            fix="Ask for one, or for more than 0 max_tokens.",
+        )
 
 
 def _check_length_of(field: str, value: str, limit: int) -> None:
     if len(value) > limit:
-        raise InvalidRequest(field=field, value=value, problem="is too long", fix=f"Use at most {limit} characters.")
+        raise InvalidRequest(
+            field=field, value=f"{len(value)} characters", problem="is too long", fix=f"Use at most {limit}."
+        )
 
 
 def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
@@ -175,7 +205,7 @@ def _check_stops(message: pb.GenerateRequest, model: ServedModel) -> None:
         if not 1 <= len(stop) <= MAX_STOP_CHARACTERS:
             raise InvalidRequest(
                 field=f"stop[{index}]",
-                value=stop,
+                value=shown(stop),
                 problem="has an impossible length",
                 fix=f"Use 1 to {MAX_STOP_CHARACTERS} characters.",
             )

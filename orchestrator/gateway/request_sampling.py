@@ -3,7 +3,13 @@
 from collections.abc import Callable, Sequence
 
 from orchestrator.gateway.journal import Sampling
-from orchestrator.gateway.model import MAX_REPETITION_PENALTY, MAX_TEMPERATURE, MAX_TOP_K, ServedModel
+from orchestrator.gateway.model import (
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+    ServedModel,
+)
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -36,9 +42,15 @@ def check_sampling(message: pb.SamplingParams, model: ServedModel, new_seed: Cal
     )
     bounds("sampling.temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
     bounds("sampling.top_k", sampling.top_k, 0, MAX_TOP_K)
-    _positive("sampling.top_p", sampling.top_p, 1.0)
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise InvalidRequest(
+            field="sampling.top_p",
+            value=sampling.top_p,
+            problem="is out of range",
+            fix="Use a value above 0, at most 1.",
+        )
     bounds("sampling.min_p", sampling.min_p, 0.0, 1.0)
-    _positive("sampling.repetition_penalty", sampling.repetition_penalty, MAX_REPETITION_PENALTY)
+    bounds("sampling.repetition_penalty", penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
     bounds("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
     bounds("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     return sampling
@@ -69,15 +81,14 @@ def _logit_bias(message: Sequence[pb.LogitBias], vocab_size: int) -> tuple[tuple
     return tuple((item.token_id, item.bias) for item in message)
 
 
-def _positive(field: str, value: float, high: float) -> None:
-    if not 0.0 < value <= high:
-        raise InvalidRequest(
-            field=field, value=value, problem="is out of range", fix=f"Use a value above 0, at most {high:g}."
-        )
-
-
 def bounds(field: str, value: float, low: float, high: float) -> None:
     """Raises InvalidRequest unless ``value`` is within [low, high]."""
     # Written so that a NaN is out of range too.
     if not low <= value <= high:
-        raise InvalidRequest(field=field, value=value, problem="is out of range", fix=f"Use {low} to {high}.")
+        raise InvalidRequest(
+            field=field, value=value, problem="is out of range", fix=f"Use {_figure(low)} to {_figure(high)}."
+        )
+
+
+def _figure(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -107,6 +107,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._fleet = fleet
         self._admission = admission
         self._timeline = timeline
+        self._building = asyncio.Lock()  # one timeline at a time: each holds megabytes
         self._started_s = time.monotonic()
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
@@ -131,10 +132,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.GetTimelineRequest, context: Context
     ) -> admin_pb2.GetTimelineResponse:
         """When the latest requests and steps happened."""
-        try:
-            return self._timeline.message(request.last_s if request.HasField("last_s") else None)
-        except HeterodyneError as error:
-            await abort(context, error)
+        async with self._building:
+            try:
+                snapshot = self._timeline.snapshot(request.last_s if request.HasField("last_s") else None)
+            except HeterodyneError as error:
+                await abort(context, error)
+            return await asyncio.to_thread(snapshot.message)
 
     def _replica(self, replica: control_pb2.Replica) -> admin_pb2.ReplicaStatus:
         message = admin_pb2.ReplicaStatus(

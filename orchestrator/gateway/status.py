@@ -25,12 +25,17 @@ class ReplicaFault(HeterodyneError):
     """The replica failed the request without going down."""
 
 
+class ClientTooSlow(HeterodyneError):
+    """The client reads so slowly that its answer piles up."""
+
+
 _CODES: tuple[tuple[type[HeterodyneError], int], ...] = (
     (UnknownModel, code_pb2.NOT_FOUND),
     (FieldError, code_pb2.INVALID_ARGUMENT),
     (Overloaded, code_pb2.RESOURCE_EXHAUSTED),
     (QueueTimeout, code_pb2.DEADLINE_EXCEEDED),
     (DeadlineExceeded, code_pb2.DEADLINE_EXCEEDED),
+    (ClientTooSlow, code_pb2.RESOURCE_EXHAUSTED),
     (Draining, code_pb2.UNAVAILABLE),
     (ReplicaUnavailable, code_pb2.UNAVAILABLE),
     (ReplicaFault, code_pb2.INTERNAL),

@@ -5,6 +5,7 @@ what is left to find out is tried in a process of its own (structured_probe), ne
 """
 
 from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.shown import shown
 from orchestrator.gateway.structured_schema import normalize_schema
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -37,7 +38,7 @@ def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker
         # The library would take it for one of its own formats, in which nothing is checked here.
         raise InvalidRequest(
             field="structured_output.grammar",
-            value=source,
+            value=shown(source),
             problem="is not in the Lark syntax",
             fix='Send rules such as \'start: "yes" | "no"\', or a JSON Schema in json_schema.',
         )
@@ -47,7 +48,10 @@ def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker
 def _check_source(field: str, source: str, model: ServedModel) -> None:
     if not source:
         raise InvalidRequest(
-            field=field, value=source, problem="is empty", fix="Write it, or leave structured_output out."
+            field=field,
+            value=shown(source),
+            problem="is empty",
+            fix="Write it, or leave structured_output out.",
         )
     if len(source.encode()) > MAX_SOURCE_BYTES:
         raise InvalidRequest(
@@ -59,7 +63,7 @@ def _check_source(field: str, source: str, model: ServedModel) -> None:
     if not model.spec.eos_token_ids:
         raise InvalidRequest(
             field=field,
-            value=source,
+            value=shown(source),
             problem="cannot be enforced: this model has no end-of-sequence id",
             fix="Leave structured_output out.",
         )

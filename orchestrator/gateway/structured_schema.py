@@ -6,9 +6,9 @@ says so by the prefix ``x-``.
 """
 
 import json
-import math
 from collections.abc import Iterator
 
+from orchestrator.gateway.shown import shown
 from placement.errors import InvalidRequest
 
 # Beyond it a JSON number is not the same integer to every reader (RFC 8259, section 6).
@@ -42,20 +42,21 @@ def normalize_schema(text: str) -> str:
         if schema is True:
             schema = {}
         if not isinstance(schema, dict):
-            raise _refusal(text, "is not a JSON object", 'Send a JSON Schema, such as {"type": "object"}.')
+            raise _refusal(shown(text), "is not a JSON object", 'Send a JSON Schema, such as {"type": "object"}.')
         _check(schema)
         return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
     except ValueError as error:
-        raise _refusal(text, f"is not JSON ({error})", "Send a JSON Schema as JSON text.") from error
+        raise _refusal(shown(text), f"is not JSON ({error})", "Send a JSON Schema as JSON text.") from error
     except RecursionError as error:
         raise _too_deep() from error
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {max(names, key=names.count)!r} occurs twice in one object")
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name[:40]!r} occurs twice in one object")
+        found[name] = value
     return found
 
 
@@ -111,7 +112,8 @@ def _check_numbers(path: str, value: object) -> None:
             left.extend(current.values())
         elif isinstance(current, list):
             left.extend(current)
-        elif isinstance(current, int | float) and not (math.isfinite(current) and abs(current) <= MAX_INTEGER):
+        # Written so that a NaN is refused too; an int of any size can be compared.
+        elif isinstance(current, int | float) and not abs(current) <= MAX_INTEGER:
             raise _refusal(
                 current, f"has a number at {path} that is too large to be exact", f"Keep within +-{MAX_INTEGER}."
             )
@@ -122,4 +124,5 @@ def _too_deep() -> InvalidRequest:
 
 
 def _refusal(value: object, problem: str, fix: str) -> InvalidRequest:
-    return InvalidRequest(field=_FIELD, value=value, problem=problem, fix=fix)
+    brief = shown(value if isinstance(value, str) else repr(value))
+    return InvalidRequest(field=_FIELD, value=brief, problem=problem, fix=fix)

@@ -14,15 +14,33 @@ import resource
 import signal
 import sys
 import time
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
 MAX_MASK_S = 0.25
 MAX_GROWTH_BYTES = 64 * 1024**2
+# What a trial may take on top of what it is forked with, the tokenizer above all.
+_MAX_MORE_BYTES = 256 * 1024**2
+# Where the system does not say how much that is.
 _MAX_ADDRESS_BYTES = 8 * 1024**3
+_STATM = "/proc/self/statm"
+# As workers/grammar.py compiles: what is tried is what is then used.
+SCHEMA_OPTIONS: "JsonCompileOptions" = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
+    "coerce_one_of": False,
+    "lenient": False,
+    "json_allowed_escapes": None,
+    "json_allow_general_unicode_escapes": False,
+}
 _NUM_WALKS, _NUM_STEPS = 2, 24
 # In characters: a line is written at once, and so arrives whole, up to 4096 bytes.
 _MAX_PROBLEM = 300
@@ -70,7 +88,7 @@ def problem_of(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 def _source(trial: Trial) -> str:
     if trial["kind"] == "json_schema":
         # With an option the text is parsed; without, it would be pasted into a larger one.
-        return LLMatcher.grammar_from_json_schema(trial["source"], overrides={"lenient": False})
+        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=SCHEMA_OPTIONS)
     if trial["kind"] == "regex":
         return LLMatcher.grammar_from_regex(trial["source"])
     return LLMatcher.grammar_from_lark(trial["source"])
@@ -114,13 +132,21 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
+def _address_bytes() -> int:
+    """How much memory this process may map: some more than it has."""
+    if not os.path.exists(_STATM):
+        return _MAX_ADDRESS_BYTES
+    with open(_STATM) as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize() + _MAX_MORE_BYTES
+
+
 def _try(trial: Trial, tokenizer: LLTokenizer, out: int) -> None:
     """In the process that may be lost."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash says much, and some of it is the client's
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_COMPILE_S, MAX_COMPILE_S + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_BYTES, _MAX_ADDRESS_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (_address_bytes(),) * 2)
     signal.alarm(4 * MAX_COMPILE_S)
     os.write(out, json.dumps(problem_of(trial, tokenizer)).encode())
 

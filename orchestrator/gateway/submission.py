@@ -13,6 +13,8 @@ _SEEDS = 2**64
 def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterator[int]) -> list[JournalEntry]:
     """A sequence for each choice: choice i as a request of its own would draw it with the seed plus i.
 
+    All of them hold the request's one tuple of prompt ids.
+
     A request that only looks at its prompt still asks for one token: a replica computes a prompt to draw one.
     """
     return [

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from orchestrator.telemetry import RequestRecord
 from placement.errors import InvalidRequest
@@ -13,6 +14,34 @@ from protos.heterodyne.worker.v1 import worker_pb2
 MAX_REQUESTS = 4096
 MAX_STEPS = 16384
 _MAX_LAST_S = 1e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimelineSnapshot:
+    """What was remembered at one moment. For any thread.
+
+    Attributes:
+        since_ns: what ended before is not asked for; ns since 1970.
+        num_requests: how many ever ended, those that are forgotten included; ``num_steps`` likewise.
+    """
+
+    model: str
+    since_ns: int
+    requests: tuple[admin_pb2.RequestTiming, ...]
+    steps: tuple[admin_pb2.StepTiming, ...]
+    num_requests: int
+    num_steps: int
+
+    def message(self) -> admin_pb2.GetTimelineResponse:
+        """The answer to who asked; some 10 ms where as much is remembered as may be."""
+        since_ns = self.since_ns
+        return admin_pb2.GetTimelineResponse(
+            model=self.model,
+            requests=[item for item in self.requests if item.arrived_ns + round(item.total_s * 1e9) >= since_ns],
+            steps=[item for item in self.steps if item.ended_ns >= since_ns],
+            forgotten_requests=self.num_requests - len(self.requests),
+            forgotten_steps=self.num_steps - len(self.steps),
+        )
 
 
 class Timeline:
@@ -64,19 +93,19 @@ class Timeline:
             )
         )
 
-    def message(self, last_s: float | None = None) -> admin_pb2.GetTimelineResponse:
+    def snapshot(self, last_s: float | None = None) -> TimelineSnapshot:
         """Everything that is remembered, or of that what ended within the last ``last_s`` seconds.
 
         Raises:
             InvalidRequest: ``last_s`` is no length of time.
         """
-        since_ns = 0 if last_s is None else self._now_ns() - _nanoseconds(last_s)
-        return admin_pb2.GetTimelineResponse(
+        return TimelineSnapshot(
             model=self._model,
-            requests=[item for item in self._requests if item.arrived_ns + round(item.total_s * 1e9) >= since_ns],
-            steps=[item for item in self._steps if item.ended_ns >= since_ns],
-            forgotten_requests=self._num_requests - len(self._requests),
-            forgotten_steps=self._num_steps - len(self._steps),
+            since_ns=0 if last_s is None else self._now_ns() - _nanoseconds(last_s),
+            requests=tuple(self._requests),
+            steps=tuple(self._steps),
+            num_requests=self._num_requests,
+            num_steps=self._num_steps,
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,15 @@ def test_templates_in_another_form_are_refused(value: object) -> None:
     with pytest.raises(InvalidModel) as caught:
         template_source({"chat_template": value})
     assert caught.value.field == "tokenizer_config.json: chat_template"
+
+
+def test_the_time_of_a_render_counts_from_before_its_values_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(list[Message]):
+        def __iter__(self) -> Iterator[Message]:
+            time.sleep(0.1)
+            return super().__iter__()
+
+    monkeypatch.setattr("orchestrator.chat.MAX_RENDER_S", 0.05)
+    template = ChatTemplate("{% for message in messages %}x{% endfor %}", special_tokens={})
+    with pytest.raises(InvalidRequest, match="takes longer"):
+        template.render(Slow([Message(role="user", content="hi")]), add_generation_prompt=False)

@@ -89,6 +89,8 @@ def generate(service: Service, *args: str, stdin: str | None = None) -> Result:
         ("--logit-bias", ["--logit-bias=5=much"]),
         ("--logit-bias", ["--logit-bias=-5=1"]),
         ("--system", ["--system=be kind"]),
+        ("--json-schema", ["--json-schema=/no/such/schema.json"]),
+        ("--grammar", ["--grammar=missing.lark"]),
         ("--regex", ["--regex=a", "--json-schema={}"]),
     ],
 )
@@ -105,6 +107,12 @@ def test_a_plain_prompt_asks_for_nothing_else_and_streams(service: Service) -> N
     assert result.stdout == "upon 0\n"
     assert "2 prompt tokens (1 cached), 2 generated on replica-0; ended by its length" in result.stderr
     assert "time to first token 250.0 ms" in result.stderr
+
+
+def test_standard_input_that_is_no_text_is_refused_in_a_line() -> None:
+    result = CliRunner().invoke(app, ["generate", "-", "--address", "127.0.0.1:1"], input=b"ab\xff")
+    assert result.exit_code == 2 and "not UTF-8" in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_every_option_reaches_the_service(service: Service) -> None:

@@ -208,7 +208,7 @@ def test_what_ended_is_remembered() -> None:
     kept = Timeline(model="m", now_ns=lambda: START_NS + 7)
     kept.finished(record())
     kept.stepped("a", worker_pb2.StepOutput(step=5, duration_s=0.5, num_tokens=8, num_decodes=2))
-    message = kept.message()
+    message = kept.snapshot().message()
     assert message.model == "m"
     assert list(message.requests) == [
         admin_pb2.RequestTiming(
@@ -226,7 +226,7 @@ def test_what_ended_is_remembered() -> None:
 def test_a_phase_that_was_not_reached_is_absent() -> None:
     kept = Timeline(model="m")
     kept.finished(record(queue_s=None, first_token_s=None, cached_prompt_tokens=None))
-    (timing,) = kept.message().requests
+    (timing,) = kept.snapshot().message().requests
     assert not any(timing.HasField(name) for name in ("queue_s", "first_token_s", "cached_prompt_tokens"))
 
 
@@ -238,7 +238,7 @@ def test_only_the_latest_are_kept_and_they_fit_one_message() -> None:
     for index in range(MAX_STEPS + 20):
         output.step = 2**32 + index
         kept.stepped("replica-1023", output)
-    message = kept.message()
+    message = kept.snapshot().message()
     assert (len(message.requests), message.forgotten_requests) == (MAX_REQUESTS, 10)
     assert (len(message.steps), message.forgotten_steps) == (MAX_STEPS, 20)
     assert message.requests[0].request_id.startswith("0010") and message.steps[0].step == 2**32 + 20
@@ -252,15 +252,26 @@ def test_the_last_seconds_alone_can_be_asked_for() -> None:
         now_ns = START_NS + index * S
         kept.finished(record(request_id=str(index), arrived_ns=now_ns - S, total_s=1.0))
         kept.stepped("a", worker_pb2.StepOutput(step=index))
-    message = kept.message(2.0)
+    message = kept.snapshot(2.0).message()
     assert [item.request_id for item in message.requests] == ["2", "3", "4"]
     assert [item.step for item in message.steps] == [2, 3, 4]
+
+
+def test_a_snapshot_stays_as_it_is_while_more_is_remembered() -> None:
+    kept = Timeline(model="m")
+    kept.stepped("a", worker_pb2.StepOutput(step=1, num_tokens=1))
+    before = kept.snapshot()
+    kept.stepped("a", worker_pb2.StepOutput(step=2, num_tokens=1))
+    kept.finished(record())
+    message = before.message()
+    assert [item.step for item in message.steps] == [1] and not message.requests
+    assert (message.forgotten_steps, message.forgotten_requests) == (0, 0)
 
 
 @pytest.mark.parametrize("last_s", [-1.0, float("nan"), float("inf"), 1e12])
 def test_a_span_that_is_none_is_refused(last_s: float) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        Timeline(model="m").message(last_s)
+        Timeline(model="m").snapshot(last_s)
     assert caught.value.field == "last_s"
 
 

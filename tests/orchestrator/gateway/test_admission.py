@@ -191,6 +191,48 @@ def test_bounds_that_cannot_work_are_refused(in_flight: int, queued: int, field:
     assert caught.value.field == f"gateway.{field}"
 
 
+async def test_a_heavy_request_waits_for_all_its_slots_and_nobody_overtakes_it() -> None:
+    admission, entered = Admission(4, 8), list[str]()
+
+    async def hold(name: str, weight: int, leave: asyncio.Event) -> None:
+        async with admission.slot(weight=weight):
+            entered.append(name)
+            await leave.wait()
+
+    leaves = {name: asyncio.Event() for name in ("a", "b", "heavy", "light")}
+    weights = {"a": 2, "b": 1, "heavy": 3, "light": 1}
+    tasks = [asyncio.create_task(hold(name, weights[name], leave)) for name, leave in leaves.items()]
+    await settle()
+    assert entered == ["a", "b"] and (admission.in_flight, admission.queued) == (3, 2)
+    leaves["b"].set()
+    await settle()
+    assert entered == ["a", "b"], "two are free, three are needed"
+    leaves["a"].set()
+    await settle()
+    assert entered == ["a", "b", "heavy", "light"] and admission.in_flight == 4
+    for leave in leaves.values():
+        leave.set()
+    await asyncio.gather(*tasks)
+    assert admission.in_flight == 0
+
+
+async def test_a_heavy_request_that_leaves_the_queue_lets_those_behind_it_in() -> None:
+    for timeout_s in (0.01, None):
+        admission = Admission(2, 8)
+        async with admission.slot():
+            heavy = asyncio.create_task(admission.slot(weight=2, timeout_s=timeout_s).__aenter__())
+            await settle()
+            light = Client(admission, [], "light")
+            await settle()
+            assert admission.queued == 2
+            if timeout_s is None:
+                heavy.cancel()
+            await asyncio.gather(heavy, return_exceptions=True)
+            await settle()
+            assert (admission.in_flight, admission.queued) == (2, 0)
+            await light.end()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_slot_is_lost_or_doubled_under_random_cancels_and_deadlines(seed: int) -> None:
     rng = random.Random(seed)
@@ -198,14 +240,15 @@ async def test_no_slot_is_lost_or_doubled_under_random_cancels_and_deadlines(see
 
     async def request(hold_turns: int, timeout_s: float | None) -> None:
         nonlocal inside, most
-        async with admission.slot(priority=rng.randint(-1, 1), timeout_s=timeout_s):
-            inside += 1
+        weight = rng.randint(1, 3)
+        async with admission.slot(priority=rng.randint(-1, 1), timeout_s=timeout_s, weight=weight):
+            inside += weight
             most = max(most, inside)
             try:
                 for _ in range(hold_turns):
                     await asyncio.sleep(0)
             finally:
-                inside -= 1
+                inside -= weight
 
     tasks = []
     for _ in range(200):

@@ -131,6 +131,16 @@ def test_after_a_stop_string_nothing_more_is_taken_and_the_replica_is_to_be_told
     assert take(answer, token(4, 7)) is None
 
 
+def test_a_chunk_is_of_bounded_size() -> None:
+    answer, _ = make_answer(max_tokens=3000)
+    outputs = [pb.SequenceOutput(sequence_id=FIRST, index=index, token_id=index % 26) for index in range(2500)]
+    outputs[-1].end.reason = pb.END_REASON_LENGTH
+    chunks = [response.chunk for response in take_all(answer, *outputs)]
+    assert [(chunk.first_index, len(chunk.tokens)) for chunk in chunks] == [(0, 1024), (1024, 1024), (2048, 452)]
+    assert [chunk.HasField("end") for chunk in chunks] == [False, False, True]
+    assert len("".join(chunk.text for chunk in chunks)) == 2500
+
+
 def test_a_gap_ends_the_request_and_passes_nothing_on() -> None:
     answer, _ = make_answer()
     assert take(answer, token(1, 4)) is None

@@ -9,10 +9,11 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
+from orchestrator.gateway import generate
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
-from tests.support.stub_gateway import BOS, EOS, StubGateway, StubWorker, served_model, stub_gateway, until
+from tests.support.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway, until
 
 CHATML = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
@@ -134,7 +135,9 @@ async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_to
         assert [submit.sampling.seed for submit in submits] == [2**64 - 1, 0, 1]
         assert len({submit.sequence_id for submit in submits}) == 3
         assert len({(tuple(submit.prompt_ids), submit.cache_salt) for submit in submits}) == 1
-        assert gateway.admission.in_flight == 1, "one slot, whatever the number of choices"
+        assert gateway.admission.in_flight == 3, "a slot for each choice"
+        prompts = [entry.prompt_ids for entry in gateway.generator.journal.on_replica("replica-0", EPOCH)]
+        assert all(prompt is prompts[0] for prompt in prompts), "the prompt is held once"
         assert len(gateway.generator.journal) == 3
         one, two, three = submits
         gateway.worker.step(token(one, 0, 3), token(two, 0, 23), token(three, 0, 5, end=STOP))
@@ -275,6 +278,7 @@ async def test_what_no_answer_can_match_is_refused_before_a_replica_hears_of_it(
         (None, {"messages": [{"role": "user", "content": "hi"}]}, "chat:", "chat_template.jinja"),
         (CHATML, {}, "chat.messages:", "at least one"),
         (CHATML, {"messages": [{"role": "user", "content": "hi " * 5000}]}, "chat:", "shorter"),
+        (CHATML, {"messages": [{}] * 4097}, "chat.messages:", "at most 4096"),
         (
             "{{ raise_exception('who is ' + messages[0].role) }}",
             {"messages": [{"role": "elf", "content": "hi"}]},
@@ -319,7 +323,51 @@ async def test_a_client_that_never_reads_loses_its_slot_soon_after_its_time() ->
             call.cancel()
 
 
-async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost() -> None:
+async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_theirs() -> None:
+    async with serving() as (gateway, stub):
+        async with gateway.admission.slot(weight=60):
+            answer = ask(stub, num_choices=5)
+            await until(lambda: gateway.admission.queued == 1)
+        submits = await submitted(gateway.worker, 5)
+        gateway.worker.step(*(token(submit, 0, 3, end=STOP) for submit in submits))
+        assert (await answer)[1] is grpc.StatusCode.OK
+        gateway.admission.max_in_flight = 4
+        with pytest.raises(grpc.aio.AioRpcError, match="at most 4") as caught:
+            await stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=5)).read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        gateway.admission.max_in_flight = 64
+
+
+async def test_a_client_that_does_not_read_is_given_up_long_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MAX_WAITING", 100)
+    async with serving(context=2**20) as (gateway, _):
+        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
+            # The echo alone is more than the windows of the connection hold; what follows can but wait.
+            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 500_000}, echo=True)
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+            (submit,) = await submitted(gateway.worker)
+            for index in range(101):
+                gateway.worker.step(token(submit, index, 3))
+            assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == submit.sequence_id
+            await until(lambda: gateway.admission.in_flight == 0)
+            call.cancel()
+
+
+async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last_words() -> None:
+    async with serving(context=2**20) as (gateway, _):
+        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
+            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 300_000}, echo=True)
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=25.0)
+            (submit,) = await submitted(gateway.worker)
+            gateway.worker.step(token(submit, 0, 3, end=STOP))
+            await asyncio.sleep(3.5)
+            responses, code = await collect(call)
+            assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
+
+
+async def test_tokens_that_come_faster_than_they_can_be_sent_come_in_order_and_none_is_lost() -> None:
     async with serving(context=2**16) as (gateway, stub):
         num_streams, num_steps = 16, 400
         answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
@@ -332,5 +380,3 @@ async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_a
             assert code is grpc.StatusCode.OK
             ids = [item.id for response in responses for item in response.chunk.tokens]
             assert ids == [index % 26 for index in range(num_steps)]
-            # The client shares the loop here, which slows the stream down; without rounds nothing is sent together.
-            assert len(responses) < 0.9 * num_steps

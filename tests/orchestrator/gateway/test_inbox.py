@@ -37,6 +37,36 @@ async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
     assert await inbox.take() == [output(0)]
 
 
+async def test_a_reader_that_is_too_slow_is_told_of_once_and_still_hears_how_it_ends() -> None:
+    inbox, told = Inbox(limit=3), list[int]()
+    inbox.on_full = lambda: told.append(1)
+    for number in range(3):
+        inbox.put(output(number))
+    assert not inbox.full and not told
+    for number in range(3, 6):
+        inbox.put(output(number))
+    assert inbox.full and told == [1]
+    inbox.put_now(Lost(cause="gone"))
+    assert await inbox.take() == [*map(output, range(3)), Lost(cause="gone")]
+    inbox.put(output(6))
+    inbox.wake()
+    assert await inbox.take() == [], "there would be a gap before it"
+
+
+async def test_however_long_a_round_takes_the_next_one_is_soon() -> None:
+    inbox, rounds, taken = Inbox(), Rounds(), list[int]()
+    reader = asyncio.create_task(read(inbox, taken, 0.2))
+    await asyncio.sleep(0)
+    inbox.put(output(0))
+    rounds.wake([inbox])
+    await asyncio.sleep(0.001)
+    inbox.put(output(1))
+    rounds.wake([inbox])
+    await asyncio.sleep(0.06)
+    assert taken == [1, 1], "half of the round would be 100 ms"
+    reader.cancel()
+
+
 async def read(inbox: Inbox, taken: list[int], work_s: float) -> None:
     while True:
         taken.append(len(await inbox.take()))

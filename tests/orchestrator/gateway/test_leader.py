@@ -149,6 +149,7 @@ async def test_heartbeats_without_steps_are_a_loss_while_sequences_run_and_none_
         assert leader.accepting, "idle is no stall"
         for _ in range(10):
             script.say.put_nowait(running)
+            script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput()))  # it computed nothing
             await asyncio.sleep(0.1)
         assert leader.lost is not None and leader.lost.cause == "no step finished for 0.5 s"
 
@@ -180,15 +181,17 @@ async def test_sequences_of_one_request_share_an_inbox_and_hear_of_a_loss_once()
         assert [type(event) for event in await taken(inbox)] == [Lost]
 
 
-async def test_every_step_is_told_of_with_or_without_tokens_and_none_of_another_epoch() -> None:
+async def test_every_step_that_computed_is_told_of_with_or_without_tokens_and_none_of_another_epoch() -> None:
     steps: list[tuple[str, pb.StepOutput]] = []
     async with connected(on_step=lambda name, step: steps.append((name, step))) as (_, script):
         script.say.put_nowait(token(7, epoch=EPOCH - 1))
         script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(step=5, duration_s=0.5, num_tokens=64)))
-        script.say.put_nowait(token(5))
+        script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(step=6)))
+        last = pb.StepOutput(step=7, num_tokens=1, sequences=token(6).step.sequences)
+        script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=last))
         await until(lambda: len(steps) == 2)
         assert steps[0] == ("replica-0", pb.StepOutput(step=5, duration_s=0.5, num_tokens=64))
-        assert steps[1] == ("replica-0", token(5).step)
+        assert steps[1] == ("replica-0", last), "a step of nothing is none"
 
 
 async def test_a_prefill_of_many_steps_is_no_stall() -> None:

@@ -57,6 +57,7 @@ def test_generation_config_is_read(given: dict[str, object], expected: DefaultSa
         ("min_p", math.nan),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1),
+        ("repetition_penalty", 0.0099),
         ("repetition_penalty", 101),
         ("repetition_penalty", math.nan),
     ],

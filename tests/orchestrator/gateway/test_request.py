@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +77,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"sampling": {"min_p": 1.1}}, "sampling.min_p", "out of range"),
     ({"sampling": {"min_p": NAN}}, "sampling.min_p", "out of range"),
     ({"sampling": {"repetition_penalty": 0.0}}, "sampling.repetition_penalty", "out of range"),
+    ({"sampling": {"repetition_penalty": 0.0099}}, "sampling.repetition_penalty", "out of range"),
     ({"sampling": {"repetition_penalty": 100.5}}, "sampling.repetition_penalty", "out of range"),
     ({"sampling": {"repetition_penalty": NAN}}, "sampling.repetition_penalty", "out of range"),
     ({"sampling": {"presence_penalty": 2.1}}, "sampling.presence_penalty", "out of range"),
@@ -101,6 +103,10 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": 21}, "logprobs", "out of range"),
     ({"cache_salt": "x" * 129}, "cache_salt", "too long"),
     ({"request_id": "x" * 129}, "request_id", "too long"),
+    ({"request_id": "a\nlevel=ERROR"}, "request_id", "cannot be printed"),
+    ({"request_id": "\x1b[31m"}, "request_id", "cannot be printed"),
+    ({"min_tokens": 1, "structured_output": {"regex": "a"}}, "min_tokens", "together with structured_output"),
+    ({"max_tokens": 0, "echo": True, "num_choices": 2}, "num_choices", "all alike"),
 ]
 
 
@@ -110,6 +116,13 @@ def test_a_bad_field_is_named_with_its_problem_and_its_fix(fields: dict[str, Any
         check(**fields)
     assert caught.value.field == name
     assert problem in caught.value.problem and caught.value.fix.endswith(".")
+
+
+@pytest.mark.parametrize("fields", [{"stop": ["secret" * 50]}, {"cache_salt": "secret" * 50}])
+def test_what_a_client_wrote_is_not_repeated(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(**fields)
+    assert "secret" not in str(caught.value) and "300 characters" in str(caught.value)
 
 
 FLOATS = st.floats(width=32)
@@ -128,7 +141,7 @@ def test_whatever_is_sent_is_in_range_or_refused(
     }
     fits = (
         0 <= min_p <= 1
-        and 0 < repetition <= 100
+        and np.float32(0.01) <= repetition <= 100
         and abs(presence) <= 2
         and abs(frequency) <= 2
         and abs(bias) <= 100

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import resource
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -10,8 +12,11 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+import workers.grammar
+from orchestrator.gateway import structured_trial
+from orchestrator.gateway.admission import Overloaded
 from orchestrator.gateway.model import DefaultSampling, ServedModel, longest_token_bytes
-from orchestrator.gateway.status import ReplicaUnavailable
+from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.structured import MAX_SOURCE_BYTES, check_structured
 from orchestrator.gateway.structured_probe import GrammarProbe
 from orchestrator.gateway.structured_schema import MAX_INTEGER
@@ -20,6 +25,7 @@ from placement.hf import read_model_spec
 from placement.specs import DType
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
+from workers.grammar import GrammarSpec
 
 # What may come next after "{" is any of 2000 names, which is more than the parser follows at once.
 MANY_OPTIONAL = {"type": "object", "properties": {f"p{index}": {} for index in range(2000)}}
@@ -125,6 +131,7 @@ def test_a_model_that_cannot_end_takes_no_grammar(model: ServedModel) -> None:
         ('{"a": 1} {"b": 2}', "is not JSON"),
         ('{"minimum": NaN}', "NaN is no JSON number"),
         ('{"type": "object", "type": "array"}', "'type' occurs twice"),
+        ('{"enum": [{"b": 1, "a": 1, "b": 2}]}', "'b' occurs twice"),
         ("[]", "is not a JSON object"),
         ("false", "is not a JSON object"),
         ('"object"', "is not a JSON object"),
@@ -169,12 +176,48 @@ def test_keywords_that_would_be_ignored_are_refused(
         {"enum": [1, 1e300]},
         {"items": {"minimum": -(2**63)}},
         {"maximum": float(2**60)},
+        {"maximum": 10**400},
+        {"enum": [[-(10**4000)]]},
     ],
 )
 def test_numbers_that_would_not_be_exact_are_refused(schema: dict[str, object], model: ServedModel) -> None:
     assert "too large to be exact" in refused(asked(json_schema=json.dumps(schema)), model).problem
     assert "too large" in refused(asked(json_schema='{"const": 1e999}'), model).problem
     assert check_structured(asked(json_schema=json.dumps({"enum": [MAX_INTEGER, -MAX_INTEGER]})), model) is not None
+
+
+def test_a_name_that_occurs_twice_among_thousands_is_found_at_once(model: ServedModel) -> None:
+    names = ",".join(f'"{index:x}":1' for index in range(6000))
+    started_s = time.process_time()
+    assert "occurs twice" in refused(asked(json_schema=f'{{"enum":{{{names},"0":1}}}}'), model).problem
+    assert time.process_time() - started_s < 0.5
+
+
+def test_what_a_client_wrote_is_not_repeated_in_an_error(model: ServedModel) -> None:
+    for message in (asked(json_schema='"' + "secret " * 50 + '"'), asked(grammar="{" + "secret " * 50)):
+        assert "secret" not in str(refused(message, model))
+
+
+def test_a_trial_compiles_as_the_workers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    class Recording:
+        @staticmethod
+        def grammar_from_json_schema(source: str, *, overrides: dict[str, object]) -> str:
+            seen.append(dict(overrides))
+            return source
+
+    for module in (workers.grammar, structured_trial):
+        monkeypatch.setattr(module, "LLMatcher", Recording)
+    workers.grammar._llguidance_source(GrammarSpec(kind="json_schema", source="{}"))
+    structured_trial._source({"id": 1, "kind": "json_schema", "source": "{}"})
+    assert seen[0] == seen[1]
+
+
+def test_a_trial_may_take_little_more_memory_than_it_begins_with() -> None:
+    with open("/proc/self/statm") as statm:
+        size = int(statm.read().split()[0]) * resource.getpagesize()
+    assert 0 <= structured_trial._address_bytes() - size - 256 * 2**20 < 16 * 2**20
 
 
 def test_the_librarys_own_formats_are_no_lark(model: ServedModel) -> None:
@@ -255,6 +298,46 @@ async def test_what_was_tried_is_remembered(probe: GrammarProbe) -> None:
     # No process took part: one alone takes longer to start.
     assert time.monotonic() - started_s < 0.2
     assert again[::100] == first and first[0] is None
+
+
+async def test_a_request_that_leaves_frees_no_place_while_its_trial_goes_on(probe: GrammarProbe) -> None:
+    await probe.check(worker_pb2.Grammar(regex="a"))
+    hangs = [schema_of({"patternProperties": {f"^{i}[a-z]*{n}$": {} for i in range(600)}}) for n in range(6)]
+    waiting = [asyncio.create_task(problem_of(probe, hang)) for hang in hangs]
+    await asyncio.sleep(0.3)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    sound = asyncio.create_task(problem_of(probe, worker_pb2.Grammar(regex="b")))
+    done, _ = await asyncio.wait({sound}, timeout=0.5)
+    assert not done, "the two that had begun hold their places"
+    # Those that had not begun are tried no more: the two take their 3 s of the processor, then it is the turn of this.
+    assert await asyncio.wait_for(sound, 14.0) is None
+
+
+async def test_equal_grammars_at_once_share_one_trial(probe: GrammarProbe) -> None:
+    await probe.start()
+    # More than places and queue together.
+    problems = await asyncio.gather(*(problem_of(probe, worker_pb2.Grammar(regex="(")) for _ in range(200)))
+    assert len(set(problems)) == 1 and problems[0] is not None
+
+
+async def test_more_grammars_than_can_wait_are_refused_at_once(probe: GrammarProbe) -> None:
+    asking = (problem_of(probe, worker_pb2.Grammar(regex=f"number {index}")) for index in range(200))
+    outcomes = await asyncio.gather(*asking, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {type(None), Overloaded}
+    assert outcomes.count(None) == 66
+
+
+async def test_a_process_that_never_works_is_not_started_for_ever(
+    probe: GrammarProbe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for index in range(5):
+        with pytest.raises(ReplicaUnavailable, match="send it again"):
+            await probe.check(worker_pb2.Grammar(regex=f"a{index}"))
+    with pytest.raises(ReplicaFault, match="structured output is off"):
+        await probe.check(worker_pb2.Grammar(regex="b"))
 
 
 async def test_many_grammars_at_once_each_get_their_verdict(probe: GrammarProbe) -> None:
