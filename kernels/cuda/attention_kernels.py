@@ -11,34 +11,18 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["num_kv_heads"])
 def decode_kernel(
-    query,
-    keys,
-    values,
-    slots,
-    counts,
-    tasks,
-    output,
-    partials,
-    masses,
-    row_stride,
-    head_stride,
-    num_slots,
-    num_kv_heads,
-    scale,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WIDENS: tl.constexpr,
-):
+    query, keys, values, slots, counts, tasks, output, partials, masses,
+    row_stride, head_stride, num_slots, num_kv_heads, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WIDENS: tl.constexpr,
+):  # fmt: skip
     """Parts of decodes, each under each KV head: to ``output``, or a partial result and its mass's logarithm.
 
     Grid: any number of programs; program p takes every pair (part, KV head) whose number is p modulo the grid.
     """
     rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_DIM)
     inside = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    num_pairs = tl.load(counts) * num_kv_heads
+    num_pairs, num_heads = tl.load(counts) * num_kv_heads, num_kv_heads * GROUP
     pair = tl.program_id(0)
     while pair < num_pairs:
         task, kv_head = tasks + pair // num_kv_heads * 8, pair % num_kv_heads
@@ -48,15 +32,12 @@ def decode_kernel(
         at = query + row * row_stride + heads[:, None] * head_stride + columns[None, :]
         turned = tl.load(at, mask=inside, other=0.0)
         base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
-        total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        mass = tl.zeros((ROWS,), tl.float32)
+        total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
         total, top, mass = _fold(
             turned, keys + base, values + base, slots + first_slot, begin, end, rows, total, top, mass, scale,
             HEAD_DIM, BLOCK_DIM, TOKENS, True, False, 0, WIDENS,
         )  # fmt: skip
         mean = total / mass[:, None]
-        num_heads = num_kv_heads * GROUP
         if partial < 0:
             place = row * num_heads + heads
             out = output + place[:, None] * HEAD_DIM + columns[None, :]
@@ -91,25 +72,10 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["num_kv_heads"])
 def chunk_kernel(
-    query,
-    keys,
-    values,
-    slots,
-    tasks,
-    output,
-    row_stride,
-    head_stride,
-    num_slots,
-    num_kv_heads,
-    scale,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDENS: tl.constexpr,
-):
+    query, keys, values, slots, tasks, output, row_stride, head_stride, num_slots, num_kv_heads, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, WIDENS: tl.constexpr,
+):  # fmt: skip
     """Blocks of ROWS (query, head) pairs of chunks, each over all tokens that it sees. WINDOW 0 is none.
 
     Grid: K times the blocks of a task's pairs, tasks. Later blocks come first: they see more tokens.
@@ -125,16 +91,29 @@ def chunk_kernel(
     inside = (pairs < num_queries * GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     row, head = first_row + pairs // GROUP, kv_head * GROUP + pairs % GROUP
     at = query + (row * row_stride + head * head_stride)[:, None] + columns[None, :]
-    turned = tl.load(at, mask=inside, other=0.0)
     base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
-    keys, values, slots = keys + base, values + base, slots + first_slot
-    own = position + tl.minimum(pairs // GROUP, num_queries - 1)  # the last token that each pair sees
-    first_own = position + first // GROUP
-    last_own = position + tl.minimum(num_queries, tl.cdiv(first + ROWS, GROUP)) - 1
-    total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    mass = tl.zeros((ROWS,), tl.float32)
-    seen_from = 0  # by every pair, as the tokens up to first_own are
+    total, mass = _attend_block(
+        tl.load(at, mask=inside, other=0.0), keys + base, values + base, slots + first_slot,
+        position + tl.minimum(pairs // GROUP, num_queries - 1), position + first // GROUP,
+        position + tl.minimum(num_queries, tl.cdiv(first + ROWS, GROUP)) - 1,
+        scale, HEAD_DIM, BLOCK_DIM, ROWS, TOKENS, WINDOW, WIDENS,
+    )  # fmt: skip
+    out = output + (row * (num_kv_heads * GROUP) + head)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(out, (total / mass[:, None]).to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend_block(
+    turned, keys, values, slots, own, first_own, last_own, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, WIDENS: tl.constexpr,
+):  # fmt: skip
+    """Sum [M, D] and mass [M] of rows whose own tokens ``own`` [M] lie between ``first_own`` and ``last_own``.
+
+    Whole tiles that every row sees need no look at each score; those at the window's beginning and the end do.
+    """
+    total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
+    seen_from = 0  # by every row, as the tokens up to first_own are
     if WINDOW:
         begin = tl.maximum(0, first_own - WINDOW + 1)
         seen_from = begin + tl.cdiv(tl.maximum(0, last_own - WINDOW + 1 - begin), TOKENS) * TOKENS
@@ -152,31 +131,23 @@ def chunk_kernel(
         turned, keys, values, slots, seen_to, last_own + 1, own, total, top, mass, scale,
         HEAD_DIM, BLOCK_DIM, TOKENS, True, True, WINDOW, WIDENS,
     )  # fmt: skip
-    out = output + (row * (num_kv_heads * GROUP) + head)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(out, (total / mass[:, None]).to(output.dtype.element_ty), mask=inside)
+    return total, mass
+
+
+@triton.jit
+def _nothing_yet(ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """A running softmax of no tokens: see :func:`_fold`."""
+    total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
+    top = tl.full((ROWS,), -float("inf"), tl.float32)
+    return total, top, tl.zeros((ROWS,), tl.float32)
 
 
 @triton.jit
 def _fold(
-    turned,
-    keys,
-    values,
-    slots,
-    begin,
-    end,
-    own,
-    total,
-    top,
-    mass,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDENS: tl.constexpr,
-):
+    turned, keys, values, slots, begin, end, own, total, top, mass, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, TOKENS: tl.constexpr,
+    RAGGED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WIDENS: tl.constexpr,
+):  # fmt: skip
     """Tokens ``begin`` to ``end`` added to the running softmax of ``turned`` [M, D] (Milakov and Gimelshein 2018).
 
     ``total`` [M, D] is the sum of values by their weights, ``mass`` [M] that of the weights, both relative to
@@ -184,29 +155,16 @@ def _fold(
     of them the last WINDOW. Reads nothing that lies beyond ``end``. Float32 is multiplied as three products of TF32,
     which keeps all but its last bit or two (Ootomo and Yokota 2022); bfloat16 does not heed that.
     """
-    columns = tl.arange(0, BLOCK_DIM)[None, :]
     if WIDENS:
         turned = turned.to(tl.float32)
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        there = token < end
-        slot = tl.load(slots + token, mask=there, other=0) if RAGGED else tl.load(slots + token)
-        at = slot[:, None] * HEAD_DIM + columns
-        if RAGGED:
-            inside = there[:, None] & (columns < HEAD_DIM)
-            key = tl.load(keys + at, mask=inside, other=0.0)
-            value = tl.load(values + at, mask=inside, other=0.0)
-        elif BLOCK_DIM == HEAD_DIM:
-            key = tl.load(keys + at)
-            value = tl.load(values + at)
-        else:
-            key = tl.load(keys + at, mask=columns < HEAD_DIM, other=0.0)
-            value = tl.load(values + at, mask=columns < HEAD_DIM, other=0.0)
+        key, value = _load(keys, values, slots, token, end, HEAD_DIM, BLOCK_DIM, RAGGED)
         if WIDENS:
             key, value = key.to(tl.float32), value.to(tl.float32)
         scores = tl.dot(turned, tl.trans(key), input_precision="tf32x3") * scale
         if RAGGED:
-            visible = there[None, :]
+            visible = (token < end)[None, :]
             if CAUSAL:
                 visible = visible & (token[None, :] <= own[:, None])
                 if WINDOW:
@@ -220,3 +178,20 @@ def _fold(
         total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="tf32x3")
         top = new_top
     return total, top, mass
+
+
+@triton.jit
+def _load(keys, values, slots, token, end, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, RAGGED: tl.constexpr):
+    """Keys and values [N, D] of the tokens ``token`` [N]; of those from ``end`` on, zeros."""
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    if RAGGED:
+        slot = tl.load(slots + token, mask=token < end, other=0)
+        at, inside = slot[:, None] * HEAD_DIM + columns, (token < end)[:, None] & (columns < HEAD_DIM)
+        key, value = tl.load(keys + at, mask=inside, other=0.0), tl.load(values + at, mask=inside, other=0.0)
+    else:
+        at, inside = tl.load(slots + token)[:, None] * HEAD_DIM + columns, columns < HEAD_DIM
+        if BLOCK_DIM == HEAD_DIM:
+            key, value = tl.load(keys + at), tl.load(values + at)
+        else:
+            key, value = tl.load(keys + at, mask=inside, other=0.0), tl.load(values + at, mask=inside, other=0.0)
+    return key, value

@@ -18,12 +18,12 @@ from tests.support.triton_cases import (
     normal,
 )
 
-pytestmark = pytest.mark.gpu
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
 from kernels.cuda.variant import open_kernels
 
+pytestmark = pytest.mark.gpu
 KERNELS = open_kernels(DEVICE)
 EPS = 1e-5
 TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)

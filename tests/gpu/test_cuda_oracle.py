@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from kernels.select import kernels_for
 from tests.support.steps import logits
 from tests.support.triton_cases import DEVICE, HAS_GPU
-from tests.workers.test_graphs import compute
 from tests.workers.test_oracle import (
     CHECKPOINTS,
     NUM_OUTPUTS,
@@ -23,14 +22,13 @@ from tests.workers.test_oracle import (
 )
 from workers.decoder import TokenBatch
 from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
-from workers.runner import Batch
 
-pytestmark = pytest.mark.gpu
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
-from tests.support.triton_runner import triton_runner
+from tests.support.triton_runner import compute, lay_out, triton_runner
 
+pytestmark = pytest.mark.gpu
 LENGTHS = (1, 2, 17, 50, 97)
 
 
@@ -65,18 +63,18 @@ def test_graphs_compute_what_the_decoder_does_while_sequences_end(
     runs = [slots.take(length + NUM_OUTPUTS) for length in LENGTHS]
     token_ids = [[(7 * i + length) % 509 for i in range(length)] for length in LENGTHS]
 
-    def lay_out(active: list[int], *, whole: bool) -> TokenBatch:
-        parts = (chunk(token_ids[i], 0 if whole else len(token_ids[i]) - 1, len(token_ids[i]), runs[i]) for i in active)
-        return runner._lay_out(Batch(sequences=tuple(parts))).tokens
+    def step(active: list[int], *, whole: bool) -> TokenBatch:
+        starts = {i: 0 if whole else len(token_ids[i]) - 1 for i in active}
+        return lay_out(runner, [chunk(token_ids[i], starts[i], len(token_ids[i]), runs[i]) for i in active])
 
     eager = partial(compute, runner)
     active = list(range(len(LENGTHS)))
-    like = lay_out(active[:1], whole=False)
+    like = step(active[:1], whole=False)
     inputs = StepMemory(like=like, max_decodes=8, max_tokens=2000)
-    graphs = DecodeGraphs(compute=eager, inputs=inputs, capture=CudaCapture(), sizes=(1, 2, 4, 8))
-    eager(lay_out(active, whole=True))
+    graphs = DecodeGraphs(compute=eager, inputs=inputs, capture=CudaCapture(DEVICE), sizes=(1, 2, 4, 8))
+    eager(step(active, whole=True))
     while active:
-        tokens = lay_out(active, whole=False)
+        tokens = step(active, whole=False)
         expected, found = eager(tokens).logits, graphs(tokens).logits
         assert expected is not None and found is not None
         scale = float(expected.abs().max())

@@ -77,8 +77,9 @@ def attention_case(
         row += num_queries
     num_heads = num_kv_heads * group
     keys, values = (normal(num_kv_heads, free + 5, head_dim, dtype=dtype, seed=seed + i) for i in (1, 2))
-    used = torch.tensor(sorted({slot for span in spans for run in span.runs for slot in range(*run)}))
+    used = {slot for span in spans for run in span.runs for slot in range(*run)}
+    unused = [slot for slot in range(free + 5) if slot not in used]
     for cached in (keys, values):  # what no sequence owns must not be read
-        cached[:, [slot for slot in range(free + 5) if slot not in set(used.tolist())]] = torch.nan
+        cached[:, unused] = torch.nan
     query = normal(row, num_heads + num_kv_heads, head_dim, dtype=dtype, seed=seed)[:, :num_heads]
     return AttentionCase(query=query, cache=LayerCache(keys=keys, values=values), spans=tuple(spans))

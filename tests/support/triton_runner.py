@@ -1,16 +1,20 @@
 """A runner whose operations are Triton's: on the GPU, or on the CPU under Triton's interpreter."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kernels.cuda.variant import open_kernels
 from placement.weights import whole_model
 from tests.support.triton_cases import DEVICE, HAS_GPU
+from workers.decoder import TokenBatch, hidden_states
 from workers.device import open_device
+from workers.graphs import Computed
 from workers.kv_cache import allocate_kv_cache
 from workers.loading import read_model
-from workers.runner import ModelRunner
+from workers.runner import Batch, ModelRunner, SequenceInput
 from workers.weights import load_weights
 
 
@@ -25,3 +29,19 @@ def triton_runner(directory: Path, dtype: torch.dtype = torch.float32, num_slots
         device=device.torch_device,
         kernels=open_kernels(DEVICE),
     )
+
+
+def lay_out(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> TokenBatch:
+    """A step as the runner computes it."""
+    return runner._turned(runner._lay_out(Batch(sequences=tuple(sequences))))
+
+
+def hidden(runner: ModelRunner, tokens: TokenBatch) -> Tensor:
+    """The last layer's output [T, E] of that step."""
+    return hidden_states(runner._model, runner._weights, runner._cache.layers, runner._kernels, tokens)
+
+
+def compute(runner: ModelRunner, tokens: TokenBatch) -> Computed:
+    """That step, with the logits of every row."""
+    output = hidden(runner, tokens)
+    return Computed(hidden=output, logits=runner._project(output))

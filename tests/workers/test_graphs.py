@@ -8,25 +8,18 @@ import pytest
 import torch
 
 from tests.support.captures import run_again
-from tests.support.triton_cases import HAS_GPU, REASON, RUNS_HERE
+from tests.support.triton_cases import DEVICE, HAS_GPU, REASON, RUNS_HERE
 from tests.workers.test_oracle import CHECKPOINTS, Slots, chunk
-from workers.graphs import Computed, CudaCapture, DecodeGraphs, StepMemory
-from workers.runner import Batch, ModelRunner
+from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
 
 if not RUNS_HERE:
     pytest.skip(REASON, allow_module_level=True)
 
-from tests.support.triton_runner import triton_runner
-from workers.decoder import TokenBatch, hidden_states
+from tests.support.triton_runner import compute, lay_out, triton_runner
 
 # Rows of no sequence hold anything; a GPU says nothing where the interpreter's numpy warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 LENGTHS = (3, 300, 17)  # the second is cut into parts
-
-
-def compute(runner: ModelRunner, tokens: TokenBatch) -> Computed:
-    hidden = hidden_states(runner._model, runner._weights, runner._cache.layers, runner._kernels, tokens)
-    return Computed(hidden=hidden, logits=runner._project(hidden))
 
 
 @torch.inference_mode()
@@ -40,8 +33,7 @@ def test_a_replayed_step_gives_the_logits_and_writes_the_kv_of_the_decoder(
     prompts = [[(11 * i + length) % 509 for i in range(length)] for length in LENGTHS]
     runs = [slots.take(length) for length in LENGTHS]
     compute_step = partial(compute, runner)
-    parts = tuple(chunk(p, len(p) - 1, len(p), r) for p, r in zip(prompts, runs, strict=True))
-    decodes = runner._lay_out(Batch(sequences=parts)).tokens
+    decodes = lay_out(runner, [chunk(p, len(p) - 1, len(p), r) for p, r in zip(prompts, runs, strict=True)])
     for layer in runner._cache.layers:  # as if the tokens before had been computed
         layer.keys.normal_()
         layer.values.normal_()
@@ -53,7 +45,7 @@ def test_a_replayed_step_gives_the_logits_and_writes_the_kv_of_the_decoder(
         layer.values.copy_(values)
 
     inputs = StepMemory(like=decodes, max_decodes=4, max_tokens=1000)
-    capture = CudaCapture() if HAS_GPU else run_again
+    capture = CudaCapture(DEVICE) if HAS_GPU else run_again
     graphs = DecodeGraphs(compute=compute_step, inputs=inputs, capture=capture, sizes=(1, 4))
     for layer, (keys, values) in zip(runner._cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)  # capturing writes nothing
