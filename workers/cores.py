@@ -6,6 +6,7 @@ A core is claimed by a lock on a file, which the system lets go of when the proc
 import fcntl
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,12 @@ class Claim:
 
     def pin(self) -> None:
         """Keep the calling thread, and those that it starts from now on, to the cores."""
-        if self.cores:
+        if not self.cores:
+            return
+        try:
             os.sched_setaffinity(0, self.cores)
+        except OSError as error:  # the cores were taken from this process since
+            logger.warning("cores_not_pinned cause=%r", str(error))
 
 
 def claim_cores(count: int, *, directory: Path | None = None, allowed: Sequence[int] | None = None) -> Claim:
@@ -50,6 +55,7 @@ def claim_cores(count: int, *, directory: Path | None = None, allowed: Sequence[
         directory = Path(tempfile.gettempdir()) / f"heterodyne-cores-{os.getuid()}"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
+        _check_own(directory)
         locks = _lock(count, directory, allowed)
     except OSError as error:
         logger.warning("cores_not_claimed cause=%r", str(error))
@@ -59,6 +65,13 @@ def claim_cores(count: int, *, directory: Path | None = None, allowed: Sequence[
             os.close(lock)
         return Claim(cores=frozenset(), locks=())
     return Claim(cores=frozenset(locks), locks=tuple(locks.values()))
+
+
+def _check_own(directory: Path) -> None:
+    """Raises OSError where somebody else made the directory, or a link, at a place that anybody can guess."""
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(f"{directory} is not this user's own directory")
 
 
 def _lock(count: int, directory: Path, allowed: Sequence[int]) -> dict[int, int]:

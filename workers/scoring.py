@@ -6,10 +6,11 @@ Shapes: N prompt tokens, V vocabulary.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from placement.memory import SCORED_ROWS
+from workers.sampling_logprobs import token_logprobs
+from workers.sampling_state import SampledToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +54,16 @@ def score(hidden: Tensor, project: Callable[[Tensor], Tensor], prompt: ScoredPro
         project: hidden states [rows, E] to logits [rows, V].
         prompt: the N tokens.
     """
-    logprobs: list[float] = []
-    top: list[tuple[tuple[int, float], ...]] = []
-    targets = torch.tensor(prompt.token_ids, dtype=torch.int64, device=hidden.device)
-    assert len(targets) == len(hidden), prompt
+    assert len(prompt.token_ids) == len(hidden), prompt
+    tokens: list[SampledToken] = []
     # In parts: the logits of all positions of a long prompt would take more memory than the weights.
     for start in range(0, len(hidden), SCORED_ROWS):
-        likely = project(hidden[start : start + SCORED_ROWS]).float().log_softmax(dim=-1)
-        logprobs += likely.gather(1, targets[start : start + SCORED_ROWS, None])[:, 0].tolist()
-        best = likely.topk(min(prompt.num_top, likely.shape[-1]))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        top += [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
-    return PromptScores(first_index=prompt.first_index, logprobs=tuple(logprobs), top=tuple(top))
+        token_ids = prompt.token_ids[start : start + SCORED_ROWS]
+        logits = project(hidden[start : start + SCORED_ROWS])
+        num_top = min(prompt.num_top, logits.shape[-1])
+        tokens += token_logprobs(logits, range(len(token_ids)), token_ids, [num_top] * len(token_ids))
+    return PromptScores(
+        first_index=prompt.first_index,
+        logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
+        top=tuple(token.top for token in tokens),
+    )

@@ -59,6 +59,13 @@ def test_only_the_thread_that_pins_and_its_children_are_kept_to_the_cores(tmp_pa
     claim.release()
 
 
+def test_a_directory_that_is_a_link_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert not claim_cores(1, directory=tmp_path / "link", allowed=[0]).cores
+    assert not list((tmp_path / "real").iterdir())
+
+
 def test_a_place_that_cannot_be_written_leaves_the_rank_unpinned(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     claim = claim_cores(1, directory=tmp_path / "file" / "below")
