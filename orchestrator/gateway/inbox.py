@@ -1,7 +1,7 @@
 """What replicas say of a request waits here for its task; and when tasks are woken to pass it on.
 
 To send a message to a client costs more than everything else that is done for a token. Tasks are therefore woken in
-rounds, and the next round waits until as much time again has gone by as half of the last one took, 5 ms at most. At
+rounds, and the next round waits until as much time again has gone by as half of the last one took, 50 ms at most. At
 rest that is over long before the next step comes, and no token waits. Under load, steps are read in the meantime, and
 each message to a client carries the tokens of several.
 """
@@ -16,7 +16,7 @@ from protos.heterodyne.worker.v1 import worker_pb2
 # The share of time that is left to reading, as a multiple of a round, which includes whatever else was due on the loop;
 # the most of it; and what is too short to be worth a timer.
 _PAUSE = 0.5
-_MOST_PAUSE_S = 0.005
+_MOST_PAUSE_S = 0.05
 _LEAST_PAUSE_S = 0.0005
 # Events of a choice that wait while nothing can be written to the client. Each is a token, and some 100 bytes.
 MAX_WAITING = 8192
