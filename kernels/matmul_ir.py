@@ -57,7 +57,7 @@ def tile(rows: int, columns: int) -> str:
         "  %more = icmp slt i64 %next, %num_pairs",
         "  br i1 %more, label %loop, label %done",
         "done:",
-        *(_output(row, columns) for row in range(rows)),
+        *(row_output(row, columns) for row in range(rows)),
         "  ret void",
         "}",
     ]
@@ -99,7 +99,8 @@ def _input(row: int, columns: int) -> str:
     return text
 
 
-def _output(row: int, columns: int) -> str:
+def row_output(row: int, columns: int) -> str:
+    """Rounds a row's sums, ``%new_ROW_COLUMN``, to its place in ``%output``."""
     text = f"""
   %row_at_{row} = mul i64 %row_stride, {row}
   %row_{row} = getelementptr i8, ptr %output, i64 %row_at_{row}"""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from kernels import machine_code, threads
 from kernels.matmul import huge_empty, in_tiles
-from kernels.quantized_ir import HEADER, JOB, LANES, PAIRS_PER_LINE, WORK, tile, tile_name
+from kernels.matmul_ir import LANES
+from kernels.quantized_ir import HEADER, JOB, PAIRS_PER_LINE, WORK, tile, tile_name
 
 Bits = Literal[4, 8]
 

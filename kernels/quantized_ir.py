@@ -20,7 +20,8 @@ The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as i
 import struct
 from collections.abc import Iterator, Sequence
 
-LANES = 16
+from kernels.matmul_ir import LANES, row_output
+
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
 
@@ -83,7 +84,7 @@ def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
         "  %more_groups = icmp slt i64 %g_next, %num_groups",
         "  br i1 %more_groups, label %group, label %done",
         "done:",
-        *(_output(row, columns) for row in range(rows)),
+        *(row_output(row, columns) for row in range(rows)),
         "  ret void",
         "}",
     ]
@@ -250,18 +251,6 @@ def _offset(rows: int, columns: int) -> Iterator[str]:
         for c in range(columns):
             operands = f"<16 x float> %inputs_x_{row}, <16 x float> %offset_{c}, <16 x float> %scaled_{row}_{c}"
             yield f"  %new_{row}_{c} = {_FMA}({operands})"
-
-
-def _output(row: int, columns: int) -> str:
-    text = f"""
-  %row_at_{row} = mul i64 %row_stride, {row}
-  %row_{row} = getelementptr i8, ptr %output, i64 %row_at_{row}"""
-    for c in range(columns):
-        text += f"""
-  %narrow_{row}_{c} = fptrunc <16 x float> %new_{row}_{c} to <16 x bfloat>
-  %to_{row}_{c} = getelementptr i8, ptr %row_{row}, i64 {2 * LANES * c}
-  store <16 x bfloat> %narrow_{row}_{c}, ptr %to_{row}_{c}, align 2"""
-    return text
 
 
 WORK = f"""

@@ -367,7 +367,7 @@ async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last
             assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
 
 
-async def test_tokens_that_come_faster_than_they_can_be_sent_come_in_order_and_none_is_lost() -> None:
+async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost() -> None:
     async with serving(context=2**16) as (gateway, stub):
         num_streams, num_steps = 16, 400
         answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
@@ -380,3 +380,5 @@ async def test_tokens_that_come_faster_than_they_can_be_sent_come_in_order_and_n
             assert code is grpc.StatusCode.OK
             ids = [item.id for response in responses for item in response.chunk.tokens]
             assert ids == [index % 26 for index in range(num_steps)]
+            # The client shares the loop here, which slows the stream down; without rounds nothing is sent together.
+            assert len(responses) < 0.9 * num_steps

@@ -1,0 +1,32 @@
+"""One deployment of real worker processes for all tests of a module, which share its event loop."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from protos.heterodyne.v1 import inference_pb2_grpc
+from tests.support.deployment import Deployment, deploy, make_config, settled
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
+    async with deploy(make_config(tmp_path_factory.mktemp("shared"), served_checkpoint)) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def deployment(shared: Deployment) -> AsyncIterator[Deployment]:
+    """The shared deployment; the test must leave nothing in it."""
+    yield shared
+    await settled(shared)
+    assert len(shared.gateway.generator.journal) == 0
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def stub(deployment: Deployment) -> AsyncIterator[Any]:
+    async with grpc.aio.insecure_channel(deployment.address) as channel:
+        yield inference_pb2_grpc.InferenceStub(channel)
