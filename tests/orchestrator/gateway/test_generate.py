@@ -9,7 +9,7 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
-from orchestrator.gateway import generate
+from orchestrator.gateway import generate, inbox
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -367,7 +367,11 @@ async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last
             assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
 
 
-async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost() -> None:
+async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Steps come far apart here where the machine is busy; the pause after a round is made longer than that.
+    monkeypatch.setattr(inbox, "_PAUSE", 100.0)
     async with serving(context=2**16) as (gateway, stub):
         num_streams, num_steps = 16, 400
         answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
@@ -380,5 +384,5 @@ async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_a
             assert code is grpc.StatusCode.OK
             ids = [item.id for response in responses for item in response.chunk.tokens]
             assert ids == [index % 26 for index in range(num_steps)]
-            # The client shares the loop here, which slows the stream down; without rounds nothing is sent together.
-            assert len(responses) < 0.9 * num_steps
+            # Without rounds nothing is sent together.
+            assert len(responses) < 0.5 * num_steps
