@@ -28,6 +28,24 @@ class Linear(Protocol):
         """``x`` [T, I] to [T, O], in the same dtype."""
 
 
+class Shared(Protocol):
+    """A linear layer as one work of a :class:`kernels.program.Program`, which a team of threads shares."""
+
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+
+    def tiles(self, num_tokens: int) -> tuple[int, int]:
+        """How its input lies, ``[tiles, I / 2, rows, 2]``: tiles, and rows of each."""
+
+    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
+        """The work and its job, from the addresses of the input, of ``[tiles * rows, O]`` numbers, and of a zero."""
+
+
 class PlainLinear:
     """The weight as the checkpoint has it: what the other forms must agree with."""
 
@@ -63,8 +81,21 @@ class ColumnLinear:
     def num_bytes(self) -> int:
         return self._weight.num_bytes
 
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self._weight.num_inputs
+
     def __call__(self, x: Tensor) -> Tensor:
         return matmul.multiply(x, self._weight)
+
+    def tiles(self, num_tokens: int) -> tuple[int, int]:
+        """As :class:`Shared` says."""
+        return matmul.tile_shape(num_tokens)[:2]
+
+    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
+        """As :class:`Shared` says."""
+        return matmul.product(self._weight, num_tokens, num_threads, tiles, output, ticket)
 
 
 class PackedLinear:
@@ -143,8 +174,26 @@ class RoundedColumnLinear:
     def num_bytes(self) -> int:
         return self._weight.num_bytes
 
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self._weight.num_inputs
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its inputs are multiplied as they are: neither in another order, nor summed by groups first."""
+        return self._weight.order is None and not self._weight.has_offsets
+
     def __call__(self, x: Tensor) -> Tensor:
         return quantized.multiply(x, self._weight)
+
+    def tiles(self, num_tokens: int) -> tuple[int, int]:
+        """As :class:`Shared` says."""
+        return quantized.tile_shape(num_tokens, self._weight.bits)[:2]
+
+    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
+        """As :class:`Shared` says, of one that ``is_plain``."""
+        return quantized.product(self._weight, num_tokens, num_threads, tiles, tiles, output, ticket)
 
 
 # Numbers of a rounded weight: a part that stays in a CPU's cache, or one that keeps a GPU busy.
@@ -157,6 +206,13 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
     if on_cpu and dtype == torch.bfloat16 and quantized.is_supported(weight):
         return RoundedColumnLinear(weight, bias)
     return RoundedLinear(weight, bias)
+
+
+def shared(linear: Linear) -> Shared | None:
+    """The layer as it is shared by a team of threads, where it can be."""
+    if isinstance(linear, ColumnLinear) or (isinstance(linear, RoundedColumnLinear) and linear.is_plain):
+        return linear
+    return None
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Linear:

@@ -60,7 +60,7 @@ def huge_empty(shape: tuple[int, ...]) -> Tensor:
     num_bytes = 4 * torch.Size(shape).numel()
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.int32)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.int32)
     start = -room.data_ptr() % _HUGE_PAGE // 4
@@ -83,22 +83,31 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
-    num_tiles, rows, columns = tile_shape(num_tokens)
+    num_tiles, rows, _ = tile_shape(num_tokens)
     tiles = in_tiles(x, num_tiles, rows)
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
+    work, job = product(weight, num_tokens, num_threads, tiles.data_ptr(), output.data_ptr(), ticket.data_ptr())
+    threads.run(work, job, num_threads)
+    return output[:num_tokens, : weight.num_outputs]
+
+
+def product(
+    weight: PackedWeight, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int
+) -> tuple[int, bytes]:
+    """The work of a product and its job, from the addresses of what :func:`multiply` has: input, output, a zero."""
+    num_tiles, rows, columns = tile_shape(num_tokens)
     share = weight.num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
     code = _compiled()
     job = _JOB.pack(
-        *(tiles.data_ptr(), weight.columns.data_ptr(), weight.bias.data_ptr(), output.data_ptr()),
-        *(num_inputs // 2, num_inputs // 2 * COLUMN_BYTES, weight.num_columns * LANES * 2, weight.num_columns),
-        *(num_tiles, rows, columns, unit, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        ticket.data_ptr(),
+        *(tiles, weight.columns.data_ptr(), weight.bias.data_ptr(), output),
+        *(weight.num_inputs // 2, weight.num_inputs // 2 * COLUMN_BYTES, weight.num_columns * LANES * 2),
+        *(weight.num_columns, num_tiles, rows, columns, unit),
+        *(code[tile_name(rows, columns)], code[tile_name(rows, 1)], ticket),
     )
-    threads.run(code["work"], job, num_threads)
-    return output[:num_tokens, : weight.num_outputs]
+    return code["work"], job
 
 
 def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:

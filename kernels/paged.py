@@ -28,22 +28,54 @@ def attend(query: Tensor, cache: LayerCache, plan: TaskPlan, scale: float, outpu
     Sums are float32; where bfloat16 is multiplied in pairs, the softmax's weights are rounded to it. The first call
     for a dtype compiles it, or loads it from Numba's cache on disk.
     """
-    keys, values, query = cache.keys, cache.values, query.contiguous()
-    num_kv_heads, num_slots, head_dim = keys.shape
-    group = query.shape[1] // num_kv_heads
-    assert keys.is_contiguous() and values.is_contiguous() and output.is_contiguous()
-    assert query.dtype == keys.dtype == values.dtype == output.dtype
-    stored = _stored(query.dtype, head_dim)
+    query, num_kv_heads = query.contiguous(), cache.keys.shape[0]
+    assert output.is_contiguous() and query.dtype == output.dtype
     num_threads = min(torch.get_num_threads(), len(plan.tasks) * num_kv_heads)
-    *buffers, room_bytes = _buffers(plan.max_queries * group, group, head_dim, stored)
-    room = torch.empty(num_threads * room_bytes + _LINE_BYTES, dtype=torch.uint8)
-    partials = torch.empty(plan.num_partials * num_kv_heads * group * (head_dim + 2))
-    tickets = torch.zeros(2 + len(plan.first_part) * num_kv_heads, dtype=torch.int64)
-    first_room = -(-room.data_ptr() // _LINE_BYTES) * _LINE_BYTES
-    addresses = [x.data_ptr() for x in (query, keys, values, output, partials, tickets)]
-    shapes = num_kv_heads, group, head_dim, num_slots
-    job = simd.JOB.pack(*shapes, *addresses, first_room, room_bytes, *buffers, *plan.addresses, scale)
-    threads.run(_compiled(stored), job, num_threads)
+    memory = Workspace(cache, query.shape[1], plan, num_threads)
+    tickets = torch.zeros(num_tickets(plan, num_kv_heads), dtype=torch.int64)
+    addresses = (query.data_ptr(), output.data_ptr(), tickets.data_ptr())
+    threads.run(*attention(cache, plan, scale, memory, *addresses), num_threads)
+
+
+def num_tickets(plan: TaskPlan, num_kv_heads: int) -> int:
+    """Counters that one call of the work needs, 0 at first."""
+    return 2 + len(plan.first_part) * num_kv_heads
+
+
+class Workspace:
+    """Memory for a plan's attention, which one layer after the other can use."""
+
+    def __init__(self, cache: LayerCache, num_heads: int, plan: TaskPlan, num_threads: int) -> None:
+        """For ``num_heads`` query heads and all layers with a cache like ``cache``."""
+        num_kv_heads, _, head_dim = cache.keys.shape
+        self.group = num_heads // num_kv_heads
+        stored = _stored(cache.keys.dtype, head_dim)
+        *self.buffers, self.room_bytes = _buffers(plan.max_queries * self.group, self.group, head_dim, stored)
+        self._room = torch.empty(num_threads * self.room_bytes + _LINE_BYTES, dtype=torch.uint8)
+        self._partials = torch.empty(plan.num_partials * num_heads * (head_dim + 2))
+        self.room = -(-self._room.data_ptr() // _LINE_BYTES) * _LINE_BYTES
+        self.partials = self._partials.data_ptr()
+
+
+def attention(
+    cache: LayerCache, plan: TaskPlan, scale: float, memory: Workspace, query: int, output: int, tickets: int
+) -> tuple[int, bytes]:
+    """The work of :func:`attend` and its job, from the addresses of query, output and ``num_tickets`` zeros."""
+    keys, values = cache.keys, cache.values
+    assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
+    num_kv_heads, num_slots, head_dim = keys.shape
+    job = simd.JOB.pack(
+        *(num_kv_heads, memory.group, head_dim, num_slots),
+        *(query, keys.data_ptr(), values.data_ptr(), output, memory.partials, tickets),
+        *(memory.room, memory.room_bytes, *memory.buffers, *plan.addresses),
+        scale,
+    )
+    return _compiled(_stored(keys.dtype, head_dim)), job
+
+
+def no_attention(cache: LayerCache) -> tuple[int, bytes]:
+    """The work of :func:`attention`, and as many bytes as its job has."""
+    return _compiled(_stored(cache.keys.dtype, cache.keys.shape[-1])), bytes(simd.JOB.size)
 
 
 def _stored(dtype: torch.dtype, head_dim: int) -> object:

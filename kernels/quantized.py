@@ -259,23 +259,36 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
-    num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
+    num_tiles, rows, _ = tile_shape(num_tokens, weight.bits)
     x = x if weight.order is None else x.index_select(1, weight.order)
     tiles = in_tiles(x, num_tiles, rows)
     sums = _group_sums(x, weight, num_tiles, rows) if weight.has_offsets else tiles
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
+    addresses = (tiles.data_ptr(), sums.data_ptr(), output.data_ptr(), ticket.data_ptr())
+    threads.run(*product(weight, num_tokens, num_threads, *addresses), num_threads)
+    return output[:num_tokens, : weight.num_outputs]
+
+
+def product(
+    weight: PackedWeight, num_tokens: int, num_threads: int, tiles: int, sums: int, output: int, ticket: int
+) -> tuple[int, bytes]:
+    """The work of a product and its job, from the addresses of what :func:`multiply` has: inputs, output, a zero.
+
+    ``sums`` are those of the inputs' groups, which only a weight with offsets needs.
+    """
+    num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
     code = _compiled(weight.bits, weight.has_offsets)
+    row_bytes = weight.num_columns * LANES * 2
     job = _JOB.pack(
-        *(tiles.data_ptr(), sums.data_ptr(), weight.lines.data_ptr(), weight.bias.data_ptr(), output.data_ptr()),
-        *(ticket.data_ptr(), code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        *(rows * num_inputs * 2, rows * weight.num_groups * 4, rows * output.stride(0) * 2, output.stride(0) * 2),
+        *(tiles, sums, weight.lines.data_ptr(), weight.bias.data_ptr(), output),
+        *(ticket, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
+        *(rows * weight.num_inputs * 2, rows * weight.num_groups * 4, rows * row_bytes, row_bytes),
         *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, weight.num_columns, num_tiles, columns),
         _unit(weight.num_columns, columns, num_threads),
     )
-    threads.run(code["work"], job, num_threads)
-    return output[:num_tokens, : weight.num_outputs]
+    return code["work"], job
 
 
 def _unit(num_columns: int, columns: int, num_threads: int) -> int:

@@ -38,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed = torch.empty_like(x)
     width = x.shape[1] * 2
     pointers = (x.data_ptr(), x.data_ptr(), weight.data_ptr(), normed.data_ptr(), x.data_ptr())
-    _run("norm", x, pointers, (width, width, 0, width, width), (x.shape[1], _bits(eps)))
+    _run("norm", x, pointers, (width, width, 0, width, width), (x.shape[1], float_bits(eps)))
     return normed
 
 
@@ -50,7 +50,7 @@ def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -
     normed = torch.empty_like(residual)
     width = residual.shape[1] * 2
     pointers = tuple(x.data_ptr() for x in (update, residual, weight, normed, residual))
-    _run("add_norm", residual, pointers, (width, width, 0, width, width), (residual.shape[1], _bits(eps)))
+    _run("add_norm", residual, pointers, (width, width, 0, width, width), (residual.shape[1], float_bits(eps)))
     return normed, residual
 
 
@@ -64,7 +64,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return output
 
 
-def _bits(value: float) -> int:
+def float_bits(value: float) -> int:
     """A float32 as it is passed in 64 bits."""
     return int.from_bytes(struct.pack("<f", value), "little")
 
@@ -73,14 +73,30 @@ def _run(
     name: str, rows: Tensor, pointers: tuple[int, ...], strides: tuple[int, ...], scalars: tuple[int, ...]
 ) -> None:
     """Calls a function for each of ``rows`` [T, ...]."""
-    num_rows = len(rows)
-    if not num_rows:
+    if not len(rows):
         return
-    num_threads = 1 if rows.numel() < _SHARED_FROM else min(torch.get_num_threads(), num_rows)
-    unit = num_rows if num_threads == 1 else -(-num_rows // (num_threads * _TICKETS_PER_THREAD))
     ticket = torch.zeros(1, dtype=torch.int64)
-    fields = (ticket.data_ptr(), num_rows, unit, *pointers, *strides, *scalars)
-    threads.run(_compiled()[f"{name}_work"], struct.pack(f"={len(fields)}q", *fields), num_threads)
+    num_threads = min(torch.get_num_threads(), len(rows)) if rows.numel() >= _SHARED_FROM else 1
+    fields = (*pointers, *strides, *scalars)
+    threads.run(*each_row(name, len(rows), rows.numel(), num_threads, ticket.data_ptr(), fields), num_threads)
+
+
+def each_row(
+    name: str, num_rows: int, size: int, num_threads: int, ticket: int, fields: tuple[int, ...]
+) -> tuple[int, bytes]:
+    """The work of a function on rows, of ``size`` numbers in all, and its job.
+
+    Args:
+        name: of the function, see :func:`_compiled`.
+        num_rows: how many rows there are.
+        size: few numbers are left to one thread.
+        num_threads: that share the work.
+        ticket: address of a zero.
+        fields: its pointers, their strides in bytes, and scalars, as :func:`kernels.rows_ir.work` orders them.
+    """
+    unit = num_rows if size < _SHARED_FROM else -(-num_rows // (num_threads * _TICKETS_PER_THREAD))
+    job = (ticket, num_rows, unit, *fields)
+    return _compiled()[f"{name}_work"], struct.pack(f"={len(job)}q", *job)
 
 
 @cache

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,17 +31,41 @@ def run(work: int, job: bytes, num_threads: int) -> None:
 
 
 @cache
+def team_size() -> int:
+    """Address of the C function that says how many threads :func:`run` has called; 0 where that is one, always.
+
+    They may be fewer than were asked for.
+    """
+    library = _openmp()
+    return 0 if library is None else address(library.omp_get_num_threads)
+
+
+def address(function: Any) -> int:
+    """Where a C function is."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@cache
 def _openmp_parallel() -> Callable[[int, bytes, int, int], None] | None:
     """``GOMP_parallel(function, argument, num_threads, flags)`` of torch's OpenMP runtime, or None without one.
 
     Not public to torch, but what every compiled ``omp parallel`` of GCC calls; LLVM's runtime has it too.
     """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    # Looked up through torch's own library, so that it is the runtime that torch runs on, wherever that lies.
-    parallel = getattr(ctypes.CDLL(str(library)), "GOMP_parallel", None) if library.exists() else None
-    if parallel is None:
-        logger.warning("no_openmp library=%s effect=%r", library, "compiled code runs on one thread")
+    library = _openmp()
+    if library is None:
         return None
+    parallel = library.GOMP_parallel
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
-    return parallel  # type: ignore[no-any-return]
+    return parallel
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The runtime that torch runs on, wherever that lies: it is looked up through torch's own library."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    library = ctypes.CDLL(str(path)) if path.exists() else None
+    if library is None or not all(hasattr(library, name) for name in ("GOMP_parallel", "omp_get_num_threads")):
+        logger.warning("no_openmp library=%s effect=%r", path, "compiled code runs on one thread")
+        return None
+    return library

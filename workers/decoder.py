@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
+from kernels.fused import FusedLayers, fuse
 from kernels.linear import Linear, pack_rounded
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
@@ -49,6 +50,7 @@ class DecoderWeights:
     norm: Tensor  # [E]
     head: Linear  # E -> V
     frequencies: Mapping[Window, Tensor]  # [D / 2], of the layers with that window
+    fused: FusedLayers | None  # all layers in one go, where there is code for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,13 @@ def assemble(model: ModelSpec, tensors: dict[str, Tensor], kernels: Kernels) -> 
             window: frequencies(model.rope_of(window), model.head_dim).to(embedding.device)
             for window in model.distinct_windows
         },
+        fused=fuse(
+            layers,
+            head_dim=model.head_dim,
+            eps=model.rms_norm_eps,
+            scale=_attention_scale(model),
+            activation=model.activation,
+        ),
     )
 
 
@@ -195,6 +204,8 @@ def hidden_states(
     """The last layer's output [T, E], before the final norm. Writes the batch's KV to ``caches``."""
     eps = model.rms_norm_eps
     residual, update = _embed(model, weights, kernels, batch.token_ids), None
+    if weights.fused is not None:
+        return weights.fused.run(residual, caches, batch.slots, batch.rope, batch.attention)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if update is None:
             normed = kernels.rms_norm(residual, layer.attention_norm, eps)
@@ -234,13 +245,16 @@ def _attend(
     turned = kernels.rotate(turned, rope.cos, rope.sin)
     query, keys = turned[:, :num_heads], turned[:, num_heads:]
     kernels.write_kv(cache, batch.slots, keys, values)
-    scale = model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
     plan = batch.attention[layer.window]
-    attended = kernels.attention(query, keys, values, cache, plan, scale)  # [T, H, D]
+    attended = kernels.attention(query, keys, values, cache, plan, _attention_scale(model))  # [T, H, D]
     output = layer.output(attended.flatten(1))
     if layer.attention_post_norm is None:
         return output
     return kernels.rms_norm(output, layer.attention_post_norm, model.rms_norm_eps)
+
+
+def _attention_scale(model: ModelSpec) -> float:
+    return model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale
 
 
 def _feed_forward(model: ModelSpec, layer: Layer, kernels: Kernels, x: Tensor) -> Tensor:

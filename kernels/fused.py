@@ -1,0 +1,307 @@
+"""A decoder's layers as one program: all that happens between embedding and final norm, without Python in between.
+
+For bfloat16 on CPUs that :mod:`kernels.matmul`, or :mod:`kernels.quantized`, has code for. Every operation is the same
+as one by one, and so are the bits.
+
+Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, K KV heads, D head dimension.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels import machine_code, paged, program, program_ir, rows
+from kernels.attention import AttentionPlan, LayerCache
+from kernels.linear import Linear, Shared, shared
+from kernels.program import Program
+
+Window = int | None
+# Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
+_MOST_PROGRAMS = 128
+# Rows of a product beyond its tokens, at most: those of one tile.
+_SPARE_ROWS = 32
+_WORKS_PER_LAYER = 13
+
+
+class DecoderLayer(Protocol):
+    """Weights of one layer, as :mod:`workers.decoder` has them."""
+
+    @property
+    def window(self) -> Window: ...
+    @property
+    def attention_norm(self) -> Tensor: ...
+    @property
+    def qkv(self) -> Linear: ...
+    @property
+    def qk_norm(self) -> Tensor | None: ...
+    @property
+    def output(self) -> Linear: ...
+    @property
+    def attention_post_norm(self) -> Tensor | None: ...
+    @property
+    def ffn_norm(self) -> Tensor: ...
+    @property
+    def gate_up(self) -> Linear: ...
+    @property
+    def down(self) -> Linear: ...
+    @property
+    def ffn_post_norm(self) -> Tensor | None: ...
+
+
+class Turns(Protocol):
+    """Cosine and signed sine of every token's angles, each [T, 1, D]."""
+
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layer:
+    """A layer whose products a team can share. Norms in bfloat16, for which code there is."""
+
+    window: Window
+    attention_norm: Tensor
+    qkv: Shared
+    qk_norm: Tensor | None
+    output: Shared
+    ffn_norm: Tensor
+    gate_up: Shared
+    down: Shared
+
+
+def fuse(
+    layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str
+) -> "FusedLayers | None":
+    """The layers as one program, or None where a part of them has no compiled code.
+
+    Args:
+        layers: in order, at least one.
+        head_dim: D.
+        eps: of every norm.
+        scale: of the attention's scores.
+        activation: of the feed-forward layers, by its name in :class:`placement.specs.ModelSpec`.
+    """
+    supported = "avx512bf16" in machine_code.cpu_features() and activation == "silu" and head_dim % 32 == 0
+    found = [_supported(layer) for layer in layers] if supported else [None]
+    fused = [layer for layer in found if layer is not None]
+    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale) if len(fused) == len(found) > 0 else None
+
+
+def _supported(layer: DecoderLayer) -> _Layer | None:
+    qkv, output, gate_up, down = (shared(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    if qkv is None or output is None or gate_up is None or down is None:
+        return None
+    norms = [x for x in (layer.attention_norm, layer.qk_norm, layer.ffn_norm) if x is not None]
+    if any(x.dtype != torch.bfloat16 for x in norms) or layer.attention_post_norm is not None:
+        return None
+    if layer.ffn_post_norm is not None or any(x.num_inputs % 32 for x in (qkv, output, gate_up, down)):
+        return None
+    qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
+    return _Layer(
+        window=layer.window,
+        attention_norm=layer.attention_norm,
+        qkv=qkv,
+        qk_norm=qk_norm,
+        output=output,
+        ffn_norm=layer.ffn_norm,
+        gate_up=gate_up,
+        down=down,
+    )
+
+
+class _Buffers:
+    """Activations of at most ``num_tokens`` tokens; products write whole tiles, beyond the last token."""
+
+    def __init__(self, layers: Sequence[_Layer], head_dim: int, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        layer = layers[0]
+        self.residual = self._rows(layer.qkv.num_inputs)
+        self.normed = self._rows(layer.qkv.num_inputs)
+        self.update = self._rows(layer.qkv.num_inputs)
+        self.qkv = self._rows(layer.qkv.num_outputs)
+        self.query = self._rows(layer.output.num_inputs)
+        self.attended = self._rows(layer.output.num_inputs)
+        self.gate_up = self._rows(layer.gate_up.num_outputs)
+        self.activated = self._rows(layer.down.num_inputs)
+        self.tiles = self._rows(max(x.num_inputs for x in (layer.qkv, layer.output, layer.down)))
+        self.slots = torch.empty(num_tokens, dtype=torch.int64)
+        windows = {layer.window for layer in layers}
+        self.cos = {window: self._rows(head_dim) for window in windows}
+        self.sin = {window: self._rows(head_dim) for window in windows}
+
+    def _rows(self, width: int) -> Tensor:
+        return torch.empty(self.num_tokens + _SPARE_ROWS, width, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compiled:
+    """The program for a number of tokens; ``attention``: the number of each layer's attention in it."""
+
+    program: Program
+    attention: tuple[int, ...]
+
+
+class FusedLayers:
+    """The layers of one decoder. For one thread at a time."""
+
+    def __init__(self, layers: Sequence[_Layer], *, head_dim: int, eps: float, scale: float) -> None:
+        """See :func:`fuse`."""
+        self._layers = layers
+        self._head_dim = head_dim
+        self._eps = rows.float_bits(eps)
+        self._scale = scale
+        self._buffers = _Buffers(layers, head_dim, 0)
+        self._programs: OrderedDict[tuple[int, int, int], _Compiled] = OrderedDict()
+
+    def run(
+        self,
+        embedded: Tensor,
+        caches: Sequence[LayerCache],
+        slots: Tensor,
+        turns: Mapping[Window, Turns],
+        attention: Mapping[Window, AttentionPlan],
+    ) -> Tensor:
+        """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
+
+        ``turns`` and ``attention`` have an entry for each window that some layer has.
+        """
+        num_tokens = len(embedded)
+        if not num_tokens:
+            return embedded
+        assert embedded.dtype == caches[0].keys.dtype == torch.bfloat16, (embedded.dtype, caches[0].keys.dtype)
+        num_threads = torch.get_num_threads()
+        compiled = self._compiled(num_tokens, num_threads, caches)
+        buffers = self._buffers
+        buffers.residual[:num_tokens] = embedded
+        buffers.slots[:num_tokens] = slots
+        for window, turn in turns.items():
+            buffers.cos[window][:num_tokens] = turn.cos[:, 0]
+            buffers.sin[window][:num_tokens] = turn.sin[:, 0]
+        kept = self._plan_attention(compiled, num_threads, caches, attention)
+        compiled.program.run(num_threads)
+        del kept  # until here its memory was in use
+        return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
+
+    def _plan_attention(
+        self,
+        compiled: _Compiled,
+        num_threads: int,
+        caches: Sequence[LayerCache],
+        attention: Mapping[Window, AttentionPlan],
+    ) -> list[object]:
+        """Puts the step's plans in their places; what must live as long as they are used."""
+        buffers, num_heads = self._buffers, self._layers[0].output.num_inputs // self._head_dim
+        kept: list[object] = []
+        for window, plan in attention.items():
+            assert plan.tasks is not None, plan
+            members = [i for i, layer in enumerate(self._layers) if layer.window == window]
+            memory = paged.Workspace(caches[members[0]], num_heads, plan.tasks, num_threads)
+            num_tickets = paged.num_tickets(plan.tasks, caches[members[0]].keys.shape[0])
+            tickets = torch.zeros(len(members), num_tickets, dtype=torch.int64)
+            kept += [memory, tickets]
+            addresses = (buffers.query.data_ptr(), buffers.attended.data_ptr())
+            for i, ticket in zip(members, tickets, strict=True):
+                job = paged.attention(caches[i], plan.tasks, self._scale, memory, *addresses, ticket.data_ptr())[1]
+                compiled.program.change(compiled.attention[i], job)
+        return kept
+
+    def _compiled(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
+        if num_tokens > self._buffers.num_tokens:
+            self._programs.clear()  # they hold addresses of the buffers
+            self._buffers = _Buffers(self._layers, self._head_dim, num_tokens)
+        key = (num_tokens, num_threads, caches[0].keys.data_ptr())
+        if key in self._programs:
+            self._programs.move_to_end(key)
+        else:
+            if len(self._programs) == _MOST_PROGRAMS:
+                self._programs.popitem(last=False)
+            self._programs[key] = self._compile(num_tokens, num_threads, caches)
+        return self._programs[key]
+
+    def _compile(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
+        made = Program(_WORKS_PER_LAYER * len(self._layers))
+        writer = _Writer(made, self._buffers, num_tokens, num_threads, self._head_dim, self._eps)
+        attention = []
+        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
+            writer.norm(layer.attention_norm, adds=index > 0)
+            writer.product(layer.qkv, self._buffers.normed, self._buffers.qkv)
+            writer.turn(layer, cache)
+            attention.append(made.add(*paged.no_attention(cache)))
+            writer.product(layer.output, self._buffers.attended, self._buffers.update)
+            writer.norm(layer.ffn_norm, adds=True)
+            writer.product(layer.gate_up, self._buffers.normed, self._buffers.gate_up)
+            writer.activate()
+            writer.product(layer.down, self._buffers.activated, self._buffers.update)
+        return _Compiled(program=made, attention=tuple(attention))
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Appends a layer's works to a program."""
+
+    program: Program
+    buffers: _Buffers
+    num_tokens: int
+    num_threads: int
+    head_dim: int
+    eps: int
+
+    def norm(self, weight: Tensor, *, adds: bool) -> None:
+        """Residual to normed; before, the update to the residual."""
+        buffers, width = self.buffers, weight.shape[0]
+        tensors = (buffers.update, buffers.residual, weight, buffers.normed, buffers.residual)
+        fields = (
+            *(x.data_ptr() for x in tensors),
+            *(0 if x is weight else 2 * width for x in tensors),
+            width,
+            self.eps,
+        )
+        self._each_row("add_norm" if adds else "norm", width, fields)
+
+    def activate(self) -> None:
+        """Gate and up to activated."""
+        gate_up, width = self.buffers.gate_up, self.buffers.activated.shape[1]
+        self._each_row(
+            "silu_mul", width, (gate_up.data_ptr(), self.buffers.activated.data_ptr(), 4 * width, 2 * width, width)
+        )
+
+    def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
+        """``x`` to tiles, where several tokens are not one already, and those times the weight."""
+        num_tiles, num_rows = linear.tiles(self.num_tokens)
+        source = x.data_ptr()
+        if num_rows > 1:
+            num_pairs = linear.num_inputs // 2
+            num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
+            num_blocks = num_tiles * num_chunks
+            shape = (self.num_tokens, num_rows, num_pairs, num_chunks)
+            unit = -(-num_blocks // self.num_threads)
+            job = (self.program.ticket(), num_blocks, unit, source, self.buffers.tiles.data_ptr(), *shape)
+            self.program.add(*program.work("tiles_work", *job))
+            source = self.buffers.tiles.data_ptr()
+        ticket = self.program.ticket()
+        self.program.add(*linear.product(self.num_tokens, self.num_threads, source, output.data_ptr(), ticket))
+
+    def turn(self, layer: _Layer, cache: LayerCache) -> None:
+        """Queries, keys and values to where attention reads them."""
+        buffers, num_kv_heads = self.buffers, cache.keys.shape[0]
+        num_heads = layer.output.num_inputs // self.head_dim
+        assert layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
+        tensors = (buffers.qkv, buffers.cos[layer.window], buffers.sin[layer.window], buffers.slots, buffers.query)
+        pointers = (x.data_ptr() for x in tensors)
+        strides = (x.stride(0) * x.itemsize for x in tensors)
+        weight = 0 if layer.qk_norm is None else layer.qk_norm.data_ptr()
+        scalars = (num_heads, num_kv_heads, self.head_dim, cache.keys.data_ptr(), cache.values.data_ptr())
+        unit = -(-self.num_tokens // (4 * self.num_threads))
+        job = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
+        self.program.add(*program.work("turn_work", *job, cache.keys.shape[1], weight, self.eps))
+
+    def _each_row(self, name: str, width: int, fields: tuple[int, ...]) -> None:
+        ticket = self.program.ticket()
+        size = self.num_tokens * width
+        self.program.add(*rows.each_row(name, self.num_tokens, size, self.num_threads, ticket, fields))

@@ -1,0 +1,80 @@
+"""Many pieces of compiled work in one go: a team of threads runs them one after the other, and Python waits once.
+
+Between two calls of Python the threads of a team have nothing to do, and every thread that sleeps has to be woken. A
+decoder's step is some 300 calls; as one program it is one.
+"""
+
+import ctypes
+import struct
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels import machine_code, program_ir, threads
+from kernels.program_ir import PROGRAM
+from kernels.rows_ir import HEADER, norm
+
+_TICKET_WORDS = 8  # one cache line for each, since all threads write to it
+
+
+class Program:
+    """Works with their jobs, in the order in which they run.
+
+    A job is the bytes of a work's arguments, in which addresses are those of memory that the caller keeps.
+    """
+
+    def __init__(self, max_works: int) -> None:
+        """Room for ``max_works``."""
+        self._works: list[tuple[int, NDArray[np.uint8]]] = []
+        self._tickets = np.zeros((max_works, _TICKET_WORDS), np.int64)
+        self._num_tickets = 0
+        self._counters = np.zeros((2, _TICKET_WORDS), np.int64)
+        self._list = np.zeros((max_works, 2), np.int64)
+
+    def ticket(self) -> int:
+        """Address of a counter that is 0 whenever the program begins, for one work's threads to share it by."""
+        self._num_tickets += 1
+        return int(self._tickets[self._num_tickets - 1 :].ctypes.data)
+
+    def add(self, work: int, job: bytes) -> int:
+        """Appends the C function at ``work``; its number, for :meth:`change`."""
+        number = len(self._works)
+        memory = np.frombuffer(job, np.uint8).copy()
+        self._works.append((work, memory))
+        self._list[number] = work, memory.ctypes.data
+        return number
+
+    def change(self, number: int, job: bytes) -> None:
+        """Other arguments for a work, as many bytes as before."""
+        self._works[number][1][:] = np.frombuffer(job, np.uint8)
+
+    def run(self, num_threads: int) -> None:
+        """All works, by ``num_threads`` threads. Releases the interpreter's lock."""
+        self._tickets[: self._num_tickets] = 0
+        self._counters[:] = 0
+        counters = (row.ctypes.data for row in self._counters)
+        team_size = threads.team_size() if num_threads > 1 else 0
+        header = _HEADER.pack(len(self._works), self._list.ctypes.data, *counters, team_size, _yield())
+        threads.run(compiled()["program"], header, num_threads)
+
+
+_HEADER = struct.Struct(f"={len(PROGRAM)}q")
+
+
+@cache
+def compiled() -> dict[str, int]:
+    """Where the code is, by name."""
+    ir = HEADER + norm("norm", adds=False) + program_ir.turn() + program_ir.tiles() + program_ir.program()
+    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work"])
+
+
+def work(name: str, *arguments: int) -> tuple[int, bytes]:
+    """A work of :mod:`kernels.program_ir` by its name, and the job of its arguments."""
+    return compiled()[name], struct.pack(f"={len(arguments)}q", *arguments)
+
+
+@cache
+def _yield() -> int:
+    """Address of ``sched_yield``: lets another thread have the core."""
+    return threads.address(ctypes.CDLL(None).sched_yield)

@@ -1,0 +1,133 @@
+"""A decoder's layers as one program: the same bits as one operation after the other."""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import machine_code
+from kernels.attention import SharedSpan
+from workers.runner import Batch, ModelRunner, SequenceInput
+
+pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
+
+SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_hidden_layers": 3}
+FAMILIES = {
+    "llama": ("llama", {}),
+    "wide heads": ("llama", {"head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "mistral, all layers in a window": ("mistral", {"sliding_window": 20}),
+    "qwen2, with biases": ("qwen2", {"hidden_size": 128}),
+}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def one_by_one(runner: ModelRunner) -> ModelRunner:
+    """The same runner without programs."""
+    assert runner._weights.fused is not None
+    runner._weights = dataclasses.replace(runner._weights, fused=None)
+    return runner
+
+
+def batches(seed: int) -> list[Batch]:
+    """Prompts in chunks beside decodes, in slots that lie in pieces: some 20 steps."""
+    draw = random.Random(seed)
+    pieces = [(start, start + 16) for start in range(0, 4096, 16)]
+    draw.shuffle(pieces)
+    sequences: dict[int, list[int]] = {i: [] for i in range(5)}
+    runs = {i: tuple(pieces[i * 20 : i * 20 + 20]) for i in sequences}
+    made = []
+    for _ in range(20):
+        chunks = []
+        for i, ids in sequences.items():
+            count = draw.choice([0, 1, 1, 1, 7, 40]) if ids else draw.randrange(1, 60)
+            if not count or len(ids) + count > 320:
+                continue
+            new = [draw.randrange(3, 500) for _ in range(count)]
+            chunks.append(SequenceInput(token_ids=new, start=len(ids), runs=_first(runs[i], len(ids) + count)))
+            ids.extend(new)
+        if chunks:
+            made.append(Batch(sequences=tuple(chunks)))
+    return made
+
+
+def _first(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    taken = []
+    for start, stop in runs:
+        if count <= 0:
+            break
+        taken.append((start, min(stop, start + count)))
+        count -= stop - start
+    return tuple(taken)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_and_cache_have_the_same_bits(
+    name: str, num_threads: int, checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    family, config = FAMILIES[name]
+    path = checkpoint(family, **(SHAPE | config))
+    fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
+    torch.set_num_threads(num_threads)
+    for batch in batches(seed=num_threads):
+        assert torch.equal(fused.logits(batch), plain.logits(batch))
+    for mine, other in zip(fused._cache.layers, plain._cache.layers, strict=True):
+        assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+
+
+def test_norms_of_heads_differ_from_torch_by_their_rounding_alone(
+    checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = checkpoint("qwen3", **SHAPE)
+    fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
+    for batch in batches(seed=5):
+        logits, expected = fused.logits(batch), plain.logits(batch)
+        torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.05)
+        assert (logits == expected).float().mean() > 0.5
+
+
+def test_more_tokens_than_ever_before_take_larger_buffers(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = llama_checkpoint(**SHAPE)
+    fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
+    for count in (3, 200, 1, 300, 3, 200):
+        sequence = SequenceInput(token_ids=[7 * i % 500 for i in range(count)], start=0, runs=((0, count),))
+        batch = Batch(sequences=(sequence,))
+        assert torch.equal(fused.logits(batch), plain.logits(batch))
+
+
+def test_a_shared_prefix_is_attended_to_once_in_a_program_too(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = llama_checkpoint(**SHAPE)
+    fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
+    prefix = SequenceInput(token_ids=[11 * i % 500 for i in range(400)], start=0, runs=((0, 400),))
+    members = [SequenceInput(token_ids=[3 + i], start=400, runs=((0, 400), (1000 + i, 1001 + i))) for i in range(24)]
+    shared = SharedSpan(members=tuple(range(24)), first_token=0, num_tokens=400, runs=((0, 400),))
+    for batch in (Batch(sequences=(prefix,)), Batch(sequences=tuple(members), shared=(shared,))):
+        assert torch.equal(fused.logits(batch), plain.logits(batch))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("gemma", {}), ("llama", {"head_dim": 16}), ("gemma3_text", {"sliding_window": 20})]
+)
+def test_what_has_no_code_runs_one_by_one(
+    family: str, config: dict[str, int], checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    assert make_runner(checkpoint(family, **(SHAPE | config)), torch.bfloat16)._weights.fused is None
+
+
+def test_float32_runs_one_by_one(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    assert make_runner(llama_checkpoint(**SHAPE))._weights.fused is None
