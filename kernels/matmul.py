@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import machine_code, threads
-from kernels.matmul_ir import COLUMN_BYTES, HEADER, JOB, LANES, WORK, tile, tile_name
+from kernels.columns_ir import LANES
+from kernels.matmul_ir import COLUMN_BYTES, HEADER, JOB, WORK, tile, tile_name
 
 _JOB = struct.Struct(f"={len(JOB)}q")
 # (most rows of a tile, columns of a tile): as many sums as fit the 32 vector registers beside the operands. Few rows
@@ -101,11 +102,12 @@ def product(
     share = weight.num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
     code = _compiled()
+    x_row, output_row = 2 * weight.num_inputs, 2 * LANES * weight.num_columns
     job = _JOB.pack(
-        *(tiles, weight.columns.data_ptr(), weight.bias.data_ptr(), output),
-        *(weight.num_inputs // 2, weight.num_inputs // 2 * COLUMN_BYTES, weight.num_columns * LANES * 2),
-        *(weight.num_columns, num_tiles, rows, columns, unit),
-        *(code[tile_name(rows, columns)], code[tile_name(rows, 1)], ticket),
+        *(tiles, weight.columns.data_ptr(), weight.bias.data_ptr(), output, ticket),
+        *(code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
+        *(rows * x_row, rows * output_row, output_row, weight.num_inputs // 2 * COLUMN_BYTES),
+        *(weight.num_inputs // 2, weight.num_columns, num_tiles, columns, unit),
     )
     return code["work"], job
 

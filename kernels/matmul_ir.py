@@ -8,7 +8,8 @@ on nothing but its own row: not on the batch, the tile or the thread.
 The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, so that a tile reads it in one stream.
 """
 
-LANES = 16
+from kernels.columns_ir import LANES, columns_work
+
 COLUMN_BYTES = 64
 """Of one pair of inputs in a column of the weight: one vector, one cache line."""
 
@@ -18,11 +19,11 @@ _PREFETCH_FROM_ROWS = 7
 _PREFETCH_BYTES = 2048
 
 JOB = (
-    *("x", "weight", "bias", "output", "num_pairs", "column_stride", "row_stride", "num_columns"),
-    *("num_tiles", "rows", "columns", "unit", "wide_tile", "narrow_tile", "ticket"),
+    *("x", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
+    *("x_tile", "output_tile", "row_stride", "column_stride"),
+    *("num_pairs", "num_columns", "num_tiles", "columns", "unit"),
 )
-"""Arguments of ``work``, 64-bit each. ``unit``: columns that one ticket stands for. ``wide_tile`` computes ``columns``
-columns at a time, ``narrow_tile`` one, for the rest. Strides are in bytes."""
+"""Arguments of ``work``, 64-bit each; those of every :func:`kernels.columns_ir.columns_work`, and ``num_pairs``."""
 
 HEADER = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -112,64 +113,8 @@ def row_output(row: int, columns: int) -> str:
     return text
 
 
-def _load_job() -> str:
-    return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
-        for i, name in enumerate(JOB)
-    )
-
-
-WORK = f"""
-define void @work(ptr %job) {{
-entry:{_load_job()}
-  %x_ptr = inttoptr i64 %x to ptr
-  %weight_ptr = inttoptr i64 %weight to ptr
-  %bias_ptr = inttoptr i64 %bias to ptr
-  %output_ptr = inttoptr i64 %output to ptr
-  %wide_ptr = inttoptr i64 %wide_tile to ptr
-  %narrow_ptr = inttoptr i64 %narrow_tile to ptr
-  %ticket_ptr = inttoptr i64 %ticket to ptr
-  %tile_pairs = mul i64 %num_pairs, %rows
-  %x_tile = shl i64 %tile_pairs, 2
-  %output_tile = mul i64 %rows, %row_stride
-  br label %take
-take:
-  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
-  %first = mul i64 %number, %unit
-  %is_work = icmp slt i64 %first, %num_columns
-  br i1 %is_work, label %begin, label %end
-begin:
-  %first_stop = add i64 %first, %unit
-  %stop = call i64 @llvm.smin.i64(i64 %first_stop, i64 %num_columns)
-  br label %column
-column:
-  %c = phi i64 [%first, %begin], [%c_next, %column_end]
-  %missing = sub i64 %stop, %c
-  %is_wide = icmp sge i64 %missing, %columns
-  %tile = select i1 %is_wide, ptr %wide_ptr, ptr %narrow_ptr
-  %step = select i1 %is_wide, i64 %columns, i64 1
-  %w_at = mul i64 %c, %column_stride
-  %w = getelementptr i8, ptr %weight_ptr, i64 %w_at
-  %b_at = mul i64 %c, {4 * LANES}
-  %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
-  %o_at = mul i64 %c, {2 * LANES}
-  %o = getelementptr i8, ptr %output_ptr, i64 %o_at
-  br label %row
-row:
-  %i = phi i64 [0, %column], [%i_next, %row]
-  %x_at = mul i64 %i, %x_tile
-  %x_here = getelementptr i8, ptr %x_ptr, i64 %x_at
-  %o_tile_at = mul i64 %i, %output_tile
-  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
-  call void %tile(ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs)
-  %i_next = add i64 %i, 1
-  %more_rows = icmp slt i64 %i_next, %num_tiles
-  br i1 %more_rows, label %row, label %column_end
-column_end:
-  %c_next = add i64 %c, %step
-  %more_columns = icmp slt i64 %c_next, %stop
-  br i1 %more_columns, label %column, label %take
-end:
-  ret void
-}}
-"""
+WORK = columns_work(
+    JOB,
+    ("x",),
+    "ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs",
+)

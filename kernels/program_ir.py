@@ -4,6 +4,7 @@
 team go through the list together: nobody begins a work before everybody has left the one before.
 """
 
+from kernels.columns_ir import load_job
 from kernels.rows_ir import work
 
 PROGRAM = ("num_works", "works", "arrived", "generation", "team_size", "yield")
@@ -21,20 +22,13 @@ CHUNK_PAIRS = 64
 _SPINS = 2000
 
 
-def _fields(names: tuple[str, ...]) -> str:
-    return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
-        for i, name in enumerate(names)
-    )
-
-
 def program() -> str:
     """``@program(job)``. The barrier counts arrivals; who comes last begins the next generation."""
     return f"""
 declare void @llvm.x86.sse2.pause()
 
 define void @program(ptr %job) {{
-entry:{_fields(PROGRAM)}
+entry:{load_job(PROGRAM)}
   %works_ptr = inttoptr i64 %works to ptr
   %arrived_ptr = inttoptr i64 %arrived to ptr
   %generation_ptr = inttoptr i64 %generation to ptr
@@ -102,7 +96,7 @@ def tiles() -> str:
 declare void @llvm.masked.scatter.v16i32.v16p0(<16 x i32>, <16 x ptr>, i32, <16 x i1>)
 
 define void @tiles_work(ptr %job) {{
-entry:{_fields(TILES)}
+entry:{load_job(TILES)}
   %ticket_ptr = inttoptr i64 %ticket to ptr
   %rows_0 = insertelement <16 x i64> poison, i64 %rows, i32 0
   %rows_all = shufflevector <16 x i64> %rows_0, <16 x i64> poison, <16 x i32> zeroinitializer

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import machine_code, threads
+from kernels.columns_ir import LANES
 from kernels.matmul import huge_empty, in_tiles
-from kernels.matmul_ir import LANES
 from kernels.quantized_ir import HEADER, JOB, PAIRS_PER_LINE, WORK, tile, tile_name
 
 Bits = Literal[4, 8]

@@ -20,7 +20,8 @@ The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as i
 import struct
 from collections.abc import Iterator, Sequence
 
-from kernels.matmul_ir import LANES, row_output
+from kernels.columns_ir import LANES, columns_work
+from kernels.matmul_ir import row_output
 
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
@@ -35,8 +36,8 @@ JOB = (
     *("num_columns", "num_tiles", "columns", "unit"),
 )
 """Arguments of ``work``, 64-bit each. ``sums``: of each token's inputs in each group, ``[T / rows, groups, rows]`` in
-float32, where the weight has offsets. ``num_lines``: of codes, in a group. ``unit``: columns that one ticket stands
-for. ``wide_tile`` computes ``columns`` columns at a time, ``narrow_tile`` one, for the rest. Strides are in bytes."""
+float32, where the weight has offsets. ``num_lines``: of codes, in a group. The others are those of every
+:func:`kernels.columns_ir.columns_work`."""
 
 HEADER = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -253,57 +254,4 @@ def _offset(rows: int, columns: int) -> Iterator[str]:
             yield f"  %new_{row}_{c} = {_FMA}({operands})"
 
 
-WORK = f"""
-define void @work(ptr %job) {{
-entry:{_load_job(*JOB)}
-  %x_ptr = inttoptr i64 %x to ptr
-  %sums_ptr = inttoptr i64 %sums to ptr
-  %weight_ptr = inttoptr i64 %weight to ptr
-  %bias_ptr = inttoptr i64 %bias to ptr
-  %output_ptr = inttoptr i64 %output to ptr
-  %wide_ptr = inttoptr i64 %wide_tile to ptr
-  %narrow_ptr = inttoptr i64 %narrow_tile to ptr
-  %ticket_ptr = inttoptr i64 %ticket to ptr
-  br label %take
-take:
-  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
-  %first = mul i64 %number, %unit
-  %is_work = icmp slt i64 %first, %num_columns
-  br i1 %is_work, label %begin, label %end
-begin:
-  %first_stop = add i64 %first, %unit
-  %stop = call i64 @llvm.smin.i64(i64 %first_stop, i64 %num_columns)
-  br label %column
-column:
-  %c = phi i64 [%first, %begin], [%c_next, %column_end]
-  %missing = sub i64 %stop, %c
-  %is_wide = icmp sge i64 %missing, %columns
-  %tile = select i1 %is_wide, ptr %wide_ptr, ptr %narrow_ptr
-  %step = select i1 %is_wide, i64 %columns, i64 1
-  %w_at = mul i64 %c, %column_stride
-  %w = getelementptr i8, ptr %weight_ptr, i64 %w_at
-  %b_at = mul i64 %c, {4 * LANES}
-  %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
-  %o_at = mul i64 %c, {2 * LANES}
-  %o = getelementptr i8, ptr %output_ptr, i64 %o_at
-  br label %row
-row:
-  %i = phi i64 [0, %column], [%i_next, %row]
-  %x_at = mul i64 %i, %x_tile
-  %x_here = getelementptr i8, ptr %x_ptr, i64 %x_at
-  %s_at = mul i64 %i, %sums_tile
-  %s_here = getelementptr i8, ptr %sums_ptr, i64 %s_at
-  %o_tile_at = mul i64 %i, %output_tile
-  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
-  call void %tile(ptr %x_here, ptr %s_here, ptr %w, ptr %b, ptr %o_here, ptr %job)
-  %i_next = add i64 %i, 1
-  %more_rows = icmp slt i64 %i_next, %num_tiles
-  br i1 %more_rows, label %row, label %column_end
-column_end:
-  %c_next = add i64 %c, %step
-  %more_columns = icmp slt i64 %c_next, %stop
-  br i1 %more_columns, label %column, label %take
-end:
-  ret void
-}}
-"""
+WORK = columns_work(JOB, ("x", "sums"), "ptr %x_here, ptr %sums_here, ptr %w, ptr %b, ptr %o_here, ptr %job")
