@@ -34,8 +34,8 @@ def plan(
 ) -> AttentionPlan:
     """As :func:`kernels.reference.plan`, with the work cut into tasks.
 
-    Of ``shared`` it keeps what pays. A decode's bits then depend on that too, by the rounding of its sums: else they
-    depend on its own tokens alone, not on where they lie, its batch, or the number of threads.
+    Of ``shared`` it keeps what pays. A decode's bits depend on its own tokens alone: not on who shares them, where they
+    lie, its batch, or the number of threads.
     """
     assert window is None or window > 0, window
     tasks = plan_tasks(spans, window, choose(spans, shared, window=window))

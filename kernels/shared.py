@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kernels.attention import SequenceSpan, SharedSpan
-from kernels.tasks import MAX_QUERIES, SHARED_PART
+from kernels.tasks import MAX_QUERIES, PART, whole_parts
 
 # A member's partial result costs as much as reading and laying out so many tokens. From where sharing breaks even on
 # Zen 4, one thread, KV in the third-level cache, 2 to 16 members: 64 with G = 8 and D = 64, 50 with G = 4 and D = 128,
@@ -18,24 +18,31 @@ PART_TOKENS = 64
 
 
 def worthwhile(*, num_members: int, num_tokens: int) -> bool:
-    """Whether sharing ``num_tokens`` among as many decodes takes less time than each reading them."""
+    """Whether sharing ``num_tokens``, in whole parts, among as many decodes takes less time than each reading them."""
     num_blocks = -(-num_members // MAX_QUERIES)
-    num_parts = -(-num_tokens // SHARED_PART)
+    num_parts = num_tokens // PART
     return (num_members - num_blocks) * num_tokens > num_members * num_parts * PART_TOKENS
 
 
 def choose(
     spans: Sequence[SequenceSpan], shared: Sequence[SharedSpan], *, window: int | None = None
 ) -> tuple[SharedSpan, ...]:
-    """The shared spans that pay, of the members that decode and see them whole; the rest is read by each member."""
+    """The shared parts that pay, of the members that decode, and that all of these see; the rest is read by each."""
     chosen = []
-    for common in shared:
-        members = tuple(index for index in common.members if _sees_whole(spans[index], common, window))
-        if worthwhile(num_members=len(members), num_tokens=common.num_tokens):
+    for offered in shared:
+        first_seen = {index: _first_seen(spans[index], offered, window) for index in offered.members}
+        members = tuple(
+            index
+            for index, first in first_seen.items()
+            if spans[index].num_queries == 1 and whole_parts(offered, first) is not None
+        )
+        common = whole_parts(offered, max((first_seen[index] for index in members), default=0))
+        if common is not None and worthwhile(num_members=len(members), num_tokens=common.num_tokens):
             chosen.append(replace(common, members=members))
     return tuple(chosen)
 
 
-def _sees_whole(span: SequenceSpan, common: SharedSpan, window: int | None) -> bool:
+def _first_seen(span: SequenceSpan, common: SharedSpan, window: int | None) -> int:
+    """Position from which the sequence's last token sees what there is."""
     assert common.first_token + common.num_tokens <= span.num_tokens, (span, common)
-    return span.num_queries == 1 and (window is None or common.first_token >= span.num_tokens - window)
+    return 0 if window is None else max(0, span.num_tokens - window)

@@ -1,27 +1,28 @@
 """How a step's attention is cut into tasks for :mod:`kernels.simd`.
 
-A decode's tokens are cut into parts by their number alone, so that what a sequence is given depends neither on its
+A decode's tokens are cut into parts by their positions alone, so that what a sequence is given depends neither on its
 batch nor on the number of threads. A chunk's queries are taken in blocks of neighbours, each one task, from the first
-token that any of them sees. Decodes that share a run of tokens are taken in blocks of members, each one task for every
-part of the run.
+token that any of them sees. Decodes that share whole parts are taken in blocks of members, each one task for every
+part; the results are the same, bit for bit, as if each had read the part by itself.
 
 A draft is a table of tasks, one row each, in which a task's tokens begin at a place in the list of all tokens of all
 runs; simd.Task gives that place as a run and an offset.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, count, pairwise, product
+from dataclasses import dataclass, replace
+from itertools import chain, count, pairwise, product, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels import simd
-from kernels.attention import Run, SequenceSpan, SharedSpan, TaskPlan, last_runs
+from kernels.attention import Run, SequenceSpan, SharedSpan, TaskPlan, last_runs, split_runs
 
 MAX_QUERIES = 32  # of a task: so many meet keys and values that are laid out once
-MAX_PARTS = 4  # of a run of a decode's own tokens
-SHARED_PART = 1024  # tokens of a part of a shared run
+# Tokens of a part. Each begins at a multiple of it, so that parts are the same whoever shares them. Shorter ones cost
+# more to merge, and of longer ones less can be shared.
+PART = 512
 _NO_WINDOW = 1 << 40
 
 Integers = NDArray[np.int64]
@@ -31,8 +32,8 @@ Integers = NDArray[np.int64]
 class _Draft:
     """Tasks [n, 7]: first query, queries, first token, tokens, position, window, first partial result or -1.
 
-    ``rows`` and ``decodes``: the queries that the draft adds, and their decodes or -1. ``parts``: [m, 2], decode and
-    partial result, in the order in which they are merged.
+    ``rows`` and ``decodes``: the queries that the draft adds, and their decodes or -1. ``parts``: [m, 3], decode, first
+    position and partial result.
     """
 
     tasks: Integers
@@ -42,8 +43,8 @@ class _Draft:
 
 
 def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequence[SharedSpan]) -> TaskPlan:
-    """Tasks of a step. Members of ``shared`` are decodes that see all of the shared tokens."""
-    shared = sorted(shared, key=lambda common: common.first_token)
+    """Tasks of a step. Members of ``shared`` are decodes that see all of the shared tokens; only whole parts count."""
+    shared = sorted(filter(None, map(whole_parts, shared)), key=lambda common: common.first_token)
     decodes = [index for index, span in enumerate(spans) if span.num_queries == 1]
     ranges = _own_ranges([spans[index] for index in decodes], decodes, window, shared)
     unread = _unread(spans, decodes, ranges, window)
@@ -59,6 +60,16 @@ def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequen
     return _task_plan((own, common, chunks), runs, ends)
 
 
+def whole_parts(common: SharedSpan, start: int = 0) -> SharedSpan | None:
+    """What of a shared span, from position ``start`` on, are whole parts, if any."""
+    first = -(-max(start, common.first_token) // PART) * PART
+    stop = (common.first_token + common.num_tokens) // PART * PART
+    if first >= stop:
+        return None
+    runs = split_runs(split_runs(common.runs, first - common.first_token)[1], stop - first)[0]
+    return replace(common, first_token=first, num_tokens=stop - first, runs=runs)
+
+
 def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Integers) -> TaskPlan:
     own, common, _ = drafts
     parts = np.concatenate((common.parts, own.parts))
@@ -72,7 +83,7 @@ def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Inte
         "runs": runs,
         "rows": np.concatenate([draft.rows for draft in drafts]),
         "sequences": np.concatenate([draft.decodes for draft in drafts]),
-        "parts": parts[parts[:, 0].argsort(kind="stable"), 1],
+        "parts": parts[np.lexsort((parts[:, 1], parts[:, 0])), 2],
         "first_part": np.concatenate(([0], num_parts.cumsum())),
     }
     dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -131,18 +142,18 @@ def _lay_out_runs(lists: Sequence[tuple[Run, ...]]) -> tuple[Integers, Integers,
 def _draft_decodes(ranges: Sequence[tuple[int, int, int]], first_token: Integers, rows: Integers) -> _Draft:
     """Each decode's tokens of its own in parts; they begin at ``first_token``, its query is in one of ``rows``."""
     owner, first, end = np.array(ranges, np.int64).reshape(-1, 3).T
-    first, end = first + first_token[owner], end + first_token[owner]
-    size = -(-(end - first) // (simd.TILE * MAX_PARTS)) * simd.TILE
-    num_parts = -(-(end - first) // size)
+    num_parts = -(-end // PART) - first // PART
     which = np.arange(len(ranges)).repeat(num_parts)
-    begin = first[which] + (np.arange(len(which)) - (num_parts.cumsum() - num_parts)[which]) * size[which]
-    tokens = np.minimum(size[which], end[which] - begin)
-    numbers = np.arange(len(which))
+    number = np.arange(len(which)) - (num_parts.cumsum() - num_parts)[which]
+    edge = (first[which] // PART + number) * PART
+    begin, stop = np.maximum(first[which], edge), np.minimum(end[which], edge + PART)
+    tokens, partials = stop - begin, np.arange(len(which))
+    where = begin + first_token[owner[which]]
     return _Draft(
-        tasks=_table(owner[which], 1, begin, tokens, tokens - 1, _NO_WINDOW, numbers),
+        tasks=_table(owner[which], 1, where, tokens, tokens - 1, _NO_WINDOW, partials),
         rows=rows,
         decodes=np.arange(len(rows)),
-        parts=_table(owner[which], numbers),
+        parts=_table(owner[which], begin, partials),
     )
 
 
@@ -151,23 +162,23 @@ def _draft_shared(shared: Sequence[SharedSpan], decodes: Sequence[int], first: I
     number = {index: decode for decode, index in enumerate(decodes)}
     members = [number[index] for common in shared for index in common.members]
     tasks: list[tuple[int, ...]] = []
-    parts: list[tuple[int, int]] = []
+    parts: list[tuple[int, int, int]] = []
     query, partial = 0, len(own.tasks)
     for common, base in zip(shared, first.tolist(), strict=True):
         num_blocks = -(-len(common.members) // MAX_QUERIES)
         edges = [len(common.members) * block // num_blocks for block in range(num_blocks + 1)]
-        for part, (start, stop) in product(range(0, common.num_tokens, SHARED_PART), pairwise(edges)):
-            tokens = min(SHARED_PART, common.num_tokens - part)
-            where = len(own.rows) + query + start
-            tasks.append((where, stop - start, base + part, tokens, tokens - 1, _NO_WINDOW, partial))
-            parts.extend(zip(members[query + start : query + stop], count(partial), strict=False))
+        for part, (start, stop) in product(range(0, common.num_tokens, PART), pairwise(edges)):
+            where, position = len(own.rows) + query + start, common.first_token + part
+            tasks.append((where, stop - start, base + part, PART, PART - 1, _NO_WINDOW, partial))
+            block = members[query + start : query + stop]
+            parts.extend(zip(block, repeat(position), count(partial), strict=False))
             partial += stop - start
         query += len(common.members)
     return _Draft(
         tasks=np.array(tasks, np.int64).reshape(-1, 7),
         rows=own.rows[members],
         decodes=own.decodes[members],
-        parts=np.array(parts, np.int64).reshape(-1, 2),
+        parts=np.array(parts, np.int64).reshape(-1, 3),
     )
 
 
@@ -196,7 +207,7 @@ def _draft_chunks(spans: Sequence[SequenceSpan], window: int | None, first_token
         rows.append(np.arange(span.query_start, span.query_start + span.num_queries))
         num_before += span.num_queries
     together = np.concatenate(rows)
-    nothing = np.empty((0, 2), np.int64)
+    nothing = np.empty((0, 3), np.int64)
     return _Draft(tasks=np.concatenate(tasks), rows=together, decodes=np.full_like(together, -1), parts=nothing)
 
 

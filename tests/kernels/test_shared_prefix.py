@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels import cpu, paged, reference
 from kernels.attention import AttentionPlan, LayerCache, Run, SequenceSpan, SharedSpan, num_slots
 from kernels.shared import choose, worthwhile
-from kernels.tasks import MAX_QUERIES, SHARED_PART, plan_tasks
+from kernels.tasks import MAX_QUERIES, PART, plan_tasks
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -93,7 +93,7 @@ class Forest:
 
 @settings(deadline=None, max_examples=120)
 @given(
-    roots=st.lists(trees(90) | trees(700), min_size=1, max_size=4),
+    roots=st.lists(trees(90) | trees(1800), min_size=1, max_size=4),
     shape=st.sampled_from([(1, 1, 16), (2, 3, 32), (1, 8, 64), (3, 2, 80)]),
     dtype=DTYPES,
     keep=st.randoms(use_true_random=False),
@@ -102,7 +102,7 @@ class Forest:
 def test_nested_groups_agree_with_the_reference(
     roots: list[Node], shape: tuple[int, int, int], dtype: torch.dtype, keep: random.Random, seed: int
 ) -> None:
-    """Whichever of the shared spans are used, in whatever order, of whichever members."""
+    """Whichever of the shared spans are used, in whatever order, of whichever members; and their bits do not tell."""
     num_kv_heads, group, head_dim = shape
     forest = Forest(roots, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, seed=seed)
     shared = []
@@ -118,6 +118,7 @@ def test_nested_groups_agree_with_the_reference(
         )
     got = forest.attend(shared, dtype)
     torch.testing.assert_close(got, forest.by_reference(dtype), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(got, forest.attend([], dtype))
 
 
 def prefix(num_members: int, num_tokens: int, own: int = 40) -> Node:
@@ -125,7 +126,7 @@ def prefix(num_members: int, num_tokens: int, own: int = 40) -> Node:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [SHARED_PART - 1, SHARED_PART, 2 * SHARED_PART + 300])
+@pytest.mark.parametrize("num_tokens", [PART - 1, PART, 4 * PART + 300])
 def test_more_members_and_tokens_than_one_task_holds(num_tokens: int, dtype: torch.dtype) -> None:
     forest = Forest([prefix(2 * MAX_QUERIES + 3, num_tokens)], num_kv_heads=2, group=3, head_dim=32, seed=1)
     got, expected = forest.attend(forest.shared, dtype), forest.by_reference(dtype)
@@ -133,21 +134,29 @@ def test_more_members_and_tokens_than_one_task_holds(num_tokens: int, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_depend_on_the_group_but_not_on_threads_or_batch_mates(dtype: torch.dtype) -> None:
-    group, others = prefix(7, 1300), [Node(num_tokens=900), prefix(3, 50)]
+def test_bits_depend_neither_on_the_group_nor_on_threads_or_batch_mates(dtype: torch.dtype) -> None:
+    group, others = prefix(7, 1300), [Node(num_tokens=900), prefix(3, 50), prefix(3, PART)]
     forest = Forest([group, *others], num_kv_heads=2, group=4, head_dim=64, seed=5)
     torch.set_num_threads(1)
     expected = forest.attend(forest.shared, dtype)
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
         assert torch.equal(forest.attend(forest.shared, dtype), expected)
-    alone = forest.attend([common for common in forest.shared if 0 in common.members], dtype)
-    assert torch.equal(alone[:7], expected[:7])
-    assert torch.equal(alone[7], forest.attend([], dtype)[7])
+    assert torch.equal(forest.attend([], dtype), expected)
+
+
+def test_only_whole_parts_are_shared_wherever_the_span_begins() -> None:
+    tree = Node(num_tokens=300, children=(prefix(3, 2 * PART + 250), prefix(4, PART), Node(num_tokens=5)))
+    forest = Forest([tree], num_kv_heads=2, group=2, head_dim=32, seed=8)
+    plan = plan_tasks(forest.spans, None, forest.shared)
+    shared = plan.tasks[plan.tasks[:, 1] > 1]
+    # Of what the three share, positions 512 to 1536; of what the four do, 300 to 812, no part is whole.
+    assert shared[:, 1].tolist() == [3, 3] and shared[:, 4].tolist() == [PART, PART]
+    assert torch.equal(forest.attend(forest.shared, torch.bfloat16), forest.attend([], torch.bfloat16))
 
 
 def test_many_threads_at_once_lose_no_part() -> None:
-    tree = Node(num_tokens=1500, children=(prefix(6, 1100, own=600), prefix(40, 700), Node(num_tokens=2)))
+    tree = Node(num_tokens=1600, children=(prefix(6, 1100, own=600), prefix(40, 1300), Node(num_tokens=2)))
     forest = Forest([tree], num_kv_heads=3, group=2, head_dim=32, seed=6)
     torch.set_num_threads(1)
     expected = forest.attend(forest.shared, torch.float32)
@@ -190,15 +199,15 @@ def test_shared_tokens_are_planned_once() -> None:
 def test_sharing_pays_by_members_and_tokens() -> None:
     assert not worthwhile(num_members=0, num_tokens=10_000)
     assert not worthwhile(num_members=1, num_tokens=10_000)
-    assert not worthwhile(num_members=2, num_tokens=16)
-    assert worthwhile(num_members=2, num_tokens=1024)
+    assert not choose(spans_of((600, 1), (600, 1)), [common((0, 1), 0, PART - 1)])
+    assert worthwhile(num_members=2, num_tokens=2 * PART)
     assert worthwhile(num_members=64, num_tokens=4096)
 
 
-@given(num_members=st.integers(2, 300), num_tokens=st.integers(1, 20_000))
-def test_what_pays_goes_on_paying_with_whole_parts_more(num_members: int, num_tokens: int) -> None:
-    if worthwhile(num_members=num_members, num_tokens=num_tokens):
-        assert worthwhile(num_members=num_members, num_tokens=num_tokens + SHARED_PART)
+@given(num_members=st.integers(2, 300), num_parts=st.integers(1, 40))
+def test_what_pays_goes_on_paying_with_whole_parts_more(num_members: int, num_parts: int) -> None:
+    if worthwhile(num_members=num_members, num_tokens=num_parts * PART):
+        assert worthwhile(num_members=num_members, num_tokens=(num_parts + 1) * PART)
 
 
 def spans_of(*lengths: tuple[int, int]) -> list[SequenceSpan]:
@@ -213,12 +222,29 @@ def common(members: tuple[int, ...], first_token: int, num_tokens: int) -> Share
     return SharedSpan(members=members, first_token=first_token, num_tokens=num_tokens, runs=runs)
 
 
-def test_only_decodes_that_see_all_of_it_share() -> None:
+def test_decodes_share_what_all_of_them_see() -> None:
     spans = spans_of((2000, 1), (2000, 1), (2000, 9), (1990, 1))
-    offered = [common((0, 1, 2, 3), 0, 1000), common((0, 1, 2, 3), 1000, 900), common((0, 2), 1900, 80)]
-    assert [kept.members for kept in choose(spans, offered)] == [(0, 1, 3), (0, 1, 3)]
-    assert [kept.first_token for kept in choose(spans, offered, window=1000)] == [1000]
-    assert not choose(spans, offered, window=995)  # one is left that sees all of it
+    offered = [common((0, 1, 2, 3), 0, 1024), common((0, 1, 2, 3), 1024, 900), common((0, 2), 1924, 60)]
+
+    def shared(window: int | None) -> list[tuple[tuple[int, ...], int, int]]:
+        return [(kept.members, kept.first_token, kept.num_tokens) for kept in choose(spans, offered, window=window)]
+
+    assert shared(None) == [((0, 1, 3), 0, 1024), ((0, 1, 3), 1024, 512)]
+    assert shared(1500) == [((0, 1, 3), 512, 512), ((0, 1, 3), 1024, 512)]
+    assert shared(976) == [((0, 1, 3), 1024, 512)]
+    assert not shared(970)  # one is left that sees a whole part
+
+
+@pytest.mark.parametrize(("window", "num_shared"), [(600, 0), (1100, 1), (1600, 2)])
+def test_what_is_shared_within_windows_changes_no_bit(window: int, num_shared: int) -> None:
+    forest = Forest([prefix(9, 1700, own=60)], num_kv_heads=2, group=4, head_dim=32, seed=9)
+    query, cache = forest.query, LayerCache(keys=forest.keys, values=forest.values)
+    plans = [cpu.plan(forest.spans, window=window, shared=shared) for shared in (forest.shared, [])]
+    together, alone = (cpu.attention(query, query, query, cache, plan, 0.2) for plan in plans)
+    assert tasks_with_many_decodes(plans[0]) == num_shared
+    assert torch.equal(together, alone)
+    expected = reference.attention(query, query, query, cache, plans[1], 0.2)
+    torch.testing.assert_close(together, expected, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize(
@@ -231,12 +257,12 @@ def test_impossible_shared_spans_are_caught(members: tuple[int, ...], first_toke
 
 def test_more_shared_than_a_member_has_is_caught() -> None:
     with pytest.raises(AssertionError):
-        choose(spans_of((100, 1), (50, 1)), [common((0, 1), 0, 60)])
+        choose(spans_of((900, 1), (500, 1)), [common((0, 1), 0, 600)])
 
 
 def test_members_leave_and_the_rest_go_on() -> None:
     """Step by step fewer members, down to none: each step's result is right."""
-    forest = Forest([prefix(5, 300)], num_kv_heads=2, group=2, head_dim=32, seed=3)
+    forest = Forest([prefix(5, 1100)], num_kv_heads=2, group=2, head_dim=32, seed=3)
     expected = forest.by_reference(torch.float32)
     for left in itertools.accumulate(range(5), lambda left, _: left[1:], initial=tuple(range(5))):
         shared = [common_of(forest.shared[0], left)] if left else []

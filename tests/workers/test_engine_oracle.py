@@ -3,7 +3,7 @@ attention, choices, prompt scores, preemption. Tokens and log-probabilities are 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.engine import BLOCK_SIZE, Listener, Parts, engines, submission
+from kernels import cpu, shared, tasks
+from kernels.attention import SharedSpan
+from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
 from workers.engine_types import EndReason
 from workers.grammar import GrammarFactory, GrammarSpec
 from workers.runner import ModelRunner
@@ -22,7 +24,7 @@ from workers.sampling import SamplingParams
 NUM_TOKENS = 24
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 3, "num_attention_heads": 6, "hidden_size": 60, "head_dim": 16},
-    "mistral": {"sliding_window": 21},
+    "mistral": {"sliding_window": 45},
     "qwen2": {"num_hidden_layers": 3},
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 32, "num_key_value_heads": 1},
@@ -39,6 +41,22 @@ PROMPTS = [
     SHARED[: 8 * BLOCK_SIZE],
     SHARED,
 ]
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[SharedSpan]:
+    """What was attended to once for several sequences. Parts are as short as the prompts here ask for."""
+    found: list[SharedSpan] = []
+
+    def choose(*args: Any, **kwargs: Any) -> tuple[SharedSpan, ...]:
+        found.extend(spans := shared.choose(*args, **kwargs))
+        return spans
+
+    for module in (tasks, shared):
+        monkeypatch.setattr(module, "PART", 16)
+    monkeypatch.setattr(shared, "PART_TOKENS", 1)
+    monkeypatch.setattr(cpu, "choose", choose)
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,10 +87,13 @@ def greedy(oracle: PreTrainedModel, prompt: list[int]) -> list[int]:
     return ids[len(prompt) :]
 
 
-def ask_all(parts: Parts, **more: Any) -> Listener:
+def ask_all(parts: Parts, *, gated: Gated | None = None, **more: Any) -> Listener:
+    """Asks for all answers; all at once where the steps of ``gated`` wait for that."""
     listener = Listener()
     for i, prompt in enumerate(PROMPTS):
         parts.engine.submit(listener, i, submission(prompt, max_tokens=NUM_TOKENS, **more))
+    if gated is not None:
+        gated.gate.set()
     listener.wait_ends(len(PROMPTS))
     return listener
 
@@ -84,7 +105,7 @@ def answers_of(listener: Listener) -> list[list[int]]:
 @pytest.mark.parametrize("prefix_cache", [False, True])
 @pytest.mark.parametrize("token_budget", [24, 1024])
 def test_prompts_that_begin_alike_get_the_tokens_of_transformers(
-    case: Case, make_engine: Any, prefix_cache: bool, token_budget: int
+    case: Case, make_engine: Any, prefix_cache: bool, token_budget: int, chosen: list[SharedSpan]
 ) -> None:
     parts = make_engine(case.runner, prefix_cache=prefix_cache, token_budget=token_budget)
     first, again = ask_all(parts), ask_all(parts)
@@ -92,6 +113,7 @@ def test_prompts_that_begin_alike_get_the_tokens_of_transformers(
     assert answers_of(again) == case.answers
     cached = [again.firsts[i].cached_tokens for i in range(len(PROMPTS))]
     if prefix_cache:
+        assert chosen
         # All but what is left to compute: at least one token, and what fills no block.
         assert cached == [(len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE for prompt in PROMPTS]
         assert parts.pool.num_cached > 0
@@ -99,25 +121,48 @@ def test_prompts_that_begin_alike_get_the_tokens_of_transformers(
 
 
 def test_blocks_that_are_evicted_and_sequences_that_are_preempted_change_no_token(case: Case, make_engine: Any) -> None:
-    parts = make_engine(case.runner, num_blocks=22)
+    runner = Gated(case.runner)
+    parts = make_engine(runner, num_blocks=22)
     for _ in range(3):
-        assert answers_of(ask_all(parts)) == case.answers
+        runner.gate.clear()
+        assert answers_of(ask_all(parts, gated=runner)) == case.answers
     assert parts.engine.load.num_preemptions > 0
     parts.idle()
 
 
 def test_choices_share_the_blocks_of_their_prompt(case: Case, make_engine: Any) -> None:
     """Also where nothing is kept for later: choices run at the same time."""
-    parts = make_engine(case.runner, prefix_cache=False, token_budget=32)
+    runner = Gated(case.runner)
+    parts = make_engine(runner, prefix_cache=False, token_budget=32)
     listener = Listener()
     for i in range(6):
         parts.engine.submit(listener, i, submission(SHARED, max_tokens=NUM_TOKENS, cache_salt=b"one request"))
+    runner.gate.set()
     listener.wait_ends(6)
     assert [listener.tokens[i] for i in range(6)] == [case.answers[0]] * 6
     full = (len(SHARED) - 1) // BLOCK_SIZE * BLOCK_SIZE
     assert [listener.firsts[i].cached_tokens for i in range(6)] == [0, *[full] * 5]
     assert parts.pool.num_cached == 0
     parts.idle()
+
+
+def test_a_draw_does_not_depend_on_who_shares_its_prompt(
+    llama_checkpoint: Callable[..., Path], make_runner: Any, make_engine: Any, chosen: list[SharedSpan]
+) -> None:
+    runner = make_runner(llama_checkpoint(head_dim=32, num_hidden_layers=3), torch.bfloat16)
+
+    def draw(seeds: Sequence[int]) -> list[list[int]]:
+        parts, listener = make_engine(runner), Listener()
+        for i, seed in enumerate(seeds):
+            sampling = SamplingParams(temperature=1.0, seed=seed)
+            parts.engine.submit(listener, i, submission(SHARED, max_tokens=NUM_TOKENS, sampling=sampling))
+        listener.wait_ends(len(seeds))
+        parts.idle()
+        return [listener.tokens[i] for i in range(len(seeds))]
+
+    together = draw(range(8))
+    assert chosen
+    assert [draw([seed])[0] for seed in range(3)] == together[:3]
 
 
 def test_another_salt_finds_nothing(case: Case, make_engine: Any) -> None:
