@@ -10,8 +10,8 @@ from torch import Tensor
 from kernels import paged, reference
 from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
 from kernels.linear import pack
-from kernels.reference import embedding, gelu_mul, rotate, write_kv
-from kernels.rows import add_rms_norm, rms_norm, silu_mul
+from kernels.reference import embedding, rotate, write_kv
+from kernels.rows import add_rms_norm, gelu_mul, rms_norm, silu_mul
 from kernels.shared import choose
 from kernels.tasks import plan_tasks
 

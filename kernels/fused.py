@@ -24,7 +24,7 @@ Window = int | None
 _MOST_PROGRAMS = 128
 # Rows of a product beyond its tokens, at most: those of one tile.
 _SPARE_ROWS = 32
-_WORKS_PER_LAYER = 13
+_WORKS_PER_LAYER = 15
 
 
 class DecoderLayer(Protocol):
@@ -63,16 +63,18 @@ class Turns(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """A layer whose products a team can share. Norms in bfloat16, for which code there is."""
+    """A layer whose products a team can share."""
 
     window: Window
     attention_norm: Tensor
     qkv: Shared
     qk_norm: Tensor | None
     output: Shared
+    attention_post_norm: Tensor | None
     ffn_norm: Tensor
     gate_up: Shared
     down: Shared
+    ffn_post_norm: Tensor | None
 
 
 def fuse(
@@ -87,31 +89,34 @@ def fuse(
         scale: of the attention's scores.
         activation: of the feed-forward layers, by its name in :class:`placement.specs.ModelSpec`.
     """
-    supported = "avx512bf16" in machine_code.cpu_features() and activation == "silu" and head_dim % 32 == 0
+    supported = "avx512bf16" in machine_code.cpu_features() and activation in ("silu", "gelu_tanh") and head_dim % 32 == 0
     found = [_supported(layer) for layer in layers] if supported else [None]
     fused = [layer for layer in found if layer is not None]
-    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale) if len(fused) == len(found) > 0 else None
+    if len(fused) < len(found):
+        return None
+    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale, activation=activation)
 
 
 def _supported(layer: DecoderLayer) -> _Layer | None:
     qkv, output, gate_up, down = (shared(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down))
     if qkv is None or output is None or gate_up is None or down is None:
         return None
-    norms = [x for x in (layer.attention_norm, layer.qk_norm, layer.ffn_norm) if x is not None]
-    if any(x.dtype != torch.bfloat16 for x in norms) or layer.attention_post_norm is not None:
+    norms = (layer.attention_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
+    if not all(norm is None or rows.takes(norm) for norm in norms):
         return None
-    if layer.ffn_post_norm is not None or any(x.num_inputs % 32 for x in (qkv, output, gate_up, down)):
+    if any(linear.num_inputs % 32 for linear in (qkv, output, gate_up, down)):
         return None
-    qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
     return _Layer(
         window=layer.window,
         attention_norm=layer.attention_norm,
         qkv=qkv,
-        qk_norm=qk_norm,
+        qk_norm=None if layer.qk_norm is None else layer.qk_norm.contiguous(),
         output=output,
+        attention_post_norm=layer.attention_post_norm,
         ffn_norm=layer.ffn_norm,
         gate_up=gate_up,
         down=down,
+        ffn_post_norm=layer.ffn_post_norm,
     )
 
 
@@ -150,11 +155,12 @@ class _Compiled:
 class FusedLayers:
     """The layers of one decoder. For one thread at a time."""
 
-    def __init__(self, layers: Sequence[_Layer], *, head_dim: int, eps: float, scale: float) -> None:
+    def __init__(self, layers: Sequence[_Layer], *, head_dim: int, eps: float, scale: float, activation: str) -> None:
         """See :func:`fuse`."""
         self._layers = layers
         self._head_dim = head_dim
-        self._eps = rows.float_bits(eps)
+        self._eps = eps
+        self._activation = activation
         self._scale = scale
         self._buffers = _Buffers(layers, head_dim, 0)
         self._programs: OrderedDict[tuple[int, int, int], _Compiled] = OrderedDict()
@@ -234,10 +240,12 @@ class FusedLayers:
             writer.turn(layer, cache)
             attention.append(made.add(*paged.no_attention(cache)))
             writer.product(layer.output, self._buffers.attended, self._buffers.update)
+            writer.norm_update(layer.attention_post_norm)
             writer.norm(layer.ffn_norm, adds=True)
             writer.product(layer.gate_up, self._buffers.normed, self._buffers.gate_up)
-            writer.activate()
+            writer.activate(self._activation)
             writer.product(layer.down, self._buffers.activated, self._buffers.update)
+            writer.norm_update(layer.ffn_post_norm)
         return _Compiled(program=made, attention=tuple(attention))
 
 
@@ -250,26 +258,26 @@ class _Writer:
     num_tokens: int
     num_threads: int
     head_dim: int
-    eps: int
+    eps: float
 
     def norm(self, weight: Tensor, *, adds: bool) -> None:
         """Residual to normed; before, the update to the residual."""
-        buffers, width = self.buffers, weight.shape[0]
-        tensors = (buffers.update, buffers.residual, weight, buffers.normed, buffers.residual)
-        fields = (
-            *(x.data_ptr() for x in tensors),
-            *(0 if x is weight else 2 * width for x in tensors),
-            width,
-            self.eps,
-        )
-        self._each_row("add_norm" if adds else "norm", width, fields)
+        buffers = self.buffers
+        fields = rows.norm_fields(buffers.update, buffers.residual, weight, buffers.normed, self.eps)
+        self._each_row(rows.norm_name(weight, adds=adds), weight.shape[0], fields)
 
-    def activate(self) -> None:
+    def norm_update(self, weight: Tensor | None) -> None:
+        """The update in place, where the layer has such a norm."""
+        if weight is not None:
+            update = self.buffers.update
+            fields = rows.norm_fields(update, update, weight, update, self.eps)
+            self._each_row(rows.norm_name(weight, adds=False), weight.shape[0], fields)
+
+    def activate(self, activation: str) -> None:
         """Gate and up to activated."""
-        gate_up, width = self.buffers.gate_up, self.buffers.activated.shape[1]
-        self._each_row(
-            "silu_mul", width, (gate_up.data_ptr(), self.buffers.activated.data_ptr(), 4 * width, 2 * width, width)
-        )
+        gate_up, output = self.buffers.gate_up, self.buffers.activated
+        fields = rows.gated_fields(gate_up, output)
+        self._each_row(rows.gated_name(activation), gate_up.shape[1], fields)
 
     def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
         """``x`` to tiles, where several tokens are not one already, and those times the weight."""
@@ -295,11 +303,13 @@ class _Writer:
         tensors = (buffers.qkv, buffers.cos[layer.window], buffers.sin[layer.window], buffers.slots, buffers.query)
         pointers = (x.data_ptr() for x in tensors)
         strides = (x.stride(0) * x.itemsize for x in tensors)
-        weight = 0 if layer.qk_norm is None else layer.qk_norm.data_ptr()
+        weight = layer.qk_norm
+        name = "turn_wide_work" if weight is not None and weight.dtype == torch.float32 else "turn_work"
+        norm = (0 if weight is None else weight.data_ptr(), rows.float_bits(self.eps))
         scalars = (num_heads, num_kv_heads, self.head_dim, cache.keys.data_ptr(), cache.values.data_ptr())
         unit = -(-self.num_tokens // (4 * self.num_threads))
         job = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
-        self.program.add(*program.work("turn_work", *job, cache.keys.shape[1], weight, self.eps))
+        self.program.add(*program.work(name, *job, cache.keys.shape[1], *norm))
 
     def _each_row(self, name: str, width: int, fields: tuple[int, ...]) -> None:
         ticket = self.program.ticket()

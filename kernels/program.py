@@ -65,8 +65,9 @@ _HEADER = struct.Struct(f"={len(PROGRAM)}q")
 @cache
 def compiled() -> dict[str, int]:
     """Where the code is, by name."""
-    ir = HEADER + norm("norm", adds=False) + program_ir.turn() + program_ir.tiles() + program_ir.program()
-    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work"])
+    norms = norm("norm", adds=False, wide=False) + norm("norm_wide", adds=False, wide=True)
+    ir = HEADER + norms + program_ir.turn() + program_ir.tiles() + program_ir.program()
+    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work", "turn_wide_work"])
 
 
 def work(name: str, *arguments: int) -> tuple[int, bytes]:

@@ -184,7 +184,8 @@ def _rounded(name: str, operation: str, left: str, right: str) -> str:
 def turn() -> str:
     """``@turn_work(job)``: a token's queries and keys normed (where there is a weight) and turned, its KV stored.
 
-    Rounds where :func:`kernels.reference.rotate` does. Needs ``@norm`` of :func:`kernels.rows_ir.norm`.
+    Rounds where :func:`kernels.reference.rotate` does. ``@turn_wide_work`` takes a norm's weight in float32. Needs
+    ``@norm`` and ``@norm_wide`` of :func:`kernels.rows_ir.norm`.
     """
     pieces = [
         _part("low", "x", "%i"),
@@ -217,13 +218,15 @@ done:
 }}
 """
     scalars = [("float" if name == "eps" else "i64", name) for name in TURN_SCALARS]
-    return head + _turn_token(scalars) + work("turn", [(name, f"{name}_stride") for name in TURN_POINTERS], scalars)
+    pointers = [(name, f"{name}_stride") for name in TURN_POINTERS]
+    tokens = (_turn_token(scalars, wide) + work(f"turn{wide}", pointers, scalars) for wide in ("", "_wide"))
+    return head + "".join(tokens) + "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n"
 
 
-def _turn_token(scalars: list[tuple[str, str]]) -> str:
+def _turn_token(scalars: list[tuple[str, str]], wide: str) -> str:
     pointers = ", ".join(f"ptr %{name}" for name in TURN_POINTERS)
     return f"""
-define void @turn({pointers}, {", ".join(f"{kind} %{name}" for kind, name in scalars)}) {{
+define void @turn{wide}({pointers}, {", ".join(f"{kind} %{name}" for kind, name in scalars)}) {{
 entry:
   %place = load i64, ptr %slot
   %head_bytes = shl i64 %dim, 1
@@ -236,9 +239,10 @@ each:
   %x = getelementptr i8, ptr %qkv, i64 %at
   br i1 %is_normed, label %normed, label %plain
 normed:
-  %weight_at = add i64 %weight, %at
+  %weight_by = shl i64 %at, {1 if wide else 0}
+  %weight_at = add i64 %weight, %weight_by
   %weight_ptr = inttoptr i64 %weight_at to ptr
-  call void @norm(ptr %x, ptr %x, ptr %weight_ptr, ptr %x, ptr %x, i64 %dim, float %eps)
+  call void @norm{wide}(ptr %x, ptr %x, ptr %weight_ptr, ptr %x, ptr %x, i64 %dim, float %eps)
   br label %plain
 plain:
   %is_query = icmp slt i64 %h, %heads
@@ -276,5 +280,4 @@ copy:
 done:
   ret void
 }}
-declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 """

@@ -8,12 +8,13 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size.
 
 import struct
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from kernels import machine_code, reference, threads
-from kernels.rows_ir import HEADER, LANES, norm, silu_mul_row, work
+from kernels.rows_ir import HEADER, LANES, gated_row, norm, work
 
 # Below this many numbers one thread has done the work before a second has begun.
 _SHARED_FROM = 1 << 15
@@ -30,38 +31,72 @@ def is_supported(*tensors: Tensor) -> bool:
     return fits and "avx512bf16" in machine_code.cpu_features()
 
 
+def takes(weight: Tensor) -> bool:
+    """Whether there is code for a norm's weight."""
+    return weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As :func:`kernels.reference.rms_norm`, of ``x`` [T, E] and ``weight`` [E]."""
-    if x.dim() != 2 or not is_supported(x, weight):
+    if x.dim() != 2 or not (is_supported(x) and takes(weight)):
         return reference.rms_norm(x, weight, eps)
-    assert weight.shape == x.shape[1:], (x.shape, weight.shape)
     normed = torch.empty_like(x)
-    width = x.shape[1] * 2
-    pointers = (x.data_ptr(), x.data_ptr(), weight.data_ptr(), normed.data_ptr(), x.data_ptr())
-    _run("norm", x, pointers, (width, width, 0, width, width), (x.shape[1], float_bits(eps)))
+    _run(norm_name(weight, adds=False), x, norm_fields(x, x, weight, normed, eps))
     return normed
 
 
 def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As :func:`kernels.reference.add_rms_norm`; the sum is written over ``residual``."""
-    if not is_supported(update, residual, weight):
+    if not (is_supported(update, residual) and takes(weight)):
         return reference.add_rms_norm(update, residual, weight, eps)
-    assert update.shape == residual.shape and weight.shape == residual.shape[1:], (update.shape, weight.shape)
+    assert update.shape == residual.shape, (update.shape, residual.shape)
     normed = torch.empty_like(residual)
-    width = residual.shape[1] * 2
-    pointers = tuple(x.data_ptr() for x in (update, residual, weight, normed, residual))
-    _run("add_norm", residual, pointers, (width, width, 0, width, width), (residual.shape[1], float_bits(eps)))
+    _run(norm_name(weight, adds=True), residual, norm_fields(update, residual, weight, normed, eps))
     return normed, residual
+
+
+def norm_name(weight: Tensor, *, adds: bool) -> str:
+    """The function for a norm with this weight; with ``adds``, of a sum, which is kept in place of ``residual``."""
+    return ("add_norm" if adds else "norm") + ("_wide" if weight.dtype == torch.float32 else "")
+
+
+def norm_fields(update: Tensor, residual: Tensor, weight: Tensor, normed: Tensor, eps: float) -> tuple[int, ...]:
+    """What :func:`each_row` takes for a norm of dense rows [T, E]."""
+    width = weight.shape[0]
+    assert residual.shape[1] == width, (residual.shape, weight.shape)
+    pointers = (x.data_ptr() for x in (update, residual, weight, normed, residual))
+    return (*pointers, *(0 if name == "weight" else 2 * width for name in _NORM_POINTERS), width, float_bits(eps))
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """As :func:`kernels.reference.silu_mul`, of ``gate_up`` [T, 2F]."""
-    if not is_supported(gate_up) or gate_up.shape[1] % (2 * LANES):
-        return reference.silu_mul(gate_up)
-    num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    output = gate_up.new_empty(num_tokens, width)
-    _run("silu_mul", gate_up, (gate_up.data_ptr(), output.data_ptr()), (4 * width, 2 * width), (width,))
+    return _gated("silu", gate_up) if _is_gated(gate_up) else reference.silu_mul(gate_up)
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """As :func:`kernels.reference.gelu_mul`, of ``gate_up`` [T, 2F]."""
+    return _gated("gelu_tanh", gate_up) if _is_gated(gate_up) else reference.gelu_mul(gate_up)
+
+
+def _is_gated(gate_up: Tensor) -> bool:
+    return is_supported(gate_up) and gate_up.shape[1] % (2 * LANES) == 0
+
+
+def _gated(activation: str, gate_up: Tensor) -> Tensor:
+    output = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _run(gated_name(activation), gate_up, gated_fields(gate_up, output))
     return output
+
+
+def gated_name(activation: str) -> str:
+    """The function for an activation, ``silu`` or ``gelu_tanh``."""
+    return f"{activation}_mul"
+
+
+def gated_fields(gate_up: Tensor, output: Tensor) -> tuple[int, ...]:
+    """What :func:`each_row` takes for an activation of dense rows [T, 2F], to [T, F]."""
+    width = output.shape[1]
+    return gate_up.data_ptr(), output.data_ptr(), 4 * width, 2 * width, width
 
 
 def float_bits(value: float) -> int:
@@ -69,15 +104,12 @@ def float_bits(value: float) -> int:
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
-def _run(
-    name: str, rows: Tensor, pointers: tuple[int, ...], strides: tuple[int, ...], scalars: tuple[int, ...]
-) -> None:
+def _run(name: str, rows: Tensor, fields: tuple[int, ...]) -> None:
     """Calls a function for each of ``rows`` [T, ...]."""
     if not len(rows):
         return
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), len(rows)) if rows.numel() >= _SHARED_FROM else 1
-    fields = (*pointers, *strides, *scalars)
     threads.run(*each_row(name, len(rows), rows.numel(), num_threads, ticket.data_ptr(), fields), num_threads)
 
 
@@ -104,14 +136,14 @@ def _compiled() -> dict[str, int]:
     """Where the code is, by name."""
     pointers = [(name, f"{name}_stride") for name in _NORM_POINTERS]
     scalars = [("i64", "width"), ("float", "eps")]
-    ir = HEADER + "".join(
-        (
-            norm("norm", adds=False),
-            norm("add_norm", adds=True),
-            silu_mul_row("silu_mul"),
-            work("norm", pointers, scalars),
-            work("add_norm", pointers, scalars),
-            work("silu_mul", [("gate_up", "gate_up_stride"), ("output", "output_stride")], scalars[:1]),
-        )
-    )
-    return machine_code.addresses(ir, ["norm_work", "add_norm_work", "silu_mul_work"])
+    parts, names = [HEADER], []
+    for adds, wide in product((False, True), (False, True)):
+        name = ("add_norm" if adds else "norm") + ("_wide" if wide else "")
+        parts += [norm(name, adds=adds, wide=wide), work(name, pointers, scalars)]
+        names.append(f"{name}_work")
+    for activation in ("silu", "gelu_tanh"):
+        name = gated_name(activation)
+        arguments = [("gate_up", "gate_up_stride"), ("output", "output_stride")]
+        parts += [gated_row(name, activation), work(name, arguments, scalars[:1])]
+        names.append(f"{name}_work")
+    return machine_code.addresses("".join(parts), names)

@@ -4,6 +4,7 @@ One pass over a row in vectors of 16, in float32, rounded where :mod:`kernels.re
 one row; ``work`` loops of the same name with ``_work`` take rows until none is left, on any number of threads.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -38,8 +39,11 @@ def _store(name: str, pointer: str, index: str) -> str:
   store {_NARROW} %{name}, ptr %{name}_to, align 2"""
 
 
-def norm(name: str, *, adds: bool) -> str:
-    """Root-mean-square norm of a row of ``width`` numbers; with ``adds``, of the sum of two, which is kept."""
+def norm(name: str, *, adds: bool, wide: bool) -> str:
+    """Root-mean-square norm of a row of ``width`` numbers; with ``adds``, of the sum of two, which is kept.
+
+    Weights are bfloat16, or ``wide``, in float32. ``normed`` may be the row itself.
+    """
     sums = ""
     if adds:
         sums = f"""{_load("a", "update", "%i")}{_load("b", "residual", "%i")}
@@ -69,11 +73,9 @@ middle:
   %factors = shufflevector {_WIDE} %factor_0, {_WIDE} poison, <16 x i32> zeroinitializer
   br label %scale
 scale:
-  %j = phi i64 [0, %middle], [%j_next, %scale]{_load("y", source, "%j")}{_load("w", "weight", "%j")}
-  %scaled = fmul {_WIDE} %y, %factors
-  %rounded = fptrunc {_WIDE} %scaled to {_NARROW}
-  %again = fpext {_NARROW} %rounded to {_WIDE}
-  %product = fmul {_WIDE} %again, %w
+  %j = phi i64 [0, %middle], [%j_next, %scale]{_load("y", source, "%j")}
+  %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else _load("w", "weight", "%j") + _AGAIN}
+  %product = fmul {_WIDE} %{"scaled" if wide else "again"}, %w
   %normed_out = fptrunc {_WIDE} %product to {_NARROW}{_store("normed_out", "normed", "%j")}
   %j_next = add i64 %j, {LANES}
   %more_j = icmp slt i64 %j_next, %width
@@ -82,6 +84,14 @@ done:
   ret void
 }}
 """
+
+
+_AGAIN = f"""
+  %rounded = fptrunc {_WIDE} %scaled to {_NARROW}
+  %again = fpext {_NARROW} %rounded to {_WIDE}"""
+_WIDE_WEIGHT = f"""
+  %w_at = getelementptr float, ptr %weight, i64 %j
+  %w = load {_WIDE}, ptr %w_at, align 4"""
 
 
 _LOG2_E = "0x3FF7154760000000"
@@ -123,19 +133,31 @@ def exp(result: str, argument: str) -> str:
     return "\n  " + "\n  ".join(lines)
 
 
-def silu_mul_row(name: str) -> str:
-    """``silu(gate) * up`` of a row ``[2 * width]``."""
+_MINUS_SILU = f"""
+  %minus = fneg {_WIDE} %g"""
+# gelu(x), by tanh, is x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016).
+_MINUS_GELU = f"""
+  %square = fmul {_WIDE} %g, %g
+  %cubic = fmul {_WIDE} %square, {_splat(_float(0.044715))}
+  %bent = fadd {_WIDE} %cubic, {_splat("1.0")}
+  %turned = fmul {_WIDE} %g, %bent
+  %minus = fmul {_WIDE} %turned, {_splat(_float(-2 * math.sqrt(2 / math.pi)))}"""
+
+
+def gated_row(name: str, activation: str) -> str:
+    """``activation(gate) * up`` of a row ``[2 * width]``, for ``silu`` or ``gelu_tanh``: gate / (1 + e to some power)."""
+    minus = {"silu": _MINUS_SILU, "gelu_tanh": _MINUS_GELU}[activation]
     return f"""
 define void @{name}(ptr %gate_up, ptr %output, i64 %width) {{
 entry:
   %up = getelementptr bfloat, ptr %gate_up, i64 %width
   br label %loop
 loop:
-  %i = phi i64 [0, %entry], [%i_next, %loop]{_load("g", "gate_up", "%i")}{_load("u", "up", "%i")}
-  %minus = fneg {_WIDE} %g{exp("power", "minus")}
+  %i = phi i64 [0, %entry], [%i_next, %loop]{_load("g", "gate_up", "%i")}{_load("u", "up", "%i")}{minus}
+{exp("power", "minus")}
   %one_more = fadd {_WIDE} %power, {_splat("1.0")}
-  %silu = fdiv {_WIDE} %g, %one_more
-  %rounded = fptrunc {_WIDE} %silu to {_NARROW}
+  %gated = fdiv {_WIDE} %g, %one_more
+  %rounded = fptrunc {_WIDE} %gated to {_NARROW}
   %again = fpext {_NARROW} %rounded to {_WIDE}
   %product = fmul {_WIDE} %again, %u
   %out = fptrunc {_WIDE} %product to {_NARROW}{_store("out", "output", "%i")}

@@ -20,6 +20,7 @@ FAMILIES = {
     "wide heads": ("llama", {"head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 3}),
     "mistral, all layers in a window": ("mistral", {"sliding_window": 20}),
     "qwen2, with biases": ("qwen2", {"hidden_size": 128}),
+    "gemma, with wide norms and GELU": ("gemma", {}),
 }
 
 
@@ -84,10 +85,11 @@ def test_logits_and_cache_have_the_same_bits(
         assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
 
 
+@pytest.mark.parametrize(("family", "config"), [("qwen3", {}), ("gemma3_text", {"sliding_window": 20})])
 def test_norms_of_heads_differ_from_torch_by_their_rounding_alone(
-    checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+    family: str, config: dict[str, int], checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
-    path = checkpoint("qwen3", **SHAPE)
+    path = checkpoint(family, **(SHAPE | config))
     fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
     for batch in batches(seed=5):
         logits, expected = fused.logits(batch), plain.logits(batch)
@@ -118,13 +120,11 @@ def test_a_shared_prefix_is_attended_to_once_in_a_program_too(
         assert torch.equal(fused.logits(batch), plain.logits(batch))
 
 
-@pytest.mark.parametrize(
-    ("family", "config"), [("gemma", {}), ("llama", {"head_dim": 16}), ("gemma3_text", {"sliding_window": 20})]
-)
-def test_what_has_no_code_runs_one_by_one(
-    family: str, config: dict[str, int], checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+def test_heads_that_have_no_code_run_one_by_one(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
-    assert make_runner(checkpoint(family, **(SHAPE | config)), torch.bfloat16)._weights.fused is None
+    path = llama_checkpoint(**(SHAPE | {"head_dim": 16}))
+    assert make_runner(path, torch.bfloat16)._weights.fused is None
 
 
 def test_float32_runs_one_by_one(
