@@ -14,16 +14,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import machine_code, paged, program, program_ir, rows
+from kernels import machine_code, paged, rows
 from kernels.attention import AttentionPlan, LayerCache
-from kernels.linear import Linear, Shared, shared
+from kernels.layer_works import Buffers, Layer, Window, Writer
+from kernels.linear import Linear, shared
 from kernels.program import Program
 
-Window = int | None
 # Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
 _MOST_PROGRAMS = 128
-# Rows of a product beyond its tokens, at most: those of one tile.
-_SPARE_ROWS = 32
 _WORKS_PER_LAYER = 15
 
 
@@ -61,22 +59,6 @@ class Turns(Protocol):
     def sin(self) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Layer:
-    """A layer whose products a team can share."""
-
-    window: Window
-    attention_norm: Tensor
-    qkv: Shared
-    qk_norm: Tensor | None
-    output: Shared
-    attention_post_norm: Tensor | None
-    ffn_norm: Tensor
-    gate_up: Shared
-    down: Shared
-    ffn_post_norm: Tensor | None
-
-
 def fuse(
     layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str
 ) -> "FusedLayers | None":
@@ -89,15 +71,15 @@ def fuse(
         scale: of the attention's scores.
         activation: of the feed-forward layers, by its name in :class:`placement.specs.ModelSpec`.
     """
-    supported = "avx512bf16" in machine_code.cpu_features() and activation in ("silu", "gelu_tanh") and head_dim % 32 == 0
-    found = [_supported(layer) for layer in layers] if supported else [None]
-    fused = [layer for layer in found if layer is not None]
-    if len(fused) < len(found):
+    if "avx512bf16" not in machine_code.cpu_features() or activation not in rows.ACTIVATIONS or head_dim % 32:
+        return None
+    fused = [layer for layer in map(_supported, layers) if layer is not None]
+    if len(fused) < len(layers):
         return None
     return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale, activation=activation)
 
 
-def _supported(layer: DecoderLayer) -> _Layer | None:
+def _supported(layer: DecoderLayer) -> Layer | None:
     qkv, output, gate_up, down = (shared(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down))
     if qkv is None or output is None or gate_up is None or down is None:
         return None
@@ -106,7 +88,7 @@ def _supported(layer: DecoderLayer) -> _Layer | None:
         return None
     if any(linear.num_inputs % 32 for linear in (qkv, output, gate_up, down)):
         return None
-    return _Layer(
+    return Layer(
         window=layer.window,
         attention_norm=layer.attention_norm,
         qkv=qkv,
@@ -120,30 +102,6 @@ def _supported(layer: DecoderLayer) -> _Layer | None:
     )
 
 
-class _Buffers:
-    """Activations of at most ``num_tokens`` tokens; products write whole tiles, beyond the last token."""
-
-    def __init__(self, layers: Sequence[_Layer], head_dim: int, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        layer = layers[0]
-        self.residual = self._rows(layer.qkv.num_inputs)
-        self.normed = self._rows(layer.qkv.num_inputs)
-        self.update = self._rows(layer.qkv.num_inputs)
-        self.qkv = self._rows(layer.qkv.num_outputs)
-        self.query = self._rows(layer.output.num_inputs)
-        self.attended = self._rows(layer.output.num_inputs)
-        self.gate_up = self._rows(layer.gate_up.num_outputs)
-        self.activated = self._rows(layer.down.num_inputs)
-        self.tiles = self._rows(max(x.num_inputs for x in (layer.qkv, layer.output, layer.down)))
-        self.slots = torch.empty(num_tokens, dtype=torch.int64)
-        windows = {layer.window for layer in layers}
-        self.cos = {window: self._rows(head_dim) for window in windows}
-        self.sin = {window: self._rows(head_dim) for window in windows}
-
-    def _rows(self, width: int) -> Tensor:
-        return torch.empty(self.num_tokens + _SPARE_ROWS, width, dtype=torch.bfloat16)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Compiled:
     """The program for a number of tokens; ``attention``: the number of each layer's attention in it."""
@@ -155,14 +113,14 @@ class _Compiled:
 class FusedLayers:
     """The layers of one decoder. For one thread at a time."""
 
-    def __init__(self, layers: Sequence[_Layer], *, head_dim: int, eps: float, scale: float, activation: str) -> None:
+    def __init__(self, layers: Sequence[Layer], *, head_dim: int, eps: float, scale: float, activation: str) -> None:
         """See :func:`fuse`."""
         self._layers = layers
         self._head_dim = head_dim
         self._eps = eps
         self._activation = activation
         self._scale = scale
-        self._buffers = _Buffers(layers, head_dim, 0)
+        self._buffers = Buffers(layers, head_dim, 0)
         self._programs: OrderedDict[tuple[int, int, int], _Compiled] = OrderedDict()
 
     def run(
@@ -220,7 +178,7 @@ class FusedLayers:
     def _compiled(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
-            self._buffers = _Buffers(self._layers, self._head_dim, num_tokens)
+            self._buffers = Buffers(self._layers, self._head_dim, num_tokens)
         key = (num_tokens, num_threads, caches[0].keys.data_ptr())
         if key in self._programs:
             self._programs.move_to_end(key)
@@ -232,7 +190,7 @@ class FusedLayers:
 
     def _compile(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
         made = Program(_WORKS_PER_LAYER * len(self._layers))
-        writer = _Writer(made, self._buffers, num_tokens, num_threads, self._head_dim, self._eps)
+        writer = Writer(made, self._buffers, num_tokens, num_threads, self._head_dim, self._eps)
         attention = []
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             writer.norm(layer.attention_norm, adds=index > 0)
@@ -247,71 +205,3 @@ class FusedLayers:
             writer.product(layer.down, self._buffers.activated, self._buffers.update)
             writer.norm_update(layer.ffn_post_norm)
         return _Compiled(program=made, attention=tuple(attention))
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """Appends a layer's works to a program."""
-
-    program: Program
-    buffers: _Buffers
-    num_tokens: int
-    num_threads: int
-    head_dim: int
-    eps: float
-
-    def norm(self, weight: Tensor, *, adds: bool) -> None:
-        """Residual to normed; before, the update to the residual."""
-        buffers = self.buffers
-        fields = rows.norm_fields(buffers.update, buffers.residual, weight, buffers.normed, self.eps)
-        self._each_row(rows.norm_name(weight, adds=adds), weight.shape[0], fields)
-
-    def norm_update(self, weight: Tensor | None) -> None:
-        """The update in place, where the layer has such a norm."""
-        if weight is not None:
-            update = self.buffers.update
-            fields = rows.norm_fields(update, update, weight, update, self.eps)
-            self._each_row(rows.norm_name(weight, adds=False), weight.shape[0], fields)
-
-    def activate(self, activation: str) -> None:
-        """Gate and up to activated."""
-        gate_up, output = self.buffers.gate_up, self.buffers.activated
-        fields = rows.gated_fields(gate_up, output)
-        self._each_row(rows.gated_name(activation), gate_up.shape[1], fields)
-
-    def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
-        """``x`` to tiles, where several tokens are not one already, and those times the weight."""
-        num_tiles, num_rows = linear.tiles(self.num_tokens)
-        source = x.data_ptr()
-        if num_rows > 1:
-            num_pairs = linear.num_inputs // 2
-            num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
-            num_blocks = num_tiles * num_chunks
-            shape = (self.num_tokens, num_rows, num_pairs, num_chunks)
-            unit = -(-num_blocks // self.num_threads)
-            job = (self.program.ticket(), num_blocks, unit, source, self.buffers.tiles.data_ptr(), *shape)
-            self.program.add(*program.work("tiles_work", *job))
-            source = self.buffers.tiles.data_ptr()
-        ticket = self.program.ticket()
-        self.program.add(*linear.product(self.num_tokens, self.num_threads, source, output.data_ptr(), ticket))
-
-    def turn(self, layer: _Layer, cache: LayerCache) -> None:
-        """Queries, keys and values to where attention reads them."""
-        buffers, num_kv_heads = self.buffers, cache.keys.shape[0]
-        num_heads = layer.output.num_inputs // self.head_dim
-        assert layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
-        tensors = (buffers.qkv, buffers.cos[layer.window], buffers.sin[layer.window], buffers.slots, buffers.query)
-        pointers = (x.data_ptr() for x in tensors)
-        strides = (x.stride(0) * x.itemsize for x in tensors)
-        weight = layer.qk_norm
-        name = "turn_wide_work" if weight is not None and weight.dtype == torch.float32 else "turn_work"
-        norm = (0 if weight is None else weight.data_ptr(), rows.float_bits(self.eps))
-        scalars = (num_heads, num_kv_heads, self.head_dim, cache.keys.data_ptr(), cache.values.data_ptr())
-        unit = -(-self.num_tokens // (4 * self.num_threads))
-        job = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
-        self.program.add(*program.work(name, *job, cache.keys.shape[1], *norm))
-
-    def _each_row(self, name: str, width: int, fields: tuple[int, ...]) -> None:
-        ticket = self.program.ticket()
-        size = self.num_tokens * width
-        self.program.add(*rows.each_row(name, self.num_tokens, size, self.num_threads, ticket, fields))

@@ -19,6 +19,7 @@ from kernels.rows_ir import HEADER, LANES, gated_row, norm, work
 # Below this many numbers one thread has done the work before a second has begun.
 _SHARED_FROM = 1 << 15
 _TICKETS_PER_THREAD = 4
+ACTIVATIONS = ("silu", "gelu_tanh")
 _NORM_POINTERS = ("update", "residual", "weight", "normed", "total")
 
 
@@ -141,7 +142,7 @@ def _compiled() -> dict[str, int]:
         name = ("add_norm" if adds else "norm") + ("_wide" if wide else "")
         parts += [norm(name, adds=adds, wide=wide), work(name, pointers, scalars)]
         names.append(f"{name}_work")
-    for activation in ("silu", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         name = gated_name(activation)
         arguments = [("gate_up", "gate_up_stride"), ("output", "output_stride")]
         parts += [gated_row(name, activation), work(name, arguments, scalars[:1])]

@@ -145,7 +145,7 @@ _MINUS_GELU = f"""
 
 
 def gated_row(name: str, activation: str) -> str:
-    """``activation(gate) * up`` of a row ``[2 * width]``, for ``silu`` or ``gelu_tanh``: gate / (1 + e to some power)."""
+    """``activation(gate) * up`` of a row ``[2 * width]``; ``silu`` and ``gelu_tanh`` are gate / (1 + e to a power)."""
     minus = {"silu": _MINUS_SILU, "gelu_tanh": _MINUS_GELU}[activation]
     return f"""
 define void @{name}(ptr %gate_up, ptr %output, i64 %width) {{

@@ -1,0 +1,127 @@
+"""A layer of a decoder as works of a :class:`kernels.program.Program`: see :mod:`kernels.fused`.
+
+Shapes as there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import program, program_ir, rows
+from kernels.attention import LayerCache
+from kernels.linear import Shared
+from kernels.program import Program
+
+Window = int | None
+# Rows of a product beyond its tokens, at most: those of one tile.
+_SPARE_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A layer whose products a team can share."""
+
+    window: Window
+    attention_norm: Tensor
+    qkv: Shared
+    qk_norm: Tensor | None
+    output: Shared
+    attention_post_norm: Tensor | None
+    ffn_norm: Tensor
+    gate_up: Shared
+    down: Shared
+    ffn_post_norm: Tensor | None
+
+
+class Buffers:
+    """Activations of at most ``num_tokens`` tokens; products write whole tiles, beyond the last token."""
+
+    def __init__(self, layers: Sequence[Layer], head_dim: int, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        layer = layers[0]
+        self.residual = self._rows(layer.qkv.num_inputs)
+        self.normed = self._rows(layer.qkv.num_inputs)
+        self.update = self._rows(layer.qkv.num_inputs)
+        self.qkv = self._rows(layer.qkv.num_outputs)
+        self.query = self._rows(layer.output.num_inputs)
+        self.attended = self._rows(layer.output.num_inputs)
+        self.gate_up = self._rows(layer.gate_up.num_outputs)
+        self.activated = self._rows(layer.down.num_inputs)
+        self.tiles = self._rows(max(x.num_inputs for x in (layer.qkv, layer.output, layer.down)))
+        self.slots = torch.empty(num_tokens, dtype=torch.int64)
+        windows = {layer.window for layer in layers}
+        self.cos = {window: self._rows(head_dim) for window in windows}
+        self.sin = {window: self._rows(head_dim) for window in windows}
+
+    def _rows(self, width: int) -> Tensor:
+        return torch.empty(self.num_tokens + _SPARE_ROWS, width, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Appends a layer's works to a program."""
+
+    program: Program
+    buffers: Buffers
+    num_tokens: int
+    num_threads: int
+    head_dim: int
+    eps: float
+
+    def norm(self, weight: Tensor, *, adds: bool) -> None:
+        """Residual to normed; before, the update to the residual."""
+        buffers = self.buffers
+        fields = rows.norm_fields(buffers.update, buffers.residual, weight, buffers.normed, self.eps)
+        self._each_row(rows.norm_name(weight, adds=adds), weight.shape[0], fields)
+
+    def norm_update(self, weight: Tensor | None) -> None:
+        """The update in place, where the layer has such a norm."""
+        if weight is not None:
+            update = self.buffers.update
+            fields = rows.norm_fields(update, update, weight, update, self.eps)
+            self._each_row(rows.norm_name(weight, adds=False), weight.shape[0], fields)
+
+    def activate(self, activation: str) -> None:
+        """Gate and up to activated."""
+        gate_up, output = self.buffers.gate_up, self.buffers.activated
+        fields = rows.gated_fields(gate_up, output)
+        self._each_row(rows.gated_name(activation), gate_up.shape[1], fields)
+
+    def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
+        """``x`` to tiles, where several tokens are not one already, and those times the weight."""
+        num_tiles, num_rows = linear.tiles(self.num_tokens)
+        source = x.data_ptr()
+        if num_rows > 1:
+            num_pairs = linear.num_inputs // 2
+            num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
+            num_blocks = num_tiles * num_chunks
+            shape = (self.num_tokens, num_rows, num_pairs, num_chunks)
+            unit = -(-num_blocks // self.num_threads)
+            job = (self.program.ticket(), num_blocks, unit, source, self.buffers.tiles.data_ptr(), *shape)
+            self.program.add(*program.work("tiles_work", *job))
+            source = self.buffers.tiles.data_ptr()
+        ticket = self.program.ticket()
+        self.program.add(*linear.product(self.num_tokens, self.num_threads, source, output.data_ptr(), ticket))
+
+    def turn(self, layer: Layer, cache: LayerCache) -> None:
+        """Queries, keys and values to where attention reads them."""
+        buffers, num_kv_heads = self.buffers, cache.keys.shape[0]
+        num_heads = layer.output.num_inputs // self.head_dim
+        assert layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
+        tensors = (buffers.qkv, buffers.cos[layer.window], buffers.sin[layer.window], buffers.slots, buffers.query)
+        pointers = (x.data_ptr() for x in tensors)
+        strides = (x.stride(0) * x.itemsize for x in tensors)
+        weight = layer.qk_norm
+        name = "turn_wide_work" if weight is not None and weight.dtype == torch.float32 else "turn_work"
+        norm = (0 if weight is None else weight.data_ptr(), rows.float_bits(self.eps))
+        scalars = (num_heads, num_kv_heads, self.head_dim, cache.keys.data_ptr(), cache.values.data_ptr())
+        unit = -(-self.num_tokens // (4 * self.num_threads))
+        job = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
+        self.program.add(*program.work(name, *job, cache.keys.shape[1], *norm))
+
+    def _each_row(self, name: str, width: int, fields: tuple[int, ...]) -> None:
+        ticket = self.program.ticket()
+        size = self.num_tokens * width
+        self.program.add(*rows.each_row(name, self.num_tokens, size, self.num_threads, ticket, fields))
