@@ -3,6 +3,7 @@
 Speaks as a peer does, in our own environment: what remains of a step's time is attention, sampling, and overhead.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +16,6 @@ from peer_protocol import Measure, serve
 from kernels.linear import Linear, pack
 from placement.specs import ModelSpec
 from tests.benchmarks.engine_models import read_spec
-from workers.cores import claim_cores
 
 
 def shapes(model: ModelSpec) -> Iterator[tuple[int, int]]:
@@ -31,7 +31,8 @@ def shapes(model: ModelSpec) -> Iterator[tuple[int, int]]:
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
     torch.set_num_threads(settings["threads"])
-    claim_cores(settings["threads"]).pin()  # as a worker does
+    # As a worker does, but without a claim: that would keep the worker beside it from its cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings["threads"]])
     torch.manual_seed(0)
     layers: list[tuple[Linear, int]] = []
     for outputs, inputs in shapes(read_spec(Path(settings["model"]))):
