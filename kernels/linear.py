@@ -3,6 +3,7 @@
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
 
+import importlib
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import matmul, quantized
+from kernels.cuda import gpus, quantized_tiles
 from kernels.quantized import RoundedWeight
 
 
@@ -205,6 +207,10 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
     on_cpu = weight.codes.device.type == "cpu"
     if on_cpu and dtype == torch.bfloat16 and quantized.is_supported(weight):
         return RoundedColumnLinear(weight, bias)
+    if gpus.runs_triton(weight.codes.device) and quantized_tiles.takes(weight):
+        # By name, because the module imports Triton, which machines without a GPU need not have.
+        linear: Linear = importlib.import_module("kernels.cuda.quantized").TiledLinear(weight, bias)
+        return linear
     return RoundedLinear(weight, bias)
 
 

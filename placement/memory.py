@@ -15,10 +15,20 @@ CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
 SCORED_ROWS = 32
 """Positions of a prompt that are scored at once."""
+SAMPLED_ON_CPU, SAMPLED_ON_GPU = 1 << 19, 1 << 23
+"""Logits that sampling looks at together: what it makes of them stays in a CPU's caches, or keeps a GPU busy."""
+MOST_GRAPHED = 256
+"""Decodes of the largest CUDA graph."""
 WIDENED_BYTES = 128 * 2**20
 """Of a rounded weight's part that a GPU widens at once (kernels.linear)."""
 CUDA_PROCESS_BYTES = 640 * 2**20
 """What a CUDA context, its libraries and the caching allocator's slack take of a GPU."""
+
+_SAMPLING_CHUNK, _SORTED = 256, 1024
+_GRAPHED_TOKENS = 1 << 21
+_PART = 256
+# Of graphs: cuBLAS's workspace for their stream (32 MiB), the driver's copies of their nodes, the pool's rounding.
+_GRAPH_SLACK_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +69,14 @@ def footprint(
     """What a rank that holds ``slices`` and ``kv_bytes`` of KV blocks needs; ``linear`` as its layers are held."""
     has_plain_head = linear is None or linear.head_bits is None
     head_bytes = packed_head_bytes(model, slices, dtype) if on_cpu and has_plain_head else 0
-    workspace = workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget)
+    workspace = workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget, on_cpu=on_cpu)
+    if not on_cpu:
+        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs)
+        workspace += 0 if linear is None else 2 * WIDENED_BYTES  # of a step, and in the graphs
     return Footprint(
         weight_bytes=loaded_bytes(slices, dtype, linear) + head_bytes,
         kv_bytes=kv_bytes,
-        workspace_bytes=workspace + (0 if on_cpu or linear is None else WIDENED_BYTES),
+        workspace_bytes=workspace,
         process_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES,
     )
 
@@ -94,19 +107,65 @@ def num_blocks_of(num_tokens: int, *, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def workspace_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int, token_budget: int) -> int:
-    """An upper estimate of what one step allocates at once.
+def workspace_bytes(
+    model: ModelSpec, *, dtype: DType, max_num_seqs: int, token_budget: int, on_cpu: bool = True
+) -> int:
+    """An upper estimate of what one step allocates at once, but for attention's partial results.
 
-    Per token of the budget: residual, its normed copy, attention output and block output (4E), queries, keys
-    and values ((H + 2K) D), gate and up (2F), and the input of a product in tiles (E or F), in ``dtype``. Per
-    sequence: one row of V logits in ``dtype``, the same in float32, and its sorted copy with int64 indices for
-    sampling; as much for the rows of a prompt that are scored at once.
+    Per token of the budget see :func:`_token_bytes`. Per sequence a row of V logits in ``dtype``, as for the rows of
+    a prompt that are scored at once; and what sampling makes of those rows that it looks at together.
     """
-    attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    rows = max(max_num_seqs, SCORED_ROWS)
+    logits = rows * model.vocab_size * dtype.itemsize
+    return token_budget * _token_bytes(model, dtype) + logits + sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu)
+
+
+def _token_bytes(model: ModelSpec, dtype: DType) -> int:
+    """Per token of a step: embedding, residual, its normed copy, block output and result (5E), queries, keys and
+    values ((H + 2K) D), turned queries and attention output (2HD), gate, up and what they give (3F), and the input of
+    a product in tiles (E or F), in ``dtype``.
+    """
+    attention = (3 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     tiles = max(model.hidden_size, model.ffn_size)
-    per_token = 4 * model.hidden_size + attention + 2 * model.ffn_size + tiles
-    logits = max(max_num_seqs, SCORED_ROWS) * model.vocab_size * (dtype.itemsize + 16)
-    return token_budget * per_token * dtype.itemsize + logits
+    return (5 * model.hidden_size + attention + 3 * model.ffn_size + tiles) * dtype.itemsize
+
+
+def sampling_bytes(num_rows: int, vocab_size: int, *, on_cpu: bool) -> int:
+    """The most that sampling, or log-probabilities, of ``num_rows`` rows of logits allocates beside them.
+
+    Per logit at most 14 numbers of 4 bytes: where top-k and top-p are searched for in all tokens, a float32 copy and
+    its weights, both again for the rows that need it, the search's flags, and sums in float64. Per row as much again
+    for the first tokens in order, and 16 bytes more, where those are sorted. See workers.sampling_draw.
+    """
+    padded = -(-vocab_size // _SAMPLING_CHUNK) * _SAMPLING_CHUNK
+    at_once = max(1, (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU) // vocab_size)
+    return min(num_rows, at_once) * (56 * padded + 16 * min(padded, _SORTED))
+
+
+def graphed_tokens(max_num_seqs: int, max_context_tokens: int) -> int:
+    """Tokens that the sequences of a step may have together, shared ones counted for each, for a CUDA graph to run it.
+
+    Reading the KV of more takes a GPU longer than launching the kernels one by one takes its host.
+    """
+    return min(min(max_num_seqs, MOST_GRAPHED) * max_context_tokens, _GRAPHED_TOKENS)
+
+
+def graph_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int) -> int:
+    """What CUDA graphs of up to ``max_num_seqs`` decodes, or MOST_GRAPHED, hold on to from warm-up on.
+
+    The graphs share a pool, so that of the largest counts: per decode what a token of any step takes, and its logits
+    twice, as they are computed and as they are kept. The steps' tables, for each window: 4 bytes a token, 32 for each
+    part of a decode and half as much where parts are shared, 48 a decode, and 24 a decode for all windows. Partial
+    results, H (D + 1) float32 for each part, in the pool and again for steps that no graph takes. See
+    kernels.cuda.plan.
+    """
+    decodes = min(max_num_seqs, MOST_GRAPHED)
+    tokens = graphed_tokens(max_num_seqs, model.max_context_tokens)
+    parts = tokens // _PART + decodes
+    tables = len(model.distinct_windows) * (4 * tokens + 48 * parts + 48 * decodes) + 24 * decodes
+    partials = 2 * parts * model.num_heads * (model.head_dim + 1) * 4
+    logits = 2 * decodes * model.vocab_size * dtype.itemsize
+    return decodes * _token_bytes(model, dtype) + logits + tables + partials + _GRAPH_SLACK_BYTES
 
 
 def format_bytes(size: int) -> str:

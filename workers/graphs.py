@@ -4,84 +4,104 @@ A graph's kernels keep their addresses and sizes, so a step is copied to memory 
 the next larger of a few numbers of decodes. The rows left over belong to no sequence: they have no slot, so nothing of
 them is written, and what is computed in them is not looked at.
 
-Capturing needs a GPU, and is exercised by tests/gpu; what goes in and comes out is tested without one.
+Capturing needs a GPU, and is exercised by tests/gpu; all else is tested without one, by a capture that computes again.
+
+Shapes: T tokens of a step, V vocabulary.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.attention import AttentionPlan
 from kernels.cuda.plan import DevicePlan, fits, narrowed, put, room_for_decodes
-from workers.decoder import RopeTables, TokenBatch, Window
+from placement.memory import MOST_GRAPHED
+from workers.decoder import Window
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MOST_GRAPHED)
 _NO_SLOT = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
-    """What a step gives.
+class StepInputs:
+    """What a step computes, laid out for the device: tokens of several sequences, side by side.
 
     Attributes:
-        hidden: the last layer's output [T, E], before the final norm.
-        logits: those of every row [T, V], where they came along; else None.
+        token_ids: [T].
+        positions: of the tokens in their sequences, [T].
+        slots: where each token's KV goes, [T].
+        attention: a plan for each window that some layer has.
     """
 
-    hidden: Tensor
-    logits: Tensor | None
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    attention: Mapping[Window, AttentionPlan]
 
 
-Compute = Callable[[TokenBatch], Computed]
+Compute = Callable[[StepInputs], Tensor]  # logits [T, V]
 Replay = Callable[[], None]
-# Records a computation: its result, which calling the other computes again in the same place.
-Capture = Callable[[Callable[[], Computed]], tuple[Computed, Replay]]
+
+
+class Capture(Protocol):
+    """Records what a device is given to do."""
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        """Calls ``run``, once or more often; calling the result has the device do the same, on the same memory."""
 
 
 class DecodeGraphs:
-    """Computes steps: those of decodes alone by graphs, all others as they are. Itself a ``Compute``.
+    """Computes steps of decodes alone, each by the smallest graph that has room for it.
 
-    A result lasts until the next step. Not for several threads, nor for several streams.
+    Not for several threads, nor for several streams.
     """
 
     def __init__(
-        self, *, compute: Compute, inputs: "StepMemory", capture: Capture, sizes: Sequence[int] = SIZES
+        self, *, compute: Compute, inputs: "StepMemory", capture: Capture, sizes: Sequence[int] | None = None
     ) -> None:
-        """Captures a graph for each of ``sizes`` that ``inputs`` has room for.
+        """Captures a graph for each of ``sizes``.
 
         Args:
-            compute: what is captured, and computes every other step. It must not wait for the device, and give
-                logits.
+            compute: what is captured. It must not wait for the device.
             inputs: where steps are put.
             capture: such as :class:`CudaCapture`.
-            sizes: numbers of decodes, ascending.
+            sizes: numbers of decodes, ascending, none above what ``inputs`` has room for; ``graph_sizes`` by default.
         """
         self._compute = compute
         self._inputs = inputs
-        self._sizes = tuple(size for size in sizes if size <= inputs.max_decodes)
+        self._sizes = tuple(sizes or graph_sizes(inputs.max_decodes))
+        assert self._sizes[-1] <= inputs.max_decodes, self._sizes
+        # Outside the graphs' memory: what one graph leaves there, another may overwrite.
+        self._logits = torch.empty_like(compute(inputs.step(self._sizes[-1])))
         # The largest first, so that the smaller find their memory in the pool.
-        self._graphs = {size: capture(partial(compute, inputs.step(size))) for size in reversed(self._sizes)}
+        self._replays = {size: capture(partial(self._run, size)) for size in reversed(self._sizes)}
 
-    def __call__(self, tokens: TokenBatch) -> Computed:
-        num_tokens = len(tokens.token_ids)
+    def takes(self, step: StepInputs) -> bool:
+        """Whether the step is one of decodes alone, and a graph has room for it."""
+        return len(step.token_ids) <= self._sizes[-1] and self._inputs.can_hold(step)
+
+    def __call__(self, step: StepInputs) -> Tensor:
+        """Logits [T, V] of a step that it takes. They last until the next step."""
+        num_tokens = len(step.token_ids)
         size = next_size(num_tokens, self._sizes)
-        if size is None or not self._inputs.can_hold(tokens):
-            return self._compute(tokens)
-        self._inputs.put(tokens)
-        computed, replay = self._graphs[size]
-        replay()
-        logits = None if computed.logits is None else computed.logits[:num_tokens]
-        return Computed(hidden=computed.hidden[:num_tokens], logits=logits)
+        self._inputs.put(step)
+        self._replays[size]()
+        return self._logits[:num_tokens]
+
+    def _run(self, size: int) -> None:
+        self._logits[:size].copy_(self._compute(self._inputs.step(size)))
 
 
 class StepMemory:
     """Memory that a step of decodes is copied to, so that it is always in the same place."""
 
-    def __init__(self, *, like: TokenBatch, max_decodes: int, max_tokens: int) -> None:
-        """Of the windows, number types and head dimension of ``like``, a step that was laid out for the device.
+    def __init__(self, *, like: StepInputs, max_decodes: int, max_tokens: int) -> None:
+        """Of the windows, the number types and the device of ``like``.
 
         Args:
             max_decodes: rows that there is room for.
@@ -89,36 +109,36 @@ class StepMemory:
         """
         device = like.token_ids.device
         self.max_decodes = max_decodes
-        self._token_ids = torch.zeros(max_decodes, dtype=like.token_ids.dtype, device=device)
-        self._slots = torch.full((max_decodes,), _NO_SLOT, dtype=like.slots.dtype, device=device)
-        self._rope = {window: _room_for_tables(tables, max_decodes) for window, tables in like.rope.items()}
+        self._token_ids, self._positions, self._slots = (
+            torch.zeros(max_decodes, dtype=rows.dtype, device=device)
+            for rows in (like.token_ids, like.positions, like.slots)
+        )
+        self._slots.fill_(_NO_SLOT)
         self._plans = {window: room_for_decodes(max_decodes, max_tokens, window, device) for window in like.attention}
 
-    def step(self, size: int) -> TokenBatch:
+    def step(self, size: int) -> StepInputs:
         """The first ``size`` rows, as the step to capture."""
-        return TokenBatch(
+        return StepInputs(
             token_ids=self._token_ids[:size],
+            positions=self._positions[:size],
             slots=self._slots[:size],
-            rope={w: RopeTables(cos=tables.cos[:size], sin=tables.sin[:size]) for w, tables in self._rope.items()},
             attention={window: narrowed(plan, size) for window, plan in self._plans.items()},
         )
 
-    def can_hold(self, tokens: TokenBatch) -> bool:
+    def can_hold(self, step: StepInputs) -> bool:
         """Whether the step is one of decodes alone, and there is room for it."""
-        return len(tokens.token_ids) <= self.max_decodes and all(
-            fits(plan, self._plans[window]) for window, plan in _plans(tokens).items()
+        return len(step.token_ids) <= self.max_decodes and all(
+            fits(plan, self._plans[window]) for window, plan in _plans(step).items()
         )
 
-    def put(self, tokens: TokenBatch) -> None:
+    def put(self, step: StepInputs) -> None:
         """Copies a step that it can hold. The device does it when it has done all that it was given before."""
-        num_tokens = len(tokens.token_ids)
-        self._token_ids[:num_tokens].copy_(tokens.token_ids)
-        self._slots.fill_(_NO_SLOT)
-        self._slots[:num_tokens].copy_(tokens.slots)
-        for window, tables in tokens.rope.items():
-            self._rope[window].cos[:num_tokens].copy_(tables.cos)
-            self._rope[window].sin[:num_tokens].copy_(tables.sin)
-        for window, plan in _plans(tokens).items():
+        num_tokens = len(step.token_ids)
+        self._token_ids[:num_tokens].copy_(step.token_ids)
+        self._positions[:num_tokens].copy_(step.positions)
+        self._slots[:num_tokens].copy_(step.slots)
+        self._slots[num_tokens:].fill_(_NO_SLOT)
+        for window, plan in _plans(step).items():
             put(plan, self._plans[window])
 
 
@@ -126,41 +146,44 @@ class CudaCapture:
     """Captures graphs that share one pool of memory: only one of them is in use at a time."""
 
     def __init__(self, device: torch.device) -> None:
+        """Of what the calling thread has ``device`` do."""
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all graphs: each stream has a workspace of cuBLAS, of tens of MiB.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def __call__(self, run: Callable[[], Computed]) -> tuple[Computed, Replay]:
+    def __call__(self, run: Callable[[], None]) -> Replay:
         """Runs it once beforehand: what is compiled or allocated at first cannot be captured."""
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 run()
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on with what a capture forbids its own, such as allocating.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                computed = run()
-        return computed, graph.replay
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                run()
+        replay: Replay = graph.replay
+        return replay
 
 
-def next_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
-    """The least of the ascending ``sizes`` that is not below ``num_tokens``; None where there is none."""
-    index = bisect_left(sizes, num_tokens)
-    return sizes[index] if index < len(sizes) else None
+def graph_sizes(max_decodes: int) -> tuple[int, ...]:
+    """Numbers of decodes that there is a graph for, ascending: ``max_decodes`` is the last, or the most there can be.
+
+    Sizes are about a third apart: rows that belong to no sequence cost little beside reading the weights.
+    """
+    most = min(max_decodes, MOST_GRAPHED)
+    return (*(size for size in _SIZES if size < most), most)
 
 
-def _room_for_tables(like: RopeTables, num_rows: int) -> RopeTables:
-    cos, sin = (
-        torch.zeros(num_rows, *table.shape[1:], dtype=table.dtype, device=table.device)
-        for table in (like.cos, like.sin)
-    )
-    return RopeTables(cos=cos, sin=sin)
+def next_size(num_tokens: int, sizes: Sequence[int]) -> int:
+    """The least of the ascending ``sizes`` that is not below ``num_tokens``, which is not above the last."""
+    return sizes[bisect_left(sizes, num_tokens)]
 
 
-def _plans(tokens: TokenBatch) -> Mapping[Window, DevicePlan]:
+def _plans(step: StepInputs) -> Mapping[Window, DevicePlan]:
     plans: dict[Window, DevicePlan] = {}
-    for window, plan in tokens.attention.items():
+    for window, plan in step.attention.items():
         assert isinstance(plan, DevicePlan), type(plan)
         plans[window] = plan
     return plans

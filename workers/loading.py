@@ -19,14 +19,13 @@ from placement.specs import DType, ModelSpec
 from placement.weights import TensorSlice, shard_tensors, whole_model
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
-from workers.cores import claim_cores
 from workers.device import TORCH_DTYPES, Device, is_out_of_memory
 from workers.engine import Engine
 from workers.engine_types import Limits, Runner
 from workers.grammar import GrammarFactory
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
-from workers.runner import Batch, ModelRunner, SequenceInput
-from workers.sampling import SamplerState, SamplingParams
+from workers.runner import ModelRunner
+from workers.warm_up import capture_for, executing_thread, use_device, warm_up
 from workers.weights import load_weights
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -66,6 +65,7 @@ class LoadJob:
             NotEnoughMemory: the device has not the memory, by reckoning before anything is read or in fact.
         """
         request, device = self._request, self._device
+        use_device(device.torch_device)
         model = read_model(Path(request.model_path))
         dtype = wire.dtype(request.dtype)
         _check(request, model)
@@ -98,7 +98,8 @@ class LoadJob:
         runner = ModelRunner(model=model, weights=weights, cache=cache, device=torch_device, kernels=kernels)
         self.phase = pb.LOAD_PHASE_WARM_UP
         executor = executing_thread(self._device)
-        executor.submit(warm_up, runner, model=model, token_budget=request.token_budget, num_slots=num_slots).result()
+        capture = capture_for(torch_device, kernels)
+        executor.submit(warm_up, runner, model=model, request=request, capture=capture).result()
         grammars = GrammarFactory(
             Path(request.model_path), vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
         )
@@ -244,30 +245,6 @@ def check_memory(need: Footprint, available_bytes: int, *, where: str) -> None:
         fix = "Free memory, or use a smaller model."
     problem = f"{need} are needed, and {where} has {format_bytes(max(available_bytes, 0))} left"
     raise NotEnoughMemory(field=field, value=format_bytes(size), problem=problem, fix=fix)
-
-
-def warm_up(runner: ModelRunner, *, model: ModelSpec, token_budget: int, num_slots: int) -> None:
-    """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
-    num_tokens = min(token_budget, num_slots - 1, model.max_context_tokens - 1)
-    if num_tokens < 1:
-        return
-    for start, count in ((0, num_tokens), (num_tokens, 1)):
-        sequence = SequenceInput(
-            token_ids=[0] * count,
-            start=start,
-            runs=((0, start + count),),
-            sampler=SamplerState(SamplingParams(), ()),
-            samples=True,
-        )
-        runner.prepare(Batch(sequences=(sequence,)))()
-
-
-def executing_thread(device: Device) -> ThreadPoolExecutor:
-    """The thread that executes steps. On a CPU it, and those it shares work with, keep to cores of their own."""
-    if device.torch_device.type != "cpu":
-        return ThreadPoolExecutor(1, thread_name_prefix="runner")
-    claim = claim_cores(device.num_threads)
-    return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=claim.pin)
 
 
 def build_engine(runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec) -> Engine:

@@ -7,7 +7,7 @@ is not known yet when it is prepared; it is put in its place when the step begin
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from kernels.select import Kernels
 from placement.specs import ModelSpec
 from workers import decoder
 from workers.grammar import GrammarState, prefetch
+from workers.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes
 from workers.kv_cache import KVCache
 from workers.sampling import SampledToken, SamplerState, SamplingFailed, sample
 from workers.scoring import PromptScores, ScoredPrompt, score
@@ -71,17 +72,15 @@ class _Prepared:
     """A step laid out for the device.
 
     Attributes:
-        tokens: all but what turns them, which the executing thread computes with its own team of threads.
-        positions: of the tokens, [T].
+        inputs: all but the tokens that are awaited, which are 0.
         awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``.
-        rows: rows of ``tokens`` after which a token is sampled.
+        rows: rows of ``inputs`` after which a token is sampled.
         samplers: how, one for each of ``rows``.
         scored: first row and prompt of what is scored, with the place of its sequence.
     """
 
     batch: Batch
-    tokens: decoder.TokenBatch
-    positions: Tensor
+    inputs: StepInputs
     awaiting: tuple[SamplerState, ...]
     awaiting_rows: Tensor
     rows: Tensor
@@ -124,6 +123,7 @@ class ModelRunner:
         self._cache = cache
         self._device = device
         self._kernels = kernels
+        self._graphs: DecodeGraphs | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     @torch.inference_mode()
@@ -132,20 +132,36 @@ class ModelRunner:
 
         May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
+        if self._device.type == "cuda":  # of the calling thread: pinned memory belongs to its current device, too
+            torch.cuda.set_device(self._device)
         return partial(self._execute, self._lay_out(batch))
+
+    @torch.inference_mode()
+    def capture_decodes(self, capture: Capture, *, max_decodes: int, max_tokens: int) -> None:
+        """Has steps of decodes alone computed by graphs from now on, where they fit; see :mod:`workers.graphs`.
+
+        For the thread that executes steps, between two of them. Writes no KV.
+
+        Args:
+            capture: records the steps.
+            max_decodes: sequences of the largest step to record.
+            max_tokens: tokens that its sequences may have together.
+        """
+        decode = SequenceInput(token_ids=[0], start=0, runs=((0, 1),))
+        like = self._lay_out(Batch(sequences=(decode,))).inputs
+        inputs = StepMemory(like=like, max_decodes=graph_sizes(max_decodes)[-1], max_tokens=max_tokens)
+        self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
 
     def _lay_out(self, batch: Batch) -> _Prepared:
         spans = _spans(batch)
-        tokens, positions = self._flatten(batch, spans)
         last = [span.query_start + span.num_queries - 1 for span in spans]
         placed = list(zip(batch.sequences, spans, last, strict=True))
         return _Prepared(
             batch=batch,
-            tokens=tokens,
-            positions=positions,
+            inputs=self._flatten(batch, spans),
             awaiting=tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None),
-            awaiting_rows=self._indices([row for s, _, row in placed if s.awaits_token]),
-            rows=self._indices([row for s, _, row in placed if s.samples]),
+            awaiting_rows=self._send([row for s, _, row in placed if s.awaits_token]),
+            rows=self._send([row for s, _, row in placed if s.samples]),
             samplers=tuple(s.sampler for s in batch.sequences if s.samples and s.sampler is not None),
             scored=tuple(
                 (index, span.query_start + s.scored.first_index - 1 - s.start, s.scored)
@@ -158,20 +174,16 @@ class ModelRunner:
     def _execute(self, prepared: _Prepared) -> StepResult:
         """Computes the step, writes its KV and samples."""
         started_s = time.monotonic()
-        tokens, samplers = self._turned(prepared), prepared.samplers
+        samplers = prepared.samplers
         if prepared.awaiting:
-            tokens.token_ids[prepared.awaiting_rows] = self._indices(_newest(prepared.awaiting))
+            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(_newest(prepared.awaiting))
         # Which tokens the grammars allow is found out beside the forward pass.
         grammars = [s.grammar for s in samplers if isinstance(s.grammar, GrammarState)]
         masks = self._beside.submit(prefetch, grammars, self._model.vocab_size) if grammars else None
-        hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
+        logits, scores = self._compute(prepared)
         if masks is not None:
             masks.result()
-        scores = {
-            index: score(hidden[row : row + len(prompt.token_ids)], self._project, prompt)
-            for index, row, prompt in prepared.scored
-        }
-        sampled = iter(sample(self._project(hidden[prepared.rows]), samplers) if samplers else ())
+        sampled = iter(() if logits is None else sample(logits, samplers))
         sequences = prepared.batch.sequences
         return StepResult(
             tokens=tuple(next(sampled) if sequence.samples else None for sequence in sequences),
@@ -182,26 +194,50 @@ class ModelRunner:
             duration_s=time.monotonic() - started_s,
         )
 
+    def _compute(self, prepared: _Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
+        """Logits [R, V] of the R rows that a token is sampled after, None where there are none, and scores."""
+        inputs, num_sampled = prepared.inputs, len(prepared.samplers)
+        if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.takes(inputs):
+            logits = self._graphs(inputs)
+            return (logits if num_sampled == len(logits) else logits[prepared.rows]), {}
+        hidden = self._hidden(inputs)
+        scores = {
+            index: score(hidden[row : row + len(prompt.token_ids)], self._project, prompt)
+            for index, row, prompt in prepared.scored
+        }
+        return (self._project(hidden[prepared.rows]) if num_sampled else None), scores
+
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Computes a batch and writes its KV. Logits [T, V] after every token: for tests and measurements."""
-        tokens = self._turned(self._lay_out(batch))
-        hidden = decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
-        return self._project(hidden)
+        return self._all_logits(self._lay_out(batch).inputs)
 
-    def _indices(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+    def _all_logits(self, inputs: StepInputs) -> Tensor:
+        """Logits [T, V] after every token."""
+        return self._project(self._hidden(inputs))
+
+    def _hidden(self, inputs: StepInputs) -> Tensor:
+        """The last layer's output [T, E]. What turns the tokens is computed here, by the executing thread's team."""
+        tokens = decoder.TokenBatch(
+            token_ids=inputs.token_ids,
+            slots=inputs.slots,
+            rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
+            attention=inputs.attention,
+        )
+        return decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
 
     def _project(self, hidden: Tensor) -> Tensor:
         """Logits [rows, V] of hidden states [rows, E]."""
         return decoder.project(self._model, self._weights, self._kernels, hidden)
 
-    def _turned(self, prepared: _Prepared) -> decoder.TokenBatch:
-        """The step's tokens with what turns them by their positions."""
-        return replace(prepared.tokens, rope=decoder.rope_tables(self._model, self._weights, prepared.positions))
+    def _send(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Integers on the device. From pinned memory, or the host would wait for the step that executes."""
+        if self._device.type != "cuda":
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
 
-    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> tuple[decoder.TokenBatch, Tensor]:
-        """Token ids, slots and attention of the batch, and its positions; a token that is awaited is 0."""
+    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> StepInputs:
+        """The batch's tokens, side by side; one that is awaited is 0."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -213,15 +249,14 @@ class ModelRunner:
             for run in span.query_runs:
                 slots.extend(range(*run))
             assert len(slots) == len(positions) == len(token_ids), sequence
-        ids, at, where = torch.tensor([token_ids, positions, slots], dtype=torch.int64, device=self._device)
+        ids, at, where = self._send([token_ids, positions, slots])
         windows = self._model.distinct_windows
-        tokens = decoder.TokenBatch(
+        return StepInputs(
             token_ids=ids,
+            positions=at,
             slots=where,
-            rope={},
             attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in windows},
         )
-        return tokens, at
 
 
 def _spans(batch: Batch) -> list[SequenceSpan]:

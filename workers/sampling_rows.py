@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from placement.memory import SAMPLED_ON_CPU, SAMPLED_ON_GPU
+
 CHUNK = 256
-# Logits looked at together on a CPU: few enough that what is computed of them stays in its caches.
-_PART = 1 << 19
 _GROUP = 32  # neighbours looked at as one when the first ones in order are sought
 
 
 def in_parts(rows: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
     """``rows`` of ``logits`` [B, V] in turn, as many at a time as are best computed together."""
-    size = max(1, _PART // logits.shape[1]) if logits.device.type == "cpu" else len(rows)
+    at_once = SAMPLED_ON_CPU if logits.device.type == "cpu" else SAMPLED_ON_GPU
+    size = max(1, at_once // logits.shape[1])
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 

@@ -49,25 +49,69 @@ def decode_kernel(
         pair += tl.num_programs(0)
 
 
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def shared_kernel(
+    query, keys, values, slots, counts, tasks, members, partials, masses,
+    row_stride, head_stride, num_slots, num_kv_heads, scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr, WIDENS: tl.constexpr,
+):  # fmt: skip
+    """Parts that decodes share, each under each KV head, for ROWS (decode, head) pairs at once: partial results.
+
+    Grid: any number of programs, as of :func:`decode_kernel`. A task's pairs are BLOCKS blocks, of which neighbours
+    read the same keys and values, at about the same time.
+    """
+    num_items, num_heads = tl.load(counts + 2) * num_kv_heads * BLOCKS, num_kv_heads * GROUP
+    columns = tl.arange(0, BLOCK_DIM)[None, :]
+    item = tl.program_id(0)
+    while item < num_items:
+        task, kv_head = tasks + item // (num_kv_heads * BLOCKS) * 8, item // BLOCKS % num_kv_heads
+        num_pairs = tl.load(task + 1) * GROUP
+        if item % BLOCKS * ROWS < num_pairs:
+            pairs = item % BLOCKS * ROWS + tl.arange(0, ROWS)
+            member = members + (tl.load(task) + pairs // GROUP) * 2
+            row = tl.load(member, mask=pairs < num_pairs, other=0).to(tl.int64)
+            partial = tl.load(member + 1, mask=pairs < num_pairs, other=0).to(tl.int64) + tl.load(task + 5)
+            head = kv_head * GROUP + pairs % GROUP
+            inside = (pairs < num_pairs)[:, None] & (columns < HEAD_DIM)
+            turned = tl.load(query + (row * row_stride + head * head_stride)[:, None] + columns, mask=inside, other=0.0)
+            base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
+            total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
+            total, top, mass = _fold(
+                turned, keys + base, values + base, slots + tl.load(task + 2), tl.load(task + 3), tl.load(task + 4),
+                pairs, total, top, mass, scale, HEAD_DIM, BLOCK_DIM, TOKENS, False, False, 0, WIDENS,
+            )  # fmt: skip
+            place = partial * num_heads + head
+            tl.store(partials + place[:, None] * HEAD_DIM + columns, total / mass[:, None], mask=inside)
+            tl.store(masses + place, top + tl.log2(mass), mask=pairs < num_pairs)
+        item += tl.num_programs(0)
+
+
 @triton.jit
 def merge_kernel(
     counts, merges, partials, masses, output, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, PARTS: tl.constexpr
 ):
-    """Each decode of several parts from their partial results, weighted by mass. Grid: merges, H."""
+    """Each decode of several parts from their partial results, weighted by mass, PARTS at once. Grid: merges, H."""
     merge, head, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if merge >= tl.load(counts + 1):
         return
     row = tl.load(merges + merge * 4).to(tl.int64)
     first, num_parts = tl.load(merges + merge * 4 + 1), tl.load(merges + merge * 4 + 2)
-    parts, columns = tl.arange(0, PARTS), tl.arange(0, BLOCK_DIM)
-    inside = (parts < num_parts)[:, None] & (columns < HEAD_DIM)[None, :]
-    place = (first + parts).to(tl.int64) * num_heads + head
-    mass = tl.load(masses + place, mask=parts < num_parts, other=-float("inf"))
-    share = tl.exp2(mass - tl.max(mass, axis=0))
-    means = tl.load(partials + place[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
-    mean = tl.sum(share[:, None] * means, axis=0) / tl.sum(share, axis=0)
+    columns = tl.arange(0, BLOCK_DIM)
+    total, top, sum_of_shares = tl.zeros((BLOCK_DIM,), tl.float32), -float("inf"), 0.0
+    for start in range(0, num_parts, PARTS):
+        parts = start + tl.arange(0, PARTS)
+        inside = (parts < num_parts)[:, None] & (columns < HEAD_DIM)[None, :]
+        place = (first + parts).to(tl.int64) * num_heads + head
+        mass = tl.load(masses + place, mask=parts < num_parts, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(mass, axis=0))
+        share, decay = tl.exp2(mass - new_top), tl.exp2(top - new_top)
+        means = tl.load(partials + place[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+        total = total * decay + tl.sum(share[:, None] * means, axis=0)
+        sum_of_shares = sum_of_shares * decay + tl.sum(share, axis=0)
+        top = new_top
     at = output + (row * num_heads + head) * HEAD_DIM + columns
-    tl.store(at, mean.to(output.dtype.element_ty), mask=columns < HEAD_DIM)
+    tl.store(at, (total / sum_of_shares).to(output.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads"])

@@ -1,8 +1,10 @@
 """A step's attention as tables on the device: made on the host, sent in one copy, read by every layer.
 
 A sequence's tokens are numbered in one list for the whole step; ``slots`` says where each lies. One query of a
-sequence is a decode: its tokens are cut into parts by their number alone, so that what it is given depends neither on
-its batch nor on where its blocks lie. More queries are a chunk, cut into tasks of neighbours.
+sequence is a decode: its tokens are cut into parts by their positions alone, so that what it is given depends neither
+on its batch nor on where its blocks lie, and decodes that share a prompt's beginning share whole parts of it. These
+are attended to once for all of them; a decode's results of its parts are merged alike. More queries are a chunk, cut
+into tasks of neighbours.
 """
 
 from collections.abc import Sequence
@@ -16,12 +18,31 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan, SequenceSpan
 
-PART = 256  # tokens of a part, in decodes that have no more than MAX_PARTS of them
-MAX_PARTS = 64
+PART = 256  # tokens of a part: each begins at a multiple of it
 CHUNK = 128  # queries of a task
-_GRAIN = 64  # parts are multiples of it, so that all tiles but a sequence's last are full
+MEMBERS = 64  # decodes of a task that share a part
+# Of a launch that is kept, parts of a decode that it is laid out for, and groups that a decode may be in.
+_LIKELY_PARTS, _LIKELY_GROUPS = 64, 4
 
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedParts:
+    """Parts that several decodes have in common: the same tokens at the same positions, in the same slots.
+
+    Attributes:
+        members: which of the step's spans, by index; two or more.
+        first: number of the first part, which begins at position ``first * PART``.
+        stop: number after the last. All members see all tokens of all parts.
+    """
+
+    members: tuple[int, ...]
+    first: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert len(self.members) > 1 and 0 <= self.first < self.stop, self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,25 +51,47 @@ class DevicePlan(AttentionPlan):
 
     Attributes:
         slots: [tokens of all sequences, one list after the other].
-        counts: [4]: rows of ``decodes`` and of ``merges`` in use, and two zeros.
+        counts: [4]: rows of ``decodes``, ``merges`` and ``shared`` in use, and a zero.
         merges: [., 4]: a decode of several parts: its row in the batch, first partial result, number of them, 0.
         decodes: [., 8]: a part of a decode: its row, where its sequence's slots begin, first token and end of the
             part, its partial result or -1 where there is no other part, and zeros.
+        shared: [., 8]: a part that decodes share: the first of them in ``members``, how many, where slots of one of
+            their sequences begin, first token and end of the part, its number, and zeros.
+        members: [., 2]: a decode that shares: its row, and what a part's number is added to for its partial result.
         chunks: [., 8]: queries of a chunk: first row, how many, where its sequence's slots begin, position of the
             first, and zeros. Those that see most come first.
-        num_partials: partial results that ``decodes`` may name.
+        num_partials: partial results that the tables may name.
+        num_parts: rows of ``decodes`` that a launch is laid out for; it does all that are in use.
     """
 
     slots: Tensor
     counts: Tensor
     merges: Tensor
     decodes: Tensor
+    shared: Tensor
+    members: Tensor
     chunks: Tensor
     num_partials: int
+    num_parts: int
 
 
-def plan_step(spans: Sequence[SequenceSpan], window: int | None, device: torch.device) -> DevicePlan:
-    """Lays a step out on ``device``. Does not wait for it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decodes:
+    """A step's decodes: the tables of :class:`DevicePlan`."""
+
+    merges: Integers
+    decodes: Integers
+    shared: Integers
+    members: Integers
+
+
+def plan_step(
+    spans: Sequence[SequenceSpan],
+    window: int | None,
+    device: torch.device,
+    shared: Sequence[SharedParts] = (),
+) -> DevicePlan:
+    """Lays a step out on ``device``. Does not wait for it. No two of ``shared`` have a decode's part in common."""
     runs = np.fromiter(chain.from_iterable(chain.from_iterable(span.runs for span in spans)), np.int64).reshape(-1, 2)
     run_lengths = runs[:, 1] - runs[:, 0]
     run_ends = run_lengths.cumsum()
@@ -58,13 +101,17 @@ def plan_step(spans: Sequence[SequenceSpan], window: int | None, device: torch.d
     fields = np.array([(span.query_start, span.num_queries) for span in spans], np.int64)
     sequences = np.column_stack((fields, ends - lengths, lengths))
     is_decode = fields[:, 1] == 1
-    decodes, merges = _cut_decodes(sequences[is_decode], window)
+    decodes = _cut_decodes(sequences[is_decode], window, _by_decode(shared, is_decode))
     chunks = _cut_chunks(sequences[~is_decode])
     shifts = runs[:, 0] - (run_ends - run_lengths)  # from a token's place in the list to its slot
-    counts = np.array([len(decodes), len(merges), 0, 0])
-    tables = _send((counts, merges, decodes, chunks, np.stack((shifts, run_lengths))), device)
+    counts = np.array([len(decodes.decodes), len(decodes.merges), len(decodes.shared), 0])
+    tables = _send(
+        *(counts, decodes.merges, decodes.decodes, decodes.shared, chunks, decodes.members),
+        np.stack((shifts, run_lengths)),
+        device=device,
+    )
     num_tokens = int(ends[-1])
-    shift = tables[4][0].repeat_interleave(tables[4][1], output_size=num_tokens)
+    shift = tables[6][0].repeat_interleave(tables[6][1], output_size=num_tokens)
     return DevicePlan(
         spans=tuple(spans),
         window=window,
@@ -72,8 +119,11 @@ def plan_step(spans: Sequence[SequenceSpan], window: int | None, device: torch.d
         counts=tables[0],
         merges=tables[1],
         decodes=tables[2],
-        chunks=tables[3],
-        num_partials=int(merges[:, 2].sum()),
+        shared=tables[3],
+        members=tables[5],
+        chunks=tables[4],
+        num_partials=int(decodes.merges[:, 2].sum()),
+        num_parts=len(decodes.decodes),
     )
 
 
@@ -82,56 +132,114 @@ def room_for_decodes(num_decodes: int, num_tokens: int, window: int | None, devi
     it once (a CUDA graph) compute what :func:`put` has last put there.
     """
     num_parts = num_tokens // PART + num_decodes
+
+    def table(num_rows: int, *width: int) -> Tensor:
+        return torch.zeros(num_rows, *width, dtype=torch.int32, device=device)
+
     return DevicePlan(
         spans=(),
         window=window,
-        slots=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-        counts=torch.zeros(4, dtype=torch.int32, device=device),
-        merges=torch.zeros(num_decodes, 4, dtype=torch.int32, device=device),
-        decodes=torch.zeros(num_parts, 8, dtype=torch.int32, device=device),
-        chunks=torch.zeros(0, 8, dtype=torch.int32, device=device),
+        slots=table(num_tokens),
+        counts=table(4),
+        merges=table(num_decodes, 4),
+        decodes=table(num_parts, 8),
+        shared=table(num_parts // 2, 8),
+        members=table(_LIKELY_GROUPS * num_decodes, 2),
+        chunks=table(0, 8),
         num_partials=num_parts,
+        num_parts=num_parts,
     )
 
 
 def narrowed(room: DevicePlan, num_decodes: int) -> DevicePlan:
-    """The same memory for no more than ``num_decodes``, whose kernels then look through less of it."""
-    num_parts = min(len(room.decodes), num_decodes * MAX_PARTS)
-    return replace(room, merges=room.merges[:num_decodes], decodes=room.decodes[:num_parts], num_partials=num_parts)
+    """The same memory for no more than ``num_decodes``, whose launches are then smaller: one decode shares nothing."""
+    return replace(
+        room,
+        merges=room.merges[:num_decodes],
+        shared=room.shared[: 0 if num_decodes == 1 else None],
+        num_parts=min(len(room.decodes), num_decodes * _LIKELY_PARTS),
+    )
 
 
 def fits(plan: DevicePlan, room: DevicePlan) -> bool:
     """Whether there is room for the plan."""
-    tables = ((plan.slots, room.slots), (plan.decodes, room.decodes), (plan.merges, room.merges))
-    return not len(plan.chunks) and all(len(table) <= len(target) for table, target in tables)
+    return (
+        not len(plan.chunks)
+        and plan.num_partials <= room.num_partials
+        and all(len(table) <= len(target) for table, target in _tables(plan, room))
+    )
 
 
 def put(plan: DevicePlan, room: DevicePlan) -> None:
     """Copies a plan that fits."""
     room.counts.copy_(plan.counts)
-    room.slots[: len(plan.slots)].copy_(plan.slots)
-    room.decodes[: len(plan.decodes)].copy_(plan.decodes)
-    room.merges[: len(plan.merges)].copy_(plan.merges)
+    for table, target in _tables(plan, room):
+        target[: len(table)].copy_(table)
 
 
-def _cut_decodes(sequences: Integers, window: int | None) -> tuple[Integers, Integers]:
-    """Tables ``decodes`` and ``merges`` of sequences [B, 4]: row, queries (one), first slot, tokens."""
+def _tables(plan: DevicePlan, room: DevicePlan) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Those that may be shorter than there is room for."""
+    return (
+        (plan.slots, room.slots),
+        (plan.decodes, room.decodes),
+        (plan.merges, room.merges),
+        (plan.shared, room.shared),
+        (plan.members, room.members),
+    )
+
+
+def _by_decode(shared: Sequence[SharedParts], is_decode: NDArray[np.bool_]) -> list[tuple[Integers, Integers]]:
+    """Members, by their numbers among the decodes, and numbers of the parts."""
+    number = is_decode.cumsum() - 1
+    assert all(is_decode[list(parts.members)].all() for parts in shared), shared
+    return [(number[list(parts.members)], np.arange(parts.first, parts.stop)) for parts in shared]
+
+
+def _cut_decodes(sequences: Integers, window: int | None, shared: Sequence[tuple[Integers, Integers]]) -> _Decodes:
+    """Tables of sequences [B, 4] (row, queries (one), first slot, tokens) of which some share parts."""
     row, _, first_slot, end = sequences.T
     begin = np.zeros_like(end) if window is None else np.maximum(0, end - window)
-    size = np.maximum(PART, -(-(end - begin) // (MAX_PARTS * _GRAIN)) * _GRAIN)
-    num_parts = -(-(end - begin) // size)
+    num_parts = -(-end // PART) - begin // PART
     owner = np.arange(len(row)).repeat(num_parts)
-    first = begin[owner] + (np.arange(len(owner)) - (num_parts.cumsum() - num_parts)[owner]) * size[owner]
-    several = num_parts > 1
-    partial = np.where(several[owner], several[owner].cumsum() - 1, -1)
-    decodes = np.zeros((len(owner), 8), np.int64)
-    decodes[:, :5] = np.column_stack(
-        (row[owner], first_slot[owner], first, np.minimum(first + size[owner], end[owner]), partial)
+    before = num_parts.cumsum() - num_parts - begin // PART  # from a part's number to its place among all
+    number = np.arange(len(owner)) - before[owner]
+    is_own, several = np.ones(len(owner), np.bool_), num_parts > 1
+    for members, numbers in shared:
+        is_own[np.add.outer(before[members], numbers)] = False
+        several[members] = True
+    is_partial = several[owner]
+    partial = np.where(is_partial, is_partial.cumsum() - 1, -1)
+    parts = np.zeros((len(owner), 8), np.int64)
+    edge = number * PART
+    parts[:, :4] = np.column_stack(
+        (row[owner], first_slot[owner], np.maximum(begin[owner], edge), np.minimum(end[owner], edge + PART))
     )
+    parts[:, 4] = partial
     counts = num_parts[several]
     merges = np.zeros((len(counts), 4), np.int64)
     merges[:, :3] = np.column_stack((row[several], counts.cumsum() - counts, counts))
-    return decodes, merges
+    first_partial = np.where(several, (num_parts * several).cumsum() - num_parts, 0)
+    entries = [np.column_stack((row[m], (first_partial - begin // PART)[m])) for m, _ in shared]
+    return _Decodes(
+        merges=merges,
+        decodes=parts[is_own],
+        shared=_cut_shared([(len(m), first_slot[m[0]], numbers) for m, numbers in shared]),
+        members=np.concatenate((np.empty((0, 2), np.int64), *entries)),
+    )
+
+
+def _cut_shared(shared: Sequence[tuple[int, int, Integers]]) -> Integers:
+    """Table ``shared`` of groups: how many members, first slot of one of them, numbers of the parts."""
+    tasks, first = [np.empty((0, 8), np.int64)], 0
+    for num_members, first_slot, numbers in shared:
+        block = np.arange(0, num_members, MEMBERS)
+        number, start = (grid.ravel() for grid in np.meshgrid(numbers, block, indexing="ij"))
+        columns = (first + start, np.minimum(MEMBERS, num_members - start), first_slot, number * PART)
+        rows = np.zeros((len(start), 8), np.int64)
+        rows[:, :6] = np.stack(np.broadcast_arrays(*columns, (number + 1) * PART, number), axis=1)
+        tasks.append(rows)
+        first += num_members
+    return np.concatenate(tasks)
 
 
 def _cut_chunks(sequences: Integers) -> Integers:
@@ -148,7 +256,7 @@ def _cut_chunks(sequences: Integers) -> Integers:
     return chunks[order]
 
 
-def _send(arrays: Sequence[Integers], device: torch.device) -> list[Tensor]:
+def _send(*arrays: Integers, device: torch.device) -> list[Tensor]:
     """The arrays as int32 on the device, in one copy from memory that it reads by itself."""
     size = sum(array.size for array in arrays)
     host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -7,6 +7,7 @@ import torch
 from kernels import reference
 from kernels.attention import AttentionPlan, SequenceSpan, SharedSpan
 from kernels.cuda import activations, attention, norms, plan, rope
+from kernels.cuda.shared import choose
 from kernels.select import Kernels
 
 
@@ -29,9 +30,9 @@ class CudaKernels:
     def plan(
         self, spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
     ) -> AttentionPlan:
-        """As :func:`kernels.reference.plan`, sent to the device. ``shared`` is not made use of."""
+        """As :func:`kernels.reference.plan`, sent to the device. Of ``shared`` it keeps what pays."""
         assert window is None or window > 0, window
-        return plan.plan_step(spans, window, self._device)
+        return plan.plan_step(spans, window, self._device, choose(spans, shared, window=window))
 
 
 def open_kernels(device: torch.device) -> Kernels:

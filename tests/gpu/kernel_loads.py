@@ -3,13 +3,17 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from kernels import reference
-from kernels.attention import LayerCache, SequenceSpan
+from kernels.attention import LayerCache, Run, SequenceSpan
+from kernels.cuda.plan import PART, SharedParts, plan_step
+from kernels.cuda.quantized import TiledLinear
 from kernels.cuda.variant import open_kernels
+from kernels.quantized import round_weight
 from tests.support.triton_cases import DEVICE, normal
 
 KERNELS = open_kernels(DEVICE)
@@ -28,14 +32,29 @@ class Sizes:
     rows: int = 16384
     decodes: tuple[tuple[int, int], ...] = ((1, 32768), (16, 4096), (128, 2048))  # sequences, tokens of each
     chunks: tuple[int, ...] = (2048, 8192)
+    shared: tuple[tuple[int, int, int], ...] = ((64, 4096, 256), (64, 16384, 256))  # members, tokens shared, and own
     linear_rows: int = 2048
+    rounded: tuple[int, ...] = (1, 16, 64, 256, 2048)  # tokens
+    group_size: int = 128
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
 
-SMALL = Sizes(hidden=64, heads=4, kv_heads=2, ffn=96, rows=3, decodes=((2, 320),), chunks=(20,), linear_rows=4)
+SMALL = Sizes(
+    hidden=64,
+    heads=4,
+    kv_heads=2,
+    ffn=96,
+    rows=3,
+    decodes=((2, 320),),
+    chunks=(20,),
+    shared=((2, 256, 16),),
+    linear_rows=4,
+    rounded=(2,),
+    group_size=32,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +72,15 @@ def loads(sizes: Sizes) -> Iterator[Load]:
     yield from _rows(sizes)
     for num_sequences, length in sizes.decodes:
         yield _decode(sizes, num_sequences, length)
+    for shape in sizes.shared:
+        yield from _shared(sizes, *shape)
     for length in sizes.chunks:
         yield _chunk(sizes, length)
     weight = normal(2 * sizes.ffn, sizes.hidden, dtype=DTYPE)
     linear, x = KERNELS.pack(weight, None), normal(sizes.linear_rows, sizes.hidden, dtype=DTYPE)
     yield Load(name="linear", bound_by="flops", amount=2 * x.numel() * 2 * sizes.ffn, call=lambda: linear(x))
+    for num_outputs, num_inputs in ((2 * sizes.ffn, sizes.hidden), (sizes.hidden, sizes.hidden)):
+        yield from _rounded(sizes, num_outputs, num_inputs)
 
 
 def _rows(sizes: Sizes) -> Iterator[Load]:
@@ -81,14 +104,10 @@ def _moves(name: str, num_bytes: float, call: Callable[[], object]) -> Load:
 def _decode(sizes: Sizes, num_sequences: int, length: int) -> Load:
     """Decodes whose blocks lie anywhere."""
     cache = _cache(sizes, num_sequences * length)
-    blocks = random.Random(1).sample(range(num_sequences * length // BLOCK), num_sequences * length // BLOCK)
-    per = length // BLOCK
-    tables = [blocks[i * per : (i + 1) * per] for i in range(num_sequences)]
+    runs, per = _blocks(num_sequences * length), length // BLOCK
+    tables = [runs[i * per : (i + 1) * per] for i in range(num_sequences)]
     plan = KERNELS.plan(
-        [
-            SequenceSpan(query_start=i, num_queries=1, runs=tuple((b * BLOCK, (b + 1) * BLOCK) for b in table))
-            for i, table in enumerate(tables)
-        ]
+        [SequenceSpan(query_start=i, num_queries=1, runs=tuple(table)) for i, table in enumerate(tables)]
     )
     query = normal(num_sequences, sizes.heads, sizes.head_dim, dtype=DTYPE)
     keys = query[:, : sizes.kv_heads]
@@ -97,6 +116,41 @@ def _decode(sizes: Sizes, num_sequences: int, length: int) -> Load:
         cache.keys.nbytes + cache.values.nbytes + 2 * query.nbytes,
         lambda: KERNELS.attention(query, keys, keys, cache, plan, sizes.head_dim**-0.5),
     )
+
+
+def _shared(sizes: Sizes, num_members: int, num_shared: int, num_own: int) -> Iterator[Load]:
+    """Decodes that share tokens, attended to once for all and by each for itself; what is counted is read once."""
+    num_tokens = num_shared + num_members * num_own
+    cache, runs = _cache(sizes, num_tokens), _blocks(num_tokens)
+    shared, own, per = tuple(runs[: num_shared // BLOCK]), runs[num_shared // BLOCK :], num_own // BLOCK
+    spans = [
+        SequenceSpan(query_start=i, num_queries=1, runs=(*shared, *own[i * per : (i + 1) * per]))
+        for i in range(num_members)
+    ]
+    common = SharedParts(members=tuple(range(num_members)), first=0, stop=num_shared // PART)
+    query = normal(num_members, sizes.heads, sizes.head_dim, dtype=DTYPE)
+    for name, offered in (("shared", (common,)), ("unshared", ())):
+        plan = plan_step(spans, None, DEVICE, offered)
+        yield _moves(
+            f"{name}_attention_{num_members}x{num_shared}",
+            cache.keys.nbytes + cache.values.nbytes + 2 * query.nbytes,
+            partial(KERNELS.attention, query, query, query, cache, plan, sizes.head_dim**-0.5),
+        )
+
+
+def _rounded(sizes: Sizes, num_outputs: int, num_inputs: int) -> Iterator[Load]:
+    """Products with rounded weights: few tokens are bound by reading the codes, many by multiplying."""
+    weight = normal(num_outputs, num_inputs, dtype=DTYPE)
+    for bits in (4, 8):
+        linear = TiledLinear(round_weight(weight, bits=bits, group_size=sizes.group_size), None)
+        for num_tokens in sizes.rounded:
+            x = normal(num_tokens, num_inputs, dtype=DTYPE)
+            name, call = f"int{bits}_linear_{num_outputs}x{num_inputs}_{num_tokens}", partial(linear, x)
+            if num_tokens > 64:
+                flops = 2 * num_tokens * num_inputs * num_outputs
+                yield Load(name=name, bound_by="flops", amount=flops, call=call)
+            else:
+                yield _moves(name, linear.num_bytes + x.nbytes + num_tokens * num_outputs * DTYPE.itemsize, call)
 
 
 def _chunk(sizes: Sizes, length: int) -> Load:
@@ -111,6 +165,12 @@ def _chunk(sizes: Sizes, length: int) -> Load:
         amount=4 * sizes.hidden * length * (length + 1) / 2,
         call=lambda: KERNELS.attention(query, keys, keys, cache, plan, sizes.head_dim**-0.5),
     )
+
+
+def _blocks(num_slots: int) -> list[Run]:
+    """All blocks of so many slots, in no order."""
+    blocks = random.Random(1).sample(range(num_slots // BLOCK), num_slots // BLOCK)
+    return [(block * BLOCK, (block + 1) * BLOCK) for block in blocks]
 
 
 def _cache(sizes: Sizes, num_slots: int) -> LayerCache:

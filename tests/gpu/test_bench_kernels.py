@@ -27,8 +27,12 @@ def test_a_small_run_writes_the_figures(tmp_path: Path) -> None:
         "silu_mul",
         "rotate",
         "decode_attention_2x320",
+        "shared_attention_2x256",
+        "unshared_attention_2x256",
         "prefill_attention_20",
         "linear",
+        "int4_linear_192x64_2",
+        "int8_linear_64x64_2",
     )
     assert {f"{name}_share" for name in kernels} <= metrics.keys()
     for name in ("decode_b1", "decode_b3", "prefill"):

@@ -8,12 +8,14 @@ import torch
 
 from kernels import reference
 from kernels.attention import LayerCache
+from tests.kernels.test_shared_prefix import Forest, Node, prefix
 from tests.support.triton_cases import (
     ATTENTION_TOLERANCE,
     DEVICE,
     DTYPES,
     HAS_GPU,
     ROW_TOLERANCE,
+    AttentionCase,
     attention_case,
     normal,
 )
@@ -21,6 +23,7 @@ from tests.support.triton_cases import (
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
+from kernels.cuda.plan import DevicePlan
 from kernels.cuda.variant import open_kernels
 
 pytestmark = pytest.mark.gpu
@@ -105,3 +108,25 @@ def test_attention_has_the_same_bits_each_time(dtype: torch.dtype) -> None:
     case = attention_case([(3000, 1), (100, 200), (9, 1)], num_kv_heads=8, group=4, head_dim=128, dtype=dtype)
     first = case.attend(KERNELS)
     assert all(torch.equal(case.attend(KERNELS), first) for _ in range(20))
+
+
+@TYPES
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group", "head_dim"), [(8, 4, 128), (4, 8, 64), (5, 3, 80), (1, 8, 256), (2, 7, 128), (1, 71, 64)]
+)
+@pytest.mark.parametrize("num_members", [2, 16, 70])
+def test_attention_to_a_shared_prefix_agrees(
+    dtype: torch.dtype, num_kv_heads: int, group: int, head_dim: int, num_members: int
+) -> None:
+    """Two levels, and sequences that share nothing."""
+    tree = Node(num_tokens=5000, children=(prefix(num_members, 700, own=300), Node(num_tokens=2)))
+    roots = [tree, Node(num_tokens=900)]
+    forest = Forest(roots, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, seed=num_members)
+    cache = LayerCache(keys=forest.keys.to(DEVICE, dtype), values=forest.values.to(DEVICE, dtype))
+    case = AttentionCase(query=forest.query.to(DEVICE, dtype), cache=cache, spans=tuple(forest.spans))
+    plan = KERNELS.plan(forest.spans, shared=forest.shared)
+    assert isinstance(plan, DevicePlan) and len(plan.shared)
+    found = KERNELS.attention(case.query, case.query, case.query, cache, plan, head_dim**-0.5)
+    tolerance = ATTENTION_TOLERANCE[dtype]
+    torch.testing.assert_close(found, case.expected(), atol=tolerance, rtol=tolerance)
+    assert torch.equal(KERNELS.attention(case.query, case.query, case.query, cache, plan, head_dim**-0.5), found)

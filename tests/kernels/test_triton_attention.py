@@ -21,8 +21,9 @@ from tests.support.triton_cases import (
 if not RUNS_HERE:
     pytest.skip(REASON, allow_module_level=True)
 
+from kernels.cuda.attention import MERGED_AT_ONCE
 from kernels.cuda.attention_kernels import merge_kernel
-from kernels.cuda.plan import MAX_PARTS, PART
+from kernels.cuda.plan import PART
 from kernels.cuda.variant import open_kernels
 
 KERNELS = open_kernels(DEVICE)
@@ -80,15 +81,15 @@ def test_a_decode_has_the_same_bits_in_every_batch_and_wherever_its_blocks_lie()
 
 
 def test_partial_results_are_merged_as_the_reference_merges_them() -> None:
-    num_heads, head_dim, parts = 3, 24, [2, MAX_PARTS, 5]
-    first = [0, 2, 2 + MAX_PARTS]
+    num_heads, head_dim, parts = 3, 24, [2, 2 * MERGED_AT_ONCE + 3, 5]
+    first = [0, 2, sum(parts[:2])]
     rows = [4, 0, 2]
     partials = normal(sum(parts), num_heads, head_dim, dtype=torch.float32)
     masses = 30 * normal(sum(parts), num_heads, dtype=torch.float32, seed=1)
     merges = torch.tensor([(r, f, n, 0) for r, f, n in zip(rows, first, parts, strict=True)], dtype=torch.int32)
     output = torch.full((6, num_heads, head_dim), 7.0, device=DEVICE)
     counts = torch.tensor([0, 2, 0, 0], dtype=torch.int32, device=DEVICE)  # the third is not in use
-    merge_kernel[(3, num_heads)](counts, merges.to(DEVICE), partials, masses, output, head_dim, 32, MAX_PARTS)
+    merge_kernel[(3, num_heads)](counts, merges.to(DEVICE), partials, masses, output, head_dim, 32, MERGED_AT_ONCE)
     for row, start, count in zip(rows[:2], first, parts, strict=False):
         some = slice(start, start + count)
         expected, _ = reference.merge_partials([*partials[some]], [*(masses[some] * torch.tensor(2.0).log())])

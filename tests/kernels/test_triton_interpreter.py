@@ -14,6 +14,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MODULES = (
     "tests/kernels/test_triton_rows.py",
     "tests/kernels/test_triton_attention.py",
+    "tests/kernels/test_triton_shared.py",
+    "tests/kernels/test_triton_quantized.py",
     "tests/workers/test_triton_decoder.py",
     "tests/workers/test_graphs.py",
     "tests/gpu/test_bench_kernels.py",

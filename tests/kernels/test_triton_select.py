@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from kernels import cpu, reference
+from kernels.cuda import gpus
+from kernels.linear import RoundedLinear, pack_rounded
+from kernels.quantized import round_weight
 from kernels.select import kernels_for
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -27,6 +30,18 @@ def test_a_cpu_runs_the_cpu_variant() -> None:
 def test_a_recent_gpu_runs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, (9, 0))
     assert type(kernels_for(torch.device("cuda", 1))).__name__ == "CudaKernels"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_rounded_weights_on_a_recent_gpu_are_multiplied_from_their_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0))
+    assert gpus.runs_triton(torch.device("cuda", 1)) and not gpus.runs_triton(torch.device("cpu"))
+    monkeypatch.setattr(gpus, "runs_triton", lambda device: True)
+    weight = torch.randn(8, 96)
+    tiled = pack_rounded(round_weight(weight, bits=4, group_size=32), None, torch.float32)
+    assert type(tiled).__name__ == "TiledLinear" and tiled.num_outputs == 8
+    odd = pack_rounded(round_weight(weight, bits=4, group_size=24), None, torch.float32)
+    assert isinstance(odd, RoundedLinear)
 
 
 def test_other_devices_run_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

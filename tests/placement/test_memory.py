@@ -1,6 +1,7 @@
 """How many bytes things take."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,12 +10,18 @@ from hypothesis import strategies as st
 from placement.memory import (
     CPU_PROCESS_BYTES,
     CUDA_PROCESS_BYTES,
+    MOST_GRAPHED,
+    SAMPLED_ON_CPU,
+    SAMPLED_ON_GPU,
     SCORED_ROWS,
     footprint,
     format_bytes,
+    graph_bytes,
+    graphed_tokens,
     kv_bytes_per_block,
     num_blocks_for,
     num_blocks_of,
+    sampling_bytes,
     size_setting,
     workspace_bytes,
 )
@@ -59,11 +66,60 @@ def test_blocks_of_a_sequence_hold_all_its_tokens(num_tokens: int, block_size: i
 
 
 def test_workspace_follows_its_formula() -> None:
-    per_token = 4 * 64 + (8 + 4) * 8 + 3 * 128
+    per_token = 5 * 64 + (24 + 4) * 8 + 4 * 128
     size = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=50, token_budget=10)
-    assert size == 10 * per_token * 4 + 50 * 100 * (4 + 16)
+    assert size == 10 * per_token * 4 + 50 * 100 * 4 + sampling_bytes(50, 100, on_cpu=True)
     few = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
-    assert few == 10 * per_token * 4 + SCORED_ROWS * 100 * (4 + 16)
+    assert few == 10 * per_token * 4 + SCORED_ROWS * 100 * 4 + sampling_bytes(SCORED_ROWS, 100, on_cpu=True)
+
+
+@given(st.integers(1, 4096), st.integers(1, 300_000), st.booleans())
+def test_sampling_takes_more_for_more_rows_until_it_takes_them_in_turn(rows: int, vocab: int, on_cpu: bool) -> None:
+    at_once = max(1, (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU) // vocab)
+    one, several = (sampling_bytes(count, vocab, on_cpu=on_cpu) for count in (1, rows))
+    assert several == min(rows, at_once) * one
+    assert one >= 56 * vocab
+
+
+LARGE = replace(
+    MODEL,
+    num_layers=32,
+    hidden_size=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=14336,
+    vocab_size=128_256,
+    max_context_tokens=8192,
+)
+
+
+def test_graphs_take_what_their_largest_does() -> None:
+    """An 8 B Llama: logits of 256 rows twice, partial results of two million tokens twice, and activations."""
+    found = graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=256)
+    logits = 2 * 256 * 128_256 * 2
+    partials = 2 * (2**21 // 256 + 256) * 32 * 129 * 4
+    tables = 4 * 2**21 + 48 * (2**21 // 256 + 256) + 72 * 256
+    activations = 256 * (5 * 4096 + 112 * 128 + 4 * 14336) * 2
+    assert found == logits + partials + tables + activations + 128 * 2**20
+    assert graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=4096) == found
+    assert graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=8) < found / 2
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_context_tokens", "tokens"),
+    [(4, 500, 2000), (128, 16384, 2**21), (129, 16384, 2**21), (4096, 100, MOST_GRAPHED * 100)],
+)
+def test_steps_of_so_many_tokens_are_graphs(max_num_seqs: int, max_context_tokens: int, tokens: int) -> None:
+    assert graphed_tokens(max_num_seqs, max_context_tokens) == tokens
+
+
+def test_only_a_gpu_needs_memory_for_graphs() -> None:
+    sizes: dict[str, Any] = {"dtype": DType.BFLOAT16, "max_num_seqs": 64, "token_budget": 512}
+    for on_cpu in (True, False):
+        need = footprint(LARGE, whole_model(LARGE), kv_bytes=0, on_cpu=on_cpu, **sizes)
+        graphs = 0 if on_cpu else graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=64)
+        assert need.workspace_bytes == workspace_bytes(LARGE, on_cpu=on_cpu, **sizes) + graphs
 
 
 @pytest.mark.parametrize(

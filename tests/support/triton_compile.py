@@ -20,15 +20,21 @@ from triton.runtime.jit import JITFunction
 
 from kernels import reference
 from kernels.attention import LayerCache, SequenceSpan
-from kernels.cuda import attention
+from kernels.cuda import attention, quantized
+from kernels.cuda.plan import SharedParts, plan_step
+from kernels.cuda.quantized_tiles import tiled
 from kernels.cuda.variant import open_kernels
+from kernels.quantized import RoundedWeight
 
 HIDDEN, FFN, HEADS, KV_HEADS = 4096, 14336, 32, 8
 SPANS = (
     SequenceSpan(query_start=0, num_queries=1, runs=((0, 600),)),
-    SequenceSpan(query_start=1, num_queries=6, runs=((600, 900),)),
+    SequenceSpan(query_start=1, num_queries=1, runs=((0, 500), (890, 900))),
+    SequenceSpan(query_start=2, num_queries=6, runs=((600, 890),)),
 )
-NUM_TOKENS = 7
+SHARED = (SharedParts(members=(0, 1), first=0, stop=1),)
+NUM_TOKENS = 8
+CPU = torch.device("cpu")
 
 
 class AbsentGpu:
@@ -71,7 +77,7 @@ def compile_only(kernel: JITFunction, grid: Any) -> Callable[..., None]:
 
 def run_rows(dtype: torch.dtype) -> None:
     """Everything but attention, in the shapes of Llama 3 8 B."""
-    kernels = open_kernels(torch.device("cpu"))
+    kernels = open_kernels(CPU)
     x, weight = torch.zeros(NUM_TOKENS, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
     kernels.rms_norm(x, weight, 1e-5)
     kernels.add_rms_norm(x, x.clone(), weight, 1e-5)
@@ -89,21 +95,35 @@ def run_rows(dtype: torch.dtype) -> None:
 
 
 def run_attention(dtype: torch.dtype, head_dim: int, window: int | None) -> None:
-    """Decodes in several parts, and a chunk."""
-    kernels = open_kernels(torch.device("cpu"))
+    """Decodes in several parts, one of them shared, and a chunk."""
     keys = torch.zeros(KV_HEADS, 900, head_dim, dtype=dtype)
     query = torch.zeros(NUM_TOKENS, HEADS + KV_HEADS, head_dim, dtype=dtype)[:, :HEADS]
-    kernels.attention(query, query, query, LayerCache(keys=keys, values=keys), kernels.plan(SPANS, window=window), 1.0)
+    cache, plan = LayerCache(keys=keys, values=keys), plan_step(SPANS, window, CPU, SHARED)
+    attention.attention(query, query, query, cache, plan, 1.0)
+
+
+def run_quantized(dtype: torch.dtype, bits: int, num_tokens: int, *, offsets: bool) -> None:
+    """A product whose inputs are cut into parts, and the weight written out."""
+    codes = torch.zeros(HIDDEN, HIDDEN * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+    scales = torch.zeros(HIDDEN, HIDDEN // 128)
+    weight = tiled(RoundedWeight(codes=codes, scales=scales, offsets=scales if offsets else None))
+    x, bias = torch.zeros(num_tokens, HIDDEN, dtype=dtype), torch.zeros(HIDDEN, dtype=dtype)
+    quantized.multiply(x, weight, bias, torch.zeros(HIDDEN, dtype=torch.int32))
+    quantized.widened(weight, 0, HIDDEN, dtype)
 
 
 def main() -> None:
     triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
     JITFunction.__getitem__ = compile_only
-    attention._widens = lambda query: False  # that is for the interpreter
+    attention._widens = quantized._is_interpreted = lambda tensor: False  # that is for the interpreter
+    quantized.num_multiprocessors = lambda device: 132
     run_rows(torch.bfloat16)
     run_attention(torch.float32, 128, None)
     for head_dim, window in ((64, None), (128, None), (128, 1000), (256, 1000)):
         run_attention(torch.bfloat16, head_dim, window)
+    run_quantized(torch.float32, 4, 1, offsets=True)
+    for bits, num_tokens, offsets in ((4, 1, False), (8, 1, True), (4, 32, True), (8, 64, False), (4, 200, True)):
+        run_quantized(torch.bfloat16, bits, num_tokens, offsets=offsets)
 
 
 if __name__ == "__main__":

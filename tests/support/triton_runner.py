@@ -9,9 +9,8 @@ from torch import Tensor
 from kernels.cuda.variant import open_kernels
 from placement.weights import whole_model
 from tests.support.triton_cases import DEVICE, HAS_GPU
-from workers.decoder import TokenBatch, hidden_states
 from workers.device import open_device
-from workers.graphs import Computed
+from workers.graphs import StepInputs
 from workers.kv_cache import allocate_kv_cache
 from workers.loading import read_model
 from workers.runner import Batch, ModelRunner, SequenceInput
@@ -31,17 +30,16 @@ def triton_runner(directory: Path, dtype: torch.dtype = torch.float32, num_slots
     )
 
 
-def lay_out(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> TokenBatch:
+def lay_out(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> StepInputs:
     """A step as the runner computes it."""
-    return runner._turned(runner._lay_out(Batch(sequences=tuple(sequences))))
+    return runner._lay_out(Batch(sequences=tuple(sequences))).inputs
 
 
-def hidden(runner: ModelRunner, tokens: TokenBatch) -> Tensor:
+def hidden(runner: ModelRunner, inputs: StepInputs) -> Tensor:
     """The last layer's output [T, E] of that step."""
-    return hidden_states(runner._model, runner._weights, runner._cache.layers, runner._kernels, tokens)
+    return runner._hidden(inputs)
 
 
-def compute(runner: ModelRunner, tokens: TokenBatch) -> Computed:
-    """That step, with the logits of every row."""
-    output = hidden(runner, tokens)
-    return Computed(hidden=output, logits=runner._project(output))
+def compute(runner: ModelRunner, inputs: StepInputs) -> Tensor:
+    """The logits [T, V] of every row of that step."""
+    return runner._all_logits(inputs)

@@ -1,0 +1,113 @@
+"""Linear layers with rounded weights on CUDA: the host's part.
+
+A small batch is multiplied from the codes, which are read once; for a large one the weight is written out in parts, in
+the number type of the inputs, and cuBLAS multiplies by it.
+
+Shapes: T tokens of a batch, I inputs, O outputs.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.cuda.gpus import num_multiprocessors
+from kernels.cuda.quantized_kernels import product_kernel, widen_kernel
+from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, cut, tile_for, tiled
+from kernels.quantized import RoundedWeight
+
+_WIDENED_AT_ONCE = 1 << 24  # numbers of a weight: enough to keep a GPU busy
+_LEAST_TOKENS = 16  # of a tile
+_WIDENED_OUTPUTS = 32  # of a program
+
+
+class TiledLinear:
+    """A rounded weight in tiles. For weights that :func:`kernels.cuda.quantized_tiles.takes`."""
+
+    def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
+        """Of ``weight`` [O, I] and ``bias`` [O]; the codes are copied, and not held on to."""
+        self._weight = tiled(weight)
+        self._bias = bias
+        # Of each tile's parts; all are zero between two products, which a stream does one after the other.
+        most_tiles = self._weight.codes.shape[1] // TILE_OUTPUTS * (MOST_TOKENS // _LEAST_TOKENS)
+        self._tickets = torch.zeros(most_tiles, dtype=torch.int32, device=weight.codes.device)
+
+    @property
+    def num_outputs(self) -> int:
+        return self._weight.num_outputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.num_bytes + self._tickets.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As :class:`kernels.linear.Linear`. Up to MOST_TOKENS tokens no weight is rounded again."""
+        weight = self._weight
+        assert x.shape[1] == weight.num_inputs, (x.shape, weight.num_inputs)
+        x = x if weight.order is None else x.index_select(1, weight.order)
+        if not len(x):
+            return x.new_empty(0, weight.num_outputs)
+        with torch.cuda.device_of(x):
+            if len(x) <= MOST_TOKENS:
+                return multiply(x, weight, self._bias, self._tickets)
+            return _multiply_widened(x, weight, self._bias)
+
+
+def multiply(x: Tensor, weight: TiledWeight, bias: Tensor | None, tickets: Tensor) -> Tensor:
+    """``x`` [T, I], its columns in the order of the codes, times the weight: [T, O].
+
+    Summed in float32 and rounded once. How the sums are cut depends on T by the number of its tiles alone.
+
+    Args:
+        tickets: zeros, int32, one for each tile of the result; zeros again afterwards.
+    """
+    assert x.stride(1) == 1, x.stride()
+    num_tokens, num_blocks, padded = len(x), *weight.codes.shape[:2]
+    tile = tile_for(num_tokens, block=weight.block, bits=weight.bits, itemsize=x.itemsize)
+    num_tiles, token_tiles = padded // TILE_OUTPUTS, triton.cdiv(num_tokens, tile.tokens)
+    blocks_per_part = cut(num_tiles * token_tiles, num_blocks, num_multiprocessors(x.device))
+    parts = triton.cdiv(num_blocks, blocks_per_part)
+    output = x.new_empty(num_tokens, weight.num_outputs)
+    partials = x.new_empty((parts, num_tokens, padded) if parts > 1 else (0,), dtype=torch.float32)
+    product_kernel[(token_tiles, num_tiles, parts)](
+        *(x, weight.codes, weight.scales, weight.offsets, bias, output, partials, tickets),
+        *(x.stride(0), num_tokens, weight.num_outputs, padded, num_blocks, blocks_per_part),
+        *(weight.bits, weight.block, weight.blocks_per_group, TILE_OUTPUTS, tile.tokens),
+        *(weight.offsets is not None, bias is not None, parts > 1, tile.num_stages, _is_interpreted(x)),
+        num_warps=tile.num_warps,
+    )
+    return output
+
+
+def widened(weight: TiledWeight, first: int, count: int, dtype: torch.dtype) -> Tensor:
+    """Outputs ``first`` to ``first + count`` of the weight written out, its columns in the order of the codes.
+
+    Both are multiples of TILE_OUTPUTS, so padding may be among the rows [count, I].
+    """
+    assert first % TILE_OUTPUTS == 0 and count % TILE_OUTPUTS == 0, (first, count)
+    weights = torch.empty(count, weight.num_inputs, dtype=dtype, device=weight.codes.device)
+    num_blocks, padded = weight.codes.shape[:2]
+    widen_kernel[(count // _WIDENED_OUTPUTS, num_blocks)](
+        *(weight.codes, weight.scales, weight.offsets, weights, padded, first, weight.num_inputs),
+        *(weight.bits, weight.block, weight.blocks_per_group, _WIDENED_OUTPUTS, weight.offsets is not None),
+    )
+    return weights
+
+
+def _multiply_widened(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
+    """As :func:`multiply`, for many tokens; weights are rounded to the number type of ``x``."""
+    output = x.new_empty(len(x), weight.num_outputs)
+    step = max(1, _WIDENED_AT_ONCE // weight.num_inputs // TILE_OUTPUTS) * TILE_OUTPUTS
+    padded = weight.codes.shape[1]
+    for first in range(0, padded, step):
+        stop = min(first + step, weight.num_outputs)
+        part = widened(weight, first, min(step, padded - first), x.dtype)[: stop - first].T
+        if bias is None:
+            torch.mm(x, part, out=output[:, first:stop])
+        else:
+            torch.addmm(bias[first:stop].to(x.dtype), x, part, out=output[:, first:stop])
+    return output
+
+
+def _is_interpreted(x: Tensor) -> bool:
+    """Whether Triton's interpreter runs: it multiplies the bits of bfloat16, and knows no instructions of a GPU."""
+    return x.device.type != "cuda"
