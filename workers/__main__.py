@@ -1,17 +1,20 @@
 """``python -m workers``: one rank on one device, started by a launcher or by hand, with no Ray needed.
 
 Says where it listens in one JSON line on standard output; logs go to standard error. Ends on SIGTERM, SIGINT, when
-its parent dies, or with exit code 1 when its engine fails.
+its parent dies, or with exit code 1 when its engine fails. What is under way then is answered, and some seconds later
+the process has ended, be it by force.
 """
 
 import argparse
 import asyncio
 import ctypes
+import faulthandler
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 
 import grpc
 
@@ -24,10 +27,12 @@ logger = logging.getLogger("workers")
 
 _PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.25
-_STOP_GRACE_S = 1.0
+# Until all that is under way is answered; until the streams, whose last messages that is, are through.
+_ANSWER_S = 1.0
+_FLUSH_S = 1.0
+# Until the process has ended, by force if need be: within the 5 s after which a launcher kills it without a cause.
+_END_S = 4.0
 _SWITCH_S = 0.0005
-# Streams of a failed engine end by themselves; their last messages get this long to leave.
-_FLUSH_S = 0.25
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 64 << 20),
@@ -55,6 +60,29 @@ def die_with_parent(parent_pid: int) -> None:
         sys.exit("the parent process is gone")
 
 
+def end_within(timeout_s: float) -> None:
+    """Have this process end by then, whatever its threads do, with exit code 1 and the names of those still at work.
+
+    Python itself waits for threads that compute, such as for a step that hangs.
+    """
+
+    def end() -> None:
+        try:
+            faulthandler.dump_traceback()
+            names = sorted({thread.name for thread in threading.enumerate()} - {timer.name})
+            cause = f"error: not ended {timeout_s:g} s after it was to stop: {', '.join(names)} still at work"
+            print(cause, file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    # Where a thread keeps the interpreter's lock, or nobody reads what is printed, the kernel's clock runs on.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s + 0.5)
+
+
 async def serve(args: argparse.Namespace) -> int:
     """Listen until told to stop. Returns the exit code."""
     device = open_device(args.device, args.threads)
@@ -77,8 +105,10 @@ async def serve(args: argparse.Namespace) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     print(json.dumps({"event": "listening", "address": f"{host}:{port}", "pid": os.getpid()}), flush=True)
     code = await _watch(service, stop, args.parent_pid)
+    end_within(_END_S)
     failure = service.engine_failure
-    await server.stop(_STOP_GRACE_S if failure is None else _FLUSH_S)
+    await service.stop(_ANSWER_S)
+    await server.stop(_FLUSH_S)
     service.close()
     if failure is not None:  # the last line, so that the launcher can name the cause
         print(f"engine failed: {cause_of(failure)}", file=sys.stderr, flush=True)

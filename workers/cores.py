@@ -1,14 +1,17 @@
-"""Which cores a rank computes on. Ranks of one machine take cores of their own, so that none runs in another's caches.
+"""Which CPUs a rank computes on. Ranks of one machine take CPUs of their own, so that none runs in another's caches.
 
-A core is claimed by a lock on a file, which the system lets go of when the process ends, however it ends.
+A CPU is what the kernel numbers: a hardware thread. Those of one core share its arithmetic units, so a rank takes one
+of each core before it takes a second of any. A CPU is claimed by a lock on a file, which the system lets go of when
+the process ends, however it ends.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,54 +20,103 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """Cores that are this process's as long as it holds on to the claim.
+    """CPUs that are this process's until it ends.
 
     Attributes:
-        cores: none where there were not enough.
-        locks: open files; closing one gives its core back.
+        cpus: none where there were not enough.
+        locks: open files, which hold the claim as long as they are open.
     """
 
-    cores: frozenset[int]
+    cpus: frozenset[int]
     locks: tuple[int, ...]
 
-    def release(self) -> None:
-        """Give the cores back."""
-        for lock in self.locks:
-            os.close(lock)
-
     def pin(self) -> None:
-        """Keep the calling thread, and those that it starts from now on, to the cores."""
-        if not self.cores:
+        """Keep the calling thread, and those that it starts from now on, to the CPUs."""
+        if not self.cpus:
             return
         try:
-            os.sched_setaffinity(0, self.cores)
-        except OSError as error:  # the cores were taken from this process since
+            os.sched_setaffinity(0, self.cpus)
+        except OSError as error:  # the CPUs were taken from this process since
             logger.warning("cores_not_pinned cause=%r", str(error))
 
 
-def claim_cores(count: int, *, directory: Path | None = None, allowed: Sequence[int] | None = None) -> Claim:
-    """Claims ``count`` cores that no other rank of this machine and user has, lowest first; or none.
+def parse_cpus(text: str) -> frozenset[int]:
+    """CPUs as the kernel lists them, such as ``0-2,8``. Raises ValueError for anything else."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus)
+
+
+def cores_of(allowed: Iterable[int], siblings: Mapping[int, str]) -> list[list[int]]:
+    """The CPUs of each core, lowest first, and cores by their lowest.
+
+    Args:
+        allowed: CPUs to sort; others do not count.
+        siblings: what the kernel lists as those of a CPU's core, by CPU. One whose list is missing or cannot be read
+            has a core to itself.
+    """
+    left = set(allowed)
+    cores: list[list[int]] = []
+    while left:
+        cpu = min(left)
+        try:
+            core = parse_cpus(siblings.get(cpu, "")) & left | {cpu}
+        except ValueError:
+            core = frozenset({cpu})
+        cores.append(sorted(core))
+        left -= core
+    return cores
+
+
+def beside(cores: Iterable[Sequence[int]], taken: Collection[int]) -> list[int]:
+    """The second and further CPUs of cores, in the order to take them: first beside ``taken``, where nobody else is."""
+    ordered = sorted(cores, key=lambda core: core[0] not in taken)
+    return [cpu for core in ordered for cpu in core[1:]]
+
+
+def claim_cores(
+    count: int,
+    *,
+    directory: Path | None = None,
+    allowed: Iterable[int] | None = None,
+    siblings: Mapping[int, str] | None = None,
+) -> Claim:
+    """Claims ``count`` CPUs that no other rank of this machine and user has, of as many cores as it can; or none.
 
     Args:
         directory: where the locks are. Default: one of this user's, in the directory for temporary files.
-        allowed: cores to choose from. Default: those that this process may run on.
+        allowed: CPUs to choose from. Default: those that this process may run on.
+        siblings: the CPUs of each one's core, see :func:`cores_of`. Default: what this machine's kernel says.
     """
     if allowed is None:
-        allowed = sorted(os.sched_getaffinity(0))
+        allowed = os.sched_getaffinity(0)
+    cores = cores_of(allowed, _siblings(allowed) if siblings is None else siblings)
     if directory is None:
         directory = Path(tempfile.gettempdir()) / f"heterodyne-cores-{os.getuid()}"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         _check_own(directory)
-        locks = _lock(count, directory, allowed)
+        locks = _lock(count, directory, [core[0] for core in cores])
+        locks |= _lock(count - len(locks), directory, beside(cores, locks))
     except OSError as error:
         logger.warning("cores_not_claimed cause=%r", str(error))
         locks = {}
     if len(locks) < count:
         for lock in locks.values():
             os.close(lock)
-        return Claim(cores=frozenset(), locks=())
-    return Claim(cores=frozenset(locks), locks=tuple(locks.values()))
+        return Claim(cpus=frozenset(), locks=())
+    return Claim(cpus=frozenset(locks), locks=tuple(locks.values()))
+
+
+def _siblings(cpus: Iterable[int]) -> dict[int, str]:
+    """What the kernel lists, as far as it does."""
+    found: dict[int, str] = {}
+    for cpu in cpus:
+        with contextlib.suppress(OSError):  # such as in a container that hides it
+            found[cpu] = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    return found
 
 
 def _check_own(directory: Path) -> None:
@@ -74,17 +126,17 @@ def _check_own(directory: Path) -> None:
         raise PermissionError(f"{directory} is not this user's own directory")
 
 
-def _lock(count: int, directory: Path, allowed: Sequence[int]) -> dict[int, int]:
-    """Locks of at most ``count`` cores, by core."""
+def _lock(count: int, directory: Path, cpus: Iterable[int]) -> dict[int, int]:
+    """Locks of at most ``count`` of the CPUs, in their order; by CPU."""
     locks: dict[int, int] = {}
-    for core in allowed:
+    for cpu in cpus:
         if len(locks) == count:
             break
-        lock = os.open(directory / str(core), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        lock = os.open(directory / str(cpu), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
         else:
-            locks[core] = lock
+            locks[cpu] = lock
     return locks

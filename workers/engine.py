@@ -5,8 +5,10 @@ executes, so that scheduling, laying out and answering cost the device nothing (
 sequences were given by the step before is known to the executing thread alone; here it is counted, not known. Steps
 execute in the order of dispatch, so blocks may be given away as soon as the last step that reads them is dispatched.
 
-Everything else in this file is called by the loop, except the methods under "any thread", which only put a command in
-the inbox.
+The loop waits for one thing only, the inbox, where the end of a step arrives too: a step that never ends holds up no
+command, and no stop.
+
+Everything else in this file is called by the loop, except the methods under "any thread".
 """
 
 import itertools
@@ -19,16 +21,14 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from placement.blocks import BlockPool, TableRuns
+from placement.blocks import BlockPool
 from placement.errors import HeterodyneError, cause_of
 from placement.scheduling import Scheduler, StepPlan
-from placement.sequence import Sequence
 from workers.batch import make_batch
 from workers.engine_types import (
     Abandon,
     Cancel,
     Command,
-    Drain,
     Draining,
     EndReason,
     Limits,
@@ -39,6 +39,7 @@ from workers.engine_types import (
     StepDone,
     StepStats,
     Stop,
+    Stopping,
     Submission,
     Submit,
     check_submission,
@@ -46,15 +47,17 @@ from workers.engine_types import (
 )
 from workers.pacing import Pace
 from workers.runner import StepResult
-from workers.sampling import SamplerState, SamplingFailed
-from workers.work import Work
+from workers.sampling import SamplingFailed
+from workers.work import Work, begin
 
 logger = logging.getLogger(__name__)
 
-# An idle engine looks up this often, so that no wait is without an end.
+# Where there is nothing to do the engine looks up this often, so that no wait is without an end.
 _IDLE_WAIT_S = 1.0
 # Steps that are dispatched and not collected: one executes, one waits for it to end.
 _MOST_DISPATCHED = 2
+# The most that taking commands may keep a step waiting that could be dispatched or collected.
+_TAKE_S = 0.001
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,8 @@ class Engine:
         limits: as given.
         load: its figures between two steps.
         failure: what a step raised; whatever is submitted from then on ends at once with that cause.
-        ended: done when the loop was left, whichever way, and all that was submitted until then is answered.
+        ended: done when the loop was left, whichever way, and all that was submitted until then is answered. A step
+            may still execute then: ``thread`` ends after it.
     """
 
     def __init__(
@@ -107,9 +111,11 @@ class Engine:
         self._steps = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._starved = False  # the scheduler had nothing to compute, and nothing has changed since
         self._broken = False
         self._draining = False
-        self._stopped = False
+        self._stopping = False
+        self._closed = False
         self.failure: BaseException | None = None
         self.ended: Future[None] = Future()
         self.load = self._snapshot()
@@ -117,12 +123,25 @@ class Engine:
 
     # -- any thread -------------------------------------------------------------------------------------------
 
+    def admit(self) -> None:
+        """Ask whether a new sequence would be taken; one that is admitted may be submitted later, after a drain too.
+
+        Raises:
+            Draining: this replica takes no new sequences.
+        """
+        if self._draining:
+            raise Draining("this replica is draining and takes no new sequences")
+
+    def drain(self) -> None:
+        """Finish what was admitted before; admit nothing from now on."""
+        self._draining = True
+
     def submit(self, sink: Sink, sequence_id: int, submission: Submission) -> None:
-        """Ask for a sequence. The answer, outputs or a refusal, goes to ``sink``."""
+        """Hand over a sequence that was admitted. The answer, outputs or a refusal, goes to ``sink``."""
         self._inbox.put(Submit(sink=sink, sequence_id=sequence_id, submission=submission, at_s=self._clock()))
-        # Looked at after the put, as `_fail` empties the inbox after it is set: one of the two finds the command.
-        if self.failure is not None:
-            self._fail_inbox(self.failure)
+        # Looked at after the put, and the loop empties the inbox after it is set: one of the two finds the command.
+        if self._closed:
+            self._answer_inbox()
 
     def cancel(self, sink: Sink, sequence_id: int) -> None:
         """End a sequence before the next step; it may already have ended."""
@@ -132,12 +151,9 @@ class Engine:
         """The sink is gone: end everything submitted through it and send it nothing more."""
         self._inbox.put(Abandon(sink=sink))
 
-    def drain(self) -> None:
-        """Finish what was submitted before; refuse what comes after with ``Draining``."""
-        self._inbox.put(Drain())
-
     def stop(self) -> None:
-        """Leave the loop before the next step."""
+        """Leave the loop, whatever is in the inbox and in execution; what has not ended by then ends as failed."""
+        self._stopping = True
         self._inbox.put(Stop())
 
     # -- the engine's thread ----------------------------------------------------------------------------------
@@ -146,36 +162,50 @@ class Engine:
         """The loop. Ends after ``stop``, or with ``failure`` set when a step raised."""
         try:
             while self._take_commands():
-                more = self._dispatch()
-                if self._dispatched and (not more or len(self._dispatched) == _MOST_DISPATCHED):
-                    self._collect(self._dispatched.popleft())
+                self._dispatch()
+                self._collect()
+            self._answer_all(Stopping("this worker stops"))
         except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
             logger.exception("engine_failed")
-            self._fail(error)
+            self.failure = error
+            self._answer_all(error)
         finally:
-            self._executor.shutdown(cancel_futures=True)
             self.ended.set_result(None)
+            self._executor.shutdown(cancel_futures=True)
 
     def _take_commands(self) -> bool:
-        """Apply every command that waits; wait for one while there is nothing to dispatch, or no hurry to."""
-        self.load = self._snapshot()  # what is reported while it waits must be what is
-        while not self._stopped:
+        """Apply commands in their order until there is something else to do, and then for a moment more.
+
+        Returns:
+            False once the engine is to stop.
+        """
+        self.load = self._snapshot()  # and whenever it waits: what is reported meanwhile must be what is
+        waited_since_s: float | None = None  # since when a step waits for this
+        while not self._stopping:
+            wait_s = self._wait_s()
+            if wait_s > 0:
+                waited_since_s = None
+                if self._inbox.empty():
+                    self.load = self._snapshot()
+            elif waited_since_s is None:
+                waited_since_s = self._clock()
+            elif self._clock() - waited_since_s >= _TAKE_S:
+                break
             try:
-                wait_s = self._wait_s()
                 command = self._inbox.get(block=wait_s > 0, timeout=wait_s or None)
             except queue.Empty:
-                if self._works or self._dispatched:
-                    break
-                continue
+                break
             self._apply(command)
-        return not self._stopped
+        return not self._stopping
 
     def _wait_s(self) -> float:
-        """How long the next command may be waited for."""
-        if not self._dispatched:
-            return 0.0 if self._works else _IDLE_WAIT_S
+        """How long the next command may be waited for: until a step can be dispatched or collected."""
+        if self._dispatched and self._dispatched[0].result.done():
+            return 0.0
+        if len(self._dispatched) == _MOST_DISPATCHED or self._starved or not self._works:
+            return _IDLE_WAIT_S
         # A sequence that comes while a step executes joins the next, so that is put together as late as it can be.
-        return 0.0 if self._dispatched[0].result.done() else self._pace.slack_s(self._clock())
+        return self._pace.slack_s(self._clock())
 
     def _apply(self, command: Command) -> None:
         match command:
@@ -190,53 +220,33 @@ class Engine:
             case Abandon(sink=sink):
                 for engine_id in [i for i, work in self._works.items() if work.sink is sink]:
                     self._end(engine_id)
-            case Drain():
-                self._draining = True
-            case Stop():
-                self._stopped = True
-            case StepDone():
+            case Stop() | StepDone():  # these only wake the loop
                 pass
 
     def _add(self, command: Submit) -> None:
-        submission, sink = command.submission, command.sink
+        sink, sequence_id = command.sink, command.sequence_id
         engine_id = next(self._next_id)
-        sequence = Sequence(
-            sequence_id=engine_id,
-            num_prompt_tokens=len(submission.prompt_ids),
-            max_tokens=submission.max_tokens,
-            priority=submission.priority,
-            arrival=engine_id,
-            reuse_prefix=submission.prompt_logprobs is None,
-        )
         try:
-            if self._draining:
-                raise Draining("this replica is draining and takes no new sequences")
-            check_submission(submission, self.limits)
-            if (sink, command.sequence_id) in self._engine_ids:
-                raise repeated(command.sequence_id)
-            work = Work(
-                sink=sink,
-                sequence_id=command.sequence_id,
-                submission=submission,
-                sequence=sequence,
-                token_ids=list(submission.prompt_ids),
-                sampler=_sampler(submission),
-                runs=TableRuns(self.limits.block_size),
-                submitted_s=command.at_s,
-            )
-            work.extend_hashes(self.limits.block_size)
-            self._scheduler.add(sequence)
+            check_submission(command.submission, self.limits)
+            if (sink, sequence_id) in self._engine_ids:
+                raise repeated(sequence_id)
+            work = begin(command, engine_id, self.limits.block_size)
+            self._scheduler.add(work.sequence)
         except HeterodyneError as error:
-            sink.refused(command.sequence_id, error)
+            sink.refused(sequence_id, error)
             return
         self._works[engine_id] = work
-        self._engine_ids[sink, command.sequence_id] = engine_id
+        self._engine_ids[sink, sequence_id] = engine_id
+        self._starved = False
 
-    def _dispatch(self) -> bool:
-        """Put the next step together and hand it to the executing thread. False where there is nothing to compute."""
+    def _dispatch(self) -> None:
+        """Put the next step together, where there is room for one, and hand it to the executing thread."""
+        if len(self._dispatched) == _MOST_DISPATCHED:
+            return
         plan = self._scheduler.schedule()
-        if not plan.chunks:
-            return False
+        self._starved = not plan.chunks
+        if self._starved:
+            return
         now = self._clock()
         works = [self._works[chunk.sequence_id] for chunk in plan.chunks]
         step = self._runner.prepare(make_batch(plan.chunks, works, self.limits.block_size))
@@ -245,7 +255,6 @@ class Engine:
         self._dispatched.append(_Dispatched(plan=plan, result=result))
         self._count(plan, works, now)
         self._pace.prepared(num_tokens=plan.num_tokens, took_s=self._clock() - now, now_s=self._clock())
-        return True
 
     def _execute(self, step: Callable[[], StepResult]) -> StepResult:
         """On the executing thread: run a step, unless one before it raised, for it would build on what is not there."""
@@ -268,11 +277,15 @@ class Engine:
                 if work.sequence.num_output_tokens == work.submission.max_tokens:
                     self._scheduler.remove(chunk.sequence_id)
 
-    def _collect(self, dispatched: _Dispatched) -> None:
-        """Wait for a step, take each sampled token into its sequence, and tell every sink once."""
+    def _collect(self) -> None:
+        """Where a step has ended, take each sampled token into its sequence, and tell every sink once."""
+        if not self._dispatched or not self._dispatched[0].result.done():
+            return
+        dispatched = self._dispatched.popleft()
         result, plan = dispatched.result.result(), dispatched.plan
         now = self._clock()
         self._steps += 1
+        self._starved = False
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=now)
         outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
         for index, chunk in enumerate(plan.chunks):
@@ -306,26 +319,34 @@ class Engine:
         work = self._works.pop(engine_id)
         del self._engine_ids[work.sink, work.sequence_id]
         self._scheduler.remove(engine_id)
+        self._starved = False
 
-    def _fail(self, error: BaseException) -> None:
-        """A step raised: every sequence ends with the cause, those in the inbox too, and the engine takes no more."""
-        self.failure = error
+    def _answer_all(self, cause: BaseException) -> None:
+        """The loop is left: every sequence ends with the cause, and the engine takes no more."""
+        self._closed = True
         outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
         for work in self._works.values():
-            outputs[work.sink].append(_failed(work.sequence_id, error))
+            outputs[work.sink].append(_failed(work.sequence_id, cause))
         for sink, items in outputs.items():
             sink.step(StepStats(step=self._steps), items)
-        self._fail_inbox(error)
+        self._answer_inbox()
+        if self.failure is None:  # else what the scheduler holds may be in disorder
+            for engine_id in list(self._works):
+                self._end(engine_id)
 
-    def _fail_inbox(self, error: BaseException) -> None:
+    def _answer_inbox(self) -> None:
         """Answer every submission in the inbox. Any thread: whoever takes a command out answers it."""
         while True:
             try:
                 command = self._inbox.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(command, Submit):
-                command.sink.step(StepStats(step=self._steps), [_failed(command.sequence_id, error)])
+            if not isinstance(command, Submit):
+                continue
+            if self.failure is None:
+                command.sink.refused(command.sequence_id, Stopping("this worker stops"))
+            else:
+                command.sink.step(StepStats(step=self._steps), [_failed(command.sequence_id, self.failure)])
 
     def _snapshot(self) -> LoadSnapshot:
         """What is dispatched counts as running and pending until it is collected, whatever the scheduler has let go."""
@@ -343,16 +364,6 @@ class Engine:
             prefix_queries=scheduler.num_prefix_queries,
             prefix_hits=scheduler.num_prefix_hits,
         )
-
-
-def _sampler(submission: Submission) -> SamplerState:
-    return SamplerState(
-        submission.sampling,
-        submission.prompt_ids,
-        stop_token_ids=submission.stop_token_ids,
-        min_tokens=submission.min_tokens,
-        grammar=None if submission.grammar is None else submission.grammar.start(),
-    )
 
 
 def _failed(sequence_id: int, error: BaseException) -> Output:

@@ -26,6 +26,10 @@ class Draining(HeterodyneError):
     """The engine finishes what it has and takes nothing new."""
 
 
+class Stopping(HeterodyneError):
+    """The engine has left its loop; another replica, or a later time, may do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one sequence may ask of this replica."""
@@ -120,7 +124,7 @@ class LoadSnapshot:
 class Sink(Protocol):
     """Who asked for a sequence. Called on the engine's thread, so it must only hand over and return.
 
-    Once the engine has failed, it is called on the thread that submits.
+    Once the engine has left its loop, it is called on the thread that submits.
     """
 
     def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
@@ -160,11 +164,6 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
-    pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     pass
 
@@ -174,7 +173,7 @@ class StepDone:
     pass
 
 
-Command = Submit | Cancel | Abandon | Drain | Stop | StepDone
+Command = Submit | Cancel | Abandon | Stop | StepDone
 
 
 def repeated(sequence_id: int) -> InvalidRequest:

@@ -2,14 +2,12 @@
 
 llguidance does the work: an Earley parser over a lexer of regular-expression derivatives, walked along the trie of
 the vocabulary, gives the tokens that may come next. Answers to one grammar share its lexer, which is built as it is
-used: the first answer pays for it, and the masks of the others take half the time. A lexer serves one thread at a
-time, so there are as many of them as threads.
+used: the first answer pays for it, and the masks of the others take half the time.
 
 Whitespace in JSON is the model's choice, as in llguidance and vLLM, but at most 32 characters of it between two
 tokens of JSON: where there is no limit, a weak model fills the rest of its context with blanks.
 """
 
-import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -36,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SOURCE_BYTES = 64 * 1024
 MAX_WHITESPACE = 32
-# Grammars that are kept compiled, about 0.1 MB each and for each thread where nothing is unusual.
+# Grammars that are kept compiled, about 0.1 MB each where nothing is unusual.
 _MAX_CACHED = 32
 
 
@@ -55,15 +53,12 @@ class GrammarFactory:
         directory: the model's, with its tokenizer.json.
         vocab_size: the model's, padding included; ids that the tokenizer does not know are never allowed.
         eos_token_ids: the model's end-of-sequence ids.
-        num_threads: how many threads fill masks. They keep to the processors of the thread that compiles first.
     """
 
-    def __init__(self, directory: Path, *, vocab_size: int, eos_token_ids: Sequence[int], num_threads: int = 1) -> None:
-        assert num_threads >= 1, num_threads
+    def __init__(self, directory: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._path = directory / "tokenizer.json"
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
-        self._num_threads = num_threads
         self._limits = LLParserLimits(verbose_errors=False)
         self._lock = threading.Lock()
         self._tools: _Tools | str | None = None
@@ -99,13 +94,10 @@ class GrammarFactory:
             if cached is not None:
                 self._cache.move_to_end(spec)
         # Answers share a lexer; where one of them brought it to its limits, the next gets a new one.
-        if cached is not None and not any(_stuck(origin) for origin in cached.origins):
+        if cached is not None and not _stuck(cached.origin):
             return cached
-        origins = tuple(self._matcher(spec, tools.tokenizer) for _ in range(self._num_threads))
         grammar = Grammar(
-            spec=spec,
-            origins=origins,
-            turns=itertools.cycle(origins),
+            origin=self._matcher(spec, tools.tokenizer),
             executor=tools.executor,
             eos_token_ids=frozenset(self._eos_token_ids),
         )
@@ -142,7 +134,7 @@ class GrammarFactory:
         except (OSError, ValueError) as error:
             logger.warning("no_structured_output cause=%s", cause_of(error))
             return "this model's tokenizer.json is of another kind"
-        return _Tools(tokenizer=tokenizer, executor=LLExecutor(self._num_threads))
+        return _Tools(tokenizer=tokenizer, executor=LLExecutor(1))
 
 
 def _llguidance_source(spec: GrammarSpec) -> str:

@@ -3,7 +3,7 @@
 Shapes: V token ids, with those that pad the vocabulary; W = ceil(V / 32) words of a mask; N sequences.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,20 +37,17 @@ class Grammar:
     """A compiled grammar. Any number of sequences start from it, on any thread.
 
     Attributes:
-        origins: at the beginning of the grammar, each with a lexer of its own; never moved, only copied.
-        turns: the origins in turn, without an end.
-        executor: fills the masks of several sequences at once, on threads of its own.
+        origin: at the beginning of the grammar; never moved, only copied.
+        executor: fills the masks of several sequences at once, on a thread of its own.
     """
 
-    spec: GrammarSpec
-    origins: tuple[LLMatcher, ...]
-    turns: Iterator[LLMatcher]
+    origin: LLMatcher
     executor: LLExecutor
     eos_token_ids: frozenset[int]
 
-    def start(self, emitted_ids: Iterable[int] = ()) -> "GrammarState":
-        """A sequence's state at the beginning, or after the tokens that it was given before. Takes about 1 us."""
-        return GrammarState(self, emitted_ids)
+    def start(self) -> "GrammarState":
+        """A sequence's state at the beginning. Takes about 1 us."""
+        return GrammarState(self)
 
 
 class GrammarState:
@@ -59,19 +56,14 @@ class GrammarState:
     Where the grammar may end, the model's end-of-sequence ids are allowed beside what else may follow, and once it
     must end, they alone are. So the grammar decides about the end, not the request's stop ids: whoever drives the
     sequence ends it when it is ``done``, with or without such an id, be they ignored or not.
-
-    Raises:
-        GrammarFailed: the tokens given before do not follow the grammar.
     """
 
     __slots__ = ("_grammar", "_matcher", "_ready")
 
-    def __init__(self, grammar: Grammar, emitted_ids: Iterable[int] = ()) -> None:
+    def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
-        self._matcher = next(grammar.turns).deep_copy()
+        self._matcher = grammar.origin.deep_copy()
         self._ready: Tensor | GrammarFailed | None = None  # the mask of the next token, or why there is none
-        for token_id in emitted_ids:
-            self.accept(token_id)
 
     @property
     def done(self) -> bool:
@@ -117,31 +109,25 @@ class GrammarState:
         return GrammarFailed(f"the answer cannot follow its grammar: {problem_of(self._matcher.get_error())}")
 
 
-def fill_all(states: Sequence[GrammarState | None], rows: Tensor) -> dict[int, GrammarFailed]:
-    """Fills the masks of a step at once, in parallel and without the interpreter's lock.
+def fill_all(states: Sequence[GrammarState], rows: Tensor) -> dict[int, GrammarFailed]:
+    """Fills the masks of a step at once, without the interpreter's lock.
 
     Args:
-        states: N, all of one factory's grammars; None where anything may come.
-        rows: int32 [N, W], contiguous, on the CPU. The row of None is filled with ones.
+        states: N, at least one, all of one factory's grammars.
+        rows: int32 [N, W], contiguous, on the CPU.
 
     Returns:
         Why a state has no mask, by row; the row then holds the end-of-sequence ids.
     """
     _check_rows(rows)
-    assert rows.dim() == 2 and len(rows) == len(states), (rows.shape, len(states))
-    filled = [(row, state) for row, state in enumerate(states) if state is not None]
-    if len(filled) < len(states):
-        rows[[row for row, state in enumerate(states) if state is None]] = -1
-    if not filled:
-        return {}
-    executor = filled[0][1]._grammar.executor
-    executor.unsafe_compute_mask_ptr(
-        [(state._matcher, row) for row, state in filled],
+    assert rows.dim() == 2 and len(rows) == len(states) >= 1, (rows.shape, len(states))
+    states[0]._grammar.executor.unsafe_compute_mask_ptr(
+        [(state._matcher, row) for row, state in enumerate(states)],
         rows.data_ptr(),
         rows.shape[1] * rows.element_size(),
         len(rows),
     )
-    return {row: state._failure() for row, state in filled if state._matcher.is_error()}
+    return {row: state._failure() for row, state in enumerate(states) if state._matcher.is_error()}
 
 
 def prefetch(states: Sequence[GrammarState], vocab_size: int) -> None:

@@ -1,7 +1,6 @@
 """The worker's gRPC service: load, describe, and the leader stream."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -16,13 +15,17 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers import wire
 from workers.device import Device
+from workers.grammar_compiler import GrammarCompiler
 from workers.lead import LeaderStream
 from workers.loading import Loaded, LoadJob
+from workers.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
 # How often a load tells how far it is.
 _PROGRESS_S = 0.2
+# How long the engine's thread, which has nothing left to do, is waited for.
+_JOIN_S = 1.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -34,6 +37,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._epoch = epoch
         self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
         self._loaded: Loaded | None = None
+        self._grammars: GrammarCompiler | None = None
+        self._streams: set[LeaderStream] = set()
         self._fenced_messages = 0
 
     @property
@@ -95,35 +100,29 @@ class WorkerService(pb_grpc.WorkerServicer):
             load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages) if loaded else None,
         )
 
-    async def Lead(
+    # A coroutine that writes, which is the other form of a handler that streams: a write that waits for a gateway which
+    # does not read must not keep the stream from its end.
+    async def Lead(  # type: ignore[override]
         self,
         request_iterator: AsyncIterator[pb.LeadRequest],
         context: grpc.aio.ServicerContext[pb.LeadRequest, pb.LeadResponse],
-    ) -> AsyncIterator[pb.LeadResponse]:
+    ) -> None:
         """Serve one gateway until the stream ends, however it ends.
 
-        INTERNAL with the cause when the engine fails, INVALID_ARGUMENT for a message without a known command.
+        INTERNAL with the cause when the engine fails, UNAVAILABLE when the worker stops, RESOURCE_EXHAUSTED when the
+        gateway does not read, INVALID_ARGUMENT for a message without a known command.
         """
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
-        engine = self._loaded.engine
-        stream = LeaderStream(
-            engine=engine, grammars=self._loaded.grammars, epoch=self._epoch, loop=asyncio.get_running_loop()
-        )
-        parts = (stream.read(request_iterator), stream.beat(), stream.end_with_engine())
-        tasks = [asyncio.create_task(part) for part in parts]
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self._loaded.grammars)
+        stream = LeaderStream(engine=self._loaded.engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
+        self._streams.add(stream)
         try:
-            async for message in stream.write():
-                yield message
+            await stream.run(request_iterator, context.write)
         finally:
+            self._streams.remove(stream)
             self._fenced_messages += stream.fenced_messages
-            for task in tasks:
-                task.cancel()
-            for task in tasks:
-                with contextlib.suppress(asyncio.CancelledError, grpc.RpcError):
-                    await task
-            stream.close()
-            engine.abandon(stream)
         if stream.status is not None:
             await context.abort(*stream.status)
 
@@ -138,8 +137,23 @@ class WorkerService(pb_grpc.WorkerServicer):
             f"epoch {epoch} is fenced: this replica is at epoch {self._epoch}",
         )
 
+    async def stop(self, timeout_s: float) -> None:
+        """Answer everything that is under way, then end the streams, with UNAVAILABLE.
+
+        A step that still executes after ``timeout_s`` does not matter: the streams end then.
+        """
+        if self._loaded is None:
+            return
+        engine = self._loaded.engine
+        engine.stop()
+        await asyncio.wait([asyncio.wrap_future(engine.ended)], timeout=timeout_s)
+        for stream in self._streams:
+            stream.end_with_engine()
+
     def close(self) -> None:
-        """Stop the engine's thread."""
+        """End the threads, as far as they can be ended."""
+        if self._grammars is not None:
+            self._grammars.close()
         if self._loaded is not None and self._loaded.engine.thread.is_alive():
             self._loaded.engine.stop()
-            self._loaded.engine.thread.join(timeout=5.0)
+            self._loaded.engine.thread.join(_JOIN_S)

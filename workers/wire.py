@@ -7,7 +7,7 @@ from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.plan import Span
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, StepStats, Submission
+from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
 from workers.grammar import Grammar, GrammarSpec
 from workers.sampling import SamplingParams
 from workers.scoring import PromptScores
@@ -34,7 +34,7 @@ def error_code(error: HeterodyneError) -> int:
             return RESOURCE_EXHAUSTED
         case InvalidRequest():
             return INVALID_ARGUMENT
-        case Draining():
+        case Draining() | Stopping():
             return UNAVAILABLE
         case _:
             return FAILED_PRECONDITION

@@ -6,7 +6,7 @@ from placement.blocks import TableRuns
 from placement.prefix import chain_hashes
 from placement.scheduling import Chunk
 from placement.sequence import Sequence
-from workers.engine_types import EndReason, Output, Sink, Submission
+from workers.engine_types import EndReason, Output, Sink, Submission, Submit
 from workers.runner import SequenceInput
 from workers.sampling import SampledToken, SamplerState
 from workers.scoring import ScoredPrompt
@@ -95,3 +95,33 @@ class Work:
         if len(self.token_ids) // block_size > len(hashes):
             salt = self.submission.cache_salt
             self.sequence.block_hashes = chain_hashes(self.token_ids, block_size, salt, already=hashes)
+
+
+def begin(command: Submit, engine_id: int, block_size: int) -> Work:
+    """A sequence that was just submitted; of those of equal priority, one with a lower ``engine_id`` goes first."""
+    submission = command.submission
+    work = Work(
+        sink=command.sink,
+        sequence_id=command.sequence_id,
+        submission=submission,
+        sequence=Sequence(
+            sequence_id=engine_id,
+            num_prompt_tokens=len(submission.prompt_ids),
+            max_tokens=submission.max_tokens,
+            priority=submission.priority,
+            arrival=engine_id,
+            reuse_prefix=submission.prompt_logprobs is None,
+        ),
+        token_ids=list(submission.prompt_ids),
+        sampler=SamplerState(
+            submission.sampling,
+            submission.prompt_ids,
+            stop_token_ids=submission.stop_token_ids,
+            min_tokens=submission.min_tokens,
+            grammar=None if submission.grammar is None else submission.grammar.start(),
+        ),
+        runs=TableRuns(block_size),
+        submitted_s=command.at_s,
+    )
+    work.extend_hashes(block_size)
+    return work

@@ -1,10 +1,11 @@
 """An engine for tests: started, listened to, and seen to keep nothing when it is idle."""
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from placement.errors import HeterodyneError
 from placement.scheduling import Scheduler, SchedulerLimits
 from workers.engine import Engine
 from workers.engine_types import Limits, Output, Runner, StepStats, Submission
-from workers.sampling import SamplingParams
+from workers.runner import Batch, StepResult
+from workers.sampling import SampledToken, SamplingParams
 from workers.scoring import PromptScores
 
 BLOCK_SIZE = 8
@@ -62,6 +64,51 @@ class Listener:
         self.wait(lambda: len(self.ends) == count)
 
 
+class SlowRunner:
+    """Gives everybody token 1, in as many steps as its gate lets through; and says when each begins."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+        self.error: Exception | None = None
+
+    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
+        return lambda: self._execute(batch)
+
+    def _execute(self, batch: Batch) -> StepResult:
+        self.entered.release()
+        assert self.gate.acquire(timeout=WAIT_S)
+        if self.error is not None:
+            raise self.error
+        return StepResult(tokens=tuple(SampledToken(token_id=1) if s.samples else None for s in batch.sequences))
+
+
+class Gated:
+    """A runner whose steps wait until everything that a test submits is submitted, however busy the machine."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.gate = threading.Event()
+
+    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
+        step = self._runner.prepare(batch)
+
+        def execute() -> StepResult:
+            assert self.gate.wait(WAIT_S)
+            return step()
+
+        return execute
+
+
+class Inline(ThreadPoolExecutor):
+    """Executes on the thread that submits: what happens between two steps is then the same every time."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
 @dataclass(eq=False)
 class Parts:
     engine: Engine
@@ -81,7 +128,7 @@ class Parts:
 
 @contextmanager
 def engines() -> Iterator[Callable[..., Parts]]:
-    """``make(runner, **sizes)``: a running engine, stopped at the end."""
+    """``make(runner, **sizes)``: an engine, running unless ``start`` is False, stopped at the end."""
     made: list[Engine] = []
 
     def make(
@@ -92,6 +139,9 @@ def engines() -> Iterator[Callable[..., Parts]]:
         max_num_seqs: int = 16,
         vocab_size: int = 509,
         prefix_cache: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        executor: ThreadPoolExecutor | None = None,
+        start: bool = True,
     ) -> Parts:
         pool = BlockPool(num_blocks, BLOCK_SIZE)
         limits = SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs)
@@ -101,15 +151,19 @@ def engines() -> Iterator[Callable[..., Parts]]:
             scheduler=scheduler,
             pool=pool,
             limits=Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE),
-            executor=ThreadPoolExecutor(1),
+            executor=executor or ThreadPoolExecutor(1),
+            clock=clock,
         )
-        engine.thread.start()
+        if start:
+            engine.thread.start()
         made.append(engine)
         return Parts(engine=engine, pool=pool, scheduler=scheduler)
 
     yield make
     for engine in made:
         engine.stop()
+        if engine.thread.ident is None:
+            continue
         engine.thread.join(WAIT_S)
 
 

@@ -1,12 +1,13 @@
 """Grammars of every kind for the demo model's tokenizer, and their masks as rows of booleans."""
 
 import json
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from workers.grammar import GrammarSpec, GrammarState
+from workers.grammar import Grammar, GrammarFactory, GrammarSpec, GrammarState
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 # The demo tokenizer has 4096 tokens; the rest pads the vocabulary, as models do.
@@ -85,6 +86,22 @@ expr: term (("+" | "-") term)*
 term: NUMBER | "(" expr ")"
 NUMBER: /[0-9]{1,3}/
 """
+
+
+class GatedFactory(GrammarFactory):
+    """Compiles once its gate is open; notes what it was asked for, and says when."""
+
+    def __init__(self) -> None:
+        super().__init__(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+        self.gate = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.calls: list[GrammarSpec] = []
+
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        self.calls.append(spec)
+        self.entered.release()
+        assert self.gate.wait(60.0)
+        return super().compile(spec)
 
 
 def json_schema(schema: object) -> GrammarSpec:

@@ -1,6 +1,5 @@
 """The engine with a real model: whatever a step is made of, a sequence's tokens are those that transformers gives."""
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,8 @@ import pytest
 import torch
 
 from placement.errors import FieldError
-from tests.support.engine import WAIT_S, Listener, Parts, engines, submission
+from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
 from workers.engine_types import Draining, EndReason, Submission
-from workers.runner import Batch, StepResult
-from workers.sampling import SampledToken
 
 NUM_TOKENS = 64
 
@@ -87,10 +84,12 @@ def test_preempted_sequences_give_the_tokens_of_transformers(
     oracle: Oracle, make_runner: Any, make_engine: Any
 ) -> None:
     # Blocks for about four of the sixteen, all of which grow: someone is always preempted.
-    parts = make_engine(make_runner(oracle.directory), num_blocks=60)
+    runner = Gated(make_runner(oracle.directory))
+    parts = make_engine(runner, num_blocks=60)
     listener = Listener()
     for i, prompt in enumerate(oracle.prompts):
         parts.engine.submit(listener, i, submission(prompt, priority=i % 3))
+    runner.gate.set()
     listener.wait(lambda: len(listener.ends) == len(oracle.prompts))
     assert [listener.tokens[i] for i in range(len(oracle.prompts))] == oracle.answers
     assert sum(output.num_preemptions for output in listener.ends.values()) > 0
@@ -108,27 +107,6 @@ def test_a_stop_id_ends_the_sequence_and_is_its_last_token(oracle: Oracle, make_
     assert listener.tokens[0] == answer[: answer.index(stop) + 1]
     assert listener.ends[0].end is EndReason.STOP
     parts.idle()
-
-
-class SlowRunner:
-    """Counts steps, so that a test can say within which one something happened."""
-
-    def __init__(self, vocab_size: int = 16) -> None:
-        self.gate = threading.Semaphore(0)
-        self.batches: list[Batch] = []
-        self.entered = threading.Semaphore(0)
-        self.error: Exception | None = None
-
-    def prepare(self, batch: Batch) -> Callable[[], StepResult]:
-        return lambda: self.execute(batch)
-
-    def execute(self, batch: Batch) -> StepResult:
-        self.entered.release()
-        assert self.gate.acquire(timeout=WAIT_S)
-        if self.error is not None:
-            raise self.error
-        self.batches.append(batch)
-        return StepResult(tokens=tuple(SampledToken(token_id=1) if s.samples else None for s in batch.sequences))
 
 
 def test_cancel_takes_the_sequence_out_of_the_next_step(make_engine: Any) -> None:
@@ -189,13 +167,14 @@ def test_a_draining_engine_finishes_what_it_has_and_refuses_what_comes(make_engi
     listener = Listener()
     parts.engine.submit(listener, 1, submission([3], max_tokens=3))
     assert runner.entered.acquire(timeout=WAIT_S)
-    parts.engine.submit(listener, 2, submission([3], max_tokens=3))
+    parts.engine.admit()
     parts.engine.drain()
-    parts.engine.submit(listener, 3, submission([3], max_tokens=3))
+    parts.engine.submit(listener, 2, submission([3], max_tokens=3))  # it was admitted before
+    with pytest.raises(Draining):
+        parts.engine.admit()
     runner.gate.release(20)
-    listener.wait(lambda: len(listener.ends) == 2 and bool(listener.refusals))
+    listener.wait_ends(2)
     assert listener.tokens == {1: [1, 1, 1], 2: [1, 1, 1]}
-    assert isinstance(listener.refusals[3], Draining)
     parts.idle()
 
 

@@ -1,88 +1,19 @@
 """A worker as a process of its own, with no Ray: its protocol, its fencing, its end."""
 
 import asyncio
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 import pytest_asyncio
 
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from protos.heterodyne.worker.v1 import worker_pb2_grpc
-
-EPOCH = 41
-WHOLE = pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509})
-
-
-def load_request(path: Path, **fields: Any) -> pb.LoadRequest:
-    base: dict[str, Any] = {
-        "epoch": EPOCH,
-        "model_path": str(path),
-        "dtype": pb.DTYPE_FLOAT32,
-        "shard": WHOLE,
-        "block_size": 8,
-        "num_blocks": 64,
-        "token_budget": 32,
-        "max_num_seqs": 8,
-        "max_context_tokens": 256,
-    }
-    return pb.LoadRequest(**base | fields)
-
-
-@asynccontextmanager
-async def running(**fields: Any) -> AsyncIterator[tuple[WorkerProcess, Any]]:
-    base: dict[str, Any] = {"bind_host": "127.0.0.1", "device": "cpu", "num_threads": 1, "epoch": EPOCH}
-    args = WorkerArgs(**base | fields)
-    worker = await WorkerProcess.start(args, timeout_s=60.0)
-    try:
-        async with grpc.aio.insecure_channel(worker.address) as channel:
-            yield worker, worker_pb2_grpc.WorkerStub(channel)
-    finally:
-        await worker.stop(grace_s=5.0)
-
-
-async def load(stub: Any, request: pb.LoadRequest) -> list[pb.LoadResponse]:
-    return [message async for message in stub.Load(request, timeout=60.0)]
-
-
-def submit(sequence_id: int = 1, *, epoch: int = EPOCH, **fields: Any) -> pb.LeadRequest:
-    base: dict[str, Any] = {
-        "sequence_id": sequence_id,
-        "prompt_ids": [3, 4, 5],
-        "sampling": pb.Sampling(repetition_penalty=1.0, top_p=1.0),
-        "max_tokens": 4,
-    }
-    return pb.LeadRequest(epoch=epoch, submit=pb.Submit(**base | fields))
-
-
-async def until(call: Any, wanted: str) -> Any:
-    """The next event of that kind."""
-    async with asyncio.timeout(20.0):
-        while True:
-            message = await call.read()
-            assert isinstance(message, pb.LeadResponse)
-            assert message.epoch == EPOCH
-            if message.WhichOneof("event") == wanted:
-                return getattr(message, wanted)
-
-
-async def outputs(call: Any, sequence_id: int) -> list[pb.SequenceOutput]:
-    """All outputs of one sequence, to its end."""
-    found: list[pb.SequenceOutput] = []
-    while not (found and found[-1].HasField("end")):
-        step = await until(call, "step")
-        found += [output for output in step.sequences if output.sequence_id == sequence_id]
-    return found
+from tests.support.leader_stream import EPOCH, drain, submit
+from tests.support.worker import collect, load, load_request, outputs, running, until
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -144,7 +75,9 @@ async def test_messages_of_another_epoch_are_refused_and_counted(llama_checkpoin
         await call.write(submit(2, max_tokens=200))
         await call.write(pb.LeadRequest(epoch=EPOCH - 1, cancel=pb.Cancel(sequence_id=2)))
         assert (await outputs(call, 2))[-1].end.reason == pb.END_REASON_LENGTH, "an old cancel does nothing"
-        assert (await until(call, "load")).fenced_messages == 2
+        while (report := await until(call, "load")).fenced_messages < 2:
+            pass
+        assert report.fenced_messages == 2
 
 
 async def test_a_broken_stream_gives_its_blocks_back(llama_checkpoint: Any) -> None:
@@ -222,12 +155,11 @@ async def test_drain_lets_sequences_finish_and_refuses_new_ones(llama_checkpoint
     async with running() as (_, stub):
         await load(stub, load_request(llama_checkpoint()))
         call = stub.Lead()
-        await call.write(submit(1, max_tokens=100))
-        await call.write(pb.LeadRequest(epoch=EPOCH, drain=pb.Drain()))
-        await call.write(submit(2))
-        rejected = await until(call, "rejected")
-        assert (rejected.sequence_id, rejected.code) == (2, grpc.StatusCode.UNAVAILABLE.value[0])
-        assert (await outputs(call, 1))[-1].end.reason == pb.END_REASON_LENGTH
+        for request in (submit(1, max_tokens=100), drain(), submit(2)):
+            await call.write(request)
+        events = await collect(call, lambda answers: answers.keys() == {1, 2})
+        assert events[1].reason == pb.END_REASON_LENGTH
+        assert events[2].code == grpc.StatusCode.UNAVAILABLE.value[0]
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -237,42 +169,6 @@ async def test_a_message_without_a_known_command_ends_the_stream(loaded_worker: 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await until(call, "rejected")
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
-_BROKEN_WORKER = """
-import sys
-from workers import __main__ as worker, runner
-
-def execute(self, prepared):
-    if len(prepared.batch.sequences[0].token_ids) == 5:
-        raise RuntimeError("the device is on fire" + chr(10) + "and so is the house")
-    return sampled(self, prepared)
-
-sampled, runner.ModelRunner._execute = runner.ModelRunner._execute, execute
-sys.exit(worker.main())
-"""
-
-
-async def test_a_failed_engine_ends_its_sequences_its_streams_and_its_process(
-    llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    argv = WorkerArgs.argv
-    monkeypatch.setattr(WorkerArgs, "argv", lambda self: [sys.executable, "-c", _BROKEN_WORKER, *argv(self)[3:]])
-    async with running() as (worker, stub):
-        await load(stub, load_request(llama_checkpoint()))
-        idle, call = stub.Lead(), stub.Lead()
-        await until(idle, "load")
-        await call.write(submit(1, prompt_ids=[3] * 5))
-        (failed,) = await outputs(call, 1)
-        assert failed.end.reason == pb.END_REASON_FAILED
-        assert failed.end.detail == "RuntimeError: the device is on fire"
-        for stream in (call, idle):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await until(stream, "step")
-            assert caught.value.code() is grpc.StatusCode.INTERNAL
-            assert caught.value.details() == "the engine failed: RuntimeError: the device is on fire"
-        end = await asyncio.wait_for(worker.wait(), 10.0)
-        assert end.endswith("exited with code 1: engine failed: RuntimeError: the device is on fire")
 
 
 async def test_a_worker_listens_on_ipv6() -> None:
@@ -300,32 +196,7 @@ async def test_a_worker_that_is_late_says_which_limit_it_missed() -> None:
         await WorkerProcess.start(args, timeout_s=0.01)
 
 
-async def test_sigterm_ends_a_worker_in_order() -> None:
-    async with running() as (worker, _):
-        os.kill(worker.pid, signal.SIGTERM)
-        assert "exited with code 0" in await asyncio.wait_for(worker.wait(), 10.0)
-
-
 async def test_a_worker_that_cannot_start_says_why() -> None:
     args = WorkerArgs(bind_host="127.0.0.1", device="cuda:77", num_threads=1, epoch=EPOCH)
     with pytest.raises(WorkerFailed, match=r"device: torch sees \d+ GPUs here"):
         await WorkerProcess.start(args, timeout_s=60.0)
-
-
-async def test_a_worker_dies_with_its_parent() -> None:
-    code = (
-        "import asyncio, sys\n"
-        "from orchestrator.launcher.process import WorkerArgs, WorkerProcess\n"
-        "async def main():\n"
-        "    args = WorkerArgs(bind_host='127.0.0.1', device='cpu', num_threads=1, epoch=1)\n"
-        "    worker = await WorkerProcess.start(args, timeout_s=60.0)\n"
-        "    print(worker.pid, flush=True)\n"
-        "    await asyncio.sleep(60)\n"
-        "asyncio.run(main())\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        worker = psutil.Process(int(await asyncio.to_thread(parent.stdout.readline)))
-        parent.kill()
-    gone, _ = await asyncio.to_thread(psutil.wait_procs, [worker], 5.0)
-    assert gone
