@@ -1,7 +1,6 @@
 """The operations a decoder needs, as one protocol, and which variant of them a device runs."""
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from kernels import cpu, reference
 from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
+from kernels.cuda.gpus import runs_triton
 from kernels.linear import Linear
 
 
@@ -46,15 +46,8 @@ def kernels_for(device: torch.device | str) -> Kernels:
     device = torch.device(device)
     if device.type == "cpu":
         return cpu
-    if device.type == "cuda" and _runs_triton(device):
+    if runs_triton(device):
         # By name, because the module imports Triton, which machines without a GPU need not have.
         variant: Kernels = importlib.import_module("kernels.cuda.variant").open_kernels(device)
         return variant
     return reference
-
-
-def _runs_triton(device: torch.device) -> bool:
-    """Whether Triton is here and the GPU multiplies bfloat16 by itself (Ampere and later)."""
-    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
