@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from orchestrator.brief import brief
 from orchestrator.chat_sandbox import DEADLINE, MAX_RENDER_S, check_size, compile_template
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 
@@ -99,7 +100,7 @@ def _not_a_template(field: str, source: str, reason: str) -> InvalidModel:
 
 def _refusal(error: Exception, num_messages: int) -> InvalidRequest:
     words = str(error) if isinstance(error, TemplateError) else cause_of(error)
-    reason = " ".join(words.split())[:_MAX_REASON_CHARACTERS]
+    reason = brief(words, _MAX_REASON_CHARACTERS)
     return InvalidRequest(
         field="chat",
         value=f"{num_messages} messages",

@@ -22,6 +22,7 @@ from placement.weights import TensorSlice, whole_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 MAX_CONFIG_BYTES = 2**20
 MAX_INDEX_BYTES = 2**26
 MAX_TOKENIZER_BYTES = 2**28
@@ -36,6 +37,7 @@ class ModelFiles:
 
     Attributes:
         config: its config.json.
+        tokenizer_file: what ``tokenizer`` was read from.
         defaults: what its generation_config.json says of sampling.
         chat_template: None where it has none, as base models do.
         checkpoint_bytes: size of its safetensors files.
@@ -45,6 +47,7 @@ class ModelFiles:
     spec: ModelSpec
     defaults: DefaultSampling
     tokenizer: Tokenizer
+    tokenizer_file: Path
     chat_template: ChatTemplate | None
     checkpoint_bytes: int
 
@@ -80,6 +83,7 @@ def read_model_files(directory: Path) -> ModelFiles:
         spec=spec,
         defaults=defaults,
         tokenizer=tokenizer,
+        tokenizer_file=_inside(directory, TOKENIZER),
         chat_template=_read_chat_template(directory),
         checkpoint_bytes=sum((directory / name).stat().st_size for name in headers),
     )
@@ -159,7 +163,7 @@ def _check_tensors(
 
 def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
     """The tokenizer, once its ids were found to fit the model."""
-    name = "tokenizer.json"
+    name = TOKENIZER
     _check_vocabulary(_read_json(directory, name, MAX_TOKENIZER_BYTES), spec)
     try:
         return Tokenizer.from_file(str(_inside(directory, name)))
@@ -179,16 +183,16 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
         ids = [len(vocabulary) - 1]
     else:
         fix = "Save the tokenizer as a fast one: tokenizer.save_pretrained(path)."
-        raise InvalidModel(field="tokenizer.json", value=None, problem="has no model.vocab", fix=fix)
+        raise InvalidModel(field=TOKENIZER, value=None, problem="has no model.vocab", fix=fix)
     added = tokenizer.get("added_tokens") or []
     ids += [token.get("id") if isinstance(token, dict) else None for token in added]
     if not all(isinstance(token_id, int) for token_id in ids):
         problem = "has a token whose id is not a number"
-        raise InvalidModel(field="tokenizer.json", value=None, problem=problem, fix=_FIX_AGAIN)
+        raise InvalidModel(field=TOKENIZER, value=None, problem=problem, fix=_FIX_AGAIN)
     largest = max(ids, default=-1)
     if largest >= spec.vocab_size:
         raise InvalidModel(
-            field="tokenizer.json",
+            field=TOKENIZER,
             value=largest,
             problem=f"has a token id that is not below vocab_size = {spec.vocab_size} of config.json",
             fix="Use the tokenizer.json that was saved with the model.",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from google.rpc import code_pb2
 
+from orchestrator.brief import brief
 from orchestrator.gateway.choice import Choice
 from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.inbox import Lost, SequenceEvent
@@ -82,11 +83,14 @@ class Answer:
                 failures.append(event)
         if self._echo is not None and not self._echo.done:
             outputs = self._take_echo(outputs, responses)
-        for sequence_id, run in _by_sequence(outputs).items():
-            for start in range(0, len(run), MAX_CHUNK_TOKENS):
-                if self.outcome is None:
-                    part = run[start : start + MAX_CHUNK_TOKENS]
-                    self._take_outputs(self._by_sequence[sequence_id], part, responses, submitted_s, now_s)
+        for choice, run in self._runs(outputs):
+            if self.outcome is not None or choice.over:
+                continue
+            response = choice.take(run, submitted_s=submitted_s, now_s=now_s)
+            if response is not None:
+                responses.append(response)
+            if choice.end is not None or choice.failure is not None:
+                self._note_end(choice)
         for failure in failures:
             self._take_failure(failure)
         return responses
@@ -112,29 +116,30 @@ class Answer:
             self.fail(ReplicaFault("the answer began before the log-probabilities of the prompt were complete"))
         return mine
 
-    def _take_outputs(
-        self,
-        choice: Choice,
-        outputs: Sequence[worker_pb2.SequenceOutput],
-        responses: list[pb.GenerateResponse],
-        submitted_s: float,
-        now_s: float,
-    ) -> None:
-        if choice.over:
-            return
-        response = pb.GenerateResponse()
-        chunk = response.chunk
-        choice.take(outputs, chunk, submitted_s=submitted_s, now_s=now_s)
-        if chunk.tokens or chunk.text or choice.end is not None:
-            responses.append(response)
+    def _runs(
+        self, outputs: list[worker_pb2.SequenceOutput]
+    ) -> Iterable[tuple[Choice, Sequence[worker_pb2.SequenceOutput]]]:
+        """The outputs by choice, in order; each run is short enough for one message."""
+        if len(self.choices) == 1 and len(outputs) <= MAX_CHUNK_TOKENS:
+            return ((self.choices[0], outputs),) if outputs else ()
+        runs: dict[int, list[worker_pb2.SequenceOutput]] = {}
+        for output in outputs:
+            runs.setdefault(output.sequence_id, []).append(output)
+        return [
+            (self._by_sequence[sequence_id], run[start : start + MAX_CHUNK_TOKENS])
+            for sequence_id, run in runs.items()
+            for start in range(0, len(run), MAX_CHUNK_TOKENS)
+        ]
+
+    def _note_end(self, choice: Choice) -> None:
         if choice.failure is not None:
             self.fail(choice.failure)
-        elif choice.end is not None:
-            if choice.at_replica:
-                self._let_go.append(choice)
-            self._num_going_on -= 1
-            if not self._num_going_on:
-                self.outcome = self._finish_reason()
+            return
+        if choice.at_replica:
+            self._let_go.append(choice)
+        self._num_going_on -= 1
+        if not self._num_going_on:
+            self.outcome = self._finish_reason()
 
     def _finish_reason(self) -> pb.FinishReason.ValueType:
         reasons = {choice.end.finish_reason for choice in self.choices if choice.end is not None}
@@ -155,7 +160,7 @@ class Answer:
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
         """A refusal that another replica, or a later time, could mend is not the request's fault."""
-        logger.warning('sequence_refused replica=%s message="%s"', self._replica, event.message)
+        logger.warning('sequence_refused replica=%s message="%s"', self._replica, brief(event.message))
         if event.code in _NOT_NOW:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar
@@ -164,7 +169,7 @@ class Answer:
             return InvalidRequest(
                 field="structured_output",
                 value=shown(getattr(grammar, kind)) if kind else "",
-                problem=f"cannot be followed: {event.message.removeprefix(_GRAMMAR).strip()}",
+                problem=f"cannot be followed: {brief(event.message.removeprefix(_GRAMMAR))}",
                 fix="Send a simpler or a corrected one.",
             )
         return ReplicaFault(f"{self._replica} refused the request")
@@ -229,11 +234,3 @@ class Answer:
         if len(self.choices) == 1 and end is not None and end.HasField("matched_stop"):
             message.matched_stop = end.matched_stop
         return message
-
-
-def _by_sequence(outputs: list[worker_pb2.SequenceOutput]) -> dict[int, list[worker_pb2.SequenceOutput]]:
-    """The outputs of each sequence, in order."""
-    runs: dict[int, list[worker_pb2.SequenceOutput]] = {}
-    for output in outputs:
-        runs.setdefault(output.sequence_id, []).append(output)
-    return runs

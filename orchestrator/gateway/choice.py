@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orchestrator.brief import brief
 from orchestrator.gateway.journal import Journal, JournalEntry, JournalError, Recorded
 from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.text import TextStream
@@ -12,6 +13,9 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
+
+# Of what a worker says of its own failure: an error of the device's library is long.
+_DETAIL_CHARACTERS = 500
 
 _REASONS = {
     worker_pb2.END_REASON_STOP: pb.FINISH_REASON_STOP,
@@ -65,16 +69,18 @@ class Choice:
         return self.end is not None or self.failure is not None
 
     def take(
-        self, outputs: Sequence[worker_pb2.SequenceOutput], chunk: pb.Chunk, *, submitted_s: float, now_s: float
-    ) -> None:
-        """Take what the replica computed, and write what the client should see of it into ``chunk``, an empty one.
+        self, outputs: Sequence[worker_pb2.SequenceOutput], *, submitted_s: float, now_s: float
+    ) -> pb.GenerateResponse | None:
+        """Take what the replica computed; returns what the client should see of it. None where that is nothing.
+
+        Not to be called once it is over. This is done for every token of every stream: it is as short as it can be.
 
         Args:
             submitted_s: when the sequence went to the replica, in seconds since the request arrived.
             now_s: the present, likewise.
         """
-        if self.over:
-            return
+        response = pb.GenerateResponse()
+        chunk = response.chunk
         chunk.choice, chunk.first_index = self._index, len(self.entry.emitted_ids)
         token_ids: list[int] = []
         last: worker_pb2.End | None = None
@@ -98,6 +104,7 @@ class Choice:
             self._finish(last, chunk)
         if self.end is not None:
             chunk.end.CopyFrom(self.end)
+        return response if token_ids or self.end is not None else None
 
     def _note_start(self, output: worker_pb2.SequenceOutput, submitted_s: float) -> None:
         if output.HasField("queue_s"):
@@ -139,7 +146,9 @@ class Choice:
             self._end(pb.FINISH_REASON_STOP if rest.matched_stop else _REASONS[end.reason], rest.matched_stop)
         elif end.reason == worker_pb2.END_REASON_FAILED:
             # The detail is for the operator: it may name files, and clients are not to see those.
-            logger.error('sequence_failed replica=%s detail="%s"', self.entry.replica, end.detail)
+            logger.error(
+                'sequence_failed replica=%s detail="%s"', self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
+            )
             self.failure = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
         else:
             self.failure = ReplicaFault("the replica ended the sequence without being asked")

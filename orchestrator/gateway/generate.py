@@ -16,6 +16,7 @@ from google.rpc import code_pb2
 from orchestrator.gateway.admission import Admission
 from orchestrator.gateway.answer import Answer
 from orchestrator.gateway.choice import Choice
+from orchestrator.gateway.detokenizer import Detokenizer
 from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.fleet import Fleet
 from orchestrator.gateway.inbox import MAX_WAITING, Inbox
@@ -80,6 +81,7 @@ class Generator:
         self._telemetry = telemetry
         self._request_timeout_s = request_timeout_s
         self._sequence_ids = itertools.count(1)
+        self._detokenizer = Detokenizer(model.tokenizer)
         self._grammars = GrammarProbe(model)
         self.prompts = Prompts(model)
         self.journal = Journal()
@@ -172,7 +174,7 @@ class Generator:
 
     def _open(self, request: Request, leader: Leader) -> Answer:
         """The answer that the leader will compute, its sequences in the journal."""
-        tokenizer, choices = self._model.tokenizer, []
+        choices = []
         sequences = entries(request, replica=leader.name, epoch=leader.epoch, sequence_ids=self._sequence_ids)
         for index, entry in enumerate(sequences):
             self.journal.open(entry)
@@ -183,10 +185,10 @@ class Generator:
                     epoch=leader.epoch,
                     max_tokens=request.max_tokens,
                     journal=self.journal,
-                    text=TextStream(tokenizer, request.stop, request.prompt_ids),
+                    text=TextStream(self._detokenizer, request.stop, request.prompt_ids),
                 )
             )
-        text, judged = TextStream(tokenizer, (), ()), request.logprobs is not None
+        text, judged = TextStream(self._detokenizer, (), ()), request.logprobs is not None
         echo = Echo(request.prompt_ids, text, judged=judged) if request.echo else None
         return Answer(request=request, choices=choices, echo=echo)
 

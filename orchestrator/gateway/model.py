@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -47,6 +48,7 @@ class ServedModel:
     """Everything the gateway knows of the model.
 
     Attributes:
+        tokenizer_file: where ``tokenizer`` was read from; None where it was made in memory.
         chat_template: writes conversations out as prompts; None where the model has none.
     """
 
@@ -58,6 +60,7 @@ class ServedModel:
     max_token_bytes: int
     defaults: DefaultSampling
     chat_template: ChatTemplate | None = None
+    tokenizer_file: Path | None = None
 
     def message(self) -> pb.Model:
         """The model as clients see it."""

@@ -150,8 +150,7 @@ class GrammarProbe:
             if self._process is None:
                 if self._num_useless >= _MAX_USELESS:
                     raise ReplicaFault("structured output is off: the process that checks grammars ends at its start")
-                # Off the loop: a tokenizer is megabytes of JSON.
-                setup = await asyncio.to_thread(_setup, self._model)
+                setup = _setup(self._model)
                 self._process = process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "orchestrator.gateway.structured_trial"),
                     env=environment(),
@@ -189,9 +188,14 @@ class GrammarProbe:
 
 
 def _setup(model: ServedModel) -> bytes:
-    """The first line for the process."""
+    """The first line for the process, which reads the tokenizer by itself where there is a file.
+
+    A tokenizer is megabytes of JSON: written out here, it would hold every stream up for some tenths of a second.
+    """
+    file = model.tokenizer_file
     setup = Setup(
-        tokenizer=model.tokenizer.to_str(),
+        tokenizer_file=None if file is None else str(file),
+        tokenizer=model.tokenizer.to_str() if file is None else "",
         vocab_size=model.spec.vocab_size,
         eos_token_ids=[*model.spec.eos_token_ids],
     )

@@ -8,6 +8,7 @@ says so by the prefix ``x-``.
 import json
 from collections.abc import Iterator
 
+from orchestrator.brief import brief
 from orchestrator.gateway.shown import shown
 from placement.errors import InvalidRequest
 
@@ -16,6 +17,7 @@ MAX_INTEGER = 2**53 - 1
 MAX_DEPTH = 50
 
 _FIELD = "structured_output.json_schema"
+_PROBLEM_CHARACTERS = 400  # the way to a schema deep within is long
 _ONE = frozenset({"items", "additionalItems", "additionalProperties"})
 _SEVERAL = frozenset({"items", "prefixItems", "anyOf", "oneOf", "allOf"})
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -124,5 +126,5 @@ def _too_deep() -> InvalidRequest:
 
 
 def _refusal(value: object, problem: str, fix: str) -> InvalidRequest:
-    brief = shown(value if isinstance(value, str) else repr(value))
-    return InvalidRequest(field=_FIELD, value=brief, problem=problem, fix=fix)
+    short = shown(value if isinstance(value, str) else repr(value))
+    return InvalidRequest(field=_FIELD, value=short, problem=brief(problem, _PROBLEM_CHARACTERS), fix=brief(fix))

@@ -14,9 +14,12 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from orchestrator.brief import brief
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -42,13 +45,12 @@ SCHEMA_OPTIONS: "JsonCompileOptions" = {
     "json_allow_general_unicode_escapes": False,
 }
 _NUM_WALKS, _NUM_STEPS = 2, 24
-# In characters: a line is written at once, and so arrives whole, up to 4096 bytes.
-_MAX_PROBLEM = 300
 
 
 class Setup(TypedDict):
-    """The first line."""
+    """The first line. ``tokenizer`` is the JSON of one that is in no file."""
 
+    tokenizer_file: str | None
     tokenizer: str
     vocab_size: int
     eos_token_ids: list[int]
@@ -124,7 +126,7 @@ def _reason(error: str) -> str:
         return "it comes to a point where no token fits"
     # A regular expression's error ends in the reason; a grammar's begins with it.
     reason = next((line for line in lines if line.startswith("error: ")), lines[0])
-    return reason.removeprefix("error: ")
+    return brief(reason.removeprefix("error: "))
 
 
 def _peak_bytes() -> int:
@@ -175,9 +177,11 @@ def _judge(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
     """None for a tokenizer that the library cannot follow."""
+    path = setup["tokenizer_file"]
     try:
-        return LLTokenizer(setup["tokenizer"], n_vocab=setup["vocab_size"], eos_token=[*setup["eos_token_ids"]])
-    except ValueError as error:
+        source = setup["tokenizer"] if path is None else Path(path).read_text(encoding="utf-8")
+        return LLTokenizer(source, n_vocab=setup["vocab_size"], eos_token=[*setup["eos_token_ids"]])
+    except (OSError, ValueError) as error:
         print(f"no structured output with this tokenizer: {error}", file=sys.stderr)
         return None
 
@@ -191,8 +195,8 @@ def main() -> int:
             try:
                 trial: Trial = json.loads(line)
                 problem = _judge(trial, tokenizer) if tokenizer else "cannot be followed with this model's tokenizer"
-                verdict = Verdict(id=trial["id"], problem=problem and problem[:_MAX_PROBLEM])
-                os.write(1, json.dumps(verdict).encode() + b"\n")
+                # Written at once, and so arrives whole: a problem is brief, and this far below 4096 bytes.
+                os.write(1, json.dumps(Verdict(id=trial["id"], problem=problem)).encode() + b"\n")
             finally:
                 os._exit(0)
     return 0

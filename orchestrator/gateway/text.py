@@ -1,21 +1,10 @@
-"""Token ids become text as they arrive: whole characters only, and nothing past a stop string.
-
-``tokenizers.decoders.DecodeStream`` is not used: it cannot be flushed, it returns the prompt's text where the
-prompt ends within a character, and with byte-fallback decoders one invalid byte makes it raise on every
-later token.
-"""
+"""An answer's text as its tokens arrive: nothing past a stop string."""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not a whole character
-NUM_CONTEXT_TOKENS = 8  # of the prompt; enough for decoders that treat the first word differently
-MAX_CONTEXT_TOKENS = 16  # a window that grows saves a second decoding at each push, and costs more in each
-MAX_PENDING_TOKENS = 64  # each push decodes what is pending: bounds the work for a model that emits garbage
-MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes, a token at least 1
+from orchestrator.gateway.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +33,9 @@ class TextStream:
         prompt_ids: what the answer continues; some decoders write the first word of a text without its space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> None:
         assert all(stop), stop
-        self._decoder = _Decoder(tokenizer, prompt_ids)
+        self._decoder = detokenizer.decoder(prompt_ids)
         self._stop = sorted(stop, key=len, reverse=True)
         self._held = ""  # certain, but a stop string may have begun in it
         self._ended = False
@@ -102,75 +91,3 @@ class TextStream:
             if any(stop.startswith(tail) for stop in self._stop):
                 return start
         return length
-
-
-class _Decoder:
-    """Decodes a short window: tokens whose text is given out, as context, and those since. Its lists never change."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._pending: list[int] = []
-        self._context = list(prompt_ids[-NUM_CONTEXT_TOKENS:])
-        self._context_text = self._decode(self._context)
-        if self._context_text.endswith(UNFINISHED):  # the answer would complete a character of the prompt
-            self._context, self._context_text = [], ""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        starts = range(0, len(token_ids), MAX_PENDING_TOKENS)
-        return "".join([self._push(token_ids[start : start + MAX_PENDING_TOKENS]) for start in starts])
-
-    def _push(self, token_ids: Sequence[int]) -> str:
-        before = self._pending
-        self._pending = [*before, *token_ids]
-        window = self._decode(self._context + self._pending)
-        if not window.startswith(self._context_text):
-            # Invalid bytes changed text that is already out: start afresh.
-            self._context, self._context_text = [], ""
-            window = self._decode(self._pending)
-        text = window[len(self._context_text) :]
-        if text and not text.endswith(UNFINISHED):
-            self._widen(window)
-            return text
-        if len(token_ids) > 1:  # what comes before the unfinished character is certain
-            self._pending = before
-            return self._push(token_ids[:-1]) + self._push(token_ids[-1:])
-        if len(self._pending) >= MAX_PENDING_TOKENS:
-            return self._give_out_most()
-        return ""
-
-    def flush(self) -> str:
-        return self._give_out(self._pending_text(), len(self._pending))
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    def _pending_text(self) -> str:
-        text = self._decode(self._context + self._pending)
-        if text.startswith(self._context_text):
-            return text[len(self._context_text) :]
-        return self._decode(self._pending)
-
-    def _widen(self, window: str) -> None:
-        """Makes all pending tokens context; ``window`` is the text of the context then."""
-        if len(self._context) + len(self._pending) <= MAX_CONTEXT_TOKENS:
-            self._context, self._context_text = self._context + self._pending, window
-        else:
-            # Cut where text was given out, so that the context begins with a whole character.
-            self._context, self._context_text = self._pending, self._decode(self._pending)
-        self._pending = []
-
-    def _give_out(self, text: str, count: int) -> str:
-        """Makes the first ``count`` pending tokens, whose text is ``text``, the context."""
-        self._context, self._pending = self._pending[:count], self._pending[count:]
-        self._context_text = self._decode(self._context)
-        return text
-
-    def _give_out_most(self) -> str:
-        """Gives out all but the tokens that may be the beginning of one character."""
-        whole = self._decode(self._pending)
-        for count in range(MAX_PENDING_TOKENS - MAX_CHARACTER_TOKENS, MAX_PENDING_TOKENS):
-            text, rest = self._decode(self._pending[:count]), self._decode(self._pending[count:])
-            if rest and text + rest == whole:
-                return self._give_out(text, count)
-        return self._give_out(self._pending_text(), len(self._pending))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.clocks import PATIENCE_S
 from tests.support.service import REPOSITORY, Command, orchestrator
 
 pytestmark = pytest.mark.integration
@@ -29,7 +30,7 @@ def model(tmp_path: Path) -> Path:
 
 def watched(command: Command) -> int:
     """Wait for its end, noting every process that it starts."""
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 2 * PATIENCE_S
     while command.process.poll() is None:
         command.family.look()
         assert time.monotonic() < deadline
@@ -120,26 +121,26 @@ def test_too_little_memory_is_refused_with_what_would_fit(refused: Callable[...,
 
 def test_generate_against_nothing_says_so_in_one_line() -> None:
     with orchestrator("generate", "hello", "--address", "127.0.0.1:1", "--timeout", "3") as command:
-        assert command.process.wait(timeout=30.0) == 1
+        assert command.process.wait(timeout=2 * PATIENCE_S) == 1
         (line,) = command.output().strip().splitlines()
     assert line.startswith("error: ") and "127.0.0.1:1" in line
 
 
 def test_schema_prints_the_committed_schema() -> None:
     with orchestrator("schema") as command:
-        assert command.process.wait(timeout=30.0) == 0
+        assert command.process.wait(timeout=2 * PATIENCE_S) == 0
         assert command.output() == (REPOSITORY / "deploy" / "heterodyne.schema.json").read_text()
 
 
 def test_more_gpus_than_the_cluster_has_are_refused_before_anything_is_launched() -> None:
     sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", "cluster.workers=[{device: cuda:7}]")
     with orchestrator("serve", "deploy/local.yaml", *(f"--set={item}" for item in sets)) as command:
-        assert command.process.wait(timeout=60.0) == 1
+        assert command.process.wait(timeout=2 * PATIENCE_S) == 1
         last = command.output().strip().splitlines()[-1]
     assert last.startswith("error: cluster.workers: device: asks for more than the ") and "device: cpu" in last
 
 
 def test_an_address_without_a_port_is_refused() -> None:
     with orchestrator("generate", "hello", "--address", "localhost") as command:
-        assert command.process.wait(timeout=30.0) == 1
+        assert command.process.wait(timeout=2 * PATIENCE_S) == 1
         assert "--address: is not host:port (got 'localhost')" in command.output()

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from orchestrator.client import fetch_status, stream_generate
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import inference_pb2 as pb
+from tests.support.clocks import PATIENCE_S
 from tests.support.service import REPOSITORY, Command, free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -37,7 +37,7 @@ def cluster() -> Iterator[str]:
         env=ENV | {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
     )  # fmt: skip
     with head:
-        head.wait_for("Ray runtime started", 60.0)
+        head.wait_for("Ray runtime started", 2 * PATIENCE_S)
         yield f"http://127.0.0.1:{dashboard}"
 
 
@@ -58,26 +58,24 @@ def test_a_job_serves_streams_its_logs_and_stops_when_told(cluster: str) -> None
         name = job.wait_for(r"Job '(raysubmit_\w+)' submitted")[1]
         job.wait_for(rf"event=serving model=demo address={address}")
         result = stream_generate(
-            address, pb.GenerateRequest(prompt="And it came to pass", max_tokens=16), timeout_s=30.0
+            address, pb.GenerateRequest(prompt="And it came to pass", max_tokens=16), timeout_s=PATIENCE_S
         )
         assert result.finished.usage.completion_tokens == 16
         worker = psutil.Process(fetch_status(address).replicas[0].ranks[0].pid)
         with Command([str(BIN / "ray"), "job", "stop", "--address", cluster, name], env=ENV) as stop:
-            assert stop.process.wait(timeout=60.0) == 0, stop.output()
-        job.process.wait(timeout=60.0)
+            assert stop.process.wait(timeout=2 * PATIENCE_S) == 0, stop.output()
+        job.process.wait(timeout=2 * PATIENCE_S)
         assert re.search("event=drained", job.output()), job.output()
-        psutil.wait_procs([worker], timeout=10.0)
+        psutil.wait_procs([worker], timeout=PATIENCE_S)
         assert not worker.is_running()
         with pytest.raises(ServiceError, match="UNAVAILABLE"):
             fetch_status(address)
 
 
 def test_a_job_that_cannot_start_exits_with_1_and_says_why(cluster: str) -> None:
-    started_s = time.monotonic()
     with submit(cluster, "serve", "deploy/local.yaml", "--set=serving.blok_size=16") as job:
-        assert job.process.wait(timeout=120.0) == 1
+        assert job.process.wait(timeout=2 * PATIENCE_S) == 1
         assert "serving.blok_size" in job.output() and "block_size" in job.output()
-        assert time.monotonic() - started_s < 60.0
 
 
 def test_the_repository_travels_without_its_virtual_environment() -> None:

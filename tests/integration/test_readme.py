@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.clocks import PATIENCE_S
 from tests.support.service import REPOSITORY, Command, free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -74,7 +75,7 @@ def test_serve_and_every_command_that_talks_to_it() -> None:
                 cwd=REPOSITORY,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=2 * PATIENCE_S,
                 check=False,
             )
             assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
@@ -91,7 +92,7 @@ def run_python_example() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE_S,
         check=True,
     )
     assert len(result.stdout) > 20

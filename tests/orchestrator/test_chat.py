@@ -17,6 +17,7 @@ from orchestrator.chat import ChatTemplate, Message, read_special_tokens, templa
 from orchestrator.chat_sandbox import MAX_PROMPT_CHARACTERS, MAX_RENDER_S
 from placement.errors import InvalidModel, InvalidRequest
 from tests.support.chat_templates import ALL, INSTRUCT
+from tests.support.clocks import PATIENCE_S
 from tests.support.tokenizer import save_tokenizer
 
 TOKENS = {"bos_token": "<|b|>", "eos_token": "<|e|>", "pad_token": "<|pad|>"}
@@ -32,6 +33,14 @@ CONVERSATIONS = {
     "marks": [("user", "<b>&amp;'\"é 水 \U0001f600</b>")],
     "ends with the assistant": [("user", "a"), ("assistant", "<think>b</think>c"), ("user", "d"), ("assistant", "e")],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """Renders are not stopped because the machine is busy; a test of the limit sets it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.chat.MAX_RENDER_S", PATIENCE_S)
+        yield
 
 
 def messages(turns: list[tuple[str, str]]) -> list[Message]:
@@ -153,12 +162,11 @@ def test_what_a_template_must_not_do_is_refused_with_its_reason(source: str, rea
         "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     ],
 )
-def test_a_template_that_takes_too_long_is_stopped(source: str) -> None:
+def test_a_template_that_takes_too_long_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.chat.MAX_RENDER_S", MAX_RENDER_S)
     template = ChatTemplate(source, special_tokens={})
-    started = time.monotonic()
-    with pytest.raises(InvalidRequest, match="it takes longer than 1 s"):
+    with pytest.raises(InvalidRequest, match="it takes longer than 1 s"):  # each would take longer than a test may
         template.render([Message(role="user", content="")] * 3000, add_generation_prompt=True)
-    assert time.monotonic() - started < MAX_RENDER_S + 3
 
 
 def test_a_long_reason_is_cut() -> None:
@@ -188,9 +196,8 @@ def test_what_is_no_template_is_refused_when_it_is_read(source: str, reason: str
 
 
 def test_compiling_computes_nothing() -> None:
-    started = time.monotonic()
+    # Either would take more memory, or time, than there is.
     ChatTemplate("{{ 'a'|center(99999999999) }}{{ 9 ** 9 ** 9 }}", special_tokens={})
-    assert time.monotonic() - started < 1.0
 
 
 def test_dates_are_those_of_the_clock() -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config import Config, load_config
@@ -348,11 +348,13 @@ def test_sizes_are_read_with_their_units(text: object, size: int) -> None:
     assert parse_bytes(text) == size
 
 
+@settings(deadline=None)
 @given(st.integers(0, 65535), st.sampled_from(["127.0.0.1", "::1", "node-1.lan", "0.0.0.0"]))
 def test_address_survives_being_written_and_read(port: int, host: str) -> None:
     assert parse_address(str(Address(host, port))) == Address(host, port)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_that_is_no_configuration_is_refused_with_a_typed_error(
     tmp_path_factory: pytest.TempPathFactory, text: str

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -19,6 +18,7 @@ from placement.memory import CPU_PROCESS_BYTES
 from placement.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc
+from tests.support.clocks import PATIENCE_S, until
 from tests.support.deployment import LocalLauncher, make_config
 
 
@@ -38,12 +38,6 @@ def make_shell(
         prefix_cache=True,
     )
     return ControllerShell(launcher=launcher, settings=settings), launcher
-
-
-async def until(true: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not true():
-            await asyncio.sleep(0.02)
 
 
 async def test_weights_that_rot_after_the_checks_fail_the_launch_with_the_ranks_own_words(
@@ -149,8 +143,8 @@ async def test_a_rank_whose_stop_raises_counts_as_stopped(
     launcher = FakeLauncher(stop_error=ConnectionError("the node is gone"))
     shell, _ = make_shell(tmp_path, served_checkpoint, launcher=launcher)
     await shell.launch()
-    async with asyncio.timeout(5.0):
-        await shell.shutdown(60.0)
+    async with asyncio.timeout(PATIENCE_S):
+        await shell.shutdown(2 * PATIENCE_S)
     assert shell.state.phase is Phase.STOPPED
     assert "the node is gone" in caplog.text
 

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -26,6 +26,7 @@ def test_text_breaks_between_words_wherever_its_pieces_end() -> None:
     assert shown(11, "hel", "lo wo", "rld and", " more\n\nend") == "hello world\nand more\n\nend\n"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab \n", max_size=9), max_size=9), st.integers(3, 30))
 def test_no_word_is_lost_and_no_line_is_too_long(pieces: list[str], width: int) -> None:
     words = "".join(pieces).split()

@@ -381,9 +381,9 @@ def test_headers_of_a_large_checkpoint_are_read_in_well_under_a_second(model: Pa
     (model / "config.json").write_text(json.dumps(config))
     wanted = {item.name: ("BF16", item.shape) for item in whole_model(read_model_spec(config))}
     write_raw(model / "model.safetensors", wanted)  # sparse: 756 GiB that take no room
-    started = time.perf_counter()
+    started = time.process_time()
     assert read_model_files(model).checkpoint_bytes > 7 * 10**11
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def shape_of(name: str) -> tuple[int, ...]:

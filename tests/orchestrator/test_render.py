@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -116,6 +116,7 @@ def test_table_says_when_the_gateway_is_not_well() -> None:
     assert words in output(shown)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abc"), st.text(st.characters(codec="utf-8"), min_size=1)))
 def test_key_values_stay_on_one_line_and_can_be_taken_apart(values: dict[str, str]) -> None:
     line = key_values(**values)

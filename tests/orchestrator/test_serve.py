@@ -15,6 +15,7 @@ from rich.console import Console
 from orchestrator import serve
 from orchestrator.load_progress import LoadProgress
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
+from tests.support.clocks import PATIENCE_S
 
 READY = control_pb2.PHASE_READY
 
@@ -29,7 +30,7 @@ class Controller(control_pb2_grpc.ControlServicer):
 
     def Watch(self, request: control_pb2.WatchRequest, context: Any) -> Iterator[control_pb2.WatchResponse]:
         yield from self.states
-        self.end.wait(20.0)
+        self.end.wait(PATIENCE_S)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ class RunningGateway:
         return False
 
 
-def launch(controller: Controller, *, timeout_s: float = 20.0) -> bool:
+def launch(controller: Controller, *, timeout_s: float = PATIENCE_S) -> bool:
     gateway = cast(serve.GatewayProcess, RunningGateway())
     console = Console(file=io.StringIO())
     with serve._watch(controller.address) as states, LoadProgress(console) as progress:
@@ -96,7 +97,10 @@ def test_serving_goes_on_without_the_controller_which_is_said_once(controller: C
     out, gateway, stop = io.StringIO(), RunningGateway(), serve.StopRequest()
 
     def stop_later() -> None:
-        while gateway.looked < 5:
+        while "event=controller_lost" not in out.getvalue():
+            time.sleep(0.05)
+        looked = gateway.looked
+        while gateway.looked < looked + 5:
             time.sleep(0.05)
         stop.asked.set()
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from orchestrator.config import TelemetryConfig
 from orchestrator.telemetry import RequestRecord, Telemetry
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
+from tests.support.clocks import PATIENCE_S
 from tests.support.deployment import deploy, make_config
 
 SECRET = "In the beginning of the waters"
@@ -59,9 +61,11 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 async def test_a_request_is_traced_as_queue_prefill_and_decode_without_its_text(
-    receiver: tuple[Receiver, str], served_checkpoint: Path, tmp_path: Path
+    receiver: tuple[Receiver, str], served_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, endpoint = receiver
+    # What was not taken within the usual 3 s is lost, which is no concern of this test.
+    monkeypatch.setattr(Telemetry, "close", partialmethod(Telemetry.close, PATIENCE_S))
     config = make_config(tmp_path, served_checkpoint, telemetry={"otlp_endpoint": endpoint})
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
@@ -102,7 +106,7 @@ def test_close_returns_in_time_when_no_receiver_answers() -> None:
         telemetry.finished(record())
         started = time.monotonic()
         telemetry.close(0.3)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 8.0, "the exporters' own limits begin at 10 s"
 
 
 def record(**fields: Any) -> RequestRecord:

@@ -21,6 +21,7 @@ from orchestrator.timeline_cli import fetch_timeline, write_timeline
 from placement.errors import InvalidConfig, InvalidRequest
 from protos.heterodyne.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
+from tests.support.clocks import PATIENCE_S
 from tests.support.deployment import deploy, make_config
 
 S = 1_000_000_000
@@ -289,7 +290,7 @@ async def test_a_service_tells_its_timeline_without_any_text(served_checkpoint: 
 
         answers = await asyncio.gather(*map(ask, range(6)))
         said = await asyncio.to_thread(write_timeline, running.address, output)
-        told = await asyncio.to_thread(fetch_timeline, running.address, last_s=None, timeout_s=5.0)
+        told = await asyncio.to_thread(fetch_timeline, running.address, last_s=None, timeout_s=PATIENCE_S)
         with pytest.raises(ServiceError, match="INVALID_ARGUMENT: last_s: is out of range"):
             await asyncio.to_thread(write_timeline, running.address, output, last_s=-1.0)
         command = ["timeline", str(tmp_path / "b.json"), "--address", running.address, "--last", "600"]

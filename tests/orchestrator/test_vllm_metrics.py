@@ -20,7 +20,8 @@ from orchestrator.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
-from tests.support.deployment import deploy, make_config
+from tests.support.clocks import until
+from tests.support.deployment import Deployment, deploy, make_config
 from tests.support.service import free_port
 
 # As vLLM's /metrics has them (0.11 to 0.32), by type. What it measures that we do not have is left out.
@@ -222,10 +223,18 @@ async def scraped(served_checkpoint: Path, directory: Path, **telemetry: object)
                 prompt="In the beginning of the waters " * 8, max_tokens=6, ignore_eos=True, request_id=str(index)
             )
             assert [response async for response in stub.Generate(message)]
-        await asyncio.sleep(1.0)  # two heartbeats: the report counts what was just done
+        await until(lambda: reported(running))
         return await asyncio.to_thread(
             lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
         )
+
+
+def reported(running: Deployment) -> bool:
+    """Whether the replica has told of both answers, and of their end."""
+    replica = running.gateway.fleet.deployment.replicas[0]
+    leader = running.gateway.fleet.leader(replica.name, replica.epoch)
+    load = None if leader is None else leader.load
+    return load is not None and load.output_tokens == 12 and not (load.num_running or load.num_waiting)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

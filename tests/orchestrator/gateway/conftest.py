@@ -1,6 +1,7 @@
 """One deployment of real worker processes for all tests of a module, which share its event loop."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,25 @@ import pytest
 import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
+from tests.support.clocks import PATIENCE_S, LoopClock
 from tests.support.deployment import Deployment, deploy, make_config, settled
+from tests.support.tokenizer import save_tokenizer
+
+
+@pytest_asyncio.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> LoopClock:
+    """The clock of the test's event loop."""
+    clock = LoopClock()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+    return clock
+
+
+@pytest.fixture(scope="session")
+def slow_checkpoint(llama_checkpoint: Callable[..., Path]) -> Path:
+    """One whose answers take seconds, so that what happens in the midst of them does, on a busy machine too."""
+    directory = llama_checkpoint(seed=11, num_hidden_layers=32)
+    save_tokenizer(directory)
+    return directory
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -22,7 +41,7 @@ async def shared(served_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 async def deployment(shared: Deployment) -> AsyncIterator[Deployment]:
     """The shared deployment; the test must leave nothing in it."""
     yield shared
-    await settled(shared)
+    await settled(shared, timeout_s=PATIENCE_S)
     assert len(shared.gateway.generator.journal) == 0
 
 

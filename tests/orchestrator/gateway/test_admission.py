@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.gateway.admission import Admission, Draining, Overloaded, QueueTimeout
 from placement.errors import InvalidConfig
+from tests.support.clocks import LoopClock
 
 
 class Client:
@@ -99,9 +100,12 @@ async def test_hint_grows_with_the_queue_and_is_bounded() -> None:
     assert hints[0] < hints[1] < hints[2] <= 30
 
 
-async def test_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
+async def test_deadline_that_passes_in_the_queue_ends_the_wait(clock: LoopClock) -> None:
     admission, log = Admission(1, 4), []  # type: tuple[Admission, list[str]]
     holder, late = Client(admission, log, "a"), Client(admission, log, "b", timeout_s=0.01)
+    await settle()
+    assert admission.queued == 1
+    await clock.advance(0.02)
     with pytest.raises(QueueTimeout):
         await late.task
     assert (admission.in_flight, admission.queued) == (1, 0)
@@ -109,14 +113,14 @@ async def test_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
     assert log == ["a"] and admission.in_flight == 0
 
 
-async def test_deadline_is_of_no_concern_once_the_slot_is_held() -> None:
+async def test_deadline_is_of_no_concern_once_the_slot_is_held(clock: LoopClock) -> None:
     admission = Admission(1, 4)
     holder = Client(admission, [], "a")
     await settle()
     queued = Client(admission, [], "b", timeout_s=0.02)
     await settle()
     await holder.end()
-    await asyncio.sleep(0.04)
+    await clock.advance(0.04)
     assert admission.in_flight == 1
     await queued.end()
 
@@ -216,7 +220,7 @@ async def test_a_heavy_request_waits_for_all_its_slots_and_nobody_overtakes_it()
     assert admission.in_flight == 0
 
 
-async def test_a_heavy_request_that_leaves_the_queue_lets_those_behind_it_in() -> None:
+async def test_a_heavy_request_that_leaves_the_queue_lets_those_behind_it_in(clock: LoopClock) -> None:
     for timeout_s in (0.01, None):
         admission = Admission(2, 8)
         async with admission.slot():
@@ -227,6 +231,7 @@ async def test_a_heavy_request_that_leaves_the_queue_lets_those_behind_it_in() -
             assert admission.queued == 2
             if timeout_s is None:
                 heavy.cancel()
+            await clock.advance(0.02)
             await asyncio.gather(heavy, return_exceptions=True)
             await settle()
             assert (admission.in_flight, admission.queued) == (2, 0)
@@ -234,7 +239,7 @@ async def test_a_heavy_request_that_leaves_the_queue_lets_those_behind_it_in() -
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_no_slot_is_lost_or_doubled_under_random_cancels_and_deadlines(seed: int) -> None:
+async def test_no_slot_is_lost_or_doubled_under_random_cancels_and_deadlines(seed: int, clock: LoopClock) -> None:
     rng = random.Random(seed)
     admission, inside, most = Admission(3, 10), 0, 0
 
@@ -256,6 +261,7 @@ async def test_no_slot_is_lost_or_doubled_under_random_cancels_and_deadlines(see
         tasks.append(asyncio.create_task(request(rng.randint(0, 4), timeout_s)))
         if rng.random() < 0.4:
             rng.choice(tasks).cancel()
+        clock.now_s += rng.choice([0.0, 0.0002])
         if rng.random() < 0.6:
             await asyncio.sleep(0)
         assert admission.in_flight <= 3 and admission.queued <= 10

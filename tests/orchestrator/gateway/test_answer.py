@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orchestrator.gateway.answer import Answer
 from orchestrator.gateway.choice import Choice
+from orchestrator.gateway.detokenizer import Detokenizer
 from orchestrator.gateway.echo import Echo
 from orchestrator.gateway.inbox import Lost
 from orchestrator.gateway.journal import Journal, Sampling
@@ -68,9 +69,9 @@ def make_answer(
     sequences = entries(request, replica="replica-0", epoch=EPOCH, sequence_ids=itertools.count(FIRST))
     for index, entry in enumerate(sequences):
         journal.open(entry)
-        text = TextStream(letters(), stop, prompt_ids)
+        text = TextStream(Detokenizer(letters()), stop, prompt_ids)
         choices.append(Choice(index=index, entry=entry, epoch=epoch, max_tokens=max_tokens, journal=journal, text=text))
-    shown = Echo(prompt_ids, TextStream(letters(), (), ()), judged=logprobs is not None) if echo else None
+    shown = Echo(prompt_ids, TextStream(Detokenizer(letters()), (), ()), judged=logprobs is not None) if echo else None
     return Answer(request=request, choices=choices, echo=shown), journal
 
 
@@ -197,6 +198,21 @@ def test_a_grammar_that_the_replica_cannot_follow_is_the_requests_fault() -> Non
     other, _ = make_answer(grammar=pb.Grammar(regex="a"))
     take(other, pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, message="/secret/path"))
     assert finished(other).error.code == code_pb2.INTERNAL, "another field is not the client's doing"
+
+
+def test_a_grammar_quoted_by_the_replica_reaches_neither_log_nor_status_in_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = "(secret\x1b[31m\n" * 100
+    refusal = f"grammar: cannot be used: '{source}': unclosed group"
+    answer, _ = make_answer(grammar=pb.Grammar(regex=source))
+    take(answer, pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, message=refusal))
+    failed, _ = make_answer()
+    take(failed, ending(pb.END_REASON_FAILED, detail=f"GrammarFailed: {source}"))
+    said = finished(answer).error.message
+    assert said.isprintable() and len(said) < 400 and "unclosed group" in said
+    assert len(caplog.messages) == 2
+    assert all(line.isprintable() and len(line) < 600 for line in caplog.messages)
 
 
 def test_what_the_gateway_gives_up_ends_with_its_own_error() -> None:

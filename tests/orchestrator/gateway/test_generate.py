@@ -13,7 +13,8 @@ from orchestrator.gateway import generate, inbox
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
-from tests.support.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway, until
+from tests.support.clocks import PATIENCE_S, until
+from tests.support.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway
 
 CHATML = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
@@ -22,7 +23,7 @@ CHATML = (
 
 
 @asynccontextmanager
-async def serving(*, request_timeout_s: float = 30.0, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
+async def serving(*, request_timeout_s: float = 2 * PATIENCE_S, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
     async with (
         stub_gateway(served_model(**model), request_timeout_s=request_timeout_s) as gateway,
         grpc.aio.insecure_channel(gateway.address) as channel,
@@ -43,11 +44,13 @@ async def collect(call: Any) -> tuple[list[pb.GenerateResponse], grpc.StatusCode
 
 
 def ask(stub: Any, **fields: Any) -> "asyncio.Task[tuple[list[pb.GenerateResponse], grpc.StatusCode]]":
-    return asyncio.create_task(collect(stub.Generate(pb.GenerateRequest(**({"prompt": "abc"} | fields)), timeout=20.0)))
+    return asyncio.create_task(
+        collect(stub.Generate(pb.GenerateRequest(**({"prompt": "abc"} | fields)), timeout=PATIENCE_S))
+    )
 
 
 async def submitted(worker: StubWorker, count: int = 1) -> list[worker_pb2.Submit]:
-    return [await asyncio.wait_for(worker.submits.get(), 5.0) for _ in range(count)]
+    return [await asyncio.wait_for(worker.submits.get(), PATIENCE_S) for _ in range(count)]
 
 
 def token(
@@ -142,7 +145,7 @@ async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_to
         one, two, three = submits
         gateway.worker.step(token(one, 0, 3), token(two, 0, 23), token(three, 0, 5, end=STOP))
         gateway.worker.step(token(one, 1, 4), token(two, 1, 24))
-        assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == two.sequence_id, "at once"
+        assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == two.sequence_id, "at once"
         assert not answer.done()
         gateway.worker.step(token(one, 2, 5, end=LENGTH))
         responses, code = await answer
@@ -167,7 +170,7 @@ async def test_one_choice_refused_fails_the_request_once_and_cancels_the_others(
         assert code is grpc.StatusCode.UNAVAILABLE
         assert [response.WhichOneof("event") for response in responses].count("finished") == 1
         assert responses[-1].finished.error.code == code_pb2.UNAVAILABLE
-        assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == one.sequence_id
+        assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == one.sequence_id
         assert gateway.worker.cancels.empty(), "what has ended or was not taken is not cancelled"
 
 
@@ -177,7 +180,7 @@ async def test_a_client_that_goes_cancels_every_choice() -> None:
         submits = await submitted(gateway.worker, 4)
         await call.read()
         call.cancel()
-        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) for _ in submits]
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in submits]
         assert sorted(cancelled) == [submit.sequence_id for submit in submits]
 
 
@@ -185,7 +188,7 @@ async def test_an_echo_without_logprobs_waits_for_nobody() -> None:
     async with serving() as (gateway, stub):
         responses = aiter(stub.Generate(pb.GenerateRequest(prompt="abc", echo=True)))
         assert (await anext(responses)).HasField("accepted")
-        echo = (await asyncio.wait_for(anext(responses), 5.0)).echo
+        echo = (await asyncio.wait_for(anext(responses), PATIENCE_S)).echo
         assert ([item.id for item in echo.tokens], echo.text) == ([0, 1, 2], "abc")
         (submit,) = await submitted(gateway.worker)
         assert not submit.HasField("prompt_logprobs")
@@ -305,7 +308,7 @@ async def test_a_request_out_of_time_ends_with_its_last_message_and_is_cancelled
         responses, code = await answer
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert responses[-1].finished.error.code == code_pb2.DEADLINE_EXCEEDED
-        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) for _ in submits]
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in submits]
         assert sorted(cancelled) == [submit.sequence_id for submit in submits]
 
 
@@ -318,7 +321,7 @@ async def test_a_client_that_never_reads_loses_its_slot_soon_after_its_time() ->
             request = pb.GenerateRequest(prompt_ids=ids, echo=True)
             call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
             (submit,) = await submitted(gateway.worker)
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), 6.0) == submit.sequence_id
+            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == submit.sequence_id
             await until(lambda: gateway.admission.in_flight == 0)
             call.cancel()
 
@@ -349,20 +352,23 @@ async def test_a_client_that_does_not_read_is_given_up_long_before_its_time(monk
             (submit,) = await submitted(gateway.worker)
             for index in range(101):
                 gateway.worker.step(token(submit, index, 3))
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), 5.0) == submit.sequence_id
+            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == submit.sequence_id
             await until(lambda: gateway.admission.in_flight == 0)
             call.cancel()
 
 
-async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last_words() -> None:
+async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generate, "_LAST_WORD_S", 0.2)
     async with serving(context=2**20) as (gateway, _):
         options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
         async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
             request = pb.GenerateRequest(prompt_ids={"ids": [1] * 300_000}, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=25.0)
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=PATIENCE_S)
             (submit,) = await submitted(gateway.worker)
             gateway.worker.step(token(submit, 0, 3, end=STOP))
-            await asyncio.sleep(3.5)
+            await asyncio.sleep(0.7)  # longer than others have
             responses, code = await collect(call)
             assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
 
@@ -372,6 +378,7 @@ async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_a
 ) -> None:
     # Steps come far apart here where the machine is busy; the pause after a round is made longer than that.
     monkeypatch.setattr(inbox, "_PAUSE", 100.0)
+    monkeypatch.setattr(inbox, "_MOST_PAUSE_S", 0.5)
     async with serving(context=2**16) as (gateway, stub):
         num_streams, num_steps = 16, 400
         answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]

@@ -1,10 +1,10 @@
 """Events reach their reader all and in order, and a busy gateway wakes readers less often, not later than it must."""
 
 import asyncio
-import time
 
 from orchestrator.gateway.inbox import Inbox, Lost, Rounds
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from tests.support.clocks import LoopClock, turns
 
 
 def output(index: int) -> pb.SequenceOutput:
@@ -19,7 +19,7 @@ async def test_a_reader_takes_all_there_is_and_waits_for_more() -> None:
     waiting = asyncio.create_task(inbox.take())
     await asyncio.sleep(0)
     inbox.put(output(2))
-    await asyncio.sleep(0.01)
+    await turns()
     assert not waiting.done(), "put alone wakes nobody"
     inbox.wake()
     assert await waiting == [output(2)]
@@ -53,55 +53,55 @@ async def test_a_reader_that_is_too_slow_is_told_of_once_and_still_hears_how_it_
     assert await inbox.take() == [], "there would be a gap before it"
 
 
-async def test_however_long_a_round_takes_the_next_one_is_soon() -> None:
+async def read(inbox: Inbox, taken: list[int], clock: LoopClock, work_s: float) -> None:
+    """Takes what there is, again and again; each time it holds the loop for ``work_s``, as writes to a client do."""
+    while True:
+        taken.append(len(await inbox.take()))
+        clock.now_s += work_s
+
+
+async def test_however_long_a_round_takes_the_next_one_is_soon(clock: LoopClock) -> None:
     inbox, rounds, taken = Inbox(), Rounds(), list[int]()
-    reader = asyncio.create_task(read(inbox, taken, 0.2))
-    await asyncio.sleep(0)
-    inbox.put(output(0))
-    rounds.wake([inbox])
-    await asyncio.sleep(0.001)
-    inbox.put(output(1))
-    rounds.wake([inbox])
-    await asyncio.sleep(0.06)
+    reader = asyncio.create_task(read(inbox, taken, clock, 0.2))
+    await turns()
+    for number in range(2):
+        inbox.put(output(number))
+        rounds.wake([inbox])
+        await turns()
+        assert taken == [1], "the second waits for the pause to be over"
+    await clock.advance(0.049)
+    assert taken == [1]
+    await clock.advance(0.002)
     assert taken == [1, 1], "half of the round would be 100 ms"
     reader.cancel()
 
 
-async def read(inbox: Inbox, taken: list[int], work_s: float) -> None:
-    while True:
-        taken.append(len(await inbox.take()))
-        time.sleep(work_s)  # holds the loop as a write does, which is the point
-
-
-async def test_at_rest_every_step_wakes_its_readers_at_once() -> None:
+async def test_at_rest_every_step_wakes_its_readers_at_once(clock: LoopClock) -> None:
     inbox, rounds, taken = Inbox(), Rounds(), list[int]()
-    reader = asyncio.create_task(read(inbox, taken, 0.0))
-    await asyncio.sleep(0)
+    reader = asyncio.create_task(read(inbox, taken, clock, 0.001))
+    await turns()
     for number in range(5):
         inbox.put(output(number))
         rounds.wake([inbox])
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await turns(2)
         assert sum(taken) == number + 1
-        await asyncio.sleep(0.005)
+        await clock.advance(0.005)
     assert taken == [1] * 5
     reader.cancel()
 
 
-async def test_under_load_steps_are_gathered_and_none_is_left_behind() -> None:
+async def test_under_load_steps_are_gathered_and_none_is_left_behind(clock: LoopClock) -> None:
     inboxes, rounds = [Inbox() for _ in range(4)], Rounds()
     taken: list[list[int]] = [[] for _ in inboxes]
-    readers = [asyncio.create_task(read(inbox, mine, 0.005)) for inbox, mine in zip(inboxes, taken, strict=True)]
-    await asyncio.sleep(0)
+    readers = [asyncio.create_task(read(inbox, mine, clock, 0.005)) for inbox, mine in zip(inboxes, taken, strict=True)]
+    await turns()
     for number in range(100):
         for inbox in inboxes:
             inbox.put(output(number))
         rounds.wake(inboxes)
-        await asyncio.sleep(0.001)
-    async with asyncio.timeout(5.0):
-        while any(sum(mine) < 100 for mine in taken):
-            await asyncio.sleep(0.005)
+        await clock.advance(0.001)
+    await clock.advance(0.05)
     # A round takes 20 ms of work and is followed by a pause of 10 ms, in which steps go on coming.
-    assert all(max(mine) > 2 and len(mine) < 50 for mine in taken)
+    assert all(sum(mine) == 100 and max(mine) >= 10 and len(mine) <= 12 for mine in taken), taken
     for reader in readers:
         reader.cancel()

@@ -1,7 +1,7 @@
 from dataclasses import FrozenInstanceError
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.gateway.journal import Journal, JournalEntry, Recorded, Sampling, TokenConflict, TokenGap
@@ -126,6 +126,7 @@ def test_sampling_state_cannot_change() -> None:
         SAMPLING.seed = 8  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 6)), max_size=40))
 def test_client_sees_each_token_once_and_in_order(messages: list[tuple[int, int]]) -> None:
     """Messages of any epoch at any position: what is NEW is always the next token of the one true answer."""

@@ -1,8 +1,7 @@
 """The gateway's end of the leader stream, against a real server that says what the test wants."""
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from orchestrator.gateway.inbox import Inbox, Lost, SequenceEvent
 from orchestrator.gateway.leader import Leader, LeaderLimits, StepHook
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
+from tests.support.clocks import PATIENCE_S, LoopClock, until
 
 EPOCH = 9
 LOAD = pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(total_blocks=8, free_blocks=8, pending_tokens=5))
@@ -58,12 +58,6 @@ async def connected(
         await server.stop(0.0)
 
 
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5.0):
-        while not true():
-            await asyncio.sleep(0.01)
-
-
 def token(index: int, *, epoch: int = EPOCH, sequence_id: int = 1) -> pb.LeadResponse:
     output = pb.SequenceOutput(sequence_id=sequence_id, index=index, token_id=7)
     return pb.LeadResponse(epoch=epoch, step=pb.StepOutput(step=index + 1, sequences=[output]))
@@ -76,19 +70,33 @@ def submit(leader: Leader, message: pb.Submit) -> Inbox:
 
 
 async def taken(inbox: Inbox) -> list[SequenceEvent]:
-    return await asyncio.wait_for(inbox.take(), 5.0)
+    return await asyncio.wait_for(inbox.take(), PATIENCE_S)
+
+
+async def ticks(clock: LoopClock, count: int, *, of: float) -> None:
+    """So many tenths of a limit go by, as the leader counts them."""
+    for _ in range(count):
+        await clock.advance(of / 10)
+
+
+async def said(leader: Leader, script: Script, *messages: pb.LeadResponse) -> None:
+    """Says them, a load report the last of them, and waits until it was heard."""
+    before = leader.load
+    for message in messages:
+        script.say.put_nowait(message)
+    await until(lambda: leader.load is not before)
 
 
 async def test_commands_carry_the_epoch_and_outputs_reach_their_inbox() -> None:
     async with connected() as (leader, script):
         inbox = submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1, 2, 3]))
-        heard = await asyncio.wait_for(script.heard.get(), 5.0)
+        heard = await asyncio.wait_for(script.heard.get(), PATIENCE_S)
         assert (heard.epoch, heard.submit.sequence_id) == (EPOCH, 1)
         script.say.put_nowait(token(0))
         (output,) = await taken(inbox)
         assert isinstance(output, pb.SequenceOutput) and output.index == 0
         leader.release(1, cancel=True)
-        heard = await asyncio.wait_for(script.heard.get(), 5.0)
+        heard = await asyncio.wait_for(script.heard.get(), PATIENCE_S)
         assert (heard.epoch, heard.cancel.sequence_id) == (EPOCH, 1)
 
 
@@ -101,9 +109,12 @@ async def test_a_late_message_of_an_old_epoch_is_refused_and_counted() -> None:
         assert leader.fenced_messages == 1
 
 
-async def test_silence_is_a_loss_that_every_sequence_hears_of() -> None:
+async def test_silence_is_a_loss_that_every_sequence_hears_of(clock: LoopClock) -> None:
     async with connected(heartbeat_timeout_s=0.3) as (leader, _):
         inboxes = [submit(leader, pb.Submit(sequence_id=number)) for number in range(3)]
+        await ticks(clock, 9, of=0.3)
+        assert leader.accepting
+        await ticks(clock, 2, of=0.3)
         for inbox in inboxes:
             (event,) = await taken(inbox)
             assert isinstance(event, Lost) and event.cause == "no heartbeat for 0.3 s"
@@ -113,11 +124,11 @@ async def test_silence_is_a_loss_that_every_sequence_hears_of() -> None:
         assert isinstance(event, Lost)
 
 
-async def test_heartbeats_alone_keep_it() -> None:
-    async with connected(heartbeat_timeout_s=0.4) as (leader, script):
-        for _ in range(8):
-            await asyncio.sleep(0.1)
-            script.say.put_nowait(LOAD)
+async def test_heartbeats_alone_keep_it(clock: LoopClock) -> None:
+    async with connected(heartbeat_timeout_s=0.3) as (leader, script):
+        for _ in range(4):
+            await ticks(clock, 9, of=0.3)
+            await said(leader, script, LOAD)
         assert leader.accepting
 
 
@@ -133,33 +144,34 @@ async def test_what_was_submitted_since_the_last_report_counts_as_pending() -> N
         assert leader.replica_load().pending_tokens == 5
         submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1] * 40))
         assert leader.replica_load().pending_tokens == 45
-        script.say.put_nowait(LOAD)
-        await asyncio.sleep(0.1)
+        await said(leader, script, LOAD)
         assert leader.replica_load().pending_tokens == 45, "the report may be older than the submission"
         script.say.put_nowait(LOAD)
         await until(lambda: leader.replica_load().pending_tokens == 5)
 
 
-async def test_heartbeats_without_steps_are_a_loss_while_sequences_run_and_none_while_idle() -> None:
+async def test_heartbeats_without_steps_are_a_loss_while_sequences_run_and_none_while_idle(clock: LoopClock) -> None:
     running = pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(steps=7, num_running=1))
+    nothing = pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput())
     async with connected(stall_timeout_s=0.5) as (leader, script):
-        for _ in range(10):
-            script.say.put_nowait(LOAD)
-            await asyncio.sleep(0.1)
+        for _ in range(20):
+            await ticks(clock, 1, of=0.5)
+            await said(leader, script, LOAD)
         assert leader.accepting, "idle is no stall"
         for _ in range(10):
-            script.say.put_nowait(running)
-            script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput()))  # it computed nothing
-            await asyncio.sleep(0.1)
+            await said(leader, script, nothing, running)
+            assert leader.accepting, "not yet"
+            await ticks(clock, 1, of=0.5)
+        await ticks(clock, 1, of=0.5)
+        await until(lambda: leader.lost is not None)
         assert leader.lost is not None and leader.lost.cause == "no step finished for 0.5 s"
 
 
-async def test_a_pause_of_this_process_is_not_blamed_on_the_leader() -> None:
+async def test_a_pause_of_this_process_is_not_blamed_on_the_leader(clock: LoopClock) -> None:
     async with connected(heartbeat_timeout_s=0.5) as (leader, script):
-        script.say.put_nowait(LOAD)
-        time.sleep(1.5)  # holds the loop up, which is the point
-        script.say.put_nowait(LOAD)
-        await asyncio.sleep(0.3)
+        await clock.advance(1.5)
+        assert leader.accepting
+        await said(leader, script, LOAD)
         assert leader.accepting
 
 
@@ -194,12 +206,11 @@ async def test_every_step_that_computed_is_told_of_with_or_without_tokens_and_no
         assert steps[1] == ("replica-0", last), "a step of nothing is none"
 
 
-async def test_a_prefill_of_many_steps_is_no_stall() -> None:
+async def test_a_prefill_of_many_steps_is_no_stall(clock: LoopClock) -> None:
     running = pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(steps=7, num_running=1))
     prefill = pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(num_tokens=64))
     async with connected(stall_timeout_s=0.5) as (leader, script):
-        for _ in range(10):
-            script.say.put_nowait(running)
-            script.say.put_nowait(prefill)
-            await asyncio.sleep(0.1)
+        for _ in range(4):
+            await said(leader, script, prefill, running)
+            await ticks(clock, 9, of=0.5)
         assert leader.accepting

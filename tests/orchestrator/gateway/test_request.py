@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.gateway.model import DefaultSampling
@@ -128,6 +128,7 @@ def test_what_a_client_wrote_is_not_repeated(fields: dict[str, Any]) -> None:
 FLOATS = st.floats(width=32)
 
 
+@settings(deadline=None)
 @given(min_p=FLOATS, repetition=FLOATS, presence=FLOATS, frequency=FLOATS, bias=FLOATS, token_id=st.integers(0, 99))
 def test_whatever_is_sent_is_in_range_or_refused(
     min_p: float, repetition: float, presence: float, frequency: float, bias: float, token_id: int

@@ -11,6 +11,7 @@ from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, disconnec
 from orchestrator.launcher.process import WorkerFailed
 from placement.plan import Shard, Span
 from placement.specs import DeviceSpec
+from tests.support.clocks import PATIENCE_S
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +39,7 @@ def shard(rank: int, device: DeviceSpec, weight_bytes: int = 1) -> Shard:
     )
 
 
-def launcher(start_timeout_s: float = 30.0) -> RayLauncher:
+def launcher(start_timeout_s: float = PATIENCE_S) -> RayLauncher:
     settings = LaunchSettings(bind_host="127.0.0.1", start_timeout_s=start_timeout_s, labels={})
     return RayLauncher(settings, lambda shard: shard.weight_bytes + shard.kv_bytes)
 
