@@ -19,9 +19,10 @@ from kernels.columns_ir import LANES
 from kernels.matmul_ir import COLUMN_BYTES, HEADER, JOB, WORK, tile, tile_name
 
 _JOB = struct.Struct(f"={len(JOB)}q")
-# (most rows of a tile, columns of a tile): as many sums as fit the 32 vector registers beside the operands. Few rows
-# take several columns, or they would wait for their own sums; 24 rows in one tile read the weight once.
-_SHAPES = ((4, 6), (6, 4), (8, 3), (12, 2), (24, 1))
+# (most rows of a tile, columns of a tile). Few rows are bound by memory, which brings one or two streams faster than
+# many. From 5 on as many sums as fit the 32 vector registers beside the operands, or tiles would wait for their own
+# sums; 24 rows in one tile read the weight once.
+_SHAPES = ((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1))
 _MANY_ROWS = (8, 3)
 # A ticket's columns: large enough that tickets cost nothing, small enough that threads end together.
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
