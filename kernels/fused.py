@@ -1,7 +1,7 @@
 """A decoder's layers as one program: all that happens between embedding and final norm, without Python in between.
 
 For bfloat16 on CPUs that :mod:`kernels.matmul`, or :mod:`kernels.quantized`, has code for. Every operation is the same
-as one by one, and so are the bits.
+as one by one, and so are the bits; but for norms of heads, which are plain torch there.
 
 Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, K KV heads, D head dimension.
 """
@@ -23,6 +23,8 @@ from kernels.program import Program
 # Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
 _MOST_PROGRAMS = 128
 _WORKS_PER_LAYER = 15
+# Buffers grow by so many tokens, since every growth costs all programs.
+_ROWS_AT_ONCE = 64
 
 
 class DecoderLayer(Protocol):
@@ -83,16 +85,17 @@ def _supported(layer: DecoderLayer) -> Layer | None:
     qkv, output, gate_up, down = (shared(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down))
     if qkv is None or output is None or gate_up is None or down is None:
         return None
-    norms = (layer.attention_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
+    qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
+    norms = (layer.attention_norm, qk_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
     if not all(norm is None or rows.takes(norm) for norm in norms):
         return None
-    if any(linear.num_inputs % 32 for linear in (qkv, output, gate_up, down)):
+    if any(linear.num_inputs % 32 or linear.num_outputs % 16 for linear in (qkv, output, gate_up, down)):
         return None
     return Layer(
         window=layer.window,
         attention_norm=layer.attention_norm,
         qkv=qkv,
-        qk_norm=None if layer.qk_norm is None else layer.qk_norm.contiguous(),
+        qk_norm=qk_norm,
         output=output,
         attention_post_norm=layer.attention_post_norm,
         ffn_norm=layer.ffn_norm,
@@ -121,7 +124,11 @@ class FusedLayers:
         self._activation = activation
         self._scale = scale
         self._buffers = Buffers(layers, head_dim, 0)
-        self._programs: OrderedDict[tuple[int, int, int], _Compiled] = OrderedDict()
+        self._programs: OrderedDict[tuple[object, ...], _Compiled] = OrderedDict()
+
+    def takes(self, attention: Mapping[Window, AttentionPlan]) -> bool:
+        """Whether plans are of the variant whose attention it runs."""
+        return all(plan.tasks is not None for plan in attention.values())
 
     def run(
         self,
@@ -178,8 +185,10 @@ class FusedLayers:
     def _compiled(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
-            self._buffers = Buffers(self._layers, self._head_dim, num_tokens)
-        key = (num_tokens, num_threads, caches[0].keys.data_ptr())
+            del self._buffers  # first, or both would be there at once
+            self._buffers = Buffers(self._layers, self._head_dim, -(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+        places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
+        key = (num_tokens, num_threads, *places)
         if key in self._programs:
             self._programs.move_to_end(key)
         else:

@@ -92,6 +92,7 @@ class Writer:
     def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
         """``x`` to tiles, where several tokens are not one already, and those times the weight."""
         num_tiles, num_rows = linear.tiles(self.num_tokens)
+        assert num_tiles * num_rows <= self.num_tokens + _SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
         source = x.data_ptr()
         if num_rows > 1:
             num_pairs = linear.num_inputs // 2

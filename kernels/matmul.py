@@ -6,6 +6,7 @@ where a library's matrix product does neither well, it is ahead most.
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
 
+import contextlib
 import mmap
 import struct
 from functools import cache
@@ -63,7 +64,8 @@ def huge_empty(shape: tuple[int, ...]) -> Tensor:
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.int32)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a system that was built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.int32)
     start = -room.data_ptr() % _HUGE_PAGE // 4
     return room[start : start + num_bytes // 4].view(shape)

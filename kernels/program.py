@@ -15,7 +15,7 @@ from kernels import machine_code, program_ir, threads
 from kernels.program_ir import PROGRAM
 from kernels.rows_ir import HEADER, norm
 
-_TICKET_WORDS = 8  # one cache line for each, since all threads write to it
+_LINE_WORDS = 8  # of a cache line, 64 bytes
 
 
 class Program:
@@ -27,9 +27,9 @@ class Program:
     def __init__(self, max_works: int) -> None:
         """Room for ``max_works``."""
         self._works: list[tuple[int, NDArray[np.uint8]]] = []
-        self._tickets = np.zeros((max_works, _TICKET_WORDS), np.int64)
+        self._tickets = _lines(max_works)
         self._num_tickets = 0
-        self._counters = np.zeros((2, _TICKET_WORDS), np.int64)
+        self._counters = _lines(2)
         self._list = np.zeros((max_works, 2), np.int64)
 
     def ticket(self) -> int:
@@ -57,6 +57,13 @@ class Program:
         team_size = threads.team_size() if num_threads > 1 else 0
         header = _HEADER.pack(len(self._works), self._list.ctypes.data, *counters, team_size, _yield())
         threads.run(compiled()["program"], header, num_threads)
+
+
+def _lines(count: int) -> NDArray[np.int64]:
+    """Zeros [count, 8], one cache line each: all threads write to the first of its words."""
+    words = np.zeros((count + 1) * _LINE_WORDS, np.int64)
+    start = -words.ctypes.data // words.itemsize % _LINE_WORDS
+    return words[start : start + count * _LINE_WORDS].reshape(count, _LINE_WORDS)
 
 
 _HEADER = struct.Struct(f"={len(PROGRAM)}q")

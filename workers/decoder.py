@@ -204,7 +204,7 @@ def hidden_states(
     """The last layer's output [T, E], before the final norm. Writes the batch's KV to ``caches``."""
     eps = model.rms_norm_eps
     residual, update = _embed(model, weights, kernels, batch.token_ids), None
-    if weights.fused is not None:
+    if weights.fused is not None and weights.fused.takes(batch.attention):
         return weights.fused.run(residual, caches, batch.slots, batch.rope, batch.attention)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if update is None:

@@ -1,6 +1,7 @@
 """A decoder's layers as one program: the same bits as one operation after the other."""
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -8,9 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import machine_code
+from kernels import machine_code, reference
 from kernels.attention import SharedSpan
+from kernels.quantized import Bits
+from kernels.select import kernels_for
+from placement.hf import read_model_spec
+from placement.quantization import LinearFormat
+from placement.weights import whole_model
+from workers.device import open_device
+from workers.kv_cache import allocate_kv_cache
 from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.weights import load_weights
 
 pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
 
@@ -97,6 +106,27 @@ def test_norms_of_heads_differ_from_torch_by_their_rounding_alone(
         assert (logits == expected).float().mean() > 0.5
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_have_the_same_bits_too(bits: Bits, llama_checkpoint: Callable[..., Path]) -> None:
+    path = llama_checkpoint(**(SHAPE | {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}))
+    fused, plain = rounded(path, bits), one_by_one(rounded(path, bits))
+    torch.set_num_threads(2)
+    for batch in batches(seed=bits):
+        assert torch.equal(fused.logits(batch), plain.logits(batch))
+
+
+def rounded(path: Path, bits: Bits) -> ModelRunner:
+    device, model = open_device("cpu", 1), read_model_spec(json.loads((path / "config.json").read_text()))
+    cpu, linear = device.torch_device, LinearFormat(bits=bits, head_bits=8)
+    return ModelRunner(
+        model=model,
+        weights=load_weights(path, whole_model(model), torch.bfloat16, cpu, lambda loaded, total: None, linear),
+        cache=allocate_kv_cache(model, num_slots=4096, dtype=torch.bfloat16, device=device),
+        device=cpu,
+        kernels=kernels_for("cpu"),
+    )
+
+
 def test_more_tokens_than_ever_before_take_larger_buffers(
     llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
@@ -111,13 +141,40 @@ def test_more_tokens_than_ever_before_take_larger_buffers(
 def test_a_shared_prefix_is_attended_to_once_in_a_program_too(
     llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
-    path = llama_checkpoint(**SHAPE)
+    path = llama_checkpoint(**SHAPE, max_position_embeddings=2048)
     fused, plain = make_runner(path, torch.bfloat16), one_by_one(make_runner(path, torch.bfloat16))
-    prefix = SequenceInput(token_ids=[11 * i % 500 for i in range(400)], start=0, runs=((0, 400),))
-    members = [SequenceInput(token_ids=[3 + i], start=400, runs=((0, 400), (1000 + i, 1001 + i))) for i in range(24)]
-    shared = SharedSpan(members=tuple(range(24)), first_token=0, num_tokens=400, runs=((0, 400),))
-    for batch in (Batch(sequences=(prefix,)), Batch(sequences=tuple(members), shared=(shared,))):
+    prefix = SequenceInput(token_ids=[11 * i % 500 for i in range(1100)], start=0, runs=((0, 1100),))
+    members = [SequenceInput(token_ids=[3 + i], start=1100, runs=((0, 1100), (2000 + i, 2001 + i))) for i in range(24)]
+    shared = SharedSpan(members=tuple(range(24)), first_token=0, num_tokens=1100, runs=((0, 1100),))
+    together = Batch(sequences=tuple(members), shared=(shared,))
+    (plan,) = fused._lay_out(together).inputs.attention.values()
+    assert plan.tasks is not None and plan.tasks.tasks[:, 1].max() == 24
+    for batch in (Batch(sequences=(prefix,)), together):
         assert torch.equal(fused.logits(batch), plain.logits(batch))
+    assert torch.equal(fused.logits(together), fused.logits(Batch(sequences=tuple(members))))
+
+
+def test_another_cache_is_another_program(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = llama_checkpoint(**SHAPE)
+    first, second = make_runner(path, torch.bfloat16), make_runner(path, torch.bfloat16)
+    batch = Batch(sequences=(SequenceInput(token_ids=[5, 6, 7], start=0, runs=((9, 12),)),))
+    expected = first.logits(batch)
+    second._weights = first._weights
+    assert torch.equal(second.logits(batch), expected)
+    for mine, other in zip(first._cache.layers, second._cache.layers, strict=True):
+        assert torch.equal(mine.keys[:, 9:12], other.keys[:, 9:12]) and mine.keys[:, 9:12].any()
+
+
+def test_plans_of_another_variant_run_one_by_one(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = llama_checkpoint(**SHAPE)
+    fused, by_reference = make_runner(path, torch.bfloat16), make_runner(path, torch.bfloat16, kernels=reference)
+    by_reference._weights = fused._weights
+    batch = Batch(sequences=(SequenceInput(token_ids=[5, 6, 7], start=0, runs=((9, 12),)),))
+    torch.testing.assert_close(by_reference.logits(batch), fused.logits(batch), atol=0.1, rtol=0.05)
 
 
 def test_heads_that_have_no_code_run_one_by_one(
