@@ -80,7 +80,7 @@ def claim_cores(
     count: int,
     *,
     directory: Path | None = None,
-    allowed: Iterable[int] | None = None,
+    allowed: Collection[int] | None = None,
     siblings: Mapping[int, str] | None = None,
 ) -> Claim:
     """Claims ``count`` CPUs that no other rank of this machine and user has, of as many cores as it can; or none.
@@ -95,15 +95,16 @@ def claim_cores(
     cores = cores_of(allowed, _siblings(allowed) if siblings is None else siblings)
     if directory is None:
         directory = Path(tempfile.gettempdir()) / f"heterodyne-cores-{os.getuid()}"
+    locks: dict[int, int] = {}
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         _check_own(directory)
-        locks = _lock(count, directory, [core[0] for core in cores])
-        locks |= _lock(count - len(locks), directory, beside(cores, locks))
+        _lock(locks, count, directory, [core[0] for core in cores])
+        _lock(locks, count, directory, beside(cores, locks))
     except OSError as error:
         logger.warning("cores_not_claimed cause=%r", str(error))
-        locks = {}
     if len(locks) < count:
+        logger.info("cores_not_pinned threads=%d free_cpus=%d", count, len(locks))
         for lock in locks.values():
             os.close(lock)
         return Claim(cpus=frozenset(), locks=())
@@ -126,17 +127,17 @@ def _check_own(directory: Path) -> None:
         raise PermissionError(f"{directory} is not this user's own directory")
 
 
-def _lock(count: int, directory: Path, cpus: Iterable[int]) -> dict[int, int]:
-    """Locks of at most ``count`` of the CPUs, in their order; by CPU."""
-    locks: dict[int, int] = {}
+def _lock(locks: dict[int, int], count: int, directory: Path, cpus: Iterable[int]) -> None:
+    """Adds locks of CPUs, in their order, to those there are, by CPU, until there are ``count``."""
     for cpu in cpus:
         if len(locks) == count:
             break
         lock = os.open(directory / str(cpu), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(lock)
+            if not isinstance(error, BlockingIOError):
+                raise
         else:
             locks[cpu] = lock
-    return locks

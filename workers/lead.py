@@ -68,6 +68,8 @@ class LeaderStream:
         self._writing = asyncio.create_task(self._write(write))
         parts = (self._read(requests), self._beat(), self._end_with_engine())
         tasks = [self._writing, *map(asyncio.create_task, parts)]
+        for part in tasks[1:]:  # a part that fails takes the stream with it
+            part.add_done_callback(lambda _: self._close())
         try:
             await asyncio.wait([self._writing])
         finally:
