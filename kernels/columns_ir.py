@@ -2,15 +2,9 @@
 
 from collections.abc import Sequence
 
+from kernels.work_ir import load_job, take_tickets
+
 LANES = 16
-
-
-def load_job(names: Sequence[str]) -> str:
-    """Loads the 64-bit fields of ``%job`` of these names."""
-    return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
-        for i, name in enumerate(names)
-    )
 
 
 def columns_work(job: Sequence[str], inputs: Sequence[str], arguments: str) -> str:
@@ -39,18 +33,7 @@ entry:{load_job(job)}
   %bias_ptr = inttoptr i64 %bias to ptr
   %output_ptr = inttoptr i64 %output to ptr
   %wide_ptr = inttoptr i64 %wide_tile to ptr
-  %narrow_ptr = inttoptr i64 %narrow_tile to ptr
-  %ticket_ptr = inttoptr i64 %ticket to ptr
-  br label %take
-take:
-  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
-  %first = mul i64 %number, %unit
-  %is_work = icmp slt i64 %first, %num_columns
-  br i1 %is_work, label %begin, label %end
-begin:
-  %first_stop = add i64 %first, %unit
-  %stop = call i64 @llvm.smin.i64(i64 %first_stop, i64 %num_columns)
-  br label %column
+  %narrow_ptr = inttoptr i64 %narrow_tile to ptr{take_tickets("num_columns", "column")}
 column:
   %c = phi i64 [%first, %begin], [%c_next, %column_end]
   %missing = sub i64 %stop, %c

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import program, program_ir, rows
+from kernels import program, rows
 from kernels.attention import LayerCache
 from kernels.linear import Shared
 from kernels.program import Program
@@ -95,13 +95,16 @@ class Writer:
         assert num_tiles * num_rows <= self.num_tokens + _SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
         source = x.data_ptr()
         if num_rows > 1:
-            num_pairs = linear.num_inputs // 2
-            num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
-            num_blocks = num_tiles * num_chunks
-            shape = (self.num_tokens, num_rows, num_pairs, num_chunks)
-            unit = -(-num_blocks // self.num_threads)
-            job = (self.program.ticket(), num_blocks, unit, source, self.buffers.tiles.data_ptr(), *shape)
-            self.program.add(*program.work("tiles_work", *job))
+            lay_out = program.tiles(
+                source,
+                self.buffers.tiles.data_ptr(),
+                num_tokens=self.num_tokens,
+                num_pairs=linear.num_inputs // 2,
+                shape=(num_tiles, num_rows),
+                num_threads=self.num_threads,
+                ticket=self.program.ticket(),
+            )
+            self.program.add(*lay_out)
             source = self.buffers.tiles.data_ptr()
         ticket = self.program.ticket()
         self.program.add(*linear.product(self.num_tokens, self.num_threads, source, output.data_ptr(), ticket))

@@ -34,6 +34,7 @@ class Program:
 
     def ticket(self) -> int:
         """Address of a counter that is 0 whenever the program begins, for one work's threads to share it by."""
+        assert self._num_tickets < len(self._tickets), "more tickets than works"
         self._num_tickets += 1
         return int(self._tickets[self._num_tickets - 1 :].ctypes.data)
 
@@ -75,6 +76,27 @@ def compiled() -> dict[str, int]:
     norms = norm("norm", adds=False, wide=False) + norm("norm_wide", adds=False, wide=True)
     ir = HEADER + norms + program_ir.turn() + program_ir.tiles() + program_ir.program()
     return machine_code.addresses(ir, ["program", "tiles_work", "turn_work", "turn_wide_work"])
+
+
+def tiles(
+    x: int, output: int, *, num_tokens: int, num_pairs: int, shape: tuple[int, int], num_threads: int, ticket: int
+) -> tuple[int, bytes]:
+    """The work that lays rows [T, I / 2] of 32 bits out as a product reads them, and its job.
+
+    Args:
+        x: address of the rows.
+        output: address of as many tiles as ``shape`` says, and as many rows of each.
+        num_tokens: T.
+        num_pairs: I / 2, whole vectors.
+        shape: tiles, and rows of each.
+        num_threads: that share the work.
+        ticket: address of a zero.
+    """
+    num_tiles, num_rows = shape
+    num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
+    num_blocks = num_tiles * num_chunks
+    unit = -(-num_blocks // num_threads)
+    return work("tiles_work", ticket, num_blocks, unit, x, output, num_tokens, num_rows, num_pairs, num_chunks)
 
 
 def work(name: str, *arguments: int) -> tuple[int, bytes]:

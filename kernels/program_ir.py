@@ -4,8 +4,8 @@
 team go through the list together: nobody begins a work before everybody has left the one before.
 """
 
-from kernels.columns_ir import load_job
-from kernels.rows_ir import work
+from kernels.rows_ir import load, work
+from kernels.work_ir import load_job, take_tickets
 
 PROGRAM = ("num_works", "works", "arrived", "generation", "team_size", "yield")
 """Arguments of ``program``, 64-bit each: addresses of the works, a function and a job each; of two counters, 0 at
@@ -20,6 +20,9 @@ CHUNK_PAIRS = 64
 # A barrier's wait in turns of its loop, some 10 ns each: longer than the others usually take, shorter than it takes to
 # sleep and be woken. Whoever waits longer lets others have the core, one of whom may be who is waited for.
 _SPINS = 2000
+
+
+_LANES = ", ".join(f"i64 {lane}" for lane in range(16))
 
 
 def program() -> str:
@@ -97,21 +100,9 @@ declare void @llvm.masked.scatter.v16i32.v16p0(<16 x i32>, <16 x ptr>, i32, <16 
 
 define void @tiles_work(ptr %job) {{
 entry:{load_job(TILES)}
-  %ticket_ptr = inttoptr i64 %ticket to ptr
   %rows_0 = insertelement <16 x i64> poison, i64 %rows, i32 0
   %rows_all = shufflevector <16 x i64> %rows_0, <16 x i64> poison, <16 x i32> zeroinitializer
-  %lanes = mul <16 x i64> %rows_all, <{", ".join(f"i64 {lane}" for lane in range(16))}>
-  br label %take
-take:
-  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
-  %first = mul i64 %number, %unit
-  %is_work = icmp slt i64 %first, %num_blocks
-  br i1 %is_work, label %begin, label %end
-begin:
-  %first_stop = add i64 %first, %unit
-  %is_over = icmp sgt i64 %first_stop, %num_blocks
-  %stop = select i1 %is_over, i64 %num_blocks, i64 %first_stop
-  br label %block
+  %lanes = mul <16 x i64> %rows_all, <{_LANES}>{take_tickets("num_blocks", "block")}
 block:
   %b = phi i64 [%first, %begin], [%b_next, %block_end]
   %tile = sdiv i64 %b, %num_chunks
@@ -167,13 +158,6 @@ end:
 """
 
 
-def _part(name: str, pointer: str, offset: str) -> str:
-    return f"""
-  %{name}_at = getelementptr bfloat, ptr %{pointer}, i64 {offset}
-  %{name}_raw = load <16 x bfloat>, ptr %{name}_at, align 2
-  %{name} = fpext <16 x bfloat> %{name}_raw to <16 x float>"""
-
-
 def _rounded(name: str, operation: str, left: str, right: str) -> str:
     return f"""
   %{name}_wide = {operation} <16 x float> %{left}, %{right}
@@ -188,9 +172,9 @@ def turn() -> str:
     ``@norm`` and ``@norm_wide`` of :func:`kernels.rows_ir.norm`.
     """
     pieces = [
-        _part("low", "x", "%i"),
-        _part("high", "x", "%j"),
-        *(_part(f"{name}_{half}", name, at) for name in ("cos", "sin") for half, at in (("low", "%i"), ("high", "%j"))),
+        load("low", "x", "%i"),
+        load("high", "x", "%j"),
+        *(load(f"{name}_{half}", name, at) for name in ("cos", "sin") for half, at in (("low", "%i"), ("high", "%j"))),
         _rounded("kept_low", "fmul", "low", "cos_low"),
         _rounded("moved_low", "fmul", "high", "sin_low"),
         _rounded("new_low", "fadd", "kept_low", "moved_low"),

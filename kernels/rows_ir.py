@@ -8,6 +8,8 @@ import math
 import struct
 from collections.abc import Sequence
 
+from kernels.work_ir import load_job, take_tickets
+
 LANES = 16
 _WIDE, _NARROW = "<16 x float>", "<16 x bfloat>"
 
@@ -25,7 +27,7 @@ def _splat(value: str) -> str:
     return f"splat (float {value})"
 
 
-def _load(name: str, pointer: str, index: str) -> str:
+def load(name: str, pointer: str, index: str) -> str:
     """``%name`` as float32: 16 numbers of a row of bfloat16."""
     return f"""
   %{name}_at = getelementptr bfloat, ptr %{pointer}, i64 {index}
@@ -46,7 +48,7 @@ def norm(name: str, *, adds: bool, wide: bool) -> str:
     """
     sums = ""
     if adds:
-        sums = f"""{_load("a", "update", "%i")}{_load("b", "residual", "%i")}
+        sums = f"""{load("a", "update", "%i")}{load("b", "residual", "%i")}
   %ab = fadd {_WIDE} %a, %b
   %total_out = fptrunc {_WIDE} %ab to {_NARROW}{_store("total_out", "total", "%i")}
   %x = fpext {_NARROW} %total_out to {_WIDE}"""
@@ -57,7 +59,7 @@ entry:
   br label %sum
 sum:
   %i = phi i64 [0, %entry], [%i_next, %sum]
-  %squares = phi {_WIDE} [zeroinitializer, %entry], [%squares_next, %sum]{sums or _load("x", "residual", "%i")}
+  %squares = phi {_WIDE} [zeroinitializer, %entry], [%squares_next, %sum]{sums or load("x", "residual", "%i")}
   %squares_next = call {_WIDE} @llvm.fma.v16f32({_WIDE} %x, {_WIDE} %x, {_WIDE} %squares)
   %i_next = add i64 %i, {LANES}
   %more = icmp slt i64 %i_next, %width
@@ -73,8 +75,8 @@ middle:
   %factors = shufflevector {_WIDE} %factor_0, {_WIDE} poison, <16 x i32> zeroinitializer
   br label %scale
 scale:
-  %j = phi i64 [0, %middle], [%j_next, %scale]{_load("y", source, "%j")}
-  %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else _load("w", "weight", "%j") + _AGAIN}
+  %j = phi i64 [0, %middle], [%j_next, %scale]{load("y", source, "%j")}
+  %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else load("w", "weight", "%j") + _AGAIN}
   %product = fmul {_WIDE} %{"scaled" if wide else "again"}, %w
   %normed_out = fptrunc {_WIDE} %product to {_NARROW}{_store("normed_out", "normed", "%j")}
   %j_next = add i64 %j, {LANES}
@@ -153,7 +155,7 @@ entry:
   %up = getelementptr bfloat, ptr %gate_up, i64 %width
   br label %loop
 loop:
-  %i = phi i64 [0, %entry], [%i_next, %loop]{_load("g", "gate_up", "%i")}{_load("u", "up", "%i")}{minus}
+  %i = phi i64 [0, %entry], [%i_next, %loop]{load("g", "gate_up", "%i")}{load("u", "up", "%i")}{minus}
 {exp("power", "minus")}
   %one_more = fadd {_WIDE} %power, {_splat("1.0")}
   %gated = fdiv {_WIDE} %g, %one_more
@@ -179,9 +181,6 @@ def work(name: str, arguments: Sequence[tuple[str, str]], scalars: Sequence[tupl
             then the pointers, their strides and the scalars.
     """
     names = ["ticket", "rows", "unit", *(a for a, _ in arguments), *(s for _, s in arguments), *(n for _, n in scalars)]
-    fields = "".join(
-        f"\n  %f_{n} = getelementptr i64, ptr %job, i64 {i}\n  %{n} = load i64, ptr %f_{n}" for i, n in enumerate(names)
-    )
     casts = "".join(
         f"\n  %{n}_bits = trunc i64 %{n} to i32\n  %{n}_value = bitcast i32 %{n}_bits to float"
         for t, n in scalars
@@ -196,19 +195,7 @@ def work(name: str, arguments: Sequence[tuple[str, str]], scalars: Sequence[tupl
     passed += [f"float %{n}_value" if t == "float" else f"i64 %{n}" for t, n in scalars]
     return f"""
 define void @{name}_work(ptr %job) {{
-entry:{fields}{casts}
-  %ticket_ptr = inttoptr i64 %ticket to ptr
-  br label %take
-take:
-  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
-  %first = mul i64 %number, %unit
-  %is_work = icmp slt i64 %first, %rows
-  br i1 %is_work, label %begin, label %end
-begin:
-  %first_stop = add i64 %first, %unit
-  %is_last = icmp sgt i64 %first_stop, %rows
-  %stop = select i1 %is_last, i64 %rows, i64 %first_stop
-  br label %each
+entry:{load_job(names)}{casts}{take_tickets("rows", "each")}
 each:
   %row = phi i64 [%first, %begin], [%row_next, %each]{moves}
   call void @{name}({", ".join(passed)})

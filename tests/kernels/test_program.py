@@ -5,19 +5,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import machine_code, matmul, program, program_ir, rows, threads
+from kernels import machine_code, matmul, program, rows, threads
 from kernels.program import Program
 
 pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
 
 
 def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int) -> None:
-    num_tokens, num_pairs = x.shape[0], x.shape[1] // 2
-    num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
-    num_blocks = len(output) * num_chunks
-    shape = (num_tokens, num_rows, num_pairs, num_chunks)
-    job = (made.ticket(), num_blocks, -(-num_blocks // num_threads), x.data_ptr(), output.data_ptr(), *shape)
-    made.add(*program.work("tiles_work", *job))
+    lay_out = program.tiles(
+        x.data_ptr(),
+        output.data_ptr(),
+        num_tokens=len(x),
+        num_pairs=x.shape[1] // 2,
+        shape=(len(output), num_rows),
+        num_threads=num_threads,
+        ticket=made.ticket(),
+    )
+    made.add(*lay_out)
 
 
 @given(
@@ -60,16 +64,13 @@ def test_each_work_sees_all_that_those_before_it_did(num_threads: int) -> None:
 def test_a_job_may_change_between_runs() -> None:
     first, second = (torch.randn(4, 64).to(torch.bfloat16) for _ in range(2))
     output = torch.empty(1, 32, 4, dtype=torch.int32)
-    made = Program(1)
-    ticket = made.ticket()
-
-    def job(x: torch.Tensor) -> bytes:
-        return program.work("tiles_work", ticket, 1, 1, x.data_ptr(), output.data_ptr(), 4, 4, 32, 1)[1]
-
-    number = made.add(program.compiled()["tiles_work"], job(first))
+    made = Program(2)
+    add_tiles(made, first, output, 4, num_threads=2)
     made.run(2)
     assert torch.equal(output, matmul.in_tiles(first, 1, 4))
-    made.change(number, job(second))
+    addresses, ticket = (second.data_ptr(), output.data_ptr()), made.ticket()
+    _, job = program.tiles(*addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket)
+    made.change(0, job)
     made.run(2)
     assert torch.equal(output, matmul.in_tiles(second, 1, 4))
 

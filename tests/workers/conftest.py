@@ -1,7 +1,7 @@
 """A worker's parts put together for tests: a runner over a checkpoint, with slots handed out by the test."""
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,9 @@ import torch
 from kernels.select import Kernels, kernels_for
 from placement.hf import read_model_spec
 from placement.weights import whole_model
+from tests.support.grammars import GatedFactory
 from workers.device import open_device
+from workers.grammar_compiler import GrammarCompiler
 from workers.kv_cache import allocate_kv_cache
 from workers.runner import ModelRunner
 from workers.weights import load_weights
@@ -34,3 +36,18 @@ def make_runner() -> Callable[..., ModelRunner]:
         )
 
     return make
+
+
+@pytest.fixture
+async def factory() -> AsyncIterator[GatedFactory]:
+    """Compiles grammars once its gate is open, as it is at the end."""
+    factory = GatedFactory()
+    yield factory
+    factory.gate.set()
+
+
+@pytest.fixture
+async def grammars(factory: GatedFactory) -> AsyncIterator[GrammarCompiler]:
+    compiler = GrammarCompiler(factory)
+    yield compiler
+    compiler.close()

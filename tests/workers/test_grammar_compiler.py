@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 import pytest
@@ -15,20 +15,6 @@ from workers.grammar_compiler import GrammarCompiler
 WAIT_S = 30.0
 
 
-@pytest.fixture
-async def factory() -> AsyncIterator[GatedFactory]:
-    factory = GatedFactory()
-    yield factory
-    factory.gate.set()
-
-
-@pytest.fixture
-async def compiler(factory: GatedFactory) -> AsyncIterator[GrammarCompiler]:
-    compiler = GrammarCompiler(factory)
-    yield compiler
-    compiler.close()
-
-
 async def begun(*waiters: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
     """Tasks that have come as far as they come by themselves."""
     tasks = [asyncio.create_task(waiter) for waiter in waiters]
@@ -37,18 +23,18 @@ async def begun(*waiters: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
 
 
 async def test_all_who_want_a_grammar_get_the_one_that_is_compiled(
-    factory: GatedFactory, compiler: GrammarCompiler
+    factory: GatedFactory, grammars: GrammarCompiler
 ) -> None:
     wanted, other = regex("[a-z]+"), regex("[0-9]+")
-    waiting = await begun(*(compiler.compile(wanted) for _ in range(8)), compiler.compile(other))
+    waiting = await begun(*(grammars.compile(wanted) for _ in range(8)), grammars.compile(other))
     factory.gate.set()
     *same, different = await asyncio.wait_for(asyncio.gather(*waiting), WAIT_S)
     assert all(grammar is same[0] for grammar in same) and different is not same[0]
     assert sorted(factory.calls, key=lambda spec: spec.source) == [other, wanted]
 
 
-async def test_who_is_cancelled_cancels_nobody_else(factory: GatedFactory, compiler: GrammarCompiler) -> None:
-    waiting = await begun(*(compiler.compile(regex("[a-z]+")) for _ in range(4)))
+async def test_who_is_cancelled_cancels_nobody_else(factory: GatedFactory, grammars: GrammarCompiler) -> None:
+    waiting = await begun(*(grammars.compile(regex("[a-z]+")) for _ in range(4)))
     for task in waiting[:3]:  # the first among them, for whom it was begun
         task.cancel()
     await asyncio.wait(waiting[:3])
@@ -59,22 +45,22 @@ async def test_who_is_cancelled_cancels_nobody_else(factory: GatedFactory, compi
 
 
 async def test_a_newcomer_joins_what_nobody_waits_for_any_more(
-    factory: GatedFactory, compiler: GrammarCompiler
+    factory: GatedFactory, grammars: GrammarCompiler
 ) -> None:
-    (task,) = await begun(compiler.compile(regex("[a-z]+")))
+    (task,) = await begun(grammars.compile(regex("[a-z]+")))
     assert await asyncio.to_thread(factory.entered.acquire, timeout=WAIT_S)
     task.cancel()
     await asyncio.wait([task])
-    (again,) = await begun(compiler.compile(regex("[a-z]+")))
+    (again,) = await begun(grammars.compile(regex("[a-z]+")))
     factory.gate.set()
     await asyncio.wait_for(again, WAIT_S)
     assert len(factory.calls) == 1
 
 
-async def test_what_nobody_waits_for_is_not_begun(factory: GatedFactory, compiler: GrammarCompiler) -> None:
-    occupied = await begun(*(compiler.compile(regex(f"number {number}")) for number in range(40)))
+async def test_what_nobody_waits_for_is_not_begun(factory: GatedFactory, grammars: GrammarCompiler) -> None:
+    occupied = await begun(*(grammars.compile(regex(f"number {number}")) for number in range(40)))
     started = len(factory.calls)
-    left, kept = await begun(compiler.compile(regex("left")), compiler.compile(regex("kept")))
+    left, kept = await begun(grammars.compile(regex("left")), grammars.compile(regex("kept")))
     left.cancel()
     await asyncio.wait([left])
     factory.gate.set()
@@ -85,27 +71,27 @@ async def test_what_nobody_waits_for_is_not_begun(factory: GatedFactory, compile
 
 
 async def test_a_refusal_reaches_all_who_wait_and_is_asked_for_anew(
-    factory: GatedFactory, compiler: GrammarCompiler
+    factory: GatedFactory, grammars: GrammarCompiler
 ) -> None:
-    waiting = await begun(*(compiler.compile(regex("(")) for _ in range(3)))
+    waiting = await begun(*(grammars.compile(regex("(")) for _ in range(3)))
     factory.gate.set()
     results = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), WAIT_S)
     assert all(isinstance(result, InvalidRequest) for result in results)
     with pytest.raises(InvalidRequest):
-        await compiler.compile(regex("("))
+        await grammars.compile(regex("("))
     assert len(factory.calls) == 2
 
 
 async def test_a_refusal_that_nobody_waits_for_any_more_is_no_complaint(
-    factory: GatedFactory, compiler: GrammarCompiler, caplog: pytest.LogCaptureFixture
+    factory: GatedFactory, grammars: GrammarCompiler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (task,) = await begun(compiler.compile(regex("(")))
+    (task,) = await begun(grammars.compile(regex("(")))
     assert await asyncio.to_thread(factory.entered.acquire, timeout=WAIT_S)
     task.cancel()
     await asyncio.wait([task])
     factory.gate.set()
     with caplog.at_level(logging.ERROR), pytest.raises(InvalidRequest):
-        await compiler.compile(regex("("))
+        await grammars.compile(regex("("))
     await asyncio.sleep(0)
     gc.collect()
     assert not caplog.records

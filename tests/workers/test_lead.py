@@ -1,7 +1,7 @@
 """The leader stream between a gateway and the engine: nothing is overtaken, nothing piles up, all is answered."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -41,20 +41,6 @@ def runner() -> SlowRunner:
 def parts(make_engine: Callable[..., Parts], runner: SlowRunner) -> Iterator[Parts]:
     yield make_engine(runner, vocab_size=VOCAB_SIZE)
     runner.gate.release(10_000)
-
-
-@pytest.fixture
-async def factory() -> AsyncIterator[GatedFactory]:
-    factory = GatedFactory()
-    yield factory
-    factory.gate.set()
-
-
-@pytest.fixture
-async def grammars(factory: GatedFactory) -> AsyncIterator[GrammarCompiler]:
-    compiler = GrammarCompiler(factory)
-    yield compiler
-    compiler.close()
 
 
 async def entered(semaphore: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -81,17 +82,23 @@ async def test_sigterm_answers_what_is_under_way(llama_checkpoint: Any, monkeypa
         assert "exited with code 0" in await asyncio.wait_for(worker.wait(), END_S)
 
 
+async def stopped_in_an_accident(worker: Any, stub: Any, checkpoint: Path) -> Any:
+    """The stream of a worker that was told to end while it runs into the accident."""
+    await load(stub, load_request(checkpoint))
+    call = stub.Lead()
+    await call.write(submit(1, **ACCIDENT))
+    while not (await until(call, "load")).num_running:
+        pass
+    os.kill(worker.pid, signal.SIGTERM)
+    return call
+
+
 async def test_a_step_that_hangs_does_not_outlive_sigterm(
     llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have_accident(monkeypatch, HANGS)
     async with running() as (worker, stub):
-        await load(stub, load_request(llama_checkpoint()))
-        call = stub.Lead()
-        await call.write(submit(1, **ACCIDENT))
-        while not (await until(call, "load")).num_running:
-            pass
-        os.kill(worker.pid, signal.SIGTERM)
+        call = await stopped_in_an_accident(worker, stub, llama_checkpoint())
         answers = await collect(call, lambda answers: 1 in answers)
         assert answers[1].reason == pb.END_REASON_FAILED
         assert (await status_of(call)).code() is grpc.StatusCode.UNAVAILABLE
@@ -108,12 +115,7 @@ async def test_a_step_that_keeps_the_interpreters_lock_does_not_outlive_sigterm(
     )
     have_accident(monkeypatch, keeps)
     async with running() as (worker, stub):
-        await load(stub, load_request(llama_checkpoint()))
-        call = stub.Lead()
-        await call.write(submit(1, **ACCIDENT))
-        while not (await until(call, "load")).num_running:
-            pass
-        os.kill(worker.pid, signal.SIGTERM)
+        await stopped_in_an_accident(worker, stub, llama_checkpoint())
         assert (await asyncio.wait_for(worker.wait(), END_S)).endswith("was killed by SIGALRM")
 
 
