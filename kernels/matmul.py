@@ -64,11 +64,12 @@ def huge_empty(shape: tuple[int, ...]) -> Tensor:
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.int32)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system that was built without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.int32)
-    start = -room.data_ptr() % _HUGE_PAGE // 4
-    return room[start : start + num_bytes // 4].view(shape)
+    start = -room.data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # a system that was built without them
+        # Whole ones only: the last would take up to 2 MiB that nobody has reckoned with.
+        memory.madvise(mmap.MADV_HUGEPAGE, start, num_bytes // _HUGE_PAGE * _HUGE_PAGE)
+    return room[start // 4 : (start + num_bytes) // 4].view(shape)
 
 
 def tile_shape(num_tokens: int) -> tuple[int, int, int]:

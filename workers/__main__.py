@@ -47,7 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers", description="One Heterodyne rank.")
     parser.add_argument("--bind", default="127.0.0.1:0", help="host:port or [ipv6]:port; port 0 takes a free one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads that compute, on cpu")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads that compute, on cpu"
+    )
     parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """The seam to the device that a rank computes on: its name, its torch device, its memory, its threads."""
 
+import errno
 import os
 import re
 from dataclasses import dataclass
@@ -43,9 +44,10 @@ class Device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, the CPU's allocator (a plain RuntimeError) or CUDA's says that memory ran out."""
+    """Whether this is how Python, the system, the CPU's allocator (a plain RuntimeError) or CUDA's says it ran out."""
     by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return by_type or re.search("can't allocate memory|not enough memory", str(error)) is not None
+    by_number = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return by_type or by_number or re.search("can't allocate memory|not enough memory", str(error)) is not None
 
 
 def _read(path: str) -> str | None:

@@ -1,6 +1,7 @@
-from types import SimpleNamespace
+from types import errno
 
 import pytest
+import SimpleNamespace
 import torch
 
 from placement.errors import InvalidConfig
@@ -30,6 +31,7 @@ def test_a_container_leaves_the_cpu_what_its_limit_does(monkeypatch: pytest.Monk
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("shapes differ"), False),
         (OSError("not found"), False),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
     ],
 )
 def test_errors_of_memory_are_told_from_others(error: Exception, expected: bool) -> None:
