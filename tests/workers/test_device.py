@@ -1,7 +1,7 @@
-from types import errno
+import errno
+from types import SimpleNamespace
 
 import pytest
-import SimpleNamespace
 import torch
 
 from placement.errors import InvalidConfig
