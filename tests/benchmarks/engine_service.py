@@ -3,6 +3,7 @@
 import asyncio
 import random
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.support.service import serve
 _LEFT_RUNNING = re.compile(r"workers|orchestrator\.gateway(\..*)?")
 _FIRST_ID = 3
 _MEASURE_S = 900.0
+_SHOWN_CHARS = 4000
 
 
 class Service:
@@ -71,6 +73,9 @@ class Service:
         self._thaw()
         try:
             return asyncio.run(_measure(self._address, case, seed, self._vocab_size))
+        except grpc.RpcError:
+            print(self._command.output()[-_SHOWN_CHARS:], file=sys.stderr, flush=True)  # why, in the service's words
+            raise
         finally:
             self._freeze()
 
