@@ -7,7 +7,7 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,19 +35,19 @@ class DecoderLayer(Protocol):
     @property
     def attention_norm(self) -> Tensor: ...
     @property
-    def qkv(self) -> Linear: ...
+    def qkv(self) -> Linear | None: ...
     @property
     def qk_norm(self) -> Tensor | None: ...
     @property
-    def output(self) -> Linear: ...
+    def output(self) -> Linear | None: ...
     @property
     def attention_post_norm(self) -> Tensor | None: ...
     @property
     def ffn_norm(self) -> Tensor: ...
     @property
-    def gate_up(self) -> Linear: ...
+    def gate_up(self) -> Linear | None: ...
     @property
-    def down(self) -> Linear: ...
+    def down(self) -> Linear | None: ...
     @property
     def ffn_post_norm(self) -> Tensor | None: ...
 
@@ -82,7 +82,8 @@ def fuse(
 
 
 def _supported(layer: DecoderLayer) -> Layer | None:
-    qkv, output, gate_up, down = (shared(x) for x in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    qkv, output, gate_up, down = (None if linear is None else shared(linear) for linear in linears)
     if qkv is None or output is None or gate_up is None or down is None:
         return None
     qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
@@ -107,10 +108,16 @@ def _supported(layer: DecoderLayer) -> Layer | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Compiled:
-    """The program for a number of tokens; ``attention``: the number of each layer's attention in it."""
+    """The program for a number of tokens.
+
+    Attributes:
+        attention: the number of each layer's attention in it.
+        sums: where the update is a part of a sum, which other ranks have the rest of: two numbers a layer.
+    """
 
     program: Program
     attention: tuple[int, ...]
+    sums: tuple[int, ...]
 
 
 class FusedLayers:
@@ -137,10 +144,12 @@ class FusedLayers:
         slots: Tensor,
         turns: Mapping[Window, Turns],
         attention: Mapping[Window, AttentionPlan],
+        reduce: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
 
-        ``turns`` and ``attention`` have an entry for each window that some layer has.
+        ``turns`` and ``attention`` have an entry for each window that some layer has. ``reduce`` is called with what
+        each attention and feed-forward gives [T, E], to put the sum over all ranks in its place.
         """
         num_tokens = len(embedded)
         if not num_tokens:
@@ -155,7 +164,14 @@ class FusedLayers:
             buffers.cos[window][:num_tokens] = turn.cos[:, 0]
             buffers.sin[window][:num_tokens] = turn.sin[:, 0]
         kept = self._plan_attention(compiled, num_threads, caches, attention)
-        compiled.program.run(num_threads)
+        start = 0
+        if reduce is not None:
+            for stop in compiled.sums:
+                compiled.program.run(num_threads, start, stop)
+                reduce(buffers.update[:num_tokens])
+                start = stop
+        if start < len(compiled.program):
+            compiled.program.run(num_threads, start)
         del kept  # until here its memory was in use
         return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
 
@@ -200,17 +216,19 @@ class FusedLayers:
     def _compile(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
         made = Program(_WORKS_PER_LAYER * len(self._layers))
         writer = Writer(made, self._buffers, num_tokens, num_threads, self._head_dim, self._eps)
-        attention = []
+        attention, sums = [], []
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             writer.norm(layer.attention_norm, adds=index > 0)
             writer.product(layer.qkv, self._buffers.normed, self._buffers.qkv)
             writer.turn(layer, cache)
             attention.append(made.add(*paged.no_attention(cache)))
             writer.product(layer.output, self._buffers.attended, self._buffers.update)
+            sums.append(len(made))
             writer.norm_update(layer.attention_post_norm)
             writer.norm(layer.ffn_norm, adds=True)
             writer.product(layer.gate_up, self._buffers.normed, self._buffers.gate_up)
             writer.activate(self._activation)
             writer.product(layer.down, self._buffers.activated, self._buffers.update)
+            sums.append(len(made))
             writer.norm_update(layer.ffn_post_norm)
-        return _Compiled(program=made, attention=tuple(attention))
+        return _Compiled(program=made, attention=tuple(attention), sums=tuple(sums))

@@ -50,13 +50,21 @@ class Program:
         """Other arguments for a work, as many bytes as before."""
         self._works[number][1][:] = np.frombuffer(job, np.uint8)
 
-    def run(self, num_threads: int) -> None:
-        """All works, by ``num_threads`` threads. Releases the interpreter's lock."""
+    def __len__(self) -> int:
+        """Works so far."""
+        return len(self._works)
+
+    def run(self, num_threads: int, start: int = 0, stop: int | None = None) -> None:
+        """The works from ``start`` up to ``stop``, or all, by ``num_threads`` threads.
+
+        Releases the interpreter's lock.
+        """
         self._tickets[: self._num_tickets] = 0
         self._counters[:] = 0
         counters = (row.ctypes.data for row in self._counters)
         team_size = threads.team_size() if num_threads > 1 else 0
-        header = _HEADER.pack(len(self._works), self._list.ctypes.data, *counters, team_size, _yield())
+        count = (len(self._works) if stop is None else stop) - start
+        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, team_size, _yield())
         threads.run(compiled()["program"], header, num_threads)
 
 

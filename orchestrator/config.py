@@ -22,6 +22,8 @@ from placement.errors import InvalidConfig
 _STRICT = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _DEFAULT_ADDRESS = Address("127.0.0.1", 50051)
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
+_WorkerName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$", examples=["big", "old-desktop"])]
+_Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """One or more workers of a kind, each of them a replica."""
+    """One or more workers of a kind."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
+    name: _WorkerName | None = None
+    """What serving.parallelism calls it; with a count, the first is NAME-0. Default: worker-N, by its place among all
+    workers, from 0."""
     device: Device = "cpu"
     """cpu, or cuda:N for a GPU of the node."""
     count: Annotated[int, Field(ge=1, le=1024)] = 1
@@ -78,7 +83,7 @@ class ClusterConfig:
     bind_host: Annotated[str, Field(min_length=1, max_length=253)] = "127.0.0.1"
     """Interface that workers and the controller listen on."""
     workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1, max_length=1024)] = (WorkerConfig(),)
-    """The workers, one replica each."""
+    """The workers: one replica each, unless serving.parallelism says otherwise."""
 
     @property
     def is_local(self) -> bool:
@@ -87,8 +92,53 @@ class ClusterConfig:
 
     @property
     def each_worker(self) -> tuple[WorkerConfig, ...]:
-        """One entry a worker, counts expanded: entry i is replica i."""
+        """One entry a worker, counts expanded."""
         return tuple(worker for worker in self.workers for _ in range(worker.count))
+
+    @property
+    def worker_names(self) -> tuple[str, ...]:
+        """The name of each worker, counts expanded."""
+        names: list[str] = []
+        for worker in self.workers:
+            for number in range(worker.count):
+                several = f"-{number}" if worker.count > 1 else ""
+                names.append(f"{worker.name}{several}" if worker.name else f"worker-{len(names)}")
+        return tuple(names)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """Workers that compute a run of layers together."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    workers: Annotated[tuple[_WorkerName, ...], Field(min_length=1, max_length=64)]
+    """Names of its workers; the first of the first stage leads the replica."""
+    tensor_split: Annotated[tuple[_Share, ...], Field(min_length=1, max_length=64)] | None = None
+    """The share of each worker in every layer, as numbers of any scale: [3, 1] gives the first three quarters. 0 gives
+    none. Default: equal shares."""
+    layers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """How many layers. Default: dealt out evenly, the output head counted with the first stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaConfig:
+    """One complete copy of the model, cut across workers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, max_length=64)]
+    """Its stages, in the order of the layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelismConfig:
+    """Who holds what."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    replicas: Annotated[tuple[ReplicaConfig, ...], Field(min_length=1, max_length=1024)]
+    """The replicas. Every worker of the cluster is in one of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +155,8 @@ class ServingConfig:
     """Tokens of one KV block."""
     kv_cache: ByteSize = 256 * 2**20
     """Memory for KV blocks in each rank."""
+    parallelism: Literal["auto"] | ParallelismConfig = "auto"
+    """Who holds what of the model. auto: every worker all of it."""
     prefix_cache: bool = True
     """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
     alike."""
@@ -235,7 +287,7 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "is set, and telemetry.prometheus_address is not"
         fix = "Set telemetry.prometheus_address to where Prometheus shall scrape, such as 127.0.0.1:9464."
         errors.append(layers.refusal(("telemetry", "vllm_metrics"), True, problem, fix))
-    return errors + _worker_contradictions(config, layers)
+    return errors + _worker_contradictions(config, layers) + _parallelism_contradictions(config, layers)
 
 
 def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
@@ -252,4 +304,46 @@ def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig
             fix = f"Set cluster.workers[{index}].threads to the cores that each such worker shall have."
             errors.append(layers.refusal((*where, "threads"), None, problem, fix))
         seen.add(worker.device)
+    return errors
+
+
+def _parallelism_contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
+    """Names of workers that are not there, or used twice, or not at all; shares that are not theirs."""
+    names = config.cluster.worker_names
+    errors: list[InvalidConfig] = []
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problem, fix = "is the name of more than one worker", "Give each worker a name of its own."
+        errors.append(layers.refusal(("cluster", "workers"), name, problem, fix))
+    parallelism = config.serving.parallelism
+    if parallelism == "auto":
+        return errors
+    used: list[str] = []
+    for number, replica in enumerate(parallelism.replicas):
+        for index, stage in enumerate(replica.stages):
+            where = ("serving", "parallelism", "replicas", number, "stages", index)
+            errors += _stage_contradictions(stage, names, used, layers, where)
+            used += stage.workers
+    for name in names:
+        if name not in used:
+            problem, fix = "is in no replica of serving.parallelism", "Put it into one, or take it out of the cluster."
+            errors.append(layers.refusal(("cluster", "workers"), name, problem, fix))
+    return errors
+
+
+def _stage_contradictions(
+    stage: StageConfig, names: Sequence[str], used: Sequence[str], layers: Layers, where: tuple[str | int, ...]
+) -> list[InvalidConfig]:
+    errors = []
+    for at, name in enumerate(stage.workers):
+        place = (*where, "workers", at)
+        if name not in names:
+            fix = f"Use one of {', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
+            errors.append(layers.refusal(place, name, "is not the name of a worker", fix))
+        elif name in used or name in stage.workers[:at]:
+            fix = "Put each worker into one stage of one replica."
+            errors.append(layers.refusal(place, name, "holds another part already", fix))
+    split = stage.tensor_split
+    if split is not None and len(split) != len(stage.workers):
+        problem = f"has {len(split)} shares for {len(stage.workers)} workers"
+        errors.append(layers.refusal((*where, "tensor_split"), list(split), problem, "Give each worker one share."))
     return errors

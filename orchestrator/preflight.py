@@ -6,6 +6,7 @@ Whether a GPU that was asked for exists is checked by the worker on its node.
 import errno
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from orchestrator.launcher.node import available_memory_bytes
 from orchestrator.model_files import read_model_files
 from placement.errors import InvalidConfig
 from placement.hf import saved_dtype
+from placement.layout import ReplicaLayout, StageLayout, one_each
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.quantization import Quantization, linear_format
@@ -40,14 +42,15 @@ class Checked:
 
     Attributes:
         model: as the checkpoint describes it; ``plan.model`` has the context length that is served.
-        plan: replica i stands for ``config.cluster.each_worker[i]``. In a cluster that is not local its nodes
-            are placeholders, ``node-i``, until Ray has chosen.
+        plan: in a cluster that is not local its nodes are placeholders, ``node-i`` for worker i, until Ray has chosen.
+        workers: the place in ``config.cluster.each_worker`` of every rank, by the replica's name and the rank.
         checkpoint_bytes: size of the safetensors files.
     """
 
     config: Config
     model: ModelSpec
     plan: Plan
+    workers: Mapping[tuple[str, int], int]
     num_parameters: int
     checkpoint_bytes: int
 
@@ -66,6 +69,7 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
     _check_environment()
     files = read_model_files(Path(config.model.path))
     cluster, unmeasured = _cluster(config, machine or measure_machine())
+    layouts = _layouts(config, cluster)
     plan = plan_replicas(
         files.spec,
         cluster,
@@ -77,6 +81,7 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
         token_budget=config.serving.token_budget,
         unmeasured=unmeasured,
         linear=linear_format(files.config, Quantization(config.model.quantization)),
+        layouts=layouts,
     )
     _check_port("gateway.address", config.gateway.address)
     if config.cluster.is_local:
@@ -87,6 +92,11 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
         config=config,
         model=files.spec,
         plan=plan,
+        workers={
+            (replica.name, rank): device
+            for replica, layout in zip(plan.replicas, layouts, strict=True)
+            for rank, device in enumerate(layout.devices)
+        },
         num_parameters=num_parameters(files.spec),
         checkpoint_bytes=files.checkpoint_bytes,
     )
@@ -95,6 +105,27 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
 def measure_machine() -> Machine:
     """Memory that is free now, within the container's limit, and the cores this process may use."""
     return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
+
+
+def _layouts(config: Config, cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
+    """The replicas as they are asked for. Workers and the cluster's devices are in the same order."""
+    parallelism = config.serving.parallelism
+    if parallelism == "auto":
+        return one_each(cluster)
+    places = {name: place for place, name in enumerate(config.cluster.worker_names)}
+    return tuple(
+        ReplicaLayout(
+            stages=tuple(
+                StageLayout(
+                    devices=tuple(places[name] for name in stage.workers),
+                    weights=stage.tensor_split or (1.0,) * len(stage.workers),
+                    num_layers=stage.layers,
+                )
+                for stage in replica.stages
+            )
+        )
+        for replica in parallelism.replicas
+    )
 
 
 def _cluster(config: Config, machine: Machine) -> tuple[ClusterSpec, set[tuple[str, str]]]:

@@ -79,12 +79,8 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
         prefix_cache=config.serving.prefix_cache,
         quantization=Quantization(config.model.quantization),
     )
-    # One replica a worker of the configuration, in its order.
-    labels = {
-        (replica.name, shard.rank): worker.node_labels
-        for replica, worker in zip(checked.plan.replicas, config.cluster.each_worker, strict=True)
-        for shard in replica.shards
-    }
+    workers = config.cluster.each_worker
+    labels = {rank: workers[worker].node_labels for rank, worker in checked.workers.items()}
     launch = LaunchSettings(
         bind_host=config.cluster.bind_host,
         start_timeout_s=config.launch.start_timeout_s,
@@ -229,7 +225,7 @@ def _say_plan(checked: Checked, console: Console) -> None:
                 rank=shard.rank,
                 device=shard.device.name,
                 threads=shard.device.num_threads,
-                layers=f"{shard.layers.start}-{shard.layers.stop}",
+                layers=f"{shard.part.layers.start}-{shard.part.layers.stop}",
                 weights=format_bytes(shard.weight_bytes),
                 kv=format_bytes(shard.kv_bytes),
                 kv_tokens=shard.num_blocks * checked.plan.block_size,

@@ -1,15 +1,15 @@
 """How many bytes things take: KV blocks, the workspace of a step, a whole rank. Owns the words for a size.
 
 Shapes: T token budget, S most sequences, E hidden size, F feed-forward size, H query heads, K KV heads,
-D head dimension, V vocabulary.
+D head dimension, V vocabulary; F, H and K those of the rank's part.
 """
 
 from dataclasses import dataclass
 
-from placement.plan import Span
+from placement.plan import Part
 from placement.quantization import LinearFormat, loaded_bytes
 from placement.specs import DType, ModelSpec
-from placement.weights import EMBEDDING, FINAL_NORM, TensorSlice, weight_bytes
+from placement.weights import EMBEDDING, FINAL_NORM, TensorSlice, shard_tensors, weight_bytes
 
 CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
@@ -57,7 +57,7 @@ class Footprint:
 
 def footprint(
     model: ModelSpec,
-    slices: tuple[TensorSlice, ...],
+    part: Part,
     *,
     dtype: DType,
     kv_bytes: int,
@@ -65,11 +65,30 @@ def footprint(
     token_budget: int,
     on_cpu: bool,
     linear: LinearFormat | None = None,
+    num_ranks: int = 1,
+    leads: bool = True,
 ) -> Footprint:
-    """What a rank that holds ``slices`` and ``kv_bytes`` of KV blocks needs; ``linear`` as its layers are held."""
+    """What a rank needs.
+
+    Args:
+        kv_bytes: of its KV blocks.
+        linear: how the weights of its linear layers are held.
+        num_ranks: of its stage, which sum what they compute.
+        leads: it is the leader, which samples.
+    """
+    slices = shard_tensors(model, part)
     has_plain_head = linear is None or linear.head_bits is None
     head_bytes = packed_head_bytes(model, slices, dtype) if on_cpu and has_plain_head else 0
-    workspace = workspace_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs, token_budget=token_budget, on_cpu=on_cpu)
+    workspace = workspace_bytes(
+        model,
+        part,
+        dtype=dtype,
+        max_num_seqs=max_num_seqs,
+        token_budget=token_budget,
+        on_cpu=on_cpu,
+        num_ranks=num_ranks,
+        leads=leads,
+    )
     if not on_cpu:
         workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs)
         workspace += 0 if linear is None else 2 * WIDENED_BYTES  # of a step, and in the graphs
@@ -84,7 +103,7 @@ def footprint(
 def packed_head_bytes(model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: DType) -> int:
     """What a tied head takes beside the embedding: packed for the product, it is no longer a table of rows.
 
-    Only bfloat16 is packed (kernels.linear), and only the stage with the final norm has a head.
+    Only bfloat16 is packed (kernels.linear), and only the stage with the final norm, the first, has a head.
     """
     has_head = any(slice_.name == FINAL_NORM for slice_ in slices)
     if dtype is not DType.BFLOAT16 or not model.tied_embeddings or not has_head:
@@ -92,9 +111,9 @@ def packed_head_bytes(model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: 
     return weight_bytes([slice_ for slice_ in slices if slice_.name == EMBEDDING], dtype)
 
 
-def kv_bytes_per_block(model: ModelSpec, *, dtype: DType, block_size: int, layers: Span, kv_heads: Span) -> int:
+def kv_bytes_per_block(model: ModelSpec, part: Part, *, dtype: DType, block_size: int) -> int:
     """Bytes of one block on a rank: keys and values, [layers, block_size, KV heads, D] each."""
-    return 2 * len(layers) * block_size * len(kv_heads) * model.head_dim * dtype.itemsize
+    return 2 * len(part.layers) * block_size * len(part.kv_heads) * model.head_dim * dtype.itemsize
 
 
 def num_blocks_for(kv_cache_bytes: int, *, bytes_per_block: int) -> int:
@@ -108,26 +127,40 @@ def num_blocks_of(num_tokens: int, *, block_size: int) -> int:
 
 
 def workspace_bytes(
-    model: ModelSpec, *, dtype: DType, max_num_seqs: int, token_budget: int, on_cpu: bool = True
+    model: ModelSpec,
+    part: Part,
+    *,
+    dtype: DType,
+    max_num_seqs: int,
+    token_budget: int,
+    on_cpu: bool = True,
+    num_ranks: int = 1,
+    leads: bool = True,
 ) -> int:
     """An upper estimate of what one step allocates at once, but for attention's partial results.
 
-    Per token of the budget see :func:`_token_bytes`. Per sequence a row of V logits in ``dtype``, as for the rows of
-    a prompt that are scored at once; and what sampling makes of those rows that it looks at together.
+    Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each). Per sequence a row of
+    logits in ``dtype``, as for the rows of a prompt that are scored at once: those of the rank's part, and at the
+    leader of a cut vocabulary all of them, too. At the leader also what sampling makes of those rows that it looks at
+    together.
     """
     rows = max(max_num_seqs, SCORED_ROWS)
-    logits = rows * model.vocab_size * dtype.itemsize
-    return token_budget * _token_bytes(model, dtype) + logits + sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu)
+    is_cut = len(part.vocab_rows) < model.vocab_size
+    width = len(part.vocab_rows) + (model.vocab_size if leads and is_cut else 0)
+    per_token = _token_bytes(model, part, dtype) + (num_ranks - 1) * model.hidden_size * dtype.itemsize
+    sampling = sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu) if leads else 0
+    return token_budget * per_token + rows * width * dtype.itemsize + sampling
 
 
-def _token_bytes(model: ModelSpec, dtype: DType) -> int:
+def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
     """Per token of a step: embedding, residual, its normed copy, block output and result (5E), queries, keys and
     values ((H + 2K) D), turned queries and attention output (2HD), gate, up and what they give (3F), and the input of
     a product in tiles (E or F), in ``dtype``.
     """
-    attention = (3 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    tiles = max(model.hidden_size, model.ffn_size)
-    return (5 * model.hidden_size + attention + 3 * model.ffn_size + tiles) * dtype.itemsize
+    num_kv_heads, ffn_size = len(part.kv_heads), len(part.ffn_columns)
+    attention = (3 * model.queries_per_kv_head + 2) * num_kv_heads * model.head_dim
+    tiles = max(model.hidden_size, ffn_size)
+    return (5 * model.hidden_size + attention + 3 * ffn_size + tiles) * dtype.itemsize
 
 
 def sampling_bytes(num_rows: int, vocab_size: int, *, on_cpu: bool) -> int:
@@ -165,7 +198,7 @@ def graph_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int) -> int:
     tables = len(model.distinct_windows) * (4 * tokens + 48 * parts + 48 * decodes) + 24 * decodes
     partials = 2 * parts * model.num_heads * (model.head_dim + 1) * 4
     logits = 2 * decodes * model.vocab_size * dtype.itemsize
-    return decodes * _token_bytes(model, dtype) + logits + tables + partials + _GRAPH_SLACK_BYTES
+    return decodes * _token_bytes(model, Part.whole(model), dtype) + logits + tables + partials + _GRAPH_SLACK_BYTES
 
 
 def format_bytes(size: int) -> str:

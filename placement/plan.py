@@ -20,31 +20,54 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a rank holds of a model. Each span may be empty, but for the layers.
+
+    Attributes:
+        layers: decoder layers.
+        kv_heads: KV heads; the query heads that share them come along.
+        ffn_columns: columns of the gate and up projections, rows of the down projection.
+        vocab_rows: rows of the embedding and of the output head, in the stage of the first layer; else none.
+    """
+
+    layers: Span
+    kv_heads: Span
+    ffn_columns: Span
+    vocab_rows: Span
+
+    @classmethod
+    def whole(cls, model: ModelSpec) -> "Part":
+        """All of the model."""
+        return cls(
+            layers=Span(0, model.num_layers),
+            kv_heads=Span(0, model.num_kv_heads),
+            ffn_columns=Span(0, model.ffn_size),
+            vocab_rows=Span(0, model.vocab_size),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """What one rank holds, and where the rank runs.
 
     Attributes:
         rank: number within the replica, leader 0.
         node: name of the node it runs on.
-        layers: decoder layers.
-        kv_heads: KV heads; the query heads that share them come along.
-        ffn_columns: columns of the gate and up projections, rows of the down projection.
-        vocab_rows: rows of the embedding and of the output head.
+        part: of the model.
         num_blocks: KV blocks it sets aside.
         weight_bytes: bytes of its weights, as loaded.
         kv_bytes: bytes of its KV blocks.
+        workspace_bytes: the most that a step of it allocates.
     """
 
     rank: int
     node: str
     device: DeviceSpec
-    layers: Span
-    kv_heads: Span
-    ffn_columns: Span
-    vocab_rows: Span
+    part: Part
     num_blocks: int
     weight_bytes: int
     kv_bytes: int
+    workspace_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,14 +188,18 @@ def check_linear_format(slices: Sequence[TensorSlice], linear: LinearFormat | No
         return
     head = head_weight(slices)
     for slice_ in [*layers, *([] if head is None else [head])]:
-        width = len(slice_.spans[1])
-        if linear.group_size(width) is None:
+        width, columns = slice_.shape[1], slice_.spans[1]
+        group_size = linear.group_size(width)
+        if group_size is None:
             raise InvalidConfig(
                 field="model.quantization",
                 value=f"int{linear.bits}",
                 problem=f"needs columns in groups of {GROUP_SIZES[-1]}, and {slice_.name} has {width}",
                 fix="Set it to none for this model.",
             )
+        if columns.start % group_size or columns.stop % group_size:
+            problem = f"does not begin and end at a multiple of {group_size}, the columns of a group"
+            raise _bad_cut(slice_, "columns", columns, problem)
 
 
 def loaded_bytes(slices: Sequence[TensorSlice], dtype: DType, linear: LinearFormat | None) -> int:
@@ -221,9 +225,9 @@ def slice_bytes(slice_: TensorSlice, dtype: DType, linear: LinearFormat | None) 
 
 def rounded_bytes(slice_: TensorSlice, bits: Bits, linear: LinearFormat) -> int:
     """Bytes of a weight's codes, scales and offsets, and of the order of its columns."""
-    width = len(slice_.spans[1])
+    width = slice_.shape[1]
     num_groups = slice_.num_elements // (linear.group_size(width) or width)
-    order = width * _INDEX_BYTES if linear.gptq is not None and linear.gptq.ordered else 0
+    order = len(slice_.spans[1]) * _INDEX_BYTES if linear.gptq is not None and linear.gptq.ordered else 0
     return slice_.num_elements * bits // 8 + num_groups * _FACTOR_BYTES * (1 + linear.offsets) + order
 
 

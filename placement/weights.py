@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from placement.plan import Span
+from placement.plan import Part, Span
 from placement.specs import DType, ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -42,47 +42,40 @@ class TensorSlice:
         return math.prod(len(span) for span in self.spans)
 
 
-def shard_tensors(
-    model: ModelSpec, *, layers: Span, kv_heads: Span, ffn_columns: Span, vocab_rows: Span
-) -> tuple[TensorSlice, ...]:
-    """What a rank with these spans reads, in the order of the forward pass.
+def shard_tensors(model: ModelSpec, part: Part) -> tuple[TensorSlice, ...]:
+    """What a rank with this part reads, in the order of the forward pass.
 
-    The stage with layer 0 holds the embedding; the stage with the last layer the final norm and the head
-    (which is the embedding where the two are tied). The bias of a projection whose partial results
-    are summed over ranks is held once, by the rank with KV head 0 (or FFN column 0); norms, also those of
-    queries and keys, are held whole by every rank of the stage. Slices of no elements are left out.
+    The stage with layer 0 holds the embedding, and the final norm and the head as well (which is the embedding where
+    the two are tied): the last stage gives its output back to it, which is far less than logits, and the leader, which
+    samples, is there. The bias of a projection whose partial results are summed over ranks is held once, by the rank
+    with KV head 0 (or FFN column 0); norms, also those of queries and keys, are held whole by every rank of the stage.
+    Slices of no elements are left out.
     """
-    is_first, is_last = layers.start == 0, layers.stop == model.num_layers
+    layers, is_first = part.layers, part.layers.start == 0
     table_shape = (model.vocab_size, model.hidden_size)
     slices: list[TensorSlice] = []
-    if is_first or (is_last and model.tied_embeddings):
-        slices.append(_slice(EMBEDDING, table_shape, rows=vocab_rows))
+    if is_first:
+        slices.append(_slice(EMBEDDING, table_shape, rows=part.vocab_rows))
     for layer in range(layers.start, layers.stop):
         prefix = f"model.layers.{layer}"
         slices.append(_norm(model, f"{prefix}.input_layernorm"))
-        slices.extend(_attention(model, f"{prefix}.self_attn", kv_heads))
+        slices.extend(_attention(model, f"{prefix}.self_attn", part.kv_heads))
         slices.append(_norm(model, f"{prefix}.post_attention_layernorm"))
         if model.post_norms:
             slices.append(_norm(model, f"{prefix}.pre_feedforward_layernorm"))
-        slices.extend(_ffn(model, f"{prefix}.mlp", ffn_columns))
+        slices.extend(_ffn(model, f"{prefix}.mlp", part.ffn_columns))
         if model.post_norms:
             slices.append(_norm(model, f"{prefix}.post_feedforward_layernorm"))
-    if is_last:
+    if is_first:
         slices.append(_slice(FINAL_NORM, (model.hidden_size,)))
         if not model.tied_embeddings:
-            slices.append(_slice(HEAD, table_shape, rows=vocab_rows))
+            slices.append(_slice(HEAD, table_shape, rows=part.vocab_rows))
     return tuple(slice_ for slice_ in slices if slice_.num_elements)
 
 
 def whole_model(model: ModelSpec) -> tuple[TensorSlice, ...]:
     """Every tensor, whole: what the single rank of a one-rank replica reads."""
-    return shard_tensors(
-        model,
-        layers=Span(0, model.num_layers),
-        kv_heads=Span(0, model.num_kv_heads),
-        ffn_columns=Span(0, model.ffn_size),
-        vocab_rows=Span(0, model.vocab_size),
-    )
+    return shard_tensors(model, Part.whole(model))
 
 
 def weight_bytes(slices: Sequence[TensorSlice], dtype: DType) -> int:

@@ -1,8 +1,8 @@
 """``python -m workers``: one rank on one device, started by a launcher or by hand, with no Ray needed.
 
 Says where it listens in one JSON line on standard output; logs go to standard error. Ends on SIGTERM, SIGINT, when
-its parent dies, or with exit code 1 when its engine fails. What is under way then is answered, and some seconds later
-the process has ended, be it by force.
+its parent dies, with exit code 1 when its engine fails, or with 3 when another rank of its replica did. What is under
+way then is answered, and some seconds later the process has ended, be it by force.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 
@@ -22,6 +23,8 @@ from placement.errors import FieldError, InvalidConfig, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.device import open_device
 from workers.server import WorkerService
+from workers.transport.errors import PeerFailed
+from workers.transport.mesh import listen
 
 logger = logging.getLogger("workers")
 
@@ -33,6 +36,7 @@ _FLUSH_S = 1.0
 # Until the process has ended, by force if need be: within the 5 s after which a launcher kills it without a cause.
 _END_S = 4.0
 _SWITCH_S = 0.0005
+_PEER_LOST = 3
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 64 << 20),
@@ -88,38 +92,54 @@ def end_within(timeout_s: float) -> None:
 async def serve(args: argparse.Namespace) -> int:
     """Listen until told to stop. Returns the exit code."""
     device = open_device(args.device, args.threads)
-    service = WorkerService(device=device, epoch=args.epoch)
+    with _listen(args.bind) as listener:
+        return await _serve(args, WorkerService(device=device, epoch=args.epoch, listener=listener), listener)
+
+
+def _listen(bind: str) -> socket.socket:
+    """Where the other ranks of the replica connect: on the same interface."""
+    try:
+        return listen(bind.rpartition(":")[0].strip("[]"))
+    except OSError as error:
+        raise _not_listened_on(bind) from error
+
+
+def _not_listened_on(bind: str) -> InvalidConfig:
+    fix = "Choose a free port of this host."
+    return InvalidConfig(field="--bind", value=bind, problem="cannot be listened on", fix=fix)
+
+
+async def _serve(args: argparse.Namespace, service: WorkerService, listener: socket.socket) -> int:
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     pb_grpc.add_WorkerServicer_to_server(service, server)
     host = args.bind.rpartition(":")[0]
     try:
         port = server.add_insecure_port(args.bind)
     except RuntimeError as error:
-        raise InvalidConfig(
-            field="--bind",
-            value=args.bind,
-            problem="cannot be listened on",
-            fix="Choose a free port of this host.",
-        ) from error
+        raise _not_listened_on(args.bind) from error
     await server.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    print(json.dumps({"event": "listening", "address": f"{host}:{port}", "pid": os.getpid()}), flush=True)
+    listening = {"address": f"{host}:{port}", "ranks_port": listener.getsockname()[1], "pid": os.getpid()}
+    print(json.dumps({"event": "listening"} | listening), flush=True)
     code = await _watch(service, stop, args.parent_pid)
     end_within(_END_S)
-    failure = service.engine_failure
+    failure = service.failure
     await service.stop(_ANSWER_S)
     await server.stop(_FLUSH_S)
     service.close()
     if failure is not None:  # the last line, so that the launcher can name the cause
+        if isinstance(failure, PeerFailed):
+            print(f"lost {failure}", file=sys.stderr, flush=True)
+            return _PEER_LOST
         print(f"engine failed: {cause_of(failure)}", file=sys.stderr, flush=True)
     return code
 
 
 async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None) -> int:
     while not stop.is_set():
-        if service.engine_failure is not None:
+        if service.failure is not None:
             return 1
         if parent_pid is not None and os.getppid() != parent_pid:
             return 1

@@ -6,7 +6,7 @@ from kernels.attention import SharedSpan
 from placement.blocks import block_runs
 from placement.scheduling import Chunk
 from placement.sharing import shared_prefixes
-from workers.runner import Batch
+from workers.step_types import Batch
 from workers.work import Work
 
 

@@ -87,3 +87,9 @@ def _torch_device(name: str) -> torch.device:
         fix = "Use a GPU that is there, or cpu." if num_gpus else "Use cpu, or install a CUDA build of torch."
         raise InvalidConfig(field="device", value=name, problem=f"torch sees {num_gpus} GPUs here", fix=fix)
     return torch.device("cuda", index)
+
+
+def use_device(device: torch.device) -> None:
+    """Has the calling thread work on a GPU: what names no device, such as pinned memory, is else on the first."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

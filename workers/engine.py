@@ -46,8 +46,8 @@ from workers.engine_types import (
     repeated,
 )
 from workers.pacing import Pace
-from workers.runner import StepResult
 from workers.sampling import SamplingFailed
+from workers.step_types import StepResult
 from workers.work import Work, begin
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from placement.errors import HeterodyneError, InvalidRequest
 from workers.grammar import Grammar
-from workers.runner import Batch, StepResult
 from workers.sampling import SampledToken, SamplingParams
 from workers.scoring import PromptScores
+from workers.step_types import Batch, StepResult
 
 
 class EndReason(Enum):

@@ -1,6 +1,7 @@
 """Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
 
 import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,20 +13,21 @@ from placement.blocks import BlockPool
 from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory, cause_of
 from placement.hf import read_model_spec
 from placement.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
-from placement.plan import Span
 from placement.quantization import LinearFormat, Quantization, check_linear_format, linear_format
 from placement.scheduling import Scheduler, SchedulerLimits
 from placement.specs import DType, ModelSpec
-from placement.weights import TensorSlice, shard_tensors, whole_model
+from placement.weights import shard_tensors
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
-from workers.device import TORCH_DTYPES, Device, is_out_of_memory
+from workers.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
 from workers.engine import Engine
 from workers.engine_types import Limits, Runner
+from workers.followers import Follower
 from workers.grammar import GrammarFactory
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
+from workers.membership import Membership, Roster, read_roster
 from workers.runner import ModelRunner
-from workers.warm_up import capture_for, executing_thread, use_device, warm_up
+from workers.warm_up import capture_for, executing_thread, warm_up
 from workers.weights import load_weights
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -38,20 +40,38 @@ _QUANTIZATIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A rank that is ready to run."""
+    """A rank that is ready to run.
 
-    engine: Engine
-    grammars: GrammarFactory
+    Attributes:
+        engine: of a leader.
+        grammars: of a leader.
+        follower: of any other rank.
+        membership: None where the replica has one rank alone.
+    """
+
     weight_bytes: int
     kv_bytes: int
+    engine: Engine | None = None
+    grammars: GrammarFactory | None = None
+    follower: Follower | None = None
+    membership: Membership | None = None
+
+    @property
+    def loop(self) -> Engine | Follower:
+        """What runs."""
+        loop = self.engine or self.follower
+        assert loop is not None, "a rank leads or follows"
+        return loop
 
 
 class LoadJob:
     """One load, run in a thread of its own while the service reads ``phase`` and the byte counts."""
 
-    def __init__(self, *, request: pb.LoadRequest, device: Device) -> None:
+    def __init__(self, *, request: pb.LoadRequest, device: Device, listener: socket.socket | None = None) -> None:
+        """``listener`` is where the other ranks connect; without one, the replica can have one rank alone."""
         self._request = request
         self._device = device
+        self._listener = listener
         self.phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_WEIGHTS
         self.loaded_bytes = 0
         self.total_bytes = 0
@@ -63,20 +83,27 @@ class LoadJob:
             InvalidModel: the directory is missing something, damaged, or of a kind that is not served.
             InvalidRequest: the load asks for something impossible.
             NotEnoughMemory: the device has not the memory, by reckoning before anything is read or in fact.
+            PeerFailed: another rank of the replica was lost.
         """
         request, device = self._request, self._device
         use_device(device.torch_device)
         model = read_model(Path(request.model_path))
         dtype = wire.dtype(request.dtype)
         _check(request, model)
-        slices = _slices(request.shard, model)
+        roster = read_roster(request, model)
+        slices = shard_tensors(model, roster.part)
         linear = read_linear_format(request)
         check_linear_format(slices, linear)
-        need = _need(request, model, slices, dtype, linear, on_cpu=device.torch_device.type == "cpu")
+        need = _need(request, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
         check_memory(need, device.available_memory_bytes, where=device.name)
+        membership = self._join(roster)
         try:
-            return self._load(model, slices, TORCH_DTYPES[dtype], linear)
-        except (MemoryError, RuntimeError) as error:
+            return self._load(model, roster, TORCH_DTYPES[dtype], linear, membership)
+        except BaseException as error:
+            if membership is not None:
+                membership.leave(cause_of(error))
+            if not isinstance(error, MemoryError | RuntimeError):
+                raise
             if not is_out_of_memory(error):
                 raise
             raise NotEnoughMemory(
@@ -86,19 +113,60 @@ class LoadJob:
                 fix="Lower it, free memory, or use a smaller model.",
             ) from error
 
+    def _join(self, roster: Roster) -> Membership | None:
+        if len(roster.parts) == 1:
+            return None
+        if self._listener is None:
+            raise InvalidRequest(
+                field="members",
+                value=len(roster.parts),
+                problem="are several ranks, and this worker does not listen for others",
+                fix="Send none.",
+            )
+        return Membership.join(self._listener, roster, epoch=self._request.epoch)
+
     def _load(
-        self, model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: torch.dtype, linear: LinearFormat | None
+        self,
+        model: ModelSpec,
+        roster: Roster,
+        dtype: torch.dtype,
+        linear: LinearFormat | None,
+        membership: Membership | None,
     ) -> Loaded:
-        request, torch_device = self._request, self._device.torch_device
+        request, torch_device, part = self._request, self._device.torch_device, roster.part
         num_slots = request.num_blocks * request.block_size
+        slices = shard_tensors(model, part)
         weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress, linear)
         self.phase = pb.LOAD_PHASE_KV_CACHE
-        cache = allocate_kv_cache(model, num_slots=num_slots, dtype=dtype, device=self._device)
+        cache = allocate_kv_cache(
+            model,
+            num_slots=num_slots,
+            dtype=dtype,
+            device=self._device,
+            layers=part.layers,
+            kv_heads=part.kv_heads,
+        )
         kernels = kernels_for(torch_device)
-        runner = ModelRunner(model=model, weights=weights, cache=cache, device=torch_device, kernels=kernels)
+        runner = ModelRunner(
+            model=model,
+            weights=weights,
+            cache=cache,
+            device=torch_device,
+            kernels=kernels,
+            part=part,
+            group=None if membership is None else membership.group,
+            team=None if membership is None or roster.rank else membership.followers(),
+        )
         self.phase = pb.LOAD_PHASE_WARM_UP
         executor = executing_thread(self._device)
-        capture = capture_for(torch_device, kernels)
+        if membership is not None:
+            executor.submit(membership.get_ready).result()
+        kv_bytes = kv_cache_bytes(cache)
+        if membership is not None and roster.rank:
+            follower = membership.follower(runner, executor, vocab_size=model.vocab_size, slot_limit=num_slots)
+            return Loaded(follower=follower, membership=membership, weight_bytes=self.loaded_bytes, kv_bytes=kv_bytes)
+        # The kernels of several ranks' sums are no part of a graph.
+        capture = capture_for(torch_device, kernels) if membership is None else None
         executor.submit(warm_up, runner, model=model, request=request, capture=capture).result()
         grammars = GrammarFactory(
             Path(request.model_path), vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids
@@ -107,8 +175,9 @@ class LoadJob:
         return Loaded(
             engine=build_engine(runner, executor, request=request, model=model),
             grammars=grammars,
+            membership=membership,
             weight_bytes=self.loaded_bytes,
-            kv_bytes=kv_cache_bytes(cache),
+            kv_bytes=kv_bytes,
         )
 
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
@@ -159,25 +228,6 @@ def _read_json(path: Path) -> dict[str, object]:
     return content
 
 
-def _slices(shard: pb.Shard, model: ModelSpec) -> tuple[TensorSlice, ...]:
-    """What the rank reads. Raises InvalidRequest for a shard that this version cannot compute."""
-    slices = shard_tensors(
-        model,
-        layers=wire.span(shard.layers, field="shard.layers", limit=model.num_layers),
-        kv_heads=wire.span(shard.kv_heads, field="shard.kv_heads", limit=model.num_kv_heads),
-        ffn_columns=wire.span(shard.ffn_columns, field="shard.ffn_columns", limit=model.ffn_size),
-        vocab_rows=wire.span(shard.vocab_rows, field="shard.vocab_rows", limit=model.vocab_size),
-    )
-    if slices != whole_model(model):
-        raise InvalidRequest(
-            field="shard",
-            value=str(shard),
-            problem="is a part of the model",
-            fix="Give each rank the whole model: cutting it across ranks is not built yet.",
-        )
-    return slices
-
-
 def _check(request: pb.LoadRequest, model: ModelSpec) -> None:
     """Refuse sizes that cannot work. Raises InvalidRequest."""
     for field in ("block_size", "num_blocks", "token_budget", "max_num_seqs", "max_context_tokens"):
@@ -197,23 +247,19 @@ def _check(request: pb.LoadRequest, model: ModelSpec) -> None:
 def _need(
     request: pb.LoadRequest,
     model: ModelSpec,
-    slices: tuple[TensorSlice, ...],
+    roster: Roster,
     dtype: DType,
     linear: LinearFormat | None,
     *,
     on_cpu: bool,
 ) -> Footprint:
     """What this process has yet to allocate: it stands already, so its own bytes are left out."""
-    block_bytes = kv_bytes_per_block(
-        model,
-        dtype=dtype,
-        block_size=request.block_size,
-        layers=Span(request.shard.layers.start, request.shard.layers.stop),
-        kv_heads=Span(request.shard.kv_heads.start, request.shard.kv_heads.stop),
-    )
+    block_bytes = kv_bytes_per_block(model, roster.part, dtype=dtype, block_size=request.block_size)
     need = footprint(
         model,
-        slices,
+        roster.part,
+        num_ranks=len(roster.parts),
+        leads=roster.rank == 0,
         dtype=dtype,
         kv_bytes=request.num_blocks * block_bytes,
         max_num_seqs=request.max_num_seqs,

@@ -7,64 +7,26 @@ is not known yet when it is prepared; it is put in its place when the step begin
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.attention import Run, SequenceSpan, SharedSpan
+from kernels.attention import SequenceSpan
 from kernels.select import Kernels
+from placement.plan import Part
 from placement.specs import ModelSpec
 from workers import decoder
+from workers.decoder_weights import assemble
+from workers.device import use_device
 from workers.grammar import GrammarState, prefetch
 from workers.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes
+from workers.group import Alone, Group
 from workers.kv_cache import KVCache
-from workers.sampling import SampledToken, SamplerState, SamplingFailed, sample
+from workers.sampling import SamplerState, sample
 from workers.scoring import PromptScores, ScoredPrompt, score
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceInput:
-    """One sequence's chunk of a step.
-
-    Attributes:
-        token_ids: ids of the chunk, as far as they are known.
-        start: position of its first token; the tokens before it are in the cache.
-        runs: slots of all tokens up to the chunk's last, as contiguous ranges in token order.
-        awaits_token: the chunk has one more token, the one that the step before samples with ``sampler``.
-        sampler: how to sample after the chunk.
-        samples: whether to; the prompt may go on.
-        scored: the prompt's tokens whose log-probabilities are wanted.
-    """
-
-    token_ids: Sequence[int]
-    start: int
-    runs: tuple[Run, ...]
-    awaits_token: bool = False
-    sampler: SamplerState | None = None
-    samples: bool = False
-    scored: ScoredPrompt | None = None
-
-    def __post_init__(self) -> None:
-        assert self.sampler is not None or not (self.samples or self.awaits_token), self
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the chunk."""
-        return len(self.token_ids) + self.awaits_token
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """What a step computes.
-
-    Attributes:
-        shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
-    """
-
-    sequences: tuple[SequenceInput, ...]
-    shared: tuple[SharedSpan, ...] = ()
+from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +35,9 @@ class _Prepared:
 
     Attributes:
         inputs: all but the tokens that are awaited, which are 0.
-        awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``.
+        awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``. None at followers.
         rows: rows of ``inputs`` after which a token is sampled.
-        samplers: how, one for each of ``rows``.
+        samplers: how, one for each of ``rows``. None at followers.
         scored: first row and prompt of what is scored, with the place of its sequence.
     """
 
@@ -88,25 +50,8 @@ class _Prepared:
     scored: tuple[tuple[int, int, ScoredPrompt], ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What a step gave, by the place of the sequence in its batch.
-
-    Attributes:
-        tokens: the next token of each sequence that asked for one.
-        complete: sequences whose grammar the token completed.
-        scores: the prompt tokens that were scored.
-        duration_s: time that the device took.
-    """
-
-    tokens: tuple[SampledToken | SamplingFailed | None, ...]
-    complete: frozenset[int] = frozenset()
-    scores: dict[int, PromptScores] = field(default_factory=dict)
-    duration_s: float = 0.0
-
-
 class ModelRunner:
-    """A whole model on one device."""
+    """A model on one device, or a rank's part of it."""
 
     def __init__(
         self,
@@ -116,10 +61,21 @@ class ModelRunner:
         cache: KVCache,
         device: torch.device,
         kernels: Kernels,
+        part: Part | None = None,
+        group: Group | None = None,
+        team: Team | None = None,
     ) -> None:
-        """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory."""
+        """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory.
+
+        Args:
+            part: what the weights are of the model; None: all.
+            group: the ranks that sum what they compute with this one; None: there are no others.
+            team: the ranks that follow this one; None: nobody.
+        """
         self._model = model
-        self._weights = decoder.assemble(model, weights, kernels)
+        self._weights = assemble(model, part or Part.whole(model), weights, kernels)
+        self._group: Group = group or Alone()
+        self._team: Team = team or NoTeam()
         self._cache = cache
         self._device = device
         self._kernels = kernels
@@ -132,9 +88,27 @@ class ModelRunner:
 
         May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
-        if self._device.type == "cuda":  # of the calling thread: pinned memory belongs to its current device, too
-            torch.cuda.set_device(self._device)
+        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
+        self._team.announce(batch)
         return partial(self._execute, self._lay_out(batch))
+
+    @torch.inference_mode()
+    def follow(self, batch: Batch) -> Callable[[Sequence[int]], None]:
+        """Lays out what a leader has announced; calling the result, with the tokens awaited, computes its part of it.
+
+        Threads and order as for :meth:`prepare`.
+        """
+        use_device(self._device)
+        return partial(self._follow, self._lay_out(batch))
+
+    @torch.inference_mode()
+    def _follow(self, prepared: _Prepared, token_ids: Sequence[int]) -> None:
+        self._put_awaited(prepared, token_ids)
+        self._compute(prepared)
+
+    def _put_awaited(self, prepared: _Prepared, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(token_ids)
 
     @torch.inference_mode()
     def capture_decodes(self, capture: Capture, *, max_decodes: int, max_tokens: int) -> None:
@@ -175,8 +149,9 @@ class ModelRunner:
         """Computes the step, writes its KV and samples."""
         started_s = time.monotonic()
         samplers = prepared.samplers
-        if prepared.awaiting:
-            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(_newest(prepared.awaiting))
+        awaited = _newest(prepared.awaiting)
+        self._team.begin(awaited)
+        self._put_awaited(prepared, awaited)
         # Which tokens the grammars allow is found out beside the forward pass.
         grammars = [s.grammar for s in samplers if isinstance(s.grammar, GrammarState)]
         masks = self._beside.submit(prefetch, grammars, self._model.vocab_size) if grammars else None
@@ -195,8 +170,10 @@ class ModelRunner:
         )
 
     def _compute(self, prepared: _Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
-        """Logits [R, V] of the R rows that a token is sampled after, None where there are none, and scores."""
-        inputs, num_sampled = prepared.inputs, len(prepared.samplers)
+        """Logits [R, V] of the R rows that a token is sampled after, None where there are none or this rank follows,
+        and scores.
+        """
+        inputs, num_sampled = prepared.inputs, len(prepared.rows)
         if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.takes(inputs):
             logits = self._graphs(inputs)
             return (logits if num_sampled == len(logits) else logits[prepared.rows]), {}
@@ -213,8 +190,9 @@ class ModelRunner:
         return self._all_logits(self._lay_out(batch).inputs)
 
     def _all_logits(self, inputs: StepInputs) -> Tensor:
-        """Logits [T, V] after every token."""
-        return self._project(self._hidden(inputs))
+        """Logits [T, V] after every token; at followers [0, V]."""
+        logits = self._project(self._hidden(inputs))
+        return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
     def _hidden(self, inputs: StepInputs) -> Tensor:
         """The last layer's output [T, E]. What turns the tokens is computed here, by the executing thread's team."""
@@ -224,11 +202,16 @@ class ModelRunner:
             rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
             attention=inputs.attention,
         )
-        return decoder.hidden_states(self._model, self._weights, self._cache.layers, self._kernels, tokens)
+        assert self._weights.ends is not None
+        x = decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
+        return decoder.hidden_states(
+            self._model, self._weights, self._cache.layers, self._kernels, self._group, tokens, x
+        )
 
-    def _project(self, hidden: Tensor) -> Tensor:
-        """Logits [rows, V] of hidden states [rows, E]."""
-        return decoder.project(self._model, self._weights, self._kernels, hidden)
+    def _project(self, hidden: Tensor) -> Tensor | None:
+        """Logits [rows, V] of hidden states [rows, E]; None at followers."""
+        assert self._weights.ends is not None
+        return decoder.project(self._model, self._weights.ends, self._kernels, self._group, hidden)
 
     def _send(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Integers on the device. From pinned memory, or the host would wait for the step that executes."""

@@ -46,12 +46,12 @@ class PromptScores:
     top: tuple[tuple[tuple[int, float], ...], ...]
 
 
-def score(hidden: Tensor, project: Callable[[Tensor], Tensor], prompt: ScoredPrompt) -> PromptScores:
+def score(hidden: Tensor, project: Callable[[Tensor], Tensor | None], prompt: ScoredPrompt) -> PromptScores:
     """Scores a run of tokens.
 
     Args:
         hidden: the last layer's output [N, E] at the position before each of the tokens.
-        project: hidden states [rows, E] to logits [rows, V].
+        project: hidden states [rows, E] to logits [rows, V], or to None at a rank that follows: then nothing is scored.
         prompt: the N tokens.
     """
     assert len(prompt.token_ids) == len(hidden), prompt
@@ -60,6 +60,8 @@ def score(hidden: Tensor, project: Callable[[Tensor], Tensor], prompt: ScoredPro
     for start in range(0, len(hidden), SCORED_ROWS):
         token_ids = prompt.token_ids[start : start + SCORED_ROWS]
         logits = project(hidden[start : start + SCORED_ROWS])
+        if logits is None:
+            continue
         num_top = min(prompt.num_top, logits.shape[-1])
         tokens += token_logprobs(logits, range(len(token_ids)), token_ids, [num_top] * len(token_ids))
     return PromptScores(

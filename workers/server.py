@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import grpc
 import torch
 
-from placement.errors import FieldError
+from placement.errors import HeterodyneError, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers import wire
@@ -30,11 +31,13 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """One rank. Loads once, then serves leader streams of its own epoch."""
+    """One rank. Loads once, then serves leader streams of its own epoch, or follows the rank that does."""
 
-    def __init__(self, *, device: Device, epoch: int) -> None:
+    def __init__(self, *, device: Device, epoch: int, listener: socket.socket | None = None) -> None:
+        """``listener`` is where the other ranks of the replica connect."""
         self._device = device
         self._epoch = epoch
+        self._listener = listener
         self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
         self._loaded: Loaded | None = None
         self._grammars: GrammarCompiler | None = None
@@ -42,9 +45,9 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._fenced_messages = 0
 
     @property
-    def engine_failure(self) -> BaseException | None:
-        """What ended the engine, if a step raised."""
-        return self._loaded.engine.failure if self._loaded else None
+    def failure(self) -> BaseException | None:
+        """What ended the engine, or the rank that follows one, if a step raised or a rank was lost."""
+        return self._loaded.loop.failure if self._loaded else None
 
     async def Load(
         self, request: pb.LoadRequest, context: grpc.aio.ServicerContext[pb.LoadRequest, pb.LoadResponse]
@@ -55,7 +58,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
         self._phase = pb.LOAD_PHASE_WEIGHTS
         started = time.monotonic()
-        job = LoadJob(request=request, device=self._device)
+        job = LoadJob(request=request, device=self._device, listener=self._listener)
         task = asyncio.create_task(asyncio.to_thread(job.run))
         while not task.done():
             await asyncio.wait([task], timeout=_PROGRESS_S)
@@ -63,9 +66,9 @@ class WorkerService(pb_grpc.WorkerServicer):
             yield self._progress(job, started)
         try:
             self._loaded = task.result()
-        except FieldError as error:
+        except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
-        self._loaded.engine.thread.start()
+        self._loaded.loop.thread.start()
         self._phase = pb.LOAD_PHASE_READY
         yield self._progress(job, started)
 
@@ -97,7 +100,9 @@ class WorkerService(pb_grpc.WorkerServicer):
             weight_bytes=loaded.weight_bytes if loaded else 0,
             kv_bytes=loaded.kv_bytes if loaded else 0,
             num_threads=torch.get_num_threads(),
-            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages) if loaded else None,
+            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages)
+            if loaded and loaded.engine
+            else None,
         )
 
     # A coroutine that writes, which is the other form of a handler that streams: a write that waits for a gateway which
@@ -114,9 +119,12 @@ class WorkerService(pb_grpc.WorkerServicer):
         """
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
+        engine, grammars = self._loaded.engine, self._loaded.grammars
+        if engine is None or grammars is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
-            self._grammars = GrammarCompiler(self._loaded.grammars)
-        stream = LeaderStream(engine=self._loaded.engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
+            self._grammars = GrammarCompiler(grammars)
+        stream = LeaderStream(engine=engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
         self._streams.add(stream)
         try:
             await stream.run(request_iterator, context.write)
@@ -144,9 +152,11 @@ class WorkerService(pb_grpc.WorkerServicer):
         """
         if self._loaded is None:
             return
-        engine = self._loaded.engine
-        engine.stop()
-        await asyncio.wait([asyncio.wrap_future(engine.ended)], timeout=timeout_s)
+        loop = self._loaded.loop
+        loop.stop()
+        await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=timeout_s)
+        if self._loaded.membership is not None:
+            self._loaded.membership.leave("stopped" if loop.failure is None else cause_of(loop.failure))
         for stream in self._streams:
             stream.end_with_engine()
 
@@ -154,6 +164,6 @@ class WorkerService(pb_grpc.WorkerServicer):
         """End the threads, as far as they can be ended."""
         if self._grammars is not None:
             self._grammars.close()
-        if self._loaded is not None and self._loaded.engine.thread.is_alive():
-            self._loaded.engine.stop()
-            self._loaded.engine.thread.join(_JOIN_S)
+        if self._loaded is not None and self._loaded.loop.thread.is_alive():
+            self._loaded.loop.stop()
+            self._loaded.loop.thread.join(_JOIN_S)

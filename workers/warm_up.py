@@ -11,10 +11,11 @@ from placement.memory import graphed_tokens
 from placement.specs import ModelSpec
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.cores import claim_cores
-from workers.device import Device
+from workers.device import Device, use_device
 from workers.graphs import Capture, CudaCapture
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
 from workers.sampling import SamplerState, SamplingParams
+from workers.step_types import Batch, SequenceInput
 
 
 def executing_thread(device: Device) -> ThreadPoolExecutor:
@@ -24,12 +25,6 @@ def executing_thread(device: Device) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=begin)
     claim = claim_cores(device.num_threads)
     return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=claim.pin)
-
-
-def use_device(device: torch.device) -> None:
-    """Has the calling thread work on a GPU: what names no device, such as pinned memory, is else on the first."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:

@@ -122,7 +122,7 @@ def _held(
 
 def _round(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearFormat) -> RoundedWeight:
     weight = read[slice_.name]
-    group_size = linear.group_size(weight.shape[1])
+    group_size = linear.group_size(slice_.shape[1])  # of the whole layer, however it is cut
     assert group_size is not None, slice_  # placement.quantization.check_linear_format refuses it
     return round_weight(weight, bits=linear.bits, group_size=group_size)
 

@@ -11,6 +11,7 @@ from workers.engine_types import Draining, EndReason, LoadSnapshot, Output, Step
 from workers.grammar import Grammar, GrammarSpec
 from workers.sampling import SamplingParams
 from workers.scoring import PromptScores
+from workers.transport.errors import PeerFailed
 
 _END = {
     EndReason.STOP: pb.END_REASON_STOP,
@@ -34,7 +35,7 @@ def error_code(error: HeterodyneError) -> int:
             return RESOURCE_EXHAUSTED
         case InvalidRequest():
             return INVALID_ARGUMENT
-        case Draining() | Stopping():
+        case Draining() | Stopping() | PeerFailed():
             return UNAVAILABLE
         case _:
             return FAILED_PRECONDITION

@@ -7,9 +7,9 @@ from placement.prefix import chain_hashes
 from placement.scheduling import Chunk
 from placement.sequence import Sequence
 from workers.engine_types import EndReason, Output, Sink, Submission, Submit
-from workers.runner import SequenceInput
 from workers.sampling import SampledToken, SamplerState
 from workers.scoring import ScoredPrompt
+from workers.step_types import SequenceInput
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,9 +1,10 @@
 """What the controller is told at its start: the plan, and how ranks load it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.controller.wire import shard_message
-from placement.memory import CPU_PROCESS_BYTES, workspace_bytes
+from placement.memory import CPU_PROCESS_BYTES
 from placement.plan import Plan, Shard
 from placement.quantization import Quantization
 from placement.specs import DType
@@ -32,13 +33,12 @@ class DeploymentSettings:
 
     def needed_bytes(self, shard: Shard) -> int:
         """All that the rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
-        workspace = workspace_bytes(
-            self.plan.model, dtype=self.plan.dtype, max_num_seqs=self.max_num_seqs, token_budget=self.token_budget
-        )
-        return shard.weight_bytes + shard.kv_bytes + workspace + CPU_PROCESS_BYTES
+        return shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes + CPU_PROCESS_BYTES
 
-    def load_request(self, shard: Shard, *, epoch: int) -> worker_pb2.LoadRequest:
-        """What a rank is asked to load."""
+    def load_request(
+        self, shard: Shard, *, epoch: int, members: Sequence[worker_pb2.Member] = (), token: bytes = b""
+    ) -> worker_pb2.LoadRequest:
+        """What a rank is asked to load: with all ``members`` of its replica, who know each other by ``token``."""
         return worker_pb2.LoadRequest(
             epoch=epoch,
             model_path=self.model_path,
@@ -51,4 +51,6 @@ class DeploymentSettings:
             max_context_tokens=self.max_context_tokens,
             prefix_cache=self.prefix_cache,
             quantization=_QUANTIZATIONS[self.quantization],
+            members=members,
+            token=token if members else b"",
         )

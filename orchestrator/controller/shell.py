@@ -4,7 +4,9 @@ Knows no Ray: the launcher is a seam, so the shell is tested with real worker pr
 """
 
 import asyncio
+import hmac
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
@@ -16,7 +18,7 @@ from orchestrator.controller import state as machine
 from orchestrator.controller import wire
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
-from orchestrator.launcher.process import WorkerFailed
+from orchestrator.launcher.process import PEER_LOST, WorkerFailed
 from placement.errors import cause_of
 from placement.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
@@ -45,6 +47,8 @@ class ControllerShell:
     def __init__(self, *, launcher: Launcher, settings: DeploymentSettings) -> None:
         self._launcher = launcher
         self._settings = settings
+        # What the ranks of a replica know each other by is made of it.
+        self._secret = secrets.token_bytes(32)
         self._state = machine.State()
         self._version = 0
         self._changed = asyncio.Condition()
@@ -164,6 +168,7 @@ class ControllerShell:
                 rank=shard.rank,
                 node=started.node,
                 address=started.address,
+                ranks_port=started.ranks_port,
                 pid=started.pid,
             )
         )
@@ -185,11 +190,16 @@ class ControllerShell:
         cause = await self._launcher.wait(key)
         if cause == _STOPPED:
             await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
-        else:
-            await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+            return
+        if cause.startswith(PEER_LOST):
+            await asyncio.sleep(_EXIT_SEEN_S)  # the other rank's own end may be seen after this
+        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
 
     async def _load(self, command: machine.LoadRank) -> None:
-        request = self._settings.load_request(command.shard, epoch=command.epoch)
+        token = hmac.digest(self._secret, f"{command.replica} {command.epoch}".encode(), "sha256")
+        request = self._settings.load_request(
+            command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
+        )
         rank = {"replica": command.replica, "epoch": command.epoch, "rank": command.shard.rank}
         timeout_s = self._settings.load_timeout_s
         async with grpc.aio.insecure_channel(command.address, options=_CHANNEL_OPTIONS) as channel:

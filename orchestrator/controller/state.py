@@ -1,8 +1,9 @@
 """The controller's decisions: ``apply(state, event) -> state, commands``. Pure; the actor around it acts.
 
-A replica is ready when all its ranks are. When one rank fails the replica fails with that rank's cause, the first
-one, and its other ranks are stopped: groups are rebuilt, not repaired. A failure during the launch ends the launch;
-a failure later leaves the other replicas serving. Events of an epoch that has passed are ignored.
+All ranks of a replica load together, and it is ready when all are. When one rank fails the replica fails with that
+rank's cause, the first one, and its other ranks are stopped: groups are rebuilt, not repaired. A failure during the
+launch ends the launch; a failure later leaves the other replicas serving. Events of an epoch that has passed are
+ignored.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class RankState:
     phase: Phase = Phase.STARTING
     node: str = ""
     address: str = ""
+    ranks_port: int = 0
     pid: int = 0
     loaded_bytes: int = 0
     cause: str = ""
@@ -87,6 +89,7 @@ class RankStarted(RankEvent):
 
     node: str
     address: str
+    ranks_port: int
     pid: int
 
 
@@ -135,13 +138,27 @@ class StartRank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A rank of a replica of several, as the others are told of it: where it listens for them, and what it holds."""
+
+    address: str
+    ranks_port: int
+    shard: Shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRank:
-    """Have the worker at ``address`` load its shard."""
+    """Have the worker at ``address`` load its shard.
+
+    Attributes:
+        members: all ranks of the replica, in their order; none where it has one alone.
+    """
 
     replica: str
     epoch: int
     shard: Shard
     address: str
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +224,8 @@ def _rank_event(
     after, commands = _change(before, event)
     ranks = tuple(after if rank is before else rank for rank in replica.ranks)
     changed = _follow(replace(replica, ranks=ranks))
+    if isinstance(event, RankStarted) and changed.phase is Phase.LOADING:
+        commands += _loads(changed)
     if changed.phase is Phase.FAILED and replica.phase is not Phase.FAILED:
         commands += _stops(changed)
     replicas = (*state.replicas[:at], changed, *state.replicas[at + 1 :])
@@ -217,9 +236,8 @@ def _change(
     rank: RankState, event: RankStarted | RankProgress | RankLoaded | RankFailed | RankStopped
 ) -> tuple[RankState, tuple[Command, ...]]:
     match event:
-        case RankStarted(node=node, address=address, pid=pid):
-            load = LoadRank(replica=event.replica, epoch=event.epoch, shard=rank.shard, address=address)
-            return replace(rank, phase=Phase.LOADING, node=node, address=address, pid=pid), (load,)
+        case RankStarted(node=node, address=address, ranks_port=port, pid=pid):
+            return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid), ()
         case RankProgress(loaded_bytes=loaded_bytes):
             return replace(rank, loaded_bytes=loaded_bytes), ()
         case RankLoaded():
@@ -249,6 +267,21 @@ def _follow(replica: ReplicaState) -> ReplicaState:
     if phases == {Phase.READY}:
         return replace(replica, phase=Phase.READY)
     return replace(replica, phase=Phase.STARTING if Phase.STARTING in phases else Phase.LOADING)
+
+
+def _loads(replica: ReplicaState) -> tuple[Command, ...]:
+    """All ranks load at the same time, once the last has started: they connect with each other first."""
+    members = tuple(Member(address=r.address, ranks_port=r.ranks_port, shard=r.shard) for r in replica.ranks)
+    return tuple(
+        LoadRank(
+            replica=replica.name,
+            epoch=replica.epoch,
+            shard=rank.shard,
+            address=rank.address,
+            members=members if len(members) > 1 else (),
+        )
+        for rank in replica.ranks
+    )
 
 
 def _stops(replica: ReplicaState) -> tuple[Command, ...]:

@@ -1,6 +1,8 @@
 """The controller's state as the control protocol's messages. Pure."""
 
-from orchestrator.controller.state import Phase, RankState, ReplicaState, State
+from collections.abc import Sequence
+
+from orchestrator.controller.state import Member, Phase, RankState, ReplicaState, State
 from placement.plan import Shard, Span
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -23,11 +25,21 @@ def shard_message(shard: Shard) -> worker_pb2.Shard:
     """What a rank holds."""
     return worker_pb2.Shard(
         rank=shard.rank,
-        layers=_span(shard.layers),
-        kv_heads=_span(shard.kv_heads),
-        ffn_columns=_span(shard.ffn_columns),
-        vocab_rows=_span(shard.vocab_rows),
+        layers=_span(shard.part.layers),
+        kv_heads=_span(shard.part.kv_heads),
+        ffn_columns=_span(shard.part.ffn_columns),
+        vocab_rows=_span(shard.part.vocab_rows),
     )
+
+
+def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
+    """The ranks of a replica, as each of them is told of the others."""
+    return [
+        worker_pb2.Member(
+            host=rank.address.rpartition(":")[0].strip("[]"), port=rank.ranks_port, shard=shard_message(rank.shard)
+        )
+        for rank in ranks
+    ]
 
 
 def _rank(rank: RankState) -> pb.Rank:

@@ -25,10 +25,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker that listens."""
+    """A worker that listens.
+
+    Attributes:
+        ranks_port: where the other ranks of its replica connect, at the host of ``address``.
+    """
 
     node: str
     address: str
+    ranks_port: int
     pid: int
 
 
@@ -60,7 +65,12 @@ class NodeAgent:
             self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
         except WorkerFailed as error:
             return str(error)
-        return Started(node=socket.gethostname(), address=self._worker.address, pid=self._worker.pid)
+        return Started(
+            node=socket.gethostname(),
+            address=self._worker.address,
+            ranks_port=self._worker.ranks_port,
+            pid=self._worker.pid,
+        )
 
     async def wait(self) -> str:
         """Wait for the worker's end; says how it came."""

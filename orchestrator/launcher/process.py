@@ -16,6 +16,9 @@ from placement.errors import HeterodyneError
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_LINES = 20
+PEER_LOST = "another rank of its replica was lost"
+"""How the cause begins of a worker that ended because another did: the other's own cause says more."""
+_PEER_LOST_CODE = 3
 
 
 class WorkerFailed(HeterodyneError):
@@ -79,6 +82,7 @@ class WorkerProcess:
         self._pump = asyncio.create_task(self._read_stderr())
         self._stopping = False
         self.address = ""
+        self.ranks_port = 0
 
     @property
     def pid(self) -> int:
@@ -117,7 +121,9 @@ class WorkerProcess:
         line = await self._process.stdout.readline()
         if not line:
             raise WorkerFailed(await self.wait())
-        self.address = host_port(self._host, int(json.loads(line)["address"].rpartition(":")[2]))
+        said = json.loads(line)
+        self.address = host_port(self._host, int(said["address"].rpartition(":")[2]))
+        self.ranks_port = int(said["ranks_port"])
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
@@ -139,8 +145,10 @@ class WorkerProcess:
             await asyncio.wait_for(self._pump, 1.0)
         if self._stopping:
             return "stopped"
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         last = next((line for line in reversed(self._stderr) if line.strip()), "")
+        if code == _PEER_LOST_CODE:
+            return f"{PEER_LOST}: {last.removeprefix('lost ')}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")
 
     async def stop(self, *, grace_s: float) -> None:

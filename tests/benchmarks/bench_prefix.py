@@ -22,8 +22,9 @@ from placement.weights import whole_model
 from tests.benchmarks.report import Curve, Metric, Report, Rows, publish, shown
 from workers.device import open_device
 from workers.kv_cache import allocate_kv_cache
-from workers.runner import Batch, ModelRunner, SequenceInput, StepResult
+from workers.runner import ModelRunner
 from workers.sampling import SamplerState, SamplingParams
+from workers.step_types import Batch, SequenceInput, StepResult
 
 PREFIXES = (1024, 2048, 4096, 8192, 16384)
 COMPARED = 4096

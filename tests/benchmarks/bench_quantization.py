@@ -33,7 +33,8 @@ from placement.weights import whole_model
 from tests.benchmarks.report import REPOSITORY, RESULTS, Curve, Metric, Report, Rows, publish, shown
 from workers.device import open_device
 from workers.kv_cache import allocate_kv_cache
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
 from workers.weights import load_weights
 
 DEMO = REPOSITORY / "deploy" / "demo"

@@ -24,9 +24,9 @@ from tests.benchmarks.gateway_board import Board
 from workers.device import Device, open_device
 from workers.grammar import GrammarFactory
 from workers.loading import Loaded, build_engine
-from workers.runner import Batch, StepResult
 from workers.sampling import SampledToken
 from workers.server import WorkerService
+from workers.step_types import Batch, StepResult
 
 _EPOCH = 1
 _BLOCK_SIZE = 16

@@ -17,7 +17,8 @@ from tests.support.triton_runner import compute, hidden, lay_out
 from workers.device import open_device
 from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
 from workers.kv_cache import allocate_kv_cache
-from workers.runner import ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import SequenceInput
 
 DTYPE = torch.bfloat16
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from placement.specs import ModelSpec
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.engine import Listener, engines, submission
+from tests.support.oracle import CHECKPOINTS, Slots, chunk, greedy
 from tests.support.steps import run
 from tests.support.triton_cases import DEVICE, HAS_GPU
-from tests.workers.test_oracle import CHECKPOINTS, Slots, chunk, greedy
 from workers.device import open_device
 from workers.graphs import CudaCapture, DecodeGraphs
 from workers.loading import Loaded, LoadJob, read_model

@@ -8,9 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kernels.select import kernels_for
-from tests.support.steps import logits
-from tests.support.triton_cases import DEVICE, HAS_GPU
-from tests.workers.test_oracle import (
+from tests.support.oracle import (
     CHECKPOINTS,
     Slots,
     chunk,
@@ -18,6 +16,8 @@ from tests.workers.test_oracle import (
     greedy,
     oracle_logits,
 )
+from tests.support.steps import logits
+from tests.support.triton_cases import DEVICE, HAS_GPU
 from workers.graphs import CudaCapture
 
 if not HAS_GPU:

@@ -1,7 +1,9 @@
 """The controller around real worker processes: what it is told, what it tells, what it leaves."""
 
 import asyncio
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -19,13 +21,20 @@ from placement.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.deployment import LocalLauncher, make_config
+from tests.support.deployment import LocalLauncher, make_config, two_ranks
 
 
 def make_shell(
-    tmp_path: Path, model: Path, count: int = 1, *, launcher: LocalLauncher | None = None, load_timeout_s: float = 60.0
+    tmp_path: Path,
+    model: Path,
+    count: int = 1,
+    *,
+    launcher: LocalLauncher | None = None,
+    load_timeout_s: float = 60.0,
+    **sections: Mapping[str, object],
 ) -> tuple[ControllerShell, LocalLauncher]:
-    config = make_config(tmp_path, model, cluster={"workers": [{"device": "cpu", "count": count}]})
+    sections = sections or {"cluster": {"workers": [{"device": "cpu", "count": count}]}}
+    config = make_config(tmp_path, model, **sections)
     checked = preflight(config)
     launcher = launcher or LocalLauncher()
     settings = DeploymentSettings(
@@ -40,17 +49,18 @@ def make_shell(
     return ControllerShell(launcher=launcher, settings=settings), launcher
 
 
+@pytest.mark.parametrize("sections", [{}, two_ranks()], ids=["two replicas", "two ranks"])
 async def test_weights_that_rot_after_the_checks_fail_the_launch_with_the_ranks_own_words(
-    served_checkpoint: Path, tmp_path: Path
+    served_checkpoint: Path, tmp_path: Path, sections: dict[str, dict[str, object]]
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(served_checkpoint, model)
-    shell, launcher = make_shell(tmp_path, model, count=2)
+    shell, launcher = make_shell(tmp_path, model, count=2, **sections)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
     await shell.launch()
     await until(lambda: shell.state.phase is Phase.FAILED)
-    assert shell.state.cause.startswith("rank 0 of replica-")
+    assert re.match(r"rank [01] of replica-[01] on here: ", shell.state.cause)
     assert "model.safetensors" in shell.state.cause
     await until(
         lambda: len(launcher.workers) == 2 and all(not psutil.pid_exists(w.pid) for w in launcher.workers.values())
@@ -158,9 +168,10 @@ async def test_a_load_that_takes_too_long_names_its_limit(served_checkpoint: Pat
 
 
 def test_a_rank_needs_more_than_its_weights_and_kv_blocks(served_checkpoint: Path, tmp_path: Path) -> None:
-    plan = preflight(make_config(tmp_path, served_checkpoint)).plan
-    small, large = (
-        DeploymentSettings(
+    needed = []
+    for token_budget in (64, 4096):
+        plan = preflight(make_config(tmp_path, served_checkpoint, serving={"token_budget": token_budget})).plan
+        settings = DeploymentSettings(
             plan=plan,
             model_path="",
             token_budget=token_budget,
@@ -169,8 +180,7 @@ def test_a_rank_needs_more_than_its_weights_and_kv_blocks(served_checkpoint: Pat
             load_timeout_s=60.0,
             prefix_cache=True,
         )
-        for token_budget in (64, 4096)
-    )
-    shard = plan.replicas[0].leader
-    assert small.needed_bytes(shard) > shard.weight_bytes + shard.kv_bytes + CPU_PROCESS_BYTES
-    assert large.needed_bytes(shard) > small.needed_bytes(shard)
+        shard = plan.replicas[0].leader
+        needed.append(settings.needed_bytes(shard))
+        assert needed[-1] > shard.weight_bytes + shard.kv_bytes + CPU_PROCESS_BYTES
+    assert needed[1] > needed[0]

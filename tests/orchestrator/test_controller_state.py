@@ -1,6 +1,7 @@
 """The controller's state machine: events in, commands out."""
 
 import itertools
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from orchestrator.controller.state import (
     StopRank,
     apply,
 )
-from placement.plan import Plan, Replica, Shard, Span, Stage
+from placement.plan import Part, Plan, Replica, Shard, Span, Stage
 from placement.specs import DeviceSpec, DType, ModelSpec, RopeSpec
 
 EPOCH = 5
@@ -50,13 +51,11 @@ def make_plan(num_replicas: int, num_ranks: int) -> Plan:
             rank=rank,
             node=f"node-{rank}",
             device=device,
-            layers=Span(rank, rank + 1),
-            kv_heads=Span(0, 1),
-            ffn_columns=Span(0, 16),
-            vocab_rows=Span(0, 32),
+            part=replace(Part.whole(MODEL), layers=Span(rank, rank + 1)),
             num_blocks=8,
             weight_bytes=1000,
             kv_bytes=100,
+            workspace_bytes=10,
         )
 
     def replica(number: int) -> Replica:
@@ -68,7 +67,13 @@ def make_plan(num_replicas: int, num_ranks: int) -> Plan:
 
 def started(replica: str, rank: int, epoch: int = EPOCH) -> RankStarted:
     return RankStarted(
-        replica=replica, epoch=epoch, rank=rank, node=f"host-{rank}", address=f"127.0.0.1:{7000 + rank}", pid=100 + rank
+        replica=replica,
+        epoch=epoch,
+        rank=rank,
+        node=f"host-{rank}",
+        address=f"127.0.0.1:{7000 + rank}",
+        ranks_port=8000 + rank,
+        pid=100 + rank,
     )
 
 
@@ -106,10 +111,34 @@ def test_a_started_rank_is_told_to_load_at_its_address() -> None:
     state, commands = apply(state, started("replica-0", 0))
     (command,) = commands
     assert isinstance(command, LoadRank)
-    assert command.address == "127.0.0.1:7000"
+    assert (command.address, command.members) == ("127.0.0.1:7000", ())
     assert state.replicas[0].phase is Phase.LOADING
     state, commands = apply(state, RankProgress(replica="replica-0", epoch=EPOCH, rank=0, loaded_bytes=300))
     assert (state.replicas[0].ranks[0].loaded_bytes, commands) == (300, ())
+
+
+def test_ranks_of_a_replica_load_together_once_the_last_has_started() -> None:
+    state, _ = apply(State(), Launch(plan=make_plan(2, 3), epoch=EPOCH))
+    for rank in (2, 0):
+        state, commands = apply(state, started("replica-1", rank))
+        assert commands == ()
+    state, commands = apply(state, started("replica-1", 1))
+    assert [(c.replica, c.shard.rank, c.address) for c in commands if isinstance(c, LoadRank)] == [
+        ("replica-1", rank, f"127.0.0.1:{7000 + rank}") for rank in range(3)
+    ]
+    for command in commands:
+        assert isinstance(command, LoadRank)
+        assert [(m.address, m.ranks_port, m.shard.rank) for m in command.members] == [
+            (f"127.0.0.1:{7000 + rank}", 8000 + rank, rank) for rank in range(3)
+        ]
+
+
+def test_a_replica_that_failed_meanwhile_does_not_load() -> None:
+    state, _ = apply(State(), Launch(plan=make_plan(1, 3), epoch=EPOCH))
+    state, _ = apply(state, started("replica-0", 0))
+    state, _ = apply(state, failed("replica-0", 1))
+    _, commands = apply(state, started("replica-0", 2))
+    assert not any(isinstance(command, LoadRank) for command in commands)
 
 
 def test_a_replica_is_ready_when_its_last_rank_is_and_the_deployment_when_its_last_replica_is() -> None:

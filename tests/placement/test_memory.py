@@ -25,7 +25,7 @@ from placement.memory import (
     size_setting,
     workspace_bytes,
 )
-from placement.plan import Span
+from placement.plan import Part, Span
 from placement.specs import DType, ModelSpec, RopeSpec
 from placement.weights import weight_bytes, whole_model
 
@@ -43,14 +43,14 @@ MODEL = ModelSpec(
     rope=RopeSpec(),
     tied_embeddings=False,
 )
-ALL = {"layers": Span(0, 4), "kv_heads": Span(0, 2)}
+WHOLE = Part.whole(MODEL)
 
 
 def test_block_holds_keys_and_values_of_its_layers_and_heads() -> None:
-    whole = kv_bytes_per_block(MODEL, dtype=DType.FLOAT32, block_size=16, **ALL)
+    whole = kv_bytes_per_block(MODEL, WHOLE, dtype=DType.FLOAT32, block_size=16)
     assert whole == 2 * 4 * 16 * 2 * 8 * 4
-    part = {"layers": Span(1, 3), "kv_heads": Span(1, 2)}
-    assert kv_bytes_per_block(MODEL, dtype=DType.BFLOAT16, block_size=16, **part) == whole // 8
+    part = replace(WHOLE, layers=Span(1, 3), kv_heads=Span(1, 2))
+    assert kv_bytes_per_block(MODEL, part, dtype=DType.BFLOAT16, block_size=16) == whole // 8
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**24))
@@ -67,9 +67,9 @@ def test_blocks_of_a_sequence_hold_all_its_tokens(num_tokens: int, block_size: i
 
 def test_workspace_follows_its_formula() -> None:
     per_token = 5 * 64 + (24 + 4) * 8 + 4 * 128
-    size = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=50, token_budget=10)
+    size = workspace_bytes(MODEL, WHOLE, dtype=DType.FLOAT32, max_num_seqs=50, token_budget=10)
     assert size == 10 * per_token * 4 + 50 * 100 * 4 + sampling_bytes(50, 100, on_cpu=True)
-    few = workspace_bytes(MODEL, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
+    few = workspace_bytes(MODEL, WHOLE, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
     assert few == 10 * per_token * 4 + SCORED_ROWS * 100 * 4 + sampling_bytes(SCORED_ROWS, 100, on_cpu=True)
 
 
@@ -117,9 +117,9 @@ def test_steps_of_so_many_tokens_are_graphs(max_num_seqs: int, max_context_token
 def test_only_a_gpu_needs_memory_for_graphs() -> None:
     sizes: dict[str, Any] = {"dtype": DType.BFLOAT16, "max_num_seqs": 64, "token_budget": 512}
     for on_cpu in (True, False):
-        need = footprint(LARGE, whole_model(LARGE), kv_bytes=0, on_cpu=on_cpu, **sizes)
+        need = footprint(LARGE, Part.whole(LARGE), kv_bytes=0, on_cpu=on_cpu, **sizes)
         graphs = 0 if on_cpu else graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=64)
-        assert need.workspace_bytes == workspace_bytes(LARGE, on_cpu=on_cpu, **sizes) + graphs
+        assert need.workspace_bytes == workspace_bytes(LARGE, Part.whole(LARGE), on_cpu=on_cpu, **sizes) + graphs
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_only_a_gpu_needs_memory_for_graphs() -> None:
 def test_a_tied_head_is_held_twice_where_it_is_packed(tied: bool, dtype: DType, on_cpu: bool, copies: int) -> None:
     model = replace(MODEL, tied_embeddings=tied)
     slices = whole_model(model)
-    need = footprint(model, slices, dtype=dtype, kv_bytes=0, max_num_seqs=1, token_budget=1, on_cpu=on_cpu)
+    need = footprint(model, Part.whole(model), dtype=dtype, kv_bytes=0, max_num_seqs=1, token_budget=1, on_cpu=on_cpu)
     embedding = model.vocab_size * model.hidden_size * dtype.itemsize
     assert need.weight_bytes == weight_bytes(slices, dtype) + copies * embedding
 
@@ -139,7 +139,7 @@ def test_a_tied_head_is_held_twice_where_it_is_packed(tied: bool, dtype: DType, 
 def test_footprint_adds_up_and_says_so(on_cpu: bool, process_bytes: int) -> None:
     need = footprint(
         MODEL,
-        whole_model(MODEL),
+        WHOLE,
         dtype=DType.FLOAT32,
         kv_bytes=2**20,
         max_num_seqs=1,

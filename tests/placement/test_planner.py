@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from placement.errors import InvalidConfig, NotEnoughMemory
 from placement.memory import CPU_PROCESS_BYTES, footprint, format_bytes
-from placement.plan import Plan, Span
+from placement.plan import Part, Plan
 from placement.planner import plan_replicas
 from placement.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec, RopeSpec
 from placement.weights import weight_bytes, whole_model
@@ -33,7 +33,7 @@ MODEL = ModelSpec(
 BLOCK_BYTES = 128 * 2**10
 FIXED = footprint(
     MODEL,
-    whole_model(MODEL),
+    Part.whole(MODEL),
     dtype=DType.FLOAT32,
     kv_bytes=0,
     max_num_seqs=4,
@@ -79,8 +79,7 @@ def test_each_device_holds_a_whole_replica_in_order() -> None:
     ]  # fmt: skip
     for replica in made.replicas:
         (shard,) = replica.shards
-        assert (shard.rank, shard.layers, shard.kv_heads) == (0, Span(0, 4), Span(0, 4))
-        assert (shard.ffn_columns, shard.vocab_rows) == (Span(0, 512), Span(0, 1000))
+        assert (shard.rank, shard.part) == (0, Part.whole(MODEL))
         assert (shard.num_blocks, shard.kv_bytes) == (128, 16 * MIB)
         assert shard.weight_bytes == weight_bytes(whole_model(MODEL), DType.FLOAT32)
     assert (made.dtype, made.block_size, made.model) == (DType.FLOAT32, 16, MODEL)

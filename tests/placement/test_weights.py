@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.hf import read_model_spec
-from placement.plan import Span
+from placement.plan import Part, Span
 from placement.specs import DType, ModelSpec, RopeSpec
 from placement.weights import TensorSlice, num_parameters, shard_tensors, weight_bytes, whole_model
 
@@ -30,12 +30,7 @@ MODEL = ModelSpec(
     rope=RopeSpec(),
     tied_embeddings=False,
 )
-ALL = {
-    "layers": Span(0, 3),
-    "kv_heads": Span(0, 5),
-    "ffn_columns": Span(0, 14),
-    "vocab_rows": Span(0, 31),
-}
+WHOLE = Part.whole(MODEL)
 SUMMED_BIASES = ("o_proj.bias", "down_proj.bias")
 
 
@@ -92,9 +87,8 @@ def test_bytes_follow_the_number_type() -> None:
 
 
 def test_a_shard_reads_its_heads_and_columns() -> None:
-    slices = shard_tensors(
-        MODEL, layers=Span(1, 2), kv_heads=Span(1, 3), ffn_columns=Span(4, 14), vocab_rows=Span(0, 31)
-    )
+    part = Part(layers=Span(1, 2), kv_heads=Span(1, 3), ffn_columns=Span(4, 14), vocab_rows=Span(0, 0))
+    slices = shard_tensors(MODEL, part)
     assert {slice_.name.removeprefix("model.layers.1."): slice_.spans for slice_ in slices} == {
         "input_layernorm.weight": (Span(0, 20),),
         "self_attn.q_proj.weight": (Span(12, 36), Span(0, 20)),
@@ -110,7 +104,7 @@ def test_a_shard_reads_its_heads_and_columns() -> None:
 
 def test_a_shard_holds_the_norms_of_heads_whole_and_the_biases_of_its_own() -> None:
     model = replace(MODEL, qkv_bias=True, qk_norm=True, post_norms=True)
-    slices = shard_tensors(model, **ALL | {"layers": Span(1, 2), "kv_heads": Span(1, 3)})
+    slices = shard_tensors(model, replace(WHOLE, layers=Span(1, 2), kv_heads=Span(1, 3)))
     spans = {slice_.name.removeprefix("model.layers.1."): slice_.spans for slice_ in slices}
     assert {name: span for name, span in spans.items() if "norm" in name or "bias" in name} == {
         "input_layernorm.weight": (Span(0, 20),),
@@ -125,21 +119,21 @@ def test_a_shard_holds_the_norms_of_heads_whole_and_the_biases_of_its_own() -> N
     }
 
 
-def test_only_the_ends_of_the_pipeline_hold_embedding_norm_and_head() -> None:
-    stages = [names(shard_tensors(MODEL, **ALL | {"layers": Span(i, i + 1)})) for i in range(3)]
+def test_only_the_first_stage_of_a_pipeline_holds_embedding_norm_and_head() -> None:
+    stages = [names(shard_tensors(MODEL, replace(WHOLE, layers=Span(i, i + 1)))) for i in range(3)]
     ends = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     assert [[name in stage for name in ends] for stage in stages] == [
-        [True, False, False],
+        [True, True, True],
         [False, False, False],
-        [False, True, True],
+        [False, False, False],
     ]
 
 
 def test_a_tied_head_is_the_embedding_again() -> None:
     tied = replace(MODEL, tied_embeddings=True)
-    stages = [names(shard_tensors(tied, **ALL | {"layers": Span(i, i + 1)})) for i in range(3)]
-    assert ["model.embed_tokens.weight" in stage for stage in stages] == [True, False, True]
-    assert "lm_head.weight" not in stages[2]
+    stages = [names(shard_tensors(tied, replace(WHOLE, layers=Span(i, i + 1)))) for i in range(3)]
+    assert ["model.embed_tokens.weight" in stage for stage in stages] == [True, False, False]
+    assert "lm_head.weight" not in stages[0]
     assert Counter(names(whole_model(tied)))["model.embed_tokens.weight"] == 1
 
 
@@ -156,9 +150,8 @@ def test_shards_tile_every_matrix_exactly_once(
         if not len(stage):
             continue
         for rank in range(num_ranks):
-            slices = shard_tensors(
-                model, layers=stage, kv_heads=heads[rank], ffn_columns=columns[rank], vocab_rows=rows[rank]
-            )
+            part = Part(layers=stage, kv_heads=heads[rank], ffn_columns=columns[rank], vocab_rows=rows[rank])
+            slices = shard_tensors(model, part)
             read.update({slice_.name: slice_.num_elements for slice_ in slices})
     for slice_ in whole_model(model):
         copies = num_ranks if "norm" in slice_.name else 1
@@ -167,7 +160,7 @@ def test_shards_tile_every_matrix_exactly_once(
 
 def test_summed_biases_are_held_by_one_rank() -> None:
     model = replace(MODEL, output_bias=True, mlp_bias=True)
-    first = names(shard_tensors(model, **ALL | {"kv_heads": Span(0, 2), "ffn_columns": Span(0, 7)}))
-    second = names(shard_tensors(model, **ALL | {"kv_heads": Span(2, 5), "ffn_columns": Span(7, 14)}))
+    first = names(shard_tensors(model, replace(WHOLE, kv_heads=Span(0, 2), ffn_columns=Span(0, 7))))
+    second = names(shard_tensors(model, replace(WHOLE, kv_heads=Span(2, 5), ffn_columns=Span(7, 14))))
     assert sum(name.endswith(SUMMED_BIASES) for name in first) == 6
     assert not any(name.endswith(SUMMED_BIASES) for name in second)

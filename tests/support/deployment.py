@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class LocalLauncher:
     async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started:
         args = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=epoch)
         worker = self.workers[key] = await WorkerProcess.start(args, timeout_s=START_S)
-        return Started(node="here", address=worker.address, pid=worker.pid)
+        return Started(node="here", address=worker.address, ranks_port=worker.ranks_port, pid=worker.pid)
 
     async def wait(self, key: tuple[str, int]) -> str:
         return await self.workers[key].wait()
@@ -60,9 +60,9 @@ class Deployment:
     launcher: LocalLauncher
     control: grpc.aio.Server
 
-    def pid(self, replica: str) -> int:
-        """The leader's process id."""
-        return self.launcher.workers[replica, 0].pid
+    def pid(self, replica: str, rank: int = 0) -> int:
+        """A rank's process id; the leader is rank 0."""
+        return self.launcher.workers[replica, rank].pid
 
 
 def make_config(directory: Path, model: Path, **sections: Mapping[str, object]) -> Config:
@@ -78,6 +78,17 @@ def make_config(directory: Path, model: Path, **sections: Mapping[str, object]) 
     path = directory / "cluster.yaml"
     path.write_text(yaml.safe_dump(content))
     return load_config(path, environ={})
+
+
+def two_ranks(split: Sequence[float] = (3, 1), count: int = 1) -> dict[str, dict[str, object]]:
+    """Sections of a configuration with ``count`` replicas of two ranks each, whose shares are ``split``."""
+    stages = [
+        {"workers": [f"worker-{2 * i}", f"worker-{2 * i + 1}"], "tensor_split": list(split)} for i in range(count)
+    ]
+    return {
+        "cluster": {"workers": [{"device": "cpu", "threads": 1, "count": 2 * count}]},
+        "serving": {"parallelism": {"replicas": [{"stages": [stage]} for stage in stages]}},
+    }
 
 
 @contextlib.asynccontextmanager

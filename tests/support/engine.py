@@ -15,9 +15,9 @@ from placement.errors import HeterodyneError
 from placement.scheduling import Scheduler, SchedulerLimits
 from workers.engine import Engine
 from workers.engine_types import Limits, Output, Runner, StepStats, Submission
-from workers.runner import Batch, StepResult
 from workers.sampling import SampledToken, SamplingParams
 from workers.scoring import PromptScores
+from workers.step_types import Batch, StepResult
 
 BLOCK_SIZE = 8
 WAIT_S = 60.0

@@ -13,7 +13,8 @@ from workers.device import open_device
 from workers.graphs import StepInputs
 from workers.kv_cache import allocate_kv_cache
 from workers.loading import read_model
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
 from workers.weights import load_weights
 
 

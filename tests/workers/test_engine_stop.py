@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.engine import WAIT_S, Inline, Listener, Parts, SlowRunner, engines, submission
 from workers.engine_types import EndReason, Stopping
-from workers.runner import Batch, StepResult
+from workers.step_types import Batch, StepResult
 
 NUM_MANY = 3000
 

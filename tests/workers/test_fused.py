@@ -18,7 +18,8 @@ from placement.quantization import LinearFormat
 from placement.weights import whole_model
 from workers.device import open_device
 from workers.kv_cache import allocate_kv_cache
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
 from workers.weights import load_weights
 
 pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")

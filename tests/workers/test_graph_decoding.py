@@ -17,13 +17,14 @@ from kernels.attention import SharedSpan
 from kernels.cuda import shared
 from kernels.cuda.plan import DevicePlan
 from tests.support.engine import Listener, engines, submission
+from tests.support.oracle import CHECKPOINTS, Runs, Slots, chunk, continue_greedily, first, greedy
 from tests.support.steps import greedy_sampler, run
 from tests.support.table_kernels import TableKernels
-from tests.workers.test_oracle import CHECKPOINTS, Runs, Slots, chunk, continue_greedily, first, greedy
 from workers.graphs import Replay, graph_sizes
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
 from workers.sampling import SampledToken, SamplerState, SamplingParams
 from workers.scoring import ScoredPrompt
+from workers.step_types import Batch, SequenceInput
 
 MAX_DECODES = 9
 PROMPTS = [[(7 * i + 31 * length) % 509 for i in range(length)] for length in (1, 300, 17, 33, 5, 2, 50, 64, 97)]

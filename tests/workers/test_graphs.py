@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.support.captures import run_again
+from tests.support.oracle import CHECKPOINTS, Slots, chunk
 from tests.support.triton_cases import DEVICE, HAS_GPU, REASON, RUNS_HERE
-from tests.workers.test_oracle import CHECKPOINTS, Slots, chunk
 from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
 
 if not RUNS_HERE:

@@ -19,8 +19,8 @@ from workers.grammar import GrammarFactory
 from workers.grammar_compiler import GrammarCompiler
 from workers.loading import Loaded
 from workers.outbox import Outbox
-from workers.runner import Batch, StepResult
 from workers.server import WorkerService
+from workers.step_types import Batch, StepResult
 
 GRAMMAR = pb.Grammar(regex="[a-z]+")
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]

@@ -26,7 +26,8 @@ from tests.support.steps import logits
 from workers.device import open_device
 from workers.kv_cache import allocate_kv_cache
 from workers.loading import LoadJob
-from workers.runner import ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import SequenceInput
 from workers.weights import load_weights, take_rounded
 
 SIZES = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2}

@@ -11,13 +11,15 @@ from transformers import LlamaForCausalLM
 from kernels import reference
 from kernels.select import kernels_for
 from placement.hf import read_model_spec
+from placement.plan import Part
 from placement.weights import whole_model
 from tests.support.steps import greedy_sampler, logits, run
-from workers.decoder import assemble
+from workers.decoder_weights import assemble
 from workers.device import open_device
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
 from workers.sampling import SamplerState, SamplingParams
 from workers.scoring import ScoredPrompt, score
+from workers.step_types import Batch, SequenceInput
 from workers.weights import load_weights
 
 PROMPT = [5, 17, 300, 42, 8, 99, 1, 260]
@@ -101,7 +103,7 @@ def test_assembling_empties_the_given_weights(path: Path) -> None:
     tensors = load_weights(path, whole_model(model), torch.float32, device, lambda loaded, total: None)
     names = ("q_proj", "k_proj", "v_proj")
     expected = torch.cat([tensors[f"model.layers.1.self_attn.{name}.weight"] for name in names])
-    weights = assemble(model, tensors, kernels_for("cpu"))
+    weights = assemble(model, Part.whole(model), tensors, kernels_for("cpu"))
     assert tensors == {}
     x = torch.randn(3, model.hidden_size)
     torch.testing.assert_close(weights.layers[1].qkv(x), x @ expected.T)
@@ -112,9 +114,11 @@ def test_a_tied_head_is_the_embedding(llama_checkpoint: Callable[..., Path]) -> 
     model = read_model_spec(json.loads((path / "config.json").read_text()))
     device = open_device("cpu", 1).torch_device
     tensors = load_weights(path, whole_model(model), torch.float32, device, lambda loaded, total: None)
-    weights = assemble(model, tensors, kernels_for("cpu"))
+    weights = assemble(model, Part.whole(model), tensors, kernels_for("cpu"))
     x = torch.randn(3, model.hidden_size)
-    torch.testing.assert_close(weights.head(x), x @ weights.embedding.T)
+    ends = weights.ends
+    assert ends is not None and ends.head is not None
+    torch.testing.assert_close(ends.head(x), x @ ends.embedding.T)
 
 
 def test_a_token_that_is_awaited_is_put_in_when_the_step_begins(runner: ModelRunner) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.oracle import CHECKPOINTS, Slots, chunk, oracle_logits
 from tests.support.steps import logits
 from tests.support.triton_cases import REASON, RUNS_HERE
-from tests.workers.test_oracle import CHECKPOINTS, Slots, chunk, oracle_logits
 
 if not RUNS_HERE:
     pytest.skip(REASON, allow_module_level=True)

@@ -19,7 +19,8 @@ from workers import warm_up as module
 from workers.device import Device
 from workers.graphs import Replay, StepMemory
 from workers.loading import read_model
-from workers.runner import Batch, ModelRunner, SequenceInput
+from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
 from workers.warm_up import capture_for, executing_thread, warm_up
 
 REQUEST = pb.LoadRequest(block_size=8, num_blocks=4, token_budget=16, max_num_seqs=3, max_context_tokens=100)

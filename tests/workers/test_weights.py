@@ -11,7 +11,7 @@ from torch import Tensor
 
 from placement.errors import InvalidModel
 from placement.hf import read_model_spec
-from placement.plan import Span
+from placement.plan import Part, Span
 from placement.specs import ModelSpec
 from placement.weights import TensorSlice, shard_tensors, whole_model
 from workers.weights import INDEX_FILE, SINGLE_FILE, load_weights
@@ -59,9 +59,8 @@ def test_single_files_and_shards_load_alike(llama_checkpoint: Callable[..., Path
 def test_a_rank_gets_its_slices_and_their_bytes(llama_checkpoint: Callable[..., Path]) -> None:
     path = llama_checkpoint()
     model = spec(path)
-    slices = shard_tensors(
-        model, layers=Span(1, 2), kv_heads=Span(1, 2), ffn_columns=Span(30, 96), vocab_rows=Span(5, 9)
-    )
+    part = Part(layers=Span(0, 1), kv_heads=Span(1, 2), ffn_columns=Span(30, 96), vocab_rows=Span(5, 9))
+    slices = shard_tensors(model, part)
     stored = load_file(path / SINGLE_FILE)
     reported: list[tuple[int, int]] = []
     loaded = load_weights(path, slices, torch.float32, CPU, lambda *counts: reported.append(counts))

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, LoopClock
-from tests.support.deployment import Deployment, deploy, make_config, settled
+from tests.support.deployment import Deployment, deploy, make_config, settled, two_ranks
 from tests.support.tokenizer import save_tokenizer
 
 
@@ -31,9 +31,13 @@ def slow_checkpoint(llama_checkpoint: Callable[..., Path]) -> Path:
     return directory
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Deployment]:
-    async with deploy(make_config(tmp_path_factory.mktemp("shared"), served_checkpoint)) as running:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one rank", "two ranks"])
+async def shared(
+    request: pytest.FixtureRequest, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Deployment]:
+    """One replica: a rank that holds the whole model, or two that each hold a part of every layer."""
+    sections = two_ranks() if request.param == "two ranks" else {}
+    async with deploy(make_config(tmp_path_factory.mktemp("shared"), served_checkpoint, **sections)) as running:
         yield running
 
 

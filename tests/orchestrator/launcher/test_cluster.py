@@ -9,7 +9,7 @@ import ray
 
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, disconnect
 from orchestrator.launcher.process import WorkerFailed
-from placement.plan import Shard, Span
+from placement.plan import Part, Shard, Span
 from placement.specs import DeviceSpec
 from tests.support.clocks import PATIENCE_S
 
@@ -29,13 +29,11 @@ def shard(rank: int, device: DeviceSpec, weight_bytes: int = 1) -> Shard:
         rank=rank,
         node="local",
         device=device,
-        layers=Span(0, 1),
-        kv_heads=Span(0, 1),
-        ffn_columns=Span(0, 1),
-        vocab_rows=Span(0, 1),
+        part=Part(layers=Span(0, 1), kv_heads=Span(0, 1), ffn_columns=Span(0, 1), vocab_rows=Span(0, 1)),
         num_blocks=1,
         weight_bytes=weight_bytes,
         kv_bytes=1,
+        workspace_bytes=1,
     )
 
 

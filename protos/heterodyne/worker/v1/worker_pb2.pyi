@@ -178,6 +178,8 @@ class LoadRequest(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     model_path: _builtins.str
     """A directory in the Hugging Face layout, as the worker's node sees it."""
@@ -191,8 +193,14 @@ class LoadRequest(_message.Message):
     prefix_cache: _builtins.bool
     """Keep the KV of prompts and answers that ended, for prompts that begin alike."""
     quantization: Global___Quantization.ValueType
+    token: _builtins.bytes
+    """32 bytes that only the ranks of this incarnation know: what they say when they connect with each other."""
     @_builtins.property
     def shard(self) -> Global___Shard: ...
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """All ranks of the replica, this one among them, in the order of ranks; none where it has one rank alone."""
+
     def __init__(
         self,
         *,
@@ -207,14 +215,157 @@ class LoadRequest(_message.Message):
         max_context_tokens: _builtins.int = ...,
         prefix_cache: _builtins.bool = ...,
         quantization: Global___Quantization.ValueType = ...,
+        members: _abc.Iterable[Global___Member] | None = ...,
+        token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class Member(_message.Message):
+    """A rank of a replica, as the others know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    """Where it listens for the other ranks."""
+    port: _builtins.int
+    @_builtins.property
+    def shard(self) -> Global___Shard: ...
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        shard: Global___Shard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "port", b"port", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class Step(_message.Message):
+    """Leader to the other ranks, in a frame of workers.transport: what the next step computes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts from 0."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSequence]: ...
+    @_builtins.property
+    def shared(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepShared]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        sequences: _abc.Iterable[Global___StepSequence] | None = ...,
+        shared: _abc.Iterable[Global___StepShared] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
+class StepSequence(_message.Message):
+    """One sequence's chunk of a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    AWAITS_TOKEN_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    NUM_SCORED_FIELD_NUMBER: _builtins.int
+    FIRST_SCORED_FIELD_NUMBER: _builtins.int
+    start: _builtins.int
+    """Position of the first of them."""
+    awaits_token: _builtins.bool
+    """One more token, which the step before samples; it comes when the step begins."""
+    samples: _builtins.bool
+    num_scored: _builtins.int
+    """Tokens of the prompt that are scored, and the position of the first."""
+    first_scored: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As far as they are known: see awaits_token."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Slots of all its tokens up to the chunk's last: start and stop of each contiguous range, in token order."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        start: _builtins.int = ...,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+        awaits_token: _builtins.bool = ...,
+        samples: _builtins.bool = ...,
+        num_scored: _builtins.int = ...,
+        first_scored: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "first_scored", b"first_scored", "num_scored", b"num_scored", "runs", b"runs", "samples", b"samples", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepSequence: _TypeAlias = StepSequence  # noqa: Y015
+
+@_typing.final
+class StepShared(_message.Message):
+    """A run of tokens that several sequences have in common."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    first_token: _builtins.int
+    num_tokens: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """By their place in the step."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[_builtins.int] | None = ...,
+        first_token: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token", "members", b"members", "num_tokens", b"num_tokens", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepShared: _TypeAlias = StepShared  # noqa: Y015
 
 @_typing.final
 class LoadResponse(_message.Message):

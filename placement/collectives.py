@@ -1,0 +1,56 @@
+"""Which way of summing over ranks for which size: decided by what each was measured to take on these links."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MEASURED_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+"""Sizes of tensors that are measured, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduceTable:
+    """The algorithm for each size.
+
+    Attributes:
+        sizes: in bytes, ascending.
+        names: of the algorithm for each of ``sizes``, and for what is nearer to it, by ratio, than to others.
+        seconds: what each was measured to take; empty where nothing was.
+    """
+
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    seconds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.sizes and len(self.sizes) == len(self.names) and sorted(self.sizes) == list(self.sizes), self
+
+    def choose(self, num_bytes: int) -> str:
+        """The algorithm for a tensor."""
+        at = bisect_left(self.sizes, num_bytes)
+        if at == len(self.sizes):
+            return self.names[-1]
+        # Between two sizes, the nearer: num_bytes / before < after / num_bytes.
+        if at and num_bytes * num_bytes < self.sizes[at - 1] * self.sizes[at]:
+            at -= 1
+        return self.names[at]
+
+
+def unmeasured(num_ranks: int) -> AllReduceTable:
+    """What to use before anything is measured: for few ranks, the one with the fewest latencies."""
+    return AllReduceTable(sizes=(1,), names=("direct" if num_ranks <= 4 else "ring",))
+
+
+def fastest(measured_s: Mapping[str, Sequence[float]], sizes: Sequence[int] = MEASURED_BYTES) -> AllReduceTable:
+    """The table of the fastest algorithms; of equals, the one that comes first in ``measured_s``.
+
+    Args:
+        measured_s: seconds of each algorithm for each of ``sizes``, at the slowest rank.
+    """
+    assert all(len(seconds) == len(sizes) for seconds in measured_s.values()), measured_s
+    best = [min(measured_s, key=lambda name: measured_s[name][at]) for at in range(len(sizes))]
+    return AllReduceTable(
+        sizes=tuple(sizes),
+        names=tuple(best),
+        seconds=tuple(measured_s[name][at] for at, name in enumerate(best)),
+    )

@@ -1,0 +1,67 @@
+"""Replicas of several ranks as they are served: real processes, real connections; what a lost rank does to them."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from orchestrator.controller.state import Phase
+from protos.heterodyne.v1 import inference_pb2 as pb
+from protos.heterodyne.v1 import inference_pb2_grpc
+from tests.support.answers import answer, check_order, request, tokens
+from tests.support.clocks import PATIENCE_S, own_time, until
+from tests.support.deployment import deploy, make_config, settled, two_ranks
+
+
+async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint: Path, tmp_path: Path) -> None:
+    asked = [request(prompt=prompt, max_tokens=40) for prompt in ("a", "once upon a time", "x y z " * 30)]
+    found = []
+    for name, sections in {"whole": {}, "even": two_ranks((1, 1)), "all of one": two_ranks((0, 1))}.items():
+        directory = tmp_path / name.replace(" ", "_")
+        directory.mkdir()
+        config = make_config(directory, served_checkpoint, **sections)
+        async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            answers = await asyncio.gather(*(answer(stub, message) for message in asked))
+            found.append([tokens(responses) for responses in answers])
+            await settled(running, timeout_s=PATIENCE_S)
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, ("SIGKILL",)), (signal.SIGSTOP, ("no pulse", "no heartbeat", "stream"))]
+)
+async def test_a_lost_rank_ends_its_replica_within_3_s_and_leaves_no_process(
+    slow_checkpoint: Path, tmp_path: Path, rank: int, number: signal.Signals, words: tuple[str, ...]
+) -> None:
+    config = make_config(tmp_path, slow_checkpoint, **two_ranks((1, 1)))
+    async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel, own_time() as clock:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        pids = [running.pid("replica-0", each) for each in range(2)]
+        got: list[pb.GenerateResponse] = []
+
+        async def follow() -> grpc.StatusCode:
+            call = stub.Generate(request(max_tokens=400), timeout=PATIENCE_S)
+            try:
+                async for response in call:
+                    got.append(response)
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            return grpc.StatusCode.OK
+
+        following = asyncio.create_task(follow())
+        await until(lambda: len(got) > 3)
+        lost_s = clock.now_s
+        os.kill(pids[rank], number)
+        assert await following is grpc.StatusCode.UNAVAILABLE
+        assert clock.now_s - lost_s < 3.0
+        check_order(got)
+        await until(lambda: running.shell.state.phase is Phase.FAILED)
+        assert running.shell.state.cause.startswith("rank ")
+        assert any(word in running.shell.state.cause for word in words), running.shell.state.cause
+        await until(lambda: not any(map(psutil.pid_exists, pids)))

@@ -1,0 +1,105 @@
+"""A model cut over ranks by weight, against transformers: same logits, same greedy tokens, for every family."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from placement.errors import InvalidModel
+from placement.plan import Part, Span
+from placement.quantization import Bits, LinearFormat, check_linear_format
+from placement.weights import shard_tensors
+from tests.support.oracle import CHECKPOINTS, continue_greedily, greedy, oracle_logits
+from tests.support.ranks import Ranks, ranks, read_model
+from tests.support.steps import logits
+from workers.runner import ModelRunner
+from workers.step_types import SequenceInput
+
+SPLITS = {"even": (1, 1), "3:1": (3, 1), "5:2:1": (5, 2, 1), "zero": (0, 2, 1), "zero_last": (1, 0)}
+NUM_OUTPUTS = 24
+PROMPTS = {length: [random.Random(length).randrange(509) for _ in range(length)] for length in (1, 17, 70)}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def path(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Path:
+    family, config = CHECKPOINTS[request.param]
+    return checkpoint(family, **config)
+
+
+@pytest.fixture(scope="module")
+def oracle(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(oracle: PreTrainedModel) -> list[list[int]]:
+    return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS.values()]
+
+
+@pytest.fixture(scope="module", params=SPLITS)
+def cut(request: pytest.FixtureRequest, path: Path) -> Iterator[Ranks]:
+    with ranks(path, SPLITS[request.param]) as made:
+        yield made
+
+
+def test_logits_of_every_position_match(cut: Ranks, oracle: PreTrainedModel) -> None:
+    token_ids = [i * 31 % 509 for i in range(120)]
+    whole = SequenceInput(token_ids=token_ids, start=0, runs=((7, 127),))
+    found = logits(cut, [whole])
+    torch.testing.assert_close(found, oracle_logits(oracle, token_ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 128])
+def test_greedy_tokens_match(cut: Ranks, answers: list[list[int]], chunk_size: int) -> None:
+    assert continue_greedily(cut, list(PROMPTS.values()), chunk_size, NUM_OUTPUTS) == answers
+
+
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "head_dim": 32,
+}
+
+
+def batch_of(length: int) -> list[SequenceInput]:
+    token_ids = [i * 31 % 509 for i in range(length)]
+    return [SequenceInput(token_ids=token_ids, start=0, runs=((7, 7 + length),))]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (2, 1, 1)])
+def test_layers_that_run_as_one_program_stop_for_every_sum(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner], weights: tuple[int, ...]
+) -> None:
+    """In bfloat16 partial sums are rounded, so bits differ from those of one rank; no more than its own do."""
+    path = llama_checkpoint(**WIDE)
+    exact, whole = (logits(make_runner(path, dtype), batch_of(70)).float() for dtype in (torch.float32, torch.bfloat16))
+    with ranks(path, weights, torch.bfloat16) as cut:
+        if make_runner(path, torch.bfloat16)._weights.fused is not None:
+            assert all(cut.runner(rank)._weights.fused is not None for rank in range(len(weights)))
+        found = logits(cut, batch_of(70)).float()
+    assert (found - exact).norm() < 1.5 * (whole - exact).norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_are_those_of_one_rank(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner], bits: Bits
+) -> None:
+    linear = LinearFormat(bits=bits, head_bits=8)
+    path = llama_checkpoint(**WIDE)
+    with ranks(path, (1,), linear=linear) as one, ranks(path, (3, 1), linear=linear) as two:
+        expected, found = logits(one, batch_of(70)), logits(two, batch_of(70))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected, logits(make_runner(path), batch_of(70)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_cut_through_a_group_of_rounded_columns_is_refused(llama_checkpoint: Callable[..., Path]) -> None:
+    model = read_model(llama_checkpoint(**WIDE))
+    part = replace(Part.whole(model), ffn_columns=Span(0, 100))
+    with pytest.raises(InvalidModel, match=r"down_proj.*multiple of 128"):
+        check_linear_format(shard_tensors(model, part), LinearFormat(bits=4))

@@ -1,0 +1,1 @@
+"""Sums and exchanges of tensors among the ranks of a stage."""

@@ -1,0 +1,105 @@
+"""The ranks of a stage over the wire: sums what they compute, each sum by the algorithm that suits its size."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from placement.collectives import AllReduceTable
+from workers.collectives.algorithms import ALL_REDUCES, Peers, broadcast, direct, gather
+from workers.transport.errors import PeerFailed
+from workers.transport.link import Link
+from workers.transport.pulse import Pulse
+
+COLLECTIVE_S = 60.0
+"""Longest that a rank may wait for others that live: a step of theirs that hangs ends the replica."""
+
+
+class TensorGroup:
+    """All ranks of a stage. For the thread that executes steps.
+
+    Whatever fails, the replica has failed: nothing is tried again.
+
+    Args:
+        rank: of this rank in the group.
+        links: to all others, by their rank in the group.
+        pulse: knows whether they live.
+        widths: vocabulary rows of each rank.
+        table: which algorithm for which size.
+    """
+
+    def __init__(
+        self, *, rank: int, links: dict[int, Link], pulse: Pulse, widths: Sequence[int], table: AllReduceTable
+    ) -> None:
+        self.rank = rank
+        self.table = table
+        self._links = links
+        self._pulse = pulse
+        self._widths = widths
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks there are, with this one."""
+        return len(self._links) + 1
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
+        if not x.numel():
+            return
+        on_host = x.cpu()  # itself, where it is there already
+        self.run(ALL_REDUCES[self.table.choose(x.nbytes)], on_host)
+        if on_host is not x:
+            x.copy_(on_host)
+
+    def meet(self) -> None:
+        """Waits until all ranks are here, however long that takes. Raises PeerFailed."""
+        self._run(direct, torch.zeros(1), math.inf)
+
+    def run(self, algorithm: Callable[[Peers, Tensor], None], x: Tensor) -> None:
+        """One collective of all ranks on ``x``. Raises PeerFailed."""
+        self._run(algorithm, x, COLLECTIVE_S)
+
+    def _run(self, algorithm: Callable[[Peers, Tensor], None], x: Tensor, timeout_s: float) -> None:
+        try:
+            algorithm(self._peers(timeout_s), x)
+        except PeerFailed as error:
+            raise self._pulse.reason(error) from error
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """Logits [R, V of the rank] of all ranks side by side [R, V], at rank 0; None elsewhere. Raises PeerFailed."""
+        on_host = x.cpu().contiguous()
+        widths = {} if self.rank else {rank: width for rank, width in enumerate(self._widths) if rank and width}
+        others = {rank: on_host.new_empty(len(x), width) for rank, width in widths.items()}
+
+        def collect(peers: Peers, mine: Tensor) -> None:
+            gather(peers, mine, others)
+
+        self.run(collect, on_host)
+        if self.rank:
+            return None
+        return torch.cat([on_host, *others.values()], dim=1).to(x.device) if others else x
+
+    def give(self, token_ids: Sequence[int]) -> None:
+        """Rank 0 gives all others the tokens that a step awaits. Raises PeerFailed."""
+        if token_ids:
+            self.run(broadcast, torch.tensor(token_ids, dtype=torch.int64))
+
+    def take(self, count: int) -> list[int]:
+        """The tokens that rank 0 gives, however long that takes. Raises PeerFailed."""
+        if not count:
+            return []
+        token_ids = torch.empty(count, dtype=torch.int64)
+        self._run(broadcast, token_ids, math.inf)
+        taken: list[int] = token_ids.tolist()
+        return taken
+
+    def _peers(self, timeout_s: float) -> Peers:
+        return Peers(
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            links=self._links,
+            deadline_s=time.monotonic() + timeout_s,
+            alive=self._pulse.check,
+        )

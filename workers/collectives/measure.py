@@ -1,0 +1,46 @@
+"""Measures every way of summing on the links there are, so that each size has the one that suits it."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from placement.collectives import MEASURED_BYTES, AllReduceTable, fastest
+from workers.collectives.algorithms import ALL_REDUCES, Peers, broadcast, direct, gather
+from workers.collectives.group import TensorGroup
+
+_RUNS = 3
+
+
+def measure(group: TensorGroup) -> AllReduceTable:
+    """The table of this group: the same at every rank. All ranks call it at the same time. Raises PeerFailed.
+
+    What counts of an algorithm is the best of a few runs, at the rank where it takes longest.
+    """
+    seconds = torch.tensor([[_measure(group, name, size) for size in MEASURED_BYTES] for name in ALL_REDUCES])
+    slowest = _slowest(group, seconds.to(torch.float64))
+    return fastest({name: row.tolist() for name, row in zip(ALL_REDUCES, slowest, strict=True)})
+
+
+def _measure(group: TensorGroup, name: str, num_bytes: int) -> float:
+    x = torch.zeros(num_bytes // 4)
+    best_s = float("inf")
+    for _ in range(_RUNS):
+        group.run(direct, torch.zeros(1))  # all begin together
+        began_s = time.monotonic()
+        group.run(ALL_REDUCES[name], x)
+        best_s = min(best_s, time.monotonic() - began_s)
+    return best_s
+
+
+def _slowest(group: TensorGroup, mine: Tensor) -> Tensor:
+    """The greatest of every number over all ranks, at every rank."""
+    others = {} if group.rank else {rank: torch.empty_like(mine) for rank in range(1, group.num_ranks)}
+
+    def collect(peers: Peers, x: Tensor) -> None:
+        gather(peers, x, others)
+
+    group.run(collect, mine)
+    slowest = torch.stack([mine, *others.values()]).amax(dim=0)
+    group.run(broadcast, slowest)
+    return slowest

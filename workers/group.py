@@ -1,0 +1,35 @@
+"""The ranks that compute a layer together, as the decoder sees them."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Group(Protocol):
+    """Ranks that each compute a part of every layer of their stage."""
+
+    @property
+    def num_ranks(self) -> int:
+        """How many."""
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sums a contiguous ``x`` over the ranks, in place; all have the same bits afterwards."""
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """The logits [R, V] of all ranks' parts ``x`` [R, V of the rank], at the leader; None elsewhere."""
+
+
+class Alone:
+    """A rank that computes everything."""
+
+    @property
+    def num_ranks(self) -> int:
+        """This one."""
+        return 1
+
+    def all_reduce(self, x: Tensor) -> None:
+        """The sum is there already."""
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """All columns are there already."""
+        return x

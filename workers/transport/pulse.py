@@ -1,0 +1,131 @@
+"""Whether the other ranks live: a thread that sends each of them a pulse and listens for theirs.
+
+A rank may compute for seconds while others wait for it, so that a wait's length says nothing. Its pulse does: a
+process that is killed, frozen or cut off has none.
+"""
+
+import contextlib
+import select
+import threading
+import time
+from collections.abc import Mapping
+
+from placement.errors import HeterodyneError
+from workers.transport.errors import PeerFailed
+from workers.transport.frames import Kind
+from workers.transport.link import Incoming, Link, Outgoing, outgoing
+
+TICK_S = 0.25
+SILENCE_S = 1.5
+_MOST_CAUSE_BYTES = 1000
+# How long the pulse may take to say why another connection of that rank broke.
+_CAUSE_S = 0.3
+
+
+class Pulse:
+    """Watches the other ranks, and tells them when this one fails.
+
+    Time is counted in ticks, each for no more than it should have taken: when this very process was held up, what the
+    others said meanwhile has yet to be read.
+    """
+
+    def __init__(self, links: Mapping[int, Link], *, silence_s: float = SILENCE_S) -> None:
+        """Of one link to every other rank, by its number. ``silence_s`` is how long one may be silent."""
+        self._links = dict(links)
+        self._silence_s = silence_s
+        self._silent_s = dict.fromkeys(links, 0.0)
+        self._lost: dict[int, PeerFailed] = {}
+        self._first: PeerFailed | None = None
+        self._coming = {rank: _incoming(link) for rank, link in links.items()}
+        self._going: dict[int, Outgoing] = {}
+        self._lock = threading.Lock()  # of what is sent
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises PeerFailed, of the rank that was lost first, where one is."""
+        if self._first is not None:
+            raise PeerFailed(self._first.rank, self._first.cause)
+
+    def reason(self, error: PeerFailed) -> PeerFailed:
+        """Why a connection broke: what the rank said of itself in its last words, else ``error``."""
+        with self._changed:
+            self._changed.wait_for(lambda: error.rank in self._lost, _CAUSE_S)
+            return self._lost.get(error.rank, error)
+
+    def fail(self, cause: str) -> None:
+        """Tell the others that this rank is lost, and stop."""
+        text = memoryview(cause.encode()[:_MOST_CAUSE_BYTES])
+        with self._lock:
+            for rank, link in self._links.items():
+                if rank in self._lost:
+                    continue
+                begun = self._going.pop(rank, None)
+                with contextlib.suppress(HeterodyneError):
+                    if begun is None or begun.go_on():
+                        outgoing(link, Kind.FAILED, text).go_on()
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(2 * TICK_S)
+
+    def _run(self) -> None:
+        next_s = time.monotonic()
+        while not self._stop.is_set() and len(self._lost) < len(self._links):
+            now = time.monotonic()
+            if now >= next_s:
+                next_s = now + TICK_S
+                self._beat()
+            self._listen(max(0.0, next_s - time.monotonic()))
+
+    def _beat(self) -> None:
+        """Send a pulse to all who can take one, and count the silence of all."""
+        for rank, link in self._links.items():
+            if rank in self._lost:
+                continue
+            if self._silent_s[rank] >= self._silence_s:
+                self._lose(PeerFailed(rank, f"is frozen or cut off: no pulse for {self._silence_s:g} s"))
+                continue
+            self._silent_s[rank] += TICK_S
+            with self._lock:
+                if rank not in self._going:
+                    self._going[rank] = outgoing(link, Kind.PULSE, memoryview(b""))
+                try:
+                    if self._going[rank].go_on():
+                        del self._going[rank]
+                except PeerFailed as error:
+                    self._lose(error)
+
+    def _listen(self, timeout_s: float) -> None:
+        poll = select.poll()
+        ranks = {link.socket.fileno(): rank for rank, link in self._links.items() if rank not in self._lost}
+        for number in ranks:
+            poll.register(number, select.POLLIN)
+        for number, _ in poll.poll(1000 * timeout_s):
+            rank = ranks[number]
+            try:
+                while self._coming[rank].go_on():
+                    self._coming[rank] = _incoming(self._links[rank])
+                    self._silent_s[rank] = 0.0
+            except PeerFailed as error:
+                self._lose(error)
+            except HeterodyneError as error:
+                self._lose(PeerFailed(rank, str(error)))
+
+    def _lose(self, error: PeerFailed) -> None:
+        with self._changed:
+            self._lost[error.rank] = error
+            self._first = self._first or error
+            self._changed.notify_all()
+
+
+def _incoming(link: Link) -> Incoming:
+    return Incoming(link=link, kind=Kind.PULSE, payload=None, max_bytes=_MOST_CAUSE_BYTES)
