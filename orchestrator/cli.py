@@ -1,4 +1,4 @@
-"""The command line: serve, generate, status, timeline, schema, demo. Parses and prints; the work is done elsewhere."""
+"""The command line: serve, generate, plan, status, timeline, schema, demo. Parses and prints; others do the work."""
 
 import logging
 import sys
@@ -13,6 +13,7 @@ from rich.console import Console
 from orchestrator import generate_options as options
 from orchestrator.client import GenerateResult, fetch_status, stream_generate
 from orchestrator.config_types import parse_address
+from orchestrator.plan_cli import show_plan
 from orchestrator.render import choice_blocks, ending, logprob_lines, print_status
 from orchestrator.schema import schema_text
 from orchestrator.timeline_cli import write_timeline
@@ -150,6 +151,18 @@ def figures(result: GenerateResult) -> str:
     if per_token_s:
         parts += [f"time per output token {per_token_s * 1e3:.2f} ms", f"{1 / per_token_s:.1f} tokens/s"]
     return "; ".join(parts)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="also draw it, as an SVG")] = None,
+) -> None:
+    """Who would hold what, without starting anything."""
+    with _errors_in_one_line():
+        for line in show_plan(config, overrides=overrides, picture=svg):
+            print(line)
 
 
 @app.command()

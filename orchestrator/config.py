@@ -11,26 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
 
+from orchestrator.config_parallelism import ParallelismConfig, WorkerName, check_parallelism
 from orchestrator.config_source import Layers, read_layers
-from orchestrator.config_types import Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
+from orchestrator.config_types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
 from orchestrator.config_violations import collect
 from orchestrator.errors import refuse
 from placement.errors import InvalidConfig
 
-_STRICT = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 _DEFAULT_ADDRESS = Address("127.0.0.1", 50051)
 _Name = Annotated[str, Field(min_length=1, max_length=128)]
-_WorkerName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$", examples=["big", "old-desktop"])]
-_Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What is served."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     path: ModelPath
     """Directory in the Hugging Face layout, relative to this file."""
@@ -54,9 +52,9 @@ class ModelConfig:
 class WorkerConfig:
     """One or more workers of a kind."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: _WorkerName | None = None
+    name: WorkerName | None = None
     """What serving.parallelism calls it; with a count, the first is NAME-0. Default: worker-N, by its place among all
     workers, from 0."""
     device: Device = "cpu"
@@ -76,7 +74,7 @@ class WorkerConfig:
 class ClusterConfig:
     """What it runs on."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     ray_address: RayAddress | None = None
     """local starts Ray here, auto finds a running one, host:port joins one. Default: RAY_ADDRESS or local."""
@@ -106,46 +104,18 @@ class ClusterConfig:
         return tuple(names)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageConfig:
-    """Workers that compute a run of layers together."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    workers: Annotated[tuple[_WorkerName, ...], Field(min_length=1, max_length=64)]
-    """Names of its workers; the first of the first stage leads the replica."""
-    tensor_split: Annotated[tuple[_Share, ...], Field(min_length=1, max_length=64)] | None = None
-    """The share of each worker in every layer, as numbers of any scale: [3, 1] gives the first three quarters. 0 gives
-    none. Default: equal shares."""
-    layers: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """How many layers. Default: dealt out evenly, the output head counted with the first stage."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaConfig:
-    """One complete copy of the model, cut across workers."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, max_length=64)]
-    """Its stages, in the order of the layers."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelismConfig:
-    """Who holds what."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-
-    replicas: Annotated[tuple[ReplicaConfig, ...], Field(min_length=1, max_length=1024)]
-    """The replicas. Every worker of the cluster is in one of them."""
+def _or_auto(schema: dict[str, JsonValue]) -> None:
+    """``auto`` stands for None: see :func:`_expand_auto`."""
+    either = schema["anyOf"]
+    assert isinstance(either, list), schema
+    either.append({"const": "auto"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingConfig:
     """How a replica runs its sequences."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most sequences that run at once in a replica."""
@@ -155,8 +125,8 @@ class ServingConfig:
     """Tokens of one KV block."""
     kv_cache: ByteSize = 256 * 2**20
     """Memory for KV blocks in each rank."""
-    parallelism: Literal["auto"] | ParallelismConfig = "auto"
-    """Who holds what of the model. auto: every worker all of it."""
+    parallelism: Annotated[ParallelismConfig | None, Field(json_schema_extra=_or_auto)] = None
+    """Who holds what of the model. Default, auto: every worker all of it."""
     prefix_cache: bool = True
     """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
     alike."""
@@ -166,7 +136,7 @@ class ServingConfig:
 class GatewayConfig:
     """The public front."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     address: AddressText = _DEFAULT_ADDRESS
     """Where clients connect. Port 0 takes any free port."""
@@ -188,7 +158,7 @@ class GatewayConfig:
 class LaunchConfig:
     """How long starting may take."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     start_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """From launching a worker until it answers."""
@@ -200,7 +170,7 @@ class LaunchConfig:
 class TelemetryConfig:
     """What is measured and where it goes. Prompt text is never recorded."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     prometheus_address: AddressText | None = None
     """Where Prometheus scrapes. Default: nowhere."""
@@ -217,7 +187,7 @@ class TelemetryConfig:
 class Config:
     """One Heterodyne deployment: a model, the machines it runs on, and how it is served."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     model: ModelConfig
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -249,6 +219,7 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     """
     path = Path(path)
     layers = read_layers(path, overrides=overrides, environ=environ)
+    _expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
     errors = [*layers.errors, *violations]
     if config is not None:
@@ -256,6 +227,17 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     refuse(str(path), errors)
     assert config is not None
     return _resolve(config, path, layers)
+
+
+def _expand_auto(layers: Layers) -> None:
+    """The word for no parallelism of one's own, as the value that stands for it."""
+    serving = layers.values.get("serving")
+    if not isinstance(serving, dict) or not isinstance(said := serving.get("parallelism"), str):
+        return
+    if said != "auto":
+        problem, fix = "is neither auto nor a section", "Write auto, or replicas: with the stages of each."
+        layers.errors.append(layers.refusal(("serving", "parallelism"), said, problem, fix))
+    serving["parallelism"] = None
 
 
 def _resolve(config: Config, path: Path, layers: Layers) -> Config:
@@ -287,7 +269,11 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "is set, and telemetry.prometheus_address is not"
         fix = "Set telemetry.prometheus_address to where Prometheus shall scrape, such as 127.0.0.1:9464."
         errors.append(layers.refusal(("telemetry", "vllm_metrics"), True, problem, fix))
-    return errors + _worker_contradictions(config, layers) + _parallelism_contradictions(config, layers)
+    return (
+        errors
+        + _worker_contradictions(config, layers)
+        + check_parallelism(config.serving.parallelism, config.cluster.worker_names, layers)
+    )
 
 
 def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
@@ -304,46 +290,4 @@ def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig
             fix = f"Set cluster.workers[{index}].threads to the cores that each such worker shall have."
             errors.append(layers.refusal((*where, "threads"), None, problem, fix))
         seen.add(worker.device)
-    return errors
-
-
-def _parallelism_contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
-    """Names of workers that are not there, or used twice, or not at all; shares that are not theirs."""
-    names = config.cluster.worker_names
-    errors: list[InvalidConfig] = []
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problem, fix = "is the name of more than one worker", "Give each worker a name of its own."
-        errors.append(layers.refusal(("cluster", "workers"), name, problem, fix))
-    parallelism = config.serving.parallelism
-    if parallelism == "auto":
-        return errors
-    used: list[str] = []
-    for number, replica in enumerate(parallelism.replicas):
-        for index, stage in enumerate(replica.stages):
-            where = ("serving", "parallelism", "replicas", number, "stages", index)
-            errors += _stage_contradictions(stage, names, used, layers, where)
-            used += stage.workers
-    for name in names:
-        if name not in used:
-            problem, fix = "is in no replica of serving.parallelism", "Put it into one, or take it out of the cluster."
-            errors.append(layers.refusal(("cluster", "workers"), name, problem, fix))
-    return errors
-
-
-def _stage_contradictions(
-    stage: StageConfig, names: Sequence[str], used: Sequence[str], layers: Layers, where: tuple[str | int, ...]
-) -> list[InvalidConfig]:
-    errors = []
-    for at, name in enumerate(stage.workers):
-        place = (*where, "workers", at)
-        if name not in names:
-            fix = f"Use one of {', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
-            errors.append(layers.refusal(place, name, "is not the name of a worker", fix))
-        elif name in used or name in stage.workers[:at]:
-            fix = "Put each worker into one stage of one replica."
-            errors.append(layers.refusal(place, name, "holds another part already", fix))
-    split = stage.tensor_split
-    if split is not None and len(split) != len(stage.workers):
-        problem = f"has {len(split)} shares for {len(stage.workers)} workers"
-        errors.append(layers.refusal((*where, "tensor_split"), list(split), problem, "Give each worker one share."))
     return errors

@@ -110,7 +110,7 @@ def measure_machine() -> Machine:
 def _layouts(config: Config, cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
     """The replicas as they are asked for. Workers and the cluster's devices are in the same order."""
     parallelism = config.serving.parallelism
-    if parallelism == "auto":
+    if parallelism is None:
         return one_each(cluster)
     places = {name: place for place, name in enumerate(config.cluster.worker_names)}
     return tuple(

@@ -20,13 +20,13 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "weights", "KV",
-    "KV used", "running", "waiting",
+    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "KV heads", "FFN", "weights",
+    "KV", "KV used", "running", "waiting",
 )  # fmt: skip
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
-_DISPENSABLE = ("epoch", "address", "pid", "layers", "KV", "weights", "node")
+_DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
 _UNLIMITED = 10_000
-_RIGHT = ("epoch", "rank", "pid", "weights", "KV", "KV used", "running", "waiting")
+_RIGHT = ("epoch", "rank", "pid", "KV heads", "FFN", "weights", "KV", "KV used", "running", "waiting")
 
 
 def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
@@ -118,6 +118,8 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "pid": str(rank.pid or ""),
                 "address": rank.address,
                 "layers": f"{rank.first_layer}-{rank.last_layer}" if rank.last_layer else "",
+                "KV heads": str(rank.num_kv_heads) if rank.HasField("num_kv_heads") else "",
+                "FFN": str(rank.num_ffn_columns) if rank.HasField("num_ffn_columns") else "",
                 "weights": _loaded(rank),
                 "KV": format_bytes(rank.kv_bytes) if rank.kv_bytes else "",
                 "KV used": figures.get("KV used", ""),

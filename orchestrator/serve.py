@@ -21,10 +21,10 @@ from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.gateway_process import GatewayProcess, gateway_process
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
 from orchestrator.load_progress import LoadProgress
+from orchestrator.plan_cli import plan_lines
 from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
 from orchestrator.stop_request import StopRequest
-from placement.memory import format_bytes
 from placement.quantization import Quantization
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
@@ -50,7 +50,8 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     devices = [shard.device for replica in checked.plan.replicas for shard in replica.shards]
     num_gpus = sum(device.kind == "cuda" for device in devices)
     num_cpus = num_gpus + sum(device.num_threads for device in devices if device.kind == "cpu")
-    _say_plan(checked, console)
+    for line in plan_lines(checked.plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)
     try:
@@ -212,24 +213,6 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, conso
                 phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
                 _say(console, event="replica", replica=replica.name, phase=phase, cause=replica.cause)
             phases[key] = replica.phase
-
-
-def _say_plan(checked: Checked, console: Console) -> None:
-    """Who will hold what, one line a rank."""
-    for replica in checked.plan.replicas:
-        for shard in replica.shards:
-            _say(
-                console,
-                event="plan",
-                replica=replica.name,
-                rank=shard.rank,
-                device=shard.device.name,
-                threads=shard.device.num_threads,
-                layers=f"{shard.part.layers.start}-{shard.part.layers.stop}",
-                weights=format_bytes(shard.weight_bytes),
-                kv=format_bytes(shard.kv_bytes),
-                kv_tokens=shard.num_blocks * checked.plan.block_size,
-            )
 
 
 def _say(console: Console, **pairs: object) -> None:

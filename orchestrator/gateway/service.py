@@ -17,6 +17,7 @@ from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -181,4 +182,10 @@ def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
         kv_bytes=rank.kv_bytes,
         loaded_bytes=rank.loaded_bytes,
         cause=rank.cause,
+        num_kv_heads=_length(rank.shard.kv_heads),
+        num_ffn_columns=_length(rank.shard.ffn_columns),
     )
+
+
+def _length(span: worker_pb2.Range) -> int:
+    return span.stop - span.start

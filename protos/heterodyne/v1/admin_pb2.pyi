@@ -80,6 +80,8 @@ class RankStatus(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
+    NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
+    NUM_FFN_COLUMNS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -94,6 +96,11 @@ class RankStatus(_message.Message):
     loaded_bytes: _builtins.int
     cause: _builtins.str
     """Why it failed; empty while it is well."""
+    num_kv_heads: _builtins.int
+    """What it holds of each of these layers: KV heads, with the query heads that share them, and columns of the
+    feed-forward. Absent where it is not known.
+    """
+    num_ffn_columns: _builtins.int
     def __init__(
         self,
         *,
@@ -108,12 +115,21 @@ class RankStatus(_message.Message):
         kv_bytes: _builtins.int = ...,
         loaded_bytes: _builtins.int = ...,
         cause: _builtins.str = ...,
+        num_kv_heads: _builtins.int | None = ...,
+        num_ffn_columns: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "pid", b"pid", "rank", b"rank", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_ffn_columns: _TypeAlias = _typing.Literal["num_ffn_columns"]  # noqa: Y015
+    _WhichOneofArgType__num_ffn_columns: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns"]  # noqa: Y015
+    _WhichOneofReturnType__num_kv_heads: _TypeAlias = _typing.Literal["num_kv_heads"]  # noqa: Y015
+    _WhichOneofArgType__num_kv_heads: _TypeAlias = _typing.Literal["_num_kv_heads", b"_num_kv_heads"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_ffn_columns) -> _WhichOneofReturnType__num_ffn_columns | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_kv_heads) -> _WhichOneofReturnType__num_kv_heads | None: ...
 
 Global___RankStatus: _TypeAlias = RankStatus  # noqa: Y015
 

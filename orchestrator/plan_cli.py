@@ -1,0 +1,59 @@
+"""Owns the command ``plan``: what ``serve`` would do, without doing it, in words and as a picture."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from orchestrator.config import load_config
+from orchestrator.plan_picture import plan_svg
+from orchestrator.preflight import preflight
+from orchestrator.render import key_values
+from placement.errors import InvalidConfig
+from placement.memory import format_bytes
+from placement.plan import Plan, Span
+
+
+def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> Iterator[str]:
+    """The lines of the plan for a cluster file; writes ``picture``, where one is asked for. Starts nothing.
+
+    Raises:
+        HeterodyneError: a mistake in the input.
+    """
+    plan = preflight(load_config(path, overrides=overrides)).plan
+    yield from plan_lines(plan)
+    if picture is None:
+        return
+    try:
+        picture.write_text(plan_svg(plan), encoding="utf-8")
+    except OSError as error:
+        raise InvalidConfig(
+            field="--svg",
+            value=str(picture),
+            problem=f"cannot be written: {(error.strerror or str(error)).lower()}",
+            fix="Name a file in a directory that you may write to.",
+        ) from None
+    yield f"drawn in {picture}"
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """Who will hold what, one line a rank."""
+    for replica in plan.replicas:
+        for shard in replica.shards:
+            part = shard.part
+            yield key_values(
+                event="plan",
+                replica=replica.name,
+                rank=shard.rank,
+                device=shard.device.name,
+                threads=shard.device.num_threads,
+                layers=_range(part.layers),
+                kv_heads=_range(part.kv_heads),
+                ffn_columns=_range(part.ffn_columns),
+                vocab_rows=_range(part.vocab_rows),
+                weights=format_bytes(shard.weight_bytes),
+                kv=format_bytes(shard.kv_bytes),
+                kv_tokens=shard.num_blocks * plan.block_size,
+            )
+
+
+def _range(span: Span) -> str:
+    return f"{span.start}-{span.stop}" if len(span) else "none"

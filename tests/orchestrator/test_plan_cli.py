@@ -1,0 +1,95 @@
+"""The command ``plan``: what would be done, in words and as a picture."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from orchestrator.plan_cli import plan_lines, show_plan
+from orchestrator.plan_picture import describe, plan_svg, shares
+from placement.errors import InvalidConfig
+from placement.layout import ReplicaLayout, StageLayout
+from placement.plan import Plan
+from placement.planner import plan_replicas
+from placement.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
+from tests.placement.test_splitting import LLAMA_8B
+
+DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
+CLUSTER = ClusterSpec(
+    nodes=tuple(NodeSpec(name=name, host=name, memory_bytes=2**40, devices=(DEVICE,)) for name in ("a", "b", "c", "d"))
+)
+SVG = "{http://www.w3.org/2000/svg}"
+FREE = ["gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null"]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """Two stages of unequal ranks, and a replica whose second rank holds nothing of the layers' attention."""
+    layouts = (
+        ReplicaLayout(
+            stages=(
+                StageLayout(devices=(0, 1), weights=(3, 1), num_layers=24),
+                StageLayout(devices=(2,), weights=(1,), num_layers=8),
+            )
+        ),
+        ReplicaLayout(stages=(StageLayout(devices=(3,), weights=(1,)),)),
+    )
+    return plan_replicas(
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
+        max_num_seqs=32, token_budget=256, layouts=layouts,
+    )  # fmt: skip
+
+
+def test_every_rank_has_a_line_with_what_it_holds(plan: Plan) -> None:
+    lines = list(plan_lines(plan))
+    assert len(lines) == 4
+    assert "replica=replica-0 rank=1" in lines[1]
+    assert "layers=0-24 kv_heads=6-8 ffn_columns=10752-14336 vocab_rows=96192-128256" in lines[1]
+    assert "layers=24-32 kv_heads=0-8 ffn_columns=0-14336 vocab_rows=none" in lines[2]
+    assert len({line.split("kv_tokens=")[1] for line in lines[:3]}) == 1
+
+
+def test_ranks_of_a_replica_have_as_many_blocks_and_take_no_more_memory_than_set(plan: Plan) -> None:
+    shards = plan.replicas[0].shards
+    assert len({shard.num_blocks for shard in shards}) == 1
+    assert max(shard.kv_bytes for shard in shards) <= 2**33 < max(shard.kv_bytes for shard in shards) * 1.01
+    per_block = [shard.kv_bytes // shard.num_blocks for shard in shards]
+    assert per_block == [24 * 6 * 8192, 24 * 2 * 8192, 8 * 8 * 8192]
+
+
+def test_the_picture_has_a_box_for_every_rank_as_wide_as_its_share(plan: Plan) -> None:
+    root = ElementTree.fromstring(plan_svg(plan))
+    boxes = [group.find(f"{SVG}rect") for group in root.iter(f"{SVG}g")]
+    widths = [float(box.get("width", "0")) for box in boxes if box is not None]
+    assert len(widths) == 4
+    first, second = shares(plan.replicas[0].stages[0])
+    assert widths[0] / widths[1] == pytest.approx(first / second, rel=0.01) and 2.5 < first / second < 3.5
+    assert widths[2] == pytest.approx(widths[0] + widths[1], rel=0.01)
+    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
+    assert "vocabulary" in titles[0] and "vocabulary" not in titles[2]
+
+
+def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
+    lines = describe(plan.replicas[0].shards[2], plan.model)
+    assert "KV heads all 8" in lines
+    layouts = (ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 0)),)),)
+    made = plan_replicas(
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
+        max_num_seqs=32, token_budget=256, layouts=layouts,
+    )  # fmt: skip
+    idle = made.replicas[0].shards[1]
+    assert {"KV heads none", "FFN columns none"} <= set(describe(idle, made.model))
+    assert idle.kv_bytes == 0
+
+
+def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    lines = list(show_plan(Path("deploy/split.yaml"), overrides=FREE[:1], picture=picture))
+    assert [line.split()[2] for line in lines[:2]] == ["rank=0", "rank=1"]
+    assert lines[2] == f"drawn in {picture}"
+    assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"--svg: cannot be written: no such file"):
+        list(show_plan(Path("deploy/local.yaml"), overrides=FREE, picture=tmp_path / "no" / "plan.svg"))
