@@ -16,6 +16,7 @@ class Placed:
     Attributes:
         num_blocks: KV blocks it sets aside.
         smallest_kv_bytes: the KV bytes that would do.
+        setting_bytes: KV bytes of the rank of its replica that has most: what ``serving.kv_cache`` comes to.
     """
 
     node: NodeSpec
@@ -24,6 +25,7 @@ class Placed:
     num_blocks: int
     need: Footprint
     smallest_kv_bytes: int
+    setting_bytes: int
 
 
 def check_memory(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> None:
@@ -56,22 +58,22 @@ def _check_fits(ranks: Sequence[Placed], memory_bytes: int, where: str) -> None:
     # What there is room for; all KV caches are scaled by the one setting.
     kv_room = memory_bytes - (total - kv_bytes)
     if kv_room > 0 and all(kv_room * rank.need.kv_bytes >= kv_bytes * rank.smallest_kv_bytes for rank in ranks):
-        largest = max(need.kv_bytes for need in needs)
+        enough = min(rank.setting_bytes * kv_room // kv_bytes for rank in ranks if rank.need.kv_bytes)
         raise NotEnoughMemory(
             field="serving.kv_cache",
-            value=format_bytes(largest),
+            value=format_bytes(max(rank.setting_bytes for rank in ranks)),
             problem=problem,
-            fix=f"Set serving.kv_cache to {size_setting(kv_room * largest // kv_bytes, round_up=False)} or less.",
+            fix=f"Set serving.kv_cache to {size_setting(enough, round_up=False)} or less.",
         )
     least = max(rank.need.total_bytes - rank.need.kv_bytes + rank.smallest_kv_bytes for rank in ranks)
     can_run = memory_bytes // least
     first = f"Run {can_run} of them there" if len(ranks) > 1 and can_run else "Free memory"
-    enough = size_setting(least, round_up=True)
+    room = size_setting(least, round_up=True)
     raise NotEnoughMemory(
         field="model.path",
         value=format_bytes(max(need.weight_bytes for need in needs)),
         problem=problem,
-        fix=f"{first}, use a smaller model, or give each worker {enough} or more.",
+        fix=f"{first}, use a smaller model, or give each worker {room} or more.",
     )
 
 

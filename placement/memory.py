@@ -90,7 +90,8 @@ def footprint(
         leads=leads,
     )
     if not on_cpu:
-        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs)
+        # Steps of several ranks are not recorded.
+        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs) if part == Part.whole(model) else 0
         workspace += 0 if linear is None else 2 * WIDENED_BYTES  # of a step, and in the graphs
     return Footprint(
         weight_bytes=loaded_bytes(slices, dtype, linear) + head_bytes,
@@ -139,15 +140,16 @@ def workspace_bytes(
 ) -> int:
     """An upper estimate of what one step allocates at once, but for attention's partial results.
 
-    Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each). Per sequence a row of
-    logits in ``dtype``, as for the rows of a prompt that are scored at once: those of the rank's part, and at the
-    leader of a cut vocabulary all of them, too. At the leader also what sampling makes of those rows that it looks at
-    together.
+    Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each), with a float32 sum of
+    three or more. Per sequence a row of logits in ``dtype``, as for the rows of a prompt that are scored at once: those
+    of the rank's part, but at the leader of a cut vocabulary all of them, once as they come and once side by side. At
+    the leader also what sampling makes of those rows that it looks at together.
     """
     rows = max(max_num_seqs, SCORED_ROWS)
     is_cut = len(part.vocab_rows) < model.vocab_size
-    width = len(part.vocab_rows) + (model.vocab_size if leads and is_cut else 0)
-    per_token = _token_bytes(model, part, dtype) + (num_ranks - 1) * model.hidden_size * dtype.itemsize
+    width = 2 * model.vocab_size if leads and is_cut else len(part.vocab_rows)
+    sums = (num_ranks - 1) * dtype.itemsize + (4 if num_ranks > 2 else 0)
+    per_token = _token_bytes(model, part, dtype) + model.hidden_size * sums
     sampling = sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu) if leads else 0
     return token_budget * per_token + rows * width * dtype.itemsize + sampling
 

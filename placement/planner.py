@@ -163,7 +163,15 @@ def _place(
             leads=leads,
         )
         smallest = smallest_blocks * sizes.block_bytes(part)
-        return Placed(node=node, device=spec, part=part, num_blocks=num_blocks, need=need, smallest_kv_bytes=smallest)
+        return Placed(
+            node=node,
+            device=spec,
+            part=part,
+            num_blocks=num_blocks,
+            need=need,
+            smallest_kv_bytes=smallest,
+            setting_bytes=num_blocks * sizes.largest_block_bytes(parts),
+        )
 
     return [
         [

@@ -23,6 +23,7 @@ class SchedulerLimits:
     Attributes:
         token_budget: most tokens in a step, decodes counted.
         max_num_seqs: most sequences that hold blocks. At most ``token_budget``, or decodes could stall.
+        num_batches: steps that are in flight at once, in the stages of a pipeline: decodes are dealt out among them.
 
     Raises:
         InvalidConfig: a bound is below 1, or the budget cannot hold a decode of every sequence.
@@ -30,6 +31,7 @@ class SchedulerLimits:
 
     token_budget: int
     max_num_seqs: int
+    num_batches: int = 1
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_num_seqs"):
@@ -100,8 +102,9 @@ class _Draft:
 class Scheduler:
     """Owns the sequences of a replica and their blocks.
 
-    The caller runs each plan, calls ``complete``, then counts every sampled token in ``num_output_tokens``
-    and calls ``remove`` for what ended. Several plans may be in flight at once (micro-batches of a pipeline).
+    The caller runs each plan, calls ``complete`` for its chunks, then counts every sampled token in
+    ``num_output_tokens`` and calls ``remove`` for what ended. Several plans may be in flight at once (micro-batches of
+    a pipeline).
 
     Where plans run strictly in the order in which they were made, ``complete`` may be called, and the token counted,
     before a plan has run: whatever is shared or given back by that is read and written by later plans only.
@@ -200,9 +203,9 @@ class Scheduler:
         self._num_steps += bool(draft.chunks)
         return StepPlan(step=self._num_steps, chunks=tuple(draft.chunks), preempted=tuple(draft.preempted))
 
-    def complete(self, plan: StepPlan) -> None:
-        """Records that a step was computed. Call it once for each plan, in any order."""
-        for chunk in plan.chunks:
+    def complete(self, chunks: Seq[Chunk]) -> None:
+        """Records that chunks of a step were computed. Call it once for each chunk, in any order."""
+        for chunk in chunks:
             sequence = self._sequences[chunk.sequence_id]
             assert sequence.in_flight and sequence.num_computed_tokens == chunk.start, (sequence, chunk)
             sequence.in_flight = False
@@ -248,8 +251,14 @@ class Scheduler:
             raise InvalidRequest(field="max_tokens", value=answer, problem=problem, fix=fix)
 
     def _schedule_decodes(self, draft: _Draft) -> None:
-        """One token of every running decode, by rank, so that nobody is preempted who is in the plan."""
-        for sequence in tuple(self._running):
+        """One token of every running decode, by rank, so that nobody is preempted who is in the plan; or, where
+        several steps are in flight at once, of as many decodes as each of them gets.
+        """
+        decodes = [sequence for sequence in self._running if sequence.is_decode]
+        most = -(-len(decodes) // self._limits.num_batches)
+        for sequence in decodes:
+            if len(draft.chunks) == most:
+                return
             if sequence.in_flight or not sequence.is_decode:
                 continue  # preempted a moment ago is no decode either
             if self._has_slot(sequence) or self._grow(sequence, draft):
@@ -260,7 +269,7 @@ class Scheduler:
         for sequence in self._running:
             if not draft.budget:
                 return
-            if not sequence.in_flight and sequence.num_uncomputed_tokens:
+            if not sequence.in_flight and not sequence.is_decode and sequence.num_uncomputed_tokens:
                 assert self._has_slot(sequence), sequence
                 draft.add(sequence, min(sequence.num_uncomputed_tokens, draft.budget))
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from placement.blocks import BlockPool
 from placement.errors import HeterodyneError, cause_of
-from placement.scheduling import Scheduler, StepPlan
+from placement.scheduling import Chunk, Scheduler, StepPlan
 from workers.batch import make_batch
 from workers.engine_types import (
     Abandon,
@@ -54,8 +54,6 @@ logger = logging.getLogger(__name__)
 
 # Where there is nothing to do the engine looks up this often, so that no wait is without an end.
 _IDLE_WAIT_S = 1.0
-# Steps that are dispatched and not collected: one executes, one waits for it to end.
-_MOST_DISPATCHED = 2
 # The most that taking commands may keep a step waiting that could be dispatched or collected.
 _TAKE_S = 0.001
 
@@ -75,7 +73,10 @@ class Engine:
         runner: computes a batch and samples; only this engine calls it.
         scheduler: decides what each step computes, with the blocks of ``pool``.
         limits: what a submission may ask for.
-        executor: of one thread, which executes the steps; ends with the engine.
+        executor: of one thread, which executes the steps, or of one for each step of a pipeline that is on its way, and
+            one for the next; ends with the engine.
+        num_stages: of the pipeline that the runner runs. With several, a sequence is in one step at a time, so that no
+            step waits for the token of another.
         clock: seconds, monotonic.
 
     Attributes:
@@ -94,6 +95,7 @@ class Engine:
         pool: BlockPool,
         limits: Limits,
         executor: ThreadPoolExecutor,
+        num_stages: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -103,6 +105,9 @@ class Engine:
         self._clock = clock
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._executor = executor
+        self._is_pipeline = num_stages > 1
+        # Steps that are dispatched and not collected: one at each stage, and one that waits.
+        self._most_dispatched = num_stages + 1
         self._dispatched: deque[_Dispatched] = deque()
         self._pace = Pace()
         self._works: dict[int, Work] = {}
@@ -202,8 +207,10 @@ class Engine:
         """How long the next command may be waited for: until a step can be dispatched or collected."""
         if self._dispatched and self._dispatched[0].result.done():
             return 0.0
-        if len(self._dispatched) == _MOST_DISPATCHED or self._starved or not self._works:
+        if len(self._dispatched) == self._most_dispatched or self._starved or not self._works:
             return _IDLE_WAIT_S
+        if self._is_pipeline:
+            return 0.0
         # A sequence that comes while a step executes joins the next, so that is put together as late as it can be.
         return self._pace.slack_s(self._clock())
 
@@ -241,7 +248,7 @@ class Engine:
 
     def _dispatch(self) -> None:
         """Put the next step together, where there is room for one, and hand it to the executing thread."""
-        if len(self._dispatched) == _MOST_DISPATCHED:
+        if len(self._dispatched) == self._most_dispatched:
             return
         plan = self._scheduler.schedule()
         self._starved = not plan.chunks
@@ -267,15 +274,25 @@ class Engine:
             raise
 
     def _count(self, plan: StepPlan, works: list[Work], now: float) -> None:
-        """What the step will have done; sequences that it ends by length hold their blocks no longer."""
-        self._scheduler.complete(plan)
-        for chunk, work in zip(plan.chunks, works, strict=True):
+        """What the step will have done; sequences that it ends by length hold their blocks no longer.
+
+        In a pipeline the chunks that sample are counted when they did.
+        """
+        early = [chunk for chunk in plan.chunks if not (self._is_pipeline and chunk.samples)]
+        self._scheduler.complete(early)
+        for work in works:
             if work.scheduled_s is None:
                 work.scheduled_s = now
-            if chunk.samples:
-                work.sequence.num_output_tokens += 1
-                if work.sequence.num_output_tokens == work.submission.max_tokens:
-                    self._scheduler.remove(chunk.sequence_id)
+        self._count_samples(early)
+
+    def _count_samples(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            work = self._works.get(chunk.sequence_id)
+            if work is None or not chunk.samples:
+                continue
+            work.sequence.num_output_tokens += 1
+            if work.sequence.num_output_tokens == work.submission.max_tokens:
+                self._scheduler.remove(chunk.sequence_id)
 
     def _collect(self) -> None:
         """Where a step has ended, take each sampled token into its sequence, and tell every sink once."""
@@ -287,6 +304,10 @@ class Engine:
         self._steps += 1
         self._starved = False
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=now)
+        if self._is_pipeline:
+            late = [chunk for chunk in plan.chunks if chunk.samples]
+            self._scheduler.complete(late)
+            self._count_samples(late)
         outputs: defaultdict[Sink, list[Output]] = defaultdict(list)
         for index, chunk in enumerate(plan.chunks):
             work = self._works.get(chunk.sequence_id)

@@ -1,152 +1,90 @@
-"""A leader's hold on the ranks that follow it, and the loop of one that does."""
+"""A leader's hold on the ranks that follow it: each is told of every step when it is prepared, and those of its own
+stage when a part of it begins.
+"""
 
-import logging
-import math
-import threading
+import struct
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
-from google.protobuf.message import DecodeError
-
-from placement.errors import cause_of
-from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.collectives.group import COLLECTIVE_S, TensorGroup
+from workers.collectives.group import COLLECTIVE_S
 from workers.step_types import Batch
-from workers.step_wire import step_batch, step_message
+from workers.step_wire import step_message
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import Kind
-from workers.transport.link import Link, receive, send
+from workers.transport.link import Link, send
 from workers.transport.pulse import Pulse
 
-logger = logging.getLogger(__name__)
+_HEAD = struct.Struct("<BQ")  # job, number of the step
 
-# Steps that a follower has laid out and not computed: as many as a leader dispatches ahead.
-_MOST_AHEAD = 3
+
+class Job(IntEnum):
+    """What the ranks of the first stage do together, next."""
+
+    WHOLE = 1  # a step, where there is one stage
+    FORWARD = 2  # a step's first layers
+    FINISH = 3  # the logits of what the last stage gave back
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A job that begins.
+
+    Attributes:
+        number: of the step.
+        token_ids: that the step has awaited.
+    """
+
+    job: Job
+    number: int
+    token_ids: tuple[int, ...] = ()
+
+    def pack(self) -> memoryview:
+        """As it travels."""
+        ids = struct.pack(f"<{len(self.token_ids)}I", *self.token_ids)
+        return memoryview(_HEAD.pack(self.job, self.number) + ids)
+
+    @classmethod
+    def unpack(cls, payload: memoryview) -> "Begin":
+        """What :meth:`pack` made. Raises BadFrame."""
+        num_ids, rest = divmod(payload.nbytes - _HEAD.size, 4)
+        if num_ids < 0 or rest:
+            raise BadFrame(f"a BEGIN frame has {payload.nbytes} bytes")
+        job, number = _HEAD.unpack_from(payload)
+        if job not in Job._value2member_map_:
+            raise BadFrame(f"a BEGIN frame names job {job}")
+        return cls(job=Job(job), number=number, token_ids=struct.unpack_from(f"<{num_ids}I", payload, _HEAD.size))
 
 
 class Followers:
-    """The ranks that follow this one: told of every step twice, when it is prepared and when it begins."""
+    """The ranks that follow this one."""
 
-    def __init__(self, *, links: Mapping[int, Link], pulse: Pulse, group: TensorGroup) -> None:
-        """Of a STEPS link to each of them."""
-        self._links = dict(links)
+    def __init__(self, *, steps: Mapping[int, Link], begins: Mapping[int, Link], pulse: Pulse) -> None:
+        """Of the links to all of them, and to those of the leader's stage, by rank."""
+        self._steps = dict(steps)
+        self._begins = dict(begins)
         self._pulse = pulse
-        self._group = group
-        self._number = 0
+        self._num_announced = 0
 
-    def announce(self, batch: Batch) -> None:
-        """Tells them what the next step computes. Raises PeerFailed."""
-        message = memoryview(step_message(batch, self._number).SerializeToString())
-        self._number += 1
+    def announce(self, batch: Batch) -> int:
+        """Tells all what the next step computes; its number. On the thread that prepares steps. Raises PeerFailed."""
+        number, self._num_announced = self._num_announced, self._num_announced + 1
+        self._tell(self._steps, Kind.STEP, memoryview(step_message(batch, number).SerializeToString()))
+        return number
+
+    def begin(self, number: int, token_ids: Sequence[int]) -> None:
+        """Begins the whole of a step, with the tokens that it has awaited. Raises PeerFailed."""
+        self.start(Begin(Job.WHOLE, number, tuple(token_ids)))
+
+    def start(self, begin: Begin) -> None:
+        """Begins a job in the leader's stage. On the thread that computes. Raises PeerFailed."""
+        self._tell(self._begins, Kind.BEGIN, begin.pack())
+
+    def _tell(self, links: Mapping[int, Link], kind: Kind, message: memoryview) -> None:
         deadline_s = time.monotonic() + COLLECTIVE_S
-        for link in self._links.values():
+        for link in links.values():
             try:
-                send(link, Kind.STEP, message, deadline_s=deadline_s, alive=self._pulse.check)
+                send(link, kind, message, deadline_s=deadline_s, alive=self._pulse.check)
             except PeerFailed as error:
                 raise self._pulse.reason(error) from error
-
-    def begin(self, token_ids: Sequence[int]) -> None:
-        """Tells them the tokens that the step which now begins has awaited. Raises PeerFailed."""
-        self._group.give(token_ids)
-
-
-class FollowingRunner(Protocol):
-    """Computes a rank's part of steps."""
-
-    def follow(self, batch: Batch) -> Callable[[Sequence[int]], None]:
-        """Lays a batch out; calling the result with the tokens that it awaits computes it."""
-
-
-class Follower:
-    """A rank that does what its leader says: one thread takes and lays out steps, another computes them.
-
-    Attributes:
-        failure: why it has ended, where nobody stopped it: whatever it is, the replica has failed.
-        ended: done when it has.
-    """
-
-    def __init__(
-        self,
-        *,
-        runner: FollowingRunner,
-        group: TensorGroup,
-        leader: Link,
-        pulse: Pulse,
-        executor: ThreadPoolExecutor,
-        vocab_size: int,
-        slot_limit: int,
-    ) -> None:
-        """``leader`` is the STEPS link to it; ``executor`` has the one thread that computes, and ends with this."""
-        self._runner = runner
-        self._group = group
-        self._leader = leader
-        self._pulse = pulse
-        self._executor = executor
-        self._vocab_size = vocab_size
-        self._slot_limit = slot_limit
-        self._stopping = threading.Event()
-        self._step_failure: BaseException | None = None
-        self.failure: BaseException | None = None
-        self.ended: Future[None] = Future()
-        self.num_steps = 0
-        self.thread = threading.Thread(target=self.run, name="follower", daemon=True)
-
-    def stop(self) -> None:
-        """Leave the loop; a step that executes is computed to its end, or to that of its leader."""
-        self._stopping.set()
-
-    def run(self) -> None:
-        """The loop. Ends after ``stop``, or with ``failure`` set."""
-        computing: deque[Future[None]] = deque()
-        try:
-            while True:
-                batch = self._take()
-                compute = self._runner.follow(batch)
-                num_awaited = sum(sequence.awaits_token for sequence in batch.sequences)
-                computing.append(self._executor.submit(self._compute, compute, num_awaited))
-                if len(computing) > _MOST_AHEAD:
-                    computing.popleft().result()
-        except _Stopped:
-            pass
-        except BaseException as error:  # the border of the thread: whatever it was, the replica has failed
-            self.failure = error
-            logger.error('follower_failed cause="%s"', cause_of(error))
-            self._pulse.fail(cause_of(error))
-        finally:
-            self.ended.set_result(None)
-            self._executor.shutdown(wait=False, cancel_futures=True)
-
-    def _take(self) -> Batch:
-        """The next step of the leader, however long that takes."""
-        try:
-            payload = receive(self._leader, Kind.STEP, deadline_s=math.inf, alive=self._alive)
-            message = pb.Step.FromString(bytes(payload))
-        except PeerFailed as error:
-            raise self._pulse.reason(error) from error
-        except DecodeError as error:
-            raise BadFrame("a STEP frame holds no step") from error
-        number, self.num_steps = self.num_steps, self.num_steps + 1
-        return step_batch(message, number=number, vocab_size=self._vocab_size, slot_limit=self._slot_limit)
-
-    def _alive(self) -> None:
-        """What ends the wait for the next step: a stop, the failure of a step before, the loss of a rank."""
-        if self._stopping.is_set():
-            raise _Stopped
-        if self._step_failure is not None:
-            raise self._step_failure
-        self._pulse.check()
-
-    def _compute(self, compute: Callable[[Sequence[int]], None], num_awaited: int) -> None:
-        """On the executing thread."""
-        try:
-            compute(self._group.take(num_awaited))
-        except BaseException as error:
-            self._step_failure = error
-            raise
-
-
-class _Stopped(Exception):
-    """This rank was told to stop."""

@@ -1,86 +1,103 @@
-"""A rank's place in its replica: who the others are, and the connections with them."""
+"""A rank's connections with the others of its replica, and what it does with them: lead, or follow."""
 
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+
+import torch
 
 from placement.collectives import unmeasured
-from placement.errors import InvalidRequest
-from placement.plan import Part
-from placement.specs import ModelSpec
-from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers import wire
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
-from workers.followers import Follower, Followers, FollowingRunner
-from workers.transport.mesh import TOKEN_BYTES, Channel, Members, Mesh, join
+from workers.engine_types import Runner
+from workers.follower import Duty, Follower
+from workers.followers import Followers
+from workers.pipeline import PipelineRunner
+from workers.roster import Roster
+from workers.runner import ModelRunner
+from workers.stages import FirstStage, Hands, LaterStage
+from workers.transport.link import Link
+from workers.transport.mesh import Channel, Members, Mesh, join
 from workers.transport.pulse import Pulse
 
 JOIN_S = 30.0
 """Longest until all ranks have connected: they are told to at the same time."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Roster:
-    """The ranks of a replica, in their order.
+class Membership:
+    """The connections of a rank with all others, from joining to its end.
 
     Attributes:
-        rank: of this one.
-        parts: what each holds.
-        addresses: where each listens for the others.
+        group: the ranks of its stage.
+        pulse: watches all ranks.
+        steps: links by which the leader announces steps, by rank.
     """
-
-    rank: int
-    parts: tuple[Part, ...]
-    addresses: tuple[tuple[str, int], ...]
-    token: bytes
-
-    @property
-    def part(self) -> Part:
-        """What this rank holds."""
-        return self.parts[self.rank]
-
-
-class Membership:
-    """The connections of a rank with all others, from joining to its end."""
 
     def __init__(self, *, mesh: Mesh, roster: Roster) -> None:
         """Takes the connections over, and begins to beat."""
         self._mesh = mesh
+        self._roster = roster
         self.pulse = Pulse(mesh.of(Channel.PULSE))
         self.steps = mesh.of(Channel.STEPS)
-        self.group = TensorGroup(
-            rank=roster.rank,
-            links=mesh.of(Channel.COMPUTE),
-            pulse=self.pulse,
-            widths=[len(part.vocab_rows) for part in roster.parts],
-            table=unmeasured(len(roster.parts)),
-        )
+        self._compute = mesh.of(Channel.COMPUTE)
+        self._everyone = self._group(tuple(range(len(roster.parts))))
+        self.group = self._group(roster.stages[roster.stage])
         self.pulse.start()
 
     @classmethod
-    def join(cls, listener: socket.socket, roster: Roster, *, epoch: int) -> "Membership":
-        """Connect with all other ranks. Raises PeerFailed where one does not come."""
+    def join(
+        cls, listener: socket.socket, roster: Roster, *, epoch: int, go_on: Callable[[], None] = lambda: None
+    ) -> "Membership":
+        """Connect with all other ranks. Raises PeerFailed where one does not come, and what ``go_on`` raises."""
         members = Members(rank=roster.rank, addresses=roster.addresses, epoch=epoch, token=roster.token)
-        return cls(mesh=join(listener, members, deadline_s=time.monotonic() + JOIN_S), roster=roster)
+        return cls(mesh=join(listener, members, deadline_s=time.monotonic() + JOIN_S, go_on=go_on), roster=roster)
 
-    def get_ready(self) -> None:
-        """Once all ranks are loaded, measures how they sum best. On the thread that computes. Raises PeerFailed."""
-        self.group.meet()
-        self.group.table = measure(self.group)
+    def _group(self, ranks: tuple[int, ...]) -> TensorGroup:
+        me = self._roster.rank
+        return TensorGroup(
+            rank=ranks.index(me),
+            links={at: self._compute[rank] for at, rank in enumerate(ranks) if rank != me},
+            pulse=self.pulse,
+            widths=[len(self._roster.parts[rank].vocab_rows) for rank in ranks],
+            table=unmeasured(len(ranks)),
+        )
+
+    def get_ready(self, go_on: Callable[[], None] = lambda: None) -> None:
+        """Once all ranks are loaded, measures how they sum best. On the thread that computes.
+
+        Raises PeerFailed, and what ``go_on`` raises while it waits for others.
+        """
+        self._everyone.meet(go_on)
+        if self.group.num_ranks > 1:
+            self.group.table = measure(self.group)
 
     def followers(self) -> Followers:
         """The leader's hold on all others."""
-        return Followers(links=self.steps, pulse=self.pulse, group=self.group)
+        beside = self._roster.stages[0]
+        begins = {rank: link for rank, link in self._compute.items() if rank in beside}
+        return Followers(steps=self.steps, begins=begins, pulse=self.pulse)
+
+    def leading(self, runner: ModelRunner, followers: Followers, device: torch.device) -> Runner:
+        """What the leader's engine has its steps run by, given its own part of them."""
+        if len(self._roster.stages) == 1:
+            return runner
+        hands = self._hands(runner)
+        return PipelineRunner(runner=runner, followers=followers, group=self.group, hands=hands, device=device)
 
     def follower(
-        self, runner: FollowingRunner, executor: ThreadPoolExecutor, *, vocab_size: int, slot_limit: int
+        self,
+        runner: ModelRunner,
+        executor: ThreadPoolExecutor,
+        *,
+        vocab_size: int,
+        slot_limit: int,
+        device: torch.device,
     ) -> Follower:
         """This rank as one that follows the leader."""
         return Follower(
             runner=runner,
-            group=self.group,
+            duty=self._duty(runner, device),
             leader=self.steps[0],
             pulse=self.pulse,
             executor=executor,
@@ -88,54 +105,20 @@ class Membership:
             slot_limit=slot_limit,
         )
 
+    def _duty(self, runner: ModelRunner, device: torch.device) -> Duty:
+        hands, stages = self._hands(runner), self._roster.stages
+        if self._roster.stage:
+            is_last = self._roster.stage == len(stages) - 1
+            return LaterStage(runner=runner, hands=hands, is_last=is_last, device=device)
+        return FirstStage(runner=runner, leader=self._compute[0], group=self.group, hands=hands, device=device)
+
+    def _hands(self, runner: ModelRunner) -> Hands:
+        links = self._mesh.of(Channel.STAGES)
+        before: Link | None = None if self._roster.before is None else links[self._roster.before]
+        after = [links[rank] for rank in self._roster.after]
+        return Hands(before=before, after=after, pulse=self.pulse, hidden_size=runner.hidden_size, dtype=runner.dtype)
+
     def leave(self, cause: str) -> None:
         """Tell the others why, and end all connections."""
         self.pulse.fail(cause)
         self._mesh.close()
-
-
-def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
-    """The ranks of the replica; of one that has one rank alone, this one, without an address.
-
-    Raises:
-        InvalidRequest: the shards are not a replica of ``model``, or this version cannot compute them.
-    """
-    if not request.members:
-        roster = Roster(rank=0, parts=(_part(request.shard, model, "shard"),), addresses=(("", 0),), token=b"")
-    else:
-        shards = [member.shard for member in request.members]
-        rank = request.shard.rank
-        if len(request.token) != TOKEN_BYTES:
-            raise _refusal("token", f"{len(request.token)} bytes", f"is not one of {TOKEN_BYTES} bytes")
-        if not 0 <= rank < len(shards) or shards[rank] != request.shard:
-            raise _refusal("shard.rank", rank, "is not the place of this shard among the members")
-        parts = tuple(_part(shard, model, f"members[{i}].shard") for i, shard in enumerate(shards))
-        addresses = tuple((member.host, member.port) for member in request.members)
-        roster = Roster(rank=rank, parts=parts, addresses=addresses, token=request.token)
-    _check_whole(roster.parts, model)
-    return roster
-
-
-def _part(shard: pb.Shard, model: ModelSpec, field: str) -> Part:
-    return Part(
-        layers=wire.span(shard.layers, field=f"{field}.layers", limit=model.num_layers),
-        kv_heads=wire.span(shard.kv_heads, field=f"{field}.kv_heads", limit=model.num_kv_heads),
-        ffn_columns=wire.span(shard.ffn_columns, field=f"{field}.ffn_columns", limit=model.ffn_size),
-        vocab_rows=wire.span(shard.vocab_rows, field=f"{field}.vocab_rows", limit=model.vocab_size),
-    )
-
-
-def _check_whole(parts: tuple[Part, ...], model: ModelSpec) -> None:
-    """The parts are all of the model, each once, cut within layers. Raises InvalidRequest."""
-    whole = Part.whole(model)
-    if any(part.layers != whole.layers for part in parts):
-        raise _refusal("shard.layers", [str(part.layers) for part in parts], "are stages, which are not built yet")
-    for name in ("kv_heads", "ffn_columns", "vocab_rows"):
-        spans = [getattr(part, name) for part in parts]
-        ends = [0, *(span.stop for span in spans)]
-        if [span.start for span in spans] != ends[:-1] or ends[-1] != getattr(whole, name).stop:
-            raise _refusal(f"shard.{name}", [str(span) for span in spans], "are not all of the model, each once")
-
-
-def _refusal(field: str, value: object, problem: str) -> InvalidRequest:
-    return InvalidRequest(field=field, value=value, problem=problem, fix="Send the plan's own shards, in rank order.")

@@ -6,7 +6,7 @@ is not known yet when it is prepared; it is put in its place when the step begin
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,7 +30,7 @@ from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
+class Prepared:
     """A step laid out for the device.
 
     Attributes:
@@ -38,7 +38,8 @@ class _Prepared:
         awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``. None at followers.
         rows: rows of ``inputs`` after which a token is sampled.
         samplers: how, one for each of ``rows``. None at followers.
-        scored: first row and prompt of what is scored, with the place of its sequence.
+        scored: place of its sequence and prompt of what is scored.
+        needed: rows of ``inputs`` whose hidden states give logits: ``rows``, then those of each of ``scored``.
     """
 
     batch: Batch
@@ -47,7 +48,8 @@ class _Prepared:
     awaiting_rows: Tensor
     rows: Tensor
     samplers: tuple[SamplerState, ...]
-    scored: tuple[tuple[int, int, ScoredPrompt], ...]
+    scored: tuple[tuple[int, ScoredPrompt], ...]
+    needed: Tensor
 
 
 class ModelRunner:
@@ -82,33 +84,29 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
+    @property
+    def hidden_size(self) -> int:
+        """E."""
+        return self._model.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self._model.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self._weights.dtype
+
     @torch.inference_mode()
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """Lays the sequences' chunks side by side; calling the result executes the step.
 
         May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
-        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
-        self._team.announce(batch)
-        return partial(self._execute, self._lay_out(batch))
-
-    @torch.inference_mode()
-    def follow(self, batch: Batch) -> Callable[[Sequence[int]], None]:
-        """Lays out what a leader has announced; calling the result, with the tokens awaited, computes its part of it.
-
-        Threads and order as for :meth:`prepare`.
-        """
-        use_device(self._device)
-        return partial(self._follow, self._lay_out(batch))
-
-    @torch.inference_mode()
-    def _follow(self, prepared: _Prepared, token_ids: Sequence[int]) -> None:
-        self._put_awaited(prepared, token_ids)
-        self._compute(prepared)
-
-    def _put_awaited(self, prepared: _Prepared, token_ids: Sequence[int]) -> None:
-        if token_ids:
-            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(token_ids)
+        number = self._team.announce(batch)
+        return partial(self._execute, number, self.lay_out(batch))
 
     @torch.inference_mode()
     def capture_decodes(self, capture: Capture, *, max_decodes: int, max_tokens: int) -> None:
@@ -122,43 +120,70 @@ class ModelRunner:
             max_tokens: tokens that its sequences may have together.
         """
         decode = SequenceInput(token_ids=[0], start=0, runs=((0, 1),))
-        like = self._lay_out(Batch(sequences=(decode,))).inputs
+        like = self.lay_out(Batch(sequences=(decode,))).inputs
         inputs = StepMemory(like=like, max_decodes=graph_sizes(max_decodes)[-1], max_tokens=max_tokens)
         self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
 
-    def _lay_out(self, batch: Batch) -> _Prepared:
+    @torch.inference_mode()
+    def lay_out(self, batch: Batch) -> Prepared:
+        """Lays the sequences' chunks side by side. May run while another step executes."""
+        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         spans = _spans(batch)
         last = [span.query_start + span.num_queries - 1 for span in spans]
         placed = list(zip(batch.sequences, spans, last, strict=True))
-        return _Prepared(
+        rows = [row for s, _, row in placed if s.samples]
+        needed = list(rows)
+        for s, span, _ in placed:
+            if s.scored is not None:
+                first = span.query_start + s.scored.first_index - 1 - s.start
+                needed += range(first, first + len(s.scored.token_ids))
+        return Prepared(
             batch=batch,
             inputs=self._flatten(batch, spans),
             awaiting=tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None),
             awaiting_rows=self._send([row for s, _, row in placed if s.awaits_token]),
-            rows=self._send([row for s, _, row in placed if s.samples]),
+            rows=self._send(rows),
             samplers=tuple(s.sampler for s in batch.sequences if s.samples and s.sampler is not None),
-            scored=tuple(
-                (index, span.query_start + s.scored.first_index - 1 - s.start, s.scored)
-                for index, (s, span, _) in enumerate(placed)
-                if s.scored is not None
-            ),
+            scored=tuple((index, s.scored) for index, s in enumerate(batch.sequences) if s.scored is not None),
+            needed=self._send(needed),
         )
 
     @torch.inference_mode()
-    def _execute(self, prepared: _Prepared) -> StepResult:
+    def _execute(self, number: int, prepared: Prepared) -> StepResult:
         """Computes the step, writes its KV and samples."""
         started_s = time.monotonic()
-        samplers = prepared.samplers
-        awaited = _newest(prepared.awaiting)
-        self._team.begin(awaited)
-        self._put_awaited(prepared, awaited)
+        awaited = newest(prepared.awaiting)
+        self._team.begin(number, awaited)
+        self.put_awaited(prepared, awaited)
         # Which tokens the grammars allow is found out beside the forward pass.
-        grammars = [s.grammar for s in samplers if isinstance(s.grammar, GrammarState)]
-        masks = self._beside.submit(prefetch, grammars, self._model.vocab_size) if grammars else None
-        logits, scores = self._compute(prepared)
+        masks = self.find_masks(prepared)
+        logits, scores = self.compute(prepared)
+        return self.answer(prepared, logits, scores, masks, started_s)
+
+    def find_masks(self, prepared: Prepared) -> Future[None] | None:
+        """Begins to find out which tokens the grammars allow."""
+        grammars = [s.grammar for s in prepared.samplers if isinstance(s.grammar, GrammarState)]
+        return self._beside.submit(prefetch, grammars, self._model.vocab_size) if grammars else None
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prepared: Prepared,
+        logits: Tensor | None,
+        scores: dict[int, PromptScores],
+        masks: Future[None] | None,
+        started_s: float,
+    ) -> StepResult:
+        """Samples.
+
+        Args:
+            logits: [R, V] of ``prepared.rows``, None where there are none.
+            masks: from :meth:`find_masks`.
+            started_s: when the step began.
+        """
         if masks is not None:
             masks.result()
-        sampled = iter(() if logits is None else sample(logits, samplers))
+        sampled = iter(() if logits is None else sample(logits, prepared.samplers))
         sequences = prepared.batch.sequences
         return StepResult(
             tokens=tuple(next(sampled) if sequence.samples else None for sequence in sequences),
@@ -169,32 +194,52 @@ class ModelRunner:
             duration_s=time.monotonic() - started_s,
         )
 
-    def _compute(self, prepared: _Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
-        """Logits [R, V] of the R rows that a token is sampled after, None where there are none or this rank follows,
-        and scores.
-        """
+    @torch.inference_mode()
+    def put_awaited(self, prepared: Prepared, token_ids: Sequence[int]) -> None:
+        """Puts the tokens that a step awaited in their places."""
+        if token_ids:
+            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(token_ids)
+
+    @torch.inference_mode()
+    def compute(self, prepared: Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
+        """All of a step but the sampling: what :meth:`finish` gives."""
         inputs, num_sampled = prepared.inputs, len(prepared.rows)
         if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.takes(inputs):
             logits = self._graphs(inputs)
             return (logits if num_sampled == len(logits) else logits[prepared.rows]), {}
-        hidden = self._hidden(inputs)
-        scores = {
-            index: score(hidden[row : row + len(prompt.token_ids)], self._project, prompt)
-            for index, row, prompt in prepared.scored
-        }
-        return (self._project(hidden[prepared.rows]) if num_sampled else None), scores
+        return self.finish(prepared, self.forward(prepared)[prepared.needed])
+
+    @torch.inference_mode()
+    def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
+        """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
+        return self._hidden(prepared.inputs, x)
+
+    @torch.inference_mode()
+    def finish(self, prepared: Prepared, hidden: Tensor) -> tuple[Tensor | None, dict[int, PromptScores]]:
+        """Logits [R, V] of the R rows that a token is sampled after, None where there are none or this rank follows;
+        and scores, by the place of the sequence.
+
+        Args:
+            hidden: the last layer's output for ``prepared.needed`` [N, E].
+        """
+        at = num_sampled = len(prepared.rows)
+        scores: dict[int, PromptScores] = {}
+        for index, prompt in prepared.scored:
+            scores[index] = score(hidden[at : at + len(prompt.token_ids)], self._project, prompt)
+            at += len(prompt.token_ids)
+        return (self._project(hidden[:num_sampled]) if num_sampled else None), scores
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Computes a batch and writes its KV. Logits [T, V] after every token: for tests and measurements."""
-        return self._all_logits(self._lay_out(batch).inputs)
+        return self._all_logits(self.lay_out(batch).inputs)
 
     def _all_logits(self, inputs: StepInputs) -> Tensor:
         """Logits [T, V] after every token; at followers [0, V]."""
         logits = self._project(self._hidden(inputs))
         return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
-    def _hidden(self, inputs: StepInputs) -> Tensor:
+    def _hidden(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor:
         """The last layer's output [T, E]. What turns the tokens is computed here, by the executing thread's team."""
         tokens = decoder.TokenBatch(
             token_ids=inputs.token_ids,
@@ -202,8 +247,9 @@ class ModelRunner:
             rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
             attention=inputs.attention,
         )
-        assert self._weights.ends is not None
-        x = decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
+        if x is None:
+            assert self._weights.ends is not None, "only the first stage has the embedding"
+            x = decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
         return decoder.hidden_states(
             self._model, self._weights, self._cache.layers, self._kernels, self._group, tokens, x
         )
@@ -233,7 +279,7 @@ class ModelRunner:
                 slots.extend(range(*run))
             assert len(slots) == len(positions) == len(token_ids), sequence
         ids, at, where = self._send([token_ids, positions, slots])
-        windows = self._model.distinct_windows
+        windows = tuple(self._weights.frequencies)  # of this rank's layers
         return StepInputs(
             token_ids=ids,
             positions=at,
@@ -252,7 +298,7 @@ def _spans(batch: Batch) -> list[SequenceSpan]:
     return spans
 
 
-def _newest(samplers: Sequence[SamplerState]) -> list[int]:
+def newest(samplers: Sequence[SamplerState]) -> list[int]:
     """The token that each was last given. A sequence whose sampling failed has none: what is computed of it is lost."""
     return [0 if sampler.last_token_id is None else sampler.last_token_id for sampler in samplers]
 

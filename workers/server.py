@@ -39,6 +39,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._epoch = epoch
         self._listener = listener
         self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
+        self._job: LoadJob | None = None
         self._loaded: Loaded | None = None
         self._grammars: GrammarCompiler | None = None
         self._streams: set[LeaderStream] = set()
@@ -47,7 +48,11 @@ class WorkerService(pb_grpc.WorkerServicer):
     @property
     def failure(self) -> BaseException | None:
         """What ended the engine, or the rank that follows one, if a step raised or a rank was lost."""
-        return self._loaded.loop.failure if self._loaded else None
+        if self._loaded is None:
+            return None
+        membership = self._loaded.membership
+        # A rank may be lost while there is nothing to compute, and nobody waits for it.
+        return self._loaded.loop.failure or (None if membership is None else membership.pulse.lost)
 
     async def Load(
         self, request: pb.LoadRequest, context: grpc.aio.ServicerContext[pb.LoadRequest, pb.LoadResponse]
@@ -58,12 +63,16 @@ class WorkerService(pb_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
         self._phase = pb.LOAD_PHASE_WEIGHTS
         started = time.monotonic()
-        job = LoadJob(request=request, device=self._device, listener=self._listener)
+        job = self._job = LoadJob(request=request, device=self._device, listener=self._listener)
         task = asyncio.create_task(asyncio.to_thread(job.run))
-        while not task.done():
-            await asyncio.wait([task], timeout=_PROGRESS_S)
-            self._phase = job.phase
-            yield self._progress(job, started)
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=_PROGRESS_S)
+                self._phase = job.phase
+                yield self._progress(job, started)
+        finally:
+            if not task.done():  # whoever asked for the load has gone
+                job.stop()
         try:
             self._loaded = task.result()
         except HeterodyneError as error:
@@ -151,12 +160,15 @@ class WorkerService(pb_grpc.WorkerServicer):
         A step that still executes after ``timeout_s`` does not matter: the streams end then.
         """
         if self._loaded is None:
+            if self._job is not None:
+                self._job.stop()
             return
         loop = self._loaded.loop
         loop.stop()
         await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=timeout_s)
         if self._loaded.membership is not None:
-            self._loaded.membership.leave("stopped" if loop.failure is None else cause_of(loop.failure))
+            cause = "stopped" if loop.failure is None else cause_of(loop.failure)
+            await asyncio.to_thread(self._loaded.membership.leave, cause)
         for stream in self._streams:
             stream.end_with_engine()
 

@@ -69,18 +69,19 @@ class StepResult:
 class Team(Protocol):
     """The ranks that follow this one, which leads."""
 
-    def announce(self, batch: Batch) -> None:
-        """Tells them what the next step computes. On the thread that prepares steps."""
+    def announce(self, batch: Batch) -> int:
+        """Tells them what the next step computes; the step's number. On the thread that prepares steps."""
 
-    def begin(self, token_ids: Sequence[int]) -> None:
-        """Tells them the tokens that the step which now begins has awaited. On the thread that executes steps."""
+    def begin(self, number: int, token_ids: Sequence[int]) -> None:
+        """Begins a step, with the tokens that it has awaited. On the thread that executes steps."""
 
 
 class NoTeam:
     """Nobody follows."""
 
-    def announce(self, batch: Batch) -> None:
+    def announce(self, batch: Batch) -> int:
         """There is nobody to tell."""
+        return 0
 
-    def begin(self, token_ids: Sequence[int]) -> None:
+    def begin(self, number: int, token_ids: Sequence[int]) -> None:
         """There is nobody to tell."""

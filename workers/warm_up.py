@@ -12,19 +12,23 @@ from placement.specs import ModelSpec
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.cores import claim_cores
 from workers.device import Device, use_device
+from workers.engine_types import Runner
 from workers.graphs import Capture, CudaCapture
 from workers.runner import ModelRunner
 from workers.sampling import SamplerState, SamplingParams
 from workers.step_types import Batch, SequenceInput
 
 
-def executing_thread(device: Device) -> ThreadPoolExecutor:
-    """The thread that executes steps. On a CPU it, and those it shares work with, keep to cores of their own."""
+def executing_thread(device: Device, count: int = 1) -> ThreadPoolExecutor:
+    """The thread that executes steps, or ``count`` that take turns.
+
+    On a CPU it, and those it shares work with, keep to cores of their own.
+    """
     if device.torch_device.type != "cpu":
         begin = partial(use_device, device.torch_device)
-        return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=begin)
+        return ThreadPoolExecutor(count, thread_name_prefix="runner", initializer=begin)
     claim = claim_cores(device.num_threads)
-    return ThreadPoolExecutor(1, thread_name_prefix="runner", initializer=claim.pin)
+    return ThreadPoolExecutor(count, thread_name_prefix="runner", initializer=claim.pin)
 
 
 def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
@@ -34,11 +38,8 @@ def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
     return CudaCapture(device)
 
 
-def warm_up(runner: ModelRunner, *, model: ModelSpec, request: pb.LoadRequest, capture: Capture | None) -> None:
-    """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start.
-
-    Then record steps of decodes, where there is a ``capture``.
-    """
+def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> None:
+    """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
     num_slots = request.num_blocks * request.block_size
     num_tokens = min(request.token_budget, num_slots - 1, model.max_context_tokens - 1)
     for start, count in ((0, num_tokens), (num_tokens, 1)) if num_tokens > 0 else ():
@@ -50,6 +51,9 @@ def warm_up(runner: ModelRunner, *, model: ModelSpec, request: pb.LoadRequest, c
             samples=True,
         )
         runner.prepare(Batch(sequences=(sequence,)))()
-    if capture is not None:
-        max_tokens = graphed_tokens(request.max_num_seqs, request.max_context_tokens)
-        runner.capture_decodes(capture, max_decodes=request.max_num_seqs, max_tokens=max_tokens)
+
+
+def capture_decodes(runner: ModelRunner, request: pb.LoadRequest, capture: Capture) -> None:
+    """Record steps of decodes. On the thread that executes them."""
+    max_tokens = graphed_tokens(request.max_num_seqs, request.max_context_tokens)
+    runner.capture_decodes(capture, max_decodes=request.max_num_seqs, max_tokens=max_tokens)

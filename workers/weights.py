@@ -136,7 +136,7 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
             codes,
             zeros,
             scales,
-            groups - groups.min(),
+            groups - slice_.spans[1].start // (linear.group_size(slice_.shape[1]) or slice_.shape[1]),
             bits=linear.bits,
             zero_shift=linear.gptq.zero_shift,
             offsets=linear.offsets,

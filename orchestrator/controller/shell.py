@@ -191,6 +191,9 @@ class ControllerShell:
         if cause == _STOPPED:
             await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
             return
+        if cause.startswith(PEER_LOST) and self._state.phase is machine.Phase.DRAINING:
+            await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+            return
         if cause.startswith(PEER_LOST):
             await asyncio.sleep(_EXIT_SEEN_S)  # the other rank's own end may be seen after this
         await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))

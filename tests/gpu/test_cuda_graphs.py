@@ -15,7 +15,8 @@ from tests.support.steps import run
 from tests.support.triton_cases import DEVICE, HAS_GPU
 from workers.device import open_device
 from workers.graphs import CudaCapture, DecodeGraphs
-from workers.loading import Loaded, LoadJob, read_model
+from workers.load_checks import read_model
+from workers.loading import Loaded, LoadJob
 from workers.runner import ModelRunner
 
 if not HAS_GPU:

@@ -12,7 +12,7 @@ from placement.specs import DType
 from tests.support.triton_cases import DEVICE, HAS_GPU
 from tests.workers.test_sampling_memory import WAYS, states
 from workers.graphs import CudaCapture
-from workers.loading import read_model
+from workers.load_checks import read_model
 from workers.sampling import sample
 
 if not HAS_GPU:

@@ -240,6 +240,10 @@ async def kill_and_drain(command: Command, address: str) -> None:
                 return error.code().name, clock.now_s - killed_s[0]
             return "OK", clock.now_s - killed_s[0]
 
+        async with asyncio.timeout(PATIENCE_S):
+            # A replica that the gateway has not heard of yet would get none of the requests.
+            while not all(replica.HasField("load") for replica in status(address).replicas):
+                await asyncio.sleep(0.05)
         streams = [asyncio.create_task(one(index)) for index in range(16)]
         async with asyncio.timeout(PATIENCE_S):
             while min(replica.load.num_running for replica in status(address).replicas) < 4:

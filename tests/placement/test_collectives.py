@@ -4,23 +4,23 @@ import pytest
 
 from placement.collectives import AllReduceTable, fastest, unmeasured
 
-TABLE = AllReduceTable(sizes=(1024, 4096, 65536), names=("direct", "star", "ring"))
+TABLE = AllReduceTable(sizes=(1024, 4096, 65536), names=("direct", "star", "scatter"))
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "name"),
     [(1, "direct"), (1024, "direct"), (2047, "direct"), (2048, "star"), (4096, "star"), (16383, "star"),
-     (16384, "ring"), (65536, "ring"), (10**9, "ring")],
+     (16384, "scatter"), (65536, "scatter"), (10**9, "scatter")],
 )  # fmt: skip
 def test_a_size_has_the_algorithm_of_the_nearest_measured_one(num_bytes: int, name: str) -> None:
     assert TABLE.choose(num_bytes) == name
 
 
 def test_the_fastest_is_chosen_and_the_first_of_equals() -> None:
-    table = fastest({"direct": [1.0, 3.0], "star": [1.0, 2.0], "ring": [2.0, 2.5]}, sizes=(10, 20))
+    table = fastest({"direct": [1.0, 3.0], "star": [1.0, 2.0], "scatter": [2.0, 2.5]}, sizes=(10, 20))
     assert (table.sizes, table.names, table.seconds) == ((10, 20), ("direct", "star"), (1.0, 2.0))
 
 
-@pytest.mark.parametrize(("num_ranks", "name"), [(2, "direct"), (4, "direct"), (5, "ring")])
+@pytest.mark.parametrize(("num_ranks", "name"), [(2, "direct"), (4, "direct"), (5, "scatter")])
 def test_before_anything_is_measured_few_ranks_save_latencies(num_ranks: int, name: str) -> None:
     assert unmeasured(num_ranks).choose(12345) == name

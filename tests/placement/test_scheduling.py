@@ -21,7 +21,7 @@ def add(scheduler: Scheduler, *, sid: int, prompt: int, max_tokens: int = 8, pri
 
 def finish(scheduler: Scheduler, plan: StepPlan) -> None:
     """What a worker does after a step: complete, count the sampled tokens, remove what ended."""
-    scheduler.complete(plan)
+    scheduler.complete(plan.chunks)
     for chunk in plan.chunks:
         if chunk.samples:
             sequence = scheduler.sequence(chunk.sequence_id)
@@ -230,7 +230,7 @@ def test_sequence_in_flight_is_not_preempted() -> None:
     scheduler = make_scheduler(num_blocks=3, block_size=4, budget=16)
     add(scheduler, sid=1, prompt=4, priority=-1)
     add(scheduler, sid=2, prompt=4)
-    scheduler.complete(scheduler.schedule())
+    scheduler.complete(scheduler.schedule().chunks)
     scheduler.sequence(1).num_output_tokens += 1
     low = scheduler.schedule()  # takes the last block
     assert sizes(low) == {1: 1}
@@ -242,12 +242,12 @@ def test_sequence_that_awaits_its_sampled_token_is_not_preempted() -> None:
     scheduler = make_scheduler(num_blocks=4, block_size=4, budget=16)
     first = add(scheduler, sid=1, prompt=4)
     late = add(scheduler, sid=2, prompt=6)
-    scheduler.complete(scheduler.schedule())
+    scheduler.complete(scheduler.schedule().chunks)
     for _ in range(4):  # the token of 2 is on its way all the time
         first.num_output_tokens += 1
         plan = scheduler.schedule()
         assert sizes(plan) == {1: 1}
-        scheduler.complete(plan)
+        scheduler.complete(plan.chunks)
     first.num_output_tokens += 1
     assert scheduler.schedule().preempted == (1,)  # though 2 ranks lower
     assert late.num_computed_tokens == 6
@@ -274,7 +274,7 @@ def test_removed_sequence_in_flight_keeps_its_blocks_until_the_step_completes() 
     assert not scheduler.remove(1)
     assert pool.num_free == 6 and scheduler.pending_tokens == 0
     scheduler.check()
-    scheduler.complete(plan)
+    scheduler.complete(plan.chunks)
     assert pool.num_free == 8 and scheduler.num_running == 0
 
 

@@ -47,7 +47,7 @@ class Engine:
         return {chunk.sequence_id: (chunk.start, chunk.num_tokens) for chunk in plan.chunks}
 
     def finish(self, plan: StepPlan) -> None:
-        self.scheduler.complete(plan)
+        self.scheduler.complete(plan.chunks)
         for chunk in plan.chunks:
             if chunk.samples:
                 self._append(self.scheduler.sequence(chunk.sequence_id))
@@ -266,7 +266,7 @@ def test_sequences_without_hashes_share_nothing() -> None:
         engine.scheduler.add(sequence)
     plan = engine.scheduler.schedule()
     assert [chunk.num_tokens for chunk in plan.chunks] == [12, 12]
-    engine.scheduler.complete(plan)
+    engine.scheduler.complete(plan.chunks)
     engine.scheduler.check()
     assert engine.pool.num_free == 94
     assert engine.scheduler.num_prefix_queries == 0

@@ -130,7 +130,7 @@ class PrefixMachine(RuleBasedStateMachine):
             self._complete(plan)
 
     def _complete(self, plan: StepPlan) -> None:
-        self.scheduler.complete(plan)
+        self.scheduler.complete(plan.chunks)
         for chunk in plan.chunks:
             sequence = self.texts[chunk.sequence_id].sequence
             if chunk.samples and chunk.sequence_id in self.live:

@@ -108,7 +108,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._complete(self.in_flight.pop(data.draw(st.integers(0, len(self.in_flight) - 1))))
 
     def _complete(self, plan: StepPlan) -> None:
-        self.scheduler.complete(plan)
+        self.scheduler.complete(plan.chunks)
         for chunk in plan.chunks:
             if chunk.sequence_id in self.leaving:
                 self.leaving.remove(chunk.sequence_id)

@@ -91,6 +91,15 @@ def two_ranks(split: Sequence[float] = (3, 1), count: int = 1) -> dict[str, dict
     }
 
 
+def two_stages() -> dict[str, dict[str, object]]:
+    """Sections of a configuration with one replica of two stages, of a rank each."""
+    stages = [{"workers": ["worker-0"]}, {"workers": ["worker-1"], "layers": 1}]
+    return {
+        "cluster": {"workers": [{"device": "cpu", "threads": 1, "count": 2}]},
+        "serving": {"parallelism": {"replicas": [{"stages": stages}]}},
+    }
+
+
 @contextlib.asynccontextmanager
 async def deploy(config: Config) -> AsyncIterator[Deployment]:
     """Run ``config`` until the block ends; the block begins once every replica is ready and reports."""

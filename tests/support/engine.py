@@ -141,17 +141,19 @@ def engines() -> Iterator[Callable[..., Parts]]:
         prefix_cache: bool = True,
         clock: Callable[[], float] = time.monotonic,
         executor: ThreadPoolExecutor | None = None,
+        num_stages: int = 1,
         start: bool = True,
     ) -> Parts:
         pool = BlockPool(num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs)
+        limits = SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs, num_batches=num_stages)
         scheduler = Scheduler(pool, limits, prefix_cache=prefix_cache)
         engine = Engine(
             runner=runner,
             scheduler=scheduler,
             pool=pool,
             limits=Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE),
-            executor=executor or ThreadPoolExecutor(1),
+            executor=executor or ThreadPoolExecutor(num_stages + 1 if num_stages > 1 else 1),
+            num_stages=num_stages,
             clock=clock,
         )
         if start:

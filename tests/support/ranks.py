@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.attention import Run
 from kernels.select import kernels_for
 from placement.hf import read_model_spec
 from placement.layout import ReplicaLayout, StageLayout, cut
@@ -18,11 +19,14 @@ from placement.quantization import LinearFormat
 from placement.specs import ModelSpec
 from placement.weights import shard_tensors
 from workers.device import open_device
-from workers.followers import Follower
+from workers.engine_types import Runner
+from workers.follower import Follower
 from workers.kv_cache import allocate_kv_cache
-from workers.membership import Membership, Roster
+from workers.membership import Membership
+from workers.roster import Roster
 from workers.runner import ModelRunner
-from workers.step_types import Batch, StepResult
+from workers.scoring import ScoredPrompt
+from workers.step_types import Batch, SequenceInput, StepResult
 from workers.transport.mesh import TOKEN_BYTES, listen
 from workers.weights import load_weights
 
@@ -36,6 +40,7 @@ class _Rank:
 
     membership: Membership
     runner: ModelRunner
+    leading: Runner
     thread: ThreadPoolExecutor
     follower: Follower | None
 
@@ -43,19 +48,26 @@ class _Rank:
 class Ranks:
     """Leads like a :class:`ModelRunner`."""
 
-    def __init__(self, ranks: Sequence[_Rank]) -> None:
+    def __init__(self, ranks: Sequence[_Rank], num_stages: int) -> None:
         self._ranks = ranks
-        self.leader = ranks[0].runner
+        self.leader = ranks[0].leading
+        self.num_stages = num_stages
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """As the runner's."""
         return self.leader.prepare(batch)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """As the runner's: every rank is given the batch by hand."""
-        computing = [rank.thread.submit(rank.runner.logits, batch) for rank in self._ranks]
-        results = [one.result(_PATIENCE_S) for one in computing]
-        return results[0]
+    def log_probs(self, token_ids: Sequence[int], runs: tuple[Run, ...]) -> Tensor:
+        """Of every token [T, V] after each of the tokens of a prompt, as the scores of a step have them."""
+        count, vocab_size = len(token_ids), self._ranks[0].runner.vocab_size
+        scored = ScoredPrompt(first_index=1, token_ids=[0] * count, num_top=vocab_size)
+        sequence = SequenceInput(token_ids=token_ids, start=0, runs=runs, scored=scored)
+        tops = self.prepare(Batch(sequences=(sequence,)))().scores[0].top
+        found = torch.empty(count, vocab_size)
+        for row, top in zip(found, tops, strict=True):
+            for token_id, log_prob in top:
+                row[token_id] = log_prob
+        return found
 
     def runner(self, rank: int) -> ModelRunner:
         """Of a rank."""
@@ -86,19 +98,30 @@ def read_model(directory: Path) -> ModelSpec:
 @contextmanager
 def ranks(
     directory: Path,
-    weights: Sequence[float],
+    *stages: Sequence[float],
     dtype: torch.dtype = torch.float32,
     linear: LinearFormat | None = None,
-    *,
+    num_layers: Sequence[int] | None = None,
     checks: bool = True,
 ) -> Iterator[Ranks]:
-    """The checkpoint cut over ranks with these shares; each has 4096 empty slots.
+    """The checkpoint cut over stages of ranks with these shares; each has 4096 empty slots.
 
-    ``checks``: whether no rank may have failed in the end.
+    Args:
+        num_layers: of each stage.
+        checks: whether no rank may have failed in the end.
     """
     model = read_model(directory)
-    stage = StageLayout(devices=tuple(range(len(weights))), weights=tuple(weights))
-    (parts,) = cut(model, ReplicaLayout(stages=(stage,)), linear, field="test")
+    layout = ReplicaLayout(
+        stages=tuple(
+            StageLayout(
+                devices=tuple(range(len(weights))),
+                weights=tuple(weights),
+                num_layers=None if num_layers is None else num_layers[index],
+            )
+            for index, weights in enumerate(stages)
+        )
+    )
+    parts = tuple(part for stage in cut(model, layout, linear, field="test") for part in stage)
     listeners = [listen("127.0.0.1") for _ in parts]
     rosters = [
         Roster(
@@ -127,21 +150,26 @@ def ranks(
             kernels=kernels_for("cpu"),
             part=roster.part,
             group=membership.group,
-            team=None if roster.rank else membership.followers(),
+            team=(followers := None if roster.rank else membership.followers()),
         )  # fmt: skip
         thread = ThreadPoolExecutor(1)
         follower = None
-        if roster.rank:
-            follower = membership.follower(runner, thread, vocab_size=model.vocab_size, slot_limit=NUM_SLOTS)
+        torch_device = device.torch_device
+        leading: Runner = runner
+        if followers is None:
+            sizes = {"vocab_size": model.vocab_size, "slot_limit": NUM_SLOTS}
+            follower = membership.follower(runner, thread, device=torch_device, **sizes)
             follower.thread.start()
-        return _Rank(membership=membership, runner=runner, thread=thread, follower=follower)
+        else:
+            leading = membership.leading(runner, followers, torch_device)
+        return _Rank(membership=membership, runner=runner, leading=leading, thread=thread, follower=follower)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         starting = [pool.submit(start, roster, listener) for roster, listener in zip(rosters, listeners, strict=True)]
         started = [one.result(_PATIENCE_S) for one in starting]
     for listener in listeners:
         listener.close()
-    made = Ranks(started)
+    made = Ranks(started, len(stages))
     try:
         yield made
         assert not (checks and made.failures), made.failures

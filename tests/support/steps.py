@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from workers.runner import ModelRunner
 from workers.sampling import SampledToken, SamplerState, SamplingParams
 from workers.step_types import Batch, SequenceInput, StepResult
 
@@ -13,7 +14,6 @@ class Steps(Protocol):
     """What runs single steps: a runner, or one with the ranks that follow it."""
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]: ...
-    def logits(self, batch: Batch) -> Tensor: ...
 
 
 def greedy_sampler() -> SamplerState:
@@ -28,6 +28,6 @@ def run(runner: Steps, sequences: Sequence[SequenceInput]) -> list[SampledToken 
     return [token for token in tokens if isinstance(token, SampledToken | None)]
 
 
-def logits(runner: Steps, sequences: Sequence[SequenceInput]) -> Tensor:
+def logits(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> Tensor:
     """One step: the logits [T, V] after every token."""
     return runner.logits(Batch(sequences=tuple(sequences)))

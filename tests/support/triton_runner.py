@@ -12,7 +12,7 @@ from tests.support.triton_cases import DEVICE, HAS_GPU
 from workers.device import open_device
 from workers.graphs import StepInputs
 from workers.kv_cache import allocate_kv_cache
-from workers.loading import read_model
+from workers.load_checks import read_model
 from workers.runner import ModelRunner
 from workers.step_types import Batch, SequenceInput
 from workers.weights import load_weights
@@ -33,7 +33,7 @@ def triton_runner(directory: Path, dtype: torch.dtype = torch.float32, num_slots
 
 def lay_out(runner: ModelRunner, sequences: Sequence[SequenceInput]) -> StepInputs:
     """A step as the runner computes it."""
-    return runner._lay_out(Batch(sequences=tuple(sequences))).inputs
+    return runner.lay_out(Batch(sequences=tuple(sequences))).inputs
 
 
 def hidden(runner: ModelRunner, inputs: StepInputs) -> Tensor:

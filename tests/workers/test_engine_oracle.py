@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from kernels import cpu, shared, tasks
 from kernels.attention import SharedSpan
 from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
+from tests.support.ranks import ranks
+from tests.support.steps import Steps
 from workers.engine_types import EndReason
 from workers.grammar import GrammarFactory, GrammarSpec
-from workers.runner import ModelRunner
 from workers.sampling import SamplingParams
 
 NUM_TOKENS = 24
@@ -59,18 +60,28 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[SharedSpan]:
     return found
 
 
+# Families whose model is also cut over two ranks, and their shares.
+CUT = {"llama": (2, 1), "mistral": (1, 1), "gemma": (1, 2)}
+
+
 @dataclass(frozen=True)
 class Case:
-    runner: ModelRunner
+    runner: Steps
     oracle: PreTrainedModel
     answers: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_runner: Any) -> Case:
-    path = checkpoint(request.param, **FAMILIES[request.param])
+@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{family}, cut" for family in CUT)])
+def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_runner: Any) -> Iterator[Case]:
+    family = request.param.removesuffix(", cut")
+    path = checkpoint(family, **FAMILIES[family])
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return Case(runner=make_runner(path), oracle=oracle, answers=[greedy(oracle, prompt) for prompt in PROMPTS])
+    answers = [greedy(oracle, prompt) for prompt in PROMPTS]
+    if family == request.param:
+        yield Case(runner=make_runner(path), oracle=oracle, answers=answers)
+    else:
+        with ranks(path, CUT[family]) as cut:
+            yield Case(runner=cut, oracle=oracle, answers=answers)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_a_follower_that_fails_ends_the_leaders_step_with_its_words(cut: Ranks) 
     def fail(*_: object) -> None:
         raise RuntimeError("lost its disk")
 
-    cut.runner(1)._compute = fail  # type: ignore[method-assign, assignment]
+    cut.runner(1).compute = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(Exception, match=r"rank 1: RuntimeError: lost its disk"):
         for _ in range(3):
             run(cut, [_decode()])
@@ -43,7 +43,7 @@ def test_an_engine_whose_follower_fails_ends_every_sequence_with_the_cause(cut: 
     with engines() as make:
         parts = make(cut)
         listener = Listener()
-        cut.runner(1)._compute = fail  # type: ignore[method-assign, assignment]
+        cut.runner(1).compute = fail  # type: ignore[method-assign, assignment]
         parts.engine.submit(listener, 0, submission([1, 2, 3]))
         listener.wait_ends(1)
         assert listener.ends[0].end is EndReason.FAILED

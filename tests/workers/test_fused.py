@@ -148,7 +148,7 @@ def test_a_shared_prefix_is_attended_to_once_in_a_program_too(
     members = [SequenceInput(token_ids=[3 + i], start=1100, runs=((0, 1100), (2000 + i, 2001 + i))) for i in range(24)]
     shared = SharedSpan(members=tuple(range(24)), first_token=0, num_tokens=1100, runs=((0, 1100),))
     together = Batch(sequences=tuple(members), shared=(shared,))
-    (plan,) = fused._lay_out(together).inputs.attention.values()
+    (plan,) = fused.lay_out(together).inputs.attention.values()
     assert plan.tasks is not None and plan.tasks.tasks[:, 1].max() == 24
     for batch in (Batch(sequences=(prefix,)), together):
         assert torch.equal(fused.logits(batch), plain.logits(batch))

@@ -10,7 +10,8 @@ from placement.memory import Footprint
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import loading
 from workers.device import open_device
-from workers.loading import LoadJob, check_memory
+from workers.load_checks import check_memory
+from workers.loading import LoadJob
 
 MIB = 2**20
 

@@ -18,10 +18,10 @@ from tests.support.table_kernels import TableKernels
 from workers import warm_up as module
 from workers.device import Device
 from workers.graphs import Replay, StepMemory
-from workers.loading import read_model
+from workers.load_checks import read_model
 from workers.runner import ModelRunner
 from workers.step_types import Batch, SequenceInput
-from workers.warm_up import capture_for, executing_thread, warm_up
+from workers.warm_up import capture_decodes, capture_for, executing_thread, warm_up
 
 REQUEST = pb.LoadRequest(block_size=8, num_blocks=4, token_budget=16, max_num_seqs=3, max_context_tokens=100)
 
@@ -62,23 +62,24 @@ def test_steps_of_decodes_are_recorded_on_the_thread_that_executes(
 
     device = Device(name="cpu", torch_device=torch.device("cpu"), total_memory_bytes=0, num_threads=1)
     with executing_thread(device) as executor:
-        executor.submit(warm_up, runner, model=read_model(path), request=REQUEST, capture=capture).result()
+        executor.submit(warm_up, runner, model=read_model(path), request=REQUEST).result()
+        executor.submit(capture_decodes, runner, REQUEST, capture).result()
     assert threads == ["runner_0"] * 3  # of 3, 2 and 1 decodes
     sequences = [SequenceInput(token_ids=[1], start=7, runs=((8 * i, 8 * i + 8),)) for i in range(4)]
     graphs = runner._graphs
     assert graphs is not None
-    taken = [graphs.takes(runner._lay_out(Batch(sequences=tuple(sequences[:count]))).inputs) for count in (1, 3, 4)]
+    taken = [graphs.takes(runner.lay_out(Batch(sequences=tuple(sequences[:count]))).inputs) for count in (1, 3, 4)]
     assert taken == [True, True, False]
 
 
-def test_without_a_capture_there_are_no_graphs(
+def test_there_are_no_graphs_before_they_are_captured(
     llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
     path = llama_checkpoint()
     for num_blocks in (0, 4):  # even where there is no room for one token and the next
         runner = make_runner(path)
         request = pb.LoadRequest(block_size=1, num_blocks=num_blocks, token_budget=16)
-        warm_up(runner, model=read_model(path), request=request, capture=None)
+        warm_up(runner, model=read_model(path), request=request)
         assert runner._graphs is None
 
 
@@ -88,7 +89,7 @@ def test_the_tables_of_the_largest_graph_are_reckoned(
     """The rest of what is reckoned is measured on a GPU."""
     path = checkpoint("mistral", sliding_window=24)
     model, runner = read_model(path), make_runner(path, kernels=TableKernels())
-    like = runner._lay_out(Batch(sequences=(SequenceInput(token_ids=[0], start=0, runs=((0, 1),)),))).inputs
+    like = runner.lay_out(Batch(sequences=(SequenceInput(token_ids=[0], start=0, runs=((0, 1),)),))).inputs
     tokens = memory.graphed_tokens(64, model.max_context_tokens)
     held: list[StepMemory] = []
     taken = peak_bytes(lambda: held.append(StepMemory(like=like, max_decodes=64, max_tokens=tokens)))

@@ -1,15 +1,16 @@
 """Ways to sum a tensor over ranks, each the best for some size and link.
 
-With n ranks, links of latency a and S bytes, on a link of B bytes per second each way:
+With n ranks that are all connected with each other by links of latency a, and S bytes, of which a rank sends and
+receives B per second:
 
-    direct  everyone sends all to everyone      a + (n-1) S/B         two ranks: the pairwise exchange
-    star    to rank 0, which sends the sum      2a + 2 (n-1) S/B
-    tree    up and down a binomial tree         2 log2(n) (a + S/B)
-    ring    parts go round, twice               2 (n-1) (a + S/(n B))
+    direct   everyone sends all to everyone                  a + (n-1) S/B         two ranks: the pairwise exchange
+    scatter  everyone sums a part, and sends it to all       2a + 2 (n-1)/n S/B
+    star     to rank 0, which sends the sum to all           2a + 2 (n-1) S/B      the fewest bytes on a shared medium
 
-(Thakur, Rabenseifner and Gropp 2005; Li et al. 2025, TPI-LLM, for slow links.) All ranks end with the same bits:
-direct and star add in the order of ranks, tree and ring in an order that depends on nothing but the number of ranks.
-Sums of bfloat16 numbers are made in float32 and rounded once a step.
+(Thakur, Rabenseifner and Gropp 2005; Li et al. 2025, TPI-LLM, for slow links.) All add in the order of ranks, in
+float32, and round once: every rank ends with the same bits, and they are the same whichever way is taken, so that a
+sum's size, and with it who else is in a batch, changes nobody's bits. Rings and trees would: they add in other orders,
+round at every hop, and on such links take longer than scatter and direct.
 
 Shapes: x is any contiguous CPU tensor, the same on all ranks.
 """
@@ -89,46 +90,20 @@ def star(peers: Peers, x: Tensor) -> None:
     peers.move(dict.fromkeys(others, x), {})
 
 
-def tree(peers: Peers, x: Tensor) -> None:
-    """Sums ``x`` over all ranks, in place, up a binomial tree to rank 0 and down again."""
-    distances = [1 << i for i in range((peers.num_ranks - 1).bit_length())]
-    reached = len(distances)
-    for i, distance in enumerate(distances):
-        if peers.rank & distance:
-            peers.move({peers.rank - distance: x}, {})
-            reached = i
-            break
-        if peers.rank + distance < peers.num_ranks:
-            other = torch.empty_like(x)
-            peers.move({}, {peers.rank + distance: other})
-            add_in_order([x, other], x)
-    if peers.rank:
-        peers.move({}, {peers.rank - distances[reached]: x})
-    for distance in reversed(distances[:reached]):
-        if peers.rank + distance < peers.num_ranks:
-            peers.move({peers.rank + distance: x}, {})
-
-
-def ring(peers: Peers, x: Tensor) -> None:
-    """Sums ``x`` over all ranks, in place: every rank sums a part, then passes the sums on."""
+def scatter(peers: Peers, x: Tensor) -> None:
+    """Sums ``x`` over all ranks, in place: every rank sums a part of it, then gives that to all others."""
     parts = x.reshape(-1).tensor_split(peers.num_ranks)
-    rank, num_ranks = peers.rank, peers.num_ranks
-    after, before = (rank + 1) % num_ranks, (rank - 1) % num_ranks
-    for step in range(num_ranks - 1):
-        mine, theirs = parts[(rank - step) % num_ranks], parts[(rank - step - 1) % num_ranks]
-        came = torch.empty_like(theirs)
-        peers.move({after: mine}, {before: came})
-        add_in_order([came, theirs], theirs)
-    for step in range(num_ranks - 1):
-        mine, theirs = parts[(rank + 1 - step) % num_ranks], parts[(rank - step) % num_ranks]
-        peers.move({after: mine}, {before: theirs})
+    mine = parts[peers.rank]
+    came = {peer: torch.empty_like(mine) for peer in peers.links}
+    peers.move({peer: parts[peer] for peer in peers.links}, came)
+    add_in_order([mine if rank == peers.rank else came[rank] for rank in range(peers.num_ranks)], mine)
+    peers.move(dict.fromkeys(peers.links, mine), {peer: parts[peer] for peer in peers.links})
 
 
 ALL_REDUCES: Mapping[str, Callable[[Peers, Tensor], None]] = {
     "direct": direct,
+    "scatter": scatter,
     "star": star,
-    "tree": tree,
-    "ring": ring,
 }
 """By name, the simplest first."""
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from placement.collectives import AllReduceTable
-from workers.collectives.algorithms import ALL_REDUCES, Peers, broadcast, direct, gather
+from workers.collectives.algorithms import ALL_REDUCES, Peers, direct, gather
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 from workers.transport.pulse import Pulse
 
-COLLECTIVE_S = 60.0
-"""Longest that a rank may wait for others that live: a step of theirs that hangs ends the replica."""
+COLLECTIVE_S = 20.0
+"""Longest that a rank may wait for others that live: a step of theirs that hangs ends the replica, and the rank that
+hangs is named before the gateway, whose patience is ``gateway.stall_timeout_s``, gives the leader up.
+"""
 
 
 class TensorGroup:
@@ -46,24 +48,42 @@ class TensorGroup:
 
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
-        if not x.numel():
+        if not x.numel() or self.num_ranks == 1:
             return
         on_host = x.cpu()  # itself, where it is there already
         self.run(ALL_REDUCES[self.table.choose(x.nbytes)], on_host)
         if on_host is not x:
             x.copy_(on_host)
 
-    def meet(self) -> None:
-        """Waits until all ranks are here, however long that takes. Raises PeerFailed."""
-        self._run(direct, torch.zeros(1), math.inf)
+    def meet(self, go_on: Callable[[], None] = lambda: None) -> None:
+        """Waits until all ranks are here, however long that takes. Raises PeerFailed, and what ``go_on`` raises."""
+
+        def alive() -> None:
+            go_on()
+            self._pulse.check()
+
+        self._run(direct, torch.zeros(1), math.inf, alive)
 
     def run(self, algorithm: Callable[[Peers, Tensor], None], x: Tensor) -> None:
         """One collective of all ranks on ``x``. Raises PeerFailed."""
         self._run(algorithm, x, COLLECTIVE_S)
 
-    def _run(self, algorithm: Callable[[Peers, Tensor], None], x: Tensor, timeout_s: float) -> None:
+    def _run(
+        self,
+        algorithm: Callable[[Peers, Tensor], None],
+        x: Tensor,
+        timeout_s: float,
+        alive: Callable[[], None] | None = None,
+    ) -> None:
+        peers = Peers(
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+            links=self._links,
+            deadline_s=time.monotonic() + timeout_s,
+            alive=alive or self._pulse.check,
+        )
         try:
-            algorithm(self._peers(timeout_s), x)
+            algorithm(peers, x)
         except PeerFailed as error:
             raise self._pulse.reason(error) from error
 
@@ -80,26 +100,3 @@ class TensorGroup:
         if self.rank:
             return None
         return torch.cat([on_host, *others.values()], dim=1).to(x.device) if others else x
-
-    def give(self, token_ids: Sequence[int]) -> None:
-        """Rank 0 gives all others the tokens that a step awaits. Raises PeerFailed."""
-        if token_ids:
-            self.run(broadcast, torch.tensor(token_ids, dtype=torch.int64))
-
-    def take(self, count: int) -> list[int]:
-        """The tokens that rank 0 gives, however long that takes. Raises PeerFailed."""
-        if not count:
-            return []
-        token_ids = torch.empty(count, dtype=torch.int64)
-        self._run(broadcast, token_ids, math.inf)
-        taken: list[int] = token_ids.tolist()
-        return taken
-
-    def _peers(self, timeout_s: float) -> Peers:
-        return Peers(
-            rank=self.rank,
-            num_ranks=self.num_ranks,
-            links=self._links,
-            deadline_s=time.monotonic() + timeout_s,
-            alive=self._pulse.check,
-        )

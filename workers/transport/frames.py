@@ -28,6 +28,7 @@ class Kind(IntEnum):
     FAILED = 4
     TENSOR = 5
     STEP = 6
+    BEGIN = 7
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """A connection between two ranks, and the one function that moves frames over many of them at once."""
 
+import contextlib
 import select
 import socket
 import time
@@ -35,7 +36,9 @@ class Link:
         self.num_received = 0
 
     def close(self) -> None:
-        """End the connection: whoever waits at the other end hears of it."""
+        """End the connection: whoever waits at either end hears of it."""
+        with contextlib.suppress(OSError):  # not connected any more
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
@@ -126,6 +129,8 @@ class Incoming:
 
 
 def _broken(link: Link, error: OSError) -> PeerFailed:
+    if link.socket.fileno() < 0:
+        return PeerFailed(link.peer, "the connection with it was ended here")
     return PeerFailed(link.peer, f"its connection broke ({error.strerror or type(error).__name__})")
 
 
@@ -203,5 +208,6 @@ def _wait(going: Sequence[Outgoing], coming: Sequence[Incoming], deadline_s: flo
         events[number] = events.get(number, 0) | _READ
     poll = select.poll()
     for number, what in events.items():
-        poll.register(number, what)
+        if number >= 0:  # else it was ended here, which the next look finds
+            poll.register(number, what)
     poll.poll(1000 * min(left_s, _LOOK_S))

@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -24,6 +24,7 @@ TOKEN_BYTES = 32
 
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sIB")  # token, rank, channel
 _RETRY_S = 0.05
+_CONNECT_S = 2.0
 _LOOK_S = 0.1
 # A stranger that connects and says nothing is turned away after this.
 _HELLO_S = 2.0
@@ -35,6 +36,7 @@ class Channel(IntEnum):
     PULSE = 0
     STEPS = 1
     COMPUTE = 2
+    STAGES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +91,15 @@ def listen(host: str) -> socket.socket:
     return listener
 
 
-def join(listener: socket.socket, members: Members, *, deadline_s: float) -> Mesh:
+def join(
+    listener: socket.socket, members: Members, *, deadline_s: float, go_on: Callable[[], None] = lambda: None
+) -> Mesh:
     """Connects this rank with all others.
 
     Args:
         listener: from :func:`listen`; stays open.
         deadline_s: by :func:`time.monotonic`.
+        go_on: called again and again; what it raises ends the attempt.
 
     Raises:
         PeerFailed: a rank was not there by the deadline, or did not take the connection.
@@ -103,22 +108,25 @@ def join(listener: socket.socket, members: Members, *, deadline_s: float) -> Mes
     try:
         for peer in range(members.rank):
             for channel in Channel:
-                mesh.links[peer, channel] = _connect(members, peer, channel, deadline_s)
-        _accept(listener, members, mesh, deadline_s)
+                mesh.links[peer, channel] = _connect(members, peer, channel, deadline_s, go_on)
+        _accept(listener, members, mesh, deadline_s, go_on)
     except BaseException:
         mesh.close()
         raise
     return mesh
 
 
-def _connect(members: Members, peer: int, channel: Channel, deadline_s: float) -> Link:
+def _connect(members: Members, peer: int, channel: Channel, deadline_s: float, go_on: Callable[[], None]) -> Link:
     host, port = members.addresses[peer]
     while True:
+        go_on()
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             raise PeerFailed(peer, f"could not be reached at {host}:{port}")
         try:
-            link = Link(socket.create_connection((host, port), timeout=left_s), peer=peer, epoch=members.epoch)
+            link = Link(
+                socket.create_connection((host, port), timeout=min(left_s, _CONNECT_S)), peer=peer, epoch=members.epoch
+            )
             break
         except OSError:  # not there yet, or the network is not
             time.sleep(_RETRY_S)
@@ -140,12 +148,15 @@ class _Visitor:
     until_s: float
 
 
-def _accept(listener: socket.socket, members: Members, mesh: Mesh, deadline_s: float) -> None:
+def _accept(
+    listener: socket.socket, members: Members, mesh: Mesh, deadline_s: float, go_on: Callable[[], None]
+) -> None:
     """Take the connections of all higher ranks."""
     awaited = {(rank, channel) for rank in range(members.rank + 1, len(members.addresses)) for channel in Channel}
     visitors: dict[int, _Visitor] = {}
     try:
         while awaited:
+            go_on()
             if time.monotonic() >= deadline_s:
                 raise PeerFailed(min(awaited)[0], "did not connect in time")
             for number in _readable([listener.fileno(), *visitors]):
@@ -171,7 +182,8 @@ def _readable(numbers: Sequence[int]) -> list[int]:
 def _greet(listener: socket.socket, epoch: int, visitors: dict[int, _Visitor]) -> None:
     try:
         connection, _ = listener.accept()
-    except OSError:  # gone again
+    except OSError:  # gone again, or this process has too many files open
+        time.sleep(_RETRY_S)
         return
     link = Link(connection, peer=-1, epoch=epoch)
     hello = Incoming(link=link, kind=Kind.HELLO, payload=None, max_bytes=_HELLO.size)

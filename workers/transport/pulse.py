@@ -47,6 +47,11 @@ class Pulse:
         """Begin to beat."""
         self._thread.start()
 
+    @property
+    def lost(self) -> PeerFailed | None:
+        """The rank that was lost first."""
+        return self._first
+
     def check(self) -> None:
         """Raises PeerFailed, of the rank that was lost first, where one is."""
         if self._first is not None:

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, LoopClock
-from tests.support.deployment import Deployment, deploy, make_config, settled, two_ranks
+from tests.support.deployment import Deployment, deploy, make_config, settled, two_ranks, two_stages
 from tests.support.tokenizer import save_tokenizer
 
 
@@ -31,12 +31,12 @@ def slow_checkpoint(llama_checkpoint: Callable[..., Path]) -> Path:
     return directory
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one rank", "two ranks"])
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one rank", "two ranks", "two stages"])
 async def shared(
     request: pytest.FixtureRequest, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Deployment]:
-    """One replica: a rank that holds the whole model, or two that each hold a part of every layer."""
-    sections = two_ranks() if request.param == "two ranks" else {}
+    """One replica: a rank that holds the whole model, two that share every layer, or two that share the layers."""
+    sections = {"one rank": {}, "two ranks": two_ranks(), "two stages": two_stages()}[request.param]
     async with deploy(make_config(tmp_path_factory.mktemp("shared"), served_checkpoint, **sections)) as running:
         yield running
 

@@ -14,13 +14,14 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.answers import answer, check_order, request, tokens
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import deploy, make_config, settled, two_ranks
+from tests.support.deployment import deploy, make_config, settled, two_ranks, two_stages
 
 
 async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint: Path, tmp_path: Path) -> None:
     asked = [request(prompt=prompt, max_tokens=40) for prompt in ("a", "once upon a time", "x y z " * 30)]
     found = []
-    for name, sections in {"whole": {}, "even": two_ranks((1, 1)), "all of one": two_ranks((0, 1))}.items():
+    cuts = {"whole": {}, "even": two_ranks((1, 1)), "all of one": two_ranks((0, 1)), "stages": two_stages()}
+    for name, sections in cuts.items():
         directory = tmp_path / name.replace(" ", "_")
         directory.mkdir()
         config = make_config(directory, served_checkpoint, **sections)
@@ -29,17 +30,23 @@ async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint
             answers = await asyncio.gather(*(answer(stub, message) for message in asked))
             found.append([tokens(responses) for responses in answers])
             await settled(running, timeout_s=PATIENCE_S)
-    assert found[0] == found[1] == found[2]
+    assert all(answers == found[0] for answers in found)
 
 
+@pytest.mark.parametrize("sections", [two_ranks((1, 1)), two_stages()], ids=["one stage", "two stages"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGKILL, ("SIGKILL",)), (signal.SIGSTOP, ("no pulse", "no heartbeat", "stream"))]
 )
 async def test_a_lost_rank_ends_its_replica_within_3_s_and_leaves_no_process(
-    slow_checkpoint: Path, tmp_path: Path, rank: int, number: signal.Signals, words: tuple[str, ...]
+    slow_checkpoint: Path,
+    tmp_path: Path,
+    rank: int,
+    number: signal.Signals,
+    words: tuple[str, ...],
+    sections: dict[str, dict[str, object]],
 ) -> None:
-    config = make_config(tmp_path, slow_checkpoint, **two_ranks((1, 1)))
+    config = make_config(tmp_path, slow_checkpoint, **sections)
     async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel, own_time() as clock:
         stub = inference_pb2_grpc.InferenceStub(channel)
         pids = [running.pid("replica-0", each) for each in range(2)]
@@ -65,3 +72,14 @@ async def test_a_lost_rank_ends_its_replica_within_3_s_and_leaves_no_process(
         assert running.shell.state.cause.startswith("rank ")
         assert any(word in running.shell.state.cause for word in words), running.shell.state.cause
         await until(lambda: not any(map(psutil.pid_exists, pids)))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_rank_that_freezes_while_nothing_is_asked_is_noticed(
+    served_checkpoint: Path, tmp_path: Path, rank: int
+) -> None:
+    async with deploy(make_config(tmp_path, served_checkpoint, **two_ranks((1, 1)))) as running, own_time() as clock:
+        frozen_s = clock.now_s
+        os.kill(running.pid("replica-0", rank), signal.SIGSTOP)
+        await until(lambda: running.shell.state.phase is Phase.FAILED)
+        assert clock.now_s - frozen_s < 4.0
