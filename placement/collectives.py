@@ -25,6 +25,12 @@ class AllReduceTable:
     def __post_init__(self) -> None:
         assert self.sizes and len(self.sizes) == len(self.names) and sorted(self.sizes) == list(self.sizes), self
 
+    def __str__(self) -> str:
+        """``1024:direct=0.05ms 4096:...``"""
+        seconds = self.seconds or (float("nan"),) * len(self.sizes)
+        rows = zip(self.sizes, self.names, seconds, strict=True)
+        return " ".join(f"{size}:{name}={1000 * second:.3g}ms" for size, name, second in rows)
+
     def choose(self, num_bytes: int) -> str:
         """The algorithm for a tensor."""
         at = bisect_left(self.sizes, num_bytes)

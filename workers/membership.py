@@ -1,5 +1,6 @@
 """A rank's connections with the others of its replica, and what it does with them: lead, or follow."""
 
+import logging
 import socket
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from workers.stages import FirstStage, Hands, LaterStage
 from workers.transport.link import Link
 from workers.transport.mesh import Channel, Members, Mesh, join
 from workers.transport.pulse import Pulse
+
+logger = logging.getLogger(__name__)
 
 JOIN_S = 30.0
 """Longest until all ranks have connected: they are told to at the same time."""
@@ -71,6 +74,7 @@ class Membership:
         self._everyone.meet(go_on)
         if self.group.num_ranks > 1:
             self.group.table = measure(self.group)
+            logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 
     def followers(self) -> Followers:
         """The leader's hold on all others."""

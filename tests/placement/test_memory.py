@@ -179,3 +179,15 @@ def test_setting_is_never_on_the_wrong_side(size: int) -> None:
         return int(text[:-3]) * units[text[-3:]]
 
     assert value(size_setting(size, round_up=False)) <= size <= value(size_setting(size, round_up=True))
+
+
+def test_a_rank_of_several_reckons_with_its_part_and_what_others_send() -> None:
+    part = Part(layers=Span(0, 4), kv_heads=Span(0, 1), ffn_columns=Span(0, 32), vocab_rows=Span(0, 40))
+    sizes: dict[str, Any] = {"dtype": DType.FLOAT32, "max_num_seqs": 50, "token_budget": 10}
+    per_token = (5 * 64 + (3 * 4 + 2) * 8 + 3 * 32 + 64) * 4
+    follower = workspace_bytes(MODEL, part, num_ranks=2, leads=False, **sizes)
+    assert follower == 10 * (per_token + 64 * 4) + 50 * 40 * 4
+    leader = workspace_bytes(MODEL, part, num_ranks=2, **sizes)
+    assert leader == 10 * (per_token + 64 * 4) + 50 * 200 * 4 + sampling_bytes(50, 100, on_cpu=True)
+    three = workspace_bytes(MODEL, part, num_ranks=3, leads=False, **sizes)
+    assert three - follower == 10 * 64 * (4 + 4)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.errors import InvalidConfig, NotEnoughMemory
+from placement.layout import ReplicaLayout, StageLayout
 from placement.memory import CPU_PROCESS_BYTES, footprint, format_bytes
 from placement.plan import Part, Plan
 from placement.planner import plan_replicas
@@ -174,3 +175,33 @@ def test_plan_fits_or_its_fix_does(memory: int, kv: int) -> None:
     else:
         assert FIXED + shard.kv_bytes <= memory
         assert 0 < shard.kv_bytes <= kv
+
+
+def cut_over(*weights: float) -> ReplicaLayout:
+    return ReplicaLayout(stages=(StageLayout(devices=tuple(range(len(weights))), weights=weights),))
+
+
+def test_ranks_have_as_many_blocks_as_the_one_with_the_largest_has_room_for() -> None:
+    made = plan(roomy(2), layouts=[cut_over(3, 1)], kv_cache_bytes=16 * MIB)
+    large, small = made.replicas[0].shards
+    assert (large.num_blocks, small.num_blocks) == (170, 170)  # of 96 KiB and 32 KiB
+    assert (large.kv_bytes, small.kv_bytes) == (170 * 96 * 2**10, 170 * 32 * 2**10)
+
+
+def test_the_cache_that_fits_a_small_rank_is_named_as_it_is_set() -> None:
+    """Its own KV is a third of what the setting comes to."""
+    large, small = plan(roomy(2), layouts=[cut_over(3, 1)]).replicas[0].shards
+    fixed = small.weight_bytes + small.workspace_bytes + CPU_PROCESS_BYTES
+    memory = fixed + small.kv_bytes // 2
+    nodes = (roomy(1, name="a"), node(cpu(memory), memory_bytes=memory, name="b"))
+    error = refused(*nodes, layouts=[cut_over(3, 1)])
+    assert (error.field, error.value) == ("serving.kv_cache", format_bytes(large.kv_bytes))
+    size = int(error.fix.split()[3].removesuffix("MiB")) * MIB
+    assert 0.4 < size / large.kv_bytes <= 0.5
+    assert plan(*nodes, layouts=[cut_over(3, 1)], kv_cache_bytes=size).replicas
+
+
+def test_a_layout_that_cannot_be_cut_is_refused_by_its_place() -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        plan(roomy(3), layouts=[cut_over(1), ReplicaLayout(stages=(StageLayout(devices=(1, 2), weights=(0, 0)),))])
+    assert caught.value.field == "serving.parallelism.replicas[1].stages[0].tensor_split"
