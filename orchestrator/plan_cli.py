@@ -5,11 +5,11 @@ from pathlib import Path
 
 from orchestrator.config import load_config
 from orchestrator.plan_picture import plan_svg
-from orchestrator.preflight import preflight
+from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
 from placement.errors import InvalidConfig
 from placement.memory import format_bytes
-from placement.plan import Plan, Span
+from placement.plan import Span
 
 
 def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> Iterator[str]:
@@ -18,12 +18,12 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     Raises:
         HeterodyneError: a mistake in the input.
     """
-    plan = preflight(load_config(path, overrides=overrides)).plan
-    yield from plan_lines(plan)
+    checked = preflight(load_config(path, overrides=overrides))
+    yield from plan_lines(checked)
     if picture is None:
         return
     try:
-        picture.write_text(plan_svg(plan), encoding="utf-8")
+        picture.write_text(plan_svg(checked.plan), encoding="utf-8")
     except OSError as error:
         raise InvalidConfig(
             field="--svg",
@@ -34,25 +34,33 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     yield f"drawn in {picture}"
 
 
-def plan_lines(plan: Plan) -> Iterator[str]:
+def plan_lines(checked: Checked) -> Iterator[str]:
     """Who will hold what, one line a rank."""
-    for replica in plan.replicas:
-        for shard in replica.shards:
-            part = shard.part
-            yield key_values(
-                event="plan",
-                replica=replica.name,
-                rank=shard.rank,
-                device=shard.device.name,
-                threads=shard.device.num_threads,
-                layers=_range(part.layers),
-                kv_heads=_range(part.kv_heads),
-                ffn_columns=_range(part.ffn_columns),
-                vocab_rows=_range(part.vocab_rows),
-                weights=format_bytes(shard.weight_bytes),
-                kv=format_bytes(shard.kv_bytes),
-                kv_tokens=shard.num_blocks * plan.block_size,
-            )
+    plan, names = checked.plan, checked.config.cluster.worker_names
+    ranks = [
+        (replica, stage, shard)
+        for replica in plan.replicas
+        for stage, its in enumerate(replica.stages)
+        for shard in its.shards
+    ]
+    for replica, stage, shard in ranks:
+        part = shard.part
+        yield key_values(
+            event="plan",
+            replica=replica.name,
+            stage=stage,
+            rank=shard.rank,
+            worker=names[checked.workers[replica.name, shard.rank]],
+            device=shard.device.name,
+            threads=shard.device.num_threads,
+            layers=_range(part.layers),
+            kv_heads=_range(part.kv_heads),
+            ffn_columns=_range(part.ffn_columns),
+            vocab_rows=_range(part.vocab_rows),
+            weights=format_bytes(shard.weight_bytes),
+            kv=format_bytes(shard.kv_bytes),
+            kv_tokens=shard.num_blocks * plan.block_size,
+        )
 
 
 def _range(span: Span) -> str:

@@ -50,7 +50,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     devices = [shard.device for replica in checked.plan.replicas for shard in replica.shards]
     num_gpus = sum(device.kind == "cuda" for device in devices)
     num_cpus = num_gpus + sum(device.num_threads for device in devices if device.kind == "cpu")
-    for line in plan_lines(checked.plan):
+    for line in plan_lines(checked):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)

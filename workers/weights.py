@@ -32,6 +32,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 64 << 20
+_MOST_MAPPED = 64 << 20  # numbers of a checkpoint
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 _FIX_COPY = "Copy the model's files again."
 _FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
@@ -83,9 +84,10 @@ def _read_all(
     """
     wholes = {part.name: slice_ for slice_, parts in sources.items() for part in parts}
     read: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for file, wanted in _locate(path, [part for parts in sources.values() for part in parts]).items():
+    located = _locate(path, [part for parts in sources.values() for part in parts])
+    for file, wanted in ((file, some) for file, parts in located.items() for some in _few(parts)):
         try:
-            # Context left before the next shard opens: one file is mapped at a time, beside those of layers begun.
+            # Context left soon: what was read of a file stays mapped, and counts as this process's memory, until then.
             with safe_open(file, framework="pt") as reader:
                 names = frozenset(reader.keys())
                 for part in wanted:
@@ -97,6 +99,18 @@ def _read_all(
         except (SafetensorError, OSError) as error:
             problem = f"cannot be read as safetensors ({error})"
             raise _refusal(file.name, str(file), problem, _FIX_COPY) from error
+
+
+def _few(parts: Sequence[TensorSlice]) -> Iterator[Sequence[TensorSlice]]:
+    """Neighbours among the parts of a file, of not too many numbers together."""
+    some: list[TensorSlice] = []
+    for part in parts:
+        if some and sum(one.num_elements for one in some) + part.num_elements > _MOST_MAPPED:
+            yield some
+            some = []
+        some.append(part)
+    if some:
+        yield some
 
 
 def _held(

@@ -7,12 +7,14 @@ import pytest
 
 from orchestrator.plan_cli import plan_lines, show_plan
 from orchestrator.plan_picture import describe, plan_svg, shares
+from orchestrator.preflight import preflight
 from placement.errors import InvalidConfig
 from placement.layout import ReplicaLayout, StageLayout
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from tests.placement.test_splitting import LLAMA_8B
+from tests.support.deployment import make_config
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
 CLUSTER = ClusterSpec(
@@ -40,13 +42,24 @@ def plan() -> Plan:
     )  # fmt: skip
 
 
-def test_every_rank_has_a_line_with_what_it_holds(plan: Plan) -> None:
-    lines = list(plan_lines(plan))
-    assert len(lines) == 4
-    assert "replica=replica-0 rank=1" in lines[1]
-    assert "layers=0-24 kv_heads=6-8 ffn_columns=10752-14336 vocab_rows=96192-128256" in lines[1]
-    assert "layers=24-32 kv_heads=0-8 ffn_columns=0-14336 vocab_rows=none" in lines[2]
-    assert len({line.split("kv_tokens=")[1] for line in lines[:3]}) == 1
+def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path, served_checkpoint: Path) -> None:
+    stages = [{"workers": ["b", "worker-1"]}, {"workers": ["a"], "layers": 1}]
+    config = make_config(
+        tmp_path,
+        served_checkpoint,
+        cluster={"workers": [{"name": "a", "threads": 1}, {"threads": 1}, {"name": "b", "threads": 1}]},
+        serving={"parallelism": {"replicas": [{"stages": stages}]}},
+    )
+    checked = preflight(config)
+    lines = list(plan_lines(checked))
+    assert [line.split()[1:5] for line in lines] == [
+        ["replica=replica-0", "stage=0", "rank=0", "worker=b"],
+        ["replica=replica-0", "stage=0", "rank=1", "worker=worker-1"],
+        ["replica=replica-0", "stage=1", "rank=2", "worker=a"],
+    ]
+    assert "layers=0-1 kv_heads=0-1 " in lines[0] and "layers=0-1 kv_heads=1-2 " in lines[1]
+    assert "layers=1-2 kv_heads=0-2 " in lines[2] and "vocab_rows=none" in lines[2]
+    assert len({line.split("kv_tokens=")[1] for line in lines}) == 1
 
 
 def test_ranks_of_a_replica_have_as_many_blocks_and_take_no_more_memory_than_set(plan: Plan) -> None:
@@ -85,7 +98,7 @@ def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
 def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
     lines = list(show_plan(Path("deploy/split.yaml"), overrides=FREE[:1], picture=picture))
-    assert [line.split()[2] for line in lines[:2]] == ["rank=0", "rank=1"]
+    assert [line.split()[3:5] for line in lines[:2]] == [["rank=0", "worker=big"], ["rank=1", "worker=small"]]
     assert lines[2] == f"drawn in {picture}"
     assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
 
