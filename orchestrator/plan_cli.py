@@ -18,7 +18,7 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     Raises:
         HeterodyneError: a mistake in the input.
     """
-    checked = preflight(load_config(path, overrides=overrides))
+    checked = preflight(load_config(path, overrides=overrides), listens=False)
     yield from plan_lines(checked)
     if picture is None:
         return

@@ -55,11 +55,12 @@ class Checked:
     checkpoint_bytes: int
 
 
-def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
+def preflight(config: Config, *, machine: Machine | None = None, listens: bool = True) -> Checked:
     """Everything that can be checked without starting anything. Reads headers, no weights.
 
     Args:
         machine: what this machine has; measured when None.
+        listens: whether servers are to listen here now, so that ports must be free.
 
     Raises:
         InvalidConfig: a value cannot work here: no such directory, a port in use.
@@ -83,11 +84,8 @@ def preflight(config: Config, *, machine: Machine | None = None) -> Checked:
         linear=linear_format(files.config, Quantization(config.model.quantization)),
         layouts=layouts,
     )
-    _check_port("gateway.address", config.gateway.address)
-    if config.cluster.is_local:
-        _check_bind_host(config.cluster.bind_host)
-    if config.telemetry.prometheus_address is not None:
-        _check_port("telemetry.prometheus_address", config.telemetry.prometheus_address)
+    if listens:
+        _check_listening(config)
     return Checked(
         config=config,
         model=files.spec,
@@ -172,6 +170,14 @@ def _check_environment() -> None:
         problem="has the distribution 'kernels', whose package has the name of one of Heterodyne's",
         fix="Run: python -m pip uninstall kernels",
     )
+
+
+def _check_listening(config: Config) -> None:
+    _check_port("gateway.address", config.gateway.address)
+    if config.cluster.is_local:
+        _check_bind_host(config.cluster.bind_host)
+    if config.telemetry.prometheus_address is not None:
+        _check_port("telemetry.prometheus_address", config.telemetry.prometheus_address)
 
 
 def _check_port(field: str, address: Address) -> None:

@@ -159,6 +159,8 @@ class Follower:
                 self._duty.do(self._steps, self._alive)
         except _Stopped:
             return
+        except PeerFailed as error:
+            self._compute_failure = self._pulse.reason(error)
         except BaseException as error:
             self._compute_failure = error
 

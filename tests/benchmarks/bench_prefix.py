@@ -1,7 +1,8 @@
 """Decode steps of 64 sequences that share a prefix, with and without shared-prefix attention (Hydragen).
 
 The whole step of a model of the 1.1 B Llama shape with random weights: attention, projections, head, sampling. Run with
-``make bench-prefix``; ``--layers`` and ``--sequences`` make a small one.
+``make bench-prefix``; ``--layers`` and ``--sequences`` make a small one, ``--kv-heads 32`` one in which every query
+head has keys and values of its own (multi-head attention), so that there is eight times as much to read.
 """
 
 import argparse
@@ -64,15 +65,15 @@ class Case:
         return time.perf_counter() - began
 
 
-def llama_spec(num_layers: int) -> ModelSpec:
-    """The 1.1 B shape, of so many layers."""
+def llama_spec(num_layers: int, num_kv_heads: int) -> ModelSpec:
+    """The 1.1 B shape, of so many layers and KV heads."""
     return read_model_spec(
         {
             "model_type": "llama",
             "hidden_size": 2048,
             "num_hidden_layers": num_layers,
             "num_attention_heads": 32,
-            "num_key_value_heads": 4,
+            "num_key_value_heads": num_kv_heads,
             "intermediate_size": 5632,
             "vocab_size": 32000,
             "max_position_embeddings": 32768,
@@ -82,9 +83,9 @@ def llama_spec(num_layers: int) -> ModelSpec:
     )
 
 
-def make_case(*, num_layers: int, num_sequences: int, num_threads: int) -> Case:
+def make_case(*, num_layers: int, num_kv_heads: int, num_sequences: int, num_threads: int) -> Case:
     """A runner with random weights and a cache full of random keys and values."""
-    device, spec = open_device("cpu", num_threads), llama_spec(num_layers)
+    device, spec = open_device("cpu", num_threads), llama_spec(num_layers, num_kv_heads)
     torch.manual_seed(0)
     weights = {slice_.name: torch.randn(slice_.shape, dtype=torch.bfloat16) * 0.02 for slice_ in whole_model(spec)}
     num_slots = max(PREFIXES) + num_sequences * SUFFIX
@@ -148,14 +149,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--kv-heads", type=int, choices=(4, 8, 16, 32), default=4)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args(argv)
     load = os.getloadavg()
-    case = make_case(num_layers=args.layers, num_sequences=args.sequences, num_threads=args.threads)
-    settings = {name: getattr(args, name) for name in ("layers", "sequences", "threads", "repeats")}
+    case = make_case(
+        num_layers=args.layers,
+        num_kv_heads=args.kv_heads,
+        num_sequences=args.sequences,
+        num_threads=args.threads,
+    )
+    settings = {name: getattr(args, name) for name in ("layers", "kv_heads", "sequences", "threads", "repeats")}
     publish(make_report(measure(case, args.repeats), settings=settings), load_at_start=load, output=args.output)
 
 

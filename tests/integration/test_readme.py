@@ -65,7 +65,7 @@ def test_make_demo_streams_an_answer_and_leaves_nothing() -> None:
 def test_serve_and_every_command_that_talks_to_it() -> None:
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 9
+    assert len(rest) == 10
     with Command(shell(SERVE), env=ENV) as service:
         service.wait_for(f"event=serving model=demo address={ADDRESS}")
         for command in rest:
@@ -98,9 +98,11 @@ def run_python_example() -> None:
     assert len(result.stdout) > 20
 
 
-def test_the_yaml_shown_is_the_one_of_local_yaml() -> None:
-    (shown,) = blocks("yaml")
-    assert yaml.safe_load(shown) == yaml.safe_load((REPOSITORY / "deploy" / "local.yaml").read_text())
+def test_the_yaml_shown_is_that_of_the_files() -> None:
+    shown = [yaml.safe_load(block) for block in blocks("yaml")]
+    assert shown == [
+        yaml.safe_load((REPOSITORY / "deploy" / name).read_text()) for name in ("local.yaml", "split.yaml")
+    ]
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

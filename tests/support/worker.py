@@ -23,11 +23,11 @@ _WORKER_WITH = """
 import ctypes, signal, sys, time
 from workers import __main__ as worker, runner
 
-def execute(self, prepared):
+def execute(self, number, prepared):
     if len(prepared.batch.sequences[0].token_ids) == 5:
         {accident}
     {always}
-    return sampled(self, prepared)
+    return sampled(self, number, prepared)
 
 sampled, runner.ModelRunner._execute = runner.ModelRunner._execute, execute
 {more}
