@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.config import load_config
+from orchestrator.output_file import write_output
 from orchestrator.plan_picture import plan_svg
 from orchestrator.preflight import Checked, preflight
 from orchestrator.render import key_values
-from placement.errors import InvalidConfig
 from placement.memory import format_bytes
 from placement.plan import Span
 
@@ -22,15 +22,7 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     yield from plan_lines(checked)
     if picture is None:
         return
-    try:
-        picture.write_text(plan_svg(checked.plan), encoding="utf-8")
-    except OSError as error:
-        raise InvalidConfig(
-            field="--svg",
-            value=str(picture),
-            problem=f"cannot be written: {(error.strerror or str(error)).lower()}",
-            fix="Name a file in a directory that you may write to.",
-        ) from None
+    write_output(picture, plan_svg(checked.plan), field="--svg")
     yield f"drawn in {picture}"
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import grpc
 
 from orchestrator.errors import ServiceError
+from orchestrator.output_file import write_output
 from orchestrator.timeline import trace
-from placement.errors import InvalidConfig
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
 
 _OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 * 2**20))
@@ -24,15 +24,7 @@ def write_timeline(address: str, output: Path, *, last_s: float | None = None, t
         InvalidConfig: ``output`` cannot be written.
     """
     timeline = fetch_timeline(address, last_s=last_s, timeout_s=timeout_s)
-    try:
-        output.write_text(json.dumps(trace(timeline)))
-    except OSError as error:
-        raise InvalidConfig(
-            field="OUTPUT.json",
-            value=str(output),
-            problem=f"cannot be written: {(error.strerror or str(error)).lower()}",
-            fix="Name a file in a directory that you may write to.",
-        ) from None
+    write_output(output, json.dumps(trace(timeline)), field="OUTPUT.json")
     num_forgotten = timeline.forgotten_requests + timeline.forgotten_steps
     older = f" ({num_forgotten} older ones are forgotten)" if num_forgotten else ""
     held = f"{len(timeline.requests)} requests and {len(timeline.steps)} steps{older}"

@@ -19,7 +19,7 @@ import threading
 
 import grpc
 
-from placement.errors import FieldError, InvalidConfig, cause_of
+from placement.errors import PEER_LOST_EXIT_CODE, FieldError, InvalidConfig, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.device import open_device
 from workers.server import WorkerService
@@ -36,7 +36,6 @@ _FLUSH_S = 1.0
 # Until the process has ended, by force if need be: within the 5 s after which a launcher kills it without a cause.
 _END_S = 4.0
 _SWITCH_S = 0.0005
-_PEER_LOST = 3
 _SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 64 << 20),
@@ -132,7 +131,7 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     if failure is not None:  # the last line, so that the launcher can name the cause
         if isinstance(failure, PeerFailed):
             print(f"lost {failure}", file=sys.stderr, flush=True)
-            return _PEER_LOST
+            return PEER_LOST_EXIT_CODE
         print(f"engine failed: {cause_of(failure)}", file=sys.stderr, flush=True)
     return code
 

@@ -105,7 +105,9 @@ class LoadJob:
         grammars = None if roster.rank else self._grammars(model)
         membership = self._join(roster)
         try:
-            return self._load(model, roster, TORCH_DTYPES[dtype], linear, membership, grammars)
+            loaded = self._load(model, roster, TORCH_DTYPES[dtype], linear, membership, grammars)
+            self._go_on()  # else the others would count on a rank that nobody starts
+            return loaded
         except BaseException as error:
             if membership is not None:
                 membership.leave(cause_of(error))

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.launcher.node import host_port
-from placement.errors import HeterodyneError
+from placement.errors import PEER_LOST_EXIT_CODE, HeterodyneError
 
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_LINES = 20
 PEER_LOST = "another rank of its replica was lost"
 """How the cause begins of a worker that ended because another did: the other's own cause says more."""
-_PEER_LOST_CODE = 3
 
 
 class WorkerFailed(HeterodyneError):
@@ -146,7 +145,7 @@ class WorkerProcess:
         if self._stopping:
             return "stopped"
         last = next((line for line in reversed(self._stderr) if line.strip()), "")
-        if code == _PEER_LOST_CODE:
+        if code == PEER_LOST_EXIT_CODE:
             return f"{PEER_LOST}: {last.removeprefix('lost ')}"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")

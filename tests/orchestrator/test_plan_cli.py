@@ -13,8 +13,8 @@ from placement.layout import ReplicaLayout, StageLayout
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
-from tests.placement.test_splitting import LLAMA_8B
 from tests.support.deployment import make_config
+from tests.support.shapes import LLAMA_8B
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
 CLUSTER = ClusterSpec(

@@ -8,7 +8,7 @@ from placement.errors import InvalidConfig
 from placement.layout import ReplicaLayout, StageLayout, cut
 from placement.plan import Part, Span
 from placement.quantization import GptqLayout, LinearFormat
-from tests.placement.test_splitting import LLAMA_8B as MODEL
+from tests.support.shapes import LLAMA_8B as MODEL
 
 FIELD = "serving.parallelism.replicas[0]"
 

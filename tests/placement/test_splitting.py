@@ -10,21 +10,8 @@ from placement.plan import Span
 from placement.quantization import GptqLayout, LinearFormat
 from placement.specs import ModelSpec, RopeSpec
 from placement.splitting import Dimension, deal, dimensions, spans
+from tests.support.shapes import LLAMA_8B
 
-LLAMA_8B = ModelSpec(
-    architecture="llama",
-    num_layers=32,
-    hidden_size=4096,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=14336,
-    vocab_size=128_256,
-    max_context_tokens=8192,
-    rms_norm_eps=1e-5,
-    rope=RopeSpec(),
-    tied_embeddings=False,
-)
 WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(0.1, 100.0)), min_size=1, max_size=4).filter(any)
 
 

@@ -23,27 +23,31 @@ def _decode() -> SequenceInput:
     return SequenceInput(token_ids=[1], start=0, runs=((0, 1),), sampler=greedy_sampler(), samples=True)
 
 
-def test_a_follower_that_fails_ends_the_leaders_step_with_its_words(cut: Ranks) -> None:
+def test_a_follower_that_fails_ends_the_leaders_step_with_its_words(
+    cut: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(cut, [_decode()])
 
     def fail(*_: object) -> None:
         raise RuntimeError("lost its disk")
 
-    cut.runner(1).compute = fail  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(cut.runner(1), "compute", fail)
     with pytest.raises(Exception, match=r"rank 1: RuntimeError: lost its disk"):
         for _ in range(3):
             run(cut, [_decode()])
     assert str(cut.failures[0]) == "lost its disk"
 
 
-def test_an_engine_whose_follower_fails_ends_every_sequence_with_the_cause(cut: Ranks) -> None:
+def test_an_engine_whose_follower_fails_ends_every_sequence_with_the_cause(
+    cut: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("lost its disk")
 
     with engines() as make:
         parts = make(cut)
         listener = Listener()
-        cut.runner(1).compute = fail  # type: ignore[method-assign, assignment]
+        monkeypatch.setattr(cut.runner(1), "compute", fail)
         parts.engine.submit(listener, 0, submission([1, 2, 3]))
         listener.wait_ends(1)
         assert listener.ends[0].end is EndReason.FAILED

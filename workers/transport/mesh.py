@@ -31,7 +31,7 @@ _HELLO_S = 2.0
 
 
 class Channel(IntEnum):
-    """What a connection between two ranks is for: each is used by one thread."""
+    """What a connection between two ranks is for: each direction is used by one thread at a time."""
 
     PULSE = 0
     STEPS = 1

@@ -9,8 +9,8 @@ import pytest
 
 from tests.workers.transport.conftest import MakeMeshes
 from workers.transport.errors import PeerFailed
-from workers.transport.mesh import Channel, Mesh
-from workers.transport.pulse import SILENCE_S, Pulse
+from workers.transport.mesh import Channel, Members, Mesh, join, listen
+from workers.transport.pulse import SILENCE_S, TICK_S, Pulse
 
 
 @pytest.fixture
@@ -70,11 +70,15 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("number", "cause"), [(signal.SIGKILL, "connection"), (signal.SIGSTOP, "is frozen or cut off")]
+    ("number", "causes"),
+    [
+        (signal.SIGKILL, ("closed its connection", "its connection broke")),
+        (signal.SIGSTOP, ("is frozen or cut off",)),
+    ],
 )
-def test_a_process_that_is_killed_or_frozen_is_lost_within_two_seconds(number: signal.Signals, cause: str) -> None:
-    from workers.transport.mesh import Members, join, listen
-
+def test_a_process_that_is_killed_or_frozen_is_lost_within_two_seconds(
+    number: signal.Signals, causes: tuple[str, ...]
+) -> None:
     with listen("127.0.0.1") as listener:
         port = listener.getsockname()[1]
         peer = subprocess.Popen(
@@ -90,8 +94,10 @@ def test_a_process_that_is_killed_or_frozen_is_lost_within_two_seconds(number: s
             began_s = time.monotonic()
             peer.send_signal(number)
             error = _wait_for_loss(pulse, 10.0)
-            assert error.rank == 1 and cause in error.cause
-            assert time.monotonic() - began_s < 4.0  # 2 s, and what a busy machine adds
+            assert error.rank == 1 and error.cause.startswith(causes)
+            # Two seconds by its own count; on a busy machine its ticks come late, and are not counted double.
+            assert SILENCE_S + 2 * TICK_S <= 2.0
+            assert time.monotonic() - began_s < 4.0
             pulse.stop()
             mesh.close()
         finally:
