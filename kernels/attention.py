@@ -53,6 +53,31 @@ class SequenceSpan:
         return last_runs(self.runs, self.num_queries)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PartSpan:
+    """Neighbouring rows of a batch, and a part of the tokens that they attend to: what one rank of several holds.
+
+    Attributes:
+        query_start: row of the first query.
+        runs: slots of the tokens, in token order.
+        seen: [n, 2], of these tokens, those that each of the n queries sees: the first, and the end. Neither goes down
+            from one query to the next; where they are equal it sees none.
+    """
+
+    query_start: int
+    runs: tuple[Run, ...]
+    seen: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        assert self.seen.ndim == 2 and len(self.seen) and (self.seen[:, 0] <= self.seen[:, 1]).all(), self
+        assert (np.diff(self.seen, axis=0) >= 0).all() and self.seen[-1, 1] <= num_slots(self.runs), self
+
+    @property
+    def num_queries(self) -> int:
+        """Its rows."""
+        return len(self.seen)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedSpan:
     """Tokens that several sequences of a batch have at the same positions, in the same slots.
@@ -84,8 +109,9 @@ class TaskPlan:
     Attributes:
         runs: [R, 2], slots of all lists of tokens: where each run begins and stops.
         rows: [E], row of each query in the batch. A query in two tasks' lists of queries is there twice.
+        ranges: [C, 2], of the tokens of its task, those that each query of a chunk sees: the first, and the end.
         sequences: [E], its decode, or -1.
-        tasks: [tasks, 8], fields as in simd.Task.
+        tasks: [tasks, 7], fields as in simd.Task.
         parts: numbers of the partial results of each decode, decode after decode.
         first_part: [B + 1], where each decode's begin, and the end.
         num_partials: partial results of all tasks.
@@ -95,6 +121,7 @@ class TaskPlan:
 
     runs: NDArray[np.int64]
     rows: NDArray[np.int64]
+    ranges: NDArray[np.int64]
     sequences: NDArray[np.int64]
     tasks: NDArray[np.int64]
     parts: NDArray[np.int64]
@@ -116,6 +143,19 @@ class AttentionPlan:
 
     spans: tuple[SequenceSpan, ...]
     window: int | None = None
+    tasks: TaskPlan | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """Queries against parts of what they attend to, laid out once for all layers.
+
+    Attributes:
+        spans: no row is in two of them.
+        tasks: the same work for variants that do it all at once; None: there is none, or the variant does not.
+    """
+
+    spans: tuple[PartSpan, ...]
     tasks: TaskPlan | None = None
 
 

@@ -2,26 +2,30 @@
 :mod:`kernels.paged`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import paged, reference
-from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
+from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan
 from kernels.linear import pack
 from kernels.reference import embedding, rotate, write_kv
 from kernels.rows import add_rms_norm, gelu_mul, rms_norm, silu_mul
 from kernels.shared import choose
+from kernels.tasks import plan_parts as plan_part_tasks
 from kernels.tasks import plan_tasks
 
 __all__ = [
     "add_rms_norm",
+    "attend_parts",
     "attention",
     "embedding",
     "gelu_mul",
     "pack",
     "plan",
+    "plan_parts",
     "rms_norm",
     "rotate",
     "silu_mul",
@@ -52,3 +56,19 @@ def attention(
     output = torch.empty(query.shape, dtype=query.dtype)
     paged.attend(query, cache, plan.tasks, scale, output)
     return output
+
+
+def plan_parts(spans: Sequence[PartSpan]) -> PartPlan:
+    """As :func:`kernels.reference.plan_parts`, with the work cut into tasks."""
+    return PartPlan(spans=tuple(spans), tasks=plan_part_tasks(spans))
+
+
+def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """As :func:`kernels.reference.attend_parts`, which runs heads that are no whole vectors."""
+    if not paged.supports(cache):
+        return reference.attend_parts(query, cache, plan, scale)
+    output, stats = torch.zeros(query.shape, dtype=query.dtype), torch.zeros(*query.shape[:2], 2)
+    if plan.tasks is not None:
+        paged.attend(query, cache, plan.tasks, scale, output, stats)
+    # Powers of two, as the kernel has them; where a row sees nothing, the logarithm of 0.
+    return output, (stats[..., 0].clamp(min=-1e30) + stats[..., 1].log2()) * math.log(2)

@@ -22,8 +22,13 @@ def supports(cache: LayerCache) -> bool:
     return cache.keys.shape[-1] % vectors.LANES == 0 and cache.keys.dtype in (torch.float32, torch.bfloat16)
 
 
-def attend(query: Tensor, cache: LayerCache, plan: TaskPlan, scale: float, output: Tensor) -> None:
+def attend(
+    query: Tensor, cache: LayerCache, plan: TaskPlan, scale: float, output: Tensor, stats: Tensor | None = None
+) -> None:
     """Attention of each planned row of ``query`` [T, H, D] over its sequence, to the same row of ``output``.
+
+    Where ``stats`` [T, H, 2] are there, in float32, they get the greatest score, times log2(e), and the sum of the
+    exponentials relative to it; no greatest score, and a sum of 0, where a row sees nothing.
 
     Sums are float32; where bfloat16 is multiplied in pairs, the softmax's weights are rounded to it. The first call
     for a dtype compiles it, or loads it from Numba's cache on disk.
@@ -34,7 +39,8 @@ def attend(query: Tensor, cache: LayerCache, plan: TaskPlan, scale: float, outpu
     memory = Workspace(cache, query.shape[1], plan, num_threads)
     tickets = torch.zeros(num_tickets(plan, num_kv_heads), dtype=torch.int64)
     addresses = (query.data_ptr(), output.data_ptr(), tickets.data_ptr())
-    threads.run(*attention(cache, plan, scale, memory, *addresses), num_threads)
+    at_stats = 0 if stats is None else stats.data_ptr()
+    threads.run(*attention(cache, plan, scale, memory, *addresses, at_stats), num_threads)
 
 
 def num_tickets(plan: TaskPlan, num_kv_heads: int) -> int:
@@ -58,15 +64,22 @@ class Workspace:
 
 
 def attention(
-    cache: LayerCache, plan: TaskPlan, scale: float, memory: Workspace, query: int, output: int, tickets: int
+    cache: LayerCache,
+    plan: TaskPlan,
+    scale: float,
+    memory: Workspace,
+    query: int,
+    output: int,
+    tickets: int,
+    stats: int = 0,
 ) -> tuple[int, bytes]:
-    """The work of :func:`attend` and its job, from the addresses of query, output and ``num_tickets`` zeros."""
+    """The work of :func:`attend` and its job, from the addresses of query, output, ``num_tickets`` zeros and stats."""
     keys, values = cache.keys, cache.values
     assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == values.dtype
     num_kv_heads, num_slots, head_dim = keys.shape
     job = simd.JOB.pack(
         *(num_kv_heads, memory.group, head_dim, num_slots),
-        *(query, keys.data_ptr(), values.data_ptr(), output, memory.partials, tickets),
+        *(query, keys.data_ptr(), values.data_ptr(), output, stats, memory.partials, tickets),
         *(memory.room, memory.room_bytes, *memory.buffers, *plan.addresses),
         scale,
     )

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
+from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan
 from kernels.linear import Linear, PlainLinear
 
 
@@ -179,16 +179,61 @@ def attention(
 def _dense_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
     """The last n tokens' ``query`` [n, H, D] over all ``keys`` and ``values`` [K, S, D]: [n, H, D]."""
     num_queries, num_tokens = query.shape[0], keys.shape[1]
-    group = query.shape[1] // keys.shape[0]
-    keys, values = (x.repeat_interleave(group, dim=0).float() for x in (keys, values))
-    scores = torch.einsum("nhd,hsd->hns", query.float(), keys) * scale
+    scores = _scores(query, keys, scale)
     position = torch.arange(num_tokens, device=query.device)
     own = position[num_tokens - num_queries :, None]
     hidden = position > own
     if window is not None:
         hidden |= position <= own - window
     weights = scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
-    return torch.einsum("hns,hsd->nhd", weights, values).to(query.dtype)
+    return _weighted(weights, values).to(query.dtype)
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Of ``query`` [n, H, D] and ``keys`` [K, S, D]: [H, n, S] in float32."""
+    wide = keys.repeat_interleave(query.shape[1] // keys.shape[0], dim=0).float()
+    return torch.einsum("nhd,hsd->hns", query.float(), wide) * scale
+
+
+def _weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """The averages [n, H, D] of ``values`` [K, S, D] by ``weights`` [H, n, S], in float32."""
+    wide = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0).float()
+    return torch.einsum("hns,hsd->nhd", weights, wide)
+
+
+def plan_parts(spans: Sequence[PartSpan]) -> PartPlan:
+    """Which rows and slots belong together, laid out once for :func:`attend_parts` in every layer."""
+    return PartPlan(spans=tuple(spans))
+
+
+def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of queries over a part of what they see: see :func:`merge_partials`.
+
+    Args:
+        query: [T, H, D].
+        cache: keys and values [K, S, D].
+        plan: which rows see which slots.
+        scale: factor of the scores.
+
+    Returns:
+        The output [T, H, D], 0 for rows that see nothing or are in no span, and the log of the sum of exponentials of
+        the scores [T, H] in float32, minus infinity for those.
+    """
+    output = torch.zeros_like(query)
+    mass = torch.full(query.shape[:2], -math.inf, device=query.device)
+    for span in plan.spans:
+        if not span.runs:
+            continue
+        rows = slice(span.query_start, span.query_start + span.num_queries)
+        slots = torch.cat([torch.arange(*run, device=query.device) for run in span.runs])
+        position = torch.arange(len(slots), device=query.device)
+        first, stop = torch.from_numpy(span.seen).to(query.device).unsqueeze(-1).unbind(1)
+        scores = _scores(query[rows], cache.keys[:, slots], scale)
+        scores = scores.masked_fill((position < first) | (position >= stop), -math.inf)  # [H, n, S]
+        mass[rows] = scores.logsumexp(dim=-1).T
+        weights = scores.softmax(dim=-1).nan_to_num(0.0)
+        output[rows] = _weighted(weights, cache.values[:, slots]).to(query.dtype)
+    return output, mass
 
 
 def merge_partials(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

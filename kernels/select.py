@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import cpu, reference
-from kernels.attention import AttentionPlan, LayerCache, SequenceSpan, SharedSpan
+from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan
 from kernels.cuda.gpus import runs_triton
 from kernels.linear import Linear
 
@@ -39,6 +39,10 @@ class Kernels(Protocol):
     def attention(
         self, query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
     ) -> Tensor: ...
+
+    def plan_parts(self, spans: Sequence[PartSpan]) -> PartPlan: ...
+
+    def attend_parts(self, query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]: ...
 
 
 def kernels_for(device: torch.device | str) -> Kernels:

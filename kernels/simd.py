@@ -45,14 +45,16 @@ TILE = 256
 BLOCK_ROWS = 64  # of scores at a time: with a tile's keys and values they stay in the second-level cache
 
 # One call's arguments. Addresses are of dense arrays: query and output [T, H, D], keys and values [K, S, D], all of
-# one type; partials [num_partials, K, G, D + 2] in float32; tickets [2 + B * K], zero at first; room [threads,
-# room_bytes], followed by where in it each buffer begins; then sizes and addresses of a plan's arrays.
+# one type; stats 0 or [T, H, 2] in float32, for the maximum and mass of what each output is the average of; partials
+# [num_partials, K, G, D + 2] in float32; tickets [2 + B * K], zero at first; room [threads, room_bytes], followed by
+# where in it each buffer begins; then sizes and addresses of a plan's arrays.
 BUFFERS = ("slots", "queries", "packed_keys", "packed_values", "scores", "tile_sums", "tile_stats", "sums", "stats")
-PLANNED = ("tasks", "runs", "rows", "sequences", "parts", "first_part")  # arrays of attention.TaskPlan
+PLANNED = ("tasks", "runs", "rows", "ranges", "sequences", "parts", "first_part")  # arrays of attention.TaskPlan
 _ARGUMENTS = (
-    *("num_kv_heads", "group", "head_dim", "num_slots", "query", "keys", "values", "output", "partials", "tickets"),
+    *("num_kv_heads", "group", "head_dim", "num_slots", "query", "keys", "values", "output", "stats"),
+    *("partials", "tickets"),
     *("room", "room_bytes", *(f"to_{name}" for name in BUFFERS)),
-    *("num_tasks", "num_runs", "num_queries", "num_parts", "num_ends", *PLANNED),
+    *("num_tasks", "num_runs", "num_queries", "num_ranges", "num_parts", "num_ends", *PLANNED),
 )
 _JOB_TYPE = np.dtype([(name, np.int64) for name in _ARGUMENTS] + [("scale", np.float64)])
 JOB = struct.Struct(f"={len(_ARGUMENTS)}qd")
@@ -65,7 +67,7 @@ _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 class Task(NamedTuple):
     """Queries against a list of tokens, which begins ``skip`` tokens into run ``first_run``.
 
-    Query i sees the last ``window`` of the tokens up to number ``position + i``. ``partial`` is where the first
+    Query i sees the tokens within ``ranges[first_range + i]``, or all where that is -1. ``partial`` is where the first
     query's result goes, and those of the others after it; -1 if results are whole.
     """
 
@@ -74,8 +76,7 @@ class Task(NamedTuple):
     first_run: Any
     skip: Any
     num_tokens: Any
-    position: Any
-    window: Any
+    first_range: Any
     partial: Any
 
 
@@ -105,12 +106,11 @@ class _Tile(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries of a task from ``first``, in ``num_rows`` rows of scores; ``position``: the first's, in the tile."""
+    """Queries of a task from ``first``, in ``num_rows`` rows of scores; what is visible to any is so of the tile."""
 
     first: Any
     num_queries: Any
     num_rows: Any
-    position: Any
     num_visible: Any
 
 
@@ -208,15 +208,24 @@ def _score(job, head, tile, block, num_packed, room, zero):  # type: ignore[no-u
 
 
 @_jit
+def _range(job, task, query):  # type: ignore[no-untyped-def]
+    """Of the task's tokens, the first that one of its queries sees, and the end."""
+    if task.first_range < 0:
+        return np.int64(0), task.num_tokens
+    ranges = _integers(job.ranges, (job.num_ranges, 2))
+    return ranges[task.first_range + query, 0], ranges[task.first_range + query, 1]
+
+
+@_jit
 def _hide(job, task, tile, block, room):  # type: ignore[no-untyped-def]
     """Scores with tokens that a query does not see become minus infinity."""
     width = _whole_panels(block.num_visible)
     scores = _floats(room + job.to_scores, (block.num_rows, TILE))
     for row in range(block.num_rows):
-        position = block.position + row // job.group
-        for token in range(min(width, position + 1 - task.window)):
+        first, stop = _range(job, task, block.first + row // job.group)
+        for token in range(min(width, first - tile.start)):
             scores[row, token] = -np.inf
-        for token in range(max(0, min(tile.num_tokens, position + 1)), width):
+        for token in range(max(0, min(tile.num_tokens, stop - tile.start)), width):
             scores[row, token] = -np.inf
 
 
@@ -255,11 +264,11 @@ def _attend_tile(job, task, head, tile, room, zero):  # type: ignore[no-untyped-
     packed_keys, packed_values = np.int64(0), False
     for first in range(0, task.num_queries, queries_at_once):
         num_queries = min(queries_at_once, task.num_queries - first)
-        position = task.position - tile.start + first
-        num_visible = min(tile.num_tokens, position + num_queries)
-        if num_visible <= 0 or position + 1 - task.window >= tile.num_tokens:
+        # Ranges go up from query to query: the first's begins first, the last's ends last.
+        num_visible = min(tile.num_tokens, _range(job, task, first + num_queries - 1)[1] - tile.start)
+        if num_visible <= 0 or _range(job, task, first)[0] - tile.start >= tile.num_tokens:
             continue
-        block = _Block(first, num_queries, num_queries * job.group, position, num_visible)
+        block = _Block(first, num_queries, num_queries * job.group, num_visible)
         _score(job, head, tile, block, packed_keys, room, zero)
         _hide(job, task, tile, block, room)
         num_panels = _whole_panels(num_visible) // PANEL
@@ -305,6 +314,17 @@ def _output(job, row, head, g, zero):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _write(job, row, head, g, sums, top, mass, zero):  # type: ignore[no-untyped-def]
+    """A query's result, from its weighted values at ``sums``: 0 where it sees no token."""
+    to = _output(job, row, head, g, zero)
+    write_output(sums, max(mass, np.float32(1e-30)), job.head_dim, to, zero)
+    if job.stats != 0:
+        query_head = (row * job.num_kv_heads + head) * job.group + g
+        stats = _floats(job.stats + 8 * query_head, 2)
+        stats[0], stats[1] = top, mass
+
+
+@_jit
 def _attend(job, task, head, rows, runs, room, zero):  # type: ignore[no-untyped-def]
     """One task of one KV head, but for its result."""
     _load_queries(job, task, head, rows, room, zero)
@@ -329,8 +349,8 @@ def _finish(job, task, head, rows, room, zero):  # type: ignore[no-untyped-def]
     for row in range(num_rows):
         i, g = row // job.group, row % job.group
         if task.partial < 0:
-            to = _output(job, rows[task.first_query + i], head, g, zero)
-            write_output(room + job.to_sums + 4 * width * row, stats[row, 1], head_dim, to, zero)
+            here = room + job.to_sums + 4 * width * row
+            _write(job, rows[task.first_query + i], head, g, here, stats[row, 0], stats[row, 1], zero)
         else:
             partial = _partial(job, task.partial + i, head)
             for d in range(head_dim):
@@ -349,21 +369,21 @@ def _merge(job, row, head, parts, room, zero):  # type: ignore[no-untyped-def]
         for part in parts:
             partial = _partial(job, part, head)[g]
             _fold(sums, stats, partial, partial[head_dim:], head_dim)
-        write_output(room + job.to_sums, stats[1], head_dim, _output(job, row, head, g, zero), zero)
+        _write(job, row, head, g, room + job.to_sums, stats[0], stats[1], zero)
 
 
 @_jit
 def _work(job, zero):  # type: ignore[no-untyped-def]
     """Takes tasks until none is left. Any number of threads may do so at once."""
     room = job.room + take_ticket(job.tickets) * job.room_bytes
-    tasks = _integers(job.tasks, (job.num_tasks, 8))
+    tasks = _integers(job.tasks, (job.num_tasks, 7))
     runs = _integers(job.runs, (job.num_runs, 2))
     rows, sequences = _integers(job.rows, job.num_queries), _integers(job.sequences, job.num_queries)
     parts, first_part = _integers(job.parts, job.num_parts), _integers(job.first_part, job.num_ends)
     ticket = take_ticket(job.tickets + 8)
     while ticket < job.num_tasks * job.num_kv_heads:
         head, t = ticket // job.num_tasks, tasks[ticket % job.num_tasks]
-        task = Task(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7])
+        task = Task(t[0], t[1], t[2], t[3], t[4], t[5], t[6])
         _attend(job, task, head, rows, runs, room, zero)
         _finish(job, task, head, rows, room, zero)
         if task.partial >= 0:

@@ -17,29 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kernels import simd
-from kernels.attention import Run, SequenceSpan, SharedSpan, TaskPlan, last_runs, split_runs
+from kernels.attention import PartSpan, Run, SequenceSpan, SharedSpan, TaskPlan, last_runs, split_runs
 
 MAX_QUERIES = 32  # of a task: so many meet keys and values that are laid out once
 # Tokens of a part. Each begins at a multiple of it, so that parts are the same whoever shares them. Shorter ones cost
 # more to merge, and of longer ones less can be shared.
 PART = 512
-_NO_WINDOW = 1 << 40
 
 Integers = NDArray[np.int64]
+_NO_RANGES = np.empty((0, 2), np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draft:
-    """Tasks [n, 7]: first query, queries, first token, tokens, position, window, first partial result or -1.
+    """Tasks [n, 6]: first query, queries, first token, tokens, first range or -1, first partial result or -1.
 
     ``rows`` and ``decodes``: the queries that the draft adds, and their decodes or -1. ``parts``: [m, 3], decode, first
-    position and partial result.
+    position and partial result. ``ranges``: as in TaskPlan.
     """
 
     tasks: Integers
     rows: Integers
     decodes: Integers
     parts: Integers
+    ranges: Integers
 
 
 def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequence[SharedSpan]) -> TaskPlan:
@@ -56,8 +57,30 @@ def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequen
     first_token[: len(spans)] -= unread
     own = _draft_decodes(ranges, first_token[decodes], np.array([spans[i].query_start for i in decodes], np.int64))
     common = _draft_shared(shared, decodes, first_token[len(spans) :], own)
-    chunks = _draft_chunks(spans, window, first_token, len(own.rows) + len(common.rows))
-    return _task_plan((own, common, chunks), runs, ends)
+    chunks = [
+        _Chunk(span.query_start, start, _causal(span, window))
+        for span, start in zip(spans, first_token[: len(spans)].tolist(), strict=True)
+        if span.num_queries > 1
+    ]
+    return _task_plan((own, common, _draft_chunks(chunks, len(own.rows) + len(common.rows))), runs, ends)
+
+
+def plan_parts(spans: Sequence[PartSpan]) -> TaskPlan | None:
+    """Tasks of queries against parts of what they attend to; None where nobody sees anything."""
+    seeing = [span for span in spans if span.seen[-1, 1]]
+    if not seeing:
+        return None
+    runs, first_token, ends = _lay_out_runs([span.runs for span in seeing])
+    single = [index for index, span in enumerate(seeing) if span.num_queries == 1]
+    ranges = [(decode, *seeing[index].seen[0].tolist()) for decode, index in enumerate(single)]
+    rows = np.array([seeing[index].query_start for index in single], np.int64)
+    own = _draft_decodes(ranges, first_token[single], rows)
+    chunks = [
+        _Chunk(span.query_start, start, span.seen)
+        for span, start in zip(seeing, first_token.tolist(), strict=True)
+        if span.num_queries > 1
+    ]
+    return _task_plan((own, _draft_shared((), (), first_token[:0], own), _draft_chunks(chunks, len(rows))), runs, ends)
 
 
 def whole_parts(common: SharedSpan, start: int = 0) -> SharedSpan | None:
@@ -82,12 +105,13 @@ def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Inte
         "tasks": np.column_stack((tasks[:, :2], first_run, skip, tasks[:, 3:])),
         "runs": runs,
         "rows": np.concatenate([draft.rows for draft in drafts]),
+        "ranges": drafts[-1].ranges,
         "sequences": np.concatenate([draft.decodes for draft in drafts]),
         "parts": parts[np.lexsort((parts[:, 1], parts[:, 0])), 2],
         "first_part": np.concatenate(([0], num_parts.cumsum())),
     }
     dense = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    sizes = (len(dense[name]) for name in ("tasks", "runs", "rows", "parts", "first_part"))
+    sizes = (len(dense[name]) for name in ("tasks", "runs", "rows", "ranges", "parts", "first_part"))
     return TaskPlan(
         **dense,
         num_partials=len(parts),
@@ -150,10 +174,11 @@ def _draft_decodes(ranges: Sequence[tuple[int, int, int]], first_token: Integers
     tokens, partials = stop - begin, np.arange(len(which))
     where = begin + first_token[owner[which]]
     return _Draft(
-        tasks=_table(owner[which], 1, where, tokens, tokens - 1, _NO_WINDOW, partials),
+        tasks=_table(owner[which], 1, where, tokens, -1, partials),
         rows=rows,
         decodes=np.arange(len(rows)),
         parts=_table(owner[which], begin, partials),
+        ranges=_NO_RANGES,
     )
 
 
@@ -169,46 +194,60 @@ def _draft_shared(shared: Sequence[SharedSpan], decodes: Sequence[int], first: I
         edges = [len(common.members) * block // num_blocks for block in range(num_blocks + 1)]
         for part, (start, stop) in product(range(0, common.num_tokens, PART), pairwise(edges)):
             where, position = len(own.rows) + query + start, common.first_token + part
-            tasks.append((where, stop - start, base + part, PART, PART - 1, _NO_WINDOW, partial))
+            tasks.append((where, stop - start, base + part, PART, -1, partial))
             block = members[query + start : query + stop]
             parts.extend(zip(block, repeat(position), count(partial), strict=False))
             partial += stop - start
         query += len(common.members)
     return _Draft(
-        tasks=np.array(tasks, np.int64).reshape(-1, 7),
+        tasks=np.array(tasks, np.int64).reshape(-1, 6),
         rows=own.rows[members],
         decodes=own.decodes[members],
         parts=np.array(parts, np.int64).reshape(-1, 3),
+        ranges=_NO_RANGES,
     )
 
 
-def _draft_chunks(spans: Sequence[SequenceSpan], window: int | None, first_token: Integers, num_before: int) -> _Draft:
-    """The chunks' queries in blocks, the last first: it sees most."""
-    tasks, rows = [np.empty((0, 7), np.int64)], [np.empty(0, np.int64)]
-    for index, span in enumerate(spans):
-        if span.num_queries == 1:
-            continue
-        query = np.arange(0, span.num_queries, MAX_QUERIES)[::-1]
-        num_queries = np.minimum(MAX_QUERIES, span.num_queries - query)
-        position = span.num_tokens - span.num_queries + query
-        start = np.zeros_like(position) if window is None else (position - window + 1).clip(min=0)
-        tokens = position + num_queries - start
-        tasks.append(
-            _table(
-                num_before + query,
-                num_queries,
-                first_token[index] + start,
-                tokens,
-                position - start,
-                window or _NO_WINDOW,
-                -1,
-            )
-        )
-        rows.append(np.arange(span.query_start, span.query_start + span.num_queries))
-        num_before += span.num_queries
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Neighbouring queries. ``ranges`` [n, 2]: of the tokens from ``first_token`` on, those that each of them sees."""
+
+    query_start: int
+    first_token: int
+    ranges: Integers
+
+
+def _causal(span: SequenceSpan, window: int | None) -> Integers:
+    """What each query of a chunk sees of its sequence."""
+    stop = np.arange(span.num_tokens - span.num_queries, span.num_tokens) + 1
+    first = np.zeros_like(stop) if window is None else (stop - window).clip(min=0)
+    return np.column_stack((first, stop))
+
+
+def _draft_chunks(chunks: Sequence[_Chunk], num_before: int) -> _Draft:
+    """The chunks' queries, ``num_before`` after all others, in blocks; the last first: it sees most."""
+    tasks, rows, ranges = [np.empty((0, 6), np.int64)], [np.empty(0, np.int64)], [_NO_RANGES]
+    num_ranges = 0
+    for chunk in chunks:
+        num_queries = len(chunk.ranges)
+        query = np.arange(0, num_queries, MAX_QUERIES)[::-1]
+        stop = np.minimum(query + MAX_QUERIES, num_queries)
+        start = chunk.ranges[query, 0]
+        tokens = chunk.ranges[stop - 1, 1] - start
+        place = num_ranges + query
+        block = _table(num_before + place, stop - query, chunk.first_token + start, tokens, place, -1)
+        tasks.append(block[tokens > 0])
+        rows.append(np.arange(chunk.query_start, chunk.query_start + num_queries))
+        ranges.append(chunk.ranges - start[::-1].repeat((stop - query)[::-1])[:, None])
+        num_ranges += num_queries
     together = np.concatenate(rows)
-    nothing = np.empty((0, 3), np.int64)
-    return _Draft(tasks=np.concatenate(tasks), rows=together, decodes=np.full_like(together, -1), parts=nothing)
+    return _Draft(
+        tasks=np.concatenate(tasks),
+        rows=together,
+        decodes=np.full_like(together, -1),
+        parts=np.empty((0, 3), np.int64),
+        ranges=np.concatenate(ranges),
+    )
 
 
 def _table(*columns: Integers | int) -> Integers:

@@ -22,6 +22,8 @@ class CudaKernels:
     gelu_mul = staticmethod(activations.gelu_mul)
     rotate = staticmethod(rope.rotate)
     write_kv = staticmethod(rope.write_kv)
+    plan_parts = staticmethod(reference.plan_parts)
+    attend_parts = staticmethod(reference.attend_parts)
     attention = staticmethod(attention.attention)
 
     def __init__(self, device: torch.device) -> None:
