@@ -9,6 +9,7 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -50,6 +51,10 @@ class DecoderLayer(Protocol):
     def down(self) -> Linear | None: ...
     @property
     def ffn_post_norm(self) -> Tensor | None: ...
+
+
+# Attention [T, H, D] of queries [T, H, D] in a layer with that window and cache; its scores have that factor.
+Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]
 
 
 class Turns(Protocol):
@@ -145,11 +150,13 @@ class FusedLayers:
         turns: Mapping[Window, Turns],
         attention: Mapping[Window, AttentionPlan],
         reduce: Callable[[Tensor], None] | None = None,
+        attend: Attend | None = None,
     ) -> Tensor:
         """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
 
         ``turns`` and ``attention`` have an entry for each window that some layer has. ``reduce`` is called with what
-        each attention and feed-forward gives [T, E], to put the sum over all ranks in its place.
+        each attention and feed-forward gives [T, E], to put the sum over all ranks in its place. ``attend``, with which
+        there are no plans, attends instead of the program: to KV that other ranks have, too.
         """
         num_tokens = len(embedded)
         if not num_tokens:
@@ -165,15 +172,38 @@ class FusedLayers:
             buffers.sin[window][:num_tokens] = turn.sin[:, 0]
         kept = self._plan_attention(compiled, num_threads, caches, attention)
         start = 0
-        if reduce is not None:
-            for stop in compiled.sums:
-                compiled.program.run(num_threads, start, stop)
-                reduce(buffers.update[:num_tokens])
-                start = stop
+        for stop, go_on, between in self._stops(compiled, num_tokens, caches, reduce, attend):
+            compiled.program.run(num_threads, start, stop)
+            between()
+            start = go_on
         if start < len(compiled.program):
             compiled.program.run(num_threads, start)
         del kept  # until here its memory was in use
         return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
+
+    def _stops(
+        self,
+        compiled: _Compiled,
+        num_tokens: int,
+        caches: Sequence[LayerCache],
+        reduce: Callable[[Tensor], None] | None,
+        attend: Attend | None,
+    ) -> list[tuple[int, int, Callable[[], None]]]:
+        """Where the program stops, where it goes on, and what is done between."""
+        stops: list[tuple[int, int, Callable[[], None]]] = []
+        if reduce is not None:
+            update = self._buffers.update[:num_tokens]
+            stops += [(stop, stop, partial(reduce, update)) for stop in compiled.sums]
+        if attend is not None:
+            for at, layer, cache in zip(compiled.attention, self._layers, caches, strict=True):
+                stops.append((at, at + 1, partial(self._attend, attend, layer.window, cache, num_tokens)))
+        return sorted(stops, key=lambda stop: stop[0])
+
+    def _attend(self, attend: Attend, window: Window, cache: LayerCache, num_tokens: int) -> None:
+        query, attended = (
+            x[:num_tokens].view(num_tokens, -1, self._head_dim) for x in (self._buffers.query, self._buffers.attended)
+        )
+        attended.copy_(attend(window, query, cache, self._scale))
 
     def _plan_attention(
         self,

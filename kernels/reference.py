@@ -249,8 +249,8 @@ def merge_partials(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> t
     Returns:
         The output [..., D] and log-sum-exp [...] of the whole, in float32.
     """
-    masses = torch.stack(list(logsumexps))
-    mass = masses.logsumexp(dim=0)
-    shares = (masses - mass).exp()
-    parts = torch.stack([part.float() for part in outputs])
-    return (shares[..., None] * parts).sum(dim=0), mass
+    mass = torch.stack(list(logsumexps)).logsumexp(dim=0)
+    output = torch.zeros(outputs[0].shape, dtype=torch.float32, device=mass.device)
+    for part, its_mass in zip(outputs, logsumexps, strict=True):  # one by one, or all would be there in float32
+        output.addcmul_(part.float(), (its_mass - mass).exp()[..., None])
+    return output, mass

@@ -1,14 +1,19 @@
 """Which devices make up which replica, and what each of them is to hold. Owns the refusal of what cannot be cut so."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from placement.errors import InvalidConfig
 from placement.plan import Part, Span
 from placement.quantization import LinearFormat
 from placement.specs import ClusterSpec, ModelSpec
 from placement.splitting import Dimension, deal, dimensions, spans
+from placement.striping import Stripe
 from placement.weights import EMBEDDING, FINAL_NORM, HEAD, shard_tensors
+
+Split = Literal["tensor", "sequence"]
 
 _NOTHING = Span(0, 0)
 
@@ -19,13 +24,15 @@ class StageLayout:
 
     Attributes:
         devices: places of its devices among those of the cluster, in the order of nodes and devices.
-        weights: the share of each in every layer, as numbers of any scale; 0 for none.
+        weights: the share of each, as numbers of any scale; 0 for none.
+        split: what they are shares of: of every layer's heads and columns, or of every sequence's tokens.
         num_layers: None: dealt out among the stages that say nothing, by ``speed``.
         speed: of the stage as a whole, on the scale of the others.
     """
 
     devices: tuple[int, ...]
     weights: tuple[float, ...]
+    split: Split = "tensor"
     num_layers: int | None = None
     speed: float = 1.0
 
@@ -51,20 +58,33 @@ def one_each(cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
 
 
 def cut(
-    model: ModelSpec, layout: ReplicaLayout, linear: LinearFormat | None = None, *, field: str
+    model: ModelSpec,
+    layout: ReplicaLayout,
+    linear: LinearFormat | None = None,
+    *,
+    block_size: int = 1,
+    field: str,
 ) -> tuple[tuple[Part, ...], ...]:
     """What every rank of every stage holds.
 
     Args:
         linear: how the weights of linear layers are held.
+        block_size: slots of a KV block, which ranks share where they share sequences.
         field: where the layout is in the configuration.
 
     Raises:
         InvalidConfig: the layers are not as many as the model's, or a dim cannot be dealt out so; it is named.
     """
     layers = _cut_layers(model, layout.stages, field)
+    for index, stage in enumerate(layout.stages):
+        if stage.split == "sequence" and len(layout.stages) > 1:
+            problem = "is in a replica of several stages, which share layers only"
+            fix = "Use one stage, or tensor_split."
+            raise _refusal(f"{field}.stages[{index}].sequence_split", list(stage.weights), problem, fix)
     return tuple(
-        _cut_stage(model, stage, its_layers, linear, field=f"{field}.stages[{index}]")
+        _cut_sequences(model, stage, its_layers, linear, block_size, field=f"{field}.stages[{index}]")
+        if stage.split == "sequence"
+        else _cut_stage(model, stage, its_layers, linear, field=f"{field}.stages[{index}]")
         for index, (stage, its_layers) in enumerate(zip(layout.stages, layers, strict=True))
     )
 
@@ -125,6 +145,40 @@ def _cut_stage(
     return tuple(
         Part(layers=layers, kv_heads=heads[rank], ffn_columns=columns[rank], vocab_rows=rows[rank])
         for rank in range(num_ranks)
+    )
+
+
+def _cut_sequences(
+    model: ModelSpec,
+    stage: StageLayout,
+    layers: Span,
+    linear: LinearFormat | None,
+    block_size: int,
+    *,
+    field: str,
+) -> tuple[Part, ...]:
+    """Each rank has its layers whole, its share of every KV block, and of the output head."""
+    field = f"{field}.sequence_split"
+    if not any(stage.weights):
+        raise _refusal(field, list(stage.weights), "gives nobody anything", "Give at least one rank a share.")
+    slots = Dimension(name="slots of a KV block", size=block_size)
+    widths = deal(block_size, stage.weights)
+    for rank, weight in enumerate(stage.weights):
+        if weight and not widths[rank]:
+            problem = f"leaves rank {rank} none of the {block_size} slots of a KV block"
+            fix = "Give it a larger share, or 0, or raise serving.block_size."
+            raise _refusal(field, list(stage.weights), problem, fix)
+    rows = dimensions(model, len(stage.devices), linear).vocab_rows
+    rows_of = spans(rows, deal(rows.num_units, stage.weights))
+    whole = Part.whole(model)
+    return tuple(
+        dataclasses.replace(
+            whole,
+            layers=layers,
+            vocab_rows=rows_of[rank],
+            stripe=Stripe(slot.start, slot.stop, block_size),
+        )
+        for rank, slot in enumerate(spans(slots, widths))
     )
 
 

@@ -4,12 +4,14 @@ Shapes: T token budget, S most sequences, E hidden size, F feed-forward size, H 
 D head dimension, V vocabulary; F, H and K those of the rank's part.
 """
 
+import math
 from dataclasses import dataclass
 
 from placement.plan import Part
 from placement.quantization import LinearFormat, loaded_bytes
 from placement.specs import DType, ModelSpec
-from placement.weights import EMBEDDING, FINAL_NORM, TensorSlice, shard_tensors, weight_bytes
+from placement.striping import Stripe
+from placement.weights import shard_tensors
 
 CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
@@ -73,12 +75,12 @@ def footprint(
     Args:
         kv_bytes: of its KV blocks.
         linear: how the weights of its linear layers are held.
-        num_ranks: of its stage, which sum what they compute.
+        num_ranks: of its stage.
         leads: it is the leader, which samples.
     """
     slices = shard_tensors(model, part)
     has_plain_head = linear is None or linear.head_bits is None
-    head_bytes = packed_head_bytes(model, slices, dtype) if on_cpu and has_plain_head else 0
+    head_bytes = packed_head_bytes(model, part, dtype) if on_cpu and has_plain_head else 0
     workspace = workspace_bytes(
         model,
         part,
@@ -101,20 +103,20 @@ def footprint(
     )
 
 
-def packed_head_bytes(model: ModelSpec, slices: tuple[TensorSlice, ...], dtype: DType) -> int:
+def packed_head_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
     """What a tied head takes beside the embedding: packed for the product, it is no longer a table of rows.
 
-    Only bfloat16 is packed (kernels.linear), and only the stage with the final norm, the first, has a head.
+    Only bfloat16 is packed (kernels.linear).
     """
-    has_head = any(slice_.name == FINAL_NORM for slice_ in slices)
-    if dtype is not DType.BFLOAT16 or not model.tied_embeddings or not has_head:
+    if dtype is not DType.BFLOAT16 or not model.tied_embeddings:
         return 0
-    return weight_bytes([slice_ for slice_ in slices if slice_.name == EMBEDDING], dtype)
+    return len(part.vocab_rows) * model.hidden_size * dtype.itemsize
 
 
 def kv_bytes_per_block(model: ModelSpec, part: Part, *, dtype: DType, block_size: int) -> int:
-    """Bytes of one block on a rank: keys and values, [layers, block_size, KV heads, D] each."""
-    return 2 * len(part.layers) * block_size * len(part.kv_heads) * model.head_dim * dtype.itemsize
+    """Bytes of one block on a rank: keys and values, [layers, slots of the block, KV heads, D] each."""
+    num_slots = block_size if part.stripe is None else part.stripe.width
+    return 2 * len(part.layers) * num_slots * len(part.kv_heads) * model.head_dim * dtype.itemsize
 
 
 def num_blocks_for(kv_cache_bytes: int, *, bytes_per_block: int) -> int:
@@ -141,17 +143,42 @@ def workspace_bytes(
     """An upper estimate of what one step allocates at once, but for attention's partial results.
 
     Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each), with a float32 sum of
-    three or more. Per sequence a row of logits in ``dtype``, as for the rows of a prompt that are scored at once: those
-    of the rank's part, but at the leader of a cut vocabulary all of them, once as they come and once side by side. At
-    the leader also what sampling makes of those rows that it looks at together.
+    three or more. With a stripe, of the budget the rank's share, every decode, and what :func:`exchange_bytes` says.
+    Per sequence a row of logits in ``dtype``, as for the rows of a prompt that are scored at once: those of the rank's
+    part, but at the leader of a cut vocabulary all of them, once as they come and once side by side. At the leader also
+    what sampling makes of those rows that it looks at together.
     """
     rows = max(max_num_seqs, SCORED_ROWS)
     is_cut = len(part.vocab_rows) < model.vocab_size
     width = 2 * model.vocab_size if leads and is_cut else len(part.vocab_rows)
-    sums = (num_ranks - 1) * dtype.itemsize + (4 if num_ranks > 2 else 0)
-    per_token = _token_bytes(model, part, dtype) + model.hidden_size * sums
     sampling = sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu) if leads else 0
-    return token_budget * per_token + rows * width * dtype.itemsize + sampling
+    rest = rows * width * dtype.itemsize + sampling
+    if part.stripe is not None:
+        num_own = min(token_budget, math.ceil(part.stripe.share * token_budget) + max_num_seqs)
+        exchanged = exchange_bytes(model, part.stripe, dtype, num_ranks=num_ranks, token_budget=token_budget)
+        return num_own * _token_bytes(model, part, dtype) + exchanged + rest
+    sums = (num_ranks - 1) * dtype.itemsize + (4 if num_ranks > 2 else 0)
+    return token_budget * (_token_bytes(model, part, dtype) + model.hidden_size * sums) + rest
+
+
+def exchange_bytes(model: ModelSpec, stripe: Stripe, dtype: DType, *, num_ranks: int, token_budget: int) -> int:
+    """What ranks that attend to sequences together give each other in a layer.
+
+    Where queries move, those of all other ranks and what this one answers them with; where KV moves, no more is let
+    move at once than that (:func:`most_kv_tokens`). And what others, and this rank itself, give for its own queries,
+    with the float32 merge of it.
+    """
+    width = model.num_heads * model.head_dim
+    others = token_budget * (1 - stripe.share) * width * 2 * dtype.itemsize
+    own = token_budget * stripe.share * width * (num_ranks * dtype.itemsize + 3 * 4)
+    return math.ceil(others + own)
+
+
+def most_kv_tokens(model: ModelSpec, token_budget: int) -> int:
+    """Tokens whose KV ranks may give each other in one layer: as many as take what the budget's queries, and what they
+    are answered with, do.
+    """
+    return token_budget * model.queries_per_kv_head
 
 
 def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:

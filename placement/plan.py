@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from placement.specs import DeviceSpec, DType, ModelSpec
+from placement.striping import Stripe
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +29,15 @@ class Part:
         kv_heads: KV heads; the query heads that share them come along.
         ffn_columns: columns of the gate and up projections, rows of the down projection.
         vocab_rows: rows of the embedding and of the output head, in the stage of the first layer; else none.
+        stripe: the tokens whose KV it holds; None: all. With a stripe a rank has the whole of its layers, and of the
+            embedding, while ``vocab_rows`` are those of the output head.
     """
 
     layers: Span
     kv_heads: Span
     ffn_columns: Span
     vocab_rows: Span
+    stripe: Stripe | None = None
 
     @classmethod
     def whole(cls, model: ModelSpec) -> "Part":

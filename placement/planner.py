@@ -96,7 +96,10 @@ def plan_replicas(
     )
     check_linear_format(shard_tensors(model, Part.whole(model)), linear)
     asked = one_each(cluster) if layouts is None else layouts
-    parts = [cut(model, layout, linear, field=f"{LAYOUTS_FIELD}[{i}]") for i, layout in enumerate(asked)]
+    parts = [
+        cut(model, layout, linear, block_size=block_size, field=f"{LAYOUTS_FIELD}[{i}]")
+        for i, layout in enumerate(asked)
+    ]
     for its_parts in parts:
         for part in (part for stage in its_parts for part in stage):
             check_linear_format(shard_tensors(model, part), linear)

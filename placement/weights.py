@@ -55,7 +55,8 @@ def shard_tensors(model: ModelSpec, part: Part) -> tuple[TensorSlice, ...]:
     table_shape = (model.vocab_size, model.hidden_size)
     slices: list[TensorSlice] = []
     if is_first:
-        slices.append(_slice(EMBEDDING, table_shape, rows=part.vocab_rows))
+        rows = part.vocab_rows if part.stripe is None else None
+        slices.append(_slice(EMBEDDING, table_shape, rows=rows))
     for layer in range(layers.start, layers.stop):
         prefix = f"model.layers.{layer}"
         slices.append(_norm(model, f"{prefix}.input_layernorm"))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
+from kernels.fused import Attend
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from workers.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
@@ -36,13 +37,15 @@ class RopeTables:
 class TokenBatch:
     """What a step computes: tokens of several sequences, side by side.
 
-    ``rope`` and ``attention`` have an entry for each window that some layer has.
+    ``rope`` has an entry for each window that some layer has, and so has ``attention`` where there is no ``attend``,
+    which attends where other ranks have some of the KV.
     """
 
     token_ids: Tensor  # [T]
     slots: Tensor  # [T]: where each token's KV goes
     rope: Mapping[Window, RopeTables]
     attention: Mapping[Window, AttentionPlan]
+    attend: Attend | None = None
 
 
 def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) -> Mapping[Window, RopeTables]:
@@ -69,26 +72,40 @@ def hidden_states(
 
     Writes the batch's KV to ``caches``.
     """
+    if batch.attend is not None and not len(x):
+        return _attend_for_others(model, weights, caches, batch.attend, x)
     eps = model.rms_norm_eps
     residual, update = x, None
     if weights.fused is not None and weights.fused.takes(batch.attention):
-        reduce = None if group.num_ranks == 1 else group.all_reduce
-        return weights.fused.run(residual, caches, batch.slots, batch.rope, batch.attention, reduce)
+        reduce = group.all_reduce if group.sums else None
+        return weights.fused.run(residual, caches, batch.slots, batch.rope, batch.attention, reduce, batch.attend)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if update is None:
             normed = kernels.rms_norm(residual, layer.attention_norm, eps)
         else:
             normed, residual = kernels.add_rms_norm(update, residual, layer.attention_norm, eps)
         update = _attend(model, layer, cache, kernels, batch, normed)
-        group.all_reduce(update)
+        if group.sums:
+            group.all_reduce(update)
         if layer.attention_post_norm is not None:
             update = kernels.rms_norm(update, layer.attention_post_norm, eps)
         normed, residual = kernels.add_rms_norm(update, residual, layer.ffn_norm, eps)
         update = _feed_forward(model, layer, kernels, normed)
-        group.all_reduce(update)
+        if group.sums:
+            group.all_reduce(update)
         if layer.ffn_post_norm is not None:
             update = kernels.rms_norm(update, layer.ffn_post_norm, eps)
     return residual if update is None else residual + update
+
+
+def _attend_for_others(
+    model: ModelSpec, weights: DecoderWeights, caches: Sequence[LayerCache], attend: Attend, x: Tensor
+) -> Tensor:
+    """The layers of a rank that has no token of the step, but KV that others' tokens attend to."""
+    query = x.new_empty(0, model.num_heads, model.head_dim)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        attend(layer.window, query, cache, attention_scale(model))
+    return x
 
 
 def project(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, x: Tensor) -> Tensor | None:
@@ -100,7 +117,7 @@ def project(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, x: Ten
 
 def embed(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, token_ids: Tensor) -> Tensor:
     """The first layer's input: [T] -> [T, E]."""
-    if group.num_ranks == 1:
+    if not group.sums:
         x = kernels.embedding(token_ids, ends.embedding)
     else:
         x = _embed_own(ends, kernels, token_ids)
@@ -137,8 +154,11 @@ def _attend(
     turned = kernels.rotate(turned, rope.cos, rope.sin)
     query, keys = turned[:, :num_heads], turned[:, num_heads:]
     kernels.write_kv(cache, batch.slots, keys, values)
-    plan = batch.attention[layer.window]
-    attended = kernels.attention(query, keys, values, cache, plan, attention_scale(model))  # [T, H, D]
+    scale = attention_scale(model)
+    if batch.attend is not None:
+        attended = batch.attend(layer.window, query, cache, scale)  # [T, H, D]
+    else:
+        attended = kernels.attention(query, keys, values, cache, batch.attention[layer.window], scale)
     return layer.output(attended.flatten(1))
 
 

@@ -49,7 +49,7 @@ class Ends:
     """What comes before the first layer and after the last: the first stage has it.
 
     Attributes:
-        first_row: of the vocabulary, that the rank holds.
+        first_row: of the vocabulary, that ``embedding`` has.
     """
 
     embedding: Tensor  # [V, E]
@@ -135,12 +135,14 @@ def _assemble_ends(
 ) -> Ends:
     norm = _norm(model, tensors, FINAL_NORM)
     has_rows = len(part.vocab_rows) > 0
-    embedding = tensors.pop(EMBEDDING) if has_rows else norm.new_empty(0, model.hidden_size, dtype=dtype)
+    embedding = tensors.pop(EMBEDDING, norm.new_empty(0, model.hidden_size, dtype=dtype))
+    # Of ranks that share sequences each has all of the embedding, and a part of the head.
+    tied = embedding if part.stripe is None else embedding[part.vocab_rows.start : part.vocab_rows.stop]
     return Ends(
         embedding=embedding,
         norm=norm,
-        head=_head(tensors, embedding, kernels) if has_rows else None,
-        first_row=part.vocab_rows.start,
+        head=_head(tensors, tied, kernels) if has_rows else None,
+        first_row=part.vocab_rows.start if part.stripe is None else 0,
     )
 
 

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from placement.errors import cause_of
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.runner import Prepared
+from workers.step_layout import Prepared
 from workers.step_types import Batch
 from workers.step_wire import step_batch
 from workers.transport.errors import BadFrame, PeerFailed

@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """Ranks that each compute a part of every layer of their stage."""
+    """Ranks that compute every layer of their stage together: parts of it, or all of it for different tokens."""
 
     @property
-    def num_ranks(self) -> int:
-        """How many."""
+    def sums(self) -> bool:
+        """Whether what a rank computes of a layer is a part of a sum; else it has its layers whole."""
 
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous ``x`` over the ranks, in place; all have the same bits afterwards."""
@@ -23,9 +23,9 @@ class Alone:
     """A rank that computes everything."""
 
     @property
-    def num_ranks(self) -> int:
-        """This one."""
-        return 1
+    def sums(self) -> bool:
+        """There is nothing to add."""
+        return False
 
     def all_reduce(self, x: Tensor) -> None:
         """The sum is there already."""

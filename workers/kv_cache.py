@@ -27,7 +27,7 @@ def allocate_kv_cache(
     layers: Span | None = None,
     kv_heads: Span | None = None,
 ) -> KVCache:
-    """A zeroed cache of ``num_slots`` (blocks times block size) for the given layers and KV heads, or all.
+    """A zeroed cache of ``num_slots`` for the given layers and KV heads, or all.
 
     Raises:
         NotEnoughMemory: the device has less memory left than the cache needs.

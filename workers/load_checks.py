@@ -132,7 +132,8 @@ def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share:
     raise NotEnoughMemory(field=field, value=format_bytes(size), problem=problem, fix=fix)
 
 
-def kv_share(model: ModelSpec, roster: Roster) -> float:
+def kv_share(model: ModelSpec, roster: Roster, *, block_size: int) -> float:
     """KV bytes of the rank, as a part of those of the rank that has most: both have as many blocks."""
-    sizes = [len(part.layers) * len(part.kv_heads) for part in roster.parts]
+    dtype = DType.BFLOAT16  # whichever: it is a ratio
+    sizes = [kv_bytes_per_block(model, part, dtype=dtype, block_size=block_size) for part in roster.parts]
     return sizes[roster.rank] / max(sizes) or 1.0

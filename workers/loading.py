@@ -12,6 +12,7 @@ from kernels.select import kernels_for
 from placement.blocks import BlockPool
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
 from placement.memory import format_bytes
+from placement.plan import Part
 from placement.quantization import LinearFormat, check_linear_format
 from placement.scheduling import Scheduler, SchedulerLimits
 from placement.specs import ModelSpec
@@ -99,7 +100,7 @@ class LoadJob:
         linear = read_linear_format(request)
         check_linear_format(slices, linear)
         need = reckon(request, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
-        share = kv_share(model, roster)
+        share = kv_share(model, roster, block_size=request.block_size)
         check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share)
         # Before this rank joins the others: reading a large tokenizer holds up all its threads, its pulse among them.
         grammars = None if roster.rank else self._grammars(model)
@@ -150,17 +151,22 @@ class LoadJob:
         grammars: GrammarFactory | None,
     ) -> Loaded:
         request, torch_device, part = self._request, self._device.torch_device, roster.part
-        num_slots = request.num_blocks * request.block_size
         slices = shard_tensors(model, part)
         weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress, linear)
         self.phase = pb.LOAD_PHASE_KV_CACHE
         cache = allocate_kv_cache(
             model,
-            num_slots=num_slots,
+            num_slots=num_slots(request, part),
             dtype=dtype,
             device=self._device,
             layers=part.layers,
             kv_heads=part.kv_heads,
+        )
+        kernels = kernels_for(torch_device)
+        sharing = (
+            None
+            if membership is None
+            else membership.sharing(model, kernels, dtype, torch_device, token_budget=request.token_budget)
         )
         followers = None if membership is None or roster.rank else membership.followers()
         runner = ModelRunner(
@@ -168,10 +174,11 @@ class LoadJob:
             weights=weights,
             cache=cache,
             device=torch_device,
-            kernels=kernels_for(torch_device),
+            kernels=kernels,
             part=part,
             group=None if membership is None else membership.group,
             team=followers,
+            sharing=sharing,
         )
         self.phase = pb.LOAD_PHASE_WARM_UP
         num_stages = len(roster.stages)
@@ -179,10 +186,10 @@ class LoadJob:
         threads = num_stages + 1 if num_stages > 1 and not roster.rank else 1
         executor = executing_thread(self._device, threads)
         if membership is not None:
-            executor.submit(membership.get_ready, self._go_on).result()
+            executor.submit(membership.get_ready, self._go_on, sharing).result()
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
-            sizes = {"vocab_size": model.vocab_size, "slot_limit": num_slots}
+            sizes = {"vocab_size": model.vocab_size, "slot_limit": request.num_blocks * request.block_size}
             follower = membership.follower(runner, executor, device=torch_device, **sizes)
             return Loaded(follower=follower, membership=membership, weight_bytes=self.loaded_bytes, kv_bytes=kv_bytes)
         leading = (
@@ -190,7 +197,7 @@ class LoadJob:
         )
         executor.submit(warm_up, leading, model=model, request=request).result()
         # The kernels of several ranks' sums are no part of a graph.
-        capture = capture_for(torch_device, kernels_for(torch_device)) if membership is None else None
+        capture = capture_for(torch_device, kernels) if membership is None else None
         if capture is not None:
             executor.submit(capture_decodes, runner, request, capture).result()
         return Loaded(
@@ -203,6 +210,13 @@ class LoadJob:
 
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
+
+
+def num_slots(request: pb.LoadRequest, part: Part) -> int:
+    """Slots of a rank's cache. With a stripe, its own of every block, and one for what other ranks hold."""
+    if part.stripe is None:
+        return request.num_blocks * request.block_size
+    return request.num_blocks * part.stripe.width + 1
 
 
 def build_engine(

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from kernels.select import Kernels
 from placement.collectives import unmeasured
+from placement.specs import ModelSpec
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
 from workers.engine_types import Runner
@@ -17,6 +19,7 @@ from workers.followers import Followers
 from workers.pipeline import PipelineRunner
 from workers.roster import Roster
 from workers.runner import ModelRunner
+from workers.sequence_parallel.sharing import SequenceSharing
 from workers.stages import FirstStage, Hands, LaterStage
 from workers.transport.link import Link
 from workers.transport.mesh import Channel, Members, Mesh, join
@@ -64,15 +67,35 @@ class Membership:
             pulse=self.pulse,
             widths=[len(self._roster.parts[rank].vocab_rows) for rank in ranks],
             table=unmeasured(len(ranks)),
+            sums=len(ranks) > 1 and not self._roster.stripes,
         )
 
-    def get_ready(self, go_on: Callable[[], None] = lambda: None) -> None:
-        """Once all ranks are loaded, measures how they sum best. On the thread that computes.
+    def sharing(
+        self, model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device, *, token_budget: int
+    ) -> SequenceSharing | None:
+        """With the ranks that share sequences with this one, where some do."""
+        if not self._roster.stripes:
+            return None
+        return SequenceSharing(
+            model=model,
+            stripes=self._roster.stripes,
+            group=self.group,
+            kernels=kernels,
+            dtype=dtype,
+            device=device,
+            token_budget=token_budget,
+        )
+
+    def get_ready(self, go_on: Callable[[], None] = lambda: None, sharing: SequenceSharing | None = None) -> None:
+        """Once all ranks are loaded, measures how they sum, or share, best. On the thread that computes.
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for others.
         """
         self._everyone.meet(go_on)
-        if self.group.num_ranks > 1:
+        if sharing is not None:
+            sharing.measure()
+            logger.info("sharing %s", sharing.speeds)
+        elif self.group.num_ranks > 1:
             self.group.table = measure(self.group)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 

@@ -19,8 +19,9 @@ import torch
 from workers.collectives.algorithms import broadcast
 from workers.collectives.group import TensorGroup
 from workers.followers import Begin, Followers, Job
-from workers.runner import ModelRunner, Prepared, newest
+from workers.runner import ModelRunner, newest
 from workers.stages import Hands
+from workers.step_layout import Prepared
 from workers.step_types import Batch, StepResult
 
 

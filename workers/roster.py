@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from placement.errors import InvalidRequest
 from placement.plan import Part, Span
 from placement.specs import ModelSpec
+from placement.striping import Stripe
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
 from workers.transport.mesh import TOKEN_BYTES
@@ -58,6 +59,11 @@ class Roster:
         return (0,) if len(stages) > 1 and place == 0 else ()
 
     @property
+    def stripes(self) -> tuple[Stripe, ...]:
+        """Of the ranks that share sequences; none where none do."""
+        return tuple(part.stripe for part in self.parts if part.stripe is not None)
+
+    @property
     def part(self) -> Part:
         """What this rank holds."""
         return self.parts[self.rank]
@@ -70,7 +76,8 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
         InvalidRequest: the shards are not a replica of ``model``, or this version cannot compute them.
     """
     if not request.members:
-        roster = Roster(rank=0, parts=(_part(request.shard, model, "shard"),), addresses=(("", 0),), token=b"")
+        part = _part(request.shard, model, request.block_size, "shard")
+        roster = Roster(rank=0, parts=(part,), addresses=(("", 0),), token=b"")
     else:
         shards = [member.shard for member in request.members]
         rank = request.shard.rank
@@ -78,7 +85,8 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
             raise _refusal("token", f"{len(request.token)} bytes", f"is not one of {TOKEN_BYTES} bytes")
         if not 0 <= rank < len(shards) or shards[rank] != request.shard:
             raise _refusal("shard.rank", rank, "is not the place of this shard among the members")
-        parts = tuple(_part(shard, model, f"members[{i}].shard") for i, shard in enumerate(shards))
+        block_size = request.block_size
+        parts = tuple(_part(shard, model, block_size, f"members[{i}].shard") for i, shard in enumerate(shards))
         for at, member in enumerate(request.members):
             if not member.host or not 0 < member.port < 2**16:
                 raise _refusal(f"members[{at}]", f"{member.host}:{member.port}", "is no address")
@@ -88,12 +96,17 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
     return roster
 
 
-def _part(shard: pb.Shard, model: ModelSpec, field: str) -> Part:
+def _part(shard: pb.Shard, model: ModelSpec, block_size: int, field: str) -> Part:
+    stripe: Stripe | None = None
+    if shard.HasField("slots"):
+        slots = wire.span(shard.slots, field=f"{field}.slots", limit=block_size)
+        stripe = Stripe(slots.start, slots.stop, block_size)
     return Part(
         layers=wire.span(shard.layers, field=f"{field}.layers", limit=model.num_layers),
         kv_heads=wire.span(shard.kv_heads, field=f"{field}.kv_heads", limit=model.num_kv_heads),
         ffn_columns=wire.span(shard.ffn_columns, field=f"{field}.ffn_columns", limit=model.ffn_size),
         vocab_rows=wire.span(shard.vocab_rows, field=f"{field}.vocab_rows", limit=model.vocab_size),
+        stripe=stripe,
     )
 
 
@@ -103,9 +116,24 @@ def _check_whole(roster: Roster, model: ModelSpec) -> None:
     stages = [[roster.parts[rank] for rank in ranks] for ranks in roster.stages]
     _check_tiles([stage[0].layers for stage in stages], whole.layers, "layers")
     for index, stage in enumerate(stages):
+        if any(part.stripe is not None for part in stage):
+            _check_shared(stage, whole)
+            continue
         _check_tiles([part.kv_heads for part in stage], whole.kv_heads, "kv_heads")
         _check_tiles([part.ffn_columns for part in stage], whole.ffn_columns, "ffn_columns")
         _check_tiles([part.vocab_rows for part in stage], Span(0, 0) if index else whole.vocab_rows, "vocab_rows")
+
+
+def _check_shared(stage: Sequence[Part], whole: Part) -> None:
+    """Ranks that share sequences: each has its layers whole, and all slots of a block are somebody's."""
+    stripes = [part.stripe for part in stage if part.stripe is not None]
+    if len(stripes) < len(stage) or any(part.layers != whole.layers for part in stage):
+        raise _refusal("shard.slots", len(stripes), f"are not those of all {len(stage)} ranks of the only stage")
+    _check_tiles([Span(stripe.start, stripe.stop) for stripe in stripes], Span(0, stripes[0].block_size), "slots")
+    _check_tiles([part.vocab_rows for part in stage], whole.vocab_rows, "vocab_rows")
+    for part in stage:
+        _check_tiles([part.kv_heads], whole.kv_heads, "kv_heads")
+        _check_tiles([part.ffn_columns], whole.ffn_columns, "ffn_columns")
 
 
 def _check_tiles(spans: Sequence[Span], whole: Span, name: str) -> None:

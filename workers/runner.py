@@ -1,55 +1,28 @@
-"""Runs steps: lays a batch of sequences side by side, computes it, samples, and scores prompts.
-
-A step is prepared on one thread while the step before it computes on another. What a sequence was given by that step
-is not known yet when it is prepared; it is put in its place when the step begins.
-"""
+"""Runs steps: has a batch of sequences laid out, computes it, samples, and scores prompts."""
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.attention import SequenceSpan
 from kernels.select import Kernels
 from placement.plan import Part
 from placement.specs import ModelSpec
 from workers import decoder
 from workers.decoder_weights import assemble
-from workers.device import use_device
 from workers.grammar import GrammarState, prefetch
 from workers.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes
 from workers.group import Alone, Group
 from workers.kv_cache import KVCache
 from workers.sampling import SamplerState, sample
-from workers.scoring import PromptScores, ScoredPrompt, score
+from workers.scoring import PromptScores, score
+from workers.sequence_parallel.exchange import StepExchange
+from workers.sequence_parallel.sharing import SequenceSharing
+from workers.step_layout import Prepared, SideBySide, StepLayout, send_integers
 from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A step laid out for the device.
-
-    Attributes:
-        inputs: all but the tokens that are awaited, which are 0.
-        awaiting: samplers that know, when the step begins, the token of as many ``awaiting_rows``. None at followers.
-        rows: rows of ``inputs`` after which a token is sampled.
-        samplers: how, one for each of ``rows``. None at followers.
-        scored: place of its sequence and prompt of what is scored.
-        needed: rows of ``inputs`` whose hidden states give logits: ``rows``, then those of each of ``scored``.
-    """
-
-    batch: Batch
-    inputs: StepInputs
-    awaiting: tuple[SamplerState, ...]
-    awaiting_rows: Tensor
-    rows: Tensor
-    samplers: tuple[SamplerState, ...]
-    scored: tuple[tuple[int, ScoredPrompt], ...]
-    needed: Tensor
 
 
 class ModelRunner:
@@ -66,19 +39,28 @@ class ModelRunner:
         part: Part | None = None,
         group: Group | None = None,
         team: Team | None = None,
+        sharing: SequenceSharing | None = None,
     ) -> None:
         """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory.
 
         Args:
             part: what the weights are of the model; None: all.
-            group: the ranks that sum what they compute with this one; None: there are no others.
+            group: the ranks that compute every layer with this one; None: there are no others.
             team: the ranks that follow this one; None: nobody.
+            sharing: with the ranks that share sequences with this one; None: it computes all tokens.
         """
         self._model = model
         self._weights = assemble(model, part or Part.whole(model), weights, kernels)
         self._group: Group = group or Alone()
         self._team: Team = team or NoTeam()
         self._cache = cache
+        self._sharing = sharing
+        windows = tuple(self._weights.frequencies)  # of this rank's layers
+        self._layout: StepLayout
+        if sharing is None:
+            self._layout = SideBySide(kernels=kernels, windows=windows, device=device)
+        else:
+            self._layout = sharing.layout(windows=windows, cache=cache)
         self._device = device
         self._kernels = kernels
         self._graphs: DecodeGraphs | None = None
@@ -105,6 +87,8 @@ class ModelRunner:
 
         May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
+        if self._sharing is not None:
+            batch = self._sharing.choose(batch)
         number = self._team.announce(batch)
         return partial(self._execute, number, self.lay_out(batch))
 
@@ -124,29 +108,9 @@ class ModelRunner:
         inputs = StepMemory(like=like, max_decodes=graph_sizes(max_decodes)[-1], max_tokens=max_tokens)
         self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
 
-    @torch.inference_mode()
     def lay_out(self, batch: Batch) -> Prepared:
         """Lays the sequences' chunks side by side. May run while another step executes."""
-        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
-        spans = _spans(batch)
-        last = [span.query_start + span.num_queries - 1 for span in spans]
-        placed = list(zip(batch.sequences, spans, last, strict=True))
-        rows = [row for s, _, row in placed if s.samples]
-        needed = list(rows)
-        for s, span, _ in placed:
-            if s.scored is not None:
-                first = span.query_start + s.scored.first_index - 1 - s.start
-                needed += range(first, first + len(s.scored.token_ids))
-        return Prepared(
-            batch=batch,
-            inputs=self._flatten(batch, spans),
-            awaiting=tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None),
-            awaiting_rows=self._send([row for s, _, row in placed if s.awaits_token]),
-            rows=self._send(rows),
-            samplers=tuple(s.sampler for s in batch.sequences if s.samples and s.sampler is not None),
-            scored=tuple((index, s.scored) for index, s in enumerate(batch.sequences) if s.scored is not None),
-            needed=self._send(needed),
-        )
+        return self._layout.lay_out(batch)
 
     @torch.inference_mode()
     def _execute(self, number: int, prepared: Prepared) -> StepResult:
@@ -177,7 +141,7 @@ class ModelRunner:
         """Samples.
 
         Args:
-            logits: [R, V] of ``prepared.rows``, None where there are none.
+            logits: [R, V] of the R rows that a token is sampled after, None where there are none.
             masks: from :meth:`find_masks`.
             started_s: when the step began.
         """
@@ -197,22 +161,23 @@ class ModelRunner:
     @torch.inference_mode()
     def put_awaited(self, prepared: Prepared, token_ids: Sequence[int]) -> None:
         """Puts the tokens that a step awaited in their places."""
-        if token_ids:
-            prepared.inputs.token_ids[prepared.awaiting_rows] = self._send(token_ids)
+        if prepared.awaited:
+            here = [token_ids[index] for index in prepared.awaited]
+            prepared.inputs.token_ids[prepared.awaiting_rows] = send_integers(here, self._device)
 
     @torch.inference_mode()
     def compute(self, prepared: Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
         """All of a step but the sampling: what :meth:`finish` gives."""
-        inputs, num_sampled = prepared.inputs, len(prepared.rows)
+        inputs, num_sampled = prepared.inputs, prepared.num_sampled
         if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.takes(inputs):
             logits = self._graphs(inputs)
-            return (logits if num_sampled == len(logits) else logits[prepared.rows]), {}
-        return self.finish(prepared, self.forward(prepared)[prepared.needed])
+            return (logits if num_sampled == len(logits) else prepared.needed.take(logits)), {}
+        return self.finish(prepared, prepared.needed.take(self.forward(prepared)))
 
     @torch.inference_mode()
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
-        return self._hidden(prepared.inputs, x)
+        return self._hidden(prepared.inputs, x, prepared.exchange)
 
     @torch.inference_mode()
     def finish(self, prepared: Prepared, hidden: Tensor) -> tuple[Tensor | None, dict[int, PromptScores]]:
@@ -222,7 +187,7 @@ class ModelRunner:
         Args:
             hidden: the last layer's output for ``prepared.needed`` [N, E].
         """
-        at = num_sampled = len(prepared.rows)
+        at = num_sampled = prepared.num_sampled
         scores: dict[int, PromptScores] = {}
         for index, prompt in prepared.scored:
             scores[index] = score(hidden[at : at + len(prompt.token_ids)], self._project, prompt)
@@ -239,13 +204,14 @@ class ModelRunner:
         logits = self._project(self._hidden(inputs))
         return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
-    def _hidden(self, inputs: StepInputs, x: Tensor | None = None) -> Tensor:
+    def _hidden(self, inputs: StepInputs, x: Tensor | None = None, exchange: StepExchange | None = None) -> Tensor:
         """The last layer's output [T, E]. What turns the tokens is computed here, by the executing thread's team."""
         tokens = decoder.TokenBatch(
             token_ids=inputs.token_ids,
             slots=inputs.slots,
             rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
             attention=inputs.attention,
+            attend=None if exchange is None or self._sharing is None else self._sharing.attend(exchange),
         )
         if x is None:
             assert self._weights.ends is not None, "only the first stage has the embedding"
@@ -258,44 +224,6 @@ class ModelRunner:
         """Logits [rows, V] of hidden states [rows, E]; None at followers."""
         assert self._weights.ends is not None
         return decoder.project(self._model, self._weights.ends, self._kernels, self._group, hidden)
-
-    def _send(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """Integers on the device. From pinned memory, or the host would wait for the step that executes."""
-        if self._device.type != "cuda":
-            return torch.tensor(values, dtype=torch.int64, device=self._device)
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(self._device, non_blocking=True)
-
-    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> StepInputs:
-        """The batch's tokens, side by side; one that is awaited is 0."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for sequence, span in zip(batch.sequences, spans, strict=True):
-            token_ids.extend(sequence.token_ids)
-            if sequence.awaits_token:
-                token_ids.append(0)
-            positions.extend(range(sequence.start, sequence.start + span.num_queries))
-            for run in span.query_runs:
-                slots.extend(range(*run))
-            assert len(slots) == len(positions) == len(token_ids), sequence
-        ids, at, where = self._send([token_ids, positions, slots])
-        windows = tuple(self._weights.frequencies)  # of this rank's layers
-        return StepInputs(
-            token_ids=ids,
-            positions=at,
-            slots=where,
-            attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in windows},
-        )
-
-
-def _spans(batch: Batch) -> list[SequenceSpan]:
-    """Where each sequence's chunk lies in the batch."""
-    spans: list[SequenceSpan] = []
-    start = 0
-    for sequence in batch.sequences:
-        spans.append(SequenceSpan(query_start=start, num_queries=sequence.num_tokens, runs=sequence.runs))
-        start += sequence.num_tokens
-    return spans
 
 
 def newest(samplers: Sequence[SamplerState]) -> list[int]:

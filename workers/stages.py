@@ -107,6 +107,6 @@ class LaterStage:
         step = steps.get(self._number)
         x = self._hands.take(len(step.inputs.token_ids), alive).to(self._device)
         y = self._runner.forward(step, x)
-        self._hands.give(y[step.needed] if self._is_last else y)
+        self._hands.give(step.needed.take(y) if self._is_last else y)
         steps.drop(self._number)
         self._number += 1

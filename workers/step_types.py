@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kernels.attention import Run, SharedSpan
+from placement.exchange import Exchange
 from workers.sampling import SampledToken, SamplerState, SamplingFailed
 from workers.scoring import PromptScores, ScoredPrompt
 
@@ -43,10 +44,12 @@ class Batch:
 
     Attributes:
         shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
+        exchange: how ranks that share sequences attend to chunks of several tokens.
     """
 
     sequences: tuple[SequenceInput, ...]
     shared: tuple[SharedSpan, ...] = ()
+    exchange: Exchange = Exchange.ALL_GATHER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,9 +5,17 @@ from itertools import chain, pairwise
 
 from kernels.attention import Run, SharedSpan, num_slots
 from placement.errors import InvalidRequest
+from placement.exchange import Exchange
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.scoring import ScoredPrompt
 from workers.step_types import Batch, SequenceInput
+
+_EXCHANGES = {
+    Exchange.ALL_GATHER: pb.EXCHANGE_ALL_GATHER,
+    Exchange.RING: pb.EXCHANGE_RING,
+    Exchange.TOKEN_RING: pb.EXCHANGE_TOKEN_RING,
+}
+_EXCHANGE_OF = {number: exchange for exchange, number in _EXCHANGES.items()}
 
 
 def step_message(batch: Batch, number: int) -> pb.Step:
@@ -24,6 +32,7 @@ def step_message(batch: Batch, number: int) -> pb.Step:
             )
             for span in batch.shared
         ],
+        exchange=_EXCHANGES[batch.exchange],
     )
 
 
@@ -53,7 +62,10 @@ def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: in
     """
     if message.number != number:
         raise _refusal("step.number", message.number, f"is not the next, {number}")
+    if message.exchange not in _EXCHANGE_OF:
+        raise _refusal("step.exchange", message.exchange, "is not known")
     return Batch(
+        exchange=_EXCHANGE_OF[message.exchange],
         sequences=tuple(_sequence(one, vocab_size, slot_limit) for one in message.sequences),
         shared=tuple(_shared(one, slot_limit, len(message.sequences)) for one in message.shared),
     )

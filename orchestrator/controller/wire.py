@@ -23,12 +23,14 @@ def _span(span: Span) -> worker_pb2.Range:
 
 def shard_message(shard: Shard) -> worker_pb2.Shard:
     """What a rank holds."""
+    stripe = shard.part.stripe
     return worker_pb2.Shard(
         rank=shard.rank,
         layers=_span(shard.part.layers),
         kv_heads=_span(shard.part.kv_heads),
         ffn_columns=_span(shard.part.ffn_columns),
         vocab_rows=_span(shard.part.vocab_rows),
+        slots=None if stripe is None else worker_pb2.Range(start=stripe.start, stop=stripe.stop),
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,11 +30,20 @@ class TensorGroup:
         pulse: knows whether they live.
         widths: vocabulary rows of each rank.
         table: which algorithm for which size.
+        sums: as :class:`workers.group.Group` says.
     """
 
     def __init__(
-        self, *, rank: int, links: dict[int, Link], pulse: Pulse, widths: Sequence[int], table: AllReduceTable
+        self,
+        *,
+        rank: int,
+        links: dict[int, Link],
+        pulse: Pulse,
+        widths: Sequence[int],
+        table: AllReduceTable,
+        sums: bool = True,
     ) -> None:
+        self.sums = sums
         self.rank = rank
         self.table = table
         self._links = links
@@ -86,6 +95,10 @@ class TensorGroup:
             algorithm(peers, x)
         except PeerFailed as error:
             raise self._pulse.reason(error) from error
+
+    def exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> None:
+        """Sends and receives contiguous tensors on the host, by rank. Raises PeerFailed."""
+        self._run(lambda peers, _: peers.move(gives, takes), torch.empty(0), COLLECTIVE_S)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """Logits [R, V of the rank] of all ranks side by side [R, V], at rank 0; None elsewhere. Raises PeerFailed."""

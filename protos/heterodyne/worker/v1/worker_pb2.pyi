@@ -38,6 +38,26 @@ DTYPE_FLOAT32: Dtype.ValueType  # 1
 DTYPE_BFLOAT16: Dtype.ValueType  # 2
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
+class _Exchange:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExchangeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Exchange.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXCHANGE_UNSPECIFIED: _Exchange.ValueType  # 0
+    EXCHANGE_ALL_GATHER: _Exchange.ValueType  # 1
+    EXCHANGE_RING: _Exchange.ValueType  # 2
+    EXCHANGE_TOKEN_RING: _Exchange.ValueType  # 3
+
+class Exchange(_Exchange, metaclass=_ExchangeEnumTypeWrapper):
+    """See placement.exchange."""
+
+EXCHANGE_UNSPECIFIED: Exchange.ValueType  # 0
+EXCHANGE_ALL_GATHER: Exchange.ValueType  # 1
+EXCHANGE_RING: Exchange.ValueType  # 2
+EXCHANGE_TOKEN_RING: Exchange.ValueType  # 3
+Global___Exchange: _TypeAlias = Exchange  # noqa: Y015
+
 class _Quantization:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -137,6 +157,7 @@ class Shard(_message.Message):
     KV_HEADS_FIELD_NUMBER: _builtins.int
     FFN_COLUMNS_FIELD_NUMBER: _builtins.int
     VOCAB_ROWS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     @_builtins.property
     def layers(self) -> Global___Range: ...
@@ -145,7 +166,13 @@ class Shard(_message.Message):
     @_builtins.property
     def ffn_columns(self) -> Global___Range: ...
     @_builtins.property
-    def vocab_rows(self) -> Global___Range: ...
+    def vocab_rows(self) -> Global___Range:
+        """Of the output head; and of the embedding, unless slots are given, with which all of it is held."""
+
+    @_builtins.property
+    def slots(self) -> Global___Range:
+        """Of every KV block, the slots whose tokens the rank computes and holds; absent: all."""
+
     def __init__(
         self,
         *,
@@ -154,10 +181,11 @@ class Shard(_message.Message):
         kv_heads: Global___Range | None = ...,
         ffn_columns: Global___Range | None = ...,
         vocab_rows: Global___Range | None = ...,
+        slots: Global___Range | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ffn_columns", b"ffn_columns", "kv_heads", b"kv_heads", "layers", b"layers", "vocab_rows", b"vocab_rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ffn_columns", b"ffn_columns", "kv_heads", b"kv_heads", "layers", b"layers", "slots", b"slots", "vocab_rows", b"vocab_rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ffn_columns", b"ffn_columns", "kv_heads", b"kv_heads", "layers", b"layers", "rank", b"rank", "vocab_rows", b"vocab_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ffn_columns", b"ffn_columns", "kv_heads", b"kv_heads", "layers", b"layers", "rank", b"rank", "slots", b"slots", "vocab_rows", b"vocab_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -264,8 +292,11 @@ class Step(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts from 0."""
+    exchange: Global___Exchange.ValueType
+    """How ranks that share sequences attend to chunks of several tokens."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSequence]: ...
     @_builtins.property
@@ -276,10 +307,11 @@ class Step(_message.Message):
         number: _builtins.int = ...,
         sequences: _abc.Iterable[Global___StepSequence] | None = ...,
         shared: _abc.Iterable[Global___StepShared] | None = ...,
+        exchange: Global___Exchange.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,222 @@
+"""How a step is spread over ranks that share sequences: which rows each computes, and whose KV they see. Pure.
+
+A chunk of one token, as every decode is, is computed by all ranks: each attends to the KV it has, and one exchange
+gives all of them the whole. Of longer chunks each rank computes the tokens whose KV it holds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.attention import PartSpan, Run, num_slots, split_runs
+from placement.exchange import ExchangeSizes
+from placement.striping import Integers, Stripe
+from workers.step_types import Batch, SequenceInput
+
+Window = int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What a rank computes of a sequence's chunk.
+
+    Attributes:
+        first_row: of its tokens in the rank's batch.
+        positions: of these in the sequence.
+        is_whole: all ranks compute all of it.
+    """
+
+    sequence: SequenceInput
+    first_row: int
+    positions: Integers
+    is_whole: bool
+
+    @property
+    def stop(self) -> int:
+        """The end of the chunk, over all ranks."""
+        return self.sequence.start + self.sequence.num_tokens
+
+
+def pieces(batch: Batch, stripe: Stripe) -> tuple[Piece, ...]:
+    """What the rank with that stripe computes of each sequence; nothing of some, perhaps."""
+    result: list[Piece] = []
+    row = 0
+    for sequence in batch.sequences:
+        stop = sequence.start + sequence.num_tokens
+        is_whole = sequence.num_tokens == 1
+        positions = np.arange(sequence.start, stop) if is_whole else stripe.positions(sequence.start, stop)
+        result.append(Piece(sequence=sequence, first_row=row, positions=positions, is_whole=is_whole))
+        row += len(positions)
+    return tuple(result)
+
+
+def split_rows(its_pieces: Sequence[Piece]) -> list[int]:
+    """Rows of the rank's batch that no other rank computes."""
+    return _rows(piece for piece in its_pieces if not piece.is_whole)
+
+
+def whole_rows(its_pieces: Sequence[Piece]) -> list[int]:
+    """Rows of the rank's batch that all ranks compute."""
+    return _rows(piece for piece in its_pieces if piece.is_whole)
+
+
+def _rows(some: Iterable[Piece]) -> list[int]:
+    return [piece.first_row + i for piece in some for i in range(len(piece.positions))]
+
+
+def own_spans(its_pieces: Sequence[Piece], stripe: Stripe, window: Window) -> list[PartSpan]:
+    """All of a rank's rows against the KV that it has itself."""
+    spans = (_span(piece, piece.first_row, stripe, window, held(piece, stripe, window)) for piece in its_pieces)
+    return [span for span in spans if span is not None]
+
+
+def visiting_spans(others: Sequence[Piece], stripe: Stripe, window: Window) -> list[PartSpan]:
+    """Queries of another rank's split rows, side by side, against the KV that the rank with ``stripe`` has."""
+    spans, row = [], 0
+    for piece in _split(others):
+        span = _span(piece, row, stripe, window, held(piece, stripe, window))
+        if span is not None:
+            spans.append(span)
+        row += len(piece.positions)
+    return spans
+
+
+def received_spans(its_pieces: Sequence[Piece], sender: Stripe, window: Window) -> list[PartSpan]:
+    """A rank's split rows, side by side, against the KV that another sent: :func:`sent_runs`, side by side."""
+    spans, row, slot = [], 0, 0
+    for piece in _split(its_pieces):
+        count = num_slots(held(piece, sender, window))
+        span = _span(piece, row, sender, window, ((slot, slot + count),) if count else ())
+        if span is not None:
+            spans.append(span)
+        row += len(piece.positions)
+        slot += count
+    return spans
+
+
+def sent_runs(its_pieces: Sequence[Piece], stripe: Stripe, window: Window) -> tuple[Run, ...]:
+    """Slots of what a rank has of all that split rows see, sequence after sequence."""
+    return tuple(run for piece in _split(its_pieces) for run in held(piece, stripe, window))
+
+
+def held(piece: Piece, stripe: Stripe, window: Window) -> tuple[Run, ...]:
+    """Slots of what the rank with ``stripe`` has of the tokens that some token of the chunk sees."""
+    return stripe.runs(split_runs(piece.sequence.runs, _oldest(piece, window))[1])
+
+
+def sizes(
+    batch: Batch, stripes: Sequence[Stripe], windows: Sequence[Window], *, query_bytes: int, kv_bytes: int
+) -> ExchangeSizes:
+    """What is to be exchanged of the split chunks in a layer, of all kinds of windows the one with most."""
+    num_queries, num_seen, num_pairs = 0, 0, 0
+    for sequence in batch.sequences:
+        if sequence.num_tokens == 1:
+            continue
+        stop = sequence.start + sequence.num_tokens
+        oldest = min((max(0, sequence.start + 1 - window) if window else 0) for window in windows)
+        num_queries += sequence.num_tokens
+        num_seen += stop - oldest
+        num_pairs += sequence.num_tokens * (sequence.start - oldest) + sequence.num_tokens**2 // 2
+    return ExchangeSizes(
+        shares=tuple(stripe.share for stripe in stripes),
+        num_queries=num_queries,
+        num_seen=num_seen,
+        num_pairs=num_pairs,
+        query_bytes=query_bytes,
+        kv_bytes=kv_bytes,
+    )
+
+
+def _split(some: Sequence[Piece]) -> list[Piece]:
+    return [piece for piece in some if not piece.is_whole]
+
+
+def _oldest(piece: Piece, window: Window) -> int:
+    """Position of the first token that any of the chunk's sees."""
+    return 0 if window is None else max(0, piece.sequence.start + 1 - window)
+
+
+def _span(piece: Piece, row: int, stripe: Stripe, window: Window, runs: tuple[Run, ...]) -> PartSpan | None:
+    """A rank's tokens of a chunk against the tokens in ``runs``: those that ``stripe`` has of what the chunk sees."""
+    if not len(piece.positions) or not runs:
+        return None
+    stop = piece.positions + 1
+    start = np.zeros_like(stop) if window is None else (stop - window).clip(min=0)
+    seen = np.stack((stripe.counts(start), stripe.counts(stop)), axis=1) - stripe.count(_oldest(piece, window))
+    return PartSpan(query_start=row, runs=runs, seen=seen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needed:
+    """The rows whose hidden states all ranks need at the end of a step, in the order of :class:`Prepared`.
+
+    Attributes:
+        count: of them.
+        own_rows, own_places: rows of the rank's batch, and their places among those needed.
+        given_rows: of them, the rows that others have not.
+        come_places: by rank, the places of what it gives.
+    """
+
+    count: int
+    own_rows: tuple[int, ...]
+    own_places: tuple[int, ...]
+    given_rows: tuple[int, ...]
+    come_places: dict[int, tuple[int, ...]]
+
+
+def find_needed(batch: Batch, stripes: Sequence[Stripe], rank: int) -> Needed:
+    """Rows after which a token is sampled, then those of what is scored, sequence by sequence."""
+    wanted = [(i, s.start + s.num_tokens - 1) for i, s in enumerate(batch.sequences) if s.samples]
+    for i, sequence in enumerate(batch.sequences):
+        if sequence.scored is not None:
+            first = sequence.scored.first_index - 1
+            wanted += [(i, first + k) for k in range(len(sequence.scored.token_ids))]
+    mine = pieces(batch, stripes[rank])
+    owners = _owners(stripes)
+    own_rows, own_places, given_rows = [], [], []
+    come: dict[int, list[int]] = {other: [] for other in range(len(stripes)) if other != rank}
+    for place, (index, position) in enumerate(wanted):
+        piece, owner = mine[index], owners[position % len(owners)]
+        if not piece.is_whole and owner != rank:
+            come[owner].append(place)
+            continue
+        row = piece.first_row + int(np.searchsorted(piece.positions, position))
+        own_rows.append(row)
+        own_places.append(place)
+        if not piece.is_whole:
+            given_rows.append(row)
+    return Needed(
+        count=len(wanted),
+        own_rows=tuple(own_rows),
+        own_places=tuple(own_places),
+        given_rows=tuple(given_rows),
+        come_places={other: tuple(places) for other, places in come.items() if places},
+    )
+
+
+def _owners(stripes: Sequence[Stripe]) -> list[int]:
+    """The rank of each slot of a block."""
+    return [rank for rank, stripe in enumerate(stripes) for _ in range(stripe.width)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Which ranks have something for each other in a layer.
+
+    Attributes:
+        num_queries: split rows of each rank.
+        num_kv: tokens of each that any split row sees.
+    """
+
+    num_queries: tuple[int, ...]
+    num_kv: tuple[int, ...]
+
+    def meets(self, queries_of: int, kv_of: int) -> bool:
+        """Whether some of one's queries may see some of the other's KV."""
+        return self.num_queries[queries_of] > 0 and self.num_kv[kv_of] > 0
+
+
+def others_in_turn(rank: int, num_ranks: int, step: int) -> tuple[int, int]:
+    """In a round of a ring, the rank to give to, and the one to take from."""
+    return (rank + step) % num_ranks, (rank - step) % num_ranks

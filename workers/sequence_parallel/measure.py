@@ -1,0 +1,83 @@
+"""Measures, when the ranks start, what the choice of an exchange depends on: links, and how fast each rank attends."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.attention import LayerCache, PartSpan
+from kernels.select import Kernels
+from placement.exchange import ExchangeSpeeds
+from placement.specs import ModelSpec
+from workers.collectives.group import TensorGroup
+
+_RUNS = 3
+_BYTES = 1 << 21
+_NUM_QUERIES, _NUM_TOKENS = 64, 1024
+
+
+def measure_speeds(
+    group: TensorGroup, *, model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device
+) -> ExchangeSpeeds:
+    """The same at every rank, each of which calls this at the same time. Raises PeerFailed.
+
+    What counts of a link is the best of a few runs, at the rank where it takes longest.
+    """
+    latency_s = _best(lambda: _round(group, torch.zeros(1, dtype=torch.uint8)))
+    large = torch.zeros(_BYTES, dtype=torch.uint8)
+    moved_s = max(_best(lambda: _round(group, large)) - latency_s, 1e-9)
+    attended_s, call_s = _attention_s(model, kernels, dtype, device)
+    mine = torch.tensor([latency_s, moved_s, _NUM_QUERIES * _NUM_TOKENS / attended_s, call_s], dtype=torch.float64)
+    everyone = _gather(group, mine)
+    return ExchangeSpeeds(
+        latency_s=max(float(one[0]) for one in everyone),
+        bytes_per_s=_BYTES / max(float(one[1]) for one in everyone),
+        pairs_per_s=tuple(float(one[2]) for one in everyone),
+        call_s=max(float(one[3]) for one in everyone),
+    )
+
+
+def _best(run: Callable[[], None]) -> float:
+    """Seconds."""
+    times_s = []
+    for _ in range(_RUNS):
+        began_s = time.monotonic()
+        run()
+        times_s.append(time.monotonic() - began_s)
+    return min(times_s)
+
+
+def _round(group: TensorGroup, x: Tensor) -> None:
+    """Everyone gives to the next rank, and takes from the one before."""
+    after, before = (group.rank + 1) % group.num_ranks, (group.rank - 1) % group.num_ranks
+    group.exchange({after: x}, {before: torch.empty_like(x)})
+
+
+def _gather(group: TensorGroup, mine: Tensor) -> list[Tensor]:
+    others = {rank: torch.empty_like(mine) for rank in range(group.num_ranks) if rank != group.rank}
+    group.exchange(dict.fromkeys(others, mine), others)
+    return [mine if rank == group.rank else others[rank] for rank in range(group.num_ranks)]
+
+
+def _attention_s(model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Seconds of some queries' attention to some tokens, and of hardly any."""
+    shape = (model.num_kv_heads, _NUM_TOKENS, model.head_dim)
+    cache = LayerCache(
+        keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
+    )
+    query = torch.zeros(_NUM_QUERIES, model.num_heads, model.head_dim, dtype=dtype, device=device)
+
+    def seconds(num_tokens: int) -> float:
+        seen = np.tile(np.array([0, num_tokens]), (_NUM_QUERIES, 1))
+        plan = kernels.plan_parts([PartSpan(query_start=0, runs=((0, num_tokens),), seen=seen)])
+        # What is given is on the host in the end, so the device is done then.
+        return _best(lambda: _use(kernels.attend_parts(query, cache, plan, 1.0)[1].cpu()))
+
+    call_s = seconds(1)
+    return max(seconds(_NUM_TOKENS) - call_s, 1e-9), call_s
+
+
+def _use(_: Tensor) -> None:
+    """So that it is computed."""

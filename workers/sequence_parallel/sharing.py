@@ -1,0 +1,249 @@
+"""A rank's side of sharing sequences with others: lays its part of steps out, and meets the others in every layer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.attention import LayerCache, Run, num_slots
+from kernels.select import Kernels
+from placement.exchange import Exchange, ExchangeSpeeds, choose
+from placement.memory import most_kv_tokens
+from placement.specs import ModelSpec
+from placement.striping import Integers, Stripe
+from workers.collectives.group import TensorGroup
+from workers.device import use_device
+from workers.graphs import StepInputs
+from workers.kv_cache import KVCache
+from workers.sequence_parallel.exchange import SharedAttention, StepExchange, WindowParts
+from workers.sequence_parallel.layout import (
+    Meeting,
+    Needed,
+    Piece,
+    Window,
+    find_needed,
+    held,
+    own_spans,
+    pieces,
+    received_spans,
+    sent_runs,
+    sizes,
+    split_rows,
+    visiting_spans,
+    whole_rows,
+)
+from workers.sequence_parallel.measure import measure_speeds
+from workers.step_layout import Prepared, awaiting_samplers, samplers, scored_prompts, send_integers
+from workers.step_types import Batch
+
+
+class SequenceSharing:
+    """What a runner needs of the ranks that share sequences with it.
+
+    Attributes:
+        speeds: measured at start; until then queries move.
+        forced: a way to use whatever is faster: for measurements.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelSpec,
+        stripes: Sequence[Stripe],
+        group: TensorGroup,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        device: torch.device,
+        token_budget: int,
+    ) -> None:
+        """``stripes``: of all ranks of ``group``."""
+        self._model = model
+        self._stripes = tuple(stripes)
+        self._group = group
+        self._kernels = kernels
+        self._dtype = dtype
+        self._device = device
+        self._most_kv_tokens = most_kv_tokens(model, token_budget)
+        self._query_bytes = model.num_heads * model.head_dim * dtype.itemsize
+        self._kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+        holders = [rank for rank, stripe in enumerate(stripes) if stripe.width]
+        self._attention = SharedAttention(group=group, kernels=kernels, holders=holders)
+        self.speeds: ExchangeSpeeds | None = None
+        self.forced: Exchange | None = None
+
+    def measure(self) -> None:
+        """Finds out ``speeds``. All ranks call it at the same time. Raises PeerFailed."""
+        self.speeds = measure_speeds(
+            self._group, model=self._model, kernels=self._kernels, dtype=self._dtype, device=self._device
+        )
+
+    def choose(self, batch: Batch) -> Batch:
+        """The batch, with the way of exchanging that suits it. At the leader, who tells the others."""
+        return Batch(sequences=batch.sequences, shared=batch.shared, exchange=self._way(batch))
+
+    def _way(self, batch: Batch) -> Exchange:
+        if self.forced is not None:
+            return self.forced
+        if self.speeds is None or all(sequence.num_tokens == 1 for sequence in batch.sequences):
+            return Exchange.TOKEN_RING
+        windows = self._model.distinct_windows
+        wanted = sizes(batch, self._stripes, windows, query_bytes=self._query_bytes, kv_bytes=self._kv_bytes)
+        return choose(wanted, self.speeds, most_kv_tokens=self._most_kv_tokens)
+
+    def layout(self, *, windows: Sequence[Window], cache: KVCache) -> "StripedLayout":
+        """How this rank lays out its part of a step, whose KV goes to ``cache``."""
+        return StripedLayout(
+            stripes=self._stripes,
+            group=self._group,
+            kernels=self._kernels,
+            windows=windows,
+            spare_slot=spare_slot(cache),
+            device=self._device,
+        )
+
+    def attend(self, step: StepExchange) -> Callable[[Window, Tensor, LayerCache, float], Tensor]:
+        """What attends in the layers of a step: see :class:`workers.decoder.Attend`."""
+
+        def attend(window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
+            return self._attention.attend(step, window, query, cache, scale)
+
+        return attend
+
+
+def spare_slot(cache: KVCache) -> int:
+    """The last slot of a cache, which belongs to no block: for the KV of tokens that other ranks hold."""
+    return cache.layers[0].keys.shape[1] - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRows:
+    """Rows that logits are computed of, some of which other ranks have. As :class:`NeededRows` says."""
+
+    group: TensorGroup
+    needed: Needed
+    own_rows: Tensor
+    own_places: Tensor
+    given_rows: Tensor
+
+    def take(self, y: Tensor) -> Tensor:
+        """Those [N, E] of all ranks, of this one's [T, E]. Raises PeerFailed."""
+        found = y.new_empty(self.needed.count, y.shape[1])
+        found[self.own_places] = y[self.own_rows]
+        given = y[self.given_rows].cpu()
+        comes = {rank: given.new_empty(len(places), y.shape[1]) for rank, places in self.needed.come_places.items()}
+        others = [rank for rank in range(self.group.num_ranks) if rank != self.group.rank]
+        if len(given) or comes:
+            self.group.exchange(dict.fromkeys(others, given) if len(given) else {}, comes)
+        for rank, rows in comes.items():
+            found[list(self.needed.come_places[rank])] = rows.to(y.device)
+        return found
+
+    def __len__(self) -> int:
+        return self.needed.count
+
+
+class StripedLayout:
+    """The layout of a rank that computes some of the tokens: see :mod:`workers.sequence_parallel.layout`."""
+
+    def __init__(
+        self,
+        *,
+        stripes: Sequence[Stripe],
+        group: TensorGroup,
+        kernels: Kernels,
+        windows: Sequence[Window],
+        spare_slot: int,
+        device: torch.device,
+    ) -> None:
+        self._stripes = stripes
+        self._group = group
+        self._kernels = kernels
+        self._windows = windows
+        self._spare_slot = spare_slot
+        self._device = device
+
+    @torch.inference_mode()
+    def lay_out(self, batch: Batch) -> Prepared:
+        """As :class:`workers.step_layout.StepLayout` says."""
+        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
+        everyone = [pieces(batch, stripe) for stripe in self._stripes]
+        mine = everyone[self._group.rank]
+        awaiting = [piece for piece in mine if piece.sequence.awaits_token]
+        here = [i for i, piece in enumerate(awaiting) if piece.stop - 1 in piece.positions[-1:]]
+        needed = find_needed(batch, self._stripes, self._group.rank)
+        return Prepared(
+            batch=batch,
+            inputs=self._flatten(mine),
+            awaiting=awaiting_samplers(batch),
+            awaited=tuple(here),
+            awaiting_rows=self._send([awaiting[i].first_row + len(awaiting[i].positions) - 1 for i in here]),
+            num_sampled=sum(sequence.samples for sequence in batch.sequences),
+            samplers=samplers(batch),
+            scored=scored_prompts(batch),
+            needed=SharedRows(
+                group=self._group,
+                needed=needed,
+                own_rows=self._send(needed.own_rows),
+                own_places=self._send(needed.own_places),
+                given_rows=self._send(needed.given_rows),
+            ),
+            exchange=self._exchange(batch, everyone),
+        )
+
+    def _flatten(self, mine: Sequence[Piece]) -> StepInputs:
+        """This rank's tokens, side by side; one that is awaited is 0."""
+        stripe = self._stripes[self._group.rank]
+        ids, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for piece in mine:
+            known = np.array([*piece.sequence.token_ids, *([0] if piece.sequence.awaits_token else [])], np.int64)
+            ids.append(known[piece.positions - piece.sequence.start])
+            slots.append(self._slots(piece, stripe))
+        positions = np.concatenate([np.empty(0, np.int64), *(piece.positions for piece in mine)])
+        rows = [x.tolist() for x in (np.concatenate(ids), positions, np.concatenate(slots))]
+        token_ids, at, where = self._send(rows)
+        return StepInputs(token_ids=token_ids, positions=at, slots=where, attention={})
+
+    def _slots(self, piece: Piece, stripe: Stripe) -> Integers:
+        """Where the KV of a piece's tokens goes: the spare slot for what another rank holds."""
+        own = stripe.positions(piece.sequence.start, piece.stop)
+        slots = np.full(len(piece.positions), self._spare_slot)
+        runs = stripe.runs(piece.sequence.runs)
+        last = np.concatenate([np.empty(0, np.int64), *(np.arange(*run) for run in runs)])
+        slots[np.isin(piece.positions, own)] = last[len(last) - len(own) :]
+        return slots
+
+    def _exchange(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]]) -> StepExchange:
+        mine = everyone[self._group.rank]
+        return StepExchange(
+            way=batch.exchange,
+            windows={window: self._parts(batch.exchange, everyone, window) for window in self._windows},
+            split_rows=self._send(split_rows(mine)),
+            whole_rows=self._send(whole_rows(mine)),
+            has_split=any(not piece.is_whole for piece in mine),
+        )
+
+    def _parts(self, way: Exchange, everyone: Sequence[tuple[Piece, ...]], window: Window) -> WindowParts:
+        me, stripes = self._group.rank, self._stripes
+        mine, stripe = everyone[me], stripes[me]
+        others = [rank for rank in range(len(stripes)) if rank != me]
+        split = [piece for piece in mine if not piece.is_whole]
+        if way is Exchange.TOKEN_RING:
+            met = {rank: visiting_spans(everyone[rank], stripe, window) for rank in others}
+            kv_runs: tuple[Run, ...] = ()
+        else:
+            met = {rank: received_spans(mine, stripes[rank], window) for rank in others}
+            kv_runs = sent_runs(mine, stripe, window)
+        return WindowParts(
+            own=self._kernels.plan_parts(own_spans(mine, stripe, window)),
+            met={rank: self._kernels.plan_parts(spans) for rank, spans in met.items()} if split else {},
+            kv_slots=self._send([slot for run in kv_runs for slot in range(*run)]),
+            meeting=Meeting(
+                num_queries=tuple(len(split_rows(its)) for its in everyone),
+                num_kv=tuple(sum(num_slots(held(piece, its, window)) for piece in split) for its in stripes),
+            ),
+        )
+
+    def _send(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return send_integers(values, self._device)
