@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from orchestrator.controller.state import Member, Phase, RankState, ReplicaState, State
+from orchestrator.controller.events import Member
+from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.plan import Shard, Span
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2

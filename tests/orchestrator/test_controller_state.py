@@ -6,11 +6,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.controller import state as machine
-from orchestrator.controller.state import (
+from orchestrator.controller.events import (
+    Command,
+    Event,
     Launch,
     LoadRank,
-    Phase,
     RankEvent,
     RankFailed,
     RankLoaded,
@@ -19,10 +19,9 @@ from orchestrator.controller.state import (
     RankStopped,
     Shutdown,
     StartRank,
-    State,
     StopRank,
-    apply,
 )
+from orchestrator.controller.state import Phase, State, apply
 from placement.plan import Part, Plan, Replica, Shard, Span, Stage
 from placement.specs import DeviceSpec, DType, ModelSpec, RopeSpec
 
@@ -225,7 +224,7 @@ def test_whatever_happens_the_state_is_sound(events: list[tuple[str, int, int, i
     for kind, number, rank, epoch in events:
         name = f"replica-{number}"
         base = RankEvent(replica=name, epoch=epoch, rank=rank)
-        event: machine.Event = {
+        event: Event = {
             "started": started(name, rank, epoch),
             "loaded": loaded(name, rank, epoch),
             "failed": failed(name, rank, epoch=epoch),
@@ -238,7 +237,7 @@ def test_whatever_happens_the_state_is_sound(events: list[tuple[str, int, int, i
         check(before, state, commands)
 
 
-def check(before: State, state: State, commands: tuple[machine.Command, ...]) -> None:
+def check(before: State, state: State, commands: tuple[Command, ...]) -> None:
     for old, new in zip(before.replicas, state.replicas, strict=True):
         assert new.epoch == old.epoch
         for old_rank, new_rank in zip(old.ranks, new.ranks, strict=True):
