@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from placement.collectives import MeasuredSum
 from placement.plan import Plan, Shard
 
 # -- events: what happened ------------------------------------------------------------------------------------
@@ -43,7 +44,9 @@ class RankProgress(RankEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLoaded(RankEvent):
-    """The rank can run steps."""
+    """The rank can run steps. ``sums`` is what the first rank of a stage of several measured of it."""
+
+    sums: tuple[MeasuredSum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -210,7 +210,8 @@ class ControllerShell:
             try:
                 async for progress in stub.Load(request, timeout=timeout_s):
                     if progress.phase == worker_pb2.LOAD_PHASE_READY:
-                        await self.dispatch(events.RankLoaded(**rank))  # type: ignore[arg-type]
+                        sums = wire.measured_sums(progress.sums)
+                        await self.dispatch(events.RankLoaded(sums=sums, **rank))  # type: ignore[arg-type]
                     else:
                         loaded_bytes = progress.loaded_bytes
                         await self.dispatch(events.RankProgress(loaded_bytes=loaded_bytes, **rank))  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from orchestrator.controller.events import (
     StartRank,
     StopRank,
 )
+from placement.collectives import MeasuredSum
 from placement.plan import Shard
 
 
@@ -45,7 +46,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
-    """One worker process."""
+    """One worker process. ``sums`` of its stage are known of the first rank, once it is loaded."""
 
     shard: Shard
     phase: Phase = Phase.STARTING
@@ -54,6 +55,7 @@ class RankState:
     ranks_port: int = 0
     pid: int = 0
     loaded_bytes: int = 0
+    sums: tuple[MeasuredSum, ...] = ()
     cause: str = ""
 
 
@@ -145,8 +147,8 @@ def _change(
             return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid), ()
         case RankProgress(loaded_bytes=loaded_bytes):
             return replace(rank, loaded_bytes=loaded_bytes), ()
-        case RankLoaded():
-            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes), ()
+        case RankLoaded(sums=sums):
+            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes, sums=sums), ()
         case RankFailed(cause=cause):
             # The process may still be there, frozen or cut off: make sure that it is not.
             stop = StopRank(replica=event.replica, epoch=event.epoch, rank=event.rank)
