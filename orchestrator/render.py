@@ -26,11 +26,15 @@ _COLUMNS = (
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
 _UNLIMITED = 10_000
-_RIGHT = ("epoch", "rank", "pid", "KV heads", "FFN", "weights", "KV", "KV used", "running", "waiting")
+_SUM_COLUMNS = ("replica", "stage", "size", "algorithm", "time")
+_RIGHT = (
+    "epoch", "rank", "pid", "KV heads", "FFN", "weights", "KV", "KV used", "running", "waiting",
+    "stage", "size", "time",
+)  # fmt: skip
 
 
 def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
-    """The table where ``console`` is a terminal, else one ``key=value`` line a rank, for other programs."""
+    """Tables where ``console`` is a terminal, else ``key=value`` lines, for other programs."""
     if console.is_terminal:
         console.print(status_table(console, status))
         return
@@ -39,35 +43,38 @@ def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
 
 
 def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
-    """One row a rank, then why some failed, then a line on the gateway. As many columns as fit ``console``.
+    """One row a rank, then why some failed, one row a measured sum, and a line on the gateway.
 
-    A replica's own figures stand in its first row.
+    A replica's own figures stand in its first row. As many columns as fit ``console``.
     """
+    title = f"model {status.model}"
     rows = list(_rows(status))
     columns = [column for column in _COLUMNS if any(row[column] for row in rows)]
-    table = _table(status.model, columns, rows)
+    table = _table(title, columns, rows)
     unlimited = console.options.update(width=_UNLIMITED)
     for column in _DISPENSABLE:
         if Measurement.get(console, unlimited, table).maximum <= console.width:
             break
         columns = [kept for kept in columns if kept != column]
-        table = _table(status.model, columns, rows)
-    causes = [f"{row['replica']}: {row['cause']}" for row in rows if row["cause"]]
-    return Group(table, *(Text(_printable(cause), "red") for cause in causes), Text(_gateway_words(status.gateway)))
+        table = _table(title, columns, rows)
+    causes = [Text(_printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
+    sums = list(_sum_rows(status))
+    below = [_table("sums within a stage", _SUM_COLUMNS, sums)] if sums else []
+    return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
 
 
-def _table(model: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table(title=Text(f"model {_printable(model)}"), title_justify="left", box=SIMPLE_HEAD)
+def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=Text(_printable(title)), title_justify="left", box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
     for row in rows:
-        style = _STYLES.get(row["state"], "")
+        style = _STYLES.get(row.get("state", ""), "")
         table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in columns))
     return table
 
 
 def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
-    """``key=value`` pairs: one line on the gateway, then one a rank. What is unknown is left out."""
+    """``key=value`` pairs: a line on the gateway, one a rank, one a measured sum. What is unknown is left out."""
     gateway = status.gateway
     yield key_values(
         event="gateway",
@@ -84,6 +91,15 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
     for row in _rows(status):
         named = {column.lower().replace(" ", "_"): value for column, value in row.items()}
         yield key_values(event="rank", **named)
+    for replica, stage, measured in _sums(status):
+        yield key_values(
+            event="sum",
+            replica=replica,
+            stage=stage,
+            num_bytes=measured.num_bytes,
+            algorithm=measured.algorithm,
+            duration_s=f"{measured.duration_s:.6f}",
+        )
 
 
 def key_values(**pairs: object) -> str:
@@ -128,6 +144,26 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "cause": rank.cause or replica.cause,
             }
             figures = {}
+
+
+def _sums(status: admin_pb2.GetStatusResponse) -> Iterator[tuple[str, int, admin_pb2.MeasuredSum]]:
+    """The replica, the stage counted from 0, and each sum that was measured there."""
+    for replica in status.replicas:
+        starts = sorted({rank.first_layer for rank in replica.ranks})  # a stage is who has the same layers
+        for rank in replica.ranks:
+            for measured in rank.sums:
+                yield replica.name, starts.index(rank.first_layer), measured
+
+
+def _sum_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+    for replica, stage, measured in _sums(status):
+        yield {
+            "replica": replica,
+            "stage": str(stage),
+            "size": format_bytes(measured.num_bytes),
+            "algorithm": measured.algorithm,
+            "time": f"{1000 * measured.duration_s:.3f} ms",
+        }
 
 
 def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:

@@ -8,6 +8,21 @@ MEASURED_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Sizes of tensors that are measured, ascending."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredSum:
+    """How a tensor of one size is summed.
+
+    Attributes:
+        num_bytes: of the tensor.
+        algorithm: the fastest.
+        duration_s: what it was measured to take, at the slowest rank.
+    """
+
+    num_bytes: int
+    algorithm: str
+    duration_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class AllReduceTable:
     """The algorithm for each size.
@@ -30,6 +45,14 @@ class AllReduceTable:
         seconds = self.seconds or (float("nan"),) * len(self.sizes)
         rows = zip(self.sizes, self.names, seconds, strict=True)
         return " ".join(f"{size}:{name}={1000 * second:.3g}ms" for size, name, second in rows)
+
+    @property
+    def measured(self) -> tuple[MeasuredSum, ...]:
+        """One for each size; none where nothing was measured."""
+        if not self.seconds:
+            return ()
+        rows = zip(self.sizes, self.names, self.seconds, strict=True)
+        return tuple(MeasuredSum(num_bytes=size, algorithm=name, duration_s=second) for size, name, second in rows)
 
     def choose(self, num_bytes: int) -> str:
         """The algorithm for a tensor."""

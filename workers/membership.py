@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from kernels.select import Kernels
-from placement.collectives import unmeasured
+from placement.collectives import MeasuredSum, unmeasured
 from placement.specs import ModelSpec
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
@@ -98,6 +98,11 @@ class Membership:
         elif self.group.num_ranks > 1:
             self.group.table = measure(self.group)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+
+    @property
+    def sums(self) -> tuple[MeasuredSum, ...]:
+        """What was measured of its stage, once it is ready: of the first rank there, as all have the same."""
+        return () if self.group.rank else self.group.table.measured
 
     def followers(self) -> Followers:
         """The leader's hold on all others."""

@@ -79,7 +79,9 @@ class WorkerService(pb_grpc.WorkerServicer):
             await context.abort(_CODES[wire.error_code(error)], str(error))
         self._loaded.loop.thread.start()
         self._phase = pb.LOAD_PHASE_READY
-        yield self._progress(job, started)
+        ready, membership = self._progress(job, started), self._loaded.membership
+        ready.sums.extend(() if membership is None else wire.measured_sums(membership.sums))
+        yield ready
 
     def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:
         return pb.LoadResponse(

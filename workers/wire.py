@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from placement.collectives import MeasuredSum
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.plan import Span
 from placement.specs import DType
@@ -60,6 +61,11 @@ def span(message: pb.Range, *, field: str, limit: int) -> Span:
             fix=f"Use 0 <= start <= stop <= {limit}.",
         )
     return Span(message.start, message.stop)
+
+
+def measured_sums(sums: Sequence[MeasuredSum]) -> list[pb.MeasuredSum]:
+    """What sums were measured to take."""
+    return [pb.MeasuredSum(num_bytes=s.num_bytes, algorithm=s.algorithm, duration_s=s.duration_s) for s in sums]
 
 
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:

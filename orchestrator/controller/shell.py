@@ -14,8 +14,8 @@ from typing import Protocol
 import grpc
 
 from orchestrator.background import BackgroundTasks
+from orchestrator.controller import events, wire
 from orchestrator.controller import state as machine
-from orchestrator.controller import wire
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import PEER_LOST, WorkerFailed
@@ -63,9 +63,9 @@ class ControllerShell:
     async def launch(self) -> None:
         """Reserve and start everything the plan names; failures become events, not exceptions."""
         plan = self._settings.plan
-        await self.dispatch(machine.Launch(plan=plan, epoch=time.time_ns() // 1_000_000))
+        await self.dispatch(events.Launch(plan=plan, epoch=time.time_ns() // 1_000_000))
 
-    async def dispatch(self, event: machine.Event) -> None:
+    async def dispatch(self, event: events.Event) -> None:
         """Apply an event, tell the watchers, start what must be done."""
         before = self._state
         self._state, commands = machine.apply(before, event)
@@ -74,14 +74,14 @@ class ControllerShell:
             _log_changes(before, self._state)
             async with self._changed:
                 self._changed.notify_all()
-        if commands and isinstance(event, machine.Launch):
+        if commands and isinstance(event, events.Launch):
             self._starts.spawn(self._reserve_then(commands))
         else:
             self._spawn(commands)
 
-    def _spawn(self, commands: tuple[machine.Command, ...]) -> None:
+    def _spawn(self, commands: tuple[events.Command, ...]) -> None:
         for command in commands:
-            tasks = self._starts if isinstance(command, machine.StartRank) else self._background
+            tasks = self._starts if isinstance(command, events.StartRank) else self._background
             tasks.spawn(self._run(command))
 
     async def watch(self) -> AsyncIterator[pb.WatchResponse]:
@@ -100,13 +100,13 @@ class ControllerShell:
         Its stream breaks a moment before the process's own end is seen here, and that end is the better cause.
         """
         await asyncio.sleep(_EXIT_SEEN_S)
-        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=0, cause=cause))
+        await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=0, cause=cause))
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop every worker, whatever its state; returns when none is left."""
         # First, so that none comes up behind the back of what follows.
         await self._starts.close()
-        await self.dispatch(machine.Shutdown())
+        await self.dispatch(events.Shutdown())
         try:
             async with asyncio.timeout(timeout_s):
                 async with self._changed:
@@ -118,8 +118,8 @@ class ControllerShell:
 
     # -- commands ---------------------------------------------------------------------------------------------
 
-    async def _reserve_then(self, commands: tuple[machine.Command, ...]) -> None:
-        starts = [command for command in commands if isinstance(command, machine.StartRank)]
+    async def _reserve_then(self, commands: tuple[events.Command, ...]) -> None:
+        starts = [command for command in commands if isinstance(command, events.StartRank)]
         try:
             await self._launcher.reserve({(start.replica, start.shard.rank): start.shard for start in starts})
         except Exception as error:
@@ -129,23 +129,23 @@ class ControllerShell:
             return
         self._spawn(commands)
 
-    async def _run(self, command: machine.Command) -> None:
+    async def _run(self, command: events.Command) -> None:
         match command:
-            case machine.StartRank(replica=replica, epoch=epoch, shard=shard):
+            case events.StartRank(replica=replica, epoch=epoch, shard=shard):
                 try:
                     await self._start(replica, epoch, shard)
                 except Exception as error:  # the border: any failure to start is the rank's cause
                     await self._failed(replica, epoch, shard.rank, error)
-            case machine.LoadRank(replica=replica, epoch=epoch, shard=shard):
+            case events.LoadRank(replica=replica, epoch=epoch, shard=shard):
                 try:
                     await self._load(command)
                 except Exception as error:  # likewise
                     await self._failed(replica, epoch, shard.rank, error)
-            case machine.StopRank(replica=replica, epoch=epoch, rank=rank):
+            case events.StopRank(replica=replica, epoch=epoch, rank=rank):
                 try:
                     await self._launcher.stop((replica, rank))
                 finally:  # nobody waits for a rank that we have let go of
-                    await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+                    await self.dispatch(events.RankStopped(replica=replica, epoch=epoch, rank=rank))
 
     async def _failed(self, replica: str, epoch: int, rank: int, error: Exception) -> None:
         if isinstance(error, grpc.aio.AioRpcError):
@@ -155,14 +155,14 @@ class ControllerShell:
         else:
             logger.exception("command_failed", exc_info=error)
             cause = cause_of(error)
-        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+        await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
 
     async def _start(self, replica: str, epoch: int, shard: Shard) -> None:
         key = (replica, shard.rank)
         started = await self._launcher.start(key, epoch=epoch, shard=shard)
         self._background.spawn(self._follow(key, epoch))
         await self.dispatch(
-            machine.RankStarted(
+            events.RankStarted(
                 replica=replica,
                 epoch=epoch,
                 rank=shard.rank,
@@ -189,16 +189,16 @@ class ControllerShell:
         replica, rank = key
         cause = await self._launcher.wait(key)
         if cause == _STOPPED:
-            await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+            await self.dispatch(events.RankStopped(replica=replica, epoch=epoch, rank=rank))
             return
         if cause.startswith(PEER_LOST) and self._state.phase is machine.Phase.DRAINING:
-            await self.dispatch(machine.RankStopped(replica=replica, epoch=epoch, rank=rank))
+            await self.dispatch(events.RankStopped(replica=replica, epoch=epoch, rank=rank))
             return
         if cause.startswith(PEER_LOST):
             await asyncio.sleep(_EXIT_SEEN_S)  # the other rank's own end may be seen after this
-        await self.dispatch(machine.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+        await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
 
-    async def _load(self, command: machine.LoadRank) -> None:
+    async def _load(self, command: events.LoadRank) -> None:
         token = hmac.digest(self._secret, f"{command.replica} {command.epoch}".encode(), "sha256")
         request = self._settings.load_request(
             command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
@@ -210,10 +210,11 @@ class ControllerShell:
             try:
                 async for progress in stub.Load(request, timeout=timeout_s):
                     if progress.phase == worker_pb2.LOAD_PHASE_READY:
-                        await self.dispatch(machine.RankLoaded(**rank))  # type: ignore[arg-type]
+                        sums = wire.measured_sums(progress.sums)
+                        await self.dispatch(events.RankLoaded(sums=sums, **rank))  # type: ignore[arg-type]
                     else:
                         loaded_bytes = progress.loaded_bytes
-                        await self.dispatch(machine.RankProgress(loaded_bytes=loaded_bytes, **rank))  # type: ignore[arg-type]
+                        await self.dispatch(events.RankProgress(loaded_bytes=loaded_bytes, **rank))  # type: ignore[arg-type]
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     late = f"did not load within launch.load_timeout_s = {timeout_s:g} s; raise it or check the disk"

@@ -9,7 +9,23 @@ ignored.
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from placement.plan import Plan, Shard
+from orchestrator.controller.events import (
+    Command,
+    Event,
+    Launch,
+    LoadRank,
+    Member,
+    RankFailed,
+    RankLoaded,
+    RankProgress,
+    RankStarted,
+    RankStopped,
+    Shutdown,
+    StartRank,
+    StopRank,
+)
+from placement.collectives import MeasuredSum
+from placement.plan import Shard
 
 
 class Phase(Enum):
@@ -30,7 +46,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
-    """One worker process."""
+    """One worker process. ``sums`` of its stage are known of the first rank, once it is loaded."""
 
     shard: Shard
     phase: Phase = Phase.STARTING
@@ -39,6 +55,7 @@ class RankState:
     ranks_port: int = 0
     pid: int = 0
     loaded_bytes: int = 0
+    sums: tuple[MeasuredSum, ...] = ()
     cause: str = ""
 
 
@@ -61,116 +78,6 @@ class State:
     phase: Phase = Phase.STARTING
     cause: str = ""
     launched: bool = False
-
-
-# -- events: what happened ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """Run this plan. Every replica begins at ``epoch``."""
-
-    plan: Plan
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankEvent:
-    """Something about one rank of one incarnation of a replica."""
-
-    replica: str
-    epoch: int
-    rank: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankStarted(RankEvent):
-    """The process listens."""
-
-    node: str
-    address: str
-    ranks_port: int
-    pid: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankProgress(RankEvent):
-    """Weights were read."""
-
-    loaded_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankLoaded(RankEvent):
-    """The rank can run steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankFailed(RankEvent):
-    """The process ended, froze, or could not start or load. ``cause`` is one line for the user."""
-
-    cause: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankStopped(RankEvent):
-    """The process ended because we asked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shutdown:
-    """Stop everything; the gateway has drained."""
-
-
-Event = Launch | RankStarted | RankProgress | RankLoaded | RankFailed | RankStopped | Shutdown
-
-
-# -- commands: what to do -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StartRank:
-    """Start the worker process."""
-
-    replica: str
-    epoch: int
-    shard: Shard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """A rank of a replica of several, as the others are told of it: where it listens for them, and what it holds."""
-
-    address: str
-    ranks_port: int
-    shard: Shard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadRank:
-    """Have the worker at ``address`` load its shard.
-
-    Attributes:
-        members: all ranks of the replica, in their order; none where it has one alone.
-    """
-
-    replica: str
-    epoch: int
-    shard: Shard
-    address: str
-    members: tuple[Member, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StopRank:
-    """End the worker process, by force if it does not end by itself."""
-
-    replica: str
-    epoch: int
-    rank: int
-
-
-Command = StartRank | LoadRank | StopRank
 
 
 def apply(state: State, event: Event) -> tuple[State, tuple[Command, ...]]:
@@ -240,8 +147,8 @@ def _change(
             return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid), ()
         case RankProgress(loaded_bytes=loaded_bytes):
             return replace(rank, loaded_bytes=loaded_bytes), ()
-        case RankLoaded():
-            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes), ()
+        case RankLoaded(sums=sums):
+            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes, sums=sums), ()
         case RankFailed(cause=cause):
             # The process may still be there, frozen or cut off: make sure that it is not.
             stop = StopRank(replica=event.replica, epoch=event.epoch, rank=event.rank)

@@ -6,11 +6,11 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.controller import state as machine
-from orchestrator.controller.state import (
+from orchestrator.controller.events import (
+    Command,
+    Event,
     Launch,
     LoadRank,
-    Phase,
     RankEvent,
     RankFailed,
     RankLoaded,
@@ -19,10 +19,10 @@ from orchestrator.controller.state import (
     RankStopped,
     Shutdown,
     StartRank,
-    State,
     StopRank,
-    apply,
 )
+from orchestrator.controller.state import Phase, State, apply
+from placement.collectives import MeasuredSum
 from placement.plan import Part, Plan, Replica, Shard, Span, Stage
 from placement.specs import DeviceSpec, DType, ModelSpec, RopeSpec
 
@@ -115,6 +115,18 @@ def test_a_started_rank_is_told_to_load_at_its_address() -> None:
     assert state.replicas[0].phase is Phase.LOADING
     state, commands = apply(state, RankProgress(replica="replica-0", epoch=EPOCH, rank=0, loaded_bytes=300))
     assert (state.replicas[0].ranks[0].loaded_bytes, commands) == (300, ())
+
+
+def test_what_a_rank_measured_is_kept_whatever_becomes_of_it() -> None:
+    sums = (MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),)
+    state, _ = apply(State(), Launch(plan=make_plan(1, 2), epoch=EPOCH))
+    for rank in range(2):
+        state, _ = apply(state, started("replica-0", rank))
+    state, _ = apply(state, RankLoaded(replica="replica-0", epoch=EPOCH, rank=0, sums=sums))
+    state, _ = apply(state, loaded("replica-0", 1))
+    assert [rank.sums for rank in state.replicas[0].ranks] == [sums, ()]
+    state, _ = apply(state, failed("replica-0", 0))
+    assert [rank.sums for rank in state.replicas[0].ranks] == [sums, ()]
 
 
 def test_ranks_of_a_replica_load_together_once_the_last_has_started() -> None:
@@ -225,7 +237,7 @@ def test_whatever_happens_the_state_is_sound(events: list[tuple[str, int, int, i
     for kind, number, rank, epoch in events:
         name = f"replica-{number}"
         base = RankEvent(replica=name, epoch=epoch, rank=rank)
-        event: machine.Event = {
+        event: Event = {
             "started": started(name, rank, epoch),
             "loaded": loaded(name, rank, epoch),
             "failed": failed(name, rank, epoch=epoch),
@@ -238,7 +250,7 @@ def test_whatever_happens_the_state_is_sound(events: list[tuple[str, int, int, i
         check(before, state, commands)
 
 
-def check(before: State, state: State, commands: tuple[machine.Command, ...]) -> None:
+def check(before: State, state: State, commands: tuple[Command, ...]) -> None:
     for old, new in zip(before.replicas, state.replicas, strict=True):
         assert new.epoch == old.epoch
         for old_rank, new_rank in zip(old.ranks, new.ranks, strict=True):

@@ -132,6 +132,56 @@ def test_table_shows_escape_codes_of_a_cause_instead_of_obeying_them() -> None:
     assert r"a\x1b[2Jb\nc" in output(shown)
 
 
+def summing() -> admin_pb2.GetStatusResponse:
+    """A replica of two stages of two ranks each, and one of a rank alone."""
+
+    def rank(first_layer: int, *sums: tuple[int, str, float]) -> admin_pb2.RankStatus:
+        measured = [admin_pb2.MeasuredSum(num_bytes=size, algorithm=name, duration_s=s) for size, name, s in sums]
+        return admin_pb2.RankStatus(first_layer=first_layer, last_layer=first_layer + 3, sums=measured)
+
+    first = [rank(0, (1024, "direct", 5.2e-5), (4 * MIB, "scatter", 0.0123456)), rank(0)]
+    second = [rank(3, (1024, "a\x1b[2J", 2.5)), rank(3)]
+    return admin_pb2.GetStatusResponse(
+        gateway=admin_pb2.GatewayStatus(controller_connected=True),
+        replicas=[
+            admin_pb2.ReplicaStatus(name="alone", ranks=[rank(0)]),
+            admin_pb2.ReplicaStatus(name="cut", ranks=first + second),
+        ],
+    )
+
+
+def test_sums_off_a_terminal_are_a_line_for_each_size_of_each_stage() -> None:
+    lines = [pairs(line) for line in status_lines(summing())]
+    assert [line["event"] for line in lines] == ["gateway", *["rank"] * 5, *["sum"] * 3]
+    base = {"event": "sum", "replica": "cut"}
+    assert lines[6:] == [
+        base | {"stage": "0", "num_bytes": "1024", "algorithm": "direct", "duration_s": "0.000052"},
+        base | {"stage": "0", "num_bytes": "4194304", "algorithm": "scatter", "duration_s": "0.012346"},
+        base | {"stage": "1", "num_bytes": "1024", "algorithm": r"a\x1b[2J", "duration_s": "2.500000"},
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 240])
+def test_sums_on_a_terminal_are_a_table_under_that_of_ranks(width: int) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, summing())
+    lines = [line.split() for line in output(shown).splitlines() if line.strip()]
+    title = lines.index(["sums", "within", "a", "stage"])
+    assert lines[title + 1] == ["replica", "stage", "size", "algorithm", "time"]
+    assert lines[title + 3 : title + 6] == [
+        ["cut", "0", "1", "KiB", "direct", "0.052", "ms"],
+        ["cut", "0", "4", "MiB", "scatter", "12.346", "ms"],
+        ["cut", "1", "1", "KiB", r"a\x1b[2J", "2500.000", "ms"],
+    ]
+    assert lines[-1][0] == "gateway:"
+
+
+def test_there_is_no_table_of_sums_where_nobody_sums() -> None:
+    shown = console(terminal=True)
+    print_status(shown, status())
+    assert "sums" not in output(shown)
+
+
 def test_status_lines_of_nothing_are_the_gateway_alone() -> None:
     assert len(list(status_lines(admin_pb2.GetStatusResponse()))) == 1
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from placement.collectives import AllReduceTable, fastest, unmeasured
+from placement.collectives import AllReduceTable, MeasuredSum, fastest, unmeasured
 
 TABLE = AllReduceTable(sizes=(1024, 4096, 65536), names=("direct", "star", "scatter"))
 
@@ -19,6 +19,14 @@ def test_a_size_has_the_algorithm_of_the_nearest_measured_one(num_bytes: int, na
 def test_the_fastest_is_chosen_and_the_first_of_equals() -> None:
     table = fastest({"direct": [1.0, 3.0], "star": [1.0, 2.0], "scatter": [2.0, 2.5]}, sizes=(10, 20))
     assert (table.sizes, table.names, table.seconds) == ((10, 20), ("direct", "star"), (1.0, 2.0))
+    assert table.measured == (
+        MeasuredSum(num_bytes=10, algorithm="direct", duration_s=1.0),
+        MeasuredSum(num_bytes=20, algorithm="star", duration_s=2.0),
+    )
+
+
+def test_what_was_not_measured_has_no_durations() -> None:
+    assert TABLE.measured == unmeasured(2).measured == ()
 
 
 @pytest.mark.parametrize(("num_ranks", "name"), [(2, "direct"), (4, "direct"), (5, "scatter")])

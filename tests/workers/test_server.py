@@ -11,9 +11,11 @@ import pytest
 import pytest_asyncio
 
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
+from placement.collectives import MEASURED_BYTES
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.leader_stream import EPOCH, drain, submit
 from tests.support.worker import collect, load, load_request, outputs, running, until
+from workers.collectives.algorithms import ALL_REDUCES
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -30,6 +32,7 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
         progress = await load(stub, load_request(path))
         assert progress[-1].phase == pb.LOAD_PHASE_READY
         assert progress[-1].loaded_bytes == progress[-1].total_bytes > 0
+        assert not progress[-1].sums, "one rank sums nothing"
         assert [p.loaded_bytes for p in progress] == sorted(p.loaded_bytes for p in progress)
         described = await stub.Describe(pb.DescribeRequest(epoch=EPOCH))
         assert (described.pid, described.device, described.phase) == (worker.pid, "cpu", pb.LOAD_PHASE_READY)
@@ -40,6 +43,30 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
         assert [output.index for output in answer] == list(range(6))
         assert answer[-1].end.reason == pb.END_REASON_LENGTH
         assert answer[0].queue_s >= 0 and answer[0].prefill_s > 0 and not answer[1].HasField("prefill_s")
+
+
+async def test_the_first_of_two_ranks_tells_at_the_end_of_its_load_how_they_sum(llama_checkpoint: Any) -> None:
+    path = llama_checkpoint()
+    async with running() as (first, first_stub), running() as (second, second_stub):
+        members = [
+            pb.Member(host="127.0.0.1", port=worker.ranks_port, shard=half(rank))
+            for rank, worker in enumerate((first, second))
+        ]
+        requests = [load_request(path, shard=half(rank), members=members, token=bytes(32)) for rank in range(2)]
+        told = await asyncio.gather(load(first_stub, requests[0]), load(second_stub, requests[1]))
+    *before, last = told[0]
+    assert not any(message.sums for message in (*before, *told[1]))
+    assert tuple(measured.num_bytes for measured in last.sums) == MEASURED_BYTES
+    assert all(measured.algorithm in ALL_REDUCES and measured.duration_s > 0 for measured in last.sums)
+
+
+def half(rank: int) -> pb.Shard:
+    """A half of every layer."""
+
+    def span(size: int) -> pb.Range:
+        return pb.Range(start=rank * size // 2, stop=(rank + 1) * size // 2)
+
+    return pb.Shard(rank=rank, layers={"stop": 2}, kv_heads=span(2), ffn_columns=span(96), vocab_rows=span(509))
 
 
 async def test_heartbeats_come_when_idle_and_count_steps_when_busy(llama_checkpoint: Any) -> None:

@@ -64,6 +64,35 @@ class GetStatusRequest(_message.Message):
 Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 
 @_typing.final
+class MeasuredSum(_message.Message):
+    """How the ranks of a stage sum a tensor of one size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    num_bytes: _builtins.int
+    algorithm: _builtins.str
+    """The name of the fastest way."""
+    duration_s: _builtins.float
+    """What it was measured to take when the stage was started, at its slowest rank."""
+    def __init__(
+        self,
+        *,
+        num_bytes: _builtins.int = ...,
+        algorithm: _builtins.str = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "duration_s", b"duration_s", "num_bytes", b"num_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
+
+@_typing.final
 class RankStatus(_message.Message):
     """One worker process."""
 
@@ -82,6 +111,7 @@ class RankStatus(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     NUM_FFN_COLUMNS_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -101,6 +131,10 @@ class RankStatus(_message.Message):
     feed-forward. Absent where it is not known.
     """
     num_ffn_columns: _builtins.int
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
+        """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
+
     def __init__(
         self,
         *,
@@ -117,10 +151,11 @@ class RankStatus(_message.Message):
         cause: _builtins.str = ...,
         num_kv_heads: _builtins.int | None = ...,
         num_ffn_columns: _builtins.int | None = ...,
+        sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_ffn_columns: _TypeAlias = _typing.Literal["num_ffn_columns"]  # noqa: Y015
     _WhichOneofArgType__num_ffn_columns: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns"]  # noqa: Y015

@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -10,17 +12,21 @@ import psutil
 import pytest
 
 from orchestrator.controller.state import Phase
+from orchestrator.render import status_lines
+from placement.collectives import MEASURED_BYTES
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
-from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.answers import answer, check_order, request, tokens
 from tests.support.clocks import PATIENCE_S, own_time, until
 from tests.support.deployment import deploy, make_config, settled, two_ranks, two_stages
+from workers.collectives.algorithms import ALL_REDUCES
 
 
 async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint: Path, tmp_path: Path) -> None:
     asked = [request(prompt=prompt, max_tokens=40) for prompt in ("a", "once upon a time", "x y z " * 30)]
     found = []
     cuts = {"whole": {}, "even": two_ranks((1, 1)), "all of one": two_ranks((0, 1)), "stages": two_stages()}
+    summing = {"even", "all of one"}
     for name, sections in cuts.items():
         directory = tmp_path / name.replace(" ", "_")
         directory.mkdir()
@@ -29,8 +35,19 @@ async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint
             stub = inference_pb2_grpc.InferenceStub(channel)
             answers = await asyncio.gather(*(answer(stub, message) for message in asked))
             found.append([tokens(responses) for responses in answers])
+            await check_sums(channel, ["0"] if name in summing else [])
             await settled(running, timeout_s=PATIENCE_S)
     assert all(answers == found[0] for answers in found)
+
+
+async def check_sums(channel: grpc.aio.Channel, stages: Sequence[str]) -> None:
+    """The status has a sum of every measured size for each of these stages of the first replica, and no other."""
+    status = await admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=PATIENCE_S)
+    lines = [dict(word.split("=", 1) for word in shlex.split(line)) for line in status_lines(status)]
+    sums = [line for line in lines if line["event"] == "sum"]
+    expected = [("replica-0", stage, str(num_bytes)) for stage in stages for num_bytes in MEASURED_BYTES]
+    assert [(line["replica"], line["stage"], line["num_bytes"]) for line in sums] == expected
+    assert all(line["algorithm"] in ALL_REDUCES and float(line["duration_s"]) > 0 for line in sums), sums
 
 
 @pytest.mark.parametrize("sections", [two_ranks((1, 1)), two_stages()], ids=["one stage", "two stages"])

@@ -60,6 +60,7 @@ class Rank(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -72,6 +73,10 @@ class Rank(_message.Message):
     cause: _builtins.str
     @_builtins.property
     def shard(self) -> _worker_pb2.Shard: ...
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.MeasuredSum]:
+        """As the rank told when it was loaded: of its stage, where it is the first of several in it."""
+
     def __init__(
         self,
         *,
@@ -86,10 +91,11 @@ class Rank(_message.Message):
         kv_bytes: _builtins.int = ...,
         loaded_bytes: _builtins.int = ...,
         cause: _builtins.str = ...,
+        sums: _abc.Iterable[_worker_pb2.MeasuredSum] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "sums", b"sums", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

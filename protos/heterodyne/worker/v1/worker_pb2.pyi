@@ -408,11 +408,16 @@ class LoadResponse(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ELAPSED_S_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     phase: Global___LoadPhase.ValueType
     loaded_bytes: _builtins.int
     total_bytes: _builtins.int
     elapsed_s: _builtins.float
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
+        """Set on the last message of the first rank of a stage that has several: how they sum tensors, by size, ascending."""
+
     def __init__(
         self,
         *,
@@ -421,14 +426,44 @@ class LoadResponse(_message.Message):
         loaded_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         elapsed_s: _builtins.float = ...,
+        sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_s", b"elapsed_s", "epoch", b"epoch", "loaded_bytes", b"loaded_bytes", "phase", b"phase", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_s", b"elapsed_s", "epoch", b"epoch", "loaded_bytes", b"loaded_bytes", "phase", b"phase", "sums", b"sums", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
+
+@_typing.final
+class MeasuredSum(_message.Message):
+    """How the ranks of a stage sum a tensor of one size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    num_bytes: _builtins.int
+    algorithm: _builtins.str
+    """The fastest of those that workers.collectives has."""
+    duration_s: _builtins.float
+    """What it was measured to take before the stage was ready, at its slowest rank."""
+    def __init__(
+        self,
+        *,
+        num_bytes: _builtins.int = ...,
+        algorithm: _builtins.str = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "duration_s", b"duration_s", "num_bytes", b"num_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):
