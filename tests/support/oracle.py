@@ -90,13 +90,13 @@ def oracle_logits(oracle: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
 
 
 class Slots:
-    """Hands out slots as a fragmented pool would: short runs in random order, none twice."""
+    """Hands out slots as a fragmented pool would: short runs of whole blocks in random order, none twice."""
 
-    def __init__(self, seed: int = 0, num_slots: int = NUM_SLOTS) -> None:
+    def __init__(self, seed: int = 0, num_slots: int = NUM_SLOTS, block_size: int = 1) -> None:
         rng = random.Random(seed)
         edges = [0]
         while edges[-1] < num_slots:
-            edges.append(min(num_slots, edges[-1] + rng.randint(1, 24)))
+            edges.append(min(num_slots, edges[-1] + block_size * rng.randint(1, max(2, 24 // block_size))))
         self._free = list(itertools.pairwise(edges))
         rng.shuffle(self._free)
 
@@ -133,10 +133,14 @@ def chunk(token_ids: Sequence[int], start: int, stop: int, runs: Runs) -> Sequen
 
 
 def continue_greedily(
-    runner: Steps, prompts: Sequence[Sequence[int]], chunk_size: int, num_outputs: int = NUM_OUTPUTS
+    runner: Steps,
+    prompts: Sequence[Sequence[int]],
+    chunk_size: int,
+    num_outputs: int = NUM_OUTPUTS,
+    block_size: int = 1,
 ) -> list[list[int]]:
     """Prefills every prompt in chunks and decodes; all sequences share each step, whatever their phase."""
-    slots = Slots()
+    slots = Slots(block_size=block_size)
     runs = [slots.take(len(prompt) + num_outputs) for prompt in prompts]
     token_ids = [list(prompt) for prompt in prompts]
     done = [0] * len(prompts)

@@ -13,15 +13,18 @@ from torch import Tensor
 
 from kernels.attention import Run
 from kernels.select import kernels_for
+from placement.exchange import Exchange
 from placement.hf import read_model_spec
-from placement.layout import ReplicaLayout, StageLayout, cut
+from placement.layout import ReplicaLayout, Split, StageLayout, cut
 from placement.quantization import LinearFormat
 from placement.specs import ModelSpec
 from placement.weights import shard_tensors
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.device import open_device
 from workers.engine_types import Runner
 from workers.follower import Follower
 from workers.kv_cache import allocate_kv_cache
+from workers.loading import num_slots
 from workers.membership import Membership
 from workers.roster import Roster
 from workers.runner import ModelRunner
@@ -31,6 +34,7 @@ from workers.transport.mesh import TOKEN_BYTES, listen
 from workers.weights import load_weights
 
 NUM_SLOTS = 4096
+BLOCK_SIZE = 8
 _PATIENCE_S = 60.0
 
 
@@ -102,11 +106,15 @@ def ranks(
     dtype: torch.dtype = torch.float32,
     linear: LinearFormat | None = None,
     num_layers: Sequence[int] | None = None,
+    split: Split = "tensor",
+    way: Exchange | None = None,
     checks: bool = True,
 ) -> Iterator[Ranks]:
-    """The checkpoint cut over stages of ranks with these shares; each has 4096 empty slots.
+    """The checkpoint cut over stages of ranks with these shares; there are 4096 empty slots.
 
     Args:
+        split: what the shares are of.
+        way: that ranks which share sequences always exchange by.
         num_layers: of each stage.
         checks: whether no rank may have failed in the end.
     """
@@ -116,12 +124,14 @@ def ranks(
             StageLayout(
                 devices=tuple(range(len(weights))),
                 weights=tuple(weights),
+                split=split,
                 num_layers=None if num_layers is None else num_layers[index],
             )
             for index, weights in enumerate(stages)
         )
     )
-    parts = tuple(part for stage in cut(model, layout, linear, field="test") for part in stage)
+    parts = tuple(part for stage in cut(model, layout, linear, block_size=BLOCK_SIZE, field="test") for part in stage)
+    sizes = pb.LoadRequest(num_blocks=NUM_SLOTS // BLOCK_SIZE, block_size=BLOCK_SIZE)
     listeners = [listen("127.0.0.1") for _ in parts]
     rosters = [
         Roster(
@@ -139,26 +149,31 @@ def ranks(
         tensors = load_weights(
             directory, shard_tensors(model, roster.part), dtype, device.torch_device, lambda *_: None, linear
         )
+        kernels, torch_device = kernels_for("cpu"), device.torch_device
+        sharing = membership.sharing(model, kernels, dtype, torch_device, token_budget=1024)
+        if sharing is not None:
+            sharing.forced = way
+            sharing.measure()
         runner = ModelRunner(
             model=model,
             weights=tensors,
             cache=allocate_kv_cache(
-                model, num_slots=NUM_SLOTS, dtype=dtype, device=device, layers=roster.part.layers,
+                model, num_slots=num_slots(sizes, roster.part), dtype=dtype, device=device, layers=roster.part.layers,
                 kv_heads=roster.part.kv_heads,
             ),
-            device=device.torch_device,
-            kernels=kernels_for("cpu"),
+            device=torch_device,
+            kernels=kernels,
+            sharing=sharing,
             part=roster.part,
             group=membership.group,
             team=(followers := None if roster.rank else membership.followers()),
         )  # fmt: skip
         thread = ThreadPoolExecutor(1)
         follower = None
-        torch_device = device.torch_device
         leading: Runner = runner
         if followers is None:
-            sizes = {"vocab_size": model.vocab_size, "slot_limit": NUM_SLOTS}
-            follower = membership.follower(runner, thread, device=torch_device, **sizes)
+            limits = {"vocab_size": model.vocab_size, "slot_limit": NUM_SLOTS}
+            follower = membership.follower(runner, thread, device=torch_device, **limits)
             follower.thread.start()
         else:
             leading = membership.leading(runner, followers, torch_device)
