@@ -77,6 +77,11 @@ class PartSpan:
         """Its rows."""
         return len(self.seen)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens up to the last that a query sees."""
+        return int(self.seen[-1, 1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedSpan:

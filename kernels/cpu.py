@@ -58,9 +58,9 @@ def attention(
     return output
 
 
-def plan_parts(spans: Sequence[PartSpan]) -> PartPlan:
-    """As :func:`kernels.reference.plan_parts`, with the work cut into tasks."""
-    return PartPlan(spans=tuple(spans), tasks=plan_part_tasks(spans))
+def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
+    """As :func:`kernels.reference.plan_parts`, with the work cut into tasks. Of ``shared`` it keeps what pays."""
+    return PartPlan(spans=tuple(spans), tasks=plan_part_tasks(spans, choose(spans, shared)))
 
 
 def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:

@@ -201,8 +201,12 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("hns,hsd->nhd", weights, wide)
 
 
-def plan_parts(spans: Sequence[PartSpan]) -> PartPlan:
-    """Which rows and slots belong together, laid out once for :func:`attend_parts` in every layer."""
+def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
+    """Which rows and slots belong together, laid out once for :func:`attend_parts` in every layer.
+
+    ``shared``: tokens that single queries have in common, all of which they see, at these places among their own. Says
+    nothing of the result, so the reference ignores it.
+    """
     return PartPlan(spans=tuple(spans))
 
 

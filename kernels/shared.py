@@ -7,7 +7,7 @@ arithmetic is the same. The price is a partial result, written and merged, for e
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kernels.attention import SequenceSpan, SharedSpan
+from kernels.attention import PartSpan, SequenceSpan, SharedSpan
 from kernels.tasks import MAX_QUERIES, PART, whole_parts
 
 # A member's partial result costs as much as reading and laying out so many tokens. From where sharing breaks even on
@@ -25,7 +25,7 @@ def worthwhile(*, num_members: int, num_tokens: int) -> bool:
 
 
 def choose(
-    spans: Sequence[SequenceSpan], shared: Sequence[SharedSpan], *, window: int | None = None
+    spans: Sequence[SequenceSpan] | Sequence[PartSpan], shared: Sequence[SharedSpan], *, window: int | None = None
 ) -> tuple[SharedSpan, ...]:
     """The shared parts that pay, of the members that decode, and that all of these see; the rest is read by each."""
     chosen = []
@@ -42,7 +42,9 @@ def choose(
     return tuple(chosen)
 
 
-def _first_seen(span: SequenceSpan, common: SharedSpan, window: int | None) -> int:
+def _first_seen(span: SequenceSpan | PartSpan, common: SharedSpan, window: int | None) -> int:
     """Position from which the sequence's last token sees what there is."""
     assert common.first_token + common.num_tokens <= span.num_tokens, (span, common)
+    if isinstance(span, PartSpan):
+        return int(span.seen[-1, 0])
     return 0 if window is None else max(0, span.num_tokens - window)

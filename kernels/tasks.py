@@ -65,22 +65,27 @@ def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequen
     return _task_plan((own, common, _draft_chunks(chunks, len(own.rows) + len(common.rows))), runs, ends)
 
 
-def plan_parts(spans: Sequence[PartSpan]) -> TaskPlan | None:
-    """Tasks of queries against parts of what they attend to; None where nobody sees anything."""
-    seeing = [span for span in spans if span.seen[-1, 1]]
-    if not seeing:
+def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan]) -> TaskPlan | None:
+    """Tasks of queries against parts of what they attend to; None where nobody sees anything.
+
+    Of ``shared`` the positions are places among the tokens of its members, which are single queries that see all of
+    them; only whole parts count.
+    """
+    if not any((span.seen[:, 0] < span.seen[:, 1]).any() for span in spans):
         return None
-    runs, first_token, ends = _lay_out_runs([span.runs for span in seeing])
-    single = [index for index, span in enumerate(seeing) if span.num_queries == 1]
-    ranges = [(decode, *seeing[index].seen[0].tolist()) for decode, index in enumerate(single)]
-    rows = np.array([seeing[index].query_start for index in single], np.int64)
+    shared = sorted(filter(None, map(whole_parts, shared)), key=lambda common: common.first_token)
+    single = [index for index, span in enumerate(spans) if span.num_queries == 1]
+    ranges = _unshared([(int(a), int(b)) for index in single for a, b in spans[index].seen], single, shared)
+    runs, first_token, ends = _lay_out_runs([*(span.runs for span in spans), *(common.runs for common in shared)])
+    rows = np.array([spans[index].query_start for index in single], np.int64)
     own = _draft_decodes(ranges, first_token[single], rows)
+    common = _draft_shared(shared, single, first_token[len(spans) :], own)
     chunks = [
         _Chunk(span.query_start, start, span.seen)
-        for span, start in zip(seeing, first_token.tolist(), strict=True)
+        for span, start in zip(spans, first_token[: len(spans)].tolist(), strict=True)
         if span.num_queries > 1
     ]
-    return _task_plan((own, _draft_shared((), (), first_token[:0], own), _draft_chunks(chunks, len(rows))), runs, ends)
+    return _task_plan((own, common, _draft_chunks(chunks, len(own.rows) + len(common.rows))), runs, ends)
 
 
 def whole_parts(common: SharedSpan, start: int = 0) -> SharedSpan | None:
@@ -124,19 +129,26 @@ def _own_ranges(
     spans: Sequence[SequenceSpan], names: Sequence[int], window: int | None, shared: Sequence[SharedSpan]
 ) -> list[tuple[int, int, int]]:
     """The tokens that each decode sees and does not share: its number, the first, and the end."""
+    seen = [(0 if window is None else max(0, span.num_tokens - window), span.num_tokens) for span in spans]
+    return _unshared(seen, names, shared)
+
+
+def _unshared(
+    seen: Sequence[tuple[int, int]], names: Sequence[int], shared: Sequence[SharedSpan]
+) -> list[tuple[int, int, int]]:
+    """Of the tokens that each decode sees, those that are not in ``shared``: its number, the first, and the end."""
     covered: dict[int, list[SharedSpan]] = {}
     for common in shared:
         for member in common.members:
             covered.setdefault(member, []).append(common)
     ranges: list[tuple[int, int, int]] = []
-    for decode, (span, name) in enumerate(zip(spans, names, strict=True)):
-        start = 0 if window is None else max(0, span.num_tokens - window)
+    for decode, ((start, stop), name) in enumerate(zip(seen, names, strict=True)):
         for common in covered.get(name, ()):
             if start < common.first_token:
                 ranges.append((decode, start, common.first_token))
             start = common.first_token + common.num_tokens
-        if start < span.num_tokens:
-            ranges.append((decode, start, span.num_tokens))
+        if start < stop:
+            ranges.append((decode, start, stop))
     return ranges
 
 

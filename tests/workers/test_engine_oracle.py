@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kernels import cpu, shared, tasks
 from kernels.attention import SharedSpan
+from placement.layout import Split
 from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
 from tests.support.ranks import ranks
 from tests.support.steps import Steps
@@ -60,8 +61,15 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[SharedSpan]:
     return found
 
 
-# Families whose model is also cut over two ranks, and their shares.
+# Families whose model is also cut over two ranks, or whose sequences are shared by ranks, and their shares.
 CUT = {"llama": (2, 1), "mistral": (1, 1), "gemma": (1, 2)}
+SPLIT = {"llama": (5, 2, 1), "mistral": (1, 3), "gemma": (0, 1)}
+
+
+CUTS: dict[str, tuple[tuple[int, ...], Split]] = {
+    **{f"{family}, cut": (shares, "tensor") for family, shares in CUT.items()},
+    **{f"{family}, shared": (shares, "sequence") for family, shares in SPLIT.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,17 @@ class Case:
     answers: list[list[int]]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, *(f"{family}, cut" for family in CUT)])
+@pytest.fixture(scope="module", params=[*FAMILIES, *CUTS])
 def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_runner: Any) -> Iterator[Case]:
-    family = request.param.removesuffix(", cut")
+    family, _, how = request.param.partition(", ")
     path = checkpoint(family, **FAMILIES[family])
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     answers = [greedy(oracle, prompt) for prompt in PROMPTS]
-    if family == request.param:
+    if not how:
         yield Case(runner=make_runner(path), oracle=oracle, answers=answers)
     else:
-        with ranks(path, CUT[family]) as cut:
+        shares, split = CUTS[request.param]
+        with ranks(path, shares, split=split) as cut:
             yield Case(runner=cut, oracle=oracle, answers=answers)
 
 

@@ -4,12 +4,12 @@ A chunk of one token, as every decode is, is computed by all ranks: each attends
 gives all of them the whole. Of longer chunks each rank computes the tokens whose KV it holds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kernels.attention import PartSpan, Run, num_slots, split_runs
+from kernels.attention import PartSpan, Run, SharedSpan, num_slots, split_runs
 from placement.exchange import ExchangeSizes
 from placement.striping import Integers, Stripe
 from workers.step_types import Batch, SequenceInput
@@ -65,17 +65,35 @@ def _rows(some: Iterable[Piece]) -> list[int]:
     return [piece.first_row + i for piece in some for i in range(len(piece.positions))]
 
 
-def own_spans(its_pieces: Sequence[Piece], stripe: Stripe, window: Window) -> list[PartSpan]:
-    """All of a rank's rows against the KV that it has itself."""
-    spans = (_span(piece, piece.first_row, stripe, window, held(piece, stripe, window)) for piece in its_pieces)
-    return [span for span in spans if span is not None]
+def own_spans(
+    its_pieces: Sequence[Piece], stripe: Stripe, window: Window, shared: Sequence[SharedSpan] = ()
+) -> tuple[list[PartSpan], list[SharedSpan]]:
+    """All of a rank's rows against the KV that it has itself; and, of ``shared``, what of that the spans share."""
+    spans: dict[int, PartSpan] = {}
+    for index, piece in enumerate(its_pieces):
+        span = _span(piece, piece.first_row, stripe, window, stripe.runs(piece.sequence.runs), oldest=0)
+        if span is not None:
+            spans[index] = span
+    places = {index: place for place, index in enumerate(spans)}
+    local = [_shared(common, stripe, places) for common in shared]
+    return list(spans.values()), [common for common in local if common is not None]
+
+
+def _shared(common: SharedSpan, stripe: Stripe, places: Mapping[int, int]) -> SharedSpan | None:
+    """What a rank has of tokens that sequences share; those are now called by their places among its spans."""
+    first = stripe.count(common.first_token)
+    count = stripe.count(common.first_token + common.num_tokens) - first
+    if not count:
+        return None
+    members = tuple(places[member] for member in common.members)
+    return SharedSpan(members=members, first_token=first, num_tokens=count, runs=stripe.runs(common.runs))
 
 
 def visiting_spans(others: Sequence[Piece], stripe: Stripe, window: Window) -> list[PartSpan]:
     """Queries of another rank's split rows, side by side, against the KV that the rank with ``stripe`` has."""
     spans, row = [], 0
     for piece in _split(others):
-        span = _span(piece, row, stripe, window, held(piece, stripe, window))
+        span = _span(piece, row, stripe, window, held(piece, stripe, window), oldest=_oldest(piece, window))
         if span is not None:
             spans.append(span)
         row += len(piece.positions)
@@ -87,7 +105,8 @@ def received_spans(its_pieces: Sequence[Piece], sender: Stripe, window: Window) 
     spans, row, slot = [], 0, 0
     for piece in _split(its_pieces):
         count = num_slots(held(piece, sender, window))
-        span = _span(piece, row, sender, window, ((slot, slot + count),) if count else ())
+        runs = ((slot, slot + count),) if count else ()
+        span = _span(piece, row, sender, window, runs, oldest=_oldest(piece, window))
         if span is not None:
             spans.append(span)
         row += len(piece.positions)
@@ -137,13 +156,15 @@ def _oldest(piece: Piece, window: Window) -> int:
     return 0 if window is None else max(0, piece.sequence.start + 1 - window)
 
 
-def _span(piece: Piece, row: int, stripe: Stripe, window: Window, runs: tuple[Run, ...]) -> PartSpan | None:
-    """A rank's tokens of a chunk against the tokens in ``runs``: those that ``stripe`` has of what the chunk sees."""
+def _span(
+    piece: Piece, row: int, stripe: Stripe, window: Window, runs: tuple[Run, ...], *, oldest: int
+) -> PartSpan | None:
+    """A rank's tokens of a chunk against those of the rank with ``stripe``, in ``runs`` from position ``oldest`` on."""
     if not len(piece.positions) or not runs:
         return None
     stop = piece.positions + 1
     start = np.zeros_like(stop) if window is None else (stop - window).clip(min=0)
-    seen = np.stack((stripe.counts(start), stripe.counts(stop)), axis=1) - stripe.count(_oldest(piece, window))
+    seen = np.stack((stripe.counts(start), stripe.counts(stop)), axis=1) - stripe.count(oldest)
     return PartSpan(query_start=row, runs=runs, seen=seen)
 
 

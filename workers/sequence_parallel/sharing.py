@@ -218,25 +218,25 @@ class StripedLayout:
         mine = everyone[self._group.rank]
         return StepExchange(
             way=batch.exchange,
-            windows={window: self._parts(batch.exchange, everyone, window) for window in self._windows},
+            windows={window: self._parts(batch, everyone, window) for window in self._windows},
             split_rows=self._send(split_rows(mine)),
             whole_rows=self._send(whole_rows(mine)),
             has_split=any(not piece.is_whole for piece in mine),
         )
 
-    def _parts(self, way: Exchange, everyone: Sequence[tuple[Piece, ...]], window: Window) -> WindowParts:
+    def _parts(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], window: Window) -> WindowParts:
         me, stripes = self._group.rank, self._stripes
         mine, stripe = everyone[me], stripes[me]
         others = [rank for rank in range(len(stripes)) if rank != me]
         split = [piece for piece in mine if not piece.is_whole]
-        if way is Exchange.TOKEN_RING:
+        if batch.exchange is Exchange.TOKEN_RING:
             met = {rank: visiting_spans(everyone[rank], stripe, window) for rank in others}
             kv_runs: tuple[Run, ...] = ()
         else:
             met = {rank: received_spans(mine, stripes[rank], window) for rank in others}
             kv_runs = sent_runs(mine, stripe, window)
         return WindowParts(
-            own=self._kernels.plan_parts(own_spans(mine, stripe, window)),
+            own=self._kernels.plan_parts(*own_spans(mine, stripe, window, batch.shared)),
             met={rank: self._kernels.plan_parts(spans) for rank, spans in met.items()} if split else {},
             kv_slots=self._send([slot for run in kv_runs for slot in range(*run)]),
             meeting=Meeting(
