@@ -16,7 +16,7 @@ _Share = Annotated[float, Field(ge=0, le=1e6)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageConfig:
-    """Workers that compute a run of layers together."""
+    """Workers that compute a run of layers together: each a part of every layer, or all of them for some tokens."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -25,6 +25,10 @@ class StageConfig:
     tensor_split: Annotated[tuple[_Share, ...], Field(min_length=1, max_length=64)] | None = None
     """The share of each worker in every layer, as numbers of any scale: [3, 1] gives the first three quarters. 0 gives
     none. Default: equal shares."""
+    sequence_split: Annotated[tuple[_Share, ...], Field(min_length=1, max_length=64)] | None = None
+    """Instead of sharing every layer, each worker holds all of it, and the workers share every sequence: this is the
+    share of each in its tokens, of which it computes the prompt's and keeps the KV. For prompts that are too long, or
+    take too long, for one worker."""
     layers: Annotated[int, Field(ge=1, le=4096)] | None = None
     """How many layers. Default: dealt out evenly, the output head counted with the first stage."""
 
@@ -89,8 +93,12 @@ def _stage_contradictions(
         elif name in used or name in stage.workers[:at]:
             fix = "Put each worker into one stage of one replica."
             errors.append(layers.refusal(place, name, "holds another part already", fix))
-    split = stage.tensor_split
-    if split is not None and len(split) != len(stage.workers):
-        problem = f"has {len(split)} shares for {len(stage.workers)} workers"
-        errors.append(layers.refusal((*where, "tensor_split"), list(split), problem, "Give each worker one share."))
+    for key, split in (("tensor_split", stage.tensor_split), ("sequence_split", stage.sequence_split)):
+        if split is not None and len(split) != len(stage.workers):
+            problem = f"has {len(split)} shares for {len(stage.workers)} workers"
+            errors.append(layers.refusal((*where, key), list(split), problem, "Give each worker one share."))
+    if stage.tensor_split is not None and stage.sequence_split is not None:
+        problem = "is given, and so is tensor_split: workers share either layers or sequences"
+        value = list(stage.sequence_split)
+        errors.append(layers.refusal((*where, "sequence_split"), value, problem, "Leave one of them out."))
     return errors

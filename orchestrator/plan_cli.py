@@ -49,6 +49,7 @@ def plan_lines(checked: Checked) -> Iterator[str]:
             kv_heads=_range(part.kv_heads),
             ffn_columns=_range(part.ffn_columns),
             vocab_rows=_range(part.vocab_rows),
+            block_slots="" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
             weights=format_bytes(shard.weight_bytes),
             kv=format_bytes(shard.kv_bytes),
             kv_tokens=shard.num_blocks * plan.block_size,

@@ -1,7 +1,8 @@
 """Draws a plan as an SVG: who holds what. Pure.
 
 A replica is a block as high as its layers; a stage a band of it; a rank a box as wide as its share of the stage's
-weights of a layer. What a rank holds is written in its box, or beside the pointer where there is no room.
+weights of a layer, or, where ranks share sequences, of the tokens. What a rank holds is written in its box, or beside
+the pointer where there is no room.
 """
 
 from collections.abc import Sequence
@@ -71,7 +72,10 @@ def _draw_stage(root: ElementTree.Element, plan: Plan, stage: Stage, top: int, h
 
 
 def shares(stage: Stage) -> tuple[float, ...]:
-    """The part of the stage's weights that each of its ranks holds, of what is dealt out."""
+    """The part that each rank has of what is dealt out: of the stage's weights, or of the tokens."""
+    stripes = [shard.part.stripe for shard in stage.shards if shard.part.stripe is not None]
+    if stripes:
+        return tuple(stripe.share for stripe in stripes)
     weights = [max(shard.weight_bytes, 1) for shard in stage.shards]
     return tuple(weight / sum(weights) for weight in weights)
 
@@ -85,6 +89,8 @@ def describe(shard: Shard, model: ModelSpec) -> Sequence[str]:
         f"KV heads {_some(part.kv_heads.start, part.kv_heads.stop, model.num_kv_heads)}",
         f"FFN columns {_some(part.ffn_columns.start, part.ffn_columns.stop, model.ffn_size)}",
     ]
+    if part.stripe is not None:
+        lines.append(f"tokens {_some(part.stripe.start, part.stripe.stop, part.stripe.block_size)} of a block")
     if len(part.vocab_rows):
         lines.append(f"vocabulary {_some(part.vocab_rows.start, part.vocab_rows.stop, model.vocab_size)}")
     return [*lines, f"weights {format_bytes(shard.weight_bytes)}, KV {format_bytes(shard.kv_bytes)}"]

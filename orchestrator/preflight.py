@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from orchestrator.config import Config, WorkerConfig
+from orchestrator.config_parallelism import StageConfig
 from orchestrator.config_types import Address
 from orchestrator.launcher.node import available_memory_bytes
 from orchestrator.model_files import read_model_files
@@ -112,17 +113,17 @@ def _layouts(config: Config, cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
         return one_each(cluster)
     places = {name: place for place, name in enumerate(config.cluster.worker_names)}
     return tuple(
-        ReplicaLayout(
-            stages=tuple(
-                StageLayout(
-                    devices=tuple(places[name] for name in stage.workers),
-                    weights=stage.tensor_split or (1.0,) * len(stage.workers),
-                    num_layers=stage.layers,
-                )
-                for stage in replica.stages
-            )
-        )
+        ReplicaLayout(stages=tuple(_stage_layout(stage, places) for stage in replica.stages))
         for replica in parallelism.replicas
+    )
+
+
+def _stage_layout(stage: StageConfig, places: Mapping[str, int]) -> StageLayout:
+    return StageLayout(
+        devices=tuple(places[name] for name in stage.workers),
+        weights=stage.sequence_split or stage.tensor_split or (1.0,) * len(stage.workers),
+        split="tensor" if stage.sequence_split is None else "sequence",
+        num_layers=stage.layers,
     )
 
 

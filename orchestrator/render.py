@@ -20,15 +20,15 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "KV heads", "FFN", "weights",
-    "KV", "KV used", "running", "waiting",
+    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "KV heads", "FFN", "tokens",
+    "weights", "KV", "KV used", "running", "waiting",
 )  # fmt: skip
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
 _UNLIMITED = 10_000
 _SUM_COLUMNS = ("replica", "stage", "size", "algorithm", "time")
 _RIGHT = (
-    "epoch", "rank", "pid", "KV heads", "FFN", "weights", "KV", "KV used", "running", "waiting",
+    "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
     "stage", "size", "time",
 )  # fmt: skip
 
@@ -136,6 +136,7 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "layers": f"{rank.first_layer}-{rank.last_layer}" if rank.last_layer else "",
                 "KV heads": str(rank.num_kv_heads) if rank.HasField("num_kv_heads") else "",
                 "FFN": str(rank.num_ffn_columns) if rank.HasField("num_ffn_columns") else "",
+                "tokens": f"{rank.token_share:.0%}" if rank.HasField("token_share") else "",
                 "weights": _loaded(rank),
                 "KV": format_bytes(rank.kv_bytes) if rank.kv_bytes else "",
                 "KV used": figures.get("KV used", ""),

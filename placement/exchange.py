@@ -10,7 +10,8 @@ Every rank has its share of the step's queries and of the KV, so each has someth
 With G query heads to a KV head a query and its answer take as many bytes as the KV of G tokens: KV moves where there is
 little of it, queries where many tokens came before. All ranks are connected with each other, so what goes round is sent
 straight to each in turn, which spares the latencies of passing it on and takes no more bytes of anybody's link. What is
-added up, and its order, is the same in all three: the choice changes no bit.
+added up, and its order, is the same in all three: the choice changes no bit. A rank's own link then carries as much out
+as in, whatever moves, so that the halves that TokenRing saves on links between neighbours are not to be had here.
 """
 
 from collections.abc import Sequence
@@ -113,12 +114,25 @@ def _token_ring_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
     computed_s = [_rounds_s(sizes, speeds, query_bytes, rank, moves_queries=True) for rank in range(num_ranks)]
     done_s = []
     for rank in range(num_ranks):
-        free_s = 0.0  # when what comes back to this rank may begin to come
+        # Answers go behind the queries, in rounds too: to who asked here, from who was asked.
+        at_s = _arrivals_s(speeds, query_bytes, rank)[-1]
         for step in range(1, num_ranks):
-            answered_s = computed_s[(rank + step) % num_ranks][step]
-            free_s = max(free_s, answered_s) + speeds.latency_s + query_bytes[rank] / speeds.bytes_per_s
-        done_s.append(max(free_s, computed_s[rank][-1]))
+            to, source = (rank - step) % num_ranks, (rank + step) % num_ranks
+            ready_s = max(at_s, computed_s[rank][step], computed_s[source][step])
+            at_s = ready_s + speeds.latency_s + max(query_bytes[to], query_bytes[rank]) / speeds.bytes_per_s
+        done_s.append(at_s)
     return max(done_s)
+
+
+def _arrivals_s(speeds: ExchangeSpeeds, moved_bytes: Sequence[float], rank: int) -> list[float]:
+    """When what comes in each round is there."""
+    num_ranks, at_s = len(moved_bytes), 0.0
+    arrivals_s = []
+    for step in range(1, num_ranks):
+        largest = max(moved_bytes[rank], moved_bytes[(rank - step) % num_ranks])
+        at_s += speeds.latency_s + largest / speeds.bytes_per_s
+        arrivals_s.append(at_s)
+    return arrivals_s
 
 
 def _rounds_s(
@@ -127,10 +141,8 @@ def _rounds_s(
     """When a rank has attended with its own, and with what came in each round."""
     num_ranks = len(sizes.shares)
     times_s = [_attend_s(sizes, speeds, rank, rank, rank)]
-    arrived_s = 0.0
-    for step in range(1, num_ranks):
+    for step, arrived_s in enumerate(_arrivals_s(speeds, moved_bytes, rank), start=1):
         other = (rank - step) % num_ranks
-        arrived_s += speeds.latency_s + max(moved_bytes[rank], moved_bytes[other]) / speeds.bytes_per_s
         queries_of, kv_of = (other, rank) if moves_queries else (rank, other)
         times_s.append(max(times_s[-1], arrived_s) + _attend_s(sizes, speeds, rank, queries_of, kv_of))
     return times_s

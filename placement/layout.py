@@ -77,13 +77,13 @@ def cut(
     """
     layers = _cut_layers(model, layout.stages, field)
     for index, stage in enumerate(layout.stages):
-        if stage.split == "sequence" and len(layout.stages) > 1:
+        if stage.split == "sequence" and len(stage.devices) > 1 < len(layout.stages):
             problem = "is in a replica of several stages, which share layers only"
             fix = "Use one stage, or tensor_split."
             raise _refusal(f"{field}.stages[{index}].sequence_split", list(stage.weights), problem, fix)
     return tuple(
         _cut_sequences(model, stage, its_layers, linear, block_size, field=f"{field}.stages[{index}]")
-        if stage.split == "sequence"
+        if stage.split == "sequence" and len(stage.devices) > 1
         else _cut_stage(model, stage, its_layers, linear, field=f"{field}.stages[{index}]")
         for index, (stage, its_layers) in enumerate(zip(layout.stages, layers, strict=True))
     )

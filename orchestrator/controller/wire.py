@@ -61,7 +61,9 @@ def _sum(measured: MeasuredSum) -> worker_pb2.MeasuredSum:
 
 
 def _rank(rank: RankState) -> pb.Rank:
+    stripe = rank.shard.part.stripe
     return pb.Rank(
+        token_share=None if stripe is None else stripe.share,
         rank=rank.shard.rank,
         node=rank.node or rank.shard.node,
         device=rank.shard.device.name,

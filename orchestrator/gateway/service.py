@@ -171,6 +171,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
 def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
     return admin_pb2.RankStatus(
+        token_share=rank.token_share if rank.HasField("token_share") else None,
         rank=rank.rank,
         node=rank.node,
         device=rank.device,

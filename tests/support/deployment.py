@@ -91,6 +91,15 @@ def two_ranks(split: Sequence[float] = (3, 1), count: int = 1) -> dict[str, dict
     }
 
 
+def shared_sequences(split: Sequence[float] = (3, 1)) -> dict[str, dict[str, object]]:
+    """Sections of a configuration with one replica, whose ranks share sequences."""
+    stage = {"workers": [f"worker-{i}" for i in range(len(split))], "sequence_split": list(split)}
+    return {
+        "cluster": {"workers": [{"device": "cpu", "threads": 1, "count": len(split)}]},
+        "serving": {"parallelism": {"replicas": [{"stages": [stage]}]}},
+    }
+
+
 def two_stages() -> dict[str, dict[str, object]]:
     """Sections of a configuration with one replica of two stages, of a rank each."""
     stages = [{"workers": ["worker-0"]}, {"workers": ["worker-1"], "layers": 1}]

@@ -112,6 +112,7 @@ class RankStatus(_message.Message):
     NUM_KV_HEADS_FIELD_NUMBER: _builtins.int
     NUM_FFN_COLUMNS_FIELD_NUMBER: _builtins.int
     SUMS_FIELD_NUMBER: _builtins.int
+    TOKEN_SHARE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -131,6 +132,8 @@ class RankStatus(_message.Message):
     feed-forward. Absent where it is not known.
     """
     num_ffn_columns: _builtins.int
+    token_share: _builtins.float
+    """The part of every sequence's tokens that it computes and keeps the KV of, where ranks share sequences."""
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
@@ -152,19 +155,24 @@ class RankStatus(_message.Message):
         num_kv_heads: _builtins.int | None = ...,
         num_ffn_columns: _builtins.int | None = ...,
         sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
+        token_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_ffn_columns: _TypeAlias = _typing.Literal["num_ffn_columns"]  # noqa: Y015
     _WhichOneofArgType__num_ffn_columns: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns"]  # noqa: Y015
     _WhichOneofReturnType__num_kv_heads: _TypeAlias = _typing.Literal["num_kv_heads"]  # noqa: Y015
     _WhichOneofArgType__num_kv_heads: _TypeAlias = _typing.Literal["_num_kv_heads", b"_num_kv_heads"]  # noqa: Y015
+    _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
+    _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_ffn_columns) -> _WhichOneofReturnType__num_ffn_columns | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_kv_heads) -> _WhichOneofReturnType__num_kv_heads | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_share) -> _WhichOneofReturnType__token_share | None: ...
 
 Global___RankStatus: _TypeAlias = RankStatus  # noqa: Y015
 

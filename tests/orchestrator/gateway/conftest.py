@@ -11,7 +11,12 @@ import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, LoopClock
-from tests.support.deployment import Deployment, deploy, make_config, settled, two_ranks, two_stages
+from tests.support.deployment import (
+    Deployment,
+    deploy,
+    make_config,
+    settled,
+)
 from tests.support.tokenizer import save_tokenizer
 
 
@@ -31,12 +36,20 @@ def slow_checkpoint(llama_checkpoint: Callable[..., Path]) -> Path:
     return directory
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["one rank", "two ranks", "two stages"])
+SECTIONS: dict[str, dict[str, dict[str, object]]] = {
+    "one rank": {},
+    "two ranks": two_ranks(),
+    "shared sequences": shared_sequences(),
+    "two stages": two_stages(),
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=SECTIONS)
 async def shared(
     request: pytest.FixtureRequest, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Deployment]:
-    """One replica: a rank that holds the whole model, two that share every layer, or two that share the layers."""
-    sections = {"one rank": {}, "two ranks": two_ranks(), "two stages": two_stages()}[request.param]
+    """One replica: of one rank, or of two that share every layer, or every sequence, or the layers."""
+    sections = SECTIONS[request.param]
     async with deploy(make_config(tmp_path_factory.mktemp("shared"), served_checkpoint, **sections)) as running:
         yield running
 

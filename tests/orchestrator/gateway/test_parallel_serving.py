@@ -18,14 +18,20 @@ from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.answers import answer, check_order, request, tokens
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import deploy, make_config, settled, two_ranks, two_stages
+from tests.support.deployment import deploy, make_config, settled, shared_sequences, two_ranks, two_stages
 from workers.collectives.algorithms import ALL_REDUCES
 
 
 async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint: Path, tmp_path: Path) -> None:
     asked = [request(prompt=prompt, max_tokens=40) for prompt in ("a", "once upon a time", "x y z " * 30)]
     found = []
-    cuts = {"whole": {}, "even": two_ranks((1, 1)), "all of one": two_ranks((0, 1)), "stages": two_stages()}
+    cuts = {
+        "whole": {},
+        "even": two_ranks((1, 1)),
+        "all of one": two_ranks((0, 1)),
+        "stages": two_stages(),
+        "sequences": shared_sequences((5, 2, 1)),
+    }
     summing = {"even", "all of one"}
     for name, sections in cuts.items():
         directory = tmp_path / name.replace(" ", "_")
@@ -50,7 +56,11 @@ async def check_sums(channel: grpc.aio.Channel, stages: Sequence[str]) -> None:
     assert all(line["algorithm"] in ALL_REDUCES and float(line["duration_s"]) > 0 for line in sums), sums
 
 
-@pytest.mark.parametrize("sections", [two_ranks((1, 1)), two_stages()], ids=["one stage", "two stages"])
+@pytest.mark.parametrize(
+    "sections",
+    [two_ranks((1, 1)), two_stages(), shared_sequences((1, 1))],
+    ids=["one stage", "two stages", "shared sequences"],
+)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGKILL, ("SIGKILL",)), (signal.SIGSTOP, ("no pulse", "no heartbeat", "stream"))]

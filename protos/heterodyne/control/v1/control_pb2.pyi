@@ -61,6 +61,7 @@ class Rank(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     SUMS_FIELD_NUMBER: _builtins.int
+    TOKEN_SHARE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -71,6 +72,8 @@ class Rank(_message.Message):
     kv_bytes: _builtins.int
     loaded_bytes: _builtins.int
     cause: _builtins.str
+    token_share: _builtins.float
+    """Of every sequence's tokens, where ranks share sequences."""
     @_builtins.property
     def shard(self) -> _worker_pb2.Shard: ...
     @_builtins.property
@@ -92,12 +95,15 @@ class Rank(_message.Message):
         loaded_bytes: _builtins.int = ...,
         cause: _builtins.str = ...,
         sums: _abc.Iterable[_worker_pb2.MeasuredSum] | None = ...,
+        token_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "shard", b"shard", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "sums", b"sums", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
+    _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__token_share) -> _WhichOneofReturnType__token_share | None: ...
 
 Global___Rank: _TypeAlias = Rank  # noqa: Y015
 
