@@ -11,12 +11,7 @@ import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, LoopClock
-from tests.support.deployment import (
-    Deployment,
-    deploy,
-    make_config,
-    settled,
-)
+from tests.support.deployment import Deployment, deploy, make_config, settled, shared_sequences, two_ranks, two_stages
 from tests.support.tokenizer import save_tokenizer
 
 
