@@ -8,6 +8,7 @@ from placement.errors import InvalidConfig
 from placement.layout import ReplicaLayout, StageLayout, cut
 from placement.plan import Part, Span
 from placement.quantization import GptqLayout, LinearFormat
+from placement.striping import Stripe
 from tests.support.shapes import LLAMA_8B as MODEL
 
 FIELD = "serving.parallelism.replicas[0]"
@@ -87,3 +88,34 @@ def test_columns_in_another_order_are_not_cut() -> None:
     assert error.field == f"{FIELD}.stages[0].tensor_split" and "desc_act" in error.fix
     one = replace(Part.whole(MODEL), layers=Span(0, 15))
     assert cut(MODEL, ReplicaLayout(stages=(stage(1), stage(1))), ordered, field=FIELD)[0] == (one,)
+
+
+def shared(*weights: float) -> StageLayout:
+    return replace(stage(*weights), split="sequence")
+
+
+def test_ranks_that_share_sequences_have_all_layers_and_some_slots_of_every_block() -> None:
+    ((first, second, third),) = cut(MODEL, ReplicaLayout(stages=(shared(5, 0, 2),)), block_size=16, field=FIELD)
+    whole = Part.whole(MODEL)
+    for part in (first, second, third):
+        assert (part.layers, part.kv_heads, part.ffn_columns) == (whole.layers, whole.kv_heads, whole.ffn_columns)
+    assert (first.stripe, second.stripe, third.stripe) == (Stripe(0, 12, 16), Stripe(12, 12, 16), Stripe(12, 16, 16))
+    assert [len(part.vocab_rows) for part in (first, second, third)] == [91616, 0, 36640]
+
+
+def test_one_rank_alone_shares_nothing() -> None:
+    assert parts(shared(1)) == ((Part.whole(MODEL),),)
+
+
+@pytest.mark.parametrize(
+    ("stages", "problem"),
+    [
+        ((shared(0, 0),), "gives nobody anything"),
+        ((shared(40, 1),), "leaves rank 1 none of the 16 slots of a KV block"),
+        ((shared(1, 1), stage(1)), "is in a replica of several stages"),
+    ],
+)
+def test_sequences_that_cannot_be_shared_so_are_refused(stages: tuple[StageLayout, ...], problem: str) -> None:
+    with pytest.raises(InvalidConfig, match=problem) as caught:
+        cut(MODEL, ReplicaLayout(stages=stages), block_size=16, field=FIELD)
+    assert caught.value.field == f"{FIELD}.stages[0].sequence_split"

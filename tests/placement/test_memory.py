@@ -19,6 +19,7 @@ from placement.memory import (
     graph_bytes,
     graphed_tokens,
     kv_bytes_per_block,
+    most_kv_tokens,
     num_blocks_for,
     num_blocks_of,
     sampling_bytes,
@@ -27,6 +28,7 @@ from placement.memory import (
 )
 from placement.plan import Part, Span
 from placement.specs import DType, ModelSpec, RopeSpec
+from placement.striping import Stripe
 from placement.weights import weight_bytes, whole_model
 
 MODEL = ModelSpec(
@@ -191,3 +193,19 @@ def test_a_rank_of_several_reckons_with_its_part_and_what_others_send() -> None:
     assert leader == 10 * (per_token + 64 * 4) + 50 * 200 * 4 + sampling_bytes(50, 100, on_cpu=True)
     three = workspace_bytes(MODEL, part, num_ranks=3, leads=False, **sizes)
     assert three - follower == 10 * 64 * (4 + 4)
+
+
+def test_a_rank_that_shares_sequences_reckons_with_its_tokens_and_what_is_exchanged() -> None:
+    part = replace(Part.whole(MODEL), vocab_rows=Span(0, 40), stripe=Stripe(0, 4, 16))
+    sizes: dict[str, Any] = {"dtype": DType.FLOAT32, "max_num_seqs": 6, "token_budget": 100}
+    whole = workspace_bytes(MODEL, Part.whole(MODEL), leads=False, **sizes)
+    shared = workspace_bytes(MODEL, part, num_ranks=3, leads=False, **sizes)
+    per_token = (whole - 32 * 100 * 4) // 100
+    width = MODEL.num_heads * MODEL.head_dim
+    exchanged = 75 * width * 2 * 4 + 25 * width * (3 * 4 + 12)
+    assert shared == (25 + 6) * per_token + exchanged + 32 * 40 * 4
+
+
+def test_no_more_kv_moves_than_queries_and_their_answers_take() -> None:
+    query_bytes, kv_bytes = MODEL.num_heads * MODEL.head_dim, 2 * MODEL.num_kv_heads * MODEL.head_dim
+    assert most_kv_tokens(MODEL, 100) * kv_bytes == 100 * 2 * query_bytes

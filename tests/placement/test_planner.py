@@ -205,3 +205,14 @@ def test_a_layout_that_cannot_be_cut_is_refused_by_its_place() -> None:
     with pytest.raises(InvalidConfig) as caught:
         plan(roomy(3), layouts=[cut_over(1), ReplicaLayout(stages=(StageLayout(devices=(1, 2), weights=(0, 0)),))])
     assert caught.value.field == "serving.parallelism.replicas[1].stages[0].tensor_split"
+
+
+def test_ranks_that_share_sequences_hold_tokens_for_each_other() -> None:
+    """Blocks of 128 KiB, of which one rank has three quarters."""
+    shared = ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(3, 1), split="sequence"),))
+    alone, together = (plan(roomy(2), layouts=[x], kv_cache_bytes=16 * MIB) for x in (cut_over(1), shared))
+    large, small = together.replicas[0].shards
+    assert alone.replicas[0].num_blocks == 128
+    assert (large.num_blocks, small.num_blocks) == (170, 170)
+    assert (large.kv_bytes, small.kv_bytes) == (170 * 96 * 2**10, 170 * 32 * 2**10)
+    assert large.weight_bytes + small.weight_bytes > 1.5 * alone.replicas[0].leader.weight_bytes

@@ -1,7 +1,8 @@
 """Who works with whom in a replica, and which replicas are refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from placement.errors import InvalidRequest
 from placement.layout import ReplicaLayout, StageLayout, cut
 from placement.plan import Part
 from placement.specs import ModelSpec, RopeSpec
+from placement.striping import Stripe
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.roster import Roster, read_roster
 
@@ -41,7 +43,9 @@ def rosters(*stage_sizes: int) -> list[Roster]:
     return [Roster(rank=rank, parts=parts, addresses=(("h", 1),) * len(parts), token=b"") for rank in range(len(parts))]
 
 
-def request(*stage_sizes: int, rank: int = 0) -> pb.LoadRequest:
+def request(*stage_sizes: int, rank: int = 0, widths: Sequence[int] = ()) -> pb.LoadRequest:
+    """Of ranks that share layers; or, with ``widths``, the slots of a block of 8 of each."""
+
     def span(part: Part, name: str) -> dict[str, int]:
         return {"start": getattr(part, name).start, "stop": getattr(part, name).stop}
 
@@ -50,8 +54,13 @@ def request(*stage_sizes: int, rank: int = 0) -> pb.LoadRequest:
         pb.Shard(rank=at, **{name: span(part, name) for name in names})
         for at, part in enumerate(parts_of(*stage_sizes))
     ]
+    edges = list(accumulate(widths, initial=0))
+    for shard, start, stop in zip(shards, edges, edges[1:], strict=False):
+        shard.kv_heads.CopyFrom(pb.Range(stop=MODEL.num_kv_heads))
+        shard.ffn_columns.CopyFrom(pb.Range(stop=MODEL.ffn_size))
+        shard.slots.CopyFrom(pb.Range(start=start, stop=stop))
     members = [pb.Member(host="127.0.0.1", port=7000 + at, shard=shard) for at, shard in enumerate(shards)]
-    return pb.LoadRequest(shard=shards[rank], members=members, token=bytes(32))
+    return pb.LoadRequest(shard=shards[rank], members=members, token=bytes(32), block_size=8)
 
 
 def test_one_rank_has_nobody_before_or_after_it() -> None:
@@ -127,3 +136,36 @@ def test_a_stage_that_is_missing_is_refused() -> None:
     del message.members[2]
     with pytest.raises(InvalidRequest, match=r"shard\.layers: are not all of"):
         read_roster(message, replace(MODEL))
+
+
+def test_ranks_that_share_sequences_are_one_stage() -> None:
+    roster = read_roster(request(3, rank=1, widths=(5, 3, 0)), MODEL)
+    assert roster.stripes == (Stripe(0, 5, 8), Stripe(5, 8, 8), Stripe(8, 8, 8))
+    assert roster.stages == ((0, 1, 2),)
+    assert all(part.kv_heads == Part.whole(MODEL).kv_heads for part in roster.parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (_set("members.1.shard.slots.stop", 9), "members[1].shard.slots"),
+        (_set("members.1.shard.slots.start", 4), "shard.slots"),
+        (lambda message: message.members[1].shard.ClearField("slots"), "shard.slots"),
+        (_set("members.1.shard.kv_heads.stop", 3), "shard.kv_heads"),
+        (_set("members.1.shard.ffn_columns.stop", 99), "shard.ffn_columns"),
+        (_set("members.1.shard.vocab_rows.stop", 90), "shard.vocab_rows"),
+    ],
+)
+def test_ranks_that_share_only_some_of_a_sequence_are_refused(
+    change: Callable[[pb.LoadRequest], object], field: str
+) -> None:
+    message = request(2, widths=(5, 3))
+    change(message)
+    with pytest.raises(InvalidRequest) as caught:
+        read_roster(message, MODEL)
+    assert caught.value.field == field
+
+
+def test_stages_of_ranks_that_share_sequences_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"shard\.slots"):
+        read_roster(request(1, 1, widths=(4, 4)), MODEL)

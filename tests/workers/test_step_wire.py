@@ -6,6 +6,7 @@ import pytest
 
 from kernels.attention import SharedSpan
 from placement.errors import InvalidRequest
+from placement.exchange import Exchange
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.sampling import SamplerState, SamplingParams
 from workers.scoring import ScoredPrompt
@@ -24,6 +25,7 @@ BATCH = Batch(
         ),
     ),
     shared=(SharedSpan(members=(0, 1), first_token=0, num_tokens=32, runs=((0, 32),)),),
+    exchange=Exchange.RING,
 )
 
 
@@ -55,6 +57,7 @@ def _change(change: Callable[[pb.Step], object]) -> pb.Step:
     ("change", "field"),
     [
         (lambda step: setattr(step, "number", 6), "step.number"),
+        (lambda step: step.ClearField("exchange"), "step.exchange"),
         (lambda step: step.sequences[1].token_ids.__setitem__(0, 509), "step.token_ids"),
         (lambda step: setattr(step.sequences[1], "start", 39), "step.start"),
         (lambda step: setattr(step.sequences[1], "start", -1), "step.start"),
