@@ -94,7 +94,7 @@ class Membership:
         self._everyone.meet(go_on)
         if sharing is not None:
             sharing.measure()
-            logger.info("sharing %s", sharing.speeds)
+            logger.info("sequence_sharing %s", sharing.speeds)
         elif self.group.num_ranks > 1:
             self.group.table = measure(self.group)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from orchestrator.controller.state import Phase
+from orchestrator.preflight import preflight
 from orchestrator.render import status_lines
 from placement.collectives import MEASURED_BYTES
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
@@ -44,6 +45,28 @@ async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint
             await check_sums(channel, ["0"] if name in summing else [])
             await settled(running, timeout_s=PATIENCE_S)
     assert all(answers == found[0] for answers in found)
+
+
+async def test_a_prompt_several_times_longer_than_one_ranks_kv_memory_is_served(
+    served_checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = request(prompt="x y z " * 70, max_tokens=20)
+    found = []
+    for name, split, kv_cache in (("whole", (1,), "16MiB"), ("shared", (1, 1, 1, 1), "64KiB")):
+        directory = tmp_path / name
+        directory.mkdir()
+        sections = shared_sequences(split)
+        sections["serving"] |= {"kv_cache": kv_cache, "token_budget": 64}
+        config = make_config(directory, served_checkpoint, **sections)
+        replica = preflight(config).plan.replicas[0]
+        async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            responses = await answer(stub, asked)
+            found.append(tokens(responses))
+            num_prompt_tokens = responses[-1].finished.usage.prompt_tokens
+    one_rank = replica.num_blocks * config.serving.block_size // 4
+    assert num_prompt_tokens > 3 * one_rank
+    assert found[0] == found[1]
 
 
 async def check_sums(channel: grpc.aio.Channel, stages: Sequence[str]) -> None:
