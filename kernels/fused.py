@@ -7,9 +7,8 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -142,6 +141,13 @@ class FusedLayers:
         """Whether plans are of the variant whose attention it runs."""
         return all(plan.tasks is not None for plan in attention.values())
 
+    def reserve(self, num_tokens: int) -> None:
+        """Memory for steps of so many tokens, or lanes of so many together: not while any is on its way."""
+        if num_tokens > self._buffers.num_tokens:
+            self._programs.clear()  # they hold addresses of the buffers
+            del self._buffers  # first, or both would be there at once
+            self._buffers = Buffers(self._layers, self._head_dim, -(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+
     def run(
         self,
         embedded: Tensor,
@@ -149,71 +155,76 @@ class FusedLayers:
         slots: Tensor,
         turns: Mapping[Window, Turns],
         attention: Mapping[Window, AttentionPlan],
-        reduce: Callable[[Tensor], None] | None = None,
+        *,
+        sums: bool = False,
         attend: Attend | None = None,
-    ) -> Tensor:
+        first_row: int = 0,
+    ) -> Generator[Tensor, None, Tensor]:
         """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
 
-        ``turns`` and ``attention`` have an entry for each window that some layer has. ``reduce`` is called with what
-        each attention and feed-forward gives [T, E], to put the sum over all ranks in its place. ``attend``, with which
-        there are no plans, attends instead of the program: to KV that other ranks have, too.
+        ``turns`` and ``attention`` have an entry for each window that some layer has.
+
+        Args:
+            sums: what each attention and feed-forward gives [T, E] is a part of a sum: it is given, and this goes on
+                once the sum is in its place.
+            attend: attends instead of the program, to KV that other ranks have, too; then there are no plans.
+            first_row: of the buffers, where another lane has those before it; it and the spare rows of the products
+                are reserved.
         """
         num_tokens = len(embedded)
         if not num_tokens:
             return embedded
         assert embedded.dtype == caches[0].keys.dtype == torch.bfloat16, (embedded.dtype, caches[0].keys.dtype)
         num_threads = torch.get_num_threads()
-        compiled = self._compiled(num_tokens, num_threads, caches)
-        buffers = self._buffers
+        self.reserve(first_row + num_tokens)
+        buffers = self._buffers.from_row(first_row)
+        compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches)
         buffers.residual[:num_tokens] = embedded
         buffers.slots[:num_tokens] = slots
         for window, turn in turns.items():
             buffers.cos[window][:num_tokens] = turn.cos[:, 0]
             buffers.sin[window][:num_tokens] = turn.sin[:, 0]
-        kept = self._plan_attention(compiled, num_threads, caches, attention)
+        kept = self._plan_attention(compiled, buffers, num_threads, caches, attention)
         start = 0
-        for stop, go_on, between in self._stops(compiled, num_tokens, caches, reduce, attend):
+        for stop, attends_in in self._stops(compiled, sums=sums, attends=attend is not None):
             compiled.program.run(num_threads, start, stop)
-            between()
-            start = go_on
+            if attends_in is None:
+                yield buffers.update[:num_tokens]
+                start = stop
+            else:
+                assert attend is not None
+                self._attend(attend, attends_in, buffers, caches, num_tokens)
+                start = stop + 1
         if start < len(compiled.program):
             compiled.program.run(num_threads, start)
         del kept  # until here its memory was in use
         return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
 
-    def _stops(
-        self,
-        compiled: _Compiled,
-        num_tokens: int,
-        caches: Sequence[LayerCache],
-        reduce: Callable[[Tensor], None] | None,
-        attend: Attend | None,
-    ) -> list[tuple[int, int, Callable[[], None]]]:
-        """Where the program stops, where it goes on, and what is done between."""
-        stops: list[tuple[int, int, Callable[[], None]]] = []
-        if reduce is not None:
-            update = self._buffers.update[:num_tokens]
-            stops += [(stop, stop, partial(reduce, update)) for stop in compiled.sums]
-        if attend is not None:
-            for at, layer, cache in zip(compiled.attention, self._layers, caches, strict=True):
-                stops.append((at, at + 1, partial(self._attend, attend, layer.window, cache, num_tokens)))
+    def _stops(self, compiled: _Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
+        """Where the program stops, and in which layer, where that is for its attention; else for a sum."""
+        stops: list[tuple[int, int | None]] = [(stop, None) for stop in compiled.sums] if sums else []
+        if attends:
+            stops += [(stop, layer) for layer, stop in enumerate(compiled.attention)]
         return sorted(stops, key=lambda stop: stop[0])
 
-    def _attend(self, attend: Attend, window: Window, cache: LayerCache, num_tokens: int) -> None:
+    def _attend(
+        self, attend: Attend, layer: int, buffers: Buffers, caches: Sequence[LayerCache], num_tokens: int
+    ) -> None:
         query, attended = (
-            x[:num_tokens].view(num_tokens, -1, self._head_dim) for x in (self._buffers.query, self._buffers.attended)
+            x[:num_tokens].view(num_tokens, -1, self._head_dim) for x in (buffers.query, buffers.attended)
         )
-        attended.copy_(attend(window, query, cache, self._scale))
+        attended.copy_(attend(self._layers[layer].window, query, caches[layer], self._scale))
 
     def _plan_attention(
         self,
         compiled: _Compiled,
+        buffers: Buffers,
         num_threads: int,
         caches: Sequence[LayerCache],
         attention: Mapping[Window, AttentionPlan],
     ) -> list[object]:
         """Puts the step's plans in their places; what must live as long as they are used."""
-        buffers, num_heads = self._buffers, self._layers[0].output.num_inputs // self._head_dim
+        num_heads = self._layers[0].output.num_inputs // self._head_dim
         kept: list[object] = []
         for window, plan in attention.items():
             assert plan.tasks is not None, plan
@@ -228,37 +239,35 @@ class FusedLayers:
                 compiled.program.change(compiled.attention[i], job)
         return kept
 
-    def _compiled(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
-        if num_tokens > self._buffers.num_tokens:
-            self._programs.clear()  # they hold addresses of the buffers
-            del self._buffers  # first, or both would be there at once
-            self._buffers = Buffers(self._layers, self._head_dim, -(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+    def _compiled(
+        self, buffers: Buffers, first_row: int, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]
+    ) -> _Compiled:
         places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
-        key = (num_tokens, num_threads, *places)
+        key = (first_row, num_tokens, num_threads, *places)
         if key in self._programs:
             self._programs.move_to_end(key)
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
-            self._programs[key] = self._compile(num_tokens, num_threads, caches)
+            self._programs[key] = self._compile(buffers, num_tokens, num_threads, caches)
         return self._programs[key]
 
-    def _compile(self, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
+    def _compile(self, buffers: Buffers, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
         made = Program(_WORKS_PER_LAYER * len(self._layers))
-        writer = Writer(made, self._buffers, num_tokens, num_threads, self._head_dim, self._eps)
+        writer = Writer(made, buffers, num_tokens, num_threads, self._head_dim, self._eps)
         attention, sums = [], []
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             writer.norm(layer.attention_norm, adds=index > 0)
-            writer.product(layer.qkv, self._buffers.normed, self._buffers.qkv)
+            writer.product(layer.qkv, buffers.normed, buffers.qkv)
             writer.turn(layer, cache)
             attention.append(made.add(*paged.no_attention(cache)))
-            writer.product(layer.output, self._buffers.attended, self._buffers.update)
+            writer.product(layer.output, buffers.attended, buffers.update)
             sums.append(len(made))
             writer.norm_update(layer.attention_post_norm)
             writer.norm(layer.ffn_norm, adds=True)
-            writer.product(layer.gate_up, self._buffers.normed, self._buffers.gate_up)
+            writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
             writer.activate(self._activation)
-            writer.product(layer.down, self._buffers.activated, self._buffers.update)
+            writer.product(layer.down, buffers.activated, buffers.update)
             sums.append(len(made))
             writer.norm_update(layer.ffn_post_norm)
         return _Compiled(program=made, attention=tuple(attention), sums=tuple(sums))

@@ -4,6 +4,7 @@ Shapes as there.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ from kernels.linear import Shared
 from kernels.program import Program
 
 Window = int | None
-# Rows of a product beyond its tokens, at most: those of one tile.
-_SPARE_ROWS = 32
+SPARE_ROWS = 32
+"""Rows of a product beyond its tokens, at most: those of one tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,29 @@ class Buffers:
         self.cos = {window: self._rows(head_dim) for window in windows}
         self.sin = {window: self._rows(head_dim) for window in windows}
 
+    def from_row(self, first_row: int) -> "Buffers":
+        """The same memory without its first rows: what is computed there does not touch those, nor their spare rows."""
+        rest = copy(self)
+        rest.num_tokens = self.num_tokens - first_row
+        for name in (
+            "residual",
+            "normed",
+            "update",
+            "qkv",
+            "query",
+            "attended",
+            "gate_up",
+            "activated",
+            "tiles",
+            "slots",
+        ):
+            setattr(rest, name, getattr(self, name)[first_row:])
+        rest.cos = {window: rows[first_row:] for window, rows in self.cos.items()}
+        rest.sin = {window: rows[first_row:] for window, rows in self.sin.items()}
+        return rest
+
     def _rows(self, width: int) -> Tensor:
-        return torch.empty(self.num_tokens + _SPARE_ROWS, width, dtype=torch.bfloat16)
+        return torch.empty(self.num_tokens + SPARE_ROWS, width, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +114,7 @@ class Writer:
     def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
         """``x`` to tiles, where several tokens are not one already, and those times the weight."""
         num_tiles, num_rows = linear.tiles(self.num_tokens)
-        assert num_tiles * num_rows <= self.num_tokens + _SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
+        assert num_tiles * num_rows <= self.num_tokens + SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
         source = x.data_ptr()
         if num_rows > 1:
             lay_out = program.tiles(

@@ -23,6 +23,7 @@ from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from workers.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
 from workers.group import Group
+from workers.weaving import Layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,40 +60,56 @@ def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) ->
     return {window: tables[model.rope_of(window)] for window in weights.frequencies}
 
 
-def hidden_states(
+def run_layers(
     model: ModelSpec,
     weights: DecoderWeights,
     caches: Sequence[LayerCache],
     kernels: Kernels,
-    group: Group,
     batch: TokenBatch,
     x: Tensor,
-) -> Tensor:
+    *,
+    sums: bool,
+    first_row: int = 0,
+) -> Layers:
     """The last layer's output [T, E], before the final norm, of its first's input ``x`` [T, E].
 
     Writes the batch's KV to ``caches``.
+
+    Args:
+        sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
+            given, and this goes on once the sum is in its place.
+        first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
     """
     if batch.attend is not None and not len(x):
         return _attend_for_others(model, weights, caches, batch.attend, x)
     eps = model.rms_norm_eps
     residual, update = x, None
     if weights.fused is not None and weights.fused.takes(batch.attention):
-        reduce = group.all_reduce if group.sums else None
-        return weights.fused.run(residual, caches, batch.slots, batch.rope, batch.attention, reduce, batch.attend)
+        fused = weights.fused.run(
+            residual,
+            caches,
+            batch.slots,
+            batch.rope,
+            batch.attention,
+            sums=sums,
+            attend=batch.attend,
+            first_row=first_row,
+        )
+        return (yield from fused)
     for layer, cache in zip(weights.layers, caches, strict=True):
         if update is None:
             normed = kernels.rms_norm(residual, layer.attention_norm, eps)
         else:
             normed, residual = kernels.add_rms_norm(update, residual, layer.attention_norm, eps)
         update = _attend(model, layer, cache, kernels, batch, normed)
-        if group.sums:
-            group.all_reduce(update)
+        if sums:
+            yield update
         if layer.attention_post_norm is not None:
             update = kernels.rms_norm(update, layer.attention_post_norm, eps)
         normed, residual = kernels.add_rms_norm(update, residual, layer.ffn_norm, eps)
         update = _feed_forward(model, layer, kernels, normed)
-        if group.sums:
-            group.all_reduce(update)
+        if sums:
+            yield update
         if layer.ffn_post_norm is not None:
             update = kernels.rms_norm(update, layer.ffn_post_norm, eps)
     return residual if update is None else residual + update

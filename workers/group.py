@@ -1,5 +1,6 @@
 """The ranks that compute a layer together, as the decoder sees them."""
 
+from concurrent.futures import Future
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +16,9 @@ class Group(Protocol):
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous ``x`` over the ranks, in place; all have the same bits afterwards."""
 
+    def begin_all_reduce(self, x: Tensor) -> Future[None]:
+        """The same beside the computation, after what was begun before. Raises PeerFailed in the future."""
+
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """The logits [R, V] of all ranks' parts ``x`` [R, V of the rank], at the leader; None elsewhere."""
 
@@ -29,6 +33,12 @@ class Alone:
 
     def all_reduce(self, x: Tensor) -> None:
         """The sum is there already."""
+
+    def begin_all_reduce(self, x: Tensor) -> Future[None]:
+        """The sum is there already."""
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """All columns are there already."""

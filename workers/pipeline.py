@@ -85,6 +85,7 @@ class PipelineRunner:
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """As :class:`workers.engine_types.Runner` says."""
+        batch = self._runner.choose(batch)
         number = self._followers.announce(batch)
         return partial(self._execute, number, self._runner.lay_out(batch))
 

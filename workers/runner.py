@@ -3,12 +3,15 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from kernels.layer_works import SPARE_ROWS
 from kernels.select import Kernels
+from placement.overlap import OverlapTable, first_lane
 from placement.plan import Part
 from placement.specs import ModelSpec
 from workers import decoder
@@ -23,10 +26,15 @@ from workers.sequence_parallel.exchange import StepExchange
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.step_layout import Prepared, SideBySide, StepLayout, send_integers
 from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
+from workers.weaving import Layers, run_alone, run_woven
 
 
 class ModelRunner:
-    """A model on one device, or a rank's part of it."""
+    """A model on one device, or a rank's part of it.
+
+    Attributes:
+        overlap: which steps the ranks of the stage weave: at first none.
+    """
 
     def __init__(
         self,
@@ -58,11 +66,13 @@ class ModelRunner:
         windows = tuple(self._weights.frequencies)  # of this rank's layers
         self._layout: StepLayout
         if sharing is None:
-            self._layout = SideBySide(kernels=kernels, windows=windows, device=device)
+            weaves = self._group.sums
+            self._layout = SideBySide(kernels=kernels, windows=windows, device=device, weaves=weaves)
         else:
             self._layout = sharing.layout(windows=windows, cache=cache)
         self._device = device
         self._kernels = kernels
+        self.overlap = OverlapTable()
         self._graphs: DecodeGraphs | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -87,8 +97,7 @@ class ModelRunner:
 
         May run while another step executes; the steps themselves run one at a time, in the order of preparation.
         """
-        if self._sharing is not None:
-            batch = self._sharing.choose(batch)
+        batch = self.choose(batch)
         number = self._team.announce(batch)
         return partial(self._execute, number, self.lay_out(batch))
 
@@ -107,6 +116,14 @@ class ModelRunner:
         like = self.lay_out(Batch(sequences=(decode,))).inputs
         inputs = StepMemory(like=like, max_decodes=graph_sizes(max_decodes)[-1], max_tokens=max_tokens)
         self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
+
+    def choose(self, batch: Batch) -> Batch:
+        """The batch, with how the ranks of a stage work together on it. At the leader, who tells the others."""
+        if self._sharing is not None:
+            return self._sharing.choose(batch)
+        num_tokens = batch.num_tokens
+        fits = batch.num_decodes <= first_lane(num_tokens) < num_tokens
+        return replace(batch, is_woven=True) if fits and self.overlap.pays(num_tokens) else batch
 
     def lay_out(self, batch: Batch) -> Prepared:
         """Lays the sequences' chunks side by side. May run while another step executes."""
@@ -177,6 +194,8 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
+        if prepared.lanes:
+            return self._hidden_woven(prepared, x)
         return self._hidden(prepared.inputs, x, prepared.exchange)
 
     @torch.inference_mode()
@@ -205,7 +224,39 @@ class ModelRunner:
         return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
     def _hidden(self, inputs: StepInputs, x: Tensor | None = None, exchange: StepExchange | None = None) -> Tensor:
-        """The last layer's output [T, E]. What turns the tokens is computed here, by the executing thread's team."""
+        """The last layer's output [T, E]."""
+        if x is None:
+            x = self._embed(inputs)
+        return run_alone(self.run_layers(inputs, x, exchange), self._group.all_reduce)
+
+    def _hidden_woven(self, prepared: Prepared, x: Tensor | None) -> Tensor:
+        """The last layer's output [T, E], in two lanes."""
+        if x is None:
+            x = self._embed(prepared.inputs)
+        return torch.cat(run_woven(self.lanes(prepared, x), self._group.begin_all_reduce))
+
+    def _embed(self, inputs: StepInputs) -> Tensor:
+        assert self._weights.ends is not None, "only the first stage has the embedding"
+        return decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
+
+    def lanes(self, prepared: Prepared, x: Tensor) -> list[Layers]:
+        """Each lane of a woven step of input ``x`` [T, E], not yet begun."""
+        first, second = (len(lane.token_ids) for lane in prepared.lanes)
+        behind = first + SPARE_ROWS
+        if self._weights.fused is not None:
+            self._weights.fused.reserve(behind + second)
+        return [
+            self.run_layers(prepared.lanes[0], x[:first]),
+            self.run_layers(prepared.lanes[1], x[first:], first_row=behind),
+        ]
+
+    def run_layers(
+        self, inputs: StepInputs, x: Tensor, exchange: StepExchange | None = None, *, first_row: int = 0
+    ) -> Layers:
+        """This rank's layers of input ``x`` [T, E]: see :func:`workers.decoder.run_layers`.
+
+        What turns the tokens is computed here, by the executing thread's team.
+        """
         tokens = decoder.TokenBatch(
             token_ids=inputs.token_ids,
             slots=inputs.slots,
@@ -213,11 +264,9 @@ class ModelRunner:
             attention=inputs.attention,
             attend=None if exchange is None or self._sharing is None else self._sharing.attend(exchange),
         )
-        if x is None:
-            assert self._weights.ends is not None, "only the first stage has the embedding"
-            x = decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
-        return decoder.hidden_states(
-            self._model, self._weights, self._cache.layers, self._kernels, self._group, tokens, x
+        layers = self._cache.layers
+        return decoder.run_layers(
+            self._model, self._weights, layers, self._kernels, tokens, x, sums=self._group.sums, first_row=first_row
         )
 
     def _project(self, hidden: Tensor) -> Tensor | None:

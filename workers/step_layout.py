@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import SequenceSpan
+from kernels.attention import SequenceSpan, split_runs
 from kernels.select import Kernels
+from placement.overlap import first_lane
 from workers.decoder_weights import Window
 from workers.device import use_device
 from workers.graphs import StepInputs
@@ -36,6 +37,7 @@ class Prepared:
         needed: the hidden states that give logits: those that tokens are sampled after, then those of each of
             ``scored``.
         exchange: how ranks that share sequences attend together.
+        lanes: ``inputs``, in two parts that are computed in turn, where the step is woven.
     """
 
     batch: Batch
@@ -48,6 +50,7 @@ class Prepared:
     scored: tuple[tuple[int, ScoredPrompt], ...]
     needed: "NeededRows"
     exchange: StepExchange | None = None
+    lanes: tuple[StepInputs, ...] = ()
 
 
 class NeededRows(Protocol):
@@ -91,8 +94,11 @@ def send_integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch
 class SideBySide:
     """The layout of a rank that computes all tokens."""
 
-    def __init__(self, *, kernels: Kernels, windows: Sequence[Window], device: torch.device) -> None:
-        """``windows``: those of the rank's layers."""
+    def __init__(
+        self, *, kernels: Kernels, windows: Sequence[Window], device: torch.device, weaves: bool = False
+    ) -> None:
+        """``windows``: those of the rank's layers. ``weaves``: others have a part in them, so lanes make sense."""
+        self._weaves = weaves
         self._kernels = kernels
         self._windows = windows
         self._device = device
@@ -111,9 +117,12 @@ class SideBySide:
                 first = span.query_start + s.scored.first_index - 1 - s.start
                 needed += range(first, first + len(s.scored.token_ids))
         awaiting_rows = [row for s, _, row in placed if s.awaits_token]
+        is_woven = batch.is_woven and self._weaves
+        inputs = self._flatten(batch, spans, plans=not is_woven)
         return Prepared(
             batch=batch,
-            inputs=self._flatten(batch, spans),
+            inputs=inputs,
+            lanes=self._lanes(batch, spans, inputs) if is_woven else (),
             awaiting=awaiting_samplers(batch),
             awaited=tuple(range(len(awaiting_rows))),
             awaiting_rows=send_integers(awaiting_rows, self._device),
@@ -123,7 +132,26 @@ class SideBySide:
             needed=OwnRows(send_integers(needed, self._device)),
         )
 
-    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan]) -> StepInputs:
+    def _lanes(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
+        """The first tokens, all decodes among them, and the others, on the memory of ``inputs``."""
+        middle = first_lane(batch.num_tokens)
+        assert batch.num_decodes <= middle < batch.num_tokens, batch
+        lanes = []
+        for start, stop in ((0, middle), (middle, batch.num_tokens)):
+            its_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
+            shared = batch.shared if start == 0 else ()
+            rows = slice(start, stop)
+            lanes.append(
+                StepInputs(
+                    token_ids=inputs.token_ids[rows],
+                    positions=inputs.positions[rows],
+                    slots=inputs.slots[rows],
+                    attention={w: self._kernels.plan(its_spans, window=w, shared=shared) for w in self._windows},
+                )
+            )
+        return tuple(lanes)
+
+    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan], *, plans: bool) -> StepInputs:
         """The batch's tokens, side by side; one that is awaited is 0."""
         token_ids: list[int] = []
         positions: list[int] = []
@@ -141,8 +169,19 @@ class SideBySide:
             token_ids=ids,
             positions=at,
             slots=where,
-            attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in self._windows},
+            attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in self._windows if plans},
         )
+
+
+def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:
+    """Of the queries in rows ``[start, stop)``, in rows from 0; None where the span has none."""
+    first = max(span.query_start, start)
+    last = min(span.query_start + span.num_queries, stop)
+    if first >= last:
+        return None
+    num_behind = span.query_start + span.num_queries - last
+    runs = split_runs(span.runs, span.num_tokens - num_behind)[0] if num_behind else span.runs
+    return SequenceSpan(query_start=first - start, num_queries=last - first, runs=runs)
 
 
 def awaiting_samplers(batch: Batch) -> tuple[SamplerState, ...]:

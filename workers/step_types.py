@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 from kernels.attention import Run, SharedSpan
@@ -45,11 +46,23 @@ class Batch:
     Attributes:
         shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
         exchange: how ranks that share sequences attend to chunks of several tokens.
+        is_woven: ranks that sum what they compute do so in two lanes: see :mod:`workers.weaving`.
     """
 
     sequences: tuple[SequenceInput, ...]
     shared: tuple[SharedSpan, ...] = ()
     exchange: Exchange = Exchange.ALL_GATHER
+    is_woven: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return sum(sequence.num_tokens for sequence in self.sequences)
+
+    @property
+    def num_decodes(self) -> int:
+        """Chunks of one token before the first of more."""
+        return sum(1 for _ in takewhile(lambda sequence: sequence.num_tokens == 1, self.sequences))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

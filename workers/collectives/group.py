@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ hangs is named before the gateway, whose patience is ``gateway.stall_timeout_s``
 
 class TensorGroup:
     """All ranks of a stage. For the thread that executes steps.
+
+    It sends and receives on that thread, or, for what is begun, on one of its own.
 
     Whatever fails, the replica has failed: nothing is tried again.
 
@@ -49,12 +52,14 @@ class TensorGroup:
         self._links = links
         self._pulse = pulse
         self._widths = widths
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange")
 
     @property
     def num_ranks(self) -> int:
         """How many ranks there are, with this one."""
         return len(self._links) + 1
 
+    @torch.inference_mode()  # of the calling thread
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
         if not x.numel() or self.num_ranks == 1:
@@ -63,6 +68,17 @@ class TensorGroup:
         self.run(ALL_REDUCES[self.table.choose(x.nbytes)], on_host)
         if on_host is not x:
             x.copy_(on_host)
+
+    def begin_all_reduce(self, x: Tensor) -> Future[None]:
+        """Sums beside the computation, after what was begun before; the future raises PeerFailed.
+
+        All ranks begin the same in the same order, and until all of it is done call nothing else.
+        """
+        return self._beside.submit(self.all_reduce, x)
+
+    def begin_exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Future[None]:
+        """As :meth:`exchange`, and :meth:`begin_all_reduce`."""
+        return self._beside.submit(self.exchange, gives, takes)
 
     def meet(self, go_on: Callable[[], None] = lambda: None) -> None:
         """Waits until all ranks are here, however long that takes. Raises PeerFailed, and what ``go_on`` raises."""
@@ -96,6 +112,7 @@ class TensorGroup:
         except PeerFailed as error:
             raise self._pulse.reason(error) from error
 
+    @torch.inference_mode()
     def exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> None:
         """Sends and receives contiguous tensors on the host, by rank. Raises PeerFailed."""
         self._run(lambda peers, _: peers.move(gives, takes), torch.empty(0), COLLECTIVE_S)

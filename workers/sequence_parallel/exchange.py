@@ -8,7 +8,7 @@ in the order of ranks: all ways give the same bits.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,6 @@ class SharedAttention:
         self._group = group
         self._kernels = kernels
         self._holders = holders
-        # Gives and takes while this rank computes, one exchange after the other, in the same order at all ranks.
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange")
 
     def attend(self, step: StepExchange, window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """Attention [T, H, D] of ``query`` [T, H, D] over all ranks' KV, of which ``cache`` has this one's.
@@ -88,7 +86,7 @@ class SharedAttention:
             if meets(source, me):
                 visiting[source] = mine.new_empty(parts.meeting.num_queries[source], *mine.shape[1:])
             takes = {source: visiting[source]} if source in visiting else {}
-            rounds.append(self._post({to: mine} if meets(me, to) else {}, takes))
+            rounds.append(self._group.begin_exchange({to: mine} if meets(me, to) else {}, takes))
         own = self._kernels.attend_parts(query, cache, parts.own, scale)
         whole = self._begin_whole(step, own)
         answers: dict[int, Tensor] = {}
@@ -101,7 +99,7 @@ class SharedAttention:
                 gives[source] = _pack(self._kernels.attend_parts(asked, cache, parts.met[source], scale))
             takes = {to: _room(mine)} if meets(me, to) else {}
             answers |= takes
-            answered.append(self._post(gives, takes))
+            answered.append(self._group.begin_exchange(gives, takes))
         for one in answered:
             one.result()
         return self._join(step, query, own, _unpack_all(answers, query[step.split_rows]), whole)
@@ -121,9 +119,9 @@ class SharedAttention:
             rounds.append(({to: kv} if meets(to, me) else {}, takes))
         if step.way is Exchange.ALL_GATHER:
             gives, takes = ({rank: x for one in side for rank, x in one.items()} for side in zip(*rounds, strict=True))
-            begun = [self._post(gives, takes)] * len(rounds)
+            begun = [self._group.begin_exchange(gives, takes)] * len(rounds)
         else:
-            begun = [self._post(*round_) for round_ in rounds]
+            begun = [self._group.begin_exchange(*round_) for round_ in rounds]
         own = self._kernels.attend_parts(query, cache, parts.own, scale)
         whole = self._begin_whole(step, own)
         mine = query[step.split_rows]
@@ -143,7 +141,7 @@ class SharedAttention:
         if not len(step.whole_rows):
             return None
         gives, takes = self._whole_exchange((own[0][step.whole_rows], own[1][step.whole_rows]))
-        return self._post(gives, takes), takes
+        return self._group.begin_exchange(gives, takes), takes
 
     def _whole_exchange(self, own: Part) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """What to give to all, and memory for what comes of those that hold KV."""
@@ -183,10 +181,6 @@ class SharedAttention:
         """In each round, the rank to give to, and the one to take from: all the ranks of a ring, one place further."""
         count, me = self._group.num_ranks, self._group.rank
         return [((me + step) % count, (me - step) % count) for step in range(1, count)]
-
-    def _post(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> "Future[None]":
-        """Begins to give and take, after what was begun before. The future raises PeerFailed."""
-        return self._beside.submit(self._group.exchange, gives, takes)
 
 
 def _pack(part: Part) -> Tensor:

@@ -1,0 +1,125 @@
+"""Steps in two lanes, one computed while the other's sums are on their way: the same numbers as in one."""
+
+import random
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from placement.overlap import OverlapTable
+from tests.support.oracle import CHECKPOINTS, continue_greedily
+from tests.support.ranks import Ranks, ranks
+from workers.runner import ModelRunner
+from workers.weaving import run_alone, run_woven
+
+ALWAYS = OverlapTable(num_tokens=(1, 1 << 20), alone_s=(1.0, 1.0), woven_s=(0.5, 0.5))
+TOKEN_IDS = [i * 31 % 509 for i in range(150)]
+RUNS = ((7, 157),)
+PROMPTS = [[random.Random(length).randrange(509) for _ in range(length)] for length in (90, 3, 200, 41)]
+
+
+def counted(name: str, count: int, log: list[str]) -> Generator[Tensor, None, Tensor]:
+    for number in range(count):
+        log.append(f"{name}{number}")
+        yield torch.tensor(number)
+    return torch.tensor(count)
+
+
+def test_lanes_take_turns_and_the_first_is_ahead() -> None:
+    log: list[str] = []
+
+    def begin(x: Tensor) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(None)
+        log.append(f"+{int(x)}")
+        return done
+
+    outputs = run_woven([counted("a", 2, log), counted("b", 2, log)], begin)
+    assert log == ["a0", "+0", "b0", "+0", "a1", "+1", "b1", "+1"]
+    assert [int(output) for output in outputs] == [2, 2]
+
+
+def test_a_lane_waits_for_its_own_sum_only() -> None:
+    begun: list[Future[None]] = []
+
+    def begin(_: Tensor) -> Future[None]:
+        if begun:  # the other lane has computed: now the first's sum is there
+            begun[-1].set_result(None)
+        begun.append(Future())
+        if len(begun) == 4:
+            begun[-1].set_result(None)
+        return begun[-1]
+
+    run_woven([counted("a", 2, []), counted("b", 2, [])], begin)
+    assert len(begun) == 4
+
+
+def test_what_a_sum_raises_ends_the_step() -> None:
+    def begin(_: Tensor) -> Future[None]:
+        failed: Future[None] = Future()
+        failed.set_exception(OSError("lost"))
+        return failed
+
+    with pytest.raises(OSError, match="lost"):
+        run_woven([counted("a", 2, []), counted("b", 2, [])], begin)
+
+
+def test_alone_every_sum_is_waited_for() -> None:
+    log: list[str] = []
+    assert int(run_alone(counted("a", 2, log), lambda x: log.append(f"+{int(x)}"))) == 2
+    assert log == ["a0", "+0", "a1", "+1"]
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], ...]] = {"3:1": ((3, 1),), "5:2:1": ((5, 2, 1),), "stages": ((2, 1), (1, 1))}
+
+
+@pytest.fixture(
+    scope="module", params=[(layout, name) for layout in LAYOUTS for name in ("plain", "mistral", "gemma3")]
+)
+def cut(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Iterator[Ranks]:
+    layout, name = request.param
+    family, config = CHECKPOINTS[name]
+    with ranks(checkpoint(family, **config), *LAYOUTS[layout]) as made:
+        yield made
+
+
+def woven(cut: Ranks, *, always: bool) -> None:
+    cut.runner(0).overlap = ALWAYS if always else OverlapTable()
+
+
+def test_greedy_tokens_and_log_probabilities_are_the_same_woven_or_not(cut: Ranks) -> None:
+    found = []
+    for always in (False, True):
+        woven(cut, always=always)
+        log_probs = cut.log_probs(TOKEN_IDS, RUNS)
+        found.append((log_probs, continue_greedily(cut, PROMPTS, chunk_size=96, num_outputs=12)))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    assert found[1][1] == found[0][1]
+
+
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "head_dim": 32,
+}
+
+
+def test_layers_that_run_as_one_program_give_the_same_bits_in_two(
+    llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
+) -> None:
+    path = llama_checkpoint(**WIDE)
+    if make_runner(path, torch.bfloat16)._weights.fused is None:
+        pytest.skip("no code for this CPU")
+    with ranks(path, (3, 1), dtype=torch.bfloat16) as cut:
+        found = []
+        for always in (False, True):
+            woven(cut, always=always)
+            found.append(cut.log_probs(TOKEN_IDS, RUNS))
+            found.append(cut.log_probs(TOKEN_IDS[:90], ((7, 97),)))
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])

@@ -1,0 +1,49 @@
+"""Layers of ranks that sum what they compute, and the sums: one after the other, or behind the computation.
+
+Tokens in two lanes are computed in turn: while the sum of one lane's update goes over the wire, the other lane is
+computed (TokenWeave, Gond et al. 2025). The lane of the earlier tokens goes first, since the later attend to them.
+Woven or not, all numbers are the same: what is computed of a token does not depend on the tokens beside it.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+
+from torch import Tensor
+
+Layers = Generator[Tensor, None, Tensor]
+"""Gives each update [T, E] that is a part of a sum, and goes on once the sum is in its place; returns the output."""
+
+
+def run_alone(layers: Layers, reduce: Callable[[Tensor], None]) -> Tensor:
+    """Runs layers, each sum as soon as its part is there. Raises what ``reduce`` raises."""
+    while True:
+        try:
+            update = next(layers)
+        except StopIteration as ended:
+            output: Tensor = ended.value
+            return output
+        reduce(update)
+
+
+def run_woven(lanes: Sequence[Layers], begin: Callable[[Tensor], "Future[None]"]) -> list[Tensor]:
+    """Runs the layers of all lanes in turn, each while the others' sums are on their way.
+
+    Args:
+        begin: begins a sum, behind those that were begun before.
+
+    Raises:
+        What a sum raises.
+    """
+    outputs: dict[int, Tensor] = {}
+    sums: dict[int, Future[None]] = {}
+    while len(outputs) < len(lanes):
+        for lane, layers in enumerate(lanes):
+            if lane in outputs:
+                continue
+            if lane in sums:
+                sums[lane].result()
+            try:
+                sums[lane] = begin(next(layers))
+            except StopIteration as ended:
+                outputs[lane] = ended.value
+    return [outputs[lane] for lane in range(len(lanes))]
