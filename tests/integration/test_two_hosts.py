@@ -97,6 +97,11 @@ def test_the_ranks_are_on_different_hosts(service: Service) -> None:
     assert ranks == [(str(rank), host.spec.name, host.address) for rank, host in enumerate(hosts)]
 
 
+def test_small_sums_between_two_hosts_are_found_to_be_fastest_by_pairwise_exchange(service: Service) -> None:
+    # It takes one latency; each other way takes two.
+    service.command.wait_for(r"sums stage=0 1024:direct=\S+ 4096:direct=\S+ 16384:direct=", PATIENCE_S)
+
+
 async def test_a_cut_replica_answers_as_a_whole_one(service: Service, tmp_path: Path) -> None:
     whole = []
     config = make_config(tmp_path, MODEL)
