@@ -186,9 +186,9 @@ def test_what_a_killed_test_left_is_removed_by_the_next_lab() -> None:
         assert test.stdout is not None
         namespace, relay_pid = test.stdout.readline().split()
         relay = psutil.Process(int(relay_pid))
+        assert namespace in names()
         test.kill()
     wait_until(lambda: not is_alive(relay))
-    assert namespace in names()
     with lab(TWO):
         assert namespace not in names()
 
