@@ -26,6 +26,7 @@ from placement.errors import HeterodyneError, cause_of
 from placement.scheduling import Chunk, Scheduler, StepPlan
 from workers.batch import make_batch
 from workers.engine_types import (
+    STOPS,
     Abandon,
     Cancel,
     Command,
@@ -83,6 +84,7 @@ class Engine:
         limits: as given.
         load: its figures between two steps.
         failure: what a step raised; whatever is submitted from then on ends at once with that cause.
+        stop_cause: why it was told to stop, if it was.
         ended: done when the loop was left, whichever way, and all that was submitted until then is answered. A step
             may still execute then: ``thread`` ends after it.
     """
@@ -120,6 +122,7 @@ class Engine:
         self._broken = False
         self._draining = False
         self._stopping = False
+        self.stop_cause = STOPS
         self._closed = False
         self.failure: BaseException | None = None
         self.ended: Future[None] = Future()
@@ -156,8 +159,10 @@ class Engine:
         """The sink is gone: end everything submitted through it and send it nothing more."""
         self._inbox.put(Abandon(sink=sink))
 
-    def stop(self) -> None:
+    def stop(self, cause: str = STOPS) -> None:
         """Leave the loop, whatever is in the inbox and in execution; what has not ended by then ends as failed."""
+        if not self._stopping:
+            self.stop_cause = cause
         self._stopping = True
         self._inbox.put(Stop())
 
@@ -169,7 +174,7 @@ class Engine:
             while self._take_commands():
                 self._dispatch()
                 self._collect()
-            self._answer_all(Stopping("this worker stops"))
+            self._answer_all(Stopping(self.stop_cause))
         except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
             logger.exception("engine_failed")
             self.failure = error
@@ -365,7 +370,7 @@ class Engine:
             if not isinstance(command, Submit):
                 continue
             if self.failure is None:
-                command.sink.refused(command.sequence_id, Stopping("this worker stops"))
+                command.sink.refused(command.sequence_id, Stopping(self.stop_cause))
             else:
                 command.sink.step(StepStats(step=self._steps), [_failed(command.sequence_id, self.failure)])
 

@@ -22,6 +22,10 @@ class EndReason(Enum):
     FAILED = "failed"
 
 
+STOPS = "this worker stops"
+"""Why an engine ends that was told to, and not because of another rank."""
+
+
 class Draining(HeterodyneError):
     """The engine finishes what it has and takes nothing new."""
 

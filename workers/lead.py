@@ -95,7 +95,7 @@ class LeaderStream:
     def end_with_engine(self) -> None:
         """End the stream because the engine has ended, or must be given up."""
         if self._engine.failure is None:
-            self.end(grpc.StatusCode.UNAVAILABLE, "this worker stops")
+            self.end(grpc.StatusCode.UNAVAILABLE, self._engine.stop_cause)
         else:
             self.end(grpc.StatusCode.INTERNAL, f"the engine failed: {cause_of(self._engine.failure)}")
 

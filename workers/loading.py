@@ -21,7 +21,7 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers import wire
 from workers.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
 from workers.engine import Engine
-from workers.engine_types import Limits, Runner, Stopping
+from workers.engine_types import STOPS, Limits, Runner, Stopping
 from workers.follower import Follower
 from workers.grammar import GrammarFactory
 from workers.kv_cache import allocate_kv_cache, kv_cache_bytes
@@ -78,7 +78,7 @@ class LoadJob:
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
-            raise Stopping("this worker stops")
+            raise Stopping(STOPS)
 
     def run(self) -> Loaded:
         """Load everything.

@@ -166,13 +166,21 @@ class WorkerService(pb_grpc.WorkerServicer):
                 self._job.stop()
             return
         loop = self._loaded.loop
-        loop.stop()
+        self._stop_loop(self._loaded)
         await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=timeout_s)
         if self._loaded.membership is not None:
             cause = "stopped" if loop.failure is None else cause_of(loop.failure)
             await asyncio.to_thread(self._loaded.membership.leave, cause)
         for stream in self._streams:
             stream.end_with_engine()
+
+    def _stop_loop(self, loaded: Loaded) -> None:
+        """With the rank that was lost, if one was: what the gateway hears of it is what the user reads."""
+        lost = None if loaded.membership is None else loaded.membership.pulse.lost
+        if loaded.engine is not None and lost is not None:
+            loaded.engine.stop(f"lost {lost}")
+        else:
+            loaded.loop.stop()
 
     def close(self) -> None:
         """End the threads, as far as they can be ended."""

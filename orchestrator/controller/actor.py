@@ -1,7 +1,7 @@
 """The controller as a Ray actor, and the handle the command line holds on it.
 
 The controller owns the actors that keep the workers: if it is lost, the workers end with it, and the gateway sees its
-leaders go. Starting it again is not built yet.
+leaders go. It runs on the node of the command line and the gateway. Starting it again is not built yet.
 """
 
 import logging
@@ -15,7 +15,7 @@ from orchestrator.controller.control import start_control_server
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.launcher.agent import node_ip
-from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, ray_cause
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, ray_cause
 from orchestrator.launcher.node import advertised_host
 from placement.errors import HeterodyneError
 
@@ -77,7 +77,7 @@ class ControllerHandle:
     def start(cls, settings: DeploymentSettings, launch: LaunchSettings) -> "ControllerHandle":
         """Create the actor and begin the launch. Needs Ray to be connected."""
         # Ray's own types cannot follow its remote calls.
-        actor: Any = ray.remote(num_cpus=0)(Controller).remote()
+        actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver()).remote()
         try:
             address: str = ray.get(actor.start.remote(settings, launch), timeout=_START_TIMEOUT_S)
         except ray.exceptions.RayError as error:

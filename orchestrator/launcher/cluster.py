@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, Probe, Started
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
@@ -69,6 +69,11 @@ def check_resources(*, num_cpus: int, num_gpus: int) -> None:
                 if name == "CPU"
                 else "Set device: cpu, or start Ray on nodes with GPUs.",
             )
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Where the driver is: what would be of no use without it must not be lost with any other node."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def disconnect() -> None:

@@ -115,6 +115,14 @@ async def test_a_stream_that_begins_after_the_stop_ends_at_once(parts: Parts, gr
         assert gateway.stream.status == (grpc.StatusCode.UNAVAILABLE, "this worker stops")
 
 
+async def test_a_worker_that_stops_because_it_lost_another_says_so(parts: Parts, grammars: GrammarCompiler) -> None:
+    async with leading(parts.engine, grammars) as (gateway, serving):
+        parts.engine.stop("lost rank 1: is frozen or cut off")
+        parts.engine.stop()  # again, as it is at the end
+        await asyncio.wait_for(serving, WAIT_S)
+        assert gateway.stream.status == (grpc.StatusCode.UNAVAILABLE, "lost rank 1: is frozen or cut off")
+
+
 class Stuck(SlowRunner):
     """Never gets a step put together, until its gate is open."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, disconnect
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, disconnect
 from orchestrator.launcher.process import WorkerFailed
 from placement.plan import Part, Shard, Span
 from placement.specs import DeviceSpec
@@ -74,3 +74,18 @@ async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
     assert cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in cause
     await under_test.stop(("a", 0))  # an actor that is gone already is no error
     await under_test.close()
+
+
+class Somewhere:
+    """An actor that says where it is."""
+
+    def node_id(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def test_what_belongs_beside_the_driver_is_placed_on_its_node_or_nowhere(cluster: None) -> None:
+    strategy = beside_driver()
+    actor: Any = ray.remote(num_cpus=0)(Somewhere).options(scheduling_strategy=strategy).remote()
+    assert ray.get(actor.node_id.remote(), timeout=PATIENCE_S) == ray.get_runtime_context().get_node_id()
+    assert not strategy.soft
+    ray.kill(actor)
