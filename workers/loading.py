@@ -186,7 +186,9 @@ class LoadJob:
         threads = num_stages + 1 if num_stages > 1 and not roster.rank else 1
         executor = executing_thread(self._device, threads)
         if membership is not None:
-            executor.submit(membership.get_ready, self._go_on, sharing).result()
+            executor.submit(membership.get_ready, self._go_on).result()
+            sizes = {"token_budget": request.token_budget, "num_slots": request.num_blocks * request.block_size}
+            executor.submit(membership.measure_runner, runner, sharing, **sizes).result()
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
             sizes = {"vocab_size": model.vocab_size, "slot_limit": request.num_blocks * request.block_size}

@@ -16,6 +16,7 @@ from workers.collectives.measure import measure
 from workers.engine_types import Runner
 from workers.follower import Duty, Follower
 from workers.followers import Followers
+from workers.overlap import measure_overlap
 from workers.pipeline import PipelineRunner
 from workers.roster import Roster
 from workers.runner import ModelRunner
@@ -86,18 +87,34 @@ class Membership:
             token_budget=token_budget,
         )
 
-    def get_ready(self, go_on: Callable[[], None] = lambda: None, sharing: SequenceSharing | None = None) -> None:
-        """Once all ranks are loaded, measures how they sum, or share, best. On the thread that computes.
+    def get_ready(self, go_on: Callable[[], None] = lambda: None) -> None:
+        """Once all ranks are loaded, measures how they sum best. On the thread that computes.
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for others.
         """
         self._everyone.meet(go_on)
+        if self.group.sums:
+            self.group.table = measure(self.group)
+            logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+
+    def measure_runner(
+        self, runner: ModelRunner, sharing: SequenceSharing | None, *, token_budget: int, num_slots: int
+    ) -> None:
+        """Then measures how its ranks share sequences best, or which steps they weave. As :meth:`get_ready`.
+
+        Args:
+            runner: of this rank, whose cache has ``num_slots``.
+            sharing: with the ranks that share sequences with it.
+            token_budget: of a step.
+
+        Raises PeerFailed.
+        """
         if sharing is not None:
             sharing.measure()
             logger.info("sequence_sharing %s", sharing.speeds)
-        elif self.group.num_ranks > 1:
-            self.group.table = measure(self.group)
-            logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+        elif self.group.sums:
+            runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
+            logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
 
     @property
     def sums(self) -> tuple[MeasuredSum, ...]:

@@ -21,8 +21,8 @@ def measure(group: TensorGroup) -> AllReduceTable:
     What counts of an algorithm is the best of a few runs, at the rank where it takes longest.
     """
     seconds = torch.tensor([[_measure(group, name, size) for size in MEASURED_BYTES] for name in ALL_REDUCES])
-    slowest = _slowest(group, seconds.to(torch.float64))
-    return fastest({name: row.tolist() for name, row in zip(ALL_REDUCES, slowest, strict=True)})
+    most_s = slowest(group, seconds.to(torch.float64))
+    return fastest({name: row.tolist() for name, row in zip(ALL_REDUCES, most_s, strict=True)})
 
 
 def _measure(group: TensorGroup, name: str, num_bytes: int) -> float:
@@ -37,14 +37,14 @@ def _measure(group: TensorGroup, name: str, num_bytes: int) -> float:
     return best_s
 
 
-def _slowest(group: TensorGroup, mine: Tensor) -> Tensor:
-    """The greatest of every number over all ranks, at every rank."""
+def slowest(group: TensorGroup, mine: Tensor) -> Tensor:
+    """The greatest of every number over all ranks, at every rank. Raises PeerFailed."""
     others = {} if group.rank else {rank: torch.empty_like(mine) for rank in range(1, group.num_ranks)}
 
     def collect(peers: Peers, x: Tensor) -> None:
         gather(peers, x, others)
 
     group.run(collect, mine)
-    slowest = torch.stack([mine, *others.values()]).amax(dim=0)
-    group.run(broadcast, slowest)
-    return slowest
+    most = torch.stack([mine, *others.values()]).amax(dim=0)
+    group.run(broadcast, most)
+    return most

@@ -1,0 +1,75 @@
+"""Measures, when the ranks of a stage start, which steps are faster in two lanes: see :mod:`placement.overlap`."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from placement.overlap import OverlapTable, measured_sizes
+from workers.collectives.algorithms import direct
+from workers.collectives.group import TensorGroup
+from workers.collectives.measure import slowest
+from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
+from workers.weaving import Layers, run_alone, run_woven
+
+_RUNS = 2
+_NUM_LAYERS = 2
+_LONG_S = 0.5
+
+
+@torch.inference_mode()
+def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: int, num_slots: int) -> OverlapTable:
+    """The table of this stage: the same at every rank, each of which calls this at the same time, before any request.
+
+    Steps of ever more tokens run through a few layers, until that takes long. Writes to the first slots.
+
+    Raises:
+        PeerFailed: a rank was lost.
+    """
+    sizes: list[int] = []
+    measured: list[Tensor] = []
+    for num_tokens in measured_sizes(min(token_budget, num_slots)):
+        took_s = slowest(group, torch.tensor(_measure(runner, group, num_tokens), dtype=torch.float64))
+        sizes.append(num_tokens)
+        measured.append(took_s)
+        if took_s.max() > _LONG_S:
+            break
+    alone_s, woven_s = ([float(took_s[which]) for took_s in measured] for which in range(2))
+    return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), woven_s=tuple(woven_s))
+
+
+def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[float, float]:
+    """Seconds of a step in one lane, and in two: the best of a few, which take turns."""
+    sequence = SequenceInput(token_ids=[0] * num_tokens, start=0, runs=((0, num_tokens),))
+    batch = Batch(sequences=(sequence,))
+    alone, woven = runner.lay_out(batch), runner.lay_out(replace(batch, is_woven=True))
+    x = torch.ones(num_tokens, runner.hidden_size, dtype=runner.dtype, device=alone.inputs.token_ids.device)
+    best_s = [float("inf")] * 2
+    for _ in range(_RUNS):
+        runs: tuple[Callable[[], object], ...] = (
+            lambda: run_alone(_begin(runner.run_layers(alone.inputs, x)), group.all_reduce),
+            lambda: run_woven([_begin(lane) for lane in runner.lanes(woven, x)], group.begin_all_reduce),
+        )
+        for which, run in enumerate(runs):
+            group.run(direct, torch.zeros(1))  # all begin together
+            began_s = time.monotonic()
+            run()
+            best_s[which] = min(best_s[which], time.monotonic() - began_s)
+    return best_s[0], best_s[1]
+
+
+def _begin(layers: Layers) -> Layers:
+    """The first layers alone, two sums each."""
+    update = torch.empty(0)
+    for _ in range(2 * _NUM_LAYERS):
+        try:
+            update = next(layers)
+        except StopIteration as ended:
+            output: Tensor = ended.value
+            return output
+        yield update
+    layers.close()
+    return update
