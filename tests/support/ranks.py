@@ -108,6 +108,7 @@ def ranks(
     num_layers: Sequence[int] | None = None,
     split: Split = "tensor",
     way: Exchange | None = None,
+    measures: bool = False,
     checks: bool = True,
 ) -> Iterator[Ranks]:
     """The checkpoint cut over stages of ranks with these shares; there are 4096 empty slots.
@@ -115,6 +116,7 @@ def ranks(
     Args:
         split: what the shares are of.
         way: that ranks which share sequences always exchange by.
+        measures: how ranks sum and weave best, as when a replica starts.
         num_layers: of each stage.
         checks: whether no rank may have failed in the end.
     """
@@ -131,7 +133,7 @@ def ranks(
         )
     )
     parts = tuple(part for stage in cut(model, layout, linear, block_size=BLOCK_SIZE, field="test") for part in stage)
-    sizes = pb.LoadRequest(num_blocks=NUM_SLOTS // BLOCK_SIZE, block_size=BLOCK_SIZE)
+    request = pb.LoadRequest(num_blocks=NUM_SLOTS // BLOCK_SIZE, block_size=BLOCK_SIZE)
     listeners = [listen("127.0.0.1") for _ in parts]
     rosters = [
         Roster(
@@ -153,12 +155,11 @@ def ranks(
         sharing = membership.sharing(model, kernels, dtype, torch_device, token_budget=1024)
         if sharing is not None:
             sharing.forced = way
-            sharing.measure()
         runner = ModelRunner(
             model=model,
             weights=tensors,
             cache=allocate_kv_cache(
-                model, num_slots=num_slots(sizes, roster.part), dtype=dtype, device=device, layers=roster.part.layers,
+                model, num_slots=num_slots(request, roster.part), dtype=dtype, device=device, layers=roster.part.layers,
                 kv_heads=roster.part.kv_heads,
             ),
             device=torch_device,
@@ -169,6 +170,11 @@ def ranks(
             team=(followers := None if roster.rank else membership.followers()),
         )  # fmt: skip
         thread = ThreadPoolExecutor(1)
+        if measures:
+            thread.submit(membership.get_ready).result(_PATIENCE_S)
+        if measures or sharing is not None:
+            sizes = {"token_budget": 256, "num_slots": NUM_SLOTS}
+            thread.submit(membership.measure_runner, runner, sharing, **sizes).result(_PATIENCE_S)
         follower = None
         leading: Runner = runner
         if followers is None:

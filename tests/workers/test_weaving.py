@@ -13,6 +13,7 @@ from placement.overlap import OverlapTable
 from tests.support.oracle import CHECKPOINTS, continue_greedily
 from tests.support.ranks import Ranks, ranks
 from workers.runner import ModelRunner
+from workers.step_types import Batch, SequenceInput
 from workers.weaving import run_alone, run_woven
 
 ALWAYS = OverlapTable(num_tokens=(1, 1 << 20), alone_s=(1.0, 1.0), woven_s=(0.5, 0.5))
@@ -123,3 +124,32 @@ def test_layers_that_run_as_one_program_give_the_same_bits_in_two(
             found.append(cut.log_probs(TOKEN_IDS[:90], ((7, 97),)))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+def test_ranks_measure_the_same_table_when_they_start(llama_checkpoint: Callable[..., Path]) -> None:
+    with ranks(llama_checkpoint(), (2, 1), measures=True) as cut:
+        tables = [cut.runner(rank).overlap for rank in range(2)]
+    assert tables[0] == tables[1]
+    assert tables[0].num_tokens == (64, 128, 256)
+    assert all(seconds > 0 for seconds in (*tables[0].alone_s, *tables[0].woven_s))
+
+
+def test_the_leader_weaves_only_steps_that_lanes_can_share(llama_checkpoint: Callable[..., Path]) -> None:
+    with ranks(llama_checkpoint(), (1, 1)) as cut:
+        runner = cut.runner(0)
+
+        def is_woven(*num_tokens: int) -> bool:
+            sequences = [
+                SequenceInput(token_ids=[0] * count, start=0, runs=((at * 512, at * 512 + count),))
+                for at, count in enumerate(num_tokens)
+            ]
+            batch = runner.choose(Batch(sequences=tuple(sequences)))
+            lanes = runner.lay_out(batch).lanes
+            assert bool(lanes) is batch.is_woven
+            assert sum(len(lane.token_ids) for lane in lanes) == (sum(num_tokens) if lanes else 0)
+            return batch.is_woven
+
+        assert not is_woven(100)  # nothing is measured yet
+        runner.overlap = ALWAYS
+        assert is_woven(100) and is_woven(*[1] * 20, 80)
+        assert not is_woven(20) and not is_woven(*[1] * 70)
