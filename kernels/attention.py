@@ -59,18 +59,18 @@ class PartSpan:
 
     Attributes:
         query_start: row of the first query.
-        runs: slots of the tokens, in token order.
+        runs: slots of the tokens, in token order, as runs [R, 2].
         seen: [n, 2], of these tokens, those that each of the n queries sees: the first, and the end. Neither goes down
             from one query to the next; where they are equal it sees none.
     """
 
     query_start: int
-    runs: tuple[Run, ...]
+    runs: NDArray[np.int64]
     seen: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         assert self.seen.ndim == 2 and len(self.seen) and (self.seen[:, 0] <= self.seen[:, 1]).all(), self
-        assert (np.diff(self.seen, axis=0) >= 0).all() and self.seen[-1, 1] <= num_slots(self.runs), self
+        assert (np.diff(self.seen, axis=0) >= 0).all() and self.seen[-1, 1] <= num_slots_of(self.runs), self
 
     @property
     def num_queries(self) -> int:
@@ -168,6 +168,19 @@ def num_slots(runs: tuple[Run, ...]) -> int:
     """Slots in all runs together."""
     edges = tuple(chain.from_iterable(runs))  # no loop: a fragmented sequence has hundreds of runs, in each step
     return sum(edges[1::2]) - sum(edges[::2])
+
+
+def num_slots_of(runs: NDArray[np.int64]) -> int:
+    """Slots in all ``runs`` [R, 2] together."""
+    return int((runs[:, 1] - runs[:, 0]).sum())
+
+
+def slots_of(runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Every slot in ``runs`` [R, 2], one after the other."""
+    lengths = runs[:, 1] - runs[:, 0]
+    first = runs[:, 0] - (lengths.cumsum() - lengths)
+    every: NDArray[np.int64] = np.arange(lengths.sum()) + first.repeat(lengths)
+    return every
 
 
 def last_runs(runs: tuple[Run, ...], num_last: int) -> tuple[Run, ...]:

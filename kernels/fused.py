@@ -182,6 +182,7 @@ class FusedLayers:
         if not num_tokens:
             return embedded
         assert embedded.dtype == caches[0].keys.dtype == torch.bfloat16, (embedded.dtype, caches[0].keys.dtype)
+        assert attend is not None or len(attention) == len(turns), "attention without a plan"
         num_threads = torch.get_num_threads()
         self.reserve(first_row + num_tokens)
         buffers = self._buffers.from_row(first_row)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan
+from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan, slots_of
 from kernels.linear import Linear, PlainLinear
 
 
@@ -226,10 +226,10 @@ def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float)
     output = torch.zeros_like(query)
     mass = torch.full(query.shape[:2], -math.inf, device=query.device)
     for span in plan.spans:
-        if not span.runs:
+        if not len(span.runs):
             continue
         rows = slice(span.query_start, span.query_start + span.num_queries)
-        slots = torch.cat([torch.arange(*run, device=query.device) for run in span.runs])
+        slots = torch.from_numpy(slots_of(span.runs)).to(query.device)
         position = torch.arange(len(slots), device=query.device)
         first, stop = torch.from_numpy(span.seen).to(query.device).unsqueeze(-1).unbind(1)
         scores = _scores(query[rows], cache.keys[:, slots], scale)

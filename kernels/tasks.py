@@ -76,7 +76,8 @@ def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan]) -> TaskP
     shared = sorted(filter(None, map(whole_parts, shared)), key=lambda common: common.first_token)
     single = [index for index, span in enumerate(spans) if span.num_queries == 1]
     ranges = _unshared([(int(a), int(b)) for index in single for a, b in spans[index].seen], single, shared)
-    runs, first_token, ends = _lay_out_runs([*(span.runs for span in spans), *(common.runs for common in shared)])
+    common_runs = [np.array(common.runs, np.int64) for common in shared]
+    runs, first_token, ends = _lay_out_arrays([*(span.runs for span in spans), *common_runs])
     rows = np.array([spans[index].query_start for index in single], np.int64)
     own = _draft_decodes(ranges, first_token[single], rows)
     common = _draft_shared(shared, single, first_token[len(spans) :], own)
@@ -168,10 +169,18 @@ def _unread(
 def _lay_out_runs(lists: Sequence[tuple[Run, ...]]) -> tuple[Integers, Integers, Integers]:
     """Runs [R, 2] of all lists of tokens, the first token of each list, and tokens up to the end of each run."""
     runs = np.fromiter(chain.from_iterable(chain.from_iterable(lists)), np.int64).reshape(-1, 2)
+    return _lay_out(runs, np.fromiter(map(len, lists), np.int64, len(lists)))
+
+
+def _lay_out_arrays(lists: Sequence[Integers]) -> tuple[Integers, Integers, Integers]:
+    """As :func:`_lay_out_runs`, of runs that are arrays."""
+    return _lay_out(np.concatenate(lists), np.fromiter(map(len, lists), np.int64, len(lists)))
+
+
+def _lay_out(runs: Integers, num_runs: Integers) -> tuple[Integers, Integers, Integers]:
     lengths = runs[:, 1] - runs[:, 0]
     assert (lengths > 0).all(), runs[lengths <= 0]
     ends = lengths.cumsum()
-    num_runs = np.fromiter(map(len, lists), np.int64, len(lists))
     return runs, np.concatenate(([0], ends))[num_runs.cumsum() - num_runs], ends
 
 

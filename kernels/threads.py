@@ -6,6 +6,7 @@ cores.
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+_NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_set_num_threads")
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
@@ -45,6 +47,18 @@ def address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
+def work_alone() -> None:
+    """Has torch's operations on the calling thread use no other thread, and this one run on any core of the process.
+
+    For threads that work beside those that compute, whose team and cores they would otherwise double and share.
+    """
+    torch.get_num_threads()  # what torch sets a thread up with on its first use, so that it does not later
+    library = _openmp()
+    if library is not None:
+        library.omp_set_num_threads(1)
+    os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
+
+
 @cache
 def _openmp_parallel() -> Callable[[int, bytes, int, int], None] | None:
     """``GOMP_parallel(function, argument, num_threads, flags)`` of torch's OpenMP runtime, or None without one.
@@ -65,7 +79,7 @@ def _openmp() -> ctypes.CDLL | None:
     """The runtime that torch runs on, wherever that lies: it is looked up through torch's own library."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     library = ctypes.CDLL(str(path)) if path.exists() else None
-    if library is None or not all(hasattr(library, name) for name in ("GOMP_parallel", "omp_get_num_threads")):
+    if library is None or not all(hasattr(library, name) for name in _NAMES):
         logger.warning("no_openmp library=%s effect=%r", path, "compiled code runs on one thread")
         return None
     return library

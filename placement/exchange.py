@@ -10,7 +10,8 @@ Every rank has its share of the step's queries and of the KV, so each has someth
 With G query heads to a KV head a query and its answer take as many bytes as the KV of G tokens: KV moves where there is
 little of it, queries where many tokens came before. All ranks are connected with each other, so what goes round is sent
 straight to each in turn, which spares the latencies of passing it on and takes no more bytes of anybody's link. What is
-added up, and its order, is the same in all three: the choice changes no bit. A rank's own link then carries as much out
+added up, and its order, is the same in all three: the choice changes no bit, as long as all ranks compute alike. A
+rank's own link then carries as much out
 as in, whatever moves, so that the halves that TokenRing saves on links between neighbours are not to be had here.
 """
 

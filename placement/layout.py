@@ -86,7 +86,7 @@ def cut(
             raise _refusal(f"{field}.stages[{index}].sequence_split", list(stage.weights), problem, fix)
     return tuple(
         _cut_sequences(model, stage, its_layers, linear, block_size, field=f"{field}.stages[{index}]")
-        if stage.split == "sequence" and len(stage.devices) > 1
+        if stage.split == "sequence"
         else _cut_stage(model, stage, its_layers, linear, field=f"{field}.stages[{index}]")
         for index, (stage, its_layers) in enumerate(zip(layout.stages, layers, strict=True))
     )
@@ -164,6 +164,8 @@ def _cut_sequences(
     field = f"{field}.sequence_split"
     if not any(stage.weights):
         raise _refusal(field, list(stage.weights), "gives nobody anything", "Give at least one rank a share.")
+    if len(stage.devices) == 1:
+        return _cut_stage(model, stage, layers, linear, field=field)
     slots = Dimension(name="slots of a KV block", size=block_size)
     widths = deal(block_size, stage.weights)
     for rank, weight in enumerate(stage.weights):

@@ -143,7 +143,7 @@ def workspace_bytes(
     """An upper estimate of what one step allocates at once, but for attention's partial results.
 
     Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each), with a float32 sum of
-    three or more. With a stripe, of the budget the rank's share, every decode, and what :func:`exchange_bytes` says.
+    three or more. With a stripe, of the budget only :func:`most_own_tokens`, and what :func:`exchange_bytes` says.
     Per sequence a row of logits in ``dtype``, as for the rows of a prompt that are scored at once: those of the rank's
     part, but at the leader of a cut vocabulary all of them, once as they come and once side by side. At the leader also
     what sampling makes of those rows that it looks at together.
@@ -154,24 +154,35 @@ def workspace_bytes(
     sampling = sampling_bytes(rows, model.vocab_size, on_cpu=on_cpu) if leads else 0
     rest = rows * width * dtype.itemsize + sampling
     if part.stripe is not None:
-        num_own = min(token_budget, math.ceil(part.stripe.share * token_budget) + max_num_seqs)
-        exchanged = exchange_bytes(model, part.stripe, dtype, num_ranks=num_ranks, token_budget=token_budget)
+        num_own = most_own_tokens(part.stripe, max_num_seqs=max_num_seqs, token_budget=token_budget)
+        exchanged = exchange_bytes(
+            model, part.stripe, dtype, num_ranks=num_ranks, num_own=num_own, token_budget=token_budget
+        )
         return num_own * _token_bytes(model, part, dtype) + exchanged + rest
     sums = (num_ranks - 1) * dtype.itemsize + (4 if num_ranks > 2 else 0)
     return token_budget * (_token_bytes(model, part, dtype) + model.hidden_size * sums) + rest
 
 
-def exchange_bytes(model: ModelSpec, stripe: Stripe, dtype: DType, *, num_ranks: int, token_budget: int) -> int:
+def most_own_tokens(stripe: Stripe, *, max_num_seqs: int, token_budget: int) -> int:
+    """Tokens of a step that a rank with a stripe computes, at most: its share, and of every sequence's ends as many as
+    it has slots of a block; all decodes.
+    """
+    return min(token_budget, math.ceil(stripe.share * token_budget) + max_num_seqs * max(1, stripe.width))
+
+
+def exchange_bytes(
+    model: ModelSpec, stripe: Stripe, dtype: DType, *, num_ranks: int, num_own: int, token_budget: int
+) -> int:
     """What ranks that attend to sequences together give each other in a layer.
 
     Where queries move, those of all other ranks and what this one answers them with; where KV moves, no more is let
-    move at once than that (:func:`most_kv_tokens`). And what others, and this rank itself, give for its own queries,
-    with the float32 merge of it.
+    move at once than that (:func:`most_kv_tokens`). What a rank gives itself is copied: the KV twice. And what each
+    rank's KV gives for its own ``num_own`` queries, with the float32 merge of it.
     """
     width = model.num_heads * model.head_dim
-    others = token_budget * (1 - stripe.share) * width * 2 * dtype.itemsize
-    own = token_budget * stripe.share * width * (num_ranks * dtype.itemsize + 3 * 4)
-    return math.ceil(others + own)
+    moved = token_budget * 2 * width * dtype.itemsize
+    parts = num_own * width * (num_ranks * dtype.itemsize + 3 * 4)
+    return math.ceil(moved * (1 + stripe.share)) + parts
 
 
 def most_kv_tokens(model: ModelSpec, token_budget: int) -> int:

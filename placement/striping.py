@@ -7,14 +7,12 @@ wide) also for each of its chunks, for shares that are not equal, and for the de
 from one rank to another in between. Blocks, their tables and what sequences share are as without.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
-Run = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class Stripe:
         offset = every % self.block_size
         return every[(offset >= self.start) & (offset < self.stop)]
 
-    def runs(self, runs: Iterable[Run]) -> tuple[Run, ...]:
-        """Where the rank has those of the slots in ``runs``, in its own memory, that are its own."""
-        edges = ((self.count(start), self.count(stop)) for start, stop in runs)
-        return tuple((start, stop) for start, stop in edges if start < stop)
+    def runs(self, runs: Integers) -> Integers:
+        """Where the rank has those of the slots in ``runs`` [R, 2], in its own memory, that are its own: as runs."""
+        own = self.counts(runs)
+        return own[own[:, 0] < own[:, 1]]

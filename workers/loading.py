@@ -187,8 +187,14 @@ class LoadJob:
         executor = executing_thread(self._device, threads)
         if membership is not None:
             executor.submit(membership.get_ready, self._go_on).result()
-            sizes = {"token_budget": request.token_budget, "num_slots": request.num_blocks * request.block_size}
-            executor.submit(membership.measure_runner, runner, sharing, **sizes).result()
+            executor.submit(
+                membership.measure_runner,
+                runner,
+                sharing,
+                token_budget=request.token_budget,
+                num_slots=request.num_blocks * request.block_size,
+                go_on=self._go_on,
+            ).result()
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
             sizes = {"vocab_size": model.vocab_size, "slot_limit": request.num_blocks * request.block_size}

@@ -98,7 +98,13 @@ class Membership:
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 
     def measure_runner(
-        self, runner: ModelRunner, sharing: SequenceSharing | None, *, token_budget: int, num_slots: int
+        self,
+        runner: ModelRunner,
+        sharing: SequenceSharing | None,
+        *,
+        token_budget: int,
+        num_slots: int,
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
         """Then measures how its ranks share sequences best, or which steps they weave. As :meth:`get_ready`.
 
@@ -107,7 +113,7 @@ class Membership:
             sharing: with the ranks that share sequences with it.
             token_budget: of a step.
 
-        Raises PeerFailed.
+        Raises PeerFailed, and what ``go_on`` raises while it waits for the ranks of other stages.
         """
         if sharing is not None:
             sharing.measure()
@@ -115,6 +121,7 @@ class Membership:
         elif self.group.sums and runner.can_weave:
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
+        self._everyone.meet(go_on)  # who is done first must not wait for the others with a deadline
 
     @property
     def sums(self) -> tuple[MeasuredSum, ...]:

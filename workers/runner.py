@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kernels.layer_works import SPARE_ROWS
 from kernels.select import Kernels
-from placement.overlap import OverlapTable, first_lane
+from placement.overlap import OverlapTable
 from placement.plan import Part
 from placement.specs import ModelSpec
 from workers import decoder
@@ -24,7 +23,7 @@ from workers.sampling import SamplerState, sample
 from workers.scoring import PromptScores, score
 from workers.sequence_parallel.exchange import StepExchange
 from workers.sequence_parallel.sharing import SequenceSharing
-from workers.step_layout import Prepared, SideBySide, StepLayout, send_integers
+from workers.step_layout import Prepared, SideBySide, StepLayout, can_weave, send_integers
 from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
 from workers.weaving import Layers, run_alone, run_ladder, run_woven
 
@@ -66,8 +65,7 @@ class ModelRunner:
         windows = tuple(self._weights.frequencies)  # of this rank's layers
         self._layout: StepLayout
         if sharing is None:
-            weaves = self._group.sums
-            self._layout = SideBySide(kernels=kernels, windows=windows, device=device, weaves=weaves)
+            self._layout = self._side_by_side = SideBySide(kernels=kernels, windows=windows, device=device)
         else:
             self._layout = sharing.layout(windows=windows, cache=cache)
         self._device = device
@@ -123,16 +121,21 @@ class ModelRunner:
         self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
 
     def choose(self, batch: Batch) -> Batch:
-        """The batch, with how the ranks of a stage work together on it. At the leader, who tells the others."""
-        if self._sharing is not None:
-            return self._sharing.choose(batch)
-        num_tokens = batch.num_tokens
-        fits = batch.num_decodes <= first_lane(num_tokens) < num_tokens
-        return replace(batch, is_woven=True) if fits and self.overlap.pays(num_tokens) else batch
+        """The batch, with how ranks that share sequences exchange. At the leader, who tells the others."""
+        return batch if self._sharing is None else self._sharing.choose(batch)
 
     def lay_out(self, batch: Batch) -> Prepared:
-        """Lays the sequences' chunks side by side. May run while another step executes."""
+        """Lays the sequences' chunks side by side. May run while another step executes.
+
+        In two lanes, where that was measured to be faster: all ranks of a stage have measured the same.
+        """
+        if self.overlap.pays(batch.num_tokens) and can_weave(batch):
+            return self.lay_out_woven(batch)
         return self._layout.lay_out(batch)
+
+    def lay_out_woven(self, batch: Batch) -> Prepared:
+        """In two lanes, which the batch :func:`workers.step_layout.can_weave`. Not where ranks share sequences."""
+        return self._side_by_side.lay_out(batch, is_woven=True)
 
     @torch.inference_mode()
     def _execute(self, number: int, prepared: Prepared) -> StepResult:

@@ -5,15 +5,15 @@ is not known yet; its place is kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.attention import SequenceSpan, split_runs
+from kernels.attention import SequenceSpan, SharedSpan, split_runs
 from kernels.select import Kernels
-from placement.overlap import first_lane
+from placement.overlap import LANE_TOKENS, first_lane
 from workers.decoder_weights import Window
 from workers.device import use_device
 from workers.graphs import StepInputs
@@ -94,18 +94,15 @@ def send_integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch
 class SideBySide:
     """The layout of a rank that computes all tokens."""
 
-    def __init__(
-        self, *, kernels: Kernels, windows: Sequence[Window], device: torch.device, weaves: bool = False
-    ) -> None:
-        """``windows``: those of the rank's layers. ``weaves``: others have a part in them, so lanes make sense."""
-        self._weaves = weaves
+    def __init__(self, *, kernels: Kernels, windows: Sequence[Window], device: torch.device) -> None:
+        """``windows``: those of the rank's layers."""
         self._kernels = kernels
         self._windows = windows
         self._device = device
 
     @torch.inference_mode()
-    def lay_out(self, batch: Batch) -> Prepared:
-        """As :class:`StepLayout` says."""
+    def lay_out(self, batch: Batch, *, is_woven: bool = False) -> Prepared:
+        """As :class:`StepLayout` says; in two lanes, where the batch :func:`can_weave`."""
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         spans = _spans(batch)
         last = [span.query_start + span.num_queries - 1 for span in spans]
@@ -117,7 +114,6 @@ class SideBySide:
                 first = span.query_start + s.scored.first_index - 1 - s.start
                 needed += range(first, first + len(s.scored.token_ids))
         awaiting_rows = [row for s, _, row in placed if s.awaits_token]
-        is_woven = batch.is_woven and self._weaves
         inputs = self._flatten(batch, spans, plans=not is_woven)
         return Prepared(
             batch=batch,
@@ -134,12 +130,12 @@ class SideBySide:
 
     def _lanes(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
         """The first tokens, all decodes among them, and the others, on the memory of ``inputs``."""
+        assert can_weave(batch), batch
         middle = first_lane(batch.num_tokens)
-        assert batch.num_decodes <= middle < batch.num_tokens, batch
         lanes = []
         for start, stop in ((0, middle), (middle, batch.num_tokens)):
             its_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
-            shared = batch.shared if start == 0 else ()
+            shared = _among_first(batch.shared, batch.num_decodes) if start == 0 else ()
             rows = slice(start, stop)
             lanes.append(
                 StepInputs(
@@ -171,6 +167,22 @@ class SideBySide:
             slots=where,
             attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in self._windows if plans},
         )
+
+
+def can_weave(batch: Batch) -> bool:
+    """Whether two lanes can share the batch: both have enough tokens, and the first has all the decodes."""
+    middle = first_lane(batch.num_tokens)
+    return batch.num_decodes <= middle and batch.num_tokens - middle >= LANE_TOKENS
+
+
+def _among_first(shared: Sequence[SharedSpan], count: int) -> tuple[SharedSpan, ...]:
+    """What the first so many sequences have in common: one that computes a single token may be behind them, too."""
+    among = (
+        replace(span, members=tuple(m for m in span.members if m < count))
+        for span in shared
+        if min(span.members) < count
+    )
+    return tuple(span for span in among if len(span.members) > 1)
 
 
 def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:

@@ -46,13 +46,11 @@ class Batch:
     Attributes:
         shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
         exchange: how ranks that share sequences attend to chunks of several tokens.
-        is_woven: ranks that sum what they compute do so in two lanes: see :mod:`workers.weaving`.
     """
 
     sequences: tuple[SequenceInput, ...]
     shared: tuple[SharedSpan, ...] = ()
     exchange: Exchange = Exchange.ALL_GATHER
-    is_woven: bool = False
 
     @property
     def num_tokens(self) -> int:

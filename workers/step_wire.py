@@ -33,7 +33,6 @@ def step_message(batch: Batch, number: int) -> pb.Step:
             for span in batch.shared
         ],
         exchange=_EXCHANGES[batch.exchange],
-        is_woven=batch.is_woven,
     )
 
 
@@ -67,7 +66,6 @@ def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: in
         raise _refusal("step.exchange", message.exchange, "is not known")
     return Batch(
         exchange=_EXCHANGE_OF[message.exchange],
-        is_woven=message.is_woven,
         sequences=tuple(_sequence(one, vocab_size, slot_limit) for one in message.sequences),
         shared=tuple(_shared(one, slot_limit, len(message.sequences)) for one in message.shared),
     )

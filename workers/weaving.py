@@ -2,7 +2,8 @@
 
 Tokens in two lanes are computed in turn: while the sum of one lane's update goes over the wire, the other lane is
 computed (TokenWeave, Gond et al. 2025). The lane of the earlier tokens goes first, since the later attend to them.
-Woven or not, all numbers are the same: what is computed of a token does not depend on the tokens beside it. A ladder
+Woven or not, a token gets the same numbers wherever its products do not depend on the tokens beside it, as those of the
+fused program do not; elsewhere the last bits may differ, as between batches. A ladder
 needs no lanes: it computes an attention or feed-forward while the sum of the one before it is on its way.
 """
 

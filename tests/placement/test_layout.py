@@ -111,6 +111,7 @@ def test_one_rank_alone_shares_nothing() -> None:
     ("stages", "problem"),
     [
         ((shared(0, 0),), "gives nobody anything"),
+        ((shared(0),), "gives nobody anything"),
         ((shared(40, 1),), "leaves rank 1 none of the 16 slots of a KV block"),
         ((shared(1, 1), stage(1)), "is in a replica of several stages"),
     ],

@@ -20,6 +20,7 @@ from placement.memory import (
     graphed_tokens,
     kv_bytes_per_block,
     most_kv_tokens,
+    most_own_tokens,
     num_blocks_for,
     num_blocks_of,
     sampling_bytes,
@@ -202,8 +203,13 @@ def test_a_rank_that_shares_sequences_reckons_with_its_tokens_and_what_is_exchan
     shared = workspace_bytes(MODEL, part, num_ranks=3, leads=False, **sizes)
     per_token = (whole - 32 * 100 * 4) // 100
     width = MODEL.num_heads * MODEL.head_dim
-    exchanged = 75 * width * 2 * 4 + 25 * width * (3 * 4 + 12)
-    assert shared == (25 + 6) * per_token + exchanged + 32 * 40 * 4
+    exchanged = 125 * width * 2 * 4 + 49 * width * (3 * 4 + 12)
+    assert shared == (25 + 6 * 4) * per_token + exchanged + 32 * 40 * 4
+
+
+@pytest.mark.parametrize(("stripe", "most"), [(Stripe(0, 4, 16), 49), (Stripe(0, 15, 16), 100), (Stripe(0, 0, 16), 6)])
+def test_a_rank_computes_its_share_and_the_ends_of_every_sequence(stripe: Stripe, most: int) -> None:
+    assert most_own_tokens(stripe, max_num_seqs=6, token_budget=100) == most
 
 
 def test_no_more_kv_moves_than_queries_and_their_answers_take() -> None:

@@ -37,7 +37,8 @@ def test_runs_are_the_ranks_own_slots_in_token_order(blocks: list[int], rest: in
     slots = [slot for run in runs for slot in range(*run)]
     for stripe in STRIPES:
         held = [slot // 16 * stripe.width + slot % 16 - stripe.start for slot in slots if _is_in(stripe, slot)]
-        assert [slot for run in stripe.runs(runs) for slot in range(*run)] == held
+        found = stripe.runs(np.array(runs, np.int64)).tolist()
+        assert [slot for run in found for slot in range(*run)] == held
 
 
 def _is_in(stripe: Stripe, slot: int) -> bool:

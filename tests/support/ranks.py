@@ -56,6 +56,7 @@ class Ranks:
         self._ranks = ranks
         self.leader = ranks[0].leading
         self.num_stages = num_stages
+        self.num_ranks = len(ranks)
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """As the runner's."""

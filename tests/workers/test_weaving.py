@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.attention import SharedSpan
 from placement.overlap import OverlapTable
 from tests.support.oracle import CHECKPOINTS, continue_greedily
 from tests.support.ranks import Ranks, ranks
 from workers.runner import ModelRunner
+from workers.scoring import ScoredPrompt
 from workers.step_types import Batch, SequenceInput
 from workers.weaving import run_alone, run_woven
 
@@ -88,7 +90,8 @@ def cut(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Iter
 
 
 def woven(cut: Ranks, *, always: bool) -> None:
-    cut.runner(0).overlap = ALWAYS if always else OverlapTable()
+    for rank in range(cut.num_ranks):
+        cut.runner(rank).overlap = ALWAYS if always and cut.membership(rank).group.sums else OverlapTable()
 
 
 def test_greedy_tokens_and_log_probabilities_are_the_same_woven_or_not(cut: Ranks) -> None:
@@ -143,13 +146,35 @@ def test_the_leader_weaves_only_steps_that_lanes_can_share(llama_checkpoint: Cal
                 SequenceInput(token_ids=[0] * count, start=0, runs=((at * 512, at * 512 + count),))
                 for at, count in enumerate(num_tokens)
             ]
-            batch = runner.choose(Batch(sequences=tuple(sequences)))
-            lanes = runner.lay_out(batch).lanes
-            assert bool(lanes) is batch.is_woven
+            lanes = runner.lay_out(Batch(sequences=tuple(sequences))).lanes
             assert sum(len(lane.token_ids) for lane in lanes) == (sum(num_tokens) if lanes else 0)
-            return batch.is_woven
+            assert all(len(lane.token_ids) >= 32 for lane in lanes)
+            return bool(lanes)
 
         assert not is_woven(100)  # nothing is measured yet
         runner.overlap = ALWAYS
         assert is_woven(100) and is_woven(*[1] * 20, 80)
-        assert not is_woven(20) and not is_woven(*[1] * 70)
+        assert not is_woven(20) and not is_woven(*[1] * 70) and not is_woven(65)
+
+
+def test_a_prompt_of_which_one_token_is_left_shares_with_decodes_of_the_other_lane(
+    llama_checkpoint: Callable[..., Path],
+) -> None:
+    """Twenty decodes share a prefix; so does a prompt behind a long chunk, which all but its last token is known of."""
+    shared = SharedSpan(members=(*range(20), 21), first_token=0, num_tokens=1024, runs=((0, 1024),))
+    behind = [((0, 1024), (1024 + 8 * at, 1024 + 8 * at + 1)) for at in range(21)]
+    decodes = [SequenceInput(token_ids=[7 + at], start=1024, runs=behind[at]) for at in range(20)]
+    chunk = SequenceInput(token_ids=TOKEN_IDS[:100], start=0, runs=((2000, 2100),))
+    last = SequenceInput(
+        token_ids=[5], start=1024, runs=behind[20], scored=ScoredPrompt(first_index=1025, token_ids=[1], num_top=509)
+    )
+    batch = Batch(sequences=(*decodes, chunk, last), shared=(shared,))
+    with ranks(llama_checkpoint(max_position_embeddings=2048), (1, 1)) as cut:
+        found = []
+        for always in (False, True):
+            woven(cut, always=always)
+            cut.log_probs(list(range(3, 500)) * 2 + TOKEN_IDS[:30], ((0, 1024),))  # the prefix
+            assert bool(cut.runner(0).lay_out(batch).lanes) is always
+            found.append(dict(cut.prepare(batch)().scores[21].top[0]))
+    assert found[0].keys() == found[1].keys()
+    assert all(abs(found[0][token] - found[1][token]) < 1e-4 for token in found[0])

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from kernels.threads import work_alone
 from placement.collectives import AllReduceTable
 from workers.collectives.algorithms import ALL_REDUCES, Peers, direct, gather
 from workers.transport.errors import PeerFailed
@@ -52,7 +53,7 @@ class TensorGroup:
         self._links = links
         self._pulse = pulse
         self._widths = widths
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange")
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange", initializer=work_alone)
 
     @property
     def num_ranks(self) -> int:

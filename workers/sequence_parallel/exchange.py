@@ -1,7 +1,7 @@
 """A layer's attention where ranks share sequences: what each has of queries and KV meets what the others have.
 
 However queries and KV meet, the same parts of each query's attention are computed, one for each rank's KV, and merged
-in the order of ranks: all ways give the same bits.
+in the order of ranks: all ways give the same bits, as long as all ranks compute alike.
 
     T  rows of the rank's batch    H  query heads    K  KV heads    D  head dimension
     n  some rows: its split rows, which no other rank computes, or its whole rows, which all ranks compute

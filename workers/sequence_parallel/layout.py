@@ -6,10 +6,11 @@ gives all of them the whole. Of longer chunks each rank computes the tokens whos
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from kernels.attention import PartSpan, Run, SharedSpan, num_slots, split_runs
+from kernels.attention import PartSpan, SharedSpan, num_slots_of, slots_of
 from placement.exchange import ExchangeSizes
 from placement.striping import Integers, Stripe
 from workers.step_types import Batch, SequenceInput
@@ -65,13 +66,27 @@ def _rows(some: Iterable[Piece]) -> list[int]:
     return [piece.first_row + i for piece in some for i in range(len(piece.positions))]
 
 
+def local_runs(batch: Batch, stripe: Stripe) -> tuple[Integers, ...]:
+    """Where the rank has what is its own of each sequence's tokens, up to the chunk's last: runs [R, 2]."""
+    every = (np.fromiter(chain.from_iterable(s.runs), np.int64).reshape(-1, 2) for s in batch.sequences)
+    return tuple(stripe.runs(runs) for runs in every)
+
+
 def own_spans(
-    its_pieces: Sequence[Piece], stripe: Stripe, window: Window, shared: Sequence[SharedSpan] = ()
+    its_pieces: Sequence[Piece],
+    runs: Sequence[Integers],
+    stripe: Stripe,
+    window: Window,
+    shared: Sequence[SharedSpan] = (),
 ) -> tuple[list[PartSpan], list[SharedSpan]]:
-    """All of a rank's rows against the KV that it has itself; and, of ``shared``, what of that the spans share."""
+    """All of a rank's rows against the KV that it has itself; and, of ``shared``, what of that the spans share.
+
+    Args:
+        runs: :func:`local_runs` of ``stripe``, here and below.
+    """
     spans: dict[int, PartSpan] = {}
     for index, piece in enumerate(its_pieces):
-        span = _span(piece, piece.first_row, stripe, window, stripe.runs(piece.sequence.runs), oldest=0)
+        span = _span(piece, piece.first_row, stripe, window, runs[index], oldest=0)
         if span is not None:
             spans[index] = span
     places = {index: place for place, index in enumerate(spans)}
@@ -86,14 +101,19 @@ def _shared(common: SharedSpan, stripe: Stripe, places: Mapping[int, int]) -> Sh
     if not count:
         return None
     members = tuple(places[member] for member in common.members)
-    return SharedSpan(members=members, first_token=first, num_tokens=count, runs=stripe.runs(common.runs))
+    runs = tuple((start, stop) for start, stop in stripe.runs(np.array(common.runs, np.int64)).tolist())
+    return SharedSpan(members=members, first_token=first, num_tokens=count, runs=runs)
 
 
-def visiting_spans(others: Sequence[Piece], stripe: Stripe, window: Window) -> list[PartSpan]:
+def visiting_spans(others: Sequence[Piece], runs: Sequence[Integers], stripe: Stripe, window: Window) -> list[PartSpan]:
     """Queries of another rank's split rows, side by side, against the KV that the rank with ``stripe`` has."""
     spans, row = [], 0
-    for piece in _split(others):
-        span = _span(piece, row, stripe, window, held(piece, stripe, window), oldest=_oldest(piece, window))
+    for piece, its_runs in zip(others, runs, strict=True):
+        if piece.is_whole:
+            continue
+        oldest = _oldest(piece, window)
+        seen = _without_first(its_runs, stripe.count(oldest))
+        span = _span(piece, row, stripe, window, seen, oldest=oldest)
         if span is not None:
             spans.append(span)
         row += len(piece.positions)
@@ -101,11 +121,11 @@ def visiting_spans(others: Sequence[Piece], stripe: Stripe, window: Window) -> l
 
 
 def received_spans(its_pieces: Sequence[Piece], sender: Stripe, window: Window) -> list[PartSpan]:
-    """A rank's split rows, side by side, against the KV that another sent: :func:`sent_runs`, side by side."""
+    """A rank's split rows, side by side, against the KV that another sent: :func:`sent_slots`, side by side."""
     spans, row, slot = [], 0, 0
     for piece in _split(its_pieces):
-        count = num_slots(held(piece, sender, window))
-        runs = ((slot, slot + count),) if count else ()
+        count = num_held(piece, sender, window)
+        runs = np.array([[slot, slot + count]] if count else [], np.int64).reshape(-1, 2)
         span = _span(piece, row, sender, window, runs, oldest=_oldest(piece, window))
         if span is not None:
             spans.append(span)
@@ -114,14 +134,36 @@ def received_spans(its_pieces: Sequence[Piece], sender: Stripe, window: Window) 
     return spans
 
 
-def sent_runs(its_pieces: Sequence[Piece], stripe: Stripe, window: Window) -> tuple[Run, ...]:
+def sent_slots(its_pieces: Sequence[Piece], runs: Sequence[Integers], stripe: Stripe, window: Window) -> Integers:
     """Slots of what a rank has of all that split rows see, sequence after sequence."""
-    return tuple(run for piece in _split(its_pieces) for run in held(piece, stripe, window))
+    sent = [
+        slots_of(_without_first(its_runs, stripe.count(_oldest(piece, window))))
+        for piece, its_runs in zip(its_pieces, runs, strict=True)
+        if not piece.is_whole
+    ]
+    return np.concatenate([np.empty(0, np.int64), *sent])
 
 
-def held(piece: Piece, stripe: Stripe, window: Window) -> tuple[Run, ...]:
-    """Slots of what the rank with ``stripe`` has of the tokens that some token of the chunk sees."""
-    return stripe.runs(split_runs(piece.sequence.runs, _oldest(piece, window))[1])
+def num_held(piece: Piece, stripe: Stripe, window: Window) -> int:
+    """How many of the tokens that some token of the chunk sees the rank with ``stripe`` has."""
+    return stripe.count(piece.stop) - stripe.count(_oldest(piece, window))
+
+
+def last_slots(runs: Integers, count: int) -> Integers:
+    """The last slots in ``runs`` [R, 2]."""
+    return slots_of(_without_first(runs, num_slots_of(runs) - count))
+
+
+def _without_first(runs: Integers, count: int) -> Integers:
+    """``runs`` [R, 2] without their first slots."""
+    if not count:
+        return runs
+    ends = (runs[:, 1] - runs[:, 0]).cumsum()
+    at = int(np.searchsorted(ends, count, side="right"))
+    rest = runs[at:].copy()
+    if len(rest):
+        rest[0, 0] += count - (ends[at - 1] if at else 0)
+    return rest
 
 
 def sizes(
@@ -156,11 +198,9 @@ def _oldest(piece: Piece, window: Window) -> int:
     return 0 if window is None else max(0, piece.sequence.start + 1 - window)
 
 
-def _span(
-    piece: Piece, row: int, stripe: Stripe, window: Window, runs: tuple[Run, ...], *, oldest: int
-) -> PartSpan | None:
+def _span(piece: Piece, row: int, stripe: Stripe, window: Window, runs: Integers, *, oldest: int) -> PartSpan | None:
     """A rank's tokens of a chunk against those of the rank with ``stripe``, in ``runs`` from position ``oldest`` on."""
-    if not len(piece.positions) or not runs:
+    if not len(piece.positions) or not len(runs):
         return None
     stop = piece.positions + 1
     start = np.zeros_like(stop) if window is None else (stop - window).clip(min=0)
@@ -236,8 +276,3 @@ class Meeting:
     def meets(self, queries_of: int, kv_of: int) -> bool:
         """Whether some of one's queries may see some of the other's KV."""
         return self.num_queries[queries_of] > 0 and self.num_kv[kv_of] > 0
-
-
-def others_in_turn(rank: int, num_ranks: int, step: int) -> tuple[int, int]:
-    """In a round of a ring, the rank to give to, and the one to take from."""
-    return (rank + step) % num_ranks, (rank - step) % num_ranks

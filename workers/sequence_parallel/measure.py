@@ -74,7 +74,7 @@ def _attention_s(model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device:
 
     def seconds(num_tokens: int) -> float:
         seen = np.tile(np.array([0, num_tokens]), (_NUM_QUERIES, 1))
-        plan = kernels.plan_parts([PartSpan(query_start=0, runs=((0, num_tokens),), seen=seen)])
+        plan = kernels.plan_parts([PartSpan(query_start=0, runs=np.array([[0, num_tokens]]), seen=seen)])
         # What is given is on the host in the end, so the device is done then.
         return _best(lambda: _use(kernels.attend_parts(query, cache, plan, 1.0)[1].cpu()))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, Run, last_runs, num_slots
+from kernels.attention import LayerCache
 from kernels.select import Kernels
 from placement.exchange import Exchange, ExchangeSpeeds, choose
 from placement.memory import most_kv_tokens
@@ -24,11 +24,13 @@ from workers.sequence_parallel.layout import (
     Piece,
     Window,
     find_needed,
-    held,
+    last_slots,
+    local_runs,
+    num_held,
     own_spans,
     pieces,
     received_spans,
-    sent_runs,
+    sent_slots,
     sizes,
     split_rows,
     visiting_spans,
@@ -104,7 +106,7 @@ class SequenceSharing:
         )
 
     def attend(self, step: StepExchange) -> Callable[[Window, Tensor, LayerCache, float], Tensor]:
-        """What attends in the layers of a step: see :class:`workers.decoder.Attend`."""
+        """What attends in the layers of a step: see ``kernels.fused.Attend``."""
 
         def attend(window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
             return self._attention.attend(step, window, query, cache, scale)
@@ -170,12 +172,13 @@ class StripedLayout:
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         everyone = [pieces(batch, stripe) for stripe in self._stripes]
         mine = everyone[self._group.rank]
+        runs = local_runs(batch, self._stripes[self._group.rank])
         awaiting = [piece for piece in mine if piece.sequence.awaits_token]
         here = [i for i, piece in enumerate(awaiting) if piece.stop - 1 in piece.positions[-1:]]
         needed = find_needed(batch, self._stripes, self._group.rank)
         return Prepared(
             batch=batch,
-            inputs=self._flatten(mine),
+            inputs=self._flatten(mine, runs),
             awaiting=awaiting_samplers(batch),
             awaited=tuple(here),
             awaiting_rows=self._send([awaiting[i].first_row + len(awaiting[i].positions) - 1 for i in here]),
@@ -189,58 +192,59 @@ class StripedLayout:
                 own_places=self._send(needed.own_places),
                 given_rows=self._send(needed.given_rows),
             ),
-            exchange=self._exchange(batch, everyone),
+            exchange=self._exchange(batch, everyone, runs),
         )
 
-    def _flatten(self, mine: Sequence[Piece]) -> StepInputs:
+    def _flatten(self, mine: Sequence[Piece], runs: Sequence[Integers]) -> StepInputs:
         """This rank's tokens, side by side; one that is awaited is 0."""
         stripe = self._stripes[self._group.rank]
         ids, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for piece in mine:
+        for piece, its_runs in zip(mine, runs, strict=True):
             known = np.array([*piece.sequence.token_ids, *([0] if piece.sequence.awaits_token else [])], np.int64)
             ids.append(known[piece.positions - piece.sequence.start])
-            slots.append(self._slots(piece, stripe))
+            slots.append(self._slots(piece, its_runs, stripe))
         positions = np.concatenate([np.empty(0, np.int64), *(piece.positions for piece in mine)])
         rows = [x.tolist() for x in (np.concatenate(ids), positions, np.concatenate(slots))]
         token_ids, at, where = self._send(rows)
         return StepInputs(token_ids=token_ids, positions=at, slots=where, attention={})
 
-    def _slots(self, piece: Piece, stripe: Stripe) -> Integers:
+    def _slots(self, piece: Piece, runs: Integers, stripe: Stripe) -> Integers:
         """Where the KV of a piece's tokens goes: the spare slot for what another rank holds."""
         own = stripe.positions(piece.sequence.start, piece.stop)
         slots = np.full(len(piece.positions), self._spare_slot)
-        runs = last_runs(stripe.runs(piece.sequence.runs), len(own))
-        slots[np.isin(piece.positions, own)] = [slot for run in runs for slot in range(*run)]
+        slots[np.isin(piece.positions, own)] = last_slots(runs, len(own))
         return slots
 
-    def _exchange(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]]) -> StepExchange:
+    def _exchange(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], runs: Sequence[Integers]) -> StepExchange:
         mine = everyone[self._group.rank]
         return StepExchange(
             way=batch.exchange,
-            windows={window: self._parts(batch, everyone, window) for window in self._windows},
+            windows={window: self._parts(batch, everyone, runs, window) for window in self._windows},
             split_rows=self._send(split_rows(mine)),
             whole_rows=self._send(whole_rows(mine)),
             has_split=any(not piece.is_whole for piece in mine),
         )
 
-    def _parts(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], window: Window) -> WindowParts:
+    def _parts(
+        self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], runs: Sequence[Integers], window: Window
+    ) -> WindowParts:
         me, stripes = self._group.rank, self._stripes
         mine, stripe = everyone[me], stripes[me]
         others = [rank for rank in range(len(stripes)) if rank != me]
         split = [piece for piece in mine if not piece.is_whole]
         if batch.exchange is Exchange.TOKEN_RING:
-            met = {rank: visiting_spans(everyone[rank], stripe, window) for rank in others}
-            kv_runs: tuple[Run, ...] = ()
+            met = {rank: visiting_spans(everyone[rank], runs, stripe, window) for rank in others}
+            kv_slots = np.empty(0, np.int64)
         else:
             met = {rank: received_spans(mine, stripes[rank], window) for rank in others}
-            kv_runs = sent_runs(mine, stripe, window)
+            kv_slots = sent_slots(mine, runs, stripe, window)
         return WindowParts(
-            own=self._kernels.plan_parts(*own_spans(mine, stripe, window, batch.shared)),
+            own=self._kernels.plan_parts(*own_spans(mine, runs, stripe, window, batch.shared)),
             met={rank: self._kernels.plan_parts(spans) for rank, spans in met.items()} if split else {},
-            kv_slots=self._send([slot for run in kv_runs for slot in range(*run)]),
+            kv_slots=self._send(kv_slots.tolist()),
             meeting=Meeting(
                 num_queries=tuple(len(split_rows(its)) for its in everyone),
-                num_kv=tuple(sum(num_slots(held(piece, its, window)) for piece in split) for its in stripes),
+                num_kv=tuple(sum(num_held(piece, its, window) for piece in split) for its in stripes),
             ),
         )
 

@@ -293,13 +293,10 @@ class Step(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
-    IS_WOVEN_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts from 0."""
     exchange: Global___Exchange.ValueType
     """How ranks that share sequences attend to chunks of several tokens."""
-    is_woven: _builtins.bool
-    """Whether ranks that sum what they compute do so in two lanes, one while the other's sums are on their way."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSequence]: ...
     @_builtins.property
@@ -311,11 +308,10 @@ class Step(_message.Message):
         sequences: _abc.Iterable[Global___StepSequence] | None = ...,
         shared: _abc.Iterable[Global___StepShared] | None = ...,
         exchange: Global___Exchange.ValueType = ...,
-        is_woven: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "is_woven", b"is_woven", "number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
