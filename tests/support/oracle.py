@@ -69,6 +69,14 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# Large enough for layers that run as one program.
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "head_dim": 32,
+}
 Runs = tuple[tuple[int, int], ...]
 
 

@@ -12,20 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from placement.errors import InvalidConfig, InvalidModel
 from placement.hf import read_model_spec
 from placement.layout import ReplicaLayout, StageLayout, cut
+from tests.support.oracle import WIDE
 from tests.support.ranks import Ranks, ranks, read_model
 from workers.runner import ModelRunner
 
 TOKEN_IDS = [i * 31 % 509 for i in range(120)]
 RUNS = ((8, 128),)
 SPLITS: dict[str, tuple[int, ...]] = {"one": (1,), "even": (1, 1), "5:2:1": (5, 2, 1)}
-WIDE = {
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 512,
-    "head_dim": 32,
-    "num_hidden_layers": 3,
-}
 
 
 def declare(directory: Path) -> None:
@@ -80,7 +73,7 @@ def test_a_ladder_over_ranks_is_that_of_one_process(ladder: Ranks, path: Path) -
 def test_layers_that_run_as_one_program_do_so_as_a_ladder(
     llama_checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner], split: str
 ) -> None:
-    directory = llama_checkpoint(seed=6, **WIDE)
+    directory = llama_checkpoint(seed=6, num_hidden_layers=3, **WIDE)
     declare(directory)
     if make_runner(directory, torch.bfloat16)._weights.fused is None:
         pytest.skip("no code for this CPU")

@@ -14,7 +14,7 @@ from placement.errors import InvalidModel
 from placement.plan import Part, Span
 from placement.quantization import Bits, LinearFormat, check_linear_format
 from placement.weights import shard_tensors
-from tests.support.oracle import CHECKPOINTS, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
 from tests.support.ranks import Ranks, ranks, read_model
 from tests.support.steps import logits
 from workers.runner import ModelRunner
@@ -67,15 +67,6 @@ def test_log_probabilities_of_every_position_match(cut: Ranks, oracle: PreTraine
 @pytest.mark.parametrize("chunk_size", [16, 128])
 def test_greedy_tokens_match(cut: Ranks, answers: list[list[int]], chunk_size: int) -> None:
     assert continue_greedily(cut, list(PROMPTS.values()), chunk_size, NUM_OUTPUTS) == answers
-
-
-WIDE = {
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 512,
-    "head_dim": 32,
-}
 
 
 def whole(runner: ModelRunner) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.attention import SharedSpan
 from placement.overlap import OverlapTable
-from tests.support.oracle import CHECKPOINTS, continue_greedily
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily
 from tests.support.ranks import Ranks, ranks
 from workers.runner import ModelRunner
 from workers.scoring import ScoredPrompt
@@ -102,15 +102,6 @@ def test_greedy_tokens_and_log_probabilities_are_the_same_woven_or_not(cut: Rank
         found.append((log_probs, continue_greedily(cut, PROMPTS, chunk_size=96, num_outputs=12)))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
     assert found[1][1] == found[0][1]
-
-
-WIDE = {
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 512,
-    "head_dim": 32,
-}
 
 
 def test_layers_that_run_as_one_program_give_the_same_bits_in_two(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from placement.exchange import Exchange
 from placement.layout import Split
 from placement.overlap import OverlapTable
-from tests.support.oracle import CHECKPOINTS, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
 from tests.support.ranks import BLOCK_SIZE, Ranks, ranks
 from workers.runner import ModelRunner
 from workers.step_types import Batch, SequenceInput
@@ -67,15 +67,6 @@ def test_log_probabilities_of_every_position_match(cut: Ranks, oracle: PreTraine
 def test_greedy_tokens_match(cut: Ranks, answers: list[list[int]], chunk_size: int) -> None:
     found = continue_greedily(cut, list(PROMPTS.values()), chunk_size, NUM_OUTPUTS, block_size=BLOCK_SIZE)
     assert found == answers
-
-
-WIDE = {
-    "hidden_size": 256,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 512,
-    "head_dim": 32,
-}
 
 
 @pytest.mark.parametrize("shares", SHARES)
