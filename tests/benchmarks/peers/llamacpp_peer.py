@@ -23,7 +23,11 @@ class Failed(Exception):
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
     llama.llama_backend_init()
-    params = llama.llama_model_default_params()
+    return measure_with(llama.llama_model_default_params(), settings)
+
+
+def measure_with(params: Any, settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
+    """Load the model as ``params`` say. Raises Failed."""
     model = llama.llama_model_load_from_file(settings["model"].encode(), params)
     if model is None:
         raise Failed(f"{settings['model']} cannot be loaded")
