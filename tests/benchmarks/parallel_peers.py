@@ -29,7 +29,7 @@ _THREADS = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How llama.cpp divides a model: it puts the last layers on the second host.
+    """llama.cpp's client computes the first layers, and the RPC server of the second host the last ones.
 
     Attributes:
         is_output_remote: whether the last linear layer is there too, so that logits come back, as llama.cpp does by
@@ -44,21 +44,62 @@ class Split:
         """``11 layers and the output remote``."""
         return f"{self.remote_layers} layers{' and the output' if self.is_output_remote else ''} remote"
 
+    def settings(self, own_endpoint: str) -> dict[str, Any]:
+        """What ``peers/llamacpp_rpc_peer.py`` is told."""
+        return {
+            "own_endpoint": None,
+            "split": "layer",
+            "offloaded": self.remote_layers + 1,  # llama.cpp counts the output, and starts with it
+            "is_output_remote": self.is_output_remote,
+            "micro_batch": None,
+        }
 
-SPLITS = (
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halves:
+    """Both hosts have an RPC server, with half of the model each; the client beside the first only asks.
+
+    Attributes:
+        split: ``layer``: half of the layers, and llama.cpp lets one host compute a part of a prompt while the other
+            computes the part before. ``tensor``: half of every matrix; the halves meet in the client.
+        micro_batch: tokens of such a part.
+    """
+
+    split: Literal["layer", "tensor"]
+    micro_batch: int = 512
+
+    @property
+    def name(self) -> str:
+        """``halves by layer, 128 tokens at once``."""
+        return f"halves by {self.split}, {self.micro_batch} tokens at once"
+
+    def settings(self, own_endpoint: str) -> dict[str, Any]:
+        """What ``peers/llamacpp_rpc_peer.py`` is told."""
+        return {
+            "own_endpoint": own_endpoint,
+            "split": self.split,
+            "offloaded": -1,
+            "is_output_remote": True,
+            "micro_batch": self.micro_batch,
+        }
+
+
+SPLITS: tuple[Split | Halves, ...] = (
     Split(remote_layers=10),
     Split(remote_layers=11),
     Split(remote_layers=12),
     Split(remote_layers=12, is_output_remote=False),
+    Halves(split="layer", micro_batch=128),
+    Halves(split="tensor"),
 )
-"""Around halves of 22 layers; the parts of a step run one after the other, so that no split hides one of them."""
+"""Around halves of 22 layers. In a :class:`Split` the hosts compute one after the other, so that none hides another."""
 
 
 @contextmanager
 def llamacpp_rpc(
-    lab: Lab, gguf: Path, *, hosts: tuple[str, str] = ("one", "two"), splits: Sequence[Split] = SPLITS
+    lab: Lab, gguf: Path, *, hosts: tuple[str, str] = ("one", "two"), splits: Sequence[Split | Halves] = SPLITS
 ) -> Iterator[Engine]:
-    """llama.cpp, one thread a side: client and first layers on the first host, RPC server and last on the second.
+    """llama.cpp, one thread a side: the client on the first host, an RPC server on the second.
 
     Loading sends the second host its weights through the link: about 1 GB for each split of the 1.1 B shape.
 
@@ -70,13 +111,13 @@ def llamacpp_rpc(
     environment = {"OMP_NUM_THREADS": str(_THREADS)}
     asked = Part(host=first, argv=[python, str(_SCRIPTS / "llamacpp_rpc_peer.py")], environment=environment)
 
-    def start(number: int, split: Split) -> SpreadPeer:
+    def start(number: int, split: Split | Halves) -> SpreadPeer:
         port = _RPC_PORT + number
         endpoint = f"{second.address}:{port}"
         argv = [python, str(_SCRIPTS / "rpc_server.py"), endpoint, str(_THREADS)]
         other = Part(host=second, argv=argv, environment=environment)
         peer = SpreadPeer(f"{LLAMACPP}-{number}", asked=asked, other=other, port=port)
-        settings = {"remote_layers": split.remote_layers, "is_output_remote": split.is_output_remote}
+        settings = split.settings(f"{first.address}:{port}")
         return loaded(peer, model=str(gguf.absolute()), threads=_THREADS, endpoint=endpoint, **settings)
 
     with engine(LLAMACPP, {split.name: split for split in splits}, start) as opened:

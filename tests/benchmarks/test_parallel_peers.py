@@ -1,10 +1,13 @@
 """Engines over two emulated hosts: figures, parts that end together, and llama.cpp's layers behind its RPC server."""
 
+import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,11 +15,11 @@ import pytest
 from tests.benchmarks import parallel_peers
 from tests.benchmarks.engine_cases import Case, Sample
 from tests.benchmarks.engine_models import checkpoint
-from tests.benchmarks.engine_peers import PeerFailed, python_of
-from tests.benchmarks.parallel_peers import LLAMACPP, Split, llamacpp_rpc, measure_llamacpp, measure_vllm
+from tests.benchmarks.engine_peers import LOGS, PeerFailed, python_of
+from tests.benchmarks.parallel_peers import LLAMACPP, Halves, Split, llamacpp_rpc, measure_llamacpp, measure_vllm
 from tests.benchmarks.spread_engine import Engine, PeerFigures, Rates, Unavailable, Work, best, best_layouts, engine
-from tests.benchmarks.spread_peer import Part, SpreadPeer
-from tests.netlab.lab import Lab, lab
+from tests.benchmarks.spread_peer import Part, SpreadPeer, is_listening
+from tests.netlab.lab import Host, Lab, lab
 from tests.netlab.requirements import missing
 from tests.netlab.specs import HostSpec, LinkConditions
 
@@ -106,11 +109,12 @@ def test_a_layout_that_cannot_be_loaded_is_left_out_and_none_at_all_is_a_failure
 def test_splits_are_named_by_what_is_remote() -> None:
     assert Split(remote_layers=11).name == "11 layers and the output remote"
     assert Split(remote_layers=3, is_output_remote=False).name == "3 layers remote"
+    assert Halves(split="layer", micro_batch=128).name == "halves by layer, 128 tokens at once"
     assert len({split.name for split in parallel_peers.SPLITS}) == len(parallel_peers.SPLITS)
 
 
 @pytest.fixture
-def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+def net() -> Iterator[Lab]:
     with lab(HostSpec(name="one"), HostSpec(name="two")) as made:
         yield made
 
@@ -136,6 +140,7 @@ def spread(net: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     asked = Part(host=net["one"], argv=[sys.executable, str(script)], environment={"PYTHONPATH": str(PEERS)})
     other = Part(host=net["two"], argv=[sys.executable, "-c", OTHER], environment={})
     peer = SpreadPeer("fake", asked=asked, other=other)
+    assert comes_true(lambda: "last words" in (LOGS / "fake-other.log").read_text())
     yield peer
     peer.close()
 
@@ -194,11 +199,40 @@ def gguf(tmp_path: Path) -> Path:
     return file
 
 
+FIRST_TOKENS = """
+import json, sys
+import llama_cpp.llama_cpp as llama
+import llamacpp_peer, llamacpp_rpc_peer
+from peer_protocol import prompts
+settings = json.loads(sys.argv[2])
+llama.llama_backend_init()
+params, kept = llamacpp_rpc_peer.parameters(settings) if settings else (llama.llama_model_default_params(), None)
+model = llama.llama_model_load_from_file(sys.argv[1].encode(), params)
+case = {"phase": "prefill", "num_tokens": 40, "num_sequences": 3, "num_steps": 1, "seed": 5}
+micro_batch = settings and settings["micro_batch"]
+context = llamacpp_peer.Context(model, case, 1, 32000, micro_batch=micro_batch)
+print(json.dumps(context._prefill(prompts(case, 32000))))
+"""
+
+
+def first_tokens(host: Host, gguf: Path, settings: dict[str, Any] | None) -> list[int]:
+    """What llama.cpp makes of three prompts, undivided where there are no settings."""
+    argv = [str(python_of("llamacpp")), "-c", FIRST_TOKENS, str(gguf), json.dumps(settings)]
+    done = host.run(argv, env=os.environ | {"PYTHONPATH": str(PEERS)}, timeout_s=30.0)
+    tokens: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return tokens
+
+
 class TestLlamaCpp:
     pytestmark = emulated
 
     def test_every_step_of_llamacpp_crosses_the_link_in_all_splits(self, net: Lab, gguf: Path) -> None:
-        splits = (Split(remote_layers=1), Split(remote_layers=1, is_output_remote=False), Split(remote_layers=2))
+        splits = (
+            Split(remote_layers=1),
+            Split(remote_layers=1, is_output_remote=False),
+            Halves(split="layer", micro_batch=4),
+            Halves(split="tensor"),
+        )
         with llamacpp_rpc(net, gguf, splits=splits) as opened:
             assert (opened.layouts, opened.left_out) == (tuple(split.name for split in splits), {})
             near = opened.measure(SMALL)
@@ -211,6 +245,22 @@ class TestLlamaCpp:
             assert max(slow) <= batch / (2 * DELAY_S)
             assert near.decode[batch].metric.value > far.decode[batch].metric.value
         assert max(far.prefill[8].samples[splits[0].name]) <= 8 / (2 * DELAY_S)
+
+    def test_all_splits_of_llamacpp_compute_the_same_model(self, net: Lab, gguf: Path) -> None:
+        splits = (
+            Split(remote_layers=1),
+            Split(remote_layers=1, is_output_remote=False),
+            Halves(split="layer", micro_batch=16),
+            Halves(split="tensor"),
+        )
+        undivided = first_tokens(net["one"], gguf, None)
+        for port, split in enumerate(splits, 50052):
+            endpoint = f"{net['two'].address}:{port}"
+            argv = [str(python_of("llamacpp")), str(PEERS / "rpc_server.py"), endpoint, "1"]
+            server = net["two"].popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            assert comes_true(lambda at=port, pid=server.pid: is_listening(pid, net["two"].address, at))
+            settings = split.settings(f"{net['one'].address}:{port}") | {"endpoint": endpoint, "threads": 1}
+            assert first_tokens(net["one"], gguf, settings) == undivided, split
 
     def test_llamacpp_without_its_file_is_unavailable(self, net: Lab, gguf: Path) -> None:
         gguf.unlink()

@@ -34,7 +34,7 @@ def measure_with(params: Any, settings: dict[str, Any]) -> tuple[Measure, dict[s
     vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def measure(case: dict[str, Any]) -> tuple[float, int]:
-        context = Context(model, case, settings["threads"], vocab_size)
+        context = Context(model, case, settings["threads"], vocab_size, micro_batch=settings.get("micro_batch"))
         try:
             return context.measure(case)
         finally:
@@ -46,12 +46,16 @@ def measure_with(params: Any, settings: dict[str, Any]) -> tuple[Measure, dict[s
 class Context:
     """A context and its one batch."""
 
-    def __init__(self, model: int, case: dict[str, Any], threads: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: int, case: dict[str, Any], threads: int, vocab_size: int, *, micro_batch: int | None = None
+    ) -> None:
         tokens = case["num_tokens"] + case["num_steps"] + 1
         params = llama.llama_context_default_params()
         params.n_seq_max = case["num_sequences"]
         params.n_ctx = -(-tokens // _STREAM_STEP) * _STREAM_STEP * case["num_sequences"]
         params.n_batch = _BATCH
+        if micro_batch is not None:
+            params.n_ubatch = micro_batch
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = False
         self._context = llama.llama_init_from_model(model, params)
