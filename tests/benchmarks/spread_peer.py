@@ -35,7 +35,7 @@ class Part:
 class SpreadPeer:
     """Both parts of a peer, frozen except in its turns.
 
-    A driver that is killed leaves its frozen parts to the next lab, which removes them.
+    It is opened in the driver's main thread: peers are killed when the thread that started them ends.
 
     Args:
         name: of the engine and its layout, for the logs.

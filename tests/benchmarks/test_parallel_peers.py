@@ -24,6 +24,7 @@ from tests.netlab.requirements import missing
 from tests.netlab.specs import HostSpec, LinkConditions
 
 PEERS = Path(__file__).parent / "peers"
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = Work(batches=(1, 2), prompts=(8,), num_steps=3, context=4, repeats=2)
 DELAY_S = 0.02
 emulated = [
@@ -121,13 +122,27 @@ def net() -> Iterator[Lab]:
 
 FAKE = """
 import sys, time
-from peer_protocol import serve
+from peer_protocol import end_with_parent, serve
+
+end_with_parent()
 
 def measure(case):
     time.sleep(60.0 if case["num_steps"] == 2 else 0.0)
     return 0.5, case["num_steps"]
 
 sys.exit(serve(lambda settings: (measure, {"fake": "1"})))
+"""
+DRIVER = """
+import sys
+from tests.benchmarks.spread_peer import Part, SpreadPeer
+from tests.netlab.lab import lab
+from tests.netlab.specs import HostSpec
+with lab(HostSpec(name="one"), HostSpec(name="two")) as net:
+    asked, other = (Part(host=net[name], argv=[sys.executable, sys.argv[1]], environment={}) for name in ("one", "two"))
+    peer = SpreadPeer("fake", asked=asked, other=other)
+    peer.load(model="any")
+    print("loaded", flush=True)
+    sys.stdin.read()
 """
 OTHER = "import sys; print('last words', flush=True); sys.stdin.read(); sys.exit(3)"
 
@@ -179,7 +194,22 @@ class TestParts:
         with pytest.raises(PeerFailed, match=r"part on two ended with exit code -9.*last words"):
             spread.measure(Case(phase="decode", num_tokens=1, num_sequences=1, num_steps=2), 0)
 
-    def test_a_server_that_ends_before_it_listens_is_a_failure(self, net: Lab, tmp_path: Path) -> None:
+    def test_frozen_parts_of_a_killed_driver_end(self, tmp_path: Path) -> None:
+        (tmp_path / "fake_peer.py").write_text(FAKE)
+        argv = [sys.executable, "-c", DRIVER, str(tmp_path / "fake_peer.py")]
+        env = os.environ | {"PYTHONPATH": f"{PEERS}:{REPOSITORY}"}
+        with subprocess.Popen(argv, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as driver:
+            assert driver.stdout is not None and driver.stdout.readline() == "loaded\n"
+            children = psutil.Process(driver.pid).children()
+            frozen = [one for one in children if "fake_peer.py" in " ".join(one.cmdline())]
+            driver.kill()
+        assert len(frozen) == 2
+        assert comes_true(lambda: not any(one.is_running() for one in frozen))
+
+    def test_a_server_that_ends_before_it_listens_is_a_failure(
+        self, net: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
         argv = [sys.executable, "-c", "import sys; sys.exit('no such address')"]
         part = Part(host=net["two"], argv=argv, environment={})
         with pytest.raises(PeerFailed, match=r"part on two ended with exit code 1.*no such address"):

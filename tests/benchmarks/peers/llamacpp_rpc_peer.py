@@ -22,7 +22,7 @@ from typing import Any
 
 import llama_cpp.llama_cpp as llama
 from llamacpp_peer import Failed, measure_with
-from peer_protocol import Measure, serve
+from peer_protocol import Measure, end_with_parent, serve
 
 _LIBRARIES = Path(llama.__file__).parent / "lib"
 _SERVER = Path(__file__).resolve().parent / "rpc_server.py"
@@ -104,4 +104,5 @@ def _function(library: str, name: str) -> Any:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(serve(load))

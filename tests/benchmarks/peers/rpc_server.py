@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import llama_cpp
+from peer_protocol import end_with_parent
 
 _LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 
@@ -22,6 +23,7 @@ def end_with_input() -> None:
 
 
 def main(endpoint: str, threads: str) -> None:
+    end_with_parent()
     threading.Thread(target=end_with_input, daemon=True).start()
     cpu, base, rpc = (ctypes.CDLL(str(_LIBRARIES / f"libggml-{name}.so")) for name in ("cpu", "base", "rpc"))
     cpu.ggml_backend_cpu_reg.restype = ctypes.c_void_p

@@ -11,14 +11,21 @@ import sys
 import threading
 from typing import Any
 
-from peer_protocol import Measure, serve
+from peer_protocol import Measure, end_with_parent, serve
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm_peer import arguments, measure_with
 
+# Also in the workers, which import this file.
+end_with_parent()
+# It would be put in the place of ``kv_cache_memory_bytes``.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
 _HOSTS = 2
 _MOST_TOKENS = 2048
+# Of a worker: enough for what is measured, and a machine holds all workers of all modes.
+_KV_BYTES = 256 << 20
 
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
@@ -34,6 +41,7 @@ def spread(settings: dict[str, Any], *, node_rank: int) -> dict[str, Any]:
         "node_rank": node_rank,
         "master_addr": settings["address"],
         "master_port": settings["port"],
+        "kv_cache_memory_bytes": _KV_BYTES,
         "max_num_batched_tokens": _MOST_TOKENS,  # its default is not the same for a worker as for who is asked
     }
 
