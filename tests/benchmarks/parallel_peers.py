@@ -87,8 +87,8 @@ class Halves:
 SPLITS: tuple[Split | Halves, ...] = (
     Split(remote_layers=10),
     Split(remote_layers=11),
-    Split(remote_layers=12),
     Split(remote_layers=12, is_output_remote=False),
+    Halves(split="layer", micro_batch=64),
     Halves(split="layer", micro_batch=128),
     Halves(split="tensor"),
 )
@@ -101,7 +101,8 @@ def llamacpp_rpc(
 ) -> Iterator[Engine]:
     """llama.cpp, one thread a side: the client on the first host, an RPC server on the second.
 
-    Loading sends the second host its weights through the link: about 1 GB for each split of the 1.1 B shape.
+    Loading sends the second host its weights through the link: about 1 GB for each split of the 1.1 B shape. The
+    weights of a server are its own memory, those of a client alone are the file's.
 
     Raises:
         PeerFailed: no split could be loaded.

@@ -256,13 +256,8 @@ def first_tokens(host: Host, gguf: Path, settings: dict[str, Any] | None) -> lis
 class TestLlamaCpp:
     pytestmark = emulated
 
-    def test_every_step_of_llamacpp_crosses_the_link_in_all_splits(self, net: Lab, gguf: Path) -> None:
-        splits = (
-            Split(remote_layers=1),
-            Split(remote_layers=1, is_output_remote=False),
-            Halves(split="layer", micro_batch=4),
-            Halves(split="tensor"),
-        )
+    def test_every_step_of_llamacpp_crosses_the_link(self, net: Lab, gguf: Path) -> None:
+        splits = (Split(remote_layers=1), Halves(split="layer", micro_batch=4))
         with llamacpp_rpc(net, gguf, splits=splits) as opened:
             assert (opened.layouts, opened.left_out) == (tuple(split.name for split in splits), {})
             near = opened.measure(SMALL)
@@ -276,21 +271,24 @@ class TestLlamaCpp:
             assert near.decode[batch].metric.value > far.decode[batch].metric.value
         assert max(far.prefill[8].samples[splits[0].name]) <= 8 / (2 * DELAY_S)
 
-    def test_all_splits_of_llamacpp_compute_the_same_model(self, net: Lab, gguf: Path) -> None:
-        splits = (
+    @pytest.mark.parametrize(
+        "split",
+        [
             Split(remote_layers=1),
             Split(remote_layers=1, is_output_remote=False),
             Halves(split="layer", micro_batch=16),
             Halves(split="tensor"),
-        )
-        undivided = first_tokens(net["one"], gguf, None)
-        for port, split in enumerate(splits, 50052):
-            endpoint = f"{net['two'].address}:{port}"
-            argv = [str(python_of("llamacpp")), str(PEERS / "rpc_server.py"), endpoint, "1"]
-            server = net["two"].popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            assert comes_true(lambda at=port, pid=server.pid: is_listening(pid, net["two"].address, at))
-            settings = split.settings(f"{net['one'].address}:{port}") | {"endpoint": endpoint, "threads": 1}
-            assert first_tokens(net["one"], gguf, settings) == undivided, split
+        ],
+        ids=lambda split: split.name.replace(" ", "-"),
+    )
+    def test_a_split_of_llamacpp_computes_the_same_model(self, net: Lab, gguf: Path, split: Split | Halves) -> None:
+        address, port = net["two"].address, 50052
+        argv = [str(python_of("llamacpp")), str(PEERS / "rpc_server.py"), f"{address}:{port}", "1"]
+        quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        server = net["two"].popen(argv, **quiet)
+        assert comes_true(lambda: is_listening(server.pid, address, port))
+        settings = split.settings(f"{net['one'].address}:{port}") | {"endpoint": f"{address}:{port}", "threads": 1}
+        assert first_tokens(net["one"], gguf, settings) == first_tokens(net["one"], gguf, None)
 
     def test_llamacpp_without_its_file_is_unavailable(self, net: Lab, gguf: Path) -> None:
         gguf.unlink()
