@@ -30,6 +30,7 @@ import sys, time
 from peer_protocol import end_with_parent, serve
 
 end_with_parent()
+print("up", file=sys.stderr, flush=True)
 
 def measure(case):
     time.sleep(60.0 if case["num_steps"] == 2 else 0.0)
@@ -38,13 +39,16 @@ def measure(case):
 sys.exit(serve(lambda settings: (measure, {"fake": "1"})))
 """
 DRIVER = """
-import sys
+import sys, time
+from tests.benchmarks.engine_peers import LOGS
 from tests.benchmarks.spread_peer import Part, SpreadPeer
 from tests.netlab.lab import lab
 from tests.netlab.specs import HostSpec
 with lab(HostSpec(name="one"), HostSpec(name="two")) as net:
     asked, other = (Part(host=net[name], argv=[sys.executable, sys.argv[1]], environment={}) for name in ("one", "two"))
     peer = SpreadPeer("fake", asked=asked, other=other)
+    while "up" not in (LOGS / "fake-other.log").read_text():
+        time.sleep(0.01)
     peer.load(model="any")
     print("loaded", flush=True)
     sys.stdin.read()
