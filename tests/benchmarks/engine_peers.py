@@ -123,6 +123,10 @@ class Peer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
+    def kill(self) -> None:
+        """At once, so that whoever waits for its answer has PeerFailed. :meth:`close` is called all the same."""
+        self._signal(signal.SIGKILL)
+
     def close(self) -> None:
         """End it and all it started."""
         assert self._process.stdin is not None and self._process.stdout is not None

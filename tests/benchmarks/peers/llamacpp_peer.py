@@ -23,14 +23,18 @@ class Failed(Exception):
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
     llama.llama_backend_init()
-    params = llama.llama_model_default_params()
+    return measure_with(llama.llama_model_default_params(), settings)
+
+
+def measure_with(params: Any, settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
+    """Load the model as ``params`` say. Raises Failed."""
     model = llama.llama_model_load_from_file(settings["model"].encode(), params)
     if model is None:
         raise Failed(f"{settings['model']} cannot be loaded")
     vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def measure(case: dict[str, Any]) -> tuple[float, int]:
-        context = Context(model, case, settings["threads"], vocab_size)
+        context = Context(model, case, settings["threads"], vocab_size, micro_batch=settings.get("micro_batch"))
         try:
             return context.measure(case)
         finally:
@@ -42,12 +46,16 @@ def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
 class Context:
     """A context and its one batch."""
 
-    def __init__(self, model: int, case: dict[str, Any], threads: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: int, case: dict[str, Any], threads: int, vocab_size: int, *, micro_batch: int | None = None
+    ) -> None:
         tokens = case["num_tokens"] + case["num_steps"] + 1
         params = llama.llama_context_default_params()
         params.n_seq_max = case["num_sequences"]
         params.n_ctx = -(-tokens // _STREAM_STEP) * _STREAM_STEP * case["num_sequences"]
         params.n_batch = _BATCH
+        if micro_batch is not None:
+            params.n_ubatch = micro_batch
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = False
         self._context = llama.llama_init_from_model(model, params)

@@ -18,14 +18,22 @@ from vllm.sampling_params import RequestOutputKind
 
 
 def load(settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
-    llm = LLM(
-        model=settings["model"],
-        dtype="bfloat16",
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        max_model_len=settings["max_context"],
-        max_num_seqs=settings["max_sequences"],
-    )
+    return measure_with(LLM(**arguments(settings)), settings)
+
+
+def arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """Of the engine, wherever it runs."""
+    return {
+        "model": settings["model"],
+        "dtype": "bfloat16",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "max_model_len": settings["max_context"],
+        "max_num_seqs": settings["max_sequences"],
+    }
+
+
+def measure_with(llm: LLM, settings: dict[str, Any]) -> tuple[Measure, dict[str, str]]:
     vocab_size = llm.llm_engine.model_config.get_vocab_size()
     numbers = itertools.count()
 
