@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from placement.plan import Part
 from placement.quantization import LinearFormat, loaded_bytes
 from placement.specs import DType, ModelSpec
-from placement.striping import Stripe
+from placement.striping import WHOLE_TOKENS, Stripe
 from placement.weights import shard_tensors
 
 CPU_PROCESS_BYTES = 384 * 2**20
@@ -165,9 +165,10 @@ def workspace_bytes(
 
 def most_own_tokens(stripe: Stripe, *, max_num_seqs: int, token_budget: int) -> int:
     """Tokens of a step that a rank with a stripe computes, at most: its share, and of every sequence's ends as many as
-    it has slots of a block; all decodes.
+    it has slots of a block; or all of chunks that all ranks compute.
     """
-    return min(token_budget, math.ceil(stripe.share * token_budget) + max_num_seqs * max(1, stripe.width))
+    most_ends = max_num_seqs * max(WHOLE_TOKENS, stripe.width)
+    return min(token_budget, math.ceil(stripe.share * token_budget) + most_ends)
 
 
 def exchange_bytes(

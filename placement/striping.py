@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
+WHOLE_TOKENS = 16
+"""Chunks of up to so many tokens, as every decode is, are computed by all ranks, and only their KV is shared: the
+weights that each rank reads take longer than the tokens, and one exchange a layer does.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Stripe:

@@ -1,6 +1,6 @@
 """How a step is spread over ranks that share sequences: which rows each computes, and whose KV they see. Pure.
 
-A chunk of one token, as every decode is, is computed by all ranks: each attends to the KV it has, and one exchange
+A chunk of few tokens, as every decode is, is computed by all ranks: each attends to the KV it has, and one exchange
 gives all of them the whole. Of longer chunks each rank computes the tokens whose KV it holds.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from kernels.attention import PartSpan, SharedSpan, num_slots_of, slots_of
 from placement.exchange import ExchangeSizes
-from placement.striping import Integers, Stripe
+from placement.striping import WHOLE_TOKENS, Integers, Stripe
 from workers.step_types import Batch, SequenceInput
 
 Window = int | None
@@ -45,7 +45,7 @@ def pieces(batch: Batch, stripe: Stripe) -> tuple[Piece, ...]:
     row = 0
     for sequence in batch.sequences:
         stop = sequence.start + sequence.num_tokens
-        is_whole = sequence.num_tokens == 1
+        is_whole = sequence.num_tokens <= WHOLE_TOKENS
         positions = np.arange(sequence.start, stop) if is_whole else stripe.positions(sequence.start, stop)
         result.append(Piece(sequence=sequence, first_row=row, positions=positions, is_whole=is_whole))
         row += len(positions)
@@ -172,7 +172,7 @@ def sizes(
     """What is to be exchanged of the split chunks in a layer, of all kinds of windows the one with most."""
     num_queries, num_seen, num_pairs = 0, 0, 0
     for sequence in batch.sequences:
-        if sequence.num_tokens == 1:
+        if sequence.num_tokens <= WHOLE_TOKENS:
             continue
         stop = sequence.start + sequence.num_tokens
         oldest = min((max(0, sequence.start + 1 - window) if window else 0) for window in windows)

@@ -12,7 +12,7 @@ from kernels.select import Kernels
 from placement.exchange import Exchange, ExchangeSpeeds, choose
 from placement.memory import most_kv_tokens
 from placement.specs import ModelSpec
-from placement.striping import Integers, Stripe
+from placement.striping import WHOLE_TOKENS, Integers, Stripe
 from workers.collectives.group import TensorGroup
 from workers.device import use_device
 from workers.graphs import StepInputs
@@ -88,7 +88,7 @@ class SequenceSharing:
     def _way(self, batch: Batch) -> Exchange:
         if self.forced is not None:
             return self.forced
-        if self.speeds is None or all(sequence.num_tokens == 1 for sequence in batch.sequences):
+        if self.speeds is None or all(sequence.num_tokens <= WHOLE_TOKENS for sequence in batch.sequences):
             return Exchange.TOKEN_RING
         windows = self._model.distinct_windows
         wanted = sizes(batch, self._stripes, windows, query_bytes=self._query_bytes, kv_bytes=self._kv_bytes)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import PartSpan, slots_of
-from placement.striping import Stripe
+from placement.striping import WHOLE_TOKENS, Stripe
 from workers.scoring import ScoredPrompt
 from workers.sequence_parallel.layout import (
     Piece,
@@ -128,15 +128,13 @@ def test_every_query_meets_every_token_it_sees_once(
                 assert len(came) == sum(held)
                 spans = received_spans(everyone[rank], stripes[other], window)
                 pairs += met(spans, rows_of(everyone[rank], split=True), came)
-    # Chunks of one token are computed by all ranks, each with its own KV.
-    whole = [(i, s.start) for i, s in enumerate(batch.sequences) if s.num_tokens == 1]
     expected = Counter(
         (index, position, token)
         for index, sequence in enumerate(batch.sequences)
         for position in range(sequence.start, sequence.start + sequence.num_tokens)
         for token in range(0 if window is None else max(0, position - window + 1), position + 1)
     )
-    assert Counter(pairs) == expected, whole
+    assert Counter(pairs) == expected
 
 
 @given(chunks=CHUNKS, widths=WIDTHS, seed=st.integers(0, 1000))
@@ -147,7 +145,7 @@ def test_every_token_of_a_chunk_is_computed_once_or_by_all(
     everyone = [pieces(batch, stripe) for stripe in stripes_of(widths)]
     for index, sequence in enumerate(batch.sequences):
         computed = Counter(int(p) for its in everyone for p in its[index].positions)
-        times = len(everyone) if sequence.num_tokens == 1 else 1
+        times = len(everyone) if sequence.num_tokens <= WHOLE_TOKENS else 1
         wanted = range(sequence.start, sequence.start + sequence.num_tokens)
         assert computed == dict.fromkeys(wanted, times)
         for stripe in stripes_of(widths):
@@ -176,9 +174,9 @@ def test_every_rank_gets_every_row_that_is_needed(
 
 
 def test_what_is_exchanged_is_counted_for_split_chunks_alone() -> None:
-    batch = make_batch([(50, 1), (20, 10), (0, 4)], seed=0)
+    batch = make_batch([(50, 1), (20, 20), (0, 17), (8, 16)], seed=0)
     found = sizes(batch, stripes_of((6, 2)), (None,), query_bytes=8, kv_bytes=2)
-    assert (found.num_queries, found.num_seen, found.shares) == (14, 34, (0.75, 0.25))
-    assert found.num_pairs == 10 * 20 + 50 + 8
+    assert (found.num_queries, found.num_seen, found.shares) == (37, 57, (0.75, 0.25))
+    assert found.num_pairs == 20 * 20 + 200 + 144
     windowed = sizes(batch, stripes_of((6, 2)), (4,), query_bytes=8, kv_bytes=2)
-    assert windowed.num_seen == 13 + 4
+    assert windowed.num_seen == 23 + 17
