@@ -67,6 +67,7 @@ def take_turns(arms: Arms, repeats: int) -> dict[str, list[float]]:
         turn = repeat % len(names)
         for name in [*names[turn:], *names[:turn]]:
             seconds = arms[name]()
+            print(f"{repeat}/{repeats} {name:>24} {1e3 * seconds:10.2f} ms", flush=True)
             if repeat:
                 taken[name].append(seconds)
     return taken

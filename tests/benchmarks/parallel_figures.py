@@ -65,7 +65,7 @@ def hidden_share(alone: Samples, woven: Samples, silent: Samples) -> Metric | No
     """
     rounds = zip(alone, woven, silent, strict=True)
     shares = [(one - two) / (one - none) for one, two, none in rounds if one > none]
-    return median(shares, "") if shares else None
+    return median(shares, "share") if shares else None
 
 
 def worst(ratios: Mapping[int, Metric]) -> tuple[int, Metric]:
@@ -86,11 +86,11 @@ def loss(samples: Mapping[str, Samples], picked: str) -> Metric:
     """
     best = fastest(samples)
     if picked == best:
-        return Metric(value=0.0, unit="", samples=len(samples[picked]))
+        return Metric(value=0.0, unit="share", samples=len(samples[picked]))
     medians = [statistics.median(samples[name]) for name in (picked, best)]
     losses = [mine / least - 1 for mine, least in zip(samples[picked], samples[best], strict=True)]
     spread = (min(losses), max(losses)) if len(losses) > 1 else None
-    return Metric(value=medians[0] / medians[1] - 1, unit="", samples=len(losses), spread=spread)
+    return Metric(value=medians[0] / medians[1] - 1, unit="share", samples=len(losses), spread=spread)
 
 
 def share_splits(speeds: tuple[float, float]) -> dict[str, tuple[float, float]]:

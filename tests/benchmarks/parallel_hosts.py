@@ -197,6 +197,7 @@ class Cluster:
             process.tell("open", asdict(opening))
         measured, *_ = [process.hear(_OPEN_S) for process in processes]
         replica = Replica(key, plan, processes, measured)
+        print(f"open: {plan.name}", *(f"{name} {text}" for name, text in measured.items() if text), flush=True)
         yield replica
         replica.close()  # not after a failure, when the processes end
 
