@@ -82,6 +82,11 @@ class RankProcess:
         )
         self._heard = b""
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def tell(self, command: str, told: Mapping[str, Any]) -> None:
         """Says something; the answer is to be heard before the next. Raises RankFailed."""
         assert self._process.stdin is not None
@@ -160,6 +165,11 @@ class Cluster:
         self._directory = directory
         self._num_opened = 0
         self._has_gloo = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes, by host."""
+        return [process.pid for process in self._processes]
 
     def set_delay(self, delay_s: float) -> None:
         """One way, from now on. Replicas that are open keep what they measured before."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.benchmarks.bench_parallel import HEADLINE, ITEMS, PEER_KEYS
@@ -101,7 +102,7 @@ def test_decodes_have_slots_of_their_own_in_whole_blocks() -> None:
     assert [len(step.sequences) for step in steps] == [2, 1] * 5
     slots = [set(range(*run)) for step in steps[-2:] for one in step.sequences for run in one.runs]
     assert all(not one & other for one, other in pairwise(slots)) and max(map(max, slots)) < num_slots(work, 16)
-    assert all(one.start % 1 == 0 and min(one.runs)[0] % 16 == 0 for step in steps for one in step.sequences)
+    assert all(one.runs[0][0] % 16 == 0 for step in steps for one in step.sequences)
     assert [step.sequences[0].awaits_token for step in steps[:4]] == [False, False, True, True]
     assert steps[-1].sequences[0].start == 34
 
@@ -161,6 +162,25 @@ def test_every_plan_is_compared_for_every_workload() -> None:
 def test_a_run_is_read_as_it_was_told() -> None:
     told = {"key": "a", "workload": {"phase": "prefill", "num_tokens": 3}, "lanes": "two"}
     assert Run.read(told) == Run(key="a", workload=prefill(3), lanes="two")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif((reason := missing()) is not None, reason=reason or "")
+def test_ranks_end_with_a_driver_that_is_killed() -> None:
+    code = (
+        "import time\n"
+        "from tests.benchmarks.parallel_hosts import cluster\n"
+        "with cluster() as net:\n"
+        "    ports = [process.ask('listen', {})['port'] for process in net._processes]\n"
+        "    print(*net.pids, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        ranks = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
+        driver.kill()
+    assert len(ranks) == 2
+    assert not psutil.wait_procs(ranks, timeout=10)[1]
 
 
 @pytest.mark.integration
