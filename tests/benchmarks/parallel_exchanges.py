@@ -1,6 +1,7 @@
 """Ranks that share sequences: whether the exchange that they choose is the fastest there is."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from placement.exchange import Exchange
@@ -49,10 +50,7 @@ def measure_exchanges(cluster: Cluster, models: Mapping[str, Path], sizes: Sizes
 
 
 def _arms(replica: Replica, work: Workload) -> Arms:
-    def arm(way: Exchange) -> float:
-        return replica.seconds(work, exchange=way.value)
-
-    return {way.value: (lambda way=way: arm(way)) for way in Exchange}
+    return {way.value: partial(replica.seconds, work, exchange=way.value) for way in Exchange}
 
 
 def _table(taken: Mapping[Case, Taken], picked: Mapping[Case, str], losses: Mapping[Case, Metric]) -> Rows:

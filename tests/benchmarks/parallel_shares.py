@@ -2,6 +2,7 @@
 
 import statistics
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from tests.benchmarks.parallel_arms import Arms, Sizes, take_turns
@@ -57,10 +58,7 @@ def measure_shares(cluster: Cluster, model: Path, sizes: Sizes) -> Findings:
 
 
 def _arms(replicas: dict[str, Replica], work: Workload) -> Arms:
-    def arm(replica: Replica) -> float:
-        return replica.seconds(work, lanes="one")
-
-    return {name: (lambda replica=replica: arm(replica)) for name, replica in replicas.items()}
+    return {name: partial(replica.seconds, work, lanes="one") for name, replica in replicas.items()}
 
 
 def _metrics(taken: dict[str, list[float]], best: str) -> dict[str, Metric]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/bench")
@@ -164,6 +164,10 @@ def _draw(curves: Sequence[Curve], picture: Path) -> None:
         ticks = sorted({x for points in curve.lines.values() for x, _ in points})
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
         axis.minorticks_off()
+        heights = [y for points in curve.lines.values() for _, y in points]
+        if max(heights) < 10 * min(heights):  # else there may be no power of ten among them to label
+            axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
     figure.tight_layout()
