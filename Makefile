@@ -6,7 +6,7 @@ PROTO_OUT ?= protos
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-prefix bench-quantization bench-gpu clean
+.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-memory bench-prefix bench-quantization bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -71,6 +71,9 @@ bench-parallel: setup  ## One model over two emulated hosts with delays between 
 
 bench-quantization: setup  ## Perplexity, bytes and speed of 8 and 4 bit weights; writes build/bench/quantization.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_quantization.py $(BENCH_ARGS)
+
+bench-memory: setup  ## Most memory that each rank of a cut model takes, against its plan; writes build/bench/memory.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_memory.py $(BENCH_ARGS)
 
 clean:  ## Remove the virtual environment and build products
 	rm -rf $(VENV) build *.egg-info

@@ -66,7 +66,7 @@ class Turns(Protocol):
 
 
 def fuse(
-    layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str
+    layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str, ladder: bool = False
 ) -> "FusedLayers | None":
     """The layers as one program, or None where a part of them has no compiled code.
 
@@ -76,13 +76,14 @@ def fuse(
         eps: of every norm.
         scale: of the attention's scores.
         activation: of the feed-forward layers, by its name in :class:`placement.specs.ModelSpec`.
+        ladder: see there.
     """
     if "avx512bf16" not in machine_code.cpu_features() or activation not in rows.ACTIVATIONS or head_dim % 32:
         return None
     fused = [layer for layer in map(_supported, layers) if layer is not None]
     if len(fused) < len(layers):
         return None
-    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale, activation=activation)
+    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale, activation=activation, ladder=ladder)
 
 
 def _supported(layer: DecoderLayer) -> Layer | None:
@@ -127,14 +128,17 @@ class _Compiled:
 class FusedLayers:
     """The layers of one decoder. For one thread at a time."""
 
-    def __init__(self, layers: Sequence[Layer], *, head_dim: int, eps: float, scale: float, activation: str) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, head_dim: int, eps: float, scale: float, activation: str, ladder: bool
+    ) -> None:
         """See :func:`fuse`."""
+        self._ladder = ladder
         self._layers = layers
         self._head_dim = head_dim
         self._eps = eps
         self._activation = activation
         self._scale = scale
-        self._buffers = Buffers(layers, head_dim, 0)
+        self._buffers = self._room(0)
         self._programs: OrderedDict[tuple[object, ...], _Compiled] = OrderedDict()
 
     def takes(self, attention: Mapping[Window, AttentionPlan]) -> bool:
@@ -146,7 +150,10 @@ class FusedLayers:
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
             del self._buffers  # first, or both would be there at once
-            self._buffers = Buffers(self._layers, self._head_dim, -(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+            self._buffers = self._room(-(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+
+    def _room(self, num_tokens: int) -> Buffers:
+        return Buffers(self._layers, self._head_dim, num_tokens, ladder=self._ladder)
 
     def run(
         self,
@@ -166,7 +173,7 @@ class FusedLayers:
 
         Args:
             sums: what each attention and feed-forward gives [T, E] is a part of a sum: it is given, and this goes on
-                once the sum is in its place.
+                once the sum is in its place; of a ladder, once the sum before it is.
             attend: attends instead of the program, to KV that other ranks have, too; then there are no plans.
             first_row: of the buffers, where another lane has those before it; it and the spare rows of the products
                 are reserved.
@@ -186,11 +193,12 @@ class FusedLayers:
             buffers.sin[window][:num_tokens] = turn.sin[:, 0]
         kept = self._plan_attention(compiled, buffers, num_threads, caches, attention)
         start = 0
+        num_sums = 0
         for stop, attends_in in self._stops(compiled, sums=sums, attends=attend is not None):
             compiled.program.run(num_threads, start, stop)
             if attends_in is None:
-                yield buffers.update[:num_tokens]
-                start = stop
+                yield self._update(buffers, num_sums)[:num_tokens]
+                start, num_sums = stop, num_sums + 1
             else:
                 assert attend is not None
                 self._attend(attend, attends_in, buffers, caches, num_tokens)
@@ -198,7 +206,15 @@ class FusedLayers:
         if start < len(compiled.program):
             compiled.program.run(num_threads, start)
         del kept  # until here its memory was in use
-        return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
+        if not self._ladder:
+            return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
+        if sums:
+            yield embedded[:0]  # until the last sum is there
+        return buffers.residual[:num_tokens] + buffers.update[:num_tokens] + buffers.later[:num_tokens]
+
+    def _update(self, buffers: Buffers, number: int) -> Tensor:
+        """Where an attention's or a feed-forward's update goes: on a ladder the one before is still to be added."""
+        return buffers.later if self._ladder and number % 2 else buffers.update
 
     def _stops(self, compiled: _Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
         """Where the program stops, and in which layer, where that is for its attention; else for a sum."""
@@ -256,18 +272,19 @@ class FusedLayers:
         made = Program(_WORKS_PER_LAYER * len(self._layers))
         writer = Writer(made, buffers, num_tokens, num_threads, self._head_dim, self._eps)
         attention, sums = [], []
+        attended, fed = self._update(buffers, 0), self._update(buffers, 1)
         for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            writer.norm(layer.attention_norm, adds=index > 0)
+            writer.norm(layer.attention_norm, attended if self._ladder else fed, adds=index > 0)
             writer.product(layer.qkv, buffers.normed, buffers.qkv)
             writer.turn(layer, cache)
             attention.append(made.add(*paged.no_attention(cache)))
-            writer.product(layer.output, buffers.attended, buffers.update)
+            writer.product(layer.output, buffers.attended, attended)
             sums.append(len(made))
             writer.norm_update(layer.attention_post_norm)
-            writer.norm(layer.ffn_norm, adds=True)
+            writer.norm(layer.ffn_norm, fed if self._ladder else attended, adds=index > 0 or not self._ladder)
             writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
             writer.activate(self._activation)
-            writer.product(layer.down, buffers.activated, buffers.update)
+            writer.product(layer.down, buffers.activated, fed)
             sums.append(len(made))
             writer.norm_update(layer.ffn_post_norm)
         return _Compiled(program=made, attention=tuple(attention), sums=tuple(sums))

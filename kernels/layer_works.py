@@ -39,12 +39,14 @@ class Layer:
 class Buffers:
     """Activations of at most ``num_tokens`` tokens; products write whole tiles, beyond the last token."""
 
-    def __init__(self, layers: Sequence[Layer], head_dim: int, num_tokens: int) -> None:
+    def __init__(self, layers: Sequence[Layer], head_dim: int, num_tokens: int, *, ladder: bool) -> None:
+        """``later`` is the place for every other update of a ``ladder``."""
         self.num_tokens = num_tokens
         layer = layers[0]
         self.residual = self._rows(layer.qkv.num_inputs)
         self.normed = self._rows(layer.qkv.num_inputs)
         self.update = self._rows(layer.qkv.num_inputs)
+        self.later = self._rows(layer.qkv.num_inputs if ladder else 0)
         self.qkv = self._rows(layer.qkv.num_outputs)
         self.query = self._rows(layer.output.num_inputs)
         self.attended = self._rows(layer.output.num_inputs)
@@ -92,10 +94,10 @@ class Writer:
     head_dim: int
     eps: float
 
-    def norm(self, weight: Tensor, *, adds: bool) -> None:
+    def norm(self, weight: Tensor, update: Tensor, *, adds: bool) -> None:
         """Residual to normed; before, the update to the residual."""
         buffers = self.buffers
-        fields = rows.norm_fields(buffers.update, buffers.residual, weight, buffers.normed, self.eps)
+        fields = rows.norm_fields(update, buffers.residual, weight, buffers.normed, self.eps)
         self._each_row(rows.norm_name(weight, adds=adds), weight.shape[0], fields)
 
     def norm_update(self, weight: Tensor | None) -> None:

@@ -8,17 +8,19 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from orchestrator.config import Config, WorkerConfig
-from orchestrator.config_parallelism import StageConfig
+from orchestrator.config_parallelism import ParallelismConfig, StageConfig
 from orchestrator.config_types import Address
 from orchestrator.launcher.node import available_memory_bytes
 from orchestrator.model_files import read_model_files
+from placement.auto import first_that_fits
 from placement.errors import InvalidConfig
 from placement.hf import saved_dtype
-from placement.layout import ReplicaLayout, StageLayout, one_each
+from placement.layout import ReplicaLayout, StageLayout
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.quantization import Quantization, linear_format
@@ -71,8 +73,8 @@ def preflight(config: Config, *, machine: Machine | None = None, listens: bool =
     _check_environment()
     files = read_model_files(Path(config.model.path))
     cluster, unmeasured = _cluster(config, machine or measure_machine())
-    layouts = _layouts(config, cluster)
-    plan = plan_replicas(
+    make_plan = partial(
+        plan_replicas,
         files.spec,
         cluster,
         dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
@@ -83,8 +85,12 @@ def preflight(config: Config, *, machine: Machine | None = None, listens: bool =
         token_budget=config.serving.token_budget,
         unmeasured=unmeasured,
         linear=linear_format(files.config, Quantization(config.model.quantization)),
-        layouts=layouts,
     )
+    if config.serving.parallelism is None:
+        layouts, plan = first_that_fits(cluster, lambda proposed: make_plan(layouts=proposed))
+    else:
+        layouts = _layouts(config, config.serving.parallelism)
+        plan = make_plan(layouts=layouts)
     if listens:
         _check_listening(config)
     return Checked(
@@ -106,11 +112,8 @@ def measure_machine() -> Machine:
     return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
 
 
-def _layouts(config: Config, cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
+def _layouts(config: Config, parallelism: ParallelismConfig) -> tuple[ReplicaLayout, ...]:
     """The replicas as they are asked for. Workers and the cluster's devices are in the same order."""
-    parallelism = config.serving.parallelism
-    if parallelism is None:
-        return one_each(cluster)
     places = {name: place for place, name in enumerate(config.cluster.worker_names)}
     return tuple(
         ReplicaLayout(stages=tuple(_stage_layout(stage, places) for stage in replica.stages))

@@ -3,6 +3,8 @@
 Owns what is read alike for every family of models. Pure: the caller reads the files.
 """
 
+from dataclasses import replace
+
 from placement.hf_families import family_of
 from placement.hf_rope import context_tokens
 from placement.hf_values import MAX_CONTEXT, Config, flag, positive, refusal, whole_number
@@ -20,6 +22,8 @@ def read_model_spec(config: Config, generation_config: Config | None = None) -> 
     """The model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
 
     Understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
+    ``ladder_residual: true``, which is ours, declares a model that was trained so: see ``ModelSpec.ladder``.
+
     The number type is not part of it: see :func:`saved_dtype`. Nor is how a quantized checkpoint holds its weights,
     which is only checked: see :mod:`placement.quantization`.
 
@@ -53,7 +57,12 @@ def read_model_spec(config: Config, generation_config: Config | None = None) -> 
         tied_embeddings=flag(config, "tie_word_embeddings"),
         eos_token_ids=_eos_token_ids(config, generation_config, vocab_size),
     )
-    return family.complete(model, config)
+    model = family.complete(model, config)
+    if not flag(config, "ladder_residual"):
+        return model
+    if model.post_norms:
+        raise refusal("ladder_residual", True, f"is not known of {architecture}, which norms what it adds")
+    return replace(model, ladder=True)
 
 
 def saved_dtype(config: Config) -> DType:

@@ -76,6 +76,9 @@ def cut(
         InvalidConfig: the layers are not as many as the model's, or a dim cannot be dealt out so; it is named.
     """
     layers = _cut_layers(model, layout.stages, field)
+    if model.ladder and len(layout.stages) > 1:
+        problem = "are stages of a ladder-residual model, whose layers begin before those before them have ended"
+        raise _refusal(f"{field}.stages", len(layout.stages), problem, "Use one stage.")
     for index, stage in enumerate(layout.stages):
         if stage.split == "sequence" and len(stage.devices) > 1 < len(layout.stages):
             problem = "is in a replica of several stages, which share layers only"

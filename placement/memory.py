@@ -184,12 +184,12 @@ def most_kv_tokens(model: ModelSpec, token_budget: int) -> int:
 def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
     """Per token of a step: embedding, residual, its normed copy, block output and result (5E), queries, keys and
     values ((H + 2K) D), turned queries and attention output (2HD), gate, up and what they give (3F), and the input of
-    a product in tiles (E or F), in ``dtype``.
+    a product in tiles (E or F), in ``dtype``; of a ladder one more block output (E).
     """
     num_kv_heads, ffn_size = len(part.kv_heads), len(part.ffn_columns)
     attention = (3 * model.queries_per_kv_head + 2) * num_kv_heads * model.head_dim
     tiles = max(model.hidden_size, ffn_size)
-    return (5 * model.hidden_size + attention + 3 * ffn_size + tiles) * dtype.itemsize
+    return ((6 if model.ladder else 5) * model.hidden_size + attention + 3 * ffn_size + tiles) * dtype.itemsize
 
 
 def sampling_bytes(num_rows: int, vocab_size: int, *, on_cpu: bool) -> int:

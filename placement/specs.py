@@ -63,6 +63,8 @@ class ModelSpec:
         qk_norm: each head's query and key are RMS-normed before they are rotated.
         post_norms: what attention and feed-forward give is normed again before it is added to the residual.
         unit_offset_norms: norms multiply by ``1 + weight``, in float32, where others multiply by ``weight``.
+        ladder: what an attention or feed-forward gives is added to the residual one of them later, so that its sum
+            over ranks has the time of the next to be done (Zhang et al. 2025, Ladder-residual).
         embedding_scale: factor of the embedding's rows, rounded to their number type.
         activation: of the gate; ``gelu_tanh`` is GELU by its tanh approximation.
     """
@@ -86,6 +88,7 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False
+    ladder: bool = False
     unit_offset_norms: bool = False
     embedding_scale: float = 1.0
     activation: Activation = "silu"

@@ -77,7 +77,7 @@ def run_layers(
 
     Args:
         sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
-            given, and this goes on once the sum is in its place.
+            given, and this goes on once the sum is in its place; of a ladder, once the sum before it is.
         first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
     """
     if batch.attend is not None and not len(x):
@@ -96,6 +96,8 @@ def run_layers(
             first_row=first_row,
         )
         return (yield from fused)
+    if model.ladder:
+        return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
     for layer, cache in zip(weights.layers, caches, strict=True):
         if update is None:
             normed = kernels.rms_norm(residual, layer.attention_norm, eps)
@@ -113,6 +115,41 @@ def run_layers(
         if layer.ffn_post_norm is not None:
             update = kernels.rms_norm(update, layer.ffn_post_norm, eps)
     return residual if update is None else residual + update
+
+
+def _run_ladder(
+    model: ModelSpec,
+    weights: DecoderWeights,
+    caches: Sequence[LayerCache],
+    kernels: Kernels,
+    batch: TokenBatch,
+    x: Tensor,
+    *,
+    sums: bool,
+) -> Layers:
+    """As :func:`run_layers`, with each update added one later (Zhang et al. 2025, Ladder-residual)."""
+    residual = x
+    updates: list[Tensor] = []  # the last two, not yet added
+
+    def add_and_norm(residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if len(updates) < 2:
+            return kernels.rms_norm(residual, weight, model.rms_norm_eps), residual
+        return kernels.add_rms_norm(updates.pop(0), residual, weight, model.rms_norm_eps)
+
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        normed, residual = add_and_norm(residual, layer.attention_norm)
+        updates.append(_attend(model, layer, cache, kernels, batch, normed))
+        if sums:
+            yield updates[-1]
+        normed, residual = add_and_norm(residual, layer.ffn_norm)
+        updates.append(_feed_forward(model, layer, kernels, normed))
+        if sums:
+            yield updates[-1]
+    if sums:
+        yield x[:0]  # until the last sum is there
+    for update in updates:
+        residual = residual + update
+    return residual
 
 
 def _attend_for_others(

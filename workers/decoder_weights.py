@@ -91,6 +91,7 @@ def assemble(model: ModelSpec, part: Part, tensors: dict[str, Tensor], kernels: 
             eps=model.rms_norm_eps,
             scale=attention_scale(model),
             activation=model.activation,
+            ladder=model.ladder,
         ),
     )
 

@@ -112,7 +112,7 @@ class Membership:
         if sharing is not None:
             sharing.measure()
             logger.info("sequence_sharing %s", sharing.speeds)
-        elif self.group.sums:
+        elif self.group.sums and runner.can_weave:
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
 

@@ -26,7 +26,7 @@ from workers.sequence_parallel.exchange import StepExchange
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.step_layout import Prepared, SideBySide, StepLayout, send_integers
 from workers.step_types import Batch, NoTeam, SequenceInput, StepResult, Team
-from workers.weaving import Layers, run_alone, run_woven
+from workers.weaving import Layers, run_alone, run_ladder, run_woven
 
 
 class ModelRunner:
@@ -85,6 +85,11 @@ class ModelRunner:
     def vocab_size(self) -> int:
         """V."""
         return self._model.vocab_size
+
+    @property
+    def can_weave(self) -> bool:
+        """Whether steps may be computed in lanes: the sums of a ladder hide without."""
+        return not self._model.ladder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +232,10 @@ class ModelRunner:
         """The last layer's output [T, E]."""
         if x is None:
             x = self._embed(inputs)
-        return run_alone(self.run_layers(inputs, x, exchange), self._group.all_reduce)
+        layers = self.run_layers(inputs, x, exchange)
+        if self._model.ladder:
+            return run_ladder(layers, self._group.begin_all_reduce)
+        return run_alone(layers, self._group.all_reduce)
 
     def _hidden_woven(self, prepared: Prepared, x: Tensor | None) -> Tensor:
         """The last layer's output [T, E], in two lanes."""

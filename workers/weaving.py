@@ -2,7 +2,8 @@
 
 Tokens in two lanes are computed in turn: while the sum of one lane's update goes over the wire, the other lane is
 computed (TokenWeave, Gond et al. 2025). The lane of the earlier tokens goes first, since the later attend to them.
-Woven or not, all numbers are the same: what is computed of a token does not depend on the tokens beside it.
+Woven or not, all numbers are the same: what is computed of a token does not depend on the tokens beside it. A ladder
+needs no lanes: it computes an attention or feed-forward while the sum of the one before it is on its way.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -23,6 +24,27 @@ def run_alone(layers: Layers, reduce: Callable[[Tensor], None]) -> Tensor:
             output: Tensor = ended.value
             return output
         reduce(update)
+
+
+def run_ladder(layers: Layers, begin: Callable[[Tensor], "Future[None]"]) -> Tensor:
+    """Runs layers that need each sum one update later than it begins.
+
+    Args:
+        begin: begins a sum, behind those that were begun before.
+
+    Raises:
+        What a sum raises.
+    """
+    before: Future[None] | None = None
+    while True:
+        try:
+            begun = begin(next(layers))
+        except StopIteration as ended:
+            output: Tensor = ended.value
+            return output
+        if before is not None:
+            before.result()
+        before = begun
 
 
 def run_woven(lanes: Sequence[Layers], begin: Callable[[Tensor], "Future[None]"]) -> list[Tensor]:

@@ -65,7 +65,7 @@ def test_make_demo_streams_an_answer_and_leaves_nothing() -> None:
 def test_serve_and_every_command_that_talks_to_it() -> None:
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 10
+    assert len(rest) == 11
     with Command(shell(SERVE), env=ENV) as service:
         service.wait_for(f"event=serving model=demo address={ADDRESS}")
         for command in rest:

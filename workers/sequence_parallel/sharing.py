@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, Run, num_slots
+from kernels.attention import LayerCache, Run, last_runs, num_slots
 from kernels.select import Kernels
 from placement.exchange import Exchange, ExchangeSpeeds, choose
 from placement.memory import most_kv_tokens
@@ -209,9 +209,8 @@ class StripedLayout:
         """Where the KV of a piece's tokens goes: the spare slot for what another rank holds."""
         own = stripe.positions(piece.sequence.start, piece.stop)
         slots = np.full(len(piece.positions), self._spare_slot)
-        runs = stripe.runs(piece.sequence.runs)
-        last = np.concatenate([np.empty(0, np.int64), *(np.arange(*run) for run in runs)])
-        slots[np.isin(piece.positions, own)] = last[len(last) - len(own) :]
+        runs = last_runs(stripe.runs(piece.sequence.runs), len(own))
+        slots[np.isin(piece.positions, own)] = [slot for run in runs for slot in range(*run)]
         return slots
 
     def _exchange(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]]) -> StepExchange:

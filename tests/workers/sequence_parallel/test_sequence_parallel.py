@@ -15,7 +15,7 @@ from tests.support.ranks import BLOCK_SIZE, Ranks, ranks
 from workers.runner import ModelRunner
 
 SHARES: dict[str, tuple[int, ...]] = {"even": (1, 1), "3:1": (3, 1), "5:2:1": (5, 2, 1), "zero": (0, 2, 1)}
-NUM_OUTPUTS = 24
+NUM_OUTPUTS = 16
 TOKEN_IDS = [i * 31 % 509 for i in range(120)]
 RUNS = ((8, 128),)
 PROMPTS = {length: [random.Random(length).randrange(509) for _ in range(length)] for length in (1, 17, 70, 5)}
@@ -37,7 +37,15 @@ def answers(oracle: PreTrainedModel) -> list[list[int]]:
     return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS.values()]
 
 
-@pytest.fixture(scope="module", params=[(shares, way) for shares in SHARES for way in Exchange], ids=str)
+CASES = [
+    ("even", Exchange.TOKEN_RING),
+    *(("3:1", way) for way in Exchange),
+    *(("5:2:1", way) for way in Exchange),
+    ("zero", Exchange.RING),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def cut(request: pytest.FixtureRequest, path: Path) -> Iterator[Ranks]:
     shares, way = request.param
     with ranks(path, SHARES[shares], split="sequence", way=way) as made:
