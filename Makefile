@@ -6,7 +6,7 @@ PROTO_OUT ?= protos
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-prefix bench-quantization bench-memory bench-gpu clean
+.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-memory bench-prefix bench-quantization bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench-prefix: setup  ## Decode of 64 sequences over a shared prefix, with and wi
 
 bench-gateway: setup  ## Gateway and engine loop with a null model, 1 to 512 streams; writes build/bench/gateway.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_gateway.py $(BENCH_ARGS)
+
+bench-parallel: setup  ## One model over two emulated hosts with delays between them, as root; writes build/bench/parallel.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_parallel.py $(BENCH_ARGS)
 
 bench-quantization: setup  ## Perplexity, bytes and speed of 8 and 4 bit weights; writes build/bench/quantization.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_quantization.py $(BENCH_ARGS)

@@ -48,6 +48,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 256,
         "max_position_embeddings": 4096,
     },
+    # Few layers of that shape, with 1, 4 and 8 query heads to a KV head: for what depends on that alone.
+    **{
+        f"llama-g{num_queries}": {
+            "hidden_size": 2048,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32 // num_queries,
+            "intermediate_size": 5632,
+            "max_position_embeddings": 4096,
+            "vocab_size": 4096,
+        }
+        for num_queries in (1, 4, 8)
+    },
     "null": {
         "hidden_size": 8,
         "num_hidden_layers": 1,

@@ -1,6 +1,7 @@
 """The one form in which benchmarks report: a JSON file, a table, a PNG where there is a curve, the headline last."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = Path("build/bench")
 _MODEL_NAME = "model name"
 _WIDTH = 140
+_MOST_COLUMNS = 4  # of pictures side by side
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,14 +152,22 @@ def _table(rows: Rows) -> Table:
 
 
 def _draw(curves: Sequence[Curve], picture: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(6 * len(curves), 4.5), squeeze=False)
-    for axis, curve in zip(axes[0], curves, strict=True):
+    num_columns, num_rows = min(len(curves), _MOST_COLUMNS), math.ceil(len(curves) / _MOST_COLUMNS)
+    figsize = (6 * num_columns, 4.5 * num_rows)
+    figure, axes = pyplot.subplots(num_rows, num_columns, figsize=figsize, squeeze=False)
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    for axis, curve in zip(axes.flat, curves, strict=False):
         for name, points in curve.lines.items():
             axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
         axis.set(title=curve.title, xlabel=curve.x_label, ylabel=curve.y_label, xscale="log", yscale="log")
         ticks = sorted({x for points in curve.lines.values() for x, _ in points})
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
         axis.minorticks_off()
+        heights = [y for points in curve.lines.values() for _, y in points]
+        if max(heights) < 10 * min(heights):  # else there may be no power of ten among them to label
+            axis.yaxis.set_major_locator(ticker.MaxNLocator(6))
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
     figure.tight_layout()

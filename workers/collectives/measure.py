@@ -20,6 +20,8 @@ def measure(group: TensorGroup) -> AllReduceTable:
 
     What counts of an algorithm is the best of a few runs, at the rank where it takes longest.
     """
+    # New connections have small windows: whatever outgrew them first would wait for latencies that it has never again.
+    group.run(direct, torch.zeros(MEASURED_BYTES[-1] // 4))
     seconds = torch.tensor([[_measure(group, name, size) for size in MEASURED_BYTES] for name in ALL_REDUCES])
     most_s = slowest(group, seconds.to(torch.float64))
     return fastest({name: row.tolist() for name, row in zip(ALL_REDUCES, most_s, strict=True)})
