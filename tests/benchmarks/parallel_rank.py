@@ -21,7 +21,7 @@ from placement.overlap import OverlapTable
 from tests.benchmarks.parallel_open import OpenRank, open_rank
 from tests.benchmarks.parallel_steps import batches, most_ahead, time_steps
 from tests.benchmarks.parallel_sums import Sums, join_gloo
-from tests.benchmarks.parallel_wire import Opening, Run
+from tests.benchmarks.parallel_wire import Lanes, Opening, Run
 from workers.transport.mesh import listen
 
 # A table by which two lanes pay for every step that can have them.
@@ -35,6 +35,7 @@ class Ranks:
         """``host``: the address that it listens at."""
         self._host = host
         self._ranks: dict[str, OpenRank] = {}
+        self._measured: dict[str, OverlapTable] = {}
         self._listener: socket.socket | None = None
 
     def listen(self) -> dict[str, Any]:
@@ -77,34 +78,26 @@ class Ranks:
         """Times a workload."""
         run = Run.read(told)
         rank, work = self._ranks[run.key], run.workload
-        before = self._force(rank, run)
-        try:
-            steps = batches(work, rank.block_size)
-            ahead = most_ahead(work, rank.num_stages)
-            seconds = time_steps(rank.leading, rank.thread, steps, ahead=ahead, num_warm=work.num_warm)
-        finally:
-            self._unforce(rank, before)
-        return {"seconds": seconds}
+        if rank.sharing is not None:
+            rank.sharing.forced = None if run.exchange is None else Exchange(run.exchange)
+        steps = batches(work, rank.block_size)
+        ahead = most_ahead(work, rank.num_stages)
+        return {"seconds": time_steps(rank.leading, rank.thread, steps, ahead=ahead, num_warm=work.num_warm)}
 
     def choose(self, **told: Any) -> dict[str, Any]:
         """What the leader chooses for the first of its steps."""
         run = Run.read(told)
         rank = self._ranks[run.key]
-        chosen = rank.runner.choose(next(batches(run.workload, rank.block_size)))
-        return {"exchange": chosen.exchange.value, "is_woven": chosen.is_woven}
-
-    def _force(self, rank: OpenRank, run: Run) -> OverlapTable:
-        """Sets what a run says; returns what was measured."""
-        measured = rank.runner.overlap
-        rank.runner.overlap = {"measured": measured, "one": OverlapTable(), "two": _ALWAYS}[run.lanes]
-        if rank.sharing is not None:
-            rank.sharing.forced = None if run.exchange is None else Exchange(run.exchange)
-        return measured
-
-    def _unforce(self, rank: OpenRank, measured: OverlapTable) -> None:
-        rank.runner.overlap = measured
         if rank.sharing is not None:
             rank.sharing.forced = None
+        chosen = rank.runner.choose(next(batches(run.workload, rank.block_size)))
+        return {"exchange": chosen.exchange.value, "is_woven": bool(rank.runner.lay_out(chosen).lanes)}
+
+    def lanes(self, key: str, lanes: Lanes) -> dict[str, Any]:
+        """In how many lanes steps are computed from now on: all ranks must be told."""
+        measured = self._measured.setdefault(key, self._ranks[key].runner.overlap)
+        self._ranks[key].runner.overlap = {"measured": measured, "one": OverlapTable(), "two": _ALWAYS}[lanes]
+        return {}
 
 
 def main() -> None:
@@ -117,7 +110,7 @@ def main() -> None:
     ranks = Ranks(sys.argv[2])
     commands: dict[str, Callable[..., dict[str, Any]]] = {
         "listen": ranks.listen, "open": ranks.open, "close": ranks.close, "gloo": ranks.gloo, "sums": ranks.sums,
-        "run": ranks.run, "choose": ranks.choose,
+        "run": ranks.run, "choose": ranks.choose, "lanes": ranks.lanes,
     }  # fmt: skip
     for line in sys.stdin:
         ((name, told),) = json.loads(line).items()

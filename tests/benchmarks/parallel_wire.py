@@ -5,6 +5,7 @@
     {"close": {"key"}}                   {}                    followers first
     {"gloo": {"meeting", "rank", "num_ranks"}}   {}            at all ranks at once
     {"sums": {"key", "way"}}             {}                    at all ranks, between steps
+    {"lanes": {"key", "lanes"}}          {}                    at all ranks, between steps
     {"run": Run}                         {"seconds"}           at the leader
     {"choose": Run}                      {"exchange", "is_woven"}           what the leader would do
 
@@ -18,6 +19,7 @@ from placement.layout import Split
 from tests.benchmarks.parallel_steps import Workload
 
 Lanes = Literal["measured", "one", "two"]
+"""In which steps are computed: as the ranks measured, or always one, or two where they can be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +53,11 @@ class Run:
     """A workload at a leader.
 
     Attributes:
-        lanes: in which prefills are computed: as the ranks measured, or always one, or two.
         exchange: the way that ranks which share sequences are to take; None: the one they choose.
     """
 
     key: str
     workload: Workload
-    lanes: Lanes = "measured"
     exchange: str | None = None
 
     @classmethod
