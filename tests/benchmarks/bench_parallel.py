@@ -91,7 +91,7 @@ def ours(net: Cluster, models: Models, sizes: Sizes) -> Findings:
 def llamacpp(net: Cluster, models: Models, sizes: Sizes) -> Findings:
     """Ours beside llama.cpp over RPC."""
     model = checkpoint(models.main)
-    return compare_llamacpp(net, model, model.with_suffix(".gguf"), sizes)
+    return compare_llamacpp(net, model, model.parent / f"{model.name}.gguf", sizes)
 
 
 def vllm(net: Cluster, models: Models, sizes: Sizes) -> Findings:

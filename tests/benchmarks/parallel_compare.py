@@ -18,12 +18,18 @@ from tests.benchmarks.parallel_arms import Sizes, prefill
 from tests.benchmarks.parallel_figures import Findings, delay_name, merged
 from tests.benchmarks.parallel_hosts import Cluster
 from tests.benchmarks.parallel_ours import OurPlans, our_plans
-from tests.benchmarks.parallel_peers import LLAMACPP, VLLM, llamacpp_rpc, vllm_hosts
+from tests.benchmarks.parallel_peers import LLAMACPP, VLLM, Halves, Split, llamacpp_rpc, vllm_hosts
 from tests.benchmarks.parallel_steps import Workload
 from tests.benchmarks.report import Metric, Rows
 from tests.benchmarks.spread_engine import Engine, Rates
 
 KEYS = {LLAMACPP: "llamacpp_rpc", VLLM: "vllm"}
+# Of all that were tried, those that were best in some case: each takes its turn in every round.
+LLAMACPP_LAYOUTS = (
+    Split(remote_layers=11),
+    Halves(split="layer", micro_batch=64),
+    Halves(split="tensor"),
+)
 Rate = Mapping[str, Sequence[float]]  # tokens a second by plan or layout, one for each repeat
 
 
@@ -35,7 +41,7 @@ def tokens_of(work: Workload) -> int:
 def compare_llamacpp(net: Cluster, model: Path, gguf: Path, sizes: Sizes) -> Findings:
     """``decode_vs_llamacpp_rpc``, ``prefill_vs_llamacpp_rpc``: the least of all delays and workloads."""
     try:
-        with llamacpp_rpc(net.net, gguf) as peer:
+        with llamacpp_rpc(net.net, gguf, splits=LLAMACPP_LAYOUTS) as peer:
             return compare(net, model, peer, sizes)
     except PeerFailed as error:
         return _left_out(LLAMACPP, str(error))

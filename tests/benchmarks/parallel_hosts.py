@@ -136,17 +136,21 @@ class Replica:
 
     def seconds(self, workload: Workload, *, lanes: Lanes = "measured", exchange: str | None = None) -> float:
         """Of a workload; of decodes, of each step of a sequence. Raises RankFailed."""
-        if lanes != self._lanes:
-            for process in self._processes:
-                process.ask("lanes", {"key": self._key, "lanes": lanes})
-            self._lanes = lanes
+        self._set_lanes(lanes)
         run = Run(key=self._key, workload=workload, exchange=exchange)
         answer = self._processes[0].ask("run", asdict(run), _RUN_S)
         return float(answer["seconds"]) / workload.num_timed
 
     def choice(self, workload: Workload) -> dict[str, Any]:
         """How the leader would have it computed: ``exchange`` and ``is_woven``. Raises RankFailed."""
+        self._set_lanes("measured")
         return self._processes[0].ask("choose", asdict(Run(key=self._key, workload=workload)))
+
+    def _set_lanes(self, lanes: Lanes) -> None:
+        if lanes != self._lanes:
+            for process in self._processes:
+                process.ask("lanes", {"key": self._key, "lanes": lanes})
+            self._lanes = lanes
 
     def set_sums(self, way: Sums) -> None:
         """Who sums from now on. Raises RankFailed."""
