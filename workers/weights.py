@@ -32,7 +32,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 64 << 20
-_MOST_MAPPED = 64 << 20  # numbers of a checkpoint
+_MOST_MAPPED = 16 << 20  # numbers of a checkpoint
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 _FIX_COPY = "Copy the model's files again."
 _FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
