@@ -4,6 +4,7 @@ The planner, which weighs layouts against each other by measured speed, is to ta
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 from placement.errors import HeterodyneError, NotEnoughMemory
 from placement.layout import ReplicaLayout, StageLayout, one_each
@@ -23,20 +24,17 @@ def first_that_fits(cluster: ClusterSpec, plan: Callable[[Layouts], Plan]) -> tu
         NotEnoughMemory: nothing fits: what was wrong with a replica on each device.
         HeterodyneError: what else ``plan`` raises for that.
     """
-    first: HeterodyneError | None = None
-    for layouts in candidates(cluster):
-        try:
+    simplest, *others = candidates(cluster)
+    try:
+        return simplest, plan(simplest)
+    except NotEnoughMemory as error:
+        if error.field != "model.path":  # smaller KV blocks would do, which is for the user to say
+            raise
+        refused = error
+    for layouts in others:
+        with suppress(HeterodyneError):  # it does not fit either, or this model cannot be cut so
             return layouts, plan(layouts)
-        except NotEnoughMemory as error:
-            first = first or error
-            if error.field != "model.path":  # smaller KV blocks would do, which is for the user to say
-                break
-        except HeterodyneError as error:  # a cut that this model does not have
-            first = first or error
-            if first is error:
-                break
-    assert first is not None, "there is always a candidate"
-    raise first
+    raise refused
 
 
 def candidates(cluster: ClusterSpec) -> Iterator[Layouts]:

@@ -203,7 +203,7 @@ class ControllerShell:
         request = self._settings.load_request(
             command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
         )
-        rank = {"replica": command.replica, "epoch": command.epoch, "rank": command.shard.rank}
+        replica, epoch, rank = command.replica, command.epoch, command.shard.rank
         timeout_s = self._settings.load_timeout_s
         async with grpc.aio.insecure_channel(command.address, options=_CHANNEL_OPTIONS) as channel:
             stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
@@ -211,10 +211,11 @@ class ControllerShell:
                 async for progress in stub.Load(request, timeout=timeout_s):
                     if progress.phase == worker_pb2.LOAD_PHASE_READY:
                         sums = wire.measured_sums(progress.sums)
-                        await self.dispatch(events.RankLoaded(sums=sums, **rank))  # type: ignore[arg-type]
+                        await self.dispatch(events.RankLoaded(replica=replica, epoch=epoch, rank=rank, sums=sums))
                     else:
-                        loaded_bytes = progress.loaded_bytes
-                        await self.dispatch(events.RankProgress(loaded_bytes=loaded_bytes, **rank))  # type: ignore[arg-type]
+                        size = progress.loaded_bytes
+                        event = events.RankProgress(replica=replica, epoch=epoch, rank=rank, loaded_bytes=size)
+                        await self.dispatch(event)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     late = f"did not load within launch.load_timeout_s = {timeout_s:g} s; raise it or check the disk"

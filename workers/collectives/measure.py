@@ -12,7 +12,7 @@ from workers.collectives.group import TensorGroup
 _RUNS = 3
 # Ranks begin up to a latency apart, which one sum hands on to the next: a single pairwise exchange then takes one rank
 # nothing and the other two latencies, as long as the star takes. Two in a row take both of them two.
-_IN_A_ROW = 2
+IN_A_ROW = 2
 
 
 def measure(group: TensorGroup) -> AllReduceTable:
@@ -33,9 +33,9 @@ def _measure(group: TensorGroup, name: str, num_bytes: int) -> float:
     for _ in range(_RUNS):
         group.run(direct, torch.zeros(1))  # all begin together
         began_s = time.monotonic()
-        for _ in range(_IN_A_ROW):
+        for _ in range(IN_A_ROW):
             group.run(ALL_REDUCES[name], x)
-        best_s = min(best_s, (time.monotonic() - began_s) / _IN_A_ROW)
+        best_s = min(best_s, (time.monotonic() - began_s) / IN_A_ROW)
     return best_s
 
 

@@ -12,10 +12,9 @@ from kernels.select import Kernels
 from placement.exchange import ExchangeSpeeds
 from placement.specs import ModelSpec
 from workers.collectives.group import TensorGroup
+from workers.collectives.measure import IN_A_ROW
 
 _RUNS = 3
-# Ranks begin up to a latency apart, so that one exchange may take one of them nothing, and the other two latencies.
-_IN_A_ROW = 2
 _BYTES = 1 << 21
 _NUM_QUERIES, _NUM_TOKENS = 64, 1024
 
@@ -29,8 +28,8 @@ def measure_speeds(
     """
     large = torch.zeros(_BYTES, dtype=torch.uint8)
     _rounds(group, large)  # connections begin slowly
-    latency_s = _best(lambda: _rounds(group, torch.zeros(1, dtype=torch.uint8))) / _IN_A_ROW
-    moved_s = max(_best(lambda: _rounds(group, large)) / _IN_A_ROW - latency_s, 1e-9)
+    latency_s = _best(lambda: _rounds(group, torch.zeros(1, dtype=torch.uint8))) / IN_A_ROW
+    moved_s = max(_best(lambda: _rounds(group, large)) / IN_A_ROW - latency_s, 1e-9)
     attended_s, call_s = _attention_s(model, kernels, dtype, device)
     mine = torch.tensor([latency_s, moved_s, _NUM_QUERIES * _NUM_TOKENS / attended_s, call_s], dtype=torch.float64)
     everyone = _gather(group, mine)
@@ -55,7 +54,7 @@ def _best(run: Callable[[], None]) -> float:
 def _rounds(group: TensorGroup, x: Tensor) -> None:
     """Everyone gives to the next rank, and takes from the one before, a few times."""
     after, before = (group.rank + 1) % group.num_ranks, (group.rank - 1) % group.num_ranks
-    for _ in range(_IN_A_ROW):
+    for _ in range(IN_A_ROW):
         group.exchange({after: x}, {before: torch.empty_like(x)})
 
 

@@ -1,7 +1,7 @@
 """A rank's side of sharing sequences with others: lays its part of steps out, and meets the others in every layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class SequenceSharing:
 
     def choose(self, batch: Batch) -> Batch:
         """The batch, with the way of exchanging that suits it. At the leader, who tells the others."""
-        return Batch(sequences=batch.sequences, shared=batch.shared, exchange=self._way(batch))
+        return replace(batch, exchange=self._way(batch))
 
     def _way(self, batch: Batch) -> Exchange:
         if self.forced is not None:
