@@ -48,8 +48,8 @@ class OverlapTable:
 
 
 def first_lane(num_tokens: int) -> int:
-    """Tokens of the first of two lanes: half of them, rounded up to what suits the kernels."""
-    return -(-num_tokens // (2 * LANE_TOKENS)) * LANE_TOKENS
+    """Tokens of the first of two lanes: half of them, rounded to what suits the kernels."""
+    return (num_tokens + LANE_TOKENS) // (2 * LANE_TOKENS) * LANE_TOKENS
 
 
 def measured_sizes(token_budget: int) -> Sequence[int]:

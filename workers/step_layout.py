@@ -129,13 +129,13 @@ class SideBySide:
         )
 
     def _lanes(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
-        """The first tokens, all decodes among them, and the others, on the memory of ``inputs``."""
+        """The first tokens and the others, on the memory of ``inputs``."""
         assert can_weave(batch), batch
         middle = first_lane(batch.num_tokens)
         lanes = []
         for start, stop in ((0, middle), (middle, batch.num_tokens)):
             its_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
-            shared = _among_first(batch.shared, batch.num_decodes) if start == 0 else ()
+            shared = _within(batch.shared, spans, start, stop)
             rows = slice(start, stop)
             lanes.append(
                 StepInputs(
@@ -170,19 +170,25 @@ class SideBySide:
 
 
 def can_weave(batch: Batch) -> bool:
-    """Whether two lanes can share the batch: both have enough tokens, and the first has all the decodes."""
-    middle = first_lane(batch.num_tokens)
-    return batch.num_decodes <= middle and batch.num_tokens - middle >= LANE_TOKENS
+    """Whether two lanes can share the batch: both have enough tokens."""
+    return batch.num_tokens - first_lane(batch.num_tokens) >= LANE_TOKENS
 
 
-def _among_first(shared: Sequence[SharedSpan], count: int) -> tuple[SharedSpan, ...]:
-    """What the first so many sequences have in common: one that computes a single token may be behind them, too."""
-    among = (
-        replace(span, members=tuple(m for m in span.members if m < count))
-        for span in shared
-        if min(span.members) < count
-    )
-    return tuple(span for span in among if len(span.members) > 1)
+def _within(
+    shared: Sequence[SharedSpan], spans: Sequence[SequenceSpan], start: int, stop: int
+) -> tuple[SharedSpan, ...]:
+    """What sequences of rows ``[start, stop)`` have in common, numbered from the first that has a row there.
+
+    Members compute a single token each, so that all of theirs is in one lane.
+    """
+    before = sum(span.query_start + span.num_queries <= start for span in spans)
+    found = []
+    for common in shared:
+        assert all(spans[member].num_queries == 1 for member in common.members), common
+        members = tuple(member - before for member in common.members if start <= spans[member].query_start < stop)
+        if len(members) > 1:
+            found.append(replace(common, members=members))
+    return tuple(found)
 
 
 def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:

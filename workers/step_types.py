@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Protocol
 
 from kernels.attention import Run, SharedSpan
@@ -56,11 +55,6 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens of all chunks."""
         return sum(sequence.num_tokens for sequence in self.sequences)
-
-    @property
-    def num_decodes(self) -> int:
-        """Chunks of one token before the first of more."""
-        return sum(1 for _ in takewhile(lambda sequence: sequence.num_tokens == 1, self.sequences))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,8 +30,8 @@ def test_nothing_is_woven_before_anything_is_measured() -> None:
 def test_lanes_are_halves_of_whole_tiles(num_tokens: int) -> None:
     first = first_lane(num_tokens)
     assert first % LANE_TOKENS == 0
-    assert 0 <= first - num_tokens / 2 < LANE_TOKENS
-    assert first < num_tokens
+    assert abs(first - num_tokens / 2) <= LANE_TOKENS / 2
+    assert min(first, num_tokens - first) >= LANE_TOKENS
 
 
 def test_sizes_are_measured_up_to_the_budget() -> None:

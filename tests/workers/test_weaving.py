@@ -144,8 +144,39 @@ def test_the_leader_weaves_only_steps_that_lanes_can_share(llama_checkpoint: Cal
 
         assert not is_woven(100)  # nothing is measured yet
         runner.overlap = ALWAYS
-        assert is_woven(100) and is_woven(*[1] * 20, 80)
-        assert not is_woven(20) and not is_woven(*[1] * 70) and not is_woven(65)
+        assert is_woven(100) and is_woven(*[1] * 20, 80) and is_woven(*[1] * 64) and is_woven(65)
+        assert not is_woven(20) and not is_woven(*[1] * 63)
+
+
+def test_decodes_of_both_lanes_share_what_they_have_in_common(llama_checkpoint: Callable[..., Path]) -> None:
+    """Seventy decodes: thirty share a prefix, most of them in the first lane, and the last thirty another."""
+    prefixes = ((0, 1024), (1024, 2048))
+    members = ((*range(29), 39), tuple(range(40, 70)))
+    shared = tuple(
+        SharedSpan(members=its, first_token=0, num_tokens=1024, runs=(prefix,))
+        for its, prefix in zip(members, prefixes, strict=True)
+    )
+    sequences = []
+    for at in range(70):
+        own = (2048 + 8 * at, 2048 + 8 * at + 1)
+        runs = (prefixes[0], own) if at in members[0] else (prefixes[1], own) if at in members[1] else (own,)
+        scored = ScoredPrompt(first_index=1025, token_ids=[1], num_top=509) if len(runs) == 2 else None
+        start = 1024 if len(runs) == 2 else 0
+        sequences.append(SequenceInput(token_ids=[7 + at], start=start, runs=runs, scored=scored))
+    batch = Batch(sequences=tuple(sequences), shared=shared)
+    with ranks(llama_checkpoint(max_position_embeddings=2048), (1, 1)) as cut:
+        found = []
+        for always in (False, True):
+            woven(cut, always=always)
+            for prefix, first in zip(prefixes, (3, 7), strict=True):
+                cut.log_probs([first + at % 500 for at in range(1024)], (prefix,))
+            lanes = cut.runner(0).lay_out(batch).lanes
+            assert [len(lane.token_ids) for lane in lanes] == ([32, 38] if always else [])
+            found.append({at: dict(scores.top[0]) for at, scores in cut.prepare(batch)().scores.items()})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 60
+    for at, alone in found[0].items():
+        assert alone.keys() == found[1][at].keys()
+        assert all(abs(alone[token] - found[1][at][token]) < 1e-4 for token in alone), at
 
 
 def test_a_prompt_of_which_one_token_is_left_shares_with_decodes_of_the_other_lane(
