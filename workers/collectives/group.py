@@ -60,7 +60,6 @@ class TensorGroup:
         """How many ranks there are, with this one."""
         return len(self._links) + 1
 
-    @torch.inference_mode()  # of the calling thread
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
         if not x.numel() or self.num_ranks == 1:
@@ -75,7 +74,11 @@ class TensorGroup:
 
         All ranks begin the same in the same order, and until all of it is done call nothing else.
         """
-        return self._beside.submit(self.all_reduce, x)
+        return self._beside.submit(self._all_reduce_beside, x)
+
+    @torch.inference_mode()  # the step's tensors were made in it, and each thread has its own
+    def _all_reduce_beside(self, x: Tensor) -> None:
+        self.all_reduce(x)
 
     def begin_exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Future[None]:
         """As :meth:`exchange`, and :meth:`begin_all_reduce`."""

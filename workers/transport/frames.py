@@ -52,7 +52,7 @@ def header(kind: Kind, payload: memoryview, *, epoch: int, number: int) -> bytes
     return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields)))
 
 
-def parse(data: bytes, *, epoch: int, number: int) -> Header:
+def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
     """What :func:`header` wrote.
 
     Args:
@@ -65,7 +65,7 @@ def parse(data: bytes, *, epoch: int, number: int) -> Header:
     """
     magic, kind, its_epoch, its_number, length = _FIELDS.unpack_from(data)
     if magic != _MAGIC or kind not in Kind._value2member_map_:
-        raise BadFrame(f"no frame begins with {data[:8]!r}")
+        raise BadFrame(f"no frame begins with {bytes(data[:8])!r}")
     if its_epoch != epoch:
         raise BadFrame(f"a frame of epoch {its_epoch} is fenced: this replica is at epoch {epoch}")
     if its_number != number:
@@ -73,6 +73,6 @@ def parse(data: bytes, *, epoch: int, number: int) -> Header:
     return Header(
         kind=Kind(kind),
         length=length,
-        fields=data[: _FIELDS.size],
+        fields=bytes(data[: _FIELDS.size]),
         checksum=_CHECKSUM.unpack_from(data, _FIELDS.size)[0],
     )

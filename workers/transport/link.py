@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from workers.transport.errors import BadFrame, PeerFailed
-from workers.transport.frames import HEADER_BYTES, Kind, header, parse
+from workers.transport.frames import HEADER_BYTES, Header, Kind, header, parse
 
 MAX_MESSAGE_BYTES = 64 << 20
 """Of a frame whose length the receiver does not know beforehand."""
@@ -87,15 +87,28 @@ class Incoming:
     kind: Kind
     payload: memoryview | None
     max_bytes: int
-    head: bytearray = field(default_factory=lambda: bytearray(HEADER_BYTES))
-    done: int = 0
+    _head: memoryview = field(default_factory=lambda: memoryview(bytearray(HEADER_BYTES)))
+    _header: Header | None = None
+    _done: int = 0  # of the header, then of the payload
 
     def go_on(self) -> bool:
         """Receives what has come; whether that was all."""
-        while self.done < HEADER_BYTES:
-            if not self._read(memoryview(self.head)[self.done :]):
+        if self._header is None:
+            if not self._fill(self._head):
                 return False
-        parsed = parse(bytes(self.head), epoch=self.link.epoch, number=self.link.num_received)
+            self._header, self._done = self._begin(), 0
+        assert self.payload is not None
+        if not self._fill(self.payload):
+            return False
+        self._header.check(self.payload)
+        self.link.num_received += 1
+        if self.kind is Kind.FAILED:
+            raise PeerFailed(self.link.peer, bytes(self.payload).decode(errors="replace"))
+        return True
+
+    def _begin(self) -> Header:
+        """The header, which has come, and a place for what it announces."""
+        parsed = parse(self._head, epoch=self.link.epoch, number=self.link.num_received)
         if parsed.kind is Kind.FAILED and self.kind is not Kind.FAILED:
             self.kind, self.payload = Kind.FAILED, None
         if parsed.kind is not self.kind:
@@ -106,25 +119,20 @@ class Incoming:
             self.payload = memoryview(bytearray(parsed.length))
         if parsed.length != self.payload.nbytes:
             raise BadFrame(f"a {parsed.kind.name} frame has {parsed.length} bytes, not {self.payload.nbytes}")
-        while (got := self.done - HEADER_BYTES) < parsed.length:
-            if not self._read(self.payload[got:]):
-                return False
-        parsed.check(self.payload)
-        self.link.num_received += 1
-        if self.kind is Kind.FAILED:
-            raise PeerFailed(self.link.peer, bytes(self.payload).decode(errors="replace"))
-        return True
+        return parsed
 
-    def _read(self, into: memoryview) -> bool:
-        try:
-            count = self.link.socket.recv_into(into)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise _broken(self.link, error) from error
-        if not count:
-            raise PeerFailed(self.link.peer, "closed its connection")
-        self.done += count
+    def _fill(self, whole: memoryview) -> bool:
+        """Receives what has come of it; whether it is whole."""
+        while self._done < whole.nbytes:
+            try:
+                count = self.link.socket.recv_into(whole[self._done :])
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise _broken(self.link, error) from error
+            if not count:
+                raise PeerFailed(self.link.peer, "closed its connection")
+            self._done += count
         return True
 
 
