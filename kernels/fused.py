@@ -8,7 +8,6 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,13 +15,22 @@ from torch import Tensor
 
 from kernels import machine_code, paged, rows
 from kernels.attention import AttentionPlan, LayerCache
+from kernels.fused_program import (
+    Compiled,
+    Finishes,
+    Settings,
+    compile_finishes,
+    compile_layers,
+    max_works,
+    updates,
+)
 from kernels.layer_works import Buffers, Layer, Window, Writer
 from kernels.linear import Linear, shared
+from kernels.partial import Finish, Partial
 from kernels.program import Program
 
 # Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
 _MOST_PROGRAMS = 128
-_WORKS_PER_LAYER = 15
 # Buffers grow by so many tokens, since every growth costs all programs.
 _ROWS_AT_ONCE = 64
 
@@ -83,7 +91,8 @@ def fuse(
     fused = [layer for layer in map(_supported, layers) if layer is not None]
     if len(fused) < len(layers):
         return None
-    return FusedLayers(fused, head_dim=head_dim, eps=eps, scale=scale, activation=activation, ladder=ladder)
+    settings = Settings(head_dim=head_dim, eps=eps, scale=scale, activation=activation, ladder=ladder)
+    return FusedLayers(fused, settings)
 
 
 def _supported(layer: DecoderLayer) -> Layer | None:
@@ -111,35 +120,16 @@ def _supported(layer: DecoderLayer) -> Layer | None:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Compiled:
-    """The program for a number of tokens.
-
-    Attributes:
-        attention: the number of each layer's attention in it.
-        sums: where the update is a part of a sum, which other ranks have the rest of: two numbers a layer.
-    """
-
-    program: Program
-    attention: tuple[int, ...]
-    sums: tuple[int, ...]
-
-
 class FusedLayers:
     """The layers of one decoder. For one thread at a time."""
 
-    def __init__(
-        self, layers: Sequence[Layer], *, head_dim: int, eps: float, scale: float, activation: str, ladder: bool
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], settings: Settings) -> None:
         """See :func:`fuse`."""
-        self._ladder = ladder
         self._layers = layers
-        self._head_dim = head_dim
-        self._eps = eps
-        self._activation = activation
-        self._scale = scale
+        self._settings = settings
         self._buffers = self._room(0)
-        self._programs: OrderedDict[tuple[object, ...], _Compiled] = OrderedDict()
+        self._programs: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
+        self._finishes: OrderedDict[tuple[int, int, int], Finishes] = OrderedDict()
 
     def takes(self, attention: Mapping[Window, AttentionPlan]) -> bool:
         """Whether plans are of the variant whose attention it runs."""
@@ -149,11 +139,12 @@ class FusedLayers:
         """Memory for steps of so many tokens, or lanes of so many together: not while any is on its way."""
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
+            self._finishes.clear()
             del self._buffers  # first, or both would be there at once
             self._buffers = self._room(-(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
 
     def _room(self, num_tokens: int) -> Buffers:
-        return Buffers(self._layers, self._head_dim, num_tokens, ladder=self._ladder)
+        return Buffers(self._layers, self._settings.head_dim, num_tokens, ladder=self._settings.ladder)
 
     def run(
         self,
@@ -166,14 +157,14 @@ class FusedLayers:
         sums: bool = False,
         attend: Attend | None = None,
         first_row: int = 0,
-    ) -> Generator[Tensor, None, Tensor]:
+    ) -> Generator[Partial, None, Tensor]:
         """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
 
         ``turns`` and ``attention`` have an entry for each window that some layer has.
 
         Args:
-            sums: what each attention and feed-forward gives [T, E] is a part of a sum: it is given, and this goes on
-                once the sum is in its place; of a ladder, once the sum before it is.
+            sums: what each attention and feed-forward gives is a part of a sum: it is given, and this goes on once
+                the sum is in its place, or finished; of a ladder, once the sum before it is.
             attend: attends instead of the program, to KV that other ranks have, too; then there are no plans.
             first_row: of the buffers, where another lane has those before it; it and the spare rows of the products
                 are reserved.
@@ -195,11 +186,14 @@ class FusedLayers:
         kept = self._plan_attention(compiled, buffers, num_threads, caches, attention)
         start = 0
         num_sums = 0
+        partial: Partial | None = None
         for stop, attends_in in self._stops(compiled, sums=sums, attends=attend is not None):
             compiled.program.run(num_threads, start, stop)
             if attends_in is None:
-                yield self._update(buffers, num_sums)[:num_tokens]
-                start, num_sums = stop, num_sums + 1
+                partial = self._partial(buffers, first_row, num_tokens, num_sums)
+                yield partial
+                start = compiled.finished[num_sums] if partial.is_finished else stop
+                num_sums += 1
             else:
                 assert attend is not None
                 self._attend(attend, attends_in, buffers, caches, num_tokens)
@@ -207,17 +201,45 @@ class FusedLayers:
         if start < len(compiled.program):
             compiled.program.run(num_threads, start)
         del kept  # until here its memory was in use
-        if not self._ladder:
+        if partial is not None and partial.is_finished:
+            assert partial.finish is not None
+            return partial.finish.result
+        if not self._settings.ladder:
             return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
         if sums:
-            yield embedded[:0]  # until the last sum is there
+            yield Partial(update=embedded[:0])  # until the last sum is there
         return buffers.residual[:num_tokens] + buffers.update[:num_tokens] + buffers.later[:num_tokens]
 
-    def _update(self, buffers: Buffers, number: int) -> Tensor:
-        """Where an attention's or a feed-forward's update goes: on a ladder the one before is still to be added."""
-        return buffers.later if self._ladder and number % 2 else buffers.update
+    def _partial(self, buffers: Buffers, first_row: int, num_tokens: int, number: int) -> Partial:
+        """Of an attention or a feed-forward. What is done with the last sum is to add it to the residual."""
+        update = updates(buffers, ladder=self._settings.ladder)[number % 2][:num_tokens]
+        if self._settings.ladder:
+            return Partial(update=update)
+        is_last = number + 1 == 2 * len(self._layers)
+        result = torch.empty_like(update) if is_last else buffers.normed[:num_tokens]
 
-    def _stops(self, compiled: _Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
+        def rows(start: int, stop: int) -> None:
+            self._finish_rows(number, first_row + start, stop - start)
+            if is_last:
+                torch.add(buffers.residual[start:stop], update[start:stop], out=result[start:stop])
+
+        return Partial(update=update, finish=Finish(result=result, rows=rows))
+
+    def _finish_rows(self, number: int, first_row: int, num_rows: int) -> None:
+        """What is done with a sum, for rows of the buffers alone: with the threads of the caller."""
+        num_threads = torch.get_num_threads()
+        key = (first_row, num_rows, num_threads)
+        if key not in self._finishes:
+            if len(self._finishes) == _MOST_PROGRAMS:
+                self._finishes.popitem(last=False)
+            buffers = self._buffers.from_row(first_row)
+            self._finishes[key] = compile_finishes(self._layers, self._writer(buffers, num_rows, num_threads))
+        finishes = self._finishes[key]
+        start, stop = finishes.edges[number], finishes.edges[number + 1]
+        if num_rows and stop > start:
+            finishes.program.run(num_threads, start, stop)
+
+    def _stops(self, compiled: Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
         """Where the program stops, and in which layer, where that is for its attention; else for a sum."""
         stops: list[tuple[int, int | None]] = [(stop, None) for stop in compiled.sums] if sums else []
         if attends:
@@ -228,20 +250,20 @@ class FusedLayers:
         self, attend: Attend, layer: int, buffers: Buffers, caches: Sequence[LayerCache], num_tokens: int
     ) -> None:
         query, attended = (
-            x[:num_tokens].view(num_tokens, -1, self._head_dim) for x in (buffers.query, buffers.attended)
+            x[:num_tokens].view(num_tokens, -1, self._settings.head_dim) for x in (buffers.query, buffers.attended)
         )
-        attended.copy_(attend(self._layers[layer].window, query, caches[layer], self._scale))
+        attended.copy_(attend(self._layers[layer].window, query, caches[layer], self._settings.scale))
 
     def _plan_attention(
         self,
-        compiled: _Compiled,
+        compiled: Compiled,
         buffers: Buffers,
         num_threads: int,
         caches: Sequence[LayerCache],
         attention: Mapping[Window, AttentionPlan],
     ) -> list[object]:
         """Puts the step's plans in their places; what must live as long as they are used."""
-        num_heads = self._layers[0].output.num_inputs // self._head_dim
+        num_heads = self._layers[0].output.num_inputs // self._settings.head_dim
         kept: list[object] = []
         for window, plan in attention.items():
             assert plan.tasks is not None, plan
@@ -252,13 +274,15 @@ class FusedLayers:
             kept += [memory, tickets]
             addresses = (buffers.query.data_ptr(), buffers.attended.data_ptr())
             for i, ticket in zip(members, tickets, strict=True):
-                job = paged.attention(caches[i], plan.tasks, self._scale, memory, *addresses, ticket.data_ptr())[1]
+                job = paged.attention(
+                    caches[i], plan.tasks, self._settings.scale, memory, *addresses, ticket.data_ptr()
+                )[1]
                 compiled.program.change(compiled.attention[i], job)
         return kept
 
     def _compiled(
         self, buffers: Buffers, first_row: int, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]
-    ) -> _Compiled:
+    ) -> Compiled:
         places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
         key = (first_row, num_tokens, num_threads, *places)
         if key in self._programs:
@@ -266,26 +290,10 @@ class FusedLayers:
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
-            self._programs[key] = self._compile(buffers, num_tokens, num_threads, caches)
+            writer = self._writer(buffers, num_tokens, num_threads)
+            self._programs[key] = compile_layers(self._layers, caches, writer, self._settings)
         return self._programs[key]
 
-    def _compile(self, buffers: Buffers, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]) -> _Compiled:
-        made = Program(_WORKS_PER_LAYER * len(self._layers))
-        writer = Writer(made, buffers, num_tokens, num_threads, self._head_dim, self._eps)
-        attention, sums = [], []
-        attended, fed = self._update(buffers, 0), self._update(buffers, 1)
-        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            writer.norm(layer.attention_norm, attended if self._ladder else fed, adds=index > 0)
-            writer.product(layer.qkv, buffers.normed, buffers.qkv)
-            writer.turn(layer, cache)
-            attention.append(made.add(*paged.no_attention(cache)))
-            writer.product(layer.output, buffers.attended, attended)
-            sums.append(len(made))
-            writer.norm_update(layer.attention_post_norm)
-            writer.norm(layer.ffn_norm, fed if self._ladder else attended, adds=index > 0 or not self._ladder)
-            writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
-            writer.activate(self._activation)
-            writer.product(layer.down, buffers.activated, fed)
-            sums.append(len(made))
-            writer.norm_update(layer.ffn_post_norm)
-        return _Compiled(program=made, attention=tuple(attention), sums=tuple(sums))
+    def _writer(self, buffers: Buffers, num_rows: int, num_threads: int) -> Writer:
+        made = Program(max_works(self._layers))
+        return Writer(made, buffers, num_rows, num_threads, self._settings.head_dim, self._settings.eps)

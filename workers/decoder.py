@@ -19,10 +19,12 @@ from torch import Tensor
 from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
 from kernels.fused import Attend
+from kernels.partial import Partial
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from workers.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
 from workers.group import Group
+from workers.residual import Residual
 from workers.weaving import Layers
 
 
@@ -77,16 +79,14 @@ def run_layers(
 
     Args:
         sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
-            given, and this goes on once the sum is in its place; of a ladder, once the sum before it is.
+            given, and this goes on once the sum is in its place, or finished; of a ladder, once the sum before it is.
         first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
     """
     if batch.attend is not None and not len(x):
         return _attend_for_others(model, weights, caches, batch.attend, x)
-    eps = model.rms_norm_eps
-    residual, update = x, None
     if weights.fused is not None and weights.fused.takes(batch.attention):
         fused = weights.fused.run(
-            residual,
+            x,
             caches,
             batch.slots,
             batch.rope,
@@ -98,23 +98,18 @@ def run_layers(
         return (yield from fused)
     if model.ladder:
         return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
-    for layer, cache in zip(weights.layers, caches, strict=True):
-        if update is None:
-            normed = kernels.rms_norm(residual, layer.attention_norm, eps)
-        else:
-            normed, residual = kernels.add_rms_norm(update, residual, layer.attention_norm, eps)
+    layers = weights.layers
+    if not layers:
+        return x
+    residual = Residual(rows=x, kernels=kernels, eps=model.rms_norm_eps)
+    normed = kernels.rms_norm(x, layers[0].attention_norm, model.rms_norm_eps)
+    following = [*(layer.attention_norm for layer in layers[1:]), None]
+    for layer, cache, next_norm in zip(layers, caches, following, strict=True):
         update = _attend(model, layer, cache, kernels, batch, normed)
-        if sums:
-            yield update
-        if layer.attention_post_norm is not None:
-            update = kernels.rms_norm(update, layer.attention_post_norm, eps)
-        normed, residual = kernels.add_rms_norm(update, residual, layer.ffn_norm, eps)
+        normed = yield from residual.add(update, layer.attention_post_norm, layer.ffn_norm, sums=sums)
         update = _feed_forward(model, layer, kernels, normed)
-        if sums:
-            yield update
-        if layer.ffn_post_norm is not None:
-            update = kernels.rms_norm(update, layer.ffn_post_norm, eps)
-    return residual if update is None else residual + update
+        normed = yield from residual.add(update, layer.ffn_post_norm, next_norm, sums=sums)
+    return normed
 
 
 def _run_ladder(
@@ -140,13 +135,13 @@ def _run_ladder(
         normed, residual = add_and_norm(residual, layer.attention_norm)
         updates.append(_attend(model, layer, cache, kernels, batch, normed))
         if sums:
-            yield updates[-1]
+            yield Partial(update=updates[-1])
         normed, residual = add_and_norm(residual, layer.ffn_norm)
         updates.append(_feed_forward(model, layer, kernels, normed))
         if sums:
-            yield updates[-1]
+            yield Partial(update=updates[-1])
     if sums:
-        yield x[:0]  # until the last sum is there
+        yield Partial(update=x[:0])  # until the last sum is there
     for update in updates:
         residual = residual + update
     return residual

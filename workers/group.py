@@ -5,6 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.partial import Partial
+
 
 class Group(Protocol):
     """Ranks that compute every layer of their stage together: parts of it, or all of it for different tokens."""
@@ -16,7 +18,10 @@ class Group(Protocol):
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous ``x`` over the ranks, in place; all have the same bits afterwards."""
 
-    def begin_all_reduce(self, x: Tensor) -> Future[None]:
+    def reduce(self, partial: Partial) -> None:
+        """Sums what the ranks have parts of, and may finish it; all have the same bits afterwards."""
+
+    def begin_reduce(self, partial: Partial) -> Future[None]:
         """The same beside the computation, after what was begun before. Raises PeerFailed in the future."""
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
@@ -34,7 +39,10 @@ class Alone:
     def all_reduce(self, x: Tensor) -> None:
         """The sum is there already."""
 
-    def begin_all_reduce(self, x: Tensor) -> Future[None]:
+    def reduce(self, partial: Partial) -> None:
+        """The sum is there already."""
+
+    def begin_reduce(self, partial: Partial) -> Future[None]:
         """The sum is there already."""
         done: Future[None] = Future()
         done.set_result(None)

@@ -49,8 +49,8 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
     best_s = [float("inf")] * 2
     for number in range(1 + _RUNS):
         runs: tuple[Callable[[], object], ...] = (
-            lambda: run_alone(_begin(runner.run_layers(alone.inputs, x)), group.all_reduce),
-            lambda: run_woven([_begin(lane) for lane in runner.lanes(woven, x)], group.begin_all_reduce),
+            lambda: run_alone(_begin(runner.run_layers(alone.inputs, x)), group.reduce),
+            lambda: run_woven([_begin(lane) for lane in runner.lanes(woven, x)], group.begin_reduce),
         )
         for which, run in enumerate(runs):
             group.run(direct, torch.zeros(1))  # all begin together
@@ -63,13 +63,13 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
 
 def _begin(layers: Layers) -> Layers:
     """The first layers alone, two sums each."""
-    update = torch.empty(0)
+    output = torch.empty(0)
     for _ in range(2 * _NUM_LAYERS):
         try:
-            update = next(layers)
+            partial = next(layers)
         except StopIteration as ended:
-            output: Tensor = ended.value
-            return output
-        yield update
+            output = ended.value
+            break
+        yield partial
     layers.close()
-    return update
+    return output

@@ -237,14 +237,14 @@ class ModelRunner:
             x = self._embed(inputs)
         layers = self.run_layers(inputs, x, exchange)
         if self._model.ladder:
-            return run_ladder(layers, self._group.begin_all_reduce)
-        return run_alone(layers, self._group.all_reduce)
+            return run_ladder(layers, self._group.begin_reduce)
+        return run_alone(layers, self._group.reduce)
 
     def _hidden_woven(self, prepared: Prepared, x: Tensor | None) -> Tensor:
         """The last layer's output [T, E], in two lanes."""
         if x is None:
             x = self._embed(prepared.inputs)
-        return torch.cat(run_woven(self.lanes(prepared, x), self._group.begin_all_reduce))
+        return torch.cat(run_woven(self.lanes(prepared, x), self._group.begin_reduce))
 
     def _embed(self, inputs: StepInputs) -> Tensor:
         assert self._weights.ends is not None, "only the first stage has the embedding"

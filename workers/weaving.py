@@ -1,6 +1,6 @@
 """Layers of ranks that sum what they compute, and the sums: one after the other, or behind the computation.
 
-Tokens in two lanes are computed in turn: while the sum of one lane's update goes over the wire, the other lane is
+Tokens in two lanes are computed in turn: while one lane's sum goes over the wire, the other lane is
 computed (TokenWeave, Gond et al. 2025). The lane of the earlier tokens goes first, since the later attend to them.
 Woven or not, a token gets the same numbers wherever its products do not depend on the tokens beside it, as those of the
 fused program do not; elsewhere the last bits may differ, as between batches. A ladder
@@ -12,22 +12,24 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
-Layers = Generator[Tensor, None, Tensor]
-"""Gives each update [T, E] that is a part of a sum, and goes on once the sum is in its place; returns the output."""
+from kernels.partial import Partial
+
+Layers = Generator[Partial, None, Tensor]
+"""Gives what is a part of a sum, and goes on once the sum is there, or what is done with it; returns the output."""
 
 
-def run_alone(layers: Layers, reduce: Callable[[Tensor], None]) -> Tensor:
+def run_alone(layers: Layers, reduce: Callable[[Partial], None]) -> Tensor:
     """Runs layers, each sum as soon as its part is there. Raises what ``reduce`` raises."""
     while True:
         try:
-            update = next(layers)
+            partial = next(layers)
         except StopIteration as ended:
             output: Tensor = ended.value
             return output
-        reduce(update)
+        reduce(partial)
 
 
-def run_ladder(layers: Layers, begin: Callable[[Tensor], "Future[None]"]) -> Tensor:
+def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Tensor:
     """Runs layers that need each sum one update later than it begins.
 
     Args:
@@ -48,7 +50,7 @@ def run_ladder(layers: Layers, begin: Callable[[Tensor], "Future[None]"]) -> Ten
         before = begun
 
 
-def run_woven(lanes: Sequence[Layers], begin: Callable[[Tensor], "Future[None]"]) -> list[Tensor]:
+def run_woven(lanes: Sequence[Layers], begin: Callable[[Partial], "Future[None]"]) -> list[Tensor]:
     """Runs the layers of all lanes in turn, each while the others' sums are on their way.
 
     Args:

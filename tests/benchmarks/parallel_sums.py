@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from kernels.partial import Partial
 from workers.collectives.group import TensorGroup
 from workers.group import Alone
 
@@ -51,10 +52,17 @@ class SwitchedGroup:
             case Sums.SILENT:
                 pass
 
-    def begin_all_reduce(self, x: Tensor) -> "Future[None]":
+    def reduce(self, partial: Partial) -> None:
+        """The same, of which only ours finishes rows."""
+        if self.way is Sums.OURS:
+            self._group.reduce(partial)
+        else:
+            self.all_reduce(partial.update)
+
+    def begin_reduce(self, partial: Partial) -> "Future[None]":
         """The same beside the computation; not by gloo."""
         assert self.way is not Sums.GLOO, "gloo is measured in one lane"
-        return (self._group if self.way is Sums.OURS else self._nobody).begin_all_reduce(x)
+        return (self._group if self.way is Sums.OURS else self._nobody).begin_reduce(partial)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """As the group's: logits are gathered alike, whoever sums."""

@@ -93,11 +93,21 @@ def star(peers: Peers, x: Tensor) -> None:
 def scatter(peers: Peers, x: Tensor) -> None:
     """Sums ``x`` over all ranks, in place: every rank sums a part of it, then gives that to all others."""
     parts = x.reshape(-1).tensor_split(peers.num_ranks)
+    reduce_scatter(peers, parts)
+    all_gather(peers, parts)
+
+
+def reduce_scatter(peers: Peers, parts: Sequence[Tensor]) -> None:
+    """Sums, in place, the one of ``parts`` that is this rank's."""
     mine = parts[peers.rank]
     came = {peer: torch.empty_like(mine) for peer in peers.links}
     peers.move({peer: parts[peer] for peer in peers.links}, came)
     add_in_order([mine if rank == peers.rank else came[rank] for rank in range(peers.num_ranks)], mine)
-    peers.move(dict.fromkeys(peers.links, mine), {peer: parts[peer] for peer in peers.links})
+
+
+def all_gather(peers: Peers, parts: Sequence[Tensor]) -> None:
+    """Everyone has each rank's own of ``parts`` afterwards."""
+    peers.move(dict.fromkeys(peers.links, parts[peers.rank]), {peer: parts[peer] for peer in peers.links})
 
 
 ALL_REDUCES: Mapping[str, Callable[[Peers, Tensor], None]] = {

@@ -8,9 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from kernels.partial import Partial
 from kernels.threads import work_alone
 from placement.collectives import AllReduceTable
-from workers.collectives.algorithms import ALL_REDUCES, Peers, direct, gather
+from workers.collectives.algorithms import ALL_REDUCES, Peers, direct, gather, scatter
+from workers.collectives.scattered import reduce_and_finish
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 from workers.transport.pulse import Pulse
@@ -69,19 +71,29 @@ class TensorGroup:
         if on_host is not x:
             x.copy_(on_host)
 
-    def begin_all_reduce(self, x: Tensor) -> Future[None]:
-        """Sums beside the computation, after what was begun before; the future raises PeerFailed.
+    def reduce(self, partial: Partial) -> None:
+        """Sums what the ranks have parts of; where the sum is scattered, finishes its rows, too. Raises PeerFailed."""
+        if partial.finish is not None and self.num_ranks > 1 and self._scatters(partial.update):
+            self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), COLLECTIVE_S)
+        else:
+            self.all_reduce(partial.update)
+
+    def _scatters(self, x: Tensor) -> bool:
+        return x.numel() > 0 and ALL_REDUCES[self.table.choose(x.nbytes)] is scatter
+
+    def begin_reduce(self, partial: Partial) -> Future[None]:
+        """As :meth:`reduce`, beside the computation, after what was begun before; the future raises PeerFailed.
 
         All ranks begin the same in the same order, and until all of it is done call nothing else.
         """
-        return self._beside.submit(self._all_reduce_beside, x)
+        return self._beside.submit(self._reduce_beside, partial)
 
     @torch.inference_mode()  # the step's tensors were made in it, and each thread has its own
-    def _all_reduce_beside(self, x: Tensor) -> None:
-        self.all_reduce(x)
+    def _reduce_beside(self, partial: Partial) -> None:
+        self.reduce(partial)
 
     def begin_exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Future[None]:
-        """As :meth:`exchange`, and :meth:`begin_all_reduce`."""
+        """As :meth:`exchange`, and :meth:`begin_reduce`."""
         return self._beside.submit(self.exchange, gives, takes)
 
     def meet(self, go_on: Callable[[], None] = lambda: None) -> None:

@@ -1,0 +1,114 @@
+"""Writes a decoder's layers as works of a program: see :mod:`kernels.fused`.
+
+Two works of a layer end in what may be a part of a sum over ranks: its attention and its feed-forward, in this order.
+What is done with each sum, up to the next product, can be run for some rows alone, too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels import paged
+from kernels.attention import LayerCache
+from kernels.layer_works import Buffers, Layer, Writer
+from kernels.program import Program
+
+_WORKS_PER_LAYER = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What all layers have in common, as :func:`kernels.fused.fuse` says."""
+
+    head_dim: int
+    eps: float
+    scale: float
+    activation: str
+    ladder: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """The program for a number of tokens.
+
+    Attributes:
+        attention: the number of each layer's attention in it.
+        sums: where the update is a part of a sum, which other ranks have the rest of: two numbers a layer.
+        finished: for each of ``sums``, where that goes on which needs the sum's norm.
+    """
+
+    program: Program
+    attention: tuple[int, ...]
+    sums: tuple[int, ...]
+    finished: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finishes:
+    """What is done with each sum, for some rows: of the sum ``n`` the works ``edges[n]`` to ``edges[n + 1]``."""
+
+    program: Program
+    edges: tuple[int, ...]
+
+
+def updates(buffers: Buffers, *, ladder: bool) -> tuple[Tensor, Tensor]:
+    """Where an attention's and a feed-forward's update goes: on a ladder the one before is still to be added."""
+    return buffers.update, buffers.later if ladder else buffers.update
+
+
+def compile_layers(
+    layers: Sequence[Layer], caches: Sequence[LayerCache], writer: Writer, settings: Settings
+) -> Compiled:
+    """All layers, from residual to residual and update.
+
+    Args:
+        writer: of an empty program that has room: see :func:`max_works`.
+    """
+    made, buffers = writer.program, writer.buffers
+    attended, fed = updates(buffers, ladder=settings.ladder)
+    attention, sums, finished = [], [], []
+    writer.norm(layers[0].attention_norm, attended, adds=False)
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        writer.product(layer.qkv, buffers.normed, buffers.qkv)
+        writer.turn(layer, cache)
+        attention.append(made.add(*paged.no_attention(cache)))
+        writer.product(layer.output, buffers.attended, attended)
+        sums.append(len(made))
+        _finish(writer, layers, 2 * index, ladder=settings.ladder)
+        finished.append(len(made))
+        writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
+        writer.activate(settings.activation)
+        writer.product(layer.down, buffers.activated, fed)
+        sums.append(len(made))
+        _finish(writer, layers, 2 * index + 1, ladder=settings.ladder)
+        finished.append(len(made))
+    return Compiled(program=made, attention=tuple(attention), sums=tuple(sums), finished=tuple(finished))
+
+
+def compile_finishes(layers: Sequence[Layer], writer: Writer) -> Finishes:
+    """What is done with sums, for the rows of a writer, whose program is empty; not of a ladder."""
+    edges = [0]
+    for number in range(2 * len(layers)):
+        _finish(writer, layers, number, ladder=False)
+        edges.append(len(writer.program))
+    return Finishes(program=writer.program, edges=tuple(edges))
+
+
+def max_works(layers: Sequence[Layer]) -> int:
+    """That a program of the layers may have."""
+    return _WORKS_PER_LAYER * len(layers)
+
+
+def _finish(writer: Writer, layers: Sequence[Layer], number: int, *, ladder: bool) -> None:
+    """What is done with the sum of an attention or a feed-forward: to residual and normed; of the last, to update."""
+    attended, fed = updates(writer.buffers, ladder=ladder)
+    index, is_fed = divmod(number, 2)
+    layer = layers[index]
+    if not is_fed:
+        writer.norm_update(layer.attention_post_norm)
+        writer.norm(layer.ffn_norm, fed if ladder else attended, adds=index > 0 or not ladder)
+        return
+    writer.norm_update(layer.ffn_post_norm)
+    if index + 1 < len(layers):
+        writer.norm(layers[index + 1].attention_norm, attended if ladder else fed, adds=True)

@@ -1,0 +1,29 @@
+"""A sum whose rows are scattered over the ranks, which do what follows for their own and gather the results.
+
+Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see :mod:`kernels.partial`. The bits are
+those of a sum that all have, and that each does the rest with.
+"""
+
+from kernels.partial import Partial
+from workers.collectives.algorithms import Peers, all_gather, reduce_scatter
+
+
+def reduce_and_finish(peers: Peers, partial: Partial) -> None:
+    """Sums the rank's rows, finishes them, and gathers those of all. Raises PeerFailed.
+
+    What is not on the host is copied there and back.
+    """
+    update, finish = partial.update, partial.finish
+    assert finish is not None, "there is nothing to finish"
+    parts = update.cpu().tensor_split(peers.num_ranks)  # on the host they are the update's own rows
+    reduce_scatter(peers, parts)
+    start = sum(map(len, parts[: peers.rank]))
+    own = slice(start, start + len(parts[peers.rank]))
+    if update.device.type != "cpu":
+        update[own] = parts[peers.rank].to(update.device)
+    finish.rows(own.start, own.stop)
+    results = finish.result.cpu()
+    all_gather(peers, results.tensor_split(peers.num_ranks))
+    if results is not finish.result:
+        finish.result.copy_(results)
+    partial.is_finished = True
