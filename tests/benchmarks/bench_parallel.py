@@ -58,8 +58,8 @@ def sizes_of(model: str, *, repeats: int, delays_ms: Sequence[float]) -> Sizes:
     if model != "tiny":
         return Sizes(repeats=repeats, delays_s=delays_s)
     return Sizes(
-        repeats=repeats, delays_s=delays_s, context=16, steps=2, prefill=128, lengths=(16, 64, 128), batch=2,
-        chunks=((64, 0), (32, 64)), plan_batches=(1, 2), plan_prefills=(64, 128),
+        repeats=repeats, delays_s=delays_s, context=16, steps=2, prefill=128, lengths=(16, 64, 128),
+        share_batches=(1, 2), chunks=((64, 0), (32, 64)), plan_batches=(1, 2), plan_prefills=(64, 128),
     )  # fmt: skip
 
 

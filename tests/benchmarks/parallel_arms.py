@@ -17,7 +17,7 @@ class Sizes:
         context: tokens in the cache of each sequence that decodes; ``steps``: that are timed at a time.
         prefill: tokens of the step of which sums are hidden.
         lengths: of prefills, ascending, whose lanes are chosen.
-        batch: sequences whose throughput is measured.
+        share_batches: sequences that decode, whose throughput over unequal hosts is measured.
         slow_share: of a core, that the slower of two unequal hosts has.
         chunks: of sequences whose ranks choose an exchange: tokens of each, and tokens before it.
         plan_batches, plan_prefills: of the workloads that plans are compared by.
@@ -29,7 +29,7 @@ class Sizes:
     steps: int = 16
     prefill: int = 2048
     lengths: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    batch: int = 8
+    share_batches: Sequence[int] = (8, 64)
     slow_share: float = 0.4
     chunks: Sequence[tuple[int, int]] = ((1024, 0), (256, 3072))
     plan_batches: Sequence[int] = (1, 8)

@@ -94,10 +94,13 @@ def loss(samples: Mapping[str, Samples], picked: str) -> Metric:
 
 
 def share_splits(speeds: tuple[float, float]) -> dict[str, tuple[float, float]]:
-    """Shares to try, by name: even, as the hosts' speeds, and with the slower one given more, and less, than that."""
+    """Shares to try, by name: even, as the hosts' speeds, and with the slower one given less than that.
+
+    What a sum costs a host is the same for both, and more of what the slower one has.
+    """
     fast, slow = max(speeds), min(speeds)
     of_slow = slow / (fast + slow)
-    places = {"as speeds": of_slow, "slower has 3/4 of that": 0.75 * of_slow, "slower has 5/4 of that": 1.25 * of_slow}
+    places = {"as speeds": of_slow, "slower has 3/4 of that": 0.75 * of_slow, "slower has 5/8 of that": 0.625 * of_slow}
     is_first_faster = speeds[0] >= speeds[1]
 
     def shares(slow_share: float) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from tests.benchmarks.parallel_figures import (
     worst,
 )
 from tests.benchmarks.parallel_ours import best_of, ways, workloads
-from tests.benchmarks.parallel_shares import of_ideal
+from tests.benchmarks.parallel_shares import median_of
 from tests.benchmarks.parallel_steps import Workload, batches, most_ahead, num_slots, time_steps
 from tests.benchmarks.parallel_wire import Run
 from tests.netlab.requirements import missing
@@ -68,11 +68,11 @@ def test_shares_follow_speeds_whichever_host_is_the_slower() -> None:
     assert splits["even"] == (0.5, 0.5)
     assert splits["as speeds"] == pytest.approx((10 / 14, 4 / 14))
     assert splits["slower has 3/4 of that"] == pytest.approx((11 / 14, 3 / 14))
-    assert share_splits((4.0, 10.0))["slower has 5/4 of that"] == pytest.approx((5 / 14, 9 / 14))
+    assert share_splits((4.0, 10.0))["slower has 5/8 of that"] == pytest.approx((2.5 / 14, 11.5 / 14))
 
 
-def test_the_ideal_is_the_sum_of_both_throughputs() -> None:
-    assert of_ideal([2.0], [2.0], [4.0]).value == pytest.approx(2 / 3)
+def test_a_hosts_speed_is_the_median_of_the_rounds_after_the_first() -> None:
+    assert median_of([(9.0, 9.0), (1.0, 4.0), (2.0, 5.0), (3.0, 9.0)], 1) == 5.0
 
 
 def test_lines_go_over_the_delays_in_their_order() -> None:
