@@ -97,7 +97,6 @@ def plan_replicas(
     check_linear_format(shard_tensors(model, Part.whole(model)), linear)
     asked = one_each(cluster) if layouts is None else layouts
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
-    _check_kinds(asked, [device for _, device in devices])
     parts = [
         cut(model, layout, linear, block_size=block_size, field=f"{LAYOUTS_FIELD}[{i}]")
         for i, layout in enumerate(asked)
@@ -112,20 +111,6 @@ def plan_replicas(
     replicas = tuple(_replica(index, stages) for index, stages in enumerate(placed))
     served = dataclasses.replace(model, max_context_tokens=context)
     return Plan(model=served, dtype=dtype, block_size=block_size, replicas=replicas)
-
-
-def _check_kinds(layouts: Sequence[ReplicaLayout], devices: Sequence[DeviceSpec]) -> None:
-    """Sequences are shared by CPUs only: attention to a part of what a query sees has no kernel for GPUs yet."""
-    for number, layout in enumerate(layouts):
-        for index, stage in enumerate(layout.stages):
-            gpus = [devices[device].name for device in stage.devices if devices[device].kind != "cpu"]
-            if stage.split == "sequence" and gpus:
-                raise InvalidConfig(
-                    field=f"{LAYOUTS_FIELD}[{number}].stages[{index}].sequence_split",
-                    value=gpus[0],
-                    problem="is a GPU, and only CPU workers can share sequences yet",
-                    fix="Use tensor_split, or CPU workers.",
-                )
 
 
 def _context(sizes: _Sizes, parts: Sequence[_Parts], asked: int | None) -> int:

@@ -83,7 +83,7 @@ def attention(
 def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
     num_kv_heads, num_slots, head_dim = cache.keys.shape
     num_heads = query.shape[1]
-    group, block_dim = num_heads // num_kv_heads, _block_dim(head_dim)
+    group, block_dim = num_heads // num_kv_heads, block_dim_of(head_dim)
     partials = query.new_empty((plan.num_partials, num_heads, head_dim), dtype=torch.float32)
     masses = query.new_empty((plan.num_partials, num_heads), dtype=torch.float32)
     sizes = query.stride(0), query.stride(1), num_slots, num_kv_heads, scale * math.log2(math.e)
@@ -91,7 +91,7 @@ def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, ou
         tile = decode_tile(group, block_dim, query.itemsize)
         decode_kernel[_programs(plan.num_parts * num_kv_heads, _PROGRAMS, query.device)](
             *(query, cache.keys, cache.values, plan.slots, plan.counts, plan.decodes, output, partials, masses),
-            *(*sizes, group, head_dim, block_dim, tile.rows, tile.tokens, _widens(query)),
+            *(*sizes, group, head_dim, block_dim, tile.rows, tile.tokens, widens(query)),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -100,7 +100,7 @@ def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, ou
         blocks = triton.cdiv(MEMBERS * group, tile.rows)
         shared_kernel[_programs(len(plan.shared) * num_kv_heads * blocks, _SHARED_PROGRAMS, query.device)](
             *(query, cache.keys, cache.values, plan.slots, plan.counts, plan.shared, plan.members, partials, masses),
-            *(*sizes, group, head_dim, block_dim, tile.rows, tile.tokens, blocks, _widens(query)),
+            *(*sizes, group, head_dim, block_dim, tile.rows, tile.tokens, blocks, widens(query)),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
@@ -118,22 +118,23 @@ def _programs(num_items: int, most: int, device: torch.device) -> tuple[int]:
 
 def _chunks(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
     num_kv_heads, num_slots, head_dim = cache.keys.shape
-    group, block_dim = query.shape[1] // num_kv_heads, _block_dim(head_dim)
+    group, block_dim = query.shape[1] // num_kv_heads, block_dim_of(head_dim)
     tile = chunk_tile(block_dim, query.itemsize)
     blocks = triton.cdiv(CHUNK * group, tile.rows)
     chunk_kernel[(num_kv_heads * blocks, len(plan.chunks))](
         *(query, cache.keys, cache.values, plan.slots, plan.chunks, output),
         *(query.stride(0), query.stride(1), num_slots, num_kv_heads, scale * math.log2(math.e)),
-        *(group, head_dim, block_dim, tile.rows, tile.tokens, plan.window or 0, _widens(query)),
+        *(group, head_dim, block_dim, tile.rows, tile.tokens, plan.window or 0, widens(query)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
 
 
-def _block_dim(head_dim: int) -> int:
+def block_dim_of(head_dim: int) -> int:
+    """Columns of a tile: a power of two."""
     return max(_LEAST_DIM, int(triton.next_power_of_2(head_dim)))
 
 
-def _widens(query: Tensor) -> bool:
+def widens(query: Tensor) -> bool:
     """Whether operands of products are widened first: Triton's interpreter multiplies the bits of bfloat16."""
     return query.device.type != "cuda" and query.dtype == torch.bfloat16

@@ -214,14 +214,20 @@ def _fold(
                 if WINDOW:
                     visible = visible & (token[None, :] > own[:, None] - WINDOW)
             scores = tl.where(visible, scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row may have seen nothing yet
-        weights = tl.exp2(scores - safe[:, None])
-        decay = tl.exp2(top - safe)
-        mass = mass * decay + tl.sum(weights, axis=1)
-        total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="tf32x3")
-        top = new_top
+        total, top, mass = _add_tokens(scores, value, total, top, mass)
     return total, top, mass
+
+
+@triton.jit
+def _add_tokens(scores, value, total, top, mass):
+    """A tile's values [N, D], weighted by ``scores`` [M, N], added to the running softmax: see :func:`_fold`."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row may have seen nothing yet
+    weights = tl.exp2(scores - safe[:, None])
+    decay = tl.exp2(top - safe)
+    mass = mass * decay + tl.sum(weights, axis=1)
+    total = tl.dot(weights.to(value.dtype), value, total * decay[:, None], input_precision="tf32x3")
+    return total, new_top, mass
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def plan_step(
     chunks = _cut_chunks(sequences[~is_decode])
     shifts = runs[:, 0] - (run_ends - run_lengths)  # from a token's place in the list to its slot
     counts = np.array([len(decodes.decodes), len(decodes.merges), len(decodes.shared), 0])
-    tables = _send(
+    tables = send(
         *(counts, decodes.merges, decodes.decodes, decodes.shared, chunks, decodes.members),
         np.stack((shifts, run_lengths)),
         device=device,
@@ -256,8 +256,8 @@ def _cut_chunks(sequences: Integers) -> Integers:
     return chunks[order]
 
 
-def _send(*arrays: Integers, device: torch.device) -> list[Tensor]:
-    """The arrays as int32 on the device, in one copy from memory that it reads by itself."""
+def send(*arrays: Integers, device: torch.device) -> list[Tensor]:
+    """Arrays as int32 on the device, in one copy from memory that it reads by itself."""
     size = sum(array.size for array in arrays)
     host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
     np.concatenate([array.ravel() for array in arrays], out=host.numpy(), casting="same_kind")

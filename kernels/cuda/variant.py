@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from kernels import reference
-from kernels.attention import AttentionPlan, SequenceSpan, SharedSpan
-from kernels.cuda import activations, attention, norms, plan, rope
+from kernels.attention import AttentionPlan, PartPlan, PartSpan, SequenceSpan, SharedSpan
+from kernels.cuda import activations, attention, norms, parts, parts_plan, plan, rope
 from kernels.cuda.shared import choose
 from kernels.select import Kernels
 
@@ -22,9 +22,8 @@ class CudaKernels:
     gelu_mul = staticmethod(activations.gelu_mul)
     rotate = staticmethod(rope.rotate)
     write_kv = staticmethod(rope.write_kv)
-    plan_parts = staticmethod(reference.plan_parts)
-    attend_parts = staticmethod(reference.attend_parts)
     attention = staticmethod(attention.attention)
+    attend_parts = staticmethod(parts.attend_parts)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -35,6 +34,10 @@ class CudaKernels:
         """As :func:`kernels.reference.plan`, sent to the device. Of ``shared`` it keeps what pays."""
         assert window is None or window > 0, window
         return plan.plan_step(spans, window, self._device, choose(spans, shared, window=window))
+
+    def plan_parts(self, spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
+        """As :func:`kernels.reference.plan_parts`, sent to the device; what is shared is read by each."""
+        return parts_plan.plan_parts(spans, self._device)
 
 
 def open_kernels(device: torch.device) -> Kernels:

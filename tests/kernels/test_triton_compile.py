@@ -24,7 +24,7 @@ def test_kernels_compile_within_the_limits_of_the_gpu(architecture: int) -> None
     kernels = [json.loads(line) for line in found.stdout.splitlines()]
     names = {kernel["name"] for kernel in kernels}
     assert {"decode_kernel", "shared_kernel", "merge_kernel", "chunk_kernel", "_norm_kernel", "_rotate_kernel"} <= names
-    assert {"product_kernel", "widen_kernel"} <= names
+    assert {"product_kernel", "widen_kernel", "part_kernel", "join_kernel"} <= names
     for kernel in kernels:
         assert kernel["shared_bytes"] <= LEAST_SHARED_BYTES, kernel
         if architecture == 90 and kernel["dtype"] == "torch.bfloat16":

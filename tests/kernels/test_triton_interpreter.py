@@ -15,8 +15,10 @@ MODULES = (
     "tests/kernels/test_triton_rows.py",
     "tests/kernels/test_triton_attention.py",
     "tests/kernels/test_triton_shared.py",
+    "tests/kernels/test_triton_parts.py",
     "tests/kernels/test_triton_quantized.py",
     "tests/workers/test_triton_decoder.py",
+    "tests/workers/test_triton_ranks.py",
     "tests/workers/test_graphs.py",
     "tests/gpu/test_bench_kernels.py",
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Run
-from kernels.select import kernels_for
+from kernels.select import Kernels, kernels_for
 from placement.exchange import Exchange
 from placement.hf import read_model_spec
 from placement.layout import ReplicaLayout, Split, StageLayout, cut
@@ -109,6 +109,8 @@ def ranks(
     num_layers: Sequence[int] | None = None,
     split: Split = "tensor",
     way: Exchange | None = None,
+    kernels: Kernels | None = None,
+    device_name: str = "cpu",
     measures: bool = False,
     checks: bool = True,
 ) -> Iterator[Ranks]:
@@ -117,6 +119,7 @@ def ranks(
     Args:
         split: what the shares are of.
         way: that ranks which share sequences always exchange by.
+        kernels: that all compute with, on that device; None: those for it.
         measures: how ranks sum and weave best, as when a replica starts.
         num_layers: of each stage.
         checks: whether no rank may have failed in the end.
@@ -148,12 +151,13 @@ def ranks(
 
     def start(roster: Roster, listener: socket.socket) -> _Rank:
         membership = Membership.join(listener, roster, epoch=1)
-        device = open_device("cpu", 1)
+        device = open_device(device_name, 1)
         tensors = load_weights(
             directory, shard_tensors(model, roster.part), dtype, device.torch_device, lambda *_: None, linear
         )
-        kernels, torch_device = kernels_for("cpu"), device.torch_device
-        sharing = membership.sharing(model, kernels, dtype, torch_device, token_budget=1024)
+        torch_device = device.torch_device
+        variant = kernels or kernels_for(torch_device)
+        sharing = membership.sharing(model, variant, dtype, torch_device, token_budget=1024)
         if sharing is not None:
             sharing.forced = way
         runner = ModelRunner(
@@ -164,7 +168,7 @@ def ranks(
                 kv_heads=roster.part.kv_heads,
             ),
             device=torch_device,
-            kernels=kernels,
+            kernels=variant,
             sharing=sharing,
             part=roster.part,
             group=membership.group,
@@ -173,7 +177,7 @@ def ranks(
         thread = ThreadPoolExecutor(1)
         if measures:
             thread.submit(membership.get_ready).result(_PATIENCE_S)
-        if measures or sharing is not None:
+        if measures or (sharing is not None and kernels is None):  # the interpreter would take minutes
             sizes = {"token_budget": 256, "num_slots": NUM_SLOTS}
             thread.submit(membership.measure_runner, runner, sharing, **sizes).result(_PATIENCE_S)
         follower = None

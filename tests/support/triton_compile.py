@@ -13,14 +13,16 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kernels import reference
-from kernels.attention import LayerCache, SequenceSpan
-from kernels.cuda import attention, quantized
+from kernels.attention import LayerCache, PartSpan, SequenceSpan
+from kernels.cuda import attention, parts, quantized
+from kernels.cuda.parts_plan import plan_parts
 from kernels.cuda.plan import SharedParts, plan_step
 from kernels.cuda.quantized_tiles import tiled
 from kernels.cuda.variant import open_kernels
@@ -100,6 +102,11 @@ def run_attention(dtype: torch.dtype, head_dim: int, window: int | None) -> None
     query = torch.zeros(NUM_TOKENS, HEADS + KV_HEADS, head_dim, dtype=dtype)[:, :HEADS]
     cache, plan = LayerCache(keys=keys, values=keys), plan_step(SPANS, window, CPU, SHARED)
     attention.attention(query, query, query, cache, plan, 1.0)
+    runs = np.array([[0, 900]])
+    for num_queries in (1, 6):
+        seen = np.tile([[100, 900]], (num_queries, 1))
+        spans = [PartSpan(query_start=0, runs=runs, seen=seen)]
+        parts.attend_parts(query, cache, plan_parts(spans, CPU), 1.0)
 
 
 def run_quantized(dtype: torch.dtype, bits: int, num_tokens: int, *, offsets: bool) -> None:
@@ -115,7 +122,7 @@ def run_quantized(dtype: torch.dtype, bits: int, num_tokens: int, *, offsets: bo
 def main() -> None:
     triton.runtime.driver.set_active(AbsentGpu(int(sys.argv[1])))
     JITFunction.__getitem__ = compile_only
-    attention._widens = quantized._is_interpreted = lambda tensor: False  # that is for the interpreter
+    attention.widens = parts.widens = quantized._is_interpreted = lambda tensor: False  # that is for the interpreter
     quantized.num_multiprocessors = lambda device: 132
     run_rows(torch.bfloat16)
     run_attention(torch.float32, 128, None)
