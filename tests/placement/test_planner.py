@@ -218,10 +218,9 @@ def test_ranks_that_share_sequences_hold_tokens_for_each_other() -> None:
     assert large.weight_bytes + small.weight_bytes > 1.5 * alone.replicas[0].leader.weight_bytes
 
 
-def test_sequences_are_shared_by_cpus_only() -> None:
+def test_a_gpu_and_a_cpu_may_share_sequences() -> None:
     gpu = DeviceSpec(kind="cuda", memory_bytes=2**40)
-    shared = ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 1), split="sequence"),))
-    with pytest.raises(InvalidConfig) as caught:
-        plan(roomy(1, name="a"), node(gpu, memory_bytes=2**40, name="b"), layouts=[shared])
-    assert caught.value.field == "serving.parallelism.replicas[0].stages[0].sequence_split"
-    assert caught.value.value == "cuda:0"
+    shared = ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 3), split="sequence"),))
+    made = plan(roomy(1, name="a"), node(gpu, memory_bytes=2**40, name="b"), layouts=[shared])
+    stripes = [shard.part.stripe for shard in made.replicas[0].shards]
+    assert [stripe.stop - stripe.start for stripe in stripes if stripe is not None] == [4, 12]
