@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.client import GenerateResult
+from orchestrator.measured_status import measured_pairs, measured_tables
 from placement.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -26,10 +27,9 @@ _COLUMNS = (
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
 _UNLIMITED = 10_000
-_SUM_COLUMNS = ("replica", "stage", "size", "algorithm", "time")
 _RIGHT = (
     "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
-    "stage", "size", "time",
+    "stage", "size", "time", "one lane", "two lanes", "latency", "rate", "call", "before", "a layer",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
 
 
 def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
-    """One row a rank, then why some failed, one row a measured sum, and a line on the gateway.
+    """One row a rank, then why some failed, tables of what was measured, and a line on the gateway.
 
     A replica's own figures stand in its first row. As many columns as fit ``console``.
     """
@@ -58,8 +58,7 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group
         columns = [kept for kept in columns if kept != column]
         table = _table(title, columns, rows)
     causes = [Text(_printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
-    sums = list(_sum_rows(status))
-    below = [_table("sums within a stage", _SUM_COLUMNS, sums)] if sums else []
+    below = [_table(shown.title, shown.columns, shown.rows) for shown in measured_tables(status)]
     return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
 
 
@@ -74,7 +73,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
 
 
 def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
-    """``key=value`` pairs: a line on the gateway, one a rank, one a measured sum. What is unknown is left out."""
+    """``key=value`` pairs: a line on the gateway, one a rank, one a measurement. What is unknown is left out."""
     gateway = status.gateway
     yield key_values(
         event="gateway",
@@ -91,15 +90,8 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
     for row in _rows(status):
         named = {column.lower().replace(" ", "_"): value for column, value in row.items()}
         yield key_values(event="rank", **named)
-    for replica, stage, measured in _sums(status):
-        yield key_values(
-            event="sum",
-            replica=replica,
-            stage=stage,
-            num_bytes=measured.num_bytes,
-            algorithm=measured.algorithm,
-            duration_s=f"{measured.duration_s:.6f}",
-        )
+    for measured in measured_pairs(status):
+        yield key_values(**measured)
 
 
 def key_values(**pairs: object) -> str:
@@ -145,26 +137,6 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "cause": rank.cause or replica.cause,
             }
             figures = {}
-
-
-def _sums(status: admin_pb2.GetStatusResponse) -> Iterator[tuple[str, int, admin_pb2.MeasuredSum]]:
-    """The replica, the stage counted from 0, and each sum that was measured there."""
-    for replica in status.replicas:
-        starts = sorted({rank.first_layer for rank in replica.ranks})  # a stage is who has the same layers
-        for rank in replica.ranks:
-            for measured in rank.sums:
-                yield replica.name, starts.index(rank.first_layer), measured
-
-
-def _sum_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
-    for replica, stage, measured in _sums(status):
-        yield {
-            "replica": replica,
-            "stage": str(stage),
-            "size": format_bytes(measured.num_bytes),
-            "algorithm": measured.algorithm,
-            "time": f"{1000 * measured.duration_s:.3f} ms",
-        }
 
 
 def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:

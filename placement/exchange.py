@@ -19,6 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+TYPICAL_TOKENS = 512
+"""Of a chunk that people are told the exchange of."""
+TYPICAL_BEFORE = (0, 2048, 8192)
+"""Tokens before such chunks."""
+
 
 class Exchange(Enum):
     """A way to exchange."""
@@ -49,6 +54,31 @@ class ExchangeSpeeds:
         pairs = ",".join(f"{1e-6 * pairs:.3g}" for pairs in self.pairs_per_s)
         link = f"latency_ms={1e3 * self.latency_s:.3g} mb_per_s={1e-6 * self.bytes_per_s:.4g}"
         return f"{link} mpairs_per_s={pairs} call_ms={1e3 * self.call_s:.3g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedExchange:
+    """What is chosen for a chunk of a prompt.
+
+    Attributes:
+        num_tokens: of the chunk.
+        num_before: tokens of its sequence before it.
+        way: the name of an :class:`Exchange`.
+        layer_s: what a layer's attention is expected to take, at the rank that is done last.
+    """
+
+    num_tokens: int
+    num_before: int
+    way: str
+    layer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredExchange:
+    """What the ranks that share sequences measured, and what comes of it for typical chunks."""
+
+    speeds: ExchangeSpeeds
+    expected: tuple[ExpectedExchange, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

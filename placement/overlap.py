@@ -15,6 +15,22 @@ LANE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredLanes:
+    """What was measured of steps of one size.
+
+    Attributes:
+        num_tokens: of the step.
+        alone_s, woven_s: what some layers of it took, in one lane and in two, at the slowest rank.
+        is_woven: such steps are computed in two lanes.
+    """
+
+    num_tokens: int
+    alone_s: float
+    woven_s: float
+    is_woven: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OverlapTable:
     """What was measured.
 
@@ -35,6 +51,15 @@ class OverlapTable:
         """``64:1.2/1.4ms 128:...``: alone, and woven."""
         rows = zip(self.num_tokens, self.alone_s, self.woven_s, strict=True)
         return " ".join(f"{count}:{1e3 * alone:.3g}/{1e3 * woven:.3g}ms" for count, alone, woven in rows)
+
+    @property
+    def measured(self) -> tuple[MeasuredLanes, ...]:
+        """One for each size; none where nothing was measured."""
+        rows = zip(self.num_tokens, self.alone_s, self.woven_s, strict=True)
+        return tuple(
+            MeasuredLanes(num_tokens=count, alone_s=alone_s, woven_s=woven_s, is_woven=self.pays(count))
+            for count, alone_s, woven_s in rows
+        )
 
     def pays(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens is faster in two lanes: so it was at the next smaller that was measured, and

@@ -20,6 +20,7 @@ from kernels.select import Kernels
 from placement.plan import Part
 from placement.specs import ModelSpec, RopeSpec
 from placement.weights import EMBEDDING, FINAL_NORM, HEAD
+from workers.device import return_freed
 from workers.weights import take_rounded
 
 Window = int | None
@@ -78,15 +79,18 @@ def assemble(model: ModelSpec, part: Part, tensors: dict[str, Tensor], kernels: 
     a_norm = tensors[f"model.layers.{part.layers.start}.input_layernorm.weight"]
     dtype, device = a_norm.dtype, a_norm.device
     indices = range(part.layers.start, part.layers.stop)
-    layers = tuple(_assemble_layer(model, tensors, index, kernels, dtype) for index in indices)
+    layers = []
+    for index in indices:
+        layers.append(_assemble_layer(model, tensors, index, kernels, dtype))
+        return_freed()  # else what is let go piles up: 7 MiB a layer of 88
     windows = dict.fromkeys(layer.window for layer in layers)
     return DecoderWeights(
         dtype=dtype,
         ends=_assemble_ends(model, part, tensors, kernels, dtype) if FINAL_NORM in tensors else None,
-        layers=layers,
+        layers=tuple(layers),
         frequencies={window: frequencies(model.rope_of(window), model.head_dim).to(device) for window in windows},
         fused=fuse(
-            layers,
+            tuple(layers),
             head_dim=model.head_dim,
             eps=model.rms_norm_eps,
             scale=attention_scale(model),

@@ -1,5 +1,6 @@
 """The seam to the device that a rank computes on: its name, its torch device, its memory, its threads."""
 
+import ctypes
 import errno
 import os
 import re
@@ -93,3 +94,10 @@ def use_device(device: torch.device) -> None:
     """Has the calling thread work on a GPU: what names no device, such as pinned memory, is else on the first."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def return_freed() -> None:
+    """Has the C library give memory that was let go back to the system, where it is one that can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

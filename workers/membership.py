@@ -5,11 +5,13 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from kernels.select import Kernels
-from placement.collectives import MeasuredSum, unmeasured
+from placement.collectives import unmeasured
+from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.specs import ModelSpec
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
@@ -50,6 +52,7 @@ class Membership:
         self._compute = mesh.of(Channel.COMPUTE)
         self._everyone = self._group(tuple(range(len(roster.parts))))
         self.group = self._group(roster.stages[roster.stage])
+        self._measured = NOTHING_MEASURED
         self.pulse.start()
 
     @classmethod
@@ -95,6 +98,7 @@ class Membership:
         self._everyone.meet(go_on)
         if self.group.sums:
             self.group.table = measure(self.group)
+            self._measured = replace(self._measured, sums=self.group.table.measured)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 
     def measure_runner(
@@ -117,16 +121,18 @@ class Membership:
         """
         if sharing is not None:
             sharing.measure()
+            self._measured = replace(self._measured, exchange=sharing.measured)
             logger.info("sequence_sharing %s", sharing.speeds)
         elif self.group.sums and runner.can_weave:
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
+            self._measured = replace(self._measured, lanes=runner.overlap.measured)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
         self._everyone.meet(go_on)  # who is done first must not wait for the others with a deadline
 
     @property
-    def sums(self) -> tuple[MeasuredSum, ...]:
+    def measured(self) -> StageMeasurements:
         """What was measured of its stage, once it is ready: of the first rank there, as all have the same."""
-        return () if self.group.rank else self.group.table.measured
+        return NOTHING_MEASURED if self.group.rank else self._measured
 
     def followers(self) -> Followers:
         """The leader's hold on all others."""

@@ -80,7 +80,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._loaded.loop.thread.start()
         self._phase = pb.LOAD_PHASE_READY
         ready, membership = self._progress(job, started), self._loaded.membership
-        ready.sums.extend(() if membership is None else wire.measured_sums(membership.sums))
+        if membership is not None:
+            ready.measured.CopyFrom(wire.stage_measurements(membership.measured))
         yield ready
 
     def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from placement.collectives import MeasuredSum
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
+from placement.exchange import MeasuredExchange
+from placement.measurements import StageMeasurements
 from placement.plan import Span
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -63,9 +64,33 @@ def span(message: pb.Range, *, field: str, limit: int) -> Span:
     return Span(message.start, message.stop)
 
 
-def measured_sums(sums: Sequence[MeasuredSum]) -> list[pb.MeasuredSum]:
-    """What sums were measured to take."""
-    return [pb.MeasuredSum(num_bytes=s.num_bytes, algorithm=s.algorithm, duration_s=s.duration_s) for s in sums]
+def stage_measurements(measured: StageMeasurements) -> pb.StageMeasurements:
+    """What the ranks of a stage measured."""
+    return pb.StageMeasurements(
+        sums=[
+            pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
+            for it in measured.sums
+        ],
+        lanes=[
+            pb.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
+            for it in measured.lanes
+        ],
+        exchange=None if measured.exchange is None else _measured_exchange(measured.exchange),
+    )
+
+
+def _measured_exchange(measured: MeasuredExchange) -> pb.MeasuredExchange:
+    speeds = measured.speeds
+    return pb.MeasuredExchange(
+        latency_s=speeds.latency_s,
+        bytes_per_s=speeds.bytes_per_s,
+        pairs_per_s=speeds.pairs_per_s,
+        call_s=speeds.call_s,
+        expected=[
+            pb.ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
+            for it in measured.expected
+        ],
+    )
 
 
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:

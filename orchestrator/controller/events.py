@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from placement.collectives import MeasuredSum
+from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.plan import Plan, Shard
 
 # -- events: what happened ------------------------------------------------------------------------------------
@@ -44,9 +44,9 @@ class RankProgress(RankEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLoaded(RankEvent):
-    """The rank can run steps. ``sums`` is what the first rank of a stage of several measured of it."""
+    """The rank can run steps. ``measured``: of its stage, by the first rank of several there."""
 
-    sums: tuple[MeasuredSum, ...] = ()
+    measured: StageMeasurements = NOTHING_MEASURED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

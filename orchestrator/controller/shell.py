@@ -16,6 +16,7 @@ import grpc
 from orchestrator.background import BackgroundTasks
 from orchestrator.controller import events, wire
 from orchestrator.controller import state as machine
+from orchestrator.controller.measured_wire import measurements
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import PEER_LOST, WorkerFailed
@@ -210,8 +211,9 @@ class ControllerShell:
             try:
                 async for progress in stub.Load(request, timeout=timeout_s):
                     if progress.phase == worker_pb2.LOAD_PHASE_READY:
-                        sums = wire.measured_sums(progress.sums)
-                        await self.dispatch(events.RankLoaded(replica=replica, epoch=epoch, rank=rank, sums=sums))
+                        measured = measurements(progress.measured)
+                        loaded = events.RankLoaded(replica=replica, epoch=epoch, rank=rank, measured=measured)
+                        await self.dispatch(loaded)
                     else:
                         size = progress.loaded_bytes
                         event = events.RankProgress(replica=replica, epoch=epoch, rank=rank, loaded_bytes=size)

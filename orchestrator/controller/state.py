@@ -24,7 +24,7 @@ from orchestrator.controller.events import (
     StartRank,
     StopRank,
 )
-from placement.collectives import MeasuredSum
+from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.plan import Shard
 
 
@@ -46,7 +46,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankState:
-    """One worker process. ``sums`` of its stage are known of the first rank, once it is loaded."""
+    """One worker process. What its stage ``measured`` is known of the first rank there, once that is loaded."""
 
     shard: Shard
     phase: Phase = Phase.STARTING
@@ -55,7 +55,7 @@ class RankState:
     ranks_port: int = 0
     pid: int = 0
     loaded_bytes: int = 0
-    sums: tuple[MeasuredSum, ...] = ()
+    measured: StageMeasurements = NOTHING_MEASURED
     cause: str = ""
 
 
@@ -147,8 +147,8 @@ def _change(
             return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid), ()
         case RankProgress(loaded_bytes=loaded_bytes):
             return replace(rank, loaded_bytes=loaded_bytes), ()
-        case RankLoaded(sums=sums):
-            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes, sums=sums), ()
+        case RankLoaded(measured=measured):
+            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes, measured=measured), ()
         case RankFailed(cause=cause):
             # The process may still be there, frozen or cut off: make sure that it is not.
             stop = StopRank(replica=event.replica, epoch=event.epoch, rank=event.rank)

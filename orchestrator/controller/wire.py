@@ -1,10 +1,10 @@
 """The controller's state as the control protocol's messages. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from orchestrator.controller.events import Member
+from orchestrator.controller.measured_wire import measured_message
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from placement.collectives import MeasuredSum
 from placement.plan import Shard, Span
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -46,20 +46,6 @@ def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
     ]
 
 
-def measured_sums(messages: Iterable[worker_pb2.MeasuredSum]) -> tuple[MeasuredSum, ...]:
-    """What a rank measured of its stage."""
-    return tuple(
-        MeasuredSum(num_bytes=message.num_bytes, algorithm=message.algorithm, duration_s=message.duration_s)
-        for message in messages
-    )
-
-
-def _sum(measured: MeasuredSum) -> worker_pb2.MeasuredSum:
-    return worker_pb2.MeasuredSum(
-        num_bytes=measured.num_bytes, algorithm=measured.algorithm, duration_s=measured.duration_s
-    )
-
-
 def _rank(rank: RankState) -> pb.Rank:
     stripe = rank.shard.part.stripe
     return pb.Rank(
@@ -74,7 +60,7 @@ def _rank(rank: RankState) -> pb.Rank:
         weight_bytes=rank.shard.weight_bytes,
         kv_bytes=rank.shard.kv_bytes,
         loaded_bytes=rank.loaded_bytes,
-        sums=[_sum(measured) for measured in rank.sums],
+        measured=measured_message(rank.measured),
         cause=rank.cause,
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from orchestrator.gateway import measured
 from orchestrator.gateway.admission import Admission
 from orchestrator.gateway.fleet import Fleet
 from orchestrator.gateway.generate import Generator
@@ -185,10 +186,9 @@ def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
         cause=rank.cause,
         num_kv_heads=_length(rank.shard.kv_heads),
         num_ffn_columns=_length(rank.shard.ffn_columns),
-        sums=[
-            admin_pb2.MeasuredSum(num_bytes=s.num_bytes, algorithm=s.algorithm, duration_s=s.duration_s)
-            for s in rank.sums
-        ],
+        sums=measured.sums(rank.measured),
+        lanes=measured.lanes(rank.measured),
+        exchange=measured.exchange(rank.measured),
     )
 
 

@@ -19,9 +19,9 @@ import grpc
 from orchestrator.preflight import preflight
 from placement.memory import CPU_PROCESS_BYTES, format_bytes
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
-from tests.benchmarks.engine_models import SHAPES, checkpoint
+from tests.benchmarks.engine_models import SHAPES, checkpoint, read_spec
 from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish
-from tests.support.deployment import deploy, make_config, shared_sequences, two_ranks
+from tests.support.deployment import deploy, in_stages, make_config, shared_sequences, two_ranks
 
 SHAPE = "llama-1.1b"
 TOKEN_BUDGET = 512
@@ -42,11 +42,19 @@ class Measured:
         return self.peak_bytes / self.planned_bytes
 
 
-def layouts() -> dict[str, dict[str, dict[str, object]]]:
-    """Sections of a configuration, by the name of the way of cutting."""
-    stages = [{"workers": ["worker-0"]}, {"workers": ["worker-1"]}]
-    in_stages = {**two_ranks(), "serving": {"parallelism": {"replicas": [{"stages": stages}]}}}
-    return {"tensor 3:1": two_ranks((3, 1)), "stages": in_stages, "sequences 3:1": shared_sequences((3, 1))}
+def layouts(num_layers: int) -> dict[str, dict[str, dict[str, object]]]:
+    """Sections of a configuration, by the name of the way of cutting a model of so many layers.
+
+    A stage's layers are not all that it holds: the first also has the embedding and the head.
+    """
+    quarter = max(1, num_layers // 4)
+    return {
+        "tensor 3:1": two_ranks((3, 1)),
+        "sequences 3:1": shared_sequences((3, 1)),
+        "stages": in_stages((1,), (1,)),
+        "stages 3:1": in_stages((1,), (1,), last_layers=quarter),
+        "stages 3:1 of tensor 3:1": in_stages((3, 1), (3, 1), last_layers=quarter),
+    }
 
 
 async def measure(model: Path, sections: Mapping[str, Mapping[str, object]], directory: Path) -> list[Measured]:
@@ -103,16 +111,17 @@ def report(found: Mapping[str, Sequence[Measured]]) -> Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures all layouts, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=list(layouts()), help="ways of cutting; default: all")
+    parser.add_argument("--only", nargs="*", choices=list(layouts(2)), help="ways of cutting; default: all")
     parser.add_argument("--shape", default=SHAPE, choices=SHAPES)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
     options = parser.parse_args(argv)
     load_at_start = os.getloadavg()
     model = checkpoint(options.shape).absolute()
+    ways = layouts(read_spec(model).num_layers)
     found: dict[str, list[Measured]] = {}
-    for name in options.only or layouts():
+    for name in options.only or ways:
         with tempfile.TemporaryDirectory() as directory:
-            found[name] = asyncio.run(measure(model, layouts()[name], Path(directory)))
+            found[name] = asyncio.run(measure(model, ways[name], Path(directory)))
     publish(report(found), load_at_start=load_at_start, output=options.output)
     return 0
 

@@ -23,6 +23,7 @@ from orchestrator.controller.events import (
 )
 from orchestrator.controller.state import Phase, State, apply
 from placement.collectives import MeasuredSum
+from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.plan import Part, Plan, Replica, Shard, Span, Stage
 from placement.specs import DeviceSpec, DType, ModelSpec, RopeSpec
 
@@ -118,15 +119,16 @@ def test_a_started_rank_is_told_to_load_at_its_address() -> None:
 
 
 def test_what_a_rank_measured_is_kept_whatever_becomes_of_it() -> None:
-    sums = (MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),)
+    sum_ = MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5)
+    measured = StageMeasurements(sums=(sum_,))
     state, _ = apply(State(), Launch(plan=make_plan(1, 2), epoch=EPOCH))
     for rank in range(2):
         state, _ = apply(state, started("replica-0", rank))
-    state, _ = apply(state, RankLoaded(replica="replica-0", epoch=EPOCH, rank=0, sums=sums))
+    state, _ = apply(state, RankLoaded(replica="replica-0", epoch=EPOCH, rank=0, measured=measured))
     state, _ = apply(state, loaded("replica-0", 1))
-    assert [rank.sums for rank in state.replicas[0].ranks] == [sums, ()]
+    assert [rank.measured for rank in state.replicas[0].ranks] == [measured, NOTHING_MEASURED]
     state, _ = apply(state, failed("replica-0", 0))
-    assert [rank.sums for rank in state.replicas[0].ranks] == [sums, ()]
+    assert [rank.measured for rank in state.replicas[0].ranks] == [measured, NOTHING_MEASURED]
 
 
 def test_ranks_of_a_replica_load_together_once_the_last_has_started() -> None:

@@ -2,16 +2,31 @@
 
 from dataclasses import replace
 
+from orchestrator.controller.measured_wire import measured_message, measurements
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from orchestrator.controller.wire import deployment, measured_sums
+from orchestrator.controller.wire import deployment
 from placement.collectives import MeasuredSum
+from placement.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
+from placement.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.overlap import MeasuredLanes
 from placement.plan import Part, Shard, Span
 from placement.specs import DeviceSpec
 from protos.heterodyne.worker.v1 import worker_pb2
+from workers.wire import stage_measurements
 
-SUMS = (
-    MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
-    MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
+MEASURED = StageMeasurements(
+    sums=(
+        MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
+        MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
+    ),
+    lanes=(
+        MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=2e-3, is_woven=False),
+        MeasuredLanes(num_tokens=128, alone_s=3e-3, woven_s=2.5e-3, is_woven=True),
+    ),
+    exchange=MeasuredExchange(
+        speeds=ExchangeSpeeds(latency_s=1e-3, bytes_per_s=1e8, pairs_per_s=(2e8, 1e8), call_s=1e-4),
+        expected=(ExpectedExchange(num_tokens=512, num_before=2048, way="ring", layer_s=4e-3),),
+    ),
 )
 RANK = RankState(
     shard=Shard(
@@ -25,17 +40,21 @@ RANK = RankState(
         workspace_bytes=10,
     ),
     phase=Phase.READY,
-    sums=SUMS,
+    measured=MEASURED,
 )
 
 
 def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
-    ranks = (RANK, replace(RANK, shard=replace(RANK.shard, rank=1), sums=()))
+    ranks = (RANK, replace(RANK, shard=replace(RANK.shard, rank=1), measured=NOTHING_MEASURED))
     state = State(replicas=(ReplicaState(name="replica-0", epoch=1, ranks=ranks),))
     first, second = deployment(state, version=1).replicas[0].ranks
-    assert list(first.sums) == [
+    assert list(first.measured.sums) == [
         worker_pb2.MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
         worker_pb2.MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
     ]
-    assert measured_sums(first.sums) == SUMS
-    assert measured_sums(second.sums) == ()
+    assert measurements(first.measured) == MEASURED
+    assert measurements(second.measured) == NOTHING_MEASURED
+
+
+def test_controller_and_worker_write_measurements_alike() -> None:
+    assert measured_message(MEASURED) == stage_measurements(MEASURED)

@@ -176,10 +176,70 @@ def test_sums_on_a_terminal_are_a_table_under_that_of_ranks(width: int) -> None:
     assert lines[-1][0] == "gateway:"
 
 
-def test_there_is_no_table_of_sums_where_nobody_sums() -> None:
+def sharing() -> admin_pb2.GetStatusResponse:
+    """A replica of two stages: one whose ranks sum in lanes, then one whose ranks share sequences."""
+    lanes = [
+        admin_pb2.MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=0.0012),
+        admin_pb2.MeasuredLanes(num_tokens=128, alone_s=2e-3, woven_s=0.0015, is_woven=True),
+    ]
+    expected = [
+        admin_pb2.ExpectedExchange(num_tokens=512, num_before=0, way="all_gather", layer_s=0.0043211),
+        admin_pb2.ExpectedExchange(num_tokens=512, num_before=8192, way="token_ring", layer_s=0.5),
+    ]
+    exchange = admin_pb2.MeasuredExchange(
+        latency_s=2.7e-4, bytes_per_s=194_300_000.4, pairs_per_s=[223_000_000, 198_400_000], call_s=8e-5,
+        expected=expected,
+    )  # fmt: skip
+    first = admin_pb2.RankStatus(first_layer=0, last_layer=3, lanes=lanes)
+    second = admin_pb2.RankStatus(first_layer=3, last_layer=4, exchange=exchange)
+    ranks = [first, admin_pb2.RankStatus(last_layer=3), second, admin_pb2.RankStatus(first_layer=3, last_layer=4)]
+    return admin_pb2.GetStatusResponse(
+        gateway=admin_pb2.GatewayStatus(controller_connected=True),
+        replicas=[admin_pb2.ReplicaStatus(name="cut", ranks=ranks)],
+    )
+
+
+def test_lanes_and_exchanges_off_a_terminal_are_a_line_each() -> None:
+    lines = [pairs(line) for line in status_lines(sharing())]
+    base = {"event": "lanes", "replica": "cut", "stage": "0"}
+    chunk = {"event": "expected_exchange", "replica": "cut", "stage": "1", "num_tokens": "512"}
+    assert lines[5:] == [
+        base | {"num_tokens": "64", "one_lane_s": "0.001000", "two_lanes_s": "0.001200", "lanes": "1"},
+        base | {"num_tokens": "128", "one_lane_s": "0.002000", "two_lanes_s": "0.001500", "lanes": "2"},
+        {
+            "event": "exchange", "replica": "cut", "stage": "1", "latency_s": "0.000270", "bytes_per_s": "194300000",
+            "pairs_per_s": "223000000,198400000", "call_s": "0.000080",
+        },
+        chunk | {"num_before": "0", "exchange": "all_gather", "layer_s": "0.004321"},
+        chunk | {"num_before": "8192", "exchange": "token_ring", "layer_s": "0.500000"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 240])
+def test_lanes_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, sharing())
+    lines = [" ".join(line.split()) for line in output(shown).splitlines() if line.strip()]
+    tables = [
+        ["cut 0 64 1.000 ms 1.200 ms one", "cut 0 128 2.000 ms 1.500 ms two"],
+        ["cut 1 0.270 ms 194.3 MB/s 223, 198 M/s 0.080 ms"],
+        ["cut 1 512 0 all_gather 4.321 ms", "cut 1 512 8192 token_ring 500.000 ms"],
+    ]
+    headers = [
+        "replica stage tokens one lane two lanes taken",
+        "replica stage latency rate queries x tokens call",
+        "replica stage tokens before exchange a layer",
+    ]
+    for header, rows in zip(headers, tables, strict=True):
+        at = lines.index(header)
+        assert lines[at + 2 : at + 2 + len(rows)] == rows
+    assert lines[-1].startswith("gateway:")
+
+
+def test_there_is_no_table_of_measurements_where_nothing_was_measured() -> None:
     shown = console(terminal=True)
     print_status(shown, status())
-    assert "sums" not in output(shown)
+    assert not any(word in output(shown) for word in ("sums", "lane", "exchange"))
 
 
 def test_status_lines_of_nothing_are_the_gateway_alone() -> None:

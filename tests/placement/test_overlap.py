@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.overlap import LANE_TOKENS, OverlapTable, first_lane, measured_sizes
+from placement.overlap import LANE_TOKENS, MeasuredLanes, OverlapTable, first_lane, measured_sizes
 
 TABLE = OverlapTable(num_tokens=(64, 128, 256), alone_s=(1.0, 2.0, 4.0), woven_s=(1.2, 1.5, 3.0))
 
@@ -20,6 +20,15 @@ def test_a_step_is_woven_where_both_measured_neighbours_gained(num_tokens: int, 
 def test_a_gain_within_the_noise_is_none() -> None:
     assert not OverlapTable(num_tokens=(64,), alone_s=(1.0,), woven_s=(0.98,)).pays(64)
     assert OverlapTable(num_tokens=(64,), alone_s=(1.0,), woven_s=(0.96,)).pays(64)
+
+
+def test_what_was_measured_says_which_steps_are_woven() -> None:
+    assert TABLE.measured == (
+        MeasuredLanes(num_tokens=64, alone_s=1.0, woven_s=1.2, is_woven=False),
+        MeasuredLanes(num_tokens=128, alone_s=2.0, woven_s=1.5, is_woven=True),
+        MeasuredLanes(num_tokens=256, alone_s=4.0, woven_s=3.0, is_woven=True),
+    )
+    assert OverlapTable().measured == ()
 
 
 def test_nothing_is_woven_before_anything_is_measured() -> None:

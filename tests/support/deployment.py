@@ -100,13 +100,28 @@ def shared_sequences(split: Sequence[float] = (3, 1)) -> dict[str, dict[str, obj
     }
 
 
-def two_stages() -> dict[str, dict[str, object]]:
-    """Sections of a configuration with one replica of two stages, of a rank each."""
-    stages = [{"workers": ["worker-0"]}, {"workers": ["worker-1"], "layers": 1}]
+def in_stages(*splits: Sequence[float], last_layers: int | None = None) -> dict[str, dict[str, object]]:
+    """Sections of a configuration with one replica, of a stage for each of ``splits``: its ranks' shares.
+
+    Args:
+        last_layers: of the last stage; None: dealt out evenly.
+    """
+    stages: list[dict[str, object]] = []
+    count = 0
+    for split in splits:
+        stages.append({"workers": [f"worker-{count + rank}" for rank in range(len(split))]})
+        stages[-1] |= {"tensor_split": list(split)} if len(split) > 1 else {}
+        count += len(split)
+    stages[-1] |= {} if last_layers is None else {"layers": last_layers}
     return {
-        "cluster": {"workers": [{"device": "cpu", "threads": 1, "count": 2}]},
+        "cluster": {"workers": [{"device": "cpu", "threads": 1, "count": count}]},
         "serving": {"parallelism": {"replicas": [{"stages": stages}]}},
     }
+
+
+def two_stages() -> dict[str, dict[str, object]]:
+    """Sections of a configuration with one replica of two stages, of a rank each."""
+    return in_stages((1,), (1,), last_layers=1)
 
 
 @contextlib.asynccontextmanager

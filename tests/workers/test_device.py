@@ -1,12 +1,14 @@
 import errno
+import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from placement.errors import InvalidConfig
 from workers import device
-from workers.device import is_out_of_memory, open_device
+from workers.device import is_out_of_memory, open_device, return_freed
 
 
 def test_the_cpu_opens_with_its_memory_and_threads() -> None:
@@ -72,3 +74,14 @@ def test_impossible_numbers_of_threads_are_refused(num_threads: int) -> None:
         open_device("cpu", num_threads)
     assert caught.value.field == "threads"
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc can")
+def test_memory_that_was_let_go_between_pieces_that_were_not_is_returned() -> None:
+    pieces = [bytearray(b"x" * (96 << 10)) for _ in range(1000)]
+    kept = pieces[::100]
+    pieces.clear()
+    before = psutil.Process().memory_info().rss
+    return_freed()
+    assert before - psutil.Process().memory_info().rss > 50 << 20
+    assert len(kept) == 10

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from placement.collectives import MEASURED_BYTES
+from placement.measurements import NOTHING_MEASURED
 from placement.plan import Part, Span
 from workers.collectives.algorithms import ALL_REDUCES
 from workers.membership import Membership
@@ -52,12 +53,12 @@ def test_the_first_rank_of_each_stage_of_several_tells_what_was_measured(
     stages: tuple[int, ...], telling: set[int]
 ) -> None:
     with joined(stages) as members, ThreadPoolExecutor(len(members)) as pool:
-        assert not any(member.sums for member in members), "nothing is measured yet"
+        assert all(member.measured == NOTHING_MEASURED for member in members)
         for one in [pool.submit(member.get_ready) for member in members]:
             one.result(_READY_S)
-        assert {rank for rank, member in enumerate(members) if member.sums} == telling
+        assert {rank for rank, member in enumerate(members) if member.measured.sums} == telling
         for rank in telling:
-            sums = members[rank].sums
+            sums = members[rank].measured.sums
             assert tuple(measured.num_bytes for measured in sums) == MEASURED_BYTES
             assert all(measured.algorithm in ALL_REDUCES and measured.duration_s > 0 for measured in sums)
             # All ranks of a stage must choose alike.

@@ -32,7 +32,7 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
         progress = await load(stub, load_request(path))
         assert progress[-1].phase == pb.LOAD_PHASE_READY
         assert progress[-1].loaded_bytes == progress[-1].total_bytes > 0
-        assert not progress[-1].sums, "one rank sums nothing"
+        assert not progress[-1].HasField("measured"), "one rank measures nothing"
         assert [p.loaded_bytes for p in progress] == sorted(p.loaded_bytes for p in progress)
         described = await stub.Describe(pb.DescribeRequest(epoch=EPOCH))
         assert (described.pid, described.device, described.phase) == (worker.pid, "cpu", pb.LOAD_PHASE_READY)
@@ -45,19 +45,23 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
         assert answer[0].queue_s >= 0 and answer[0].prefill_s > 0 and not answer[1].HasField("prefill_s")
 
 
-async def test_the_first_of_two_ranks_tells_at_the_end_of_its_load_how_they_sum(llama_checkpoint: Any) -> None:
+async def test_the_first_of_two_ranks_tells_at_the_end_of_its_load_how_they_compute(llama_checkpoint: Any) -> None:
     path = llama_checkpoint()
     async with running() as (first, first_stub), running() as (second, second_stub):
         members = [
             pb.Member(host="127.0.0.1", port=worker.ranks_port, shard=half(rank))
             for rank, worker in enumerate((first, second))
         ]
-        requests = [load_request(path, shard=half(rank), members=members, token=bytes(32)) for rank in range(2)]
+        fields = {"members": members, "token": bytes(32), "token_budget": 64}  # as many tokens as two lanes take
+        requests = [load_request(path, shard=half(rank), **fields) for rank in range(2)]
         told = await asyncio.gather(load(first_stub, requests[0]), load(second_stub, requests[1]))
     *before, last = told[0]
-    assert not any(message.sums for message in (*before, *told[1]))
-    assert tuple(measured.num_bytes for measured in last.sums) == MEASURED_BYTES
-    assert all(measured.algorithm in ALL_REDUCES and measured.duration_s > 0 for measured in last.sums)
+    assert not any(message.measured.ByteSize() for message in (*before, *told[1]))
+    assert tuple(measured.num_bytes for measured in last.measured.sums) == MEASURED_BYTES
+    assert all(measured.algorithm in ALL_REDUCES and measured.duration_s > 0 for measured in last.measured.sums)
+    lanes = last.measured.lanes
+    assert lanes and all(measured.num_tokens and measured.alone_s > 0 < measured.woven_s for measured in lanes)
+    assert not last.measured.HasField("exchange"), "they share no sequences"
 
 
 def half(rank: int) -> pb.Shard:

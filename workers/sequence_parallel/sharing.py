@@ -9,7 +9,17 @@ from torch import Tensor
 
 from kernels.attention import LayerCache
 from kernels.select import Kernels
-from placement.exchange import Exchange, ExchangeSpeeds, choose
+from placement.exchange import (
+    TYPICAL_BEFORE,
+    TYPICAL_TOKENS,
+    Exchange,
+    ExchangeSizes,
+    ExchangeSpeeds,
+    ExpectedExchange,
+    MeasuredExchange,
+    choose,
+    layer_s,
+)
 from placement.memory import most_kv_tokens
 from placement.specs import ModelSpec
 from placement.striping import WHOLE_TOKENS, Integers, Stripe
@@ -38,7 +48,7 @@ from workers.sequence_parallel.layout import (
 )
 from workers.sequence_parallel.measure import measure_speeds
 from workers.step_layout import Prepared, awaiting_samplers, samplers, scored_prompts, send_integers
-from workers.step_types import Batch
+from workers.step_types import Batch, SequenceInput
 
 
 class SequenceSharing:
@@ -67,6 +77,7 @@ class SequenceSharing:
         self._kernels = kernels
         self._dtype = dtype
         self._device = device
+        self._token_budget = token_budget
         self._most_kv_tokens = most_kv_tokens(model, token_budget)
         self._query_bytes = model.num_heads * model.head_dim * dtype.itemsize
         self._kv_bytes = 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
@@ -90,9 +101,30 @@ class SequenceSharing:
             return self.forced
         if self.speeds is None or all(sequence.num_tokens <= WHOLE_TOKENS for sequence in batch.sequences):
             return Exchange.TOKEN_RING
+        return choose(self._sizes(batch), self.speeds, most_kv_tokens=self._most_kv_tokens)
+
+    def _sizes(self, batch: Batch) -> ExchangeSizes:
         windows = self._model.distinct_windows
-        wanted = sizes(batch, self._stripes, windows, query_bytes=self._query_bytes, kv_bytes=self._kv_bytes)
-        return choose(wanted, self.speeds, most_kv_tokens=self._most_kv_tokens)
+        return sizes(batch, self._stripes, windows, query_bytes=self._query_bytes, kv_bytes=self._kv_bytes)
+
+    @property
+    def measured(self) -> MeasuredExchange | None:
+        """``speeds``, and what :meth:`choose` makes of them for typical chunks that the model and a step may have."""
+        if self.speeds is None:
+            return None
+        context = self._model.max_context_tokens
+        num_tokens = min(TYPICAL_TOKENS, self._token_budget, context)
+        befores = [num_before for num_before in TYPICAL_BEFORE if num_before + num_tokens <= context]
+        expected = (
+            () if num_tokens <= WHOLE_TOKENS else tuple(self._expect(num_tokens, it, self.speeds) for it in befores)
+        )
+        return MeasuredExchange(speeds=self.speeds, expected=expected)
+
+    def _expect(self, num_tokens: int, num_before: int, speeds: ExchangeSpeeds) -> ExpectedExchange:
+        batch = Batch(sequences=(SequenceInput(token_ids=[0] * num_tokens, start=num_before, runs=()),))
+        way = self._way(batch)
+        expected_s = layer_s(way, self._sizes(batch), speeds)
+        return ExpectedExchange(num_tokens=num_tokens, num_before=num_before, way=way.value, layer_s=expected_s)
 
     def layout(self, *, windows: Sequence[Window], cache: KVCache) -> "StripedLayout":
         """How this rank lays out its part of a step, whose KV goes to ``cache``."""

@@ -93,6 +93,114 @@ class MeasuredSum(_message.Message):
 Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
 
 @_typing.final
+class MeasuredLanes(_message.Message):
+    """A step of one size, in one lane and in two: so that one's sums hide behind the other's computation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    ALONE_S_FIELD_NUMBER: _builtins.int
+    WOVEN_S_FIELD_NUMBER: _builtins.int
+    IS_WOVEN_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    alone_s: _builtins.float
+    """What some layers of it took when the stage was started, at its slowest rank."""
+    woven_s: _builtins.float
+    is_woven: _builtins.bool
+    """Such steps are computed in two lanes."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        alone_s: _builtins.float = ...,
+        woven_s: _builtins.float = ...,
+        is_woven: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_woven", b"is_woven", "num_tokens", b"num_tokens", "woven_s", b"woven_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLanes: _TypeAlias = MeasuredLanes  # noqa: Y015
+
+@_typing.final
+class MeasuredExchange(_message.Message):
+    """What the choice of an exchange depends on, where ranks share sequences, as measured when the stage was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PAIRS_PER_S_FIELD_NUMBER: _builtins.int
+    CALL_S_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    latency_s: _builtins.float
+    """Of a message from one rank to another."""
+    bytes_per_s: _builtins.float
+    """That a rank sends, or receives, at the most."""
+    call_s: _builtins.float
+    """That a rank takes to begin with another's part."""
+    @_builtins.property
+    def pairs_per_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Queries times tokens that each rank attends to in a second, of all heads of a layer."""
+
+    @_builtins.property
+    def expected(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpectedExchange]:
+        """What is chosen for chunks that are typical."""
+
+    def __init__(
+        self,
+        *,
+        latency_s: _builtins.float = ...,
+        bytes_per_s: _builtins.float = ...,
+        pairs_per_s: _abc.Iterable[_builtins.float] | None = ...,
+        call_s: _builtins.float = ...,
+        expected: _abc.Iterable[Global___ExpectedExchange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "call_s", b"call_s", "expected", b"expected", "latency_s", b"latency_s", "pairs_per_s", b"pairs_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredExchange: _TypeAlias = MeasuredExchange  # noqa: Y015
+
+@_typing.final
+class ExpectedExchange(_message.Message):
+    """A chunk of a prompt, and how ranks meet its attention."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    LAYER_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Of the chunk."""
+    num_before: _builtins.int
+    """Of its sequence, before it."""
+    way: _builtins.str
+    """The name of the fastest way."""
+    layer_s: _builtins.float
+    """What a layer's attention is expected to take, at the rank that is done last."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_before: _builtins.int = ...,
+        way: _builtins.str = ...,
+        layer_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_s", b"layer_s", "num_before", b"num_before", "num_tokens", b"num_tokens", "way", b"way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpectedExchange: _TypeAlias = ExpectedExchange  # noqa: Y015
+
+@_typing.final
 class RankStatus(_message.Message):
     """One worker process."""
 
@@ -113,6 +221,8 @@ class RankStatus(_message.Message):
     NUM_FFN_COLUMNS_FIELD_NUMBER: _builtins.int
     SUMS_FIELD_NUMBER: _builtins.int
     TOKEN_SHARE_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -138,6 +248,14 @@ class RankStatus(_message.Message):
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
 
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLanes]:
+        """Of its stage, by tokens, ascending: set on the first rank of a stage whose ranks sum."""
+
+    @_builtins.property
+    def exchange(self) -> Global___MeasuredExchange:
+        """Of its stage: set on the first rank of a stage whose ranks share sequences."""
+
     def __init__(
         self,
         *,
@@ -156,17 +274,23 @@ class RankStatus(_message.Message):
         num_ffn_columns: _builtins.int | None = ...,
         sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
         token_share: _builtins.float | None = ...,
+        lanes: _abc.Iterable[Global___MeasuredLanes] | None = ...,
+        exchange: Global___MeasuredExchange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "exchange", b"exchange", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exchange: _TypeAlias = _typing.Literal["exchange"]  # noqa: Y015
+    _WhichOneofArgType__exchange: _TypeAlias = _typing.Literal["_exchange", b"_exchange"]  # noqa: Y015
     _WhichOneofReturnType__num_ffn_columns: _TypeAlias = _typing.Literal["num_ffn_columns"]  # noqa: Y015
     _WhichOneofArgType__num_ffn_columns: _TypeAlias = _typing.Literal["_num_ffn_columns", b"_num_ffn_columns"]  # noqa: Y015
     _WhichOneofReturnType__num_kv_heads: _TypeAlias = _typing.Literal["num_kv_heads"]  # noqa: Y015
     _WhichOneofArgType__num_kv_heads: _TypeAlias = _typing.Literal["_num_kv_heads", b"_num_kv_heads"]  # noqa: Y015
     _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
     _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exchange) -> _WhichOneofReturnType__exchange | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_ffn_columns) -> _WhichOneofReturnType__num_ffn_columns | None: ...
     @_typing.overload

@@ -15,11 +15,12 @@ from orchestrator.controller.state import Phase
 from orchestrator.preflight import preflight
 from orchestrator.render import status_lines
 from placement.collectives import MEASURED_BYTES
+from placement.exchange import Exchange
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.answers import answer, check_order, request, tokens
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import deploy, make_config, settled, shared_sequences, two_ranks, two_stages
+from tests.support.deployment import deploy, in_stages, make_config, settled, shared_sequences, two_ranks, two_stages
 from workers.collectives.algorithms import ALL_REDUCES
 
 
@@ -31,9 +32,11 @@ async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint
         "even": two_ranks((1, 1)),
         "all of one": two_ranks((0, 1)),
         "stages": two_stages(),
+        "stages of two": in_stages((1, 1), (1, 1)),
         "sequences": shared_sequences((5, 2, 1)),
     }
-    summing = {"even", "all of one"}
+    summing = {"even": ["0"], "all of one": ["0"], "stages of two": ["0", "1"]}
+    sharing = {"sequences": ["0"]}
     for name, sections in cuts.items():
         directory = tmp_path / name.replace(" ", "_")
         directory.mkdir()
@@ -42,7 +45,7 @@ async def test_answers_are_those_of_one_rank_however_it_is_cut(served_checkpoint
             stub = inference_pb2_grpc.InferenceStub(channel)
             answers = await asyncio.gather(*(answer(stub, message) for message in asked))
             found.append([tokens(responses) for responses in answers])
-            await check_sums(channel, ["0"] if name in summing else [])
+            await check_measured(channel, summing=summing.get(name, []), sharing=sharing.get(name, []))
             await settled(running, timeout_s=PATIENCE_S)
     assert all(answers == found[0] for answers in found)
 
@@ -69,14 +72,29 @@ async def test_a_prompt_several_times_longer_than_one_ranks_kv_memory_is_served(
     assert found[0] == found[1]
 
 
-async def check_sums(channel: grpc.aio.Channel, stages: Sequence[str]) -> None:
-    """The status has a sum of every measured size for each of these stages of the first replica, and no other."""
+async def check_measured(channel: grpc.aio.Channel, *, summing: Sequence[str], sharing: Sequence[str]) -> None:
+    """The status has what these stages of the first replica measured, and of no other.
+
+    Args:
+        summing: those whose ranks sum, in one lane or in two.
+        sharing: those whose ranks share sequences.
+    """
     status = await admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=PATIENCE_S)
     lines = [dict(word.split("=", 1) for word in shlex.split(line)) for line in status_lines(status)]
     sums = [line for line in lines if line["event"] == "sum"]
-    expected = [("replica-0", stage, str(num_bytes)) for stage in stages for num_bytes in MEASURED_BYTES]
+    expected = [("replica-0", stage, str(num_bytes)) for stage in summing for num_bytes in MEASURED_BYTES]
     assert [(line["replica"], line["stage"], line["num_bytes"]) for line in sums] == expected
     assert all(line["algorithm"] in ALL_REDUCES and float(line["duration_s"]) > 0 for line in sums), sums
+    lanes = [line for line in lines if line["event"] == "lanes"]
+    assert [line["stage"] for line in lanes if line["num_tokens"] == "64"] == list(summing)
+    assert all(float(line["one_lane_s"]) > 0 < float(line["two_lanes_s"]) for line in lanes), lanes
+    assert all(line["lanes"] in "12" for line in lanes), lanes
+    exchanges = [line for line in lines if line["event"] == "exchange"]
+    assert [line["stage"] for line in exchanges] == list(sharing)
+    assert all(float(line["latency_s"]) > 0 and "," in line["pairs_per_s"] for line in exchanges), exchanges
+    chunks = [line for line in lines if line["event"] == "expected_exchange"]
+    assert [(line["stage"], line["num_before"]) for line in chunks] == [(stage, "0") for stage in sharing]
+    assert all(line["exchange"] in {way.value for way in Exchange} for line in chunks), chunks
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ class Rank(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
-    SUMS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     TOKEN_SHARE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
@@ -77,7 +77,7 @@ class Rank(_message.Message):
     @_builtins.property
     def shard(self) -> _worker_pb2.Shard: ...
     @_builtins.property
-    def sums(self) -> _containers.RepeatedCompositeFieldContainer[_worker_pb2.MeasuredSum]:
+    def measured(self) -> _worker_pb2.StageMeasurements:
         """As the rank told when it was loaded: of its stage, where it is the first of several in it."""
 
     def __init__(
@@ -94,12 +94,12 @@ class Rank(_message.Message):
         kv_bytes: _builtins.int = ...,
         loaded_bytes: _builtins.int = ...,
         cause: _builtins.str = ...,
-        sums: _abc.Iterable[_worker_pb2.MeasuredSum] | None = ...,
+        measured: _worker_pb2.StageMeasurements | None = ...,
         token_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "shard", b"shard", "token_share", b"token_share"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "measured", b"measured", "shard", b"shard", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
     _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015

@@ -408,15 +408,15 @@ class LoadResponse(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ELAPSED_S_FIELD_NUMBER: _builtins.int
-    SUMS_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     phase: Global___LoadPhase.ValueType
     loaded_bytes: _builtins.int
     total_bytes: _builtins.int
     elapsed_s: _builtins.float
     @_builtins.property
-    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
-        """Set on the last message of the first rank of a stage that has several: how they sum tensors, by size, ascending."""
+    def measured(self) -> Global___StageMeasurements:
+        """Set on the last message of a rank of several: what the first of its stage measured with the others there."""
 
     def __init__(
         self,
@@ -426,15 +426,51 @@ class LoadResponse(_message.Message):
         loaded_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         elapsed_s: _builtins.float = ...,
-        sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
+        measured: Global___StageMeasurements | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_s", b"elapsed_s", "epoch", b"epoch", "loaded_bytes", b"loaded_bytes", "phase", b"phase", "sums", b"sums", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_s", b"elapsed_s", "epoch", b"epoch", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "phase", b"phase", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadResponse: _TypeAlias = LoadResponse  # noqa: Y015
+
+@_typing.final
+class StageMeasurements(_message.Message):
+    """What the ranks of a stage measured when they started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_FIELD_NUMBER: _builtins.int
+    LANES_FIELD_NUMBER: _builtins.int
+    EXCHANGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
+        """By size, ascending. None where ranks share sequences."""
+
+    @_builtins.property
+    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLanes]:
+        """By tokens, ascending. None where no step may be computed in two."""
+
+    @_builtins.property
+    def exchange(self) -> Global___MeasuredExchange:
+        """Where ranks share sequences."""
+
+    def __init__(
+        self,
+        *,
+        sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
+        lanes: _abc.Iterable[Global___MeasuredLanes] | None = ...,
+        exchange: Global___MeasuredExchange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "lanes", b"lanes", "sums", b"sums"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageMeasurements: _TypeAlias = StageMeasurements  # noqa: Y015
 
 @_typing.final
 class MeasuredSum(_message.Message):
@@ -464,6 +500,114 @@ class MeasuredSum(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
+
+@_typing.final
+class MeasuredLanes(_message.Message):
+    """A step of one size, in one lane and in two: so that one's sums hide behind the other's computation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    ALONE_S_FIELD_NUMBER: _builtins.int
+    WOVEN_S_FIELD_NUMBER: _builtins.int
+    IS_WOVEN_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    alone_s: _builtins.float
+    """What some layers of it took when the stage was started, at its slowest rank."""
+    woven_s: _builtins.float
+    is_woven: _builtins.bool
+    """Such steps are computed in two lanes."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        alone_s: _builtins.float = ...,
+        woven_s: _builtins.float = ...,
+        is_woven: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_woven", b"is_woven", "num_tokens", b"num_tokens", "woven_s", b"woven_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLanes: _TypeAlias = MeasuredLanes  # noqa: Y015
+
+@_typing.final
+class MeasuredExchange(_message.Message):
+    """What the choice of an exchange depends on, where ranks share sequences, as measured when the stage was started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LATENCY_S_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    PAIRS_PER_S_FIELD_NUMBER: _builtins.int
+    CALL_S_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    latency_s: _builtins.float
+    """Of a message from one rank to another."""
+    bytes_per_s: _builtins.float
+    """That a rank sends, or receives, at the most."""
+    call_s: _builtins.float
+    """That a rank takes to begin with another's part."""
+    @_builtins.property
+    def pairs_per_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Queries times tokens that each rank attends to in a second, of all heads of a layer."""
+
+    @_builtins.property
+    def expected(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpectedExchange]:
+        """What is chosen for chunks that are typical."""
+
+    def __init__(
+        self,
+        *,
+        latency_s: _builtins.float = ...,
+        bytes_per_s: _builtins.float = ...,
+        pairs_per_s: _abc.Iterable[_builtins.float] | None = ...,
+        call_s: _builtins.float = ...,
+        expected: _abc.Iterable[Global___ExpectedExchange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "call_s", b"call_s", "expected", b"expected", "latency_s", b"latency_s", "pairs_per_s", b"pairs_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredExchange: _TypeAlias = MeasuredExchange  # noqa: Y015
+
+@_typing.final
+class ExpectedExchange(_message.Message):
+    """A chunk of a prompt, and how ranks meet its attention."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
+    WAY_FIELD_NUMBER: _builtins.int
+    LAYER_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Of the chunk."""
+    num_before: _builtins.int
+    """Of its sequence, before it."""
+    way: _builtins.str
+    """The name of the fastest way."""
+    layer_s: _builtins.float
+    """What a layer's attention is expected to take, at the rank that is done last."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_before: _builtins.int = ...,
+        way: _builtins.str = ...,
+        layer_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_s", b"layer_s", "num_before", b"num_before", "num_tokens", b"num_tokens", "way", b"way"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpectedExchange: _TypeAlias = ExpectedExchange  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):

@@ -1,0 +1,65 @@
+"""What the ranks of a stage measured, between the worker protocol's messages and :mod:`placement`. Pure."""
+
+from placement.collectives import MeasuredSum
+from placement.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
+from placement.measurements import StageMeasurements
+from placement.overlap import MeasuredLanes
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+
+
+def measurements(message: pb.StageMeasurements) -> StageMeasurements:
+    """As a rank told them."""
+    return StageMeasurements(
+        sums=tuple(
+            MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s) for it in message.sums
+        ),
+        lanes=tuple(
+            MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
+            for it in message.lanes
+        ),
+        exchange=_exchange(message.exchange) if message.HasField("exchange") else None,
+    )
+
+
+def _exchange(message: pb.MeasuredExchange) -> MeasuredExchange:
+    return MeasuredExchange(
+        speeds=ExchangeSpeeds(
+            latency_s=message.latency_s,
+            bytes_per_s=message.bytes_per_s,
+            pairs_per_s=tuple(message.pairs_per_s),
+            call_s=message.call_s,
+        ),
+        expected=tuple(
+            ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
+            for it in message.expected
+        ),
+    )
+
+
+def measured_message(measured: StageMeasurements) -> pb.StageMeasurements:
+    """As watchers are told them."""
+    return pb.StageMeasurements(
+        sums=[
+            pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
+            for it in measured.sums
+        ],
+        lanes=[
+            pb.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
+            for it in measured.lanes
+        ],
+        exchange=None if measured.exchange is None else _exchange_message(measured.exchange),
+    )
+
+
+def _exchange_message(measured: MeasuredExchange) -> pb.MeasuredExchange:
+    speeds = measured.speeds
+    return pb.MeasuredExchange(
+        latency_s=speeds.latency_s,
+        bytes_per_s=speeds.bytes_per_s,
+        pairs_per_s=speeds.pairs_per_s,
+        call_s=speeds.call_s,
+        expected=[
+            pb.ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
+            for it in measured.expected
+        ],
+    )
