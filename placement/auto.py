@@ -5,6 +5,7 @@ is by measured speed, as far as its memory goes; where nothing was measured by t
 The planner, which weighs layouts against each other by measured speed, is to take its place.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -103,10 +104,10 @@ def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
 
 
 def _fullness(shard: Shard, unmeasured: Collection[tuple[str, str]]) -> float:
-    """What a rank needs over what its device has; 0 where that is not known."""
+    """What a rank needs beside its process, over what its device has beside that; 0 where that is not known."""
     device = shard.device
     if (shard.node, device.name) in unmeasured or not device.memory_bytes:
         return 0.0
-    process_bytes = CPU_PROCESS_BYTES if device.kind == "cpu" else CUDA_PROCESS_BYTES
-    needed = shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes + process_bytes
-    return needed / device.memory_bytes
+    room = device.memory_bytes - (CPU_PROCESS_BYTES if device.kind == "cpu" else CUDA_PROCESS_BYTES)
+    needed = shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes
+    return needed / room if room > 0 else math.inf

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from workers.grammar_compiler import GrammarCompiler
 from workers.lead import LeaderStream
 from workers.loading import Loaded, LoadJob
 from workers.outbox import Outbox
+from workers.speed import measure_speed
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,31 @@ class WorkerService(pb_grpc.WorkerServicer):
             loaded_bytes=job.loaded_bytes,
             total_bytes=job.total_bytes,
             elapsed_s=time.monotonic() - started,
+        )
+
+    async def MeasureSpeed(
+        self,
+        request: pb.MeasureSpeedRequest,
+        context: grpc.aio.ServicerContext[pb.MeasureSpeedRequest, pb.MeasureSpeedResponse],
+    ) -> pb.MeasureSpeedResponse:
+        """Measure in a thread; it ends soon after whoever asked has gone."""
+        await self._check_epoch(request.epoch, context)
+        if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
+        left = threading.Event()
+
+        def go_on() -> None:
+            if left.is_set():
+                raise InterruptedError("nobody waits for the speed any more")
+
+        try:
+            speed = await asyncio.to_thread(measure_speed, self._device, wire.dtype(request.dtype), go_on)
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        finally:
+            left.set()
+        return pb.MeasureSpeedResponse(
+            epoch=self._epoch, weight_bytes_per_s=speed.weight_bytes_per_s, flops_per_s=speed.flops_per_s
         )
 
     async def Describe(

@@ -1,0 +1,116 @@
+"""How fast this rank's device is: products as decode and prefill have them, with the kernels that serve.
+
+Weights of :data:`_BYTES` are gone through again and again, which no cache up to that size has any of. Those who were
+asked at the same time read their weights until about the same time, so that ranks which share a machine's memory are
+measured as they will share it.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kernels.linear import Linear
+from kernels.select import kernels_for
+from placement.errors import NotEnoughMemory
+from placement.memory import format_bytes
+from placement.specs import DType
+from placement.speed import DeviceSpeed
+from workers.cores import claim_cores
+from workers.device import TORCH_DTYPES, Device, use_device
+
+# Of all weights; and one more is there in two forms while it is packed.
+_BYTES, _WEIGHT_BYTES = 224 * 2**20, 32 * 2**20
+_NUM_INPUTS = 4096
+_DECODED, _PREFILLED = 4, 64  # tokens
+# From when it was asked for, until weights are read; for how long at the least, where code had to be compiled first.
+_UNTIL_S, _LEAST_S = 1.0, 0.25
+_PREFILL_S = 0.2
+_LEAST_RUNS = 3
+_GPU_TURNS = 8  # through all layers, before a GPU is waited for: that takes as long as a turn or two
+
+
+def measure_speed(device: Device, dtype: DType, go_on: Callable[[], None]) -> DeviceSpeed:
+    """Measures, on a thread and cores such as steps have; takes about a second, and 256 MiB, which it gives back.
+
+    Args:
+        dtype: of the products.
+        go_on: called between products; raises to end.
+
+    Raises:
+        NotEnoughMemory: the device has not twice the memory that this takes.
+    """
+    needed = 2 * (_BYTES + _WEIGHT_BYTES)
+    if device.available_memory_bytes < needed:
+        raise NotEnoughMemory(
+            field="memory of " + device.name,
+            value=format_bytes(device.available_memory_bytes),
+            problem=f"leaves no room to measure its speed, for which {format_bytes(needed)} must be free",
+            fix="Free memory, or write shares into serving.parallelism.",
+        )
+    until_s = time.monotonic() + _UNTIL_S
+    on_cpu = device.torch_device.type == "cpu"
+    claim = claim_cores(device.num_threads) if on_cpu else None
+    begin = partial(use_device, device.torch_device) if claim is None else claim.pin
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="speed", initializer=begin) as executor:
+            return executor.submit(_measure, device.torch_device, TORCH_DTYPES[dtype], until_s, go_on).result()
+    finally:
+        if claim is not None:
+            claim.release()  # the thread that executes steps takes them anew
+
+
+@torch.inference_mode()
+def _measure(device: torch.device, dtype: torch.dtype, until_s: float, go_on: Callable[[], None]) -> DeviceSpeed:
+    layers = _layers(device, dtype, go_on)
+    few, many = (torch.ones(count, _NUM_INPUTS, dtype=dtype, device=device) for count in (_DECODED, _PREFILLED))
+    for warm_up in (layers, layers[:1]):
+        _seconds(warm_up, few if warm_up is layers else many, device)
+    prefill_s = _median_s(layers[:1], many, device, time.monotonic() + _PREFILL_S, go_on)
+    decode_s = _median_s(layers, few, device, max(until_s, time.monotonic() + _LEAST_S), go_on)
+    if device.type == "cuda":
+        del layers
+        torch.cuda.empty_cache()
+    return DeviceSpeed(
+        weight_bytes_per_s=_BYTES / decode_s,
+        flops_per_s=2 * _PREFILLED * (_WEIGHT_BYTES // dtype.itemsize) / prefill_s,
+    )
+
+
+def _layers(device: torch.device, dtype: torch.dtype, go_on: Callable[[], None]) -> list[Linear]:
+    """Each with a weight of its own, in the form that serves."""
+    kernels = kernels_for(device)
+    num_outputs = _WEIGHT_BYTES // (_NUM_INPUTS * dtype.itemsize)
+    layers = []
+    for _ in range(_BYTES // _WEIGHT_BYTES):
+        go_on()
+        weight = torch.full((num_outputs, _NUM_INPUTS), 1 / 64, dtype=dtype, device=device)
+        layers.append(kernels.pack(weight, None))
+    return layers
+
+
+def _median_s(
+    layers: Sequence[Linear], x: Tensor, device: torch.device, until_s: float, go_on: Callable[[], None]
+) -> float:
+    """Of runs through all layers until then, be it of a few that take longer."""
+    runs: list[float] = []
+    while time.monotonic() < until_s or len(runs) < _LEAST_RUNS:
+        go_on()
+        runs.append(_seconds(layers, x, device))
+    return statistics.median(runs)
+
+
+def _seconds(layers: Sequence[Linear], x: Tensor, device: torch.device) -> float:
+    """Of one turn through all layers."""
+    on_gpu = device.type == "cuda"
+    turns = _GPU_TURNS if on_gpu else 1
+    started = time.perf_counter()
+    for layer in (layer for _ in range(turns) for layer in layers):
+        layer(x)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / turns
