@@ -48,9 +48,18 @@ class EarlyWorkers:
     async def _measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | str, ...]:
         shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
         await self._launcher.reserve(shards)
-        await asyncio.gather(*(self._start_early(key, shard) for key, shard in shards.items()))
+        await self._start_all(shards)
         request = settings.speed_request(epoch=self.epoch)
         return tuple(await asyncio.gather(*(_ask(self._started[key].address, request) for key in shards)))
+
+    async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
+        starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]
+        try:
+            await asyncio.gather(*starts)
+        finally:  # where one failed, none of the others comes up behind the back of who ends them
+            for start in starts:
+                start.cancel()
+            await asyncio.wait(starts)
 
     async def _start_early(self, key: RankKey, shard: Shard) -> None:
         # What it will hold is not known yet; it looks itself whether there is memory for that, when it loads.

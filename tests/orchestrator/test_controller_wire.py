@@ -1,12 +1,16 @@
 """The controller's state as messages."""
 
+import math
 from dataclasses import replace
 
+import pytest
+
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from orchestrator.controller.wire import deployment, measured_sums
+from orchestrator.controller.wire import deployment, device_speed, measured_sums
 from placement.collectives import MeasuredSum
 from placement.plan import Part, Shard, Span
 from placement.specs import DeviceSpec
+from placement.speed import DeviceSpeed
 from protos.heterodyne.worker.v1 import worker_pb2
 
 SUMS = (
@@ -39,3 +43,14 @@ def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
     ]
     assert measured_sums(first.sums) == SUMS
     assert measured_sums(second.sums) == ()
+
+
+def test_a_speed_is_what_a_device_can_have() -> None:
+    told = worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=2e10, flops_per_s=1e11)
+    assert device_speed(told) == DeviceSpeed(weight_bytes_per_s=2e10, flops_per_s=1e11)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_speed_that_no_device_can_have_is_none(rate: float) -> None:
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=rate, flops_per_s=1.0)) is None
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=1.0, flops_per_s=rate)) is None
