@@ -19,9 +19,10 @@ from workers import wire
 from workers.device import Device
 from workers.grammar_compiler import GrammarCompiler
 from workers.lead import LeaderStream
+from workers.load_checks import read_quantization
 from workers.loading import Loaded, LoadJob
 from workers.outbox import Outbox
-from workers.speed import measure_speed
+from workers.speed import Products, measure_speed
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class WorkerService(pb_grpc.WorkerServicer):
                 raise InterruptedError("nobody waits for the speed any more")
 
         try:
-            speed = await asyncio.to_thread(measure_speed, self._device, wire.dtype(request.dtype), go_on)
+            products = Products(dtype=wire.dtype(request.dtype), quantization=read_quantization(request.quantization))
+            speed = await asyncio.to_thread(measure_speed, self._device, products, go_on)
         except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
         finally:

@@ -9,15 +9,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kernels.linear import Linear
+from kernels.linear import Linear, pack_rounded
+from kernels.quantized import RoundedWeight
 from kernels.select import kernels_for
 from placement.errors import NotEnoughMemory
 from placement.memory import format_bytes
+from placement.quantization import GROUP_SIZES, Quantization
 from placement.specs import DType
 from placement.speed import DeviceSpeed
 from workers.cores import claim_cores
@@ -26,6 +29,7 @@ from workers.device import TORCH_DTYPES, Device, use_device
 # Of all weights; and one more is there in two forms while it is packed.
 _BYTES, _WEIGHT_BYTES = 224 * 2**20, 32 * 2**20
 _NUM_INPUTS = 4096
+_BITS = {Quantization.INT8: 8, Quantization.INT4: 4}
 _DECODED, _PREFILLED = 4, 64  # tokens
 # From when it was asked for, until weights are read; for how long at the least, where code had to be compiled first.
 _UNTIL_S, _LEAST_S = 1.0, 0.25
@@ -34,11 +38,28 @@ _LEAST_RUNS = 3
 _GPU_TURNS = 8  # through all layers, before a GPU is waited for: that takes as long as a turn or two
 
 
-def measure_speed(device: Device, dtype: DType, go_on: Callable[[], None]) -> DeviceSpeed:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Products:
+    """What is multiplied: numbers of that type, with weights so rounded."""
+
+    dtype: DType
+    quantization: Quantization = Quantization.NONE
+
+    @property
+    def weight_bits(self) -> int:
+        """Of a weight, without the scale of its group."""
+        return _BITS.get(self.quantization, 8 * self.dtype.itemsize)
+
+    @property
+    def num_outputs(self) -> int:
+        """Of each layer."""
+        return 8 * _WEIGHT_BYTES // (_NUM_INPUTS * self.weight_bits)
+
+
+def measure_speed(device: Device, products: Products, go_on: Callable[[], None]) -> DeviceSpeed:
     """Measures, on a thread and cores such as steps have; takes about a second, and 256 MiB, which it gives back.
 
     Args:
-        dtype: of the products.
         go_on: called between products; raises to end.
 
     Raises:
@@ -58,39 +79,52 @@ def measure_speed(device: Device, dtype: DType, go_on: Callable[[], None]) -> De
     begin = partial(use_device, device.torch_device) if claim is None else claim.pin
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="speed", initializer=begin) as executor:
-            return executor.submit(_measure, device.torch_device, TORCH_DTYPES[dtype], until_s, go_on).result()
+            return executor.submit(_measure, device.torch_device, products, until_s, go_on).result()
     finally:
         if claim is not None:
             claim.release()  # the thread that executes steps takes them anew
 
 
 @torch.inference_mode()
-def _measure(device: torch.device, dtype: torch.dtype, until_s: float, go_on: Callable[[], None]) -> DeviceSpeed:
-    layers = _layers(device, dtype, go_on)
+def _measure(device: torch.device, products: Products, until_s: float, go_on: Callable[[], None]) -> DeviceSpeed:
+    layers = _layers(device, products, go_on)
+    dtype = TORCH_DTYPES[products.dtype]
     few, many = (torch.ones(count, _NUM_INPUTS, dtype=dtype, device=device) for count in (_DECODED, _PREFILLED))
     for warm_up in (layers, layers[:1]):
         _seconds(warm_up, few if warm_up is layers else many, device)
     prefill_s = _median_s(layers[:1], many, device, time.monotonic() + _PREFILL_S, go_on)
     decode_s = _median_s(layers, few, device, max(until_s, time.monotonic() + _LEAST_S), go_on)
+    num_bytes = sum(layer.num_bytes for layer in layers)
     if device.type == "cuda":
         del layers
         torch.cuda.empty_cache()
     return DeviceSpeed(
-        weight_bytes_per_s=_BYTES / decode_s,
-        flops_per_s=2 * _PREFILLED * (_WEIGHT_BYTES // dtype.itemsize) / prefill_s,
+        weight_bytes_per_s=num_bytes / decode_s,
+        flops_per_s=2 * _PREFILLED * products.num_outputs * _NUM_INPUTS / prefill_s,
     )
 
 
-def _layers(device: torch.device, dtype: torch.dtype, go_on: Callable[[], None]) -> list[Linear]:
+def _layers(device: torch.device, products: Products, go_on: Callable[[], None]) -> list[Linear]:
     """Each with a weight of its own, in the form that serves."""
-    kernels = kernels_for(device)
-    num_outputs = _WEIGHT_BYTES // (_NUM_INPUTS * dtype.itemsize)
-    layers = []
+    kernels, layers = kernels_for(device), []
+    shape, dtype = (products.num_outputs, _NUM_INPUTS), TORCH_DTYPES[products.dtype]
     for _ in range(_BYTES // _WEIGHT_BYTES):
         go_on()
-        weight = torch.full((num_outputs, _NUM_INPUTS), 1 / 64, dtype=dtype, device=device)
-        layers.append(kernels.pack(weight, None))
+        if products.quantization is Quantization.NONE:
+            weight = torch.full(shape, 1 / 64, dtype=dtype, device=device)
+            layers.append(kernels.pack(weight, None))
+        else:
+            layers.append(pack_rounded(_rounded(products, device), None, dtype))
     return layers
+
+
+def _rounded(products: Products, device: torch.device) -> RoundedWeight:
+    """A weight all of whose codes are alike: what they are makes no difference to the time."""
+    num_bytes = _NUM_INPUTS * products.weight_bits // 8
+    code = torch.int8 if products.quantization is Quantization.INT8 else torch.uint8
+    codes = torch.full((products.num_outputs, num_bytes), 0x11, dtype=code, device=device)
+    scales = torch.full((products.num_outputs, _NUM_INPUTS // GROUP_SIZES[0]), 1 / 64, device=device)
+    return RoundedWeight(codes=codes, scales=scales)
 
 
 def _median_s(

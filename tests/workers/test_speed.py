@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from placement.errors import NotEnoughMemory
+from placement.quantization import Quantization
 from placement.specs import DType
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.clocks import PATIENCE_S
@@ -18,7 +19,7 @@ from tests.support.worker import load, load_request, running
 from workers import speed
 from workers.cores import claim_cores
 from workers.device import Device, open_device
-from workers.speed import measure_speed
+from workers.speed import Products, measure_speed
 
 BF16 = pb.MeasureSpeedRequest(epoch=EPOCH, dtype=pb.DTYPE_BFLOAT16)
 
@@ -27,13 +28,18 @@ def nothing() -> None:
     pass
 
 
-@pytest.mark.parametrize("dtype", DType)
-def test_a_device_has_a_speed_for_each_number_type_and_its_memory_and_cores_back(dtype: DType) -> None:
+@pytest.mark.parametrize(
+    "products",
+    [Products(dtype=dtype) for dtype in DType]
+    + [Products(dtype=DType.BFLOAT16, quantization=way) for way in (Quantization.INT8, Quantization.INT4)],
+    ids=["float32", "bfloat16", "int8", "int4"],
+)
+def test_a_device_has_a_speed_for_each_kind_of_weights_and_its_memory_and_cores_back(products: Products) -> None:
     device = open_device("cpu", 1)
     process = psutil.Process()
     before_bytes, free_cpus = process.memory_info().rss, claim_cores(1)
     free_cpus.release()
-    measured = measure_speed(device, dtype, nothing)
+    measured = measure_speed(device, products, nothing)
     # Between a tenth of the slowest memory, and what no core reads.
     assert 1e8 < measured.weight_bytes_per_s < 1e12
     assert 1e8 < measured.flops_per_s < 1e14
@@ -52,14 +58,14 @@ def test_a_measurement_ends_when_it_is_told_to() -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        measure_speed(open_device("cpu", 1), DType.BFLOAT16, end)
+        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), end)
     assert len(calls) == 4
 
 
 def test_without_memory_to_spare_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "available_memory_bytes", 300 * 2**20)
     with pytest.raises(NotEnoughMemory, match=r"memory of cpu: .* 512 MiB must be free .*serving.parallelism"):
-        measure_speed(open_device("cpu", 1), DType.BFLOAT16, nothing)
+        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), nothing)
 
 
 def test_weights_are_more_than_a_cache_of_32_mib_holds_and_less_than_256_mib() -> None:

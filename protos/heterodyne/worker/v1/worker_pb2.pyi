@@ -197,18 +197,21 @@ class MeasureSpeedRequest(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Number type of the products."""
+    """Number type of the products, and how weights are held in them."""
+    quantization: Global___Quantization.ValueType
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         dtype: Global___Dtype.ValueType = ...,
+        quantization: Global___Quantization.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch", "quantization", b"quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
