@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -22,7 +21,8 @@ from workers.lead import LeaderStream
 from workers.load_checks import read_quantization
 from workers.loading import Loaded, LoadJob
 from workers.outbox import Outbox
-from workers.speed import Products, measure_speed
+from workers.speed import Products
+from workers.speed_job import SpeedJob
 
 logger = logging.getLogger(__name__)
 
@@ -97,27 +97,31 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     async def MeasureSpeed(
         self,
-        request: pb.MeasureSpeedRequest,
+        request_iterator: AsyncIterator[pb.MeasureSpeedRequest],
         context: grpc.aio.ServicerContext[pb.MeasureSpeedRequest, pb.MeasureSpeedResponse],
-    ) -> pb.MeasureSpeedResponse:
-        """Measure in a thread; it ends soon after whoever asked has gone."""
+    ) -> AsyncIterator[pb.MeasureSpeedResponse]:
+        """Get ready at the first request, measure at the second; in a thread, which ends when whoever asks has gone."""
+        requests = aiter(request_iterator)
+        request = await anext(requests, pb.MeasureSpeedRequest())
         await self._check_epoch(request.epoch, context)
         if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
-        left = threading.Event()
-
-        def go_on() -> None:
-            if left.is_set():
-                raise InterruptedError("nobody waits for the speed any more")
-
+        job: SpeedJob | None = None
         try:
-            products = Products(dtype=wire.dtype(request.dtype), quantization=read_quantization(request.quantization))
-            speed = await asyncio.to_thread(measure_speed, self._device, products, go_on)
+            quantization = read_quantization(request.quantization)
+            job = SpeedJob(self._device, Products(dtype=wire.dtype(request.dtype), quantization=quantization))
+            if await job.waits():
+                yield pb.MeasureSpeedResponse(epoch=self._epoch)
+                if await anext(requests, None) is None:
+                    return
+                job.begin()
+            speed = await job.speed
         except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
         finally:
-            left.set()
-        return pb.MeasureSpeedResponse(
+            if job is not None:
+                job.leave()
+        yield pb.MeasureSpeedResponse(
             epoch=self._epoch, weight_bytes_per_s=speed.weight_bytes_per_s, flops_per_s=speed.flops_per_s
         )
 

@@ -1,8 +1,8 @@
 """How fast this rank's device is: products as decode and prefill have them, with the kernels that serve.
 
-Weights of :data:`_BYTES` are gone through again and again, which no cache up to that size has any of. Those who were
-asked at the same time read their weights until about the same time, so that ranks which share a machine's memory are
-measured as they will share it.
+Weights of :data:`_BYTES` are gone through again and again, which no cache up to that size has any of. Ranks that are
+measured together get ready first, wait for each other, and then do the same for as long: those that share a machine's
+memory are measured as they will share it.
 """
 
 import statistics
@@ -31,10 +31,8 @@ _BYTES, _WEIGHT_BYTES = 224 * 2**20, 32 * 2**20
 _NUM_INPUTS = 4096
 _BITS = {Quantization.INT8: 8, Quantization.INT4: 4}
 _DECODED, _PREFILLED = 4, 64  # tokens
-# From when it was asked for, until weights are read; for how long at the least, where code had to be compiled first.
-_UNTIL_S, _LEAST_S = 1.0, 0.25
-_PREFILL_S = 0.2
-_LEAST_RUNS = 3
+_PREFILL_S, _DECODE_S = 0.2, 0.5
+_LEAST_TURNS = 3
 _GPU_TURNS = 8  # through all layers, before a GPU is waited for: that takes as long as a turn or two
 
 
@@ -56,11 +54,12 @@ class Products:
         return 8 * _WEIGHT_BYTES // (_NUM_INPUTS * self.weight_bits)
 
 
-def measure_speed(device: Device, products: Products, go_on: Callable[[], None]) -> DeviceSpeed:
-    """Measures, on a thread and cores such as steps have; takes about a second, and 256 MiB, which it gives back.
+def measure_speed(device: Device, products: Products, *, meet: Callable[[], None]) -> DeviceSpeed:
+    """Measures, on a thread and cores such as steps have: for 0.7 s, beside what it takes to compile code and to make
+    224 MiB of weights, which are given back.
 
     Args:
-        go_on: called between products; raises to end.
+        meet: called once all is ready; returns when others are too, or raises to end.
 
     Raises:
         NotEnoughMemory: the device has not twice the memory that this takes.
@@ -73,27 +72,27 @@ def measure_speed(device: Device, products: Products, go_on: Callable[[], None])
             problem=f"leaves no room to measure its speed, for which {format_bytes(needed)} must be free",
             fix="Free memory, or write shares into serving.parallelism.",
         )
-    until_s = time.monotonic() + _UNTIL_S
     on_cpu = device.torch_device.type == "cpu"
     claim = claim_cores(device.num_threads) if on_cpu else None
     begin = partial(use_device, device.torch_device) if claim is None else claim.pin
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="speed", initializer=begin) as executor:
-            return executor.submit(_measure, device.torch_device, products, until_s, go_on).result()
+            return executor.submit(_measure, device.torch_device, products, meet).result()
     finally:
         if claim is not None:
             claim.release()  # the thread that executes steps takes them anew
 
 
 @torch.inference_mode()
-def _measure(device: torch.device, products: Products, until_s: float, go_on: Callable[[], None]) -> DeviceSpeed:
-    layers = _layers(device, products, go_on)
+def _measure(device: torch.device, products: Products, meet: Callable[[], None]) -> DeviceSpeed:
+    layers = _layers(device, products)
     dtype = TORCH_DTYPES[products.dtype]
     few, many = (torch.ones(count, _NUM_INPUTS, dtype=dtype, device=device) for count in (_DECODED, _PREFILLED))
-    for warm_up in (layers, layers[:1]):
-        _seconds(warm_up, few if warm_up is layers else many, device)
-    prefill_s = _median_s(layers[:1], many, device, time.monotonic() + _PREFILL_S, go_on)
-    decode_s = _median_s(layers, few, device, max(until_s, time.monotonic() + _LEAST_S), go_on)
+    _seconds(layers, few, device)
+    _seconds(layers[:1], many, device)
+    meet()
+    prefill_s = _median_s(layers[:1], many, device, _PREFILL_S)
+    decode_s = _median_s(layers, few, device, _DECODE_S)
     num_bytes = sum(layer.num_bytes for layer in layers)
     if device.type == "cuda":
         del layers
@@ -104,12 +103,11 @@ def _measure(device: torch.device, products: Products, until_s: float, go_on: Ca
     )
 
 
-def _layers(device: torch.device, products: Products, go_on: Callable[[], None]) -> list[Linear]:
+def _layers(device: torch.device, products: Products) -> list[Linear]:
     """Each with a weight of its own, in the form that serves."""
     kernels, layers = kernels_for(device), []
     shape, dtype = (products.num_outputs, _NUM_INPUTS), TORCH_DTYPES[products.dtype]
     for _ in range(_BYTES // _WEIGHT_BYTES):
-        go_on()
         if products.quantization is Quantization.NONE:
             weight = torch.full(shape, 1 / 64, dtype=dtype, device=device)
             layers.append(kernels.pack(weight, None))
@@ -127,15 +125,13 @@ def _rounded(products: Products, device: torch.device) -> RoundedWeight:
     return RoundedWeight(codes=codes, scales=scales)
 
 
-def _median_s(
-    layers: Sequence[Linear], x: Tensor, device: torch.device, until_s: float, go_on: Callable[[], None]
-) -> float:
-    """Of runs through all layers until then, be it of a few that take longer."""
-    runs: list[float] = []
-    while time.monotonic() < until_s or len(runs) < _LEAST_RUNS:
-        go_on()
-        runs.append(_seconds(layers, x, device))
-    return statistics.median(runs)
+def _median_s(layers: Sequence[Linear], x: Tensor, device: torch.device, duration_s: float) -> float:
+    """Of turns through all layers for so long, be it of a few that take longer."""
+    until_s = time.monotonic() + duration_s
+    turns: list[float] = []
+    while time.monotonic() < until_s or len(turns) < _LEAST_TURNS:
+        turns.append(_seconds(layers, x, device))
+    return statistics.median(turns)
 
 
 def _seconds(layers: Sequence[Linear], x: Tensor, device: torch.device) -> float:

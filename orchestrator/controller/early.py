@@ -1,7 +1,7 @@
 """Workers that are started before there is a plan for them, to be measured for it. Knows no Ray, like the shell."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 import grpc
@@ -49,8 +49,8 @@ class EarlyWorkers:
         shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
         await self._launcher.reserve(shards)
         await self._start_all(shards)
-        request = settings.speed_request(epoch=self.epoch)
-        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request) for key in shards)))
+        request, meeting = settings.speed_request(epoch=self.epoch), _Meeting(len(shards))
+        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request, meeting) for key in shards)))
 
     async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
         starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]
@@ -98,14 +98,41 @@ class EarlyWorkers:
         await self._launcher.close()
 
 
-async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest) -> DeviceSpeed | str:
+class _Meeting:
+    """Until so many have arrived."""
+
+    def __init__(self, num_expected: int) -> None:
+        self._num_missing = num_expected
+        self.all_there = asyncio.Event()
+
+    def arrive(self) -> None:
+        """Once each."""
+        self._num_missing -= 1
+        if not self._num_missing:
+            self.all_there.set()
+
+
+async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _Meeting) -> DeviceSpeed | str:
     """How fast a worker is, or why that is not known."""
-    async with open_channel(address) as channel:
-        stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
-        try:
-            measured = await stub.MeasureSpeed(request, timeout=MEASURE_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                return f"was not measured within {MEASURE_TIMEOUT_S:g} s"
-            return f"{error.details() or cause_of(error)} ({error.code().name})"
-    return device_speed(measured) or f"says it reads {measured.weight_bytes_per_s} bytes of weights a second"
+
+    async def requests() -> AsyncIterator[worker_pb2.MeasureSpeedRequest]:
+        yield request
+        await meeting.all_there.wait()
+        yield request
+
+    measured = None
+    try:
+        async with open_channel(address) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            answers = aiter(stub.MeasureSpeed(requests(), timeout=MEASURE_TIMEOUT_S))
+            try:
+                await anext(answers, None)  # it is ready
+            finally:  # one that cannot be measured keeps none of the others waiting
+                meeting.arrive()
+            measured = await anext(answers, None)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"was not measured within {MEASURE_TIMEOUT_S:g} s"
+        return f"{error.details() or cause_of(error)} ({error.code().name})"
+    speed = None if measured is None else device_speed(measured)
+    return speed or "measured no speed that a device can have"

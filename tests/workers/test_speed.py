@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import time
 from typing import Any
 
 import grpc
@@ -39,7 +38,7 @@ def test_a_device_has_a_speed_for_each_kind_of_weights_and_its_memory_and_cores_
     process = psutil.Process()
     before_bytes, free_cpus = process.memory_info().rss, claim_cores(1)
     free_cpus.release()
-    measured = measure_speed(device, products, nothing)
+    measured = measure_speed(device, products, meet=nothing)
     # Between a tenth of the slowest memory, and what no core reads.
     assert 1e8 < measured.weight_bytes_per_s < 1e12
     assert 1e8 < measured.flops_per_s < 1e14
@@ -49,23 +48,18 @@ def test_a_device_has_a_speed_for_each_kind_of_weights_and_its_memory_and_cores_
     again.release()
 
 
-def test_a_measurement_ends_when_it_is_told_to() -> None:
-    calls: list[float] = []
-
-    def end() -> None:
-        calls.append(time.monotonic())
-        if len(calls) > 3:
-            raise InterruptedError
+def test_a_measurement_ends_when_the_others_do_not_come() -> None:
+    def nobody() -> None:
+        raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), end)
-    assert len(calls) == 4
+        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), meet=nobody)
 
 
 def test_without_memory_to_spare_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "available_memory_bytes", 300 * 2**20)
     with pytest.raises(NotEnoughMemory, match=r"memory of cpu: .* 512 MiB must be free .*serving.parallelism"):
-        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), nothing)
+        measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), meet=nothing)
 
 
 def test_weights_are_more_than_a_cache_of_32_mib_holds_and_less_than_256_mib() -> None:
@@ -73,27 +67,45 @@ def test_weights_are_more_than_a_cache_of_32_mib_holds_and_less_than_256_mib() -
     assert speed._BYTES % speed._WEIGHT_BYTES == 0
 
 
+async def ready(stub: Any, request: pb.MeasureSpeedRequest = BF16) -> Any:
+    """The stream of a worker that waits to measure."""
+    call = stub.MeasureSpeed(timeout=PATIENCE_S)
+    await call.write(request)
+    assert await call.read() == pb.MeasureSpeedResponse(epoch=request.epoch)
+    return call
+
+
+async def status_of(call: Any, request: pb.MeasureSpeedRequest) -> tuple[grpc.StatusCode, str]:
+    await call.write(request)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    return caught.value.code(), caught.value.details() or ""
+
+
 async def test_workers_are_measured_together_before_they_load(llama_checkpoint: Any) -> None:
     async with running() as (_, one), running() as (_, two):
-        found = await asyncio.gather(*(stub.MeasureSpeed(BF16, timeout=PATIENCE_S) for stub in (one, two)))
+        calls = await asyncio.gather(ready(one), ready(two))
+        for call in calls:
+            await call.write(BF16)
+        found = await asyncio.gather(*(call.read() for call in calls))
         assert all(0 < rate < math.inf for each in found for rate in (each.weight_bytes_per_s, each.flops_per_s))
         assert (await load(one, load_request(llama_checkpoint())))[-1].phase == pb.LOAD_PHASE_READY
-        with pytest.raises(grpc.aio.AioRpcError, match="this worker has loaded a model already"):
-            await one.MeasureSpeed(BF16, timeout=PATIENCE_S)
+        code, words = await status_of(one.MeasureSpeed(timeout=PATIENCE_S), BF16)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION and "has loaded a model already" in words
 
 
 async def test_a_measurement_of_another_epoch_or_of_an_unknown_type_is_refused() -> None:
     async with running() as (_, stub):
-        with pytest.raises(grpc.aio.AioRpcError) as old:
-            await stub.MeasureSpeed(pb.MeasureSpeedRequest(epoch=EPOCH - 1), timeout=PATIENCE_S)
-        with pytest.raises(grpc.aio.AioRpcError) as unknown:
-            await stub.MeasureSpeed(pb.MeasureSpeedRequest(epoch=EPOCH), timeout=PATIENCE_S)
-    assert old.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert unknown.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "dtype" in (unknown.value.details() or "")
+        old = await status_of(stub.MeasureSpeed(), pb.MeasureSpeedRequest(epoch=EPOCH - 1))
+        unknown = await status_of(stub.MeasureSpeed(), pb.MeasureSpeedRequest(epoch=EPOCH))
+    assert old[0] is grpc.StatusCode.FAILED_PRECONDITION
+    assert unknown[0] is grpc.StatusCode.INVALID_ARGUMENT and "dtype" in unknown[1]
 
 
-async def test_a_worker_whose_measurement_was_given_up_loads(llama_checkpoint: Any) -> None:
+@pytest.mark.parametrize("how", ["cancel", "done_writing"])
+async def test_a_worker_whose_measurement_was_given_up_loads(llama_checkpoint: Any, how: str) -> None:
     async with running() as (_, stub):
-        with pytest.raises(grpc.aio.AioRpcError):
-            await stub.MeasureSpeed(BF16, timeout=0.3)
+        call = await ready(stub)
+        gone = call.cancel() if how == "cancel" else await call.done_writing()
+        assert gone in (True, None)
         assert (await load(stub, load_request(llama_checkpoint())))[-1].phase == pb.LOAD_PHASE_READY

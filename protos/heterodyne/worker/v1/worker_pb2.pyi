@@ -200,7 +200,7 @@ class MeasureSpeedRequest(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     dtype: Global___Dtype.ValueType
-    """Number type of the products, and how weights are held in them."""
+    """Number type of the products, and how weights are held in them; of the first request."""
     quantization: Global___Quantization.ValueType
     def __init__(
         self,
@@ -219,6 +219,8 @@ Global___MeasureSpeedRequest: _TypeAlias = MeasureSpeedRequest  # noqa: Y015
 
 @_typing.final
 class MeasureSpeedResponse(_message.Message):
+    """The first says that the worker is ready, the second what it measured."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: _builtins.int

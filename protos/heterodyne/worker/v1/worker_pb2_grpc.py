@@ -39,7 +39,7 @@ class WorkerStub:
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadResponse.FromString,
                 _registered_method=True)
-        self.MeasureSpeed = channel.unary_unary(
+        self.MeasureSpeed = channel.stream_stream(
                 '/heterodyne.worker.v1.Worker/MeasureSpeed',
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedResponse.FromString,
@@ -66,9 +66,9 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def MeasureSpeed(self, request, context):
-        """Measures how fast the worker's device is, before anything is loaded. Takes about a second; workers that share
-        memory are to be asked at the same time.
+    def MeasureSpeed(self, request_iterator, context):
+        """Measures how fast the worker's device is, before anything is loaded. The worker gets ready at the first request, and
+        says so; it measures at the second, which all workers that will work at the same time are to get at the same time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +97,7 @@ def add_WorkerServicer_to_server(servicer, server):
                     request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadRequest.FromString,
                     response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadResponse.SerializeToString,
             ),
-            'MeasureSpeed': grpc.unary_unary_rpc_method_handler(
+            'MeasureSpeed': grpc.stream_stream_rpc_method_handler(
                     servicer.MeasureSpeed,
                     request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.FromString,
                     response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedResponse.SerializeToString,
@@ -151,7 +151,7 @@ class Worker:
             _registered_method=True)
 
     @staticmethod
-    def MeasureSpeed(request,
+    def MeasureSpeed(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -161,8 +161,8 @@ class Worker:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/heterodyne.worker.v1.Worker/MeasureSpeed',
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.SerializeToString,
