@@ -127,7 +127,7 @@ class ServingConfig:
     """Memory for KV blocks in each rank."""
     parallelism: Annotated[ParallelismConfig | None, Field(json_schema_extra=_or_auto)] = None
     """Who holds what of the model. Default, auto: every worker all of it, or where that does not fit, all workers
-    together one replica: those of a node share every layer, nodes share the layers."""
+    together one replica, by measured speed within memory: those of a node share every layer, nodes share the layers."""
     prefix_cache: bool = True
     """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
     alike."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from orchestrator.auto_split import split_line
 from orchestrator.config import load_config
 from orchestrator.output_file import write_output
 from orchestrator.plan_picture import plan_svg
@@ -20,6 +21,8 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     """
     checked = preflight(load_config(path, overrides=overrides), listens=False)
     yield from plan_lines(checked)
+    if checked.split_by is not None:
+        yield split_line(checked, when_served="by measured speed")
     if picture is None:
         return
     write_output(picture, plan_svg(checked.plan), field="--svg")

@@ -6,7 +6,7 @@ Whether a GPU that was asked for exists is checked by the worker on its node.
 import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -16,8 +16,8 @@ from orchestrator.config import Config, WorkerConfig
 from orchestrator.config_parallelism import ParallelismConfig, StageConfig
 from orchestrator.config_types import Address
 from orchestrator.launcher.node import available_memory_bytes
-from orchestrator.model_files import read_model_files
-from placement.auto import first_that_fits
+from orchestrator.model_files import ModelFiles, read_model_files
+from placement.auto import Choice, Layouts, SplitBy, first_that_fits
 from placement.errors import InvalidConfig
 from placement.hf import saved_dtype
 from placement.layout import ReplicaLayout, StageLayout
@@ -25,6 +25,7 @@ from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.quantization import Quantization, linear_format
 from placement.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
+from placement.speed import DeviceSpeed
 from placement.weights import num_parameters
 
 LOCAL_NODE = "local"
@@ -47,6 +48,8 @@ class Checked:
         model: as the checkpoint describes it; ``plan.model`` has the context length that is served.
         plan: in a cluster that is not local its nodes are placeholders, ``node-i`` for worker i, until Ray has chosen.
         workers: the place in ``config.cluster.each_worker`` of every rank, by the replica's name and the rank.
+        split_by: what the shares of workers are by; None: they are as asked for, or each worker has all of the model.
+        machine: what this machine had to give.
         checkpoint_bytes: size of the safetensors files.
     """
 
@@ -54,16 +57,25 @@ class Checked:
     model: ModelSpec
     plan: Plan
     workers: Mapping[tuple[str, int], int]
+    split_by: SplitBy | None
+    machine: Machine
     num_parameters: int
     checkpoint_bytes: int
 
 
-def preflight(config: Config, *, machine: Machine | None = None, listens: bool = True) -> Checked:
+def preflight(
+    config: Config,
+    *,
+    machine: Machine | None = None,
+    listens: bool = True,
+    speeds: Sequence[DeviceSpeed] | None = None,
+) -> Checked:
     """Everything that can be checked without starting anything. Reads headers, no weights.
 
     Args:
         machine: what this machine has; measured when None.
         listens: whether servers are to listen here now, so that ports must be free.
+        speeds: of all workers, in their order, where they were measured.
 
     Raises:
         InvalidConfig: a value cannot work here: no such directory, a port in use.
@@ -72,7 +84,38 @@ def preflight(config: Config, *, machine: Machine | None = None, listens: bool =
     """
     _check_environment()
     files = read_model_files(Path(config.model.path))
-    cluster, unmeasured = _cluster(config, machine or measure_machine())
+    machine = machine or measure_machine()
+    choice = _choose(config, files, machine, speeds)
+    if listens:
+        _check_listening(config)
+    return Checked(
+        config=config,
+        model=files.spec,
+        plan=choice.plan,
+        workers={
+            (replica.name, rank): device
+            for replica, layout in zip(choice.plan.replicas, choice.layouts, strict=True)
+            for rank, device in enumerate(layout.devices)
+        },
+        split_by=choice.split_by,
+        machine=machine,
+        num_parameters=num_parameters(files.spec),
+        checkpoint_bytes=files.checkpoint_bytes,
+    )
+
+
+def by_speed(checked: Checked, speeds: Sequence[DeviceSpeed]) -> Checked:
+    """The same configuration on the same machine, once its workers, which run by now, were measured.
+
+    Raises:
+        InvalidConfig, InvalidModel, NotEnoughMemory: the model directory was changed in between.
+    """
+    return preflight(checked.config, machine=checked.machine, listens=False, speeds=speeds)
+
+
+def _choose(config: Config, files: ModelFiles, machine: Machine, speeds: Sequence[DeviceSpeed] | None) -> Choice:
+    """The layouts that are asked for, or those that suit, and their plan."""
+    cluster, unmeasured = _cluster(config, machine)
     make_plan = partial(
         plan_replicas,
         files.spec,
@@ -83,28 +126,20 @@ def preflight(config: Config, *, machine: Machine | None = None, listens: bool =
         max_context_tokens=config.model.max_context_tokens,
         max_num_seqs=config.serving.max_num_seqs,
         token_budget=config.serving.token_budget,
-        unmeasured=unmeasured,
         linear=linear_format(files.config, Quantization(config.model.quantization)),
     )
+
+    def plan(layouts: Layouts) -> Plan:
+        return make_plan(layouts=layouts, unmeasured=unmeasured)
+
+    def draft(layouts: Layouts) -> Plan:
+        every = {(node.name, device.name) for node in cluster.nodes for device in node.devices}
+        return make_plan(layouts=layouts, unmeasured=every)
+
     if config.serving.parallelism is None:
-        layouts, plan = first_that_fits(cluster, lambda proposed: make_plan(layouts=proposed))
-    else:
-        layouts = _layouts(config, config.serving.parallelism)
-        plan = make_plan(layouts=layouts)
-    if listens:
-        _check_listening(config)
-    return Checked(
-        config=config,
-        model=files.spec,
-        plan=plan,
-        workers={
-            (replica.name, rank): device
-            for replica, layout in zip(plan.replicas, layouts, strict=True)
-            for rank, device in enumerate(layout.devices)
-        },
-        num_parameters=num_parameters(files.spec),
-        checkpoint_bytes=files.checkpoint_bytes,
-    )
+        return first_that_fits(cluster, plan, draft=draft, unmeasured=unmeasured, speeds=speeds)
+    layouts = _layouts(config, config.serving.parallelism)
+    return Choice(layouts=layouts, plan=plan(layouts))
 
 
 def measure_machine() -> Machine:

@@ -7,15 +7,17 @@ of stopping gateway (drained), workers, Ray. Whatever fails first is the message
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from rich.console import Console
 
+from orchestrator.auto_split import settle
 from orchestrator.config import Config, load_config
-from orchestrator.controller.actor import ControllerHandle
+from orchestrator.controller.actor import ControllerFailed, ControllerHandle, Speeds
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.gateway_process import GatewayProcess, gateway_process
@@ -50,27 +52,66 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     devices = [shard.device for replica in checked.plan.replicas for shard in replica.shards]
     num_gpus = sum(device.kind == "cuda" for device in devices)
     num_cpus = num_gpus + sum(device.num_threads for device in devices if device.kind == "cpu")
-    for line in plan_lines(checked):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if checked.split_by is None:
+        _print(console, plan_lines(checked))
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)
     try:
         stop.install()
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         with (
-            _controller(checked) as controller,
-            gateway_process(path, overrides, checked, controller.control_address, stop) as gateway,
+            _controller(checked, stop, console) as launched,
+            gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
         ):
-            return _run(config, controller, gateway, stop, console)
+            return _run(config, launched.control_address, gateway, stop, console)
     finally:
         disconnect()
         stop.ignore()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    """What is being launched, and where its course can be watched."""
+
+    checked: Checked
+    control_address: str
+
+
 @contextmanager
-def _controller(checked: Checked) -> Iterator[ControllerHandle]:
+def _controller(checked: Checked, stop: StopRequest, console: Console) -> Iterator[_Launched]:
+    """A controller that has begun the launch; where a model was cut without being asked, by measured speed."""
     config = checked.config
-    settings = DeploymentSettings(
+    workers = config.cluster.each_worker
+    labels = {rank: workers[worker].node_labels for rank, worker in checked.workers.items()}
+    handle = ControllerHandle(
+        LaunchSettings(
+            bind_host=config.cluster.bind_host,
+            start_timeout_s=config.launch.start_timeout_s,
+            labels=labels,
+        )
+    )
+    try:
+        if checked.split_by is not None:
+            _say(console, event="measure", workers=len(workers))
+            settled = settle(checked, _measure(handle, checked, stop))
+            checked = settled.checked
+            _print(console, [settled.line, *plan_lines(checked)])
+        yield _Launched(checked=checked, control_address=handle.start(_settings(checked)))
+    finally:
+        handle.stop()
+
+
+def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> Speeds:
+    """How fast each worker is. Raises LaunchFailed where one did not start."""
+    try:
+        return handle.measure(_settings(checked), stop.asked)
+    except ControllerFailed as error:
+        raise LaunchFailed(str(error)) from error
+
+
+def _settings(checked: Checked) -> DeploymentSettings:
+    config = checked.config
+    return DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
         token_budget=config.serving.token_budget,
@@ -80,25 +121,11 @@ def _controller(checked: Checked) -> Iterator[ControllerHandle]:
         prefix_cache=config.serving.prefix_cache,
         quantization=Quantization(config.model.quantization),
     )
-    workers = config.cluster.each_worker
-    labels = {rank: workers[worker].node_labels for rank, worker in checked.workers.items()}
-    launch = LaunchSettings(
-        bind_host=config.cluster.bind_host,
-        start_timeout_s=config.launch.start_timeout_s,
-        labels=labels,
-    )
-    handle = ControllerHandle.start(settings, launch)
-    try:
-        yield handle
-    finally:
-        handle.stop()
 
 
-def _run(
-    config: Config, controller: ControllerHandle, gateway: GatewayProcess, stop: StopRequest, console: Console
-) -> int:
+def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: StopRequest, console: Console) -> int:
     """Follow the launch, then serve until asked to stop, then drain."""
-    with _watch(controller.control_address) as states:
+    with _watch(control_address) as states:
         with LoadProgress(console) as progress:
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
@@ -216,4 +243,9 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, conso
 
 
 def _say(console: Console, **pairs: object) -> None:
-    console.print(key_values(**pairs), markup=False, highlight=False, soft_wrap=True)
+    _print(console, [key_values(**pairs)])
+
+
+def _print(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

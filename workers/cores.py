@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """CPUs that are this process's until it ends.
+    """CPUs that are this process's until it ends, or releases them.
 
     Attributes:
         cpus: none where there were not enough.
@@ -38,6 +38,11 @@ class Claim:
             os.sched_setaffinity(0, self.cpus)
         except OSError as error:  # the CPUs were taken from this process since
             logger.warning("cores_not_pinned cause=%r", str(error))
+
+    def release(self) -> None:
+        """Let others have the CPUs. Once, when no thread works there any more."""
+        for lock in self.locks:
+            os.close(lock)
 
 
 def parse_cpus(text: str) -> frozenset[int]:

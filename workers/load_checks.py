@@ -33,11 +33,17 @@ def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
         InvalidRequest: the request's quantization is not known.
         InvalidModel, InvalidConfig: see :func:`placement.quantization.linear_format`.
     """
-    if request.quantization not in _QUANTIZATIONS:
-        fix = "Use QUANTIZATION_UNSPECIFIED, _INT8 or _INT4."
-        raise InvalidRequest(field="quantization", value=request.quantization, problem="is not known", fix=fix)
+    quantization = read_quantization(request.quantization)
     config = _read_json(Path(request.model_path) / "config.json")
-    return linear_format(config, _QUANTIZATIONS[request.quantization])
+    return linear_format(config, quantization)
+
+
+def read_quantization(message: pb.Quantization.ValueType) -> Quantization:
+    """How linear layers are to be rounded. Raises InvalidRequest for a way that is not known."""
+    if message not in _QUANTIZATIONS:
+        fix = "Use QUANTIZATION_UNSPECIFIED, _INT8 or _INT4."
+        raise InvalidRequest(field="quantization", value=message, problem="is not known", fix=fix)
+    return _QUANTIZATIONS[message]
 
 
 def _read_json(path: Path) -> dict[str, object]:

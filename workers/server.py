@@ -18,8 +18,11 @@ from workers import wire
 from workers.device import Device
 from workers.grammar_compiler import GrammarCompiler
 from workers.lead import LeaderStream
+from workers.load_checks import read_quantization
 from workers.loading import Loaded, LoadJob
 from workers.outbox import Outbox
+from workers.speed import Products
+from workers.speed_job import SpeedJob
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,36 @@ class WorkerService(pb_grpc.WorkerServicer):
             loaded_bytes=job.loaded_bytes,
             total_bytes=job.total_bytes,
             elapsed_s=time.monotonic() - started,
+        )
+
+    async def MeasureSpeed(
+        self,
+        request_iterator: AsyncIterator[pb.MeasureSpeedRequest],
+        context: grpc.aio.ServicerContext[pb.MeasureSpeedRequest, pb.MeasureSpeedResponse],
+    ) -> AsyncIterator[pb.MeasureSpeedResponse]:
+        """Get ready at the first request, measure at the second; in a thread, which ends when whoever asks has gone."""
+        requests = aiter(request_iterator)
+        request = await anext(requests, pb.MeasureSpeedRequest())
+        await self._check_epoch(request.epoch, context)
+        if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
+        job: SpeedJob | None = None
+        try:
+            quantization = read_quantization(request.quantization)
+            job = SpeedJob(self._device, Products(dtype=wire.dtype(request.dtype), quantization=quantization))
+            if await job.waits():
+                yield pb.MeasureSpeedResponse(epoch=self._epoch)
+                if await anext(requests, None) is None:
+                    return
+                job.begin()
+            speed = await job.speed
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        finally:
+            if job is not None:
+                job.leave()
+        yield pb.MeasureSpeedResponse(
+            epoch=self._epoch, weight_bytes_per_s=speed.weight_bytes_per_s, flops_per_s=speed.flops_per_s
         )
 
     async def Describe(

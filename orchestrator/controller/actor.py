@@ -6,18 +6,23 @@ leaders go. It runs on the node of the command line and the gateway. Starting it
 
 import logging
 import sys
+import threading
+import time
 from typing import Any
 
 import grpc
 import ray
 
 from orchestrator.controller.control import start_control_server
+from orchestrator.controller.early import MEASURE_TIMEOUT_S, EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.launcher.agent import node_ip
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, ray_cause
 from orchestrator.launcher.node import advertised_host
+from orchestrator.launcher.process import WorkerFailed
 from placement.errors import HeterodyneError
+from placement.speed import DeviceSpeed
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +30,16 @@ _START_TIMEOUT_S = 60.0
 # A worker has 5 s to end by itself and 2 s more; then it is killed.
 _STOP_TIMEOUT_S = 8.0
 _PING_TIMEOUT_S = 3.0
+_POLL_S = 0.2
 _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
 
+# Of each worker, or why it is not known.
+Speeds = tuple[DeviceSpeed | str, ...]
+
+
 class ControllerFailed(HeterodyneError):
-    """The controller actor did not come up."""
+    """The controller actor did not come up, or the workers did not that it was to measure; the text is the cause."""
 
 
 class Controller:
@@ -43,16 +53,29 @@ class Controller:
             format=_LOG_FORMAT,
             force=True,
         )
+        self._workers: EarlyWorkers | None = None
         self._shell: ControllerShell | None = None
         self._server: grpc.aio.Server | None = None
 
+    async def measure(self, settings: DeploymentSettings, launch: LaunchSettings) -> Speeds | str:
+        """Start the workers and measure them; a failure comes back as its cause: Ray would wrap an exception."""
+        self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
+        try:
+            return await self._workers.measure(settings)
+        except WorkerFailed as error:
+            return str(error)
+
     async def start(self, settings: DeploymentSettings, launch: LaunchSettings) -> str:
-        """Begin the launch; returns the address of the control service, where its course can be watched."""
-        self._shell = ControllerShell(launcher=RayLauncher(launch, settings.needed_bytes), settings=settings)
+        """Begin the launch, with the workers that were measured where there are any; returns the address of the control
+        service, where its course can be watched.
+        """
+        if self._workers is None:
+            self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
+        self._shell = ControllerShell(launcher=self._workers, settings=settings)
         self._server, address = await start_control_server(
             self._shell, launch.bind_host, advertise_host=advertised_host(launch.bind_host, node_ip())
         )
-        await self._shell.launch()
+        await self._shell.launch(self._workers.epoch)
         return address
 
     async def ping(self) -> None:
@@ -62,6 +85,8 @@ class Controller:
         """Stop every worker, give the resources back, close the control service."""
         if self._shell is not None:
             await self._shell.shutdown(_STOP_TIMEOUT_S)
+        elif self._workers is not None:
+            await self._workers.close()
         if self._server is not None:
             await self._server.stop(0.5)
 
@@ -69,20 +94,41 @@ class Controller:
 class ControllerHandle:
     """The command line's hold on the controller actor."""
 
-    def __init__(self, actor: Any, control_address: str) -> None:
-        self._actor = actor
-        self.control_address = control_address
-
-    @classmethod
-    def start(cls, settings: DeploymentSettings, launch: LaunchSettings) -> "ControllerHandle":
-        """Create the actor and begin the launch. Needs Ray to be connected."""
+    def __init__(self, launch: LaunchSettings) -> None:
+        """Create the actor. Needs Ray to be connected."""
+        self._launch = launch
         # Ray's own types cannot follow its remote calls.
-        actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver()).remote()
+        self._actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver()).remote()
+
+    def measure(self, settings: DeploymentSettings, stop: threading.Event) -> Speeds:
+        """Start the workers of a provisional plan, and measure how fast each is; in the order of its ranks.
+
+        Raises:
+            ControllerFailed: a worker did not start, the controller was lost, or ``stop`` was set before the end.
+        """
+        answer = self._actor.measure.remote(settings, self._launch)
+        # Reserving, reaching and starting each have this limit of their own.
+        deadline = time.monotonic() + 3 * self._launch.start_timeout_s + MEASURE_TIMEOUT_S + _START_TIMEOUT_S
+        while not ray.wait([answer], timeout=_POLL_S)[0]:
+            if stop.is_set():
+                raise ControllerFailed("stopped while workers were measured")
+            if time.monotonic() > deadline:
+                raise ControllerFailed("the controller did not answer while workers were measured")
         try:
-            address: str = ray.get(actor.start.remote(settings, launch), timeout=_START_TIMEOUT_S)
+            found: Speeds | str = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            raise ControllerFailed(f"the controller failed to measure workers: {ray_cause(error)}") from error
+        if isinstance(found, str):
+            raise ControllerFailed(found)
+        return found
+
+    def start(self, settings: DeploymentSettings) -> str:
+        """Begin the launch; returns the address where its course can be watched."""
+        try:
+            address: str = ray.get(self._actor.start.remote(settings, self._launch), timeout=_START_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             raise ControllerFailed(f"the controller did not start: {ray_cause(error)}") from error
-        return cls(actor, address)
+        return address
 
     def stop(self) -> None:
         """Stop the deployment; the actor goes with it."""

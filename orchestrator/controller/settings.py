@@ -35,6 +35,12 @@ class DeploymentSettings:
         """All that the rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
         return shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes + CPU_PROCESS_BYTES
 
+    def speed_request(self, *, epoch: int) -> worker_pb2.MeasureSpeedRequest:
+        """What a rank is asked to measure: products with weights as they will be held."""
+        return worker_pb2.MeasureSpeedRequest(
+            epoch=epoch, dtype=_DTYPES[self.plan.dtype], quantization=_QUANTIZATIONS[self.quantization]
+        )
+
     def load_request(
         self, shard: Shard, *, epoch: int, members: Sequence[worker_pb2.Member] = (), token: bytes = b""
     ) -> worker_pb2.LoadRequest:

@@ -42,6 +42,16 @@ class Launcher(Protocol):
     async def close(self) -> None: ...
 
 
+def new_epoch() -> int:
+    """Of an incarnation of the replicas: greater than all before."""
+    return time.time_ns() // 1_000_000
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """To a worker."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
 class ControllerShell:
     """Owns the deployment's state and its version; everything happens on one event loop."""
 
@@ -61,10 +71,14 @@ class ControllerShell:
         """The deployment as it stands."""
         return self._state
 
-    async def launch(self) -> None:
-        """Reserve and start everything the plan names; failures become events, not exceptions."""
+    async def launch(self, epoch: int | None = None) -> None:
+        """Reserve and start everything the plan names; failures become events, not exceptions.
+
+        Args:
+            epoch: that of workers which were started early; None: a new one.
+        """
         plan = self._settings.plan
-        await self.dispatch(events.Launch(plan=plan, epoch=time.time_ns() // 1_000_000))
+        await self.dispatch(events.Launch(plan=plan, epoch=new_epoch() if epoch is None else epoch))
 
     async def dispatch(self, event: events.Event) -> None:
         """Apply an event, tell the watchers, start what must be done."""
@@ -206,7 +220,7 @@ class ControllerShell:
         )
         replica, epoch, rank = command.replica, command.epoch, command.shard.rank
         timeout_s = self._settings.load_timeout_s
-        async with grpc.aio.insecure_channel(command.address, options=_CHANNEL_OPTIONS) as channel:
+        async with open_channel(command.address) as channel:
             stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
             try:
                 async for progress in stub.Load(request, timeout=timeout_s):

@@ -1,11 +1,13 @@
 """The controller's state as the control protocol's messages. Pure."""
 
+import math
 from collections.abc import Sequence
 
 from orchestrator.controller.events import Member
 from orchestrator.controller.measured_wire import measured_message
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.plan import Shard, Span
+from placement.speed import DeviceSpeed
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -44,6 +46,14 @@ def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
         )
         for rank in ranks
     ]
+
+
+def device_speed(message: worker_pb2.MeasureSpeedResponse) -> DeviceSpeed | None:
+    """What a worker measured of its device; None where no device can be so."""
+    rates = message.weight_bytes_per_s, message.flops_per_s
+    if not all(0 < rate < math.inf for rate in rates):
+        return None
+    return DeviceSpeed(weight_bytes_per_s=rates[0], flops_per_s=rates[1])
 
 
 def _rank(rank: RankState) -> pb.Rank:

@@ -1,16 +1,20 @@
 """The controller's state as messages."""
 
+import math
 from dataclasses import replace
+
+import pytest
 
 from orchestrator.controller.measured_wire import measured_message, measurements
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from orchestrator.controller.wire import deployment
+from orchestrator.controller.wire import deployment, device_speed
 from placement.collectives import MeasuredSum
 from placement.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
 from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.overlap import MeasuredLanes
 from placement.plan import Part, Shard, Span
 from placement.specs import DeviceSpec
+from placement.speed import DeviceSpeed
 from protos.heterodyne.worker.v1 import worker_pb2
 from workers.wire import stage_measurements
 
@@ -58,3 +62,14 @@ def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
 
 def test_controller_and_worker_write_measurements_alike() -> None:
     assert measured_message(MEASURED) == stage_measurements(MEASURED)
+
+
+def test_a_speed_is_what_a_device_can_have() -> None:
+    told = worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=2e10, flops_per_s=1e11)
+    assert device_speed(told) == DeviceSpeed(weight_bytes_per_s=2e10, flops_per_s=1e11)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_speed_that_no_device_can_have_is_none(rate: float) -> None:
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=rate, flops_per_s=1.0)) is None
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=1.0, flops_per_s=rate)) is None

@@ -13,7 +13,7 @@ from placement.layout import ReplicaLayout, StageLayout
 from placement.plan import Plan
 from placement.planner import plan_replicas
 from placement.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
-from tests.support.deployment import make_config
+from tests.support.deployment import make_config, too_large_for_each
 from tests.support.shapes import LLAMA_8B
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
@@ -101,6 +101,15 @@ def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
     assert [line.split()[3:5] for line in lines[:2]] == [["rank=0", "worker=big"], ["rank=1", "worker=small"]]
     assert lines[2] == f"drawn in {picture}"
     assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
+
+
+def test_a_plan_that_cuts_a_model_unasked_says_by_what_and_that_speed_counts_when_served(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    too_large_for_each(tmp_path, served_checkpoint, 1, 3)
+    *ranks, last = show_plan(tmp_path / "cluster.yaml", overrides=[], picture=None)
+    assert len(ranks) == 2
+    assert last == 'event=auto_split by=threads when_served="by measured speed"'
 
 
 def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 import grpc
 import yaml
 
+from orchestrator.auto_split import settle
 from orchestrator.config import Config, load_config
 from orchestrator.controller import state as machine
 from orchestrator.controller.control import start_control_server
+from orchestrator.controller.early import EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerArgs, WorkerProcess
-from orchestrator.preflight import preflight
+from orchestrator.preflight import Checked, preflight
+from placement.memory import CPU_PROCESS_BYTES
 from placement.plan import Shard
 from placement.quantization import Quantization
 
@@ -65,7 +68,7 @@ class Deployment:
         return self.launcher.workers[replica, rank].pid
 
 
-def make_config(directory: Path, model: Path, **sections: Mapping[str, object]) -> Config:
+def make_config(directory: Path, model: Path, /, **sections: Mapping[str, object]) -> Config:
     """A configuration for ``model`` on any free port, written as a file and read back."""
     content: dict[str, dict[str, object]] = {
         "model": {"path": str(model)},
@@ -124,12 +127,27 @@ def two_stages() -> dict[str, dict[str, object]]:
     return in_stages((1,), (1,), last_layers=1)
 
 
-@contextlib.asynccontextmanager
-async def deploy(config: Config) -> AsyncIterator[Deployment]:
-    """Run ``config`` until the block ends; the block begins once every replica is ready and reports."""
-    checked = preflight(config)
-    launcher = LocalLauncher()
-    settings = DeploymentSettings(
+def too_large_for_each(directory: Path, model: Path, *threads: int) -> Config:
+    """A configuration of workers with so many threads, none of which has quite the memory for all of ``model``."""
+    workers = [{"name": f"w{i}", "device": "cpu", "threads": count} for i, count in enumerate(threads)]
+    # The context takes all of the KV cache, so that none smaller would do.
+    sections: dict[str, dict[str, object]] = {
+        "model": {"max_context_tokens": 256},
+        "serving": {"token_budget": 64, "max_num_seqs": 8},
+    }
+    whole = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan
+    per_token = whole.replicas[0].leader.kv_bytes // (whole.replicas[0].num_blocks * whole.block_size)
+    sections["serving"]["kv_cache"] = 256 * per_token
+    leader = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan.replicas[0].leader
+    needed = leader.weight_bytes + leader.kv_bytes + leader.workspace_bytes + CPU_PROCESS_BYTES
+    small = [{**worker, "memory": needed - 1} for worker in workers]
+    return make_config(directory, model, **sections, cluster={"workers": small})
+
+
+def settings_of(checked: Checked) -> DeploymentSettings:
+    """As ``serve`` gives them to the controller."""
+    config = checked.config
+    return DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
         token_budget=config.serving.token_budget,
@@ -139,7 +157,21 @@ async def deploy(config: Config) -> AsyncIterator[Deployment]:
         prefix_cache=True,
         quantization=Quantization(config.model.quantization),
     )
-    shell = ControllerShell(launcher=launcher, settings=settings)
+
+
+@contextlib.asynccontextmanager
+async def deploy(config: Config, launcher: LocalLauncher | None = None) -> AsyncIterator[Deployment]:
+    """Run ``config`` until the block ends; the block begins once every replica is ready and reports."""
+    checked = preflight(config)
+    launcher = launcher or LocalLauncher()
+    early = EarlyWorkers(launcher)
+    if checked.split_by is not None:
+        try:
+            checked = settle(checked, await early.measure(settings_of(checked))).checked
+        except BaseException:
+            await early.close()
+            raise
+    shell = ControllerShell(launcher=early, settings=settings_of(checked))
     server, control_address = await start_control_server(shell, "127.0.0.1")
     gateway = Gateway(
         GatewaySettings(
@@ -150,7 +182,7 @@ async def deploy(config: Config) -> AsyncIterator[Deployment]:
         )
     )
     try:
-        await shell.launch()
+        await shell.launch(early.epoch)
         address = await gateway.start()
         async with asyncio.timeout(START_S):
             while len(gateway.fleet.loads()) < len(checked.plan.replicas):

@@ -25,8 +25,7 @@ def claim(tmp_path: Path) -> Iterator[Callable[..., Claim]]:
 
     yield make
     for made in claims:
-        for lock in made.locks:
-            os.close(lock)
+        made.release()
 
 
 @pytest.mark.parametrize(

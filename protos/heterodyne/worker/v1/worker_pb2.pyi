@@ -192,6 +192,61 @@ class Shard(_message.Message):
 Global___Shard: _TypeAlias = Shard  # noqa: Y015
 
 @_typing.final
+class MeasureSpeedRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    dtype: Global___Dtype.ValueType
+    """Number type of the products, and how weights are held in them; of the first request."""
+    quantization: Global___Quantization.ValueType
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        dtype: Global___Dtype.ValueType = ...,
+        quantization: Global___Quantization.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "epoch", b"epoch", "quantization", b"quantization"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSpeedRequest: _TypeAlias = MeasureSpeedRequest  # noqa: Y015
+
+@_typing.final
+class MeasureSpeedResponse(_message.Message):
+    """The first says that the worker is ready, the second what it measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_S_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    weight_bytes_per_s: _builtins.float
+    """Bytes of weights a second that products with a few tokens read, as in decode."""
+    flops_per_s: _builtins.float
+    """Operations a second, two for each multiply and add, of products with as many tokens as in prefill."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        weight_bytes_per_s: _builtins.float = ...,
+        flops_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "flops_per_s", b"flops_per_s", "weight_bytes_per_s", b"weight_bytes_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSpeedResponse: _TypeAlias = MeasureSpeedResponse  # noqa: Y015
+
+@_typing.final
 class LoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

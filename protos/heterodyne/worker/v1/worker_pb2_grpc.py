@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadResponse.FromString,
                 _registered_method=True)
+        self.MeasureSpeed = channel.stream_stream(
+                '/heterodyne.worker.v1.Worker/MeasureSpeed',
+                request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.SerializeToString,
+                response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedResponse.FromString,
+                _registered_method=True)
         self.Describe = channel.unary_unary(
                 '/heterodyne.worker.v1.Worker/Describe',
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.DescribeRequest.SerializeToString,
@@ -56,6 +61,14 @@ class WorkerServicer:
 
     def Load(self, request, context):
         """Loads the rank's weights and sets its KV blocks aside. Streams progress; the last message has done set.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureSpeed(self, request_iterator, context):
+        """Measures how fast the worker's device is, before anything is loaded. The worker gets ready at the first request, and
+        says so; it measures at the second, which all workers that will work at the same time are to get at the same time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +96,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Load,
                     request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadRequest.FromString,
                     response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadResponse.SerializeToString,
+            ),
+            'MeasureSpeed': grpc.stream_stream_rpc_method_handler(
+                    servicer.MeasureSpeed,
+                    request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.FromString,
+                    response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedResponse.SerializeToString,
             ),
             'Describe': grpc.unary_unary_rpc_method_handler(
                     servicer.Describe,
@@ -122,6 +140,33 @@ class Worker:
             '/heterodyne.worker.v1.Worker/Load',
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadRequest.SerializeToString,
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureSpeed(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/heterodyne.worker.v1.Worker/MeasureSpeed',
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedRequest.SerializeToString,
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.MeasureSpeedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,10 @@ class WorkerStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerAsyncStub: ...
     Load: _grpc.UnaryStreamMultiCallable[_worker_pb2.LoadRequest, _worker_pb2.LoadResponse]
     """Loads the rank's weights and sets its KV blocks aside. Streams progress; the last message has done set."""
+    MeasureSpeed: _grpc.StreamStreamMultiCallable[_worker_pb2.MeasureSpeedRequest, _worker_pb2.MeasureSpeedResponse]
+    """Measures how fast the worker's device is, before anything is loaded. The worker gets ready at the first request, and
+    says so; it measures at the second, which all workers that will work at the same time are to get at the same time.
+    """
     Describe: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]
     """Says what the worker is and holds."""
     Lead: _grpc.StreamStreamMultiCallable[_worker_pb2.LeadRequest, _worker_pb2.LeadResponse]
@@ -47,6 +51,10 @@ class WorkerAsyncStub(WorkerStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Load: _aio.UnaryStreamMultiCallable[_worker_pb2.LoadRequest, _worker_pb2.LoadResponse]  # type: ignore[assignment]
     """Loads the rank's weights and sets its KV blocks aside. Streams progress; the last message has done set."""
+    MeasureSpeed: _aio.StreamStreamMultiCallable[_worker_pb2.MeasureSpeedRequest, _worker_pb2.MeasureSpeedResponse]  # type: ignore[assignment]
+    """Measures how fast the worker's device is, before anything is loaded. The worker gets ready at the first request, and
+    says so; it measures at the second, which all workers that will work at the same time are to get at the same time.
+    """
     Describe: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRequest, _worker_pb2.DescribeResponse]  # type: ignore[assignment]
     """Says what the worker is and holds."""
     Lead: _aio.StreamStreamMultiCallable[_worker_pb2.LeadRequest, _worker_pb2.LeadResponse]  # type: ignore[assignment]
@@ -62,6 +70,16 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.LoadResponse], _abc.AsyncIterator[_worker_pb2.LoadResponse]]:
         """Loads the rank's weights and sets its KV blocks aside. Streams progress; the last message has done set."""
+
+    @_abc_1.abstractmethod
+    def MeasureSpeed(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.MeasureSpeedRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.MeasureSpeedResponse], _abc.AsyncIterator[_worker_pb2.MeasureSpeedResponse]]:
+        """Measures how fast the worker's device is, before anything is loaded. The worker gets ready at the first request, and
+        says so; it measures at the second, which all workers that will work at the same time are to get at the same time.
+        """
 
     @_abc_1.abstractmethod
     def Describe(

@@ -1,0 +1,138 @@
+"""Workers that are started before there is a plan for them, to be measured for it. Knows no Ray, like the shell."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+
+import grpc
+
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.controller.shell import Launcher, new_epoch, open_channel
+from orchestrator.controller.wire import device_speed
+from orchestrator.launcher.agent import Started
+from orchestrator.launcher.process import WorkerFailed
+from placement.errors import cause_of
+from placement.plan import Shard
+from placement.speed import DeviceSpeed
+from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
+
+RankKey = tuple[str, int]
+
+MEASURE_TIMEOUT_S = 20.0
+"""A measurement takes about a second; more where code has to be compiled, or a GPU opened, on a busy machine."""
+
+
+class EarlyWorkers:
+    """A launcher whose workers may be started early: who is measured is who serves, on the same node and cores.
+
+    A plan that comes later gives them other shards, but the same devices.
+    """
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self._started: dict[RankKey, Started] = {}
+        self._measuring: asyncio.Task[tuple[DeviceSpeed | str, ...]] | None = None
+        self.epoch = new_epoch()
+
+    async def measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | str, ...]:
+        """Start all workers of the plan, then measure them all at once; in the order of its ranks.
+
+        A worker that could not be measured has the cause in place of a speed.
+
+        Raises:
+            WorkerFailed: they could not be placed, or one of them did not start.
+        """
+        self._measuring = asyncio.create_task(self._measure(settings))
+        return await self._measuring
+
+    async def _measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | str, ...]:
+        shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
+        await self._launcher.reserve(shards)
+        await self._start_all(shards)
+        request, meeting = settings.speed_request(epoch=self.epoch), _Meeting(len(shards))
+        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request, meeting) for key in shards)))
+
+    async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
+        starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]
+        try:
+            await asyncio.gather(*starts)
+        finally:  # where one failed, none of the others comes up behind the back of who ends them
+            for start in starts:
+                start.cancel()
+            await asyncio.wait(starts)
+
+    async def _start_early(self, key: RankKey, shard: Shard) -> None:
+        # What it will hold is not known yet; it looks itself whether there is memory for that, when it loads.
+        bare = replace(shard, weight_bytes=0, kv_bytes=0, workspace_bytes=0)
+        try:
+            self._started[key] = await self._launcher.start(key, epoch=self.epoch, shard=bare)
+        except WorkerFailed as error:
+            raise WorkerFailed(f"rank {key[1]} of {key[0]} on {shard.node}: {error}") from error
+
+    # -- the launcher's seam ----------------------------------------------------------------------------------
+
+    async def reserve(self, shards: Mapping[RankKey, Shard]) -> None:
+        """Nothing, where workers were started early: they are those of ``shards``."""
+        if not self._started:
+            await self._launcher.reserve(shards)
+            return
+        assert shards.keys() == self._started.keys(), (shards.keys(), self._started.keys())
+
+    async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
+        """The worker that was started early, or a new one."""
+        return self._started.get(key) or await self._launcher.start(key, epoch=epoch, shard=shard)
+
+    async def wait(self, key: RankKey) -> str:
+        """As the launcher does."""
+        return await self._launcher.wait(key)
+
+    async def stop(self, key: RankKey) -> None:
+        """As the launcher does."""
+        await self._launcher.stop(key)
+
+    async def close(self) -> None:
+        """End a measurement that is under way; then as the launcher does."""
+        if self._measuring is not None:
+            self._measuring.cancel()
+            await asyncio.wait([self._measuring])
+        await self._launcher.close()
+
+
+class _Meeting:
+    """Until so many have arrived."""
+
+    def __init__(self, num_expected: int) -> None:
+        self._num_missing = num_expected
+        self.all_there = asyncio.Event()
+
+    def arrive(self) -> None:
+        """Once each."""
+        self._num_missing -= 1
+        if not self._num_missing:
+            self.all_there.set()
+
+
+async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _Meeting) -> DeviceSpeed | str:
+    """How fast a worker is, or why that is not known."""
+
+    async def requests() -> AsyncIterator[worker_pb2.MeasureSpeedRequest]:
+        yield request
+        await meeting.all_there.wait()
+        yield request
+
+    measured = None
+    try:
+        async with open_channel(address) as channel:
+            stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)
+            answers = aiter(stub.MeasureSpeed(requests(), timeout=MEASURE_TIMEOUT_S))
+            try:
+                await anext(answers, None)  # it is ready
+            finally:  # one that cannot be measured keeps none of the others waiting
+                meeting.arrive()
+            measured = await anext(answers, None)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return f"was not measured within {MEASURE_TIMEOUT_S:g} s"
+        return f"{error.details() or cause_of(error)} ({error.code().name})"
+    speed = None if measured is None else device_speed(measured)
+    return speed or "measured no speed that a device can have"
