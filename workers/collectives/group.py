@@ -39,6 +39,7 @@ class TensorGroup:
 
     Attributes:
         ways: to sum, by the name that the table has for them.
+        unchecked: names of those that have no checksums.
         device: of the tensors that are summed by them.
     """
 
@@ -61,6 +62,7 @@ class TensorGroup:
         self.pulse = pulse
         self.widths = widths
         self.ways: dict[str, AllReduce] = ways(self.num_ranks)
+        self.unchecked: set[str] = set()
         self._on_device: Group | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange", initializer=work_alone)
 
@@ -97,12 +99,13 @@ class TensorGroup:
             self._on_device.settle()
 
     def also(self, name: str, group: Group) -> None:
-        """Has another way for tensors on the host."""
+        """Has another way for tensors on the host, whose messages have no checksum."""
 
         def sum_by(_: Peers, x: Tensor) -> None:
             group.all_reduce(x)
 
         self.ways[name] = sum_by
+        self.unchecked.add(name)
 
     def give_to(self, name: str, group: Group, device: torch.device) -> None:
         """Has a group that sums where the tensors are sum all that are on ``device``."""

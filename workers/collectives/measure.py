@@ -25,7 +25,7 @@ def measure(group: TensorGroup) -> AllReduceTable:
     ways = group.ways
     seconds = torch.tensor([[_measure(group, way, size) for size in MEASURED_BYTES] for way in ways.values()])
     most_s = slowest(group, seconds.to(torch.float64))
-    return fastest({name: row.tolist() for name, row in zip(ways, most_s, strict=True)})
+    return fastest({name: row.tolist() for name, row in zip(ways, most_s, strict=True)}, unchecked=group.unchecked)
 
 
 def _measure(group: TensorGroup, way: AllReduce, num_bytes: int) -> float:

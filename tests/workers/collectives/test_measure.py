@@ -16,6 +16,7 @@ class NotingGroup:
     rank = 0
     num_ranks = 1
     ways = ways(1)
+    unchecked = ()
     device = torch.device("cpu")
 
     def __init__(self) -> None:
