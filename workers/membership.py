@@ -14,7 +14,8 @@ from placement.specs import ModelSpec
 from workers.collectives.backends import Library, open_torch_group
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
-from workers.collectives.torch_group import NcclGroup, TorchGroup
+from workers.collectives.nccl_group import NcclGroup
+from workers.collectives.torch_group import TorchGroup
 from workers.engine_types import Runner
 from workers.follower import Duty, Follower
 from workers.followers import Followers

@@ -13,7 +13,8 @@ from tests.support.triton_cases import HAS_GPU
 from workers.collectives.algorithms import direct
 from workers.collectives.backends import open_torch_group
 from workers.collectives.group import TensorGroup
-from workers.collectives.torch_group import LARGE_BYTES, NcclGroup
+from workers.collectives.nccl_group import NcclGroup
+from workers.collectives.torch_group import LARGE_BYTES
 from workers.device import use_device
 from workers.membership import Membership
 from workers.transport.errors import PeerFailed

@@ -26,9 +26,11 @@ from torch import Tensor
 from kernels.threads import work_alone
 from placement.errors import cause_of
 from workers.collectives.algorithms import Peers
+from workers.collectives.gloo_group import GlooGroup
 from workers.collectives.group import COLLECTIVE_S, TensorGroup
+from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.rendezvous import LinkStore, SetUpFailed
-from workers.collectives.torch_group import Backend, GlooGroup, NcclGroup, TorchGroup
+from workers.collectives.torch_group import Backend, TorchGroup
 from workers.device import use_device
 from workers.transport.errors import PeerFailed
 

@@ -19,35 +19,29 @@ Waiting for a rank that lives may take COLLECTIVE_S, for one that does not a pul
 wait is cut into slices. Work that hangs then is left to a thread that holds it until it ends.
 """
 
-import contextlib
-import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.threads import work_alone
 from workers.collectives.algorithms import add_in_order
 from workers.collectives.group import COLLECTIVE_S
 from workers.transport.errors import PeerFailed
 from workers.transport.pulse import Pulse
 
-_LOOK_S = 0.1
-_STREAM_LOOK_S = 5e-5
+LOOK_S = 0.1
+"""A wait looks this often whether the others still live."""
+
 LARGE_BYTES = 1 << 18
 """From here on what counts is how many bytes go, and before, how often."""
 
 # Gloo says in a tenth of a second that a peer closed its connections; the pulse, soon after, which one and why.
 _CAUSE_S = 2.0
-
-
-_ROUNDED_ONCE = (torch.float32, torch.bfloat16, torch.float16)
-# What was seen of gloo's sums of two.
 
 
 class Work(Protocol):
@@ -138,7 +132,7 @@ class TorchGroup(ABC):
         takes = [0] * self.num_ranks if self.rank else sizes
         gives = [sizes[self.rank], *[0] * (self.num_ranks - 1)]
         came = x.new_empty(sum(takes))
-        self._await(self._running().alltoall_base(came, x.reshape(-1), takes, gives))
+        self._do(lambda backend: backend.alltoall_base(came, x.reshape(-1), takes, gives))
         self.settle()
         if self.rank:
             return None
@@ -163,14 +157,14 @@ class TorchGroup(ABC):
             self._sum_gathered(x)
             return
         parts = x.new_empty(self.num_ranks, x.numel() // self.num_ranks)
-        self._await(self._running().alltoall_base(parts.view(-1), x.view(-1), [], []))
+        self._do(lambda backend: backend.alltoall_base(parts.view(-1), x.view(-1), [], []))
         mine = torch.empty_like(parts[0])
         add_in_order(list(parts), mine)
         self._gather(x, mine)
 
     def _gather(self, into: Tensor, mine: Tensor) -> None:
         # Views that nobody else has: a thread of the backend lets go of them without the interpreter's lock.
-        self._await(self._running()._allgather_base(into.view(-1), mine.view(-1)))
+        self._do(lambda backend: backend._allgather_base(into.view(-1), mine.view(-1)))
 
     def _running(self) -> Backend:
         """Raises PeerFailed where the group has ended."""
@@ -179,13 +173,19 @@ class TorchGroup(ABC):
             raise PeerFailed(self._other, "the connection with it was ended here")
         return self._backend
 
-    def _await(self, work: Work) -> None:
-        self._last = work
+    def _do(self, begin: Callable[[Backend], Work]) -> None:
+        """Raises PeerFailed; the group has ended then."""
+        backend = self._running()
+        try:
+            work = self._last = begin(backend)
+        except RuntimeError as error:  # of NCCL, which looks at its connections then
+            raise self._broken(error) from error
         self._deadline_s = time.monotonic() + COLLECTIVE_S
         try:
             self._finish(work)
         except PeerFailed:
-            self.close()
+            self._backend = None
+            self._end(backend, work)  # whoever has closed it meanwhile may not have known of this work
             raise
 
     @property
@@ -203,7 +203,7 @@ class TorchGroup(ABC):
         """Which rank it was that a backend failed for, as far as the pulse comes to know it."""
         until_s = time.monotonic() + _CAUSE_S
         while self._pulse.lost is None and self._backend is not None and time.monotonic() < until_s:
-            time.sleep(_LOOK_S / 10)
+            time.sleep(LOOK_S / 10)
         lost = self._pulse.lost
         if lost is not None:
             return PeerFailed(lost.rank, lost.cause)
@@ -216,117 +216,3 @@ class TorchGroup(ABC):
     @abstractmethod
     def _end(self, backend: Backend, last: Work | None) -> None:
         """Ends the backend, whose ``last`` work may hang. Does not wait for that."""
-
-
-class GlooGroup(TorchGroup):
-    """Of tensors on the host."""
-
-    def __init__(
-        self, *, backend: Backend, rank: int, members: Sequence[int], pulse: Pulse, widths: Sequence[int]
-    ) -> None:
-        super().__init__(backend=backend, rank=rank, members=members, pulse=pulse, widths=widths)
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="gloo", initializer=work_alone)
-
-    def begin_all_reduce(self, x: Tensor) -> Future[None]:
-        """The same beside the computation, after what was begun before. Raises PeerFailed in the future."""
-        return self._beside.submit(self.all_reduce, x)
-
-    def settle(self) -> None:
-        """They are, once they were waited for."""
-
-    def _sum_large(self, x: Tensor) -> None:
-        """Sums [m]."""
-        if self.num_ranks == 2 and x.dtype in _ROUNDED_ONCE:
-            self._await(self._running().allreduce([x.view(-1)]))
-        else:
-            super()._sum_large(x)
-
-    def _finish(self, work: Work) -> None:
-        while not work.is_completed():
-            with contextlib.suppress(RuntimeError):  # the slice is over, or the work has failed: it tells below
-                work.wait(timedelta(seconds=_LOOK_S))
-            if not work.is_completed():
-                self._look()
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self._broken(error) from error
-
-    def _end(self, backend: Backend, last: Work | None) -> None:
-        self._beside.shutdown(wait=False)
-        if last is None or last.is_completed():
-            backend.shutdown()
-        else:
-            threading.Thread(target=_hold, args=(backend, last), name="gloo-end", daemon=True).start()
-
-
-def _hold(backend: Backend, work: Work) -> None:
-    """Keeps a backend until its work has ended: to destroy it takes as long, and would hold up who lets go of it.
-
-    It looks, rather than to wait within the backend: the process may end meanwhile.
-    """
-    while not work.is_completed():
-        time.sleep(_LOOK_S)
-    backend.shutdown()
-
-
-class NcclGroup(TorchGroup):
-    """Of tensors on GPUs, each rank with one of its own.
-
-    A sum is waited for by the stream that needs it. The host does so once a step, by :meth:`settle`: a rank that is
-    lost leaves a kernel that never ends, and whatever waited for the device without looking would hang with it. The
-    communicator is aborted by the thread that was told of the loss alone, so that nothing goes on with what an aborted
-    sum left.
-    """
-
-    def __init__(
-        self, *, backend: Backend, rank: int, members: Sequence[int], pulse: Pulse, widths: Sequence[int]
-    ) -> None:
-        super().__init__(backend=backend, rank=rank, members=members, pulse=pulse, widths=widths)
-        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    @torch.inference_mode()
-    def begin_all_reduce(self, x: Tensor) -> Future[None]:
-        """The same on a stream beside the computation's. The future has the stream wait that asks for its result."""
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            self.all_reduce(x)
-            x.record_stream(self._side)
-            return StreamFuture(self._side.record_event())
-
-    def settle(self) -> None:
-        """Waits until all sums are there, on the host too. Raises PeerFailed."""
-        torch.cuda.current_stream().wait_stream(self._side)
-        event = torch.cuda.current_stream().record_event()
-        self._deadline_s = time.monotonic() + COLLECTIVE_S
-        try:
-            while not event.query():
-                self._look()
-                time.sleep(_STREAM_LOOK_S)
-        except PeerFailed:
-            self.close()
-            raise
-
-    def _finish(self, work: Work) -> None:
-        try:
-            work.wait()  # of the stream
-        except RuntimeError as error:
-            raise self._broken(error) from error
-
-    def _end(self, backend: Backend, last: Work | None) -> None:
-        is_done = last is None or last.is_completed()
-        end = backend.shutdown if is_done else backend.abort
-        threading.Thread(target=end, name="nccl-end", daemon=True).start()
-
-
-class StreamFuture(Future[None]):
-    """Done when an event of a stream is: the stream that asks for the result waits, not the thread."""
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        super().__init__()
-        self._event = event
-        self.set_result(None)
-
-    def result(self, timeout: float | None = None) -> None:
-        """Has the current stream wait."""
-        torch.cuda.current_stream().wait_event(self._event)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.support.memberships import READY_S, joined
 from workers.collectives.backends import Library, open_torch_group
-from workers.collectives.torch_group import NcclGroup
+from workers.collectives.nccl_group import NcclGroup
 from workers.membership import Membership
 from workers.transport.errors import PeerFailed
 

@@ -14,7 +14,7 @@ import torch
 
 from placement.plan import Part, Span
 from workers.collectives.backends import open_torch_group
-from workers.collectives.torch_group import GlooGroup
+from workers.collectives.gloo_group import GlooGroup
 from workers.membership import Membership
 from workers.roster import Roster
 from workers.transport.errors import PeerFailed
