@@ -22,7 +22,13 @@ class Group(Protocol):
         """Sums what the ranks have parts of, and may finish it; all have the same bits afterwards."""
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
-        """The same beside the computation, after what was begun before. Raises PeerFailed in the future."""
+        """The same beside the computation, after what was begun before. Raises PeerFailed in the future.
+
+        Who asks for the result has the sum: on a GPU, what it begins there then comes after it.
+        """
+
+    def settle(self) -> None:
+        """Waits until all sums are there: nothing that was computed may leave the device before. Raises PeerFailed."""
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """The logits [R, V] of all ranks' parts ``x`` [R, V of the rank], at the leader; None elsewhere."""
@@ -47,6 +53,9 @@ class Alone:
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def settle(self) -> None:
+        """The sums are there already."""
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """All columns are there already."""

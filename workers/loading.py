@@ -186,7 +186,7 @@ class LoadJob:
         threads = num_stages + 1 if num_stages > 1 and not roster.rank else 1
         executor = executing_thread(self._device, threads)
         if membership is not None:
-            executor.submit(membership.get_ready, self._go_on).result()
+            executor.submit(membership.get_ready, self._go_on, torch_device).result()
             executor.submit(
                 membership.measure_runner,
                 runner,

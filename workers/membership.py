@@ -13,8 +13,11 @@ from kernels.select import Kernels
 from placement.collectives import unmeasured
 from placement.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.specs import ModelSpec
+from workers.collectives.backends import Library, open_torch_group
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
+from workers.collectives.nccl_group import NcclGroup
+from workers.collectives.torch_group import TorchGroup
 from workers.engine_types import Runner
 from workers.follower import Duty, Follower
 from workers.followers import Followers
@@ -29,6 +32,8 @@ from workers.transport.mesh import Channel, Members, Mesh, join
 from workers.transport.pulse import Pulse
 
 logger = logging.getLogger(__name__)
+
+HOST = torch.device("cpu")
 
 JOIN_S = 30.0
 """Longest until all ranks have connected: they are told to at the same time."""
@@ -53,6 +58,7 @@ class Membership:
         self._everyone = self._group(tuple(range(len(roster.parts))))
         self.group = self._group(roster.stages[roster.stage])
         self._measured = NOTHING_MEASURED
+        self._torch: TorchGroup | None = None
         self.pulse.start()
 
     @classmethod
@@ -90,16 +96,26 @@ class Membership:
             token_budget=token_budget,
         )
 
-    def get_ready(self, go_on: Callable[[], None] = lambda: None) -> None:
-        """Once all ranks are loaded, measures how they sum best. On the thread that computes.
+    def get_ready(self, go_on: Callable[[], None] = lambda: None, device: torch.device = HOST) -> None:
+        """Once all ranks are loaded, measures how they sum best. On the thread that computes, on ``device``.
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for others.
         """
         self._everyone.meet(go_on)
         if self.group.sums:
+            self._add_torch(device)
             self.group.table = measure(self.group)
             self._measured = replace(self._measured, sums=self.group.table.measured)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+
+    def _add_torch(self, device: torch.device) -> None:
+        """Has a backend of torch.distributed among the ways to sum: on GPUs, as the only one."""
+        host = self._roster.addresses[self._roster.rank][0]
+        self._torch = open_torch_group(self.group, host=host, device=device)
+        if isinstance(self._torch, NcclGroup):
+            self.group.give_to(Library.NCCL.value, self._torch, device)
+        elif self._torch is not None:
+            self.group.also(Library.GLOO.value, self._torch)
 
     def measure_runner(
         self,
@@ -183,4 +199,6 @@ class Membership:
     def leave(self, cause: str) -> None:
         """Tell the others why, and end all connections."""
         self.pulse.fail(cause)
+        if self._torch is not None:
+            self._torch.close()
         self._mesh.close()

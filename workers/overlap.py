@@ -56,6 +56,7 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
             group.run(direct, torch.zeros(1))  # all begin together
             began_s = time.monotonic()
             run()
+            group.settle()
             if number:
                 best_s[which] = min(best_s[which], time.monotonic() - began_s)
     return best_s[0], best_s[1]

@@ -202,9 +202,9 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
-        if prepared.lanes:
-            return self._hidden_woven(prepared, x)
-        return self._hidden(prepared.inputs, x, prepared.exchange)
+        y = self._hidden_woven(prepared, x) if prepared.lanes else self._hidden(prepared.inputs, x, prepared.exchange)
+        self._group.settle()
+        return y
 
     @torch.inference_mode()
     def finish(self, prepared: Prepared, hidden: Tensor) -> tuple[Tensor | None, dict[int, PromptScores]]:

@@ -64,6 +64,11 @@ class SwitchedGroup:
         assert self.way is not Sums.GLOO, "gloo is measured in one lane"
         return (self._group if self.way is Sums.OURS else self._nobody).begin_reduce(partial)
 
+    def settle(self) -> None:
+        """As the group does, where it sums."""
+        if self.way is Sums.OURS:
+            self._group.settle()
+
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """As the group's: logits are gathered alike, whoever sums."""
         return self._group.gather_columns(x)

@@ -25,6 +25,12 @@ def test_the_fastest_is_chosen_and_the_first_of_equals() -> None:
     )
 
 
+def test_what_has_no_checksums_is_taken_where_it_saves_a_tenth() -> None:
+    measured_s = {"direct": [1.0, 1.0], "gloo": [0.95, 0.85]}
+    assert fastest(measured_s, sizes=(10, 20), unchecked=("gloo",)).names == ("direct", "gloo")
+    assert fastest(measured_s, sizes=(10, 20)).names == ("gloo", "gloo")
+
+
 def test_what_was_not_measured_has_no_durations() -> None:
     assert TABLE.measured == unmeasured(2).measured == ()
 

@@ -6,11 +6,19 @@ receives B per second:
     direct   everyone sends all to everyone                  a + (n-1) S/B         two ranks: the pairwise exchange
     scatter  everyone sums a part, and sends it to all       2a + 2 (n-1)/n S/B
     star     to rank 0, which sends the sum to all           2a + 2 (n-1) S/B      the fewest bytes on a shared medium
+    tree     the same along a binomial tree, h = log2 n up   2ha + (n-1 + h) S/B   the fewest messages of any one rank
 
 (Thakur, Rabenseifner and Gropp 2005; Li et al. 2025, TPI-LLM, for slow links.) All add in the order of ranks, in
 float32, and round once: every rank ends with the same bits, and they are the same whichever way is taken, so that a
-sum's size, and with it who else is in a batch, changes nobody's bits. Rings and trees would: they add in other orders,
-round at every hop, and on such links take longer than scatter and direct.
+sum's size, and with it who else is in a batch, changes nobody's bits. Rings would change them, and trees that add on
+the way: they add in other orders, and round at every hop. So a rank of this tree hands on the parts that reach it as
+they are, n-1 of them in all to rank 0, as many as to that of a star.
+
+By these terms direct is always faster than the tree. But a message also costs the rank that sends it and the one that
+receives it some time g each, of their only thread: direct 2 (n-1) g, scatter twice that, star 2 (n-1) g at rank 0, the
+tree 4hg, as a sum goes up and down h times. So the tree is faster than direct where (2h-1) a + hS/B < 2 (n-1 - 2h) g:
+small sums of many ranks that are near each other, 8 of them at least, or 13 where a = g. It is faster than the star for
+large sums too, of more than 3 ranks: h S/B on the way down, not (n-1) S/B. For up to 3 it is the star.
 
 Shapes: x is any contiguous CPU tensor, the same on all ranks.
 """
@@ -51,6 +59,10 @@ class Peers:
             for peer in dict.fromkeys((*sends, *receives))
         ]
         move(transfers, deadline_s=self.deadline_s, alive=self.alive)
+
+
+AllReduce = Callable[[Peers, Tensor], None]
+"""Sums a contiguous CPU tensor over all ranks, in place. Raises PeerFailed."""
 
 
 def payload(x: Tensor) -> memoryview:
@@ -110,10 +122,47 @@ def all_gather(peers: Peers, parts: Sequence[Tensor]) -> None:
     peers.move(dict.fromkeys(peers.links, parts[peers.rank]), {peer: parts[peer] for peer in peers.links})
 
 
-ALL_REDUCES: Mapping[str, Callable[[Peers, Tensor], None]] = {
+def tree(peers: Peers, x: Tensor) -> None:
+    """Sums ``x`` over all ranks, in place, at the root of a binomial tree, whose ranks hand on what is below them.
+
+    Below a rank are those after it up to a power of two, in their order.
+    """
+    parent, children = branches(peers.rank, peers.num_ranks)
+    parts = x.new_empty(sum(map(len, children)) + 1, x.numel()) if children else x.reshape(1, -1)
+    if children:
+        parts[0] = x.reshape(-1)
+        below = {ranks[0]: parts[ranks[0] - peers.rank : ranks[-1] + 1 - peers.rank] for ranks in children}
+        peers.move({}, below)
+    if parent is None:
+        add_in_order(list(parts), x.view(-1))
+    else:
+        peers.move({parent: parts}, {})
+        peers.move({}, {parent: x})
+    if children:
+        peers.move({ranks[0]: x for ranks in children}, {})
+
+
+def branches(rank: int, num_ranks: int) -> tuple[int | None, list[range]]:
+    """The parent of a rank in a binomial tree, None at the root, and all ranks below it, by its children."""
+    span = rank & -rank or num_ranks  # the lowest bit: how many ranks there are from this one on, in a whole tree
+    children = []
+    width = 1
+    while width < span and rank + width < num_ranks:
+        children.append(range(rank + width, min(rank + 2 * width, num_ranks)))
+        width *= 2
+    return (rank & (rank - 1) if rank else None), children
+
+
+def ways(num_ranks: int) -> dict[str, AllReduce]:
+    """Those worth measuring: a tree of up to three ranks is a star."""
+    return {name: way for name, way in ALL_REDUCES.items() if name != "tree" or num_ranks > 3}
+
+
+ALL_REDUCES: Mapping[str, AllReduce] = {
     "direct": direct,
     "scatter": scatter,
     "star": star,
+    "tree": tree,
 }
 """By name, the simplest first."""
 

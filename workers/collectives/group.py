@@ -11,8 +11,9 @@ from torch import Tensor
 from kernels.partial import Partial
 from kernels.threads import work_alone
 from placement.collectives import AllReduceTable
-from workers.collectives.algorithms import ALL_REDUCES, Peers, direct, gather, scatter
+from workers.collectives.algorithms import AllReduce, Peers, direct, gather, scatter, ways
 from workers.collectives.scattered import reduce_and_finish
+from workers.group import Group
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 from workers.transport.pulse import Pulse
@@ -37,7 +38,14 @@ class TensorGroup:
         widths: vocabulary rows of each rank.
         table: which algorithm for which size.
         sums: as :class:`workers.group.Group` says.
+
+    Attributes:
+        ways: to sum, by the name that the table has for them.
+        unchecked: names of those that have no checksums.
+        device: of the tensors that are summed by them.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -52,45 +60,78 @@ class TensorGroup:
         self.sums = sums
         self.rank = rank
         self.table = table
-        self._links = links
-        self._pulse = pulse
-        self._widths = widths
+        self.links = links
+        self.pulse = pulse
+        self.widths = widths
+        self.ways: dict[str, AllReduce] = ways(self.num_ranks)
+        self.unchecked: set[str] = set()
+        self._on_device: Group | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange", initializer=work_alone)
 
     @property
     def num_ranks(self) -> int:
         """How many ranks there are, with this one."""
-        return len(self._links) + 1
+        return len(self.links) + 1
 
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
         if not x.numel() or self.num_ranks == 1:
             return
+        if self._on_device is not None and x.device == self.device:
+            self._on_device.all_reduce(x)
+            return
         on_host = x.cpu()  # itself, where it is there already
-        self.run(ALL_REDUCES[self.table.choose(x.nbytes)], on_host)
+        self.run(self.ways[self.table.choose(x.nbytes)], on_host)
         if on_host is not x:
             x.copy_(on_host)
 
     def reduce(self, partial: Partial) -> None:
         """Sums what the ranks have parts of; where the sum is scattered, finishes its rows, too. Raises PeerFailed."""
-        if partial.finish is not None and self.num_ranks > 1 and self._scatters(partial.update):
+        if self._on_device is not None and partial.update.device == self.device:
+            self._on_device.reduce(partial)
+        elif partial.finish is not None and self.num_ranks > 1 and self._scatters(partial.update):
             self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), COLLECTIVE_S)
         else:
             self.all_reduce(partial.update)
 
     def _scatters(self, x: Tensor) -> bool:
-        return x.numel() > 0 and ALL_REDUCES[self.table.choose(x.nbytes)] is scatter
+        return x.numel() > 0 and self.ways[self.table.choose(x.nbytes)] is scatter
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
         """As :meth:`reduce`, beside the computation, after what was begun before; the future raises PeerFailed.
 
         All ranks begin the same in the same order, and until all of it is done call nothing else.
         """
+        if self._on_device is not None and partial.update.device == self.device:
+            return self._on_device.begin_reduce(partial)
         return self._beside.submit(self._reduce_beside, partial)
 
     @torch.inference_mode()  # the step's tensors were made in it, and each thread has its own
     def _reduce_beside(self, partial: Partial) -> None:
         self.reduce(partial)
+
+    def settle(self) -> None:
+        """Waits until all sums are there. Raises PeerFailed."""
+        if self._on_device is not None:
+            self._on_device.settle()
+
+    def also(self, name: str, group: Group) -> None:
+        """Has another way for tensors on the host, whose messages have no checksum."""
+
+        def sum_by(_: Peers, x: Tensor) -> None:
+            group.all_reduce(x)
+
+        self.ways[name] = sum_by
+        self.unchecked.add(name)
+
+    def give_to(self, name: str, group: Group, device: torch.device) -> None:
+        """Has a group that sums where the tensors are sum all that are on ``device``."""
+
+        def sum_by(_: Peers, x: Tensor) -> None:
+            group.all_reduce(x)
+            group.settle()
+
+        self.ways, self.device, self._on_device = {name: sum_by}, device, group
 
     def begin_exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> Future[None]:
         """As :meth:`exchange`, and :meth:`begin_reduce`."""
@@ -101,7 +142,7 @@ class TensorGroup:
 
         def alive() -> None:
             go_on()
-            self._pulse.check()
+            self.pulse.check()
 
         self._run(direct, torch.zeros(1), math.inf, alive)
 
@@ -119,14 +160,14 @@ class TensorGroup:
         peers = Peers(
             rank=self.rank,
             num_ranks=self.num_ranks,
-            links=self._links,
+            links=self.links,
             deadline_s=time.monotonic() + timeout_s,
-            alive=alive or self._pulse.check,
+            alive=alive or self.pulse.check,
         )
         try:
             algorithm(peers, x)
         except PeerFailed as error:
-            raise self._pulse.reason(error) from error
+            raise self.pulse.reason(error) from error
 
     @torch.inference_mode()
     def exchange(self, gives: Mapping[int, Tensor], takes: Mapping[int, Tensor]) -> None:
@@ -135,8 +176,10 @@ class TensorGroup:
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """Logits [R, V of the rank] of all ranks side by side [R, V], at rank 0; None elsewhere. Raises PeerFailed."""
+        if self._on_device is not None and x.device == self.device:
+            return self._on_device.gather_columns(x)
         on_host = x.cpu().contiguous()
-        widths = {} if self.rank else {rank: width for rank, width in enumerate(self._widths) if rank and width}
+        widths = {} if self.rank else {rank: width for rank, width in enumerate(self.widths) if rank and width}
         others = {rank: on_host.new_empty(len(x), width) for rank, width in widths.items()}
 
         def collect(peers: Peers, mine: Tensor) -> None:

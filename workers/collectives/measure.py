@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from placement.collectives import MEASURED_BYTES, AllReduceTable, fastest
-from workers.collectives.algorithms import ALL_REDUCES, Peers, broadcast, direct, gather
+from workers.collectives.algorithms import AllReduce, Peers, broadcast, direct, gather
 from workers.collectives.group import TensorGroup
 
 _RUNS = 3
@@ -22,19 +22,20 @@ def measure(group: TensorGroup) -> AllReduceTable:
     """
     # New connections have small windows: whatever outgrew them first would wait for latencies that it has never again.
     group.run(direct, torch.zeros(MEASURED_BYTES[-1] // 4))
-    seconds = torch.tensor([[_measure(group, name, size) for size in MEASURED_BYTES] for name in ALL_REDUCES])
+    ways = group.ways
+    seconds = torch.tensor([[_measure(group, way, size) for size in MEASURED_BYTES] for way in ways.values()])
     most_s = slowest(group, seconds.to(torch.float64))
-    return fastest({name: row.tolist() for name, row in zip(ALL_REDUCES, most_s, strict=True)})
+    return fastest({name: row.tolist() for name, row in zip(ways, most_s, strict=True)}, unchecked=group.unchecked)
 
 
-def _measure(group: TensorGroup, name: str, num_bytes: int) -> float:
-    x = torch.zeros(num_bytes // 4)
+def _measure(group: TensorGroup, way: AllReduce, num_bytes: int) -> float:
+    x = torch.zeros(num_bytes // 4, device=group.device)
     best_s = float("inf")
     for _ in range(_RUNS):
         group.run(direct, torch.zeros(1))  # all begin together
         began_s = time.monotonic()
         for _ in range(IN_A_ROW):
-            group.run(ALL_REDUCES[name], x)
+            group.run(way, x)
         best_s = min(best_s, (time.monotonic() - began_s) / IN_A_ROW)
     return best_s
 

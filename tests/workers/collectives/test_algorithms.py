@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.transport.conftest import MakeMeshes
-from workers.collectives.algorithms import ALL_REDUCES, Peers, broadcast, gather
+from workers.collectives.algorithms import ALL_REDUCES, Peers, branches, broadcast, gather, ways
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import Channel, Mesh
 
@@ -60,7 +60,7 @@ def test_three_ranks_are_added_in_float32_and_rounded_once(make_meshes: MakeMesh
     assert xs[0].item() == torch.tensor(1.0 + 2.0**-8).bfloat16().item()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 6])
 def test_whichever_way_is_taken_the_bits_are_the_same(make_meshes: MakeMeshes, num_ranks: int) -> None:
     meshes = make_meshes(num_ranks)
     generator = torch.Generator().manual_seed(0)
@@ -72,6 +72,23 @@ def test_whichever_way_is_taken_the_bits_are_the_same(make_meshes: MakeMeshes, n
             at_once(meshes, call, xs)
             found.append(xs[0])
         assert all(torch.equal(other, found[0]) for other in found)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 18))
+def test_a_tree_has_every_rank_below_its_parent_and_as_many_hops_as_bits(num_ranks: int) -> None:
+    for rank in range(num_ranks):
+        parent, children = branches(rank, num_ranks)
+        below = [other for ranks in children for other in ranks]
+        assert below == list(range(rank + 1, rank + 1 + len(below))), "in their order, right behind it"
+        if parent is not None:
+            above = next(ranks for ranks in branches(parent, num_ranks)[1] if ranks[0] == rank)
+            assert list(above) == [rank, *below]
+    assert len(branches(0, num_ranks)[1]) == (num_ranks - 1).bit_length()
+
+
+def test_a_tree_is_measured_where_it_is_no_star() -> None:
+    assert "tree" not in ways(3) and "tree" in ways(4)
+    assert branches(0, 3)[1] == [range(1, 2), range(2, 3)]
 
 
 def test_rank_0_gathers_what_each_has(make_meshes: MakeMeshes) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from placement.collectives import MEASURED_BYTES
-from workers.collectives.algorithms import ALL_REDUCES, Peers
+from workers.collectives.algorithms import ALL_REDUCES, Peers, ways
 from workers.collectives.measure import measure
 
 
@@ -15,6 +15,9 @@ class NotingGroup:
 
     rank = 0
     num_ranks = 1
+    ways = ways(1)
+    unchecked = ()
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
