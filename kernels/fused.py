@@ -17,14 +17,14 @@ from kernels import machine_code, paged, rows
 from kernels.attention import AttentionPlan, LayerCache
 from kernels.fused_program import (
     Compiled,
-    Finishes,
+    Finisher,
     Settings,
-    compile_finishes,
     compile_layers,
     max_works,
     updates,
+    writer,
 )
-from kernels.layer_works import Buffers, Layer, Window, Writer
+from kernels.layer_works import Buffers, Layer, Window
 from kernels.linear import Linear, shared
 from kernels.partial import Finish, Partial
 from kernels.program import Program
@@ -129,7 +129,7 @@ class FusedLayers:
         self._settings = settings
         self._buffers = self._room(0)
         self._programs: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
-        self._finishes: OrderedDict[tuple[int, int, int], Finishes] = OrderedDict()
+        self._finisher = Finisher(layers, settings, _MOST_PROGRAMS)
 
     def takes(self, attention: Mapping[Window, AttentionPlan]) -> bool:
         """Whether plans are of the variant whose attention it runs."""
@@ -139,7 +139,7 @@ class FusedLayers:
         """Memory for steps of so many tokens, or lanes of so many together: not while any is on its way."""
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
-            self._finishes.clear()
+            self._finisher.clear()
             del self._buffers  # first, or both would be there at once
             self._buffers = self._room(-(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
 
@@ -219,25 +219,11 @@ class FusedLayers:
         result = torch.empty_like(update) if is_last else buffers.normed[:num_tokens]
 
         def rows(start: int, stop: int) -> None:
-            self._finish_rows(number, first_row + start, stop - start)
+            self._finisher.run(self._buffers, number, first_row + start, stop - start)
             if is_last:
                 torch.add(buffers.residual[start:stop], update[start:stop], out=result[start:stop])
 
         return Partial(update=update, finish=Finish(result=result, rows=rows))
-
-    def _finish_rows(self, number: int, first_row: int, num_rows: int) -> None:
-        """What is done with a sum, for rows of the buffers alone: with the threads of the caller."""
-        num_threads = torch.get_num_threads()
-        key = (first_row, num_rows, num_threads)
-        if key not in self._finishes:
-            if len(self._finishes) == _MOST_PROGRAMS:
-                self._finishes.popitem(last=False)
-            buffers = self._buffers.from_row(first_row)
-            self._finishes[key] = compile_finishes(self._layers, self._writer(buffers, num_rows, num_threads))
-        finishes = self._finishes[key]
-        start, stop = finishes.edges[number], finishes.edges[number + 1]
-        if num_rows and stop > start:
-            finishes.program.run(num_threads, start, stop)
 
     def _stops(self, compiled: Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
         """Where the program stops, and in which layer, where that is for its attention; else for a sum."""
@@ -290,10 +276,8 @@ class FusedLayers:
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
-            writer = self._writer(buffers, num_tokens, num_threads)
-            self._programs[key] = compile_layers(self._layers, caches, writer, self._settings)
+            made = Program(max_works(self._layers))
+            self._programs[key] = compile_layers(
+                self._layers, caches, writer(made, buffers, num_tokens, num_threads, self._settings), self._settings
+            )
         return self._programs[key]
-
-    def _writer(self, buffers: Buffers, num_rows: int, num_threads: int) -> Writer:
-        made = Program(max_works(self._layers))
-        return Writer(made, buffers, num_rows, num_threads, self._settings.head_dim, self._settings.eps)

@@ -4,9 +4,11 @@ Two works of a layer end in what may be a part of a sum over ranks: its attentio
 What is done with each sum, up to the next product, can be run for some rows alone, too.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels import paged
@@ -44,14 +46,6 @@ class Compiled:
     finished: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finishes:
-    """What is done with each sum, for some rows: of the sum ``n`` the works ``edges[n]`` to ``edges[n + 1]``."""
-
-    program: Program
-    edges: tuple[int, ...]
-
-
 def updates(buffers: Buffers, *, ladder: bool) -> tuple[Tensor, Tensor]:
     """Where an attention's and a feed-forward's update goes: on a ladder the one before is still to be added."""
     return buffers.update, buffers.later if ladder else buffers.update
@@ -86,13 +80,50 @@ def compile_layers(
     return Compiled(program=made, attention=tuple(attention), sums=tuple(sums), finished=tuple(finished))
 
 
-def compile_finishes(layers: Sequence[Layer], writer: Writer) -> Finishes:
-    """What is done with sums, for the rows of a writer, whose program is empty; not of a ladder."""
-    edges = [0]
-    for number in range(2 * len(layers)):
-        _finish(writer, layers, number, ladder=False)
-        edges.append(len(writer.program))
-    return Finishes(program=writer.program, edges=tuple(edges))
+class Finisher:
+    """What is done with sums, for rows of the buffers alone; not of a ladder. For one thread at a time."""
+
+    def __init__(self, layers: Sequence[Layer], settings: Settings, max_programs: int) -> None:
+        """``max_programs``: that are kept, one for each range of rows."""
+        self._layers = layers
+        self._settings = settings
+        self._max_programs = max_programs
+        # What is done with the sum ``n`` are the works from the ``n``-th number to the next.
+        self._programs: OrderedDict[tuple[int, int, int], tuple[Program, list[int]]] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forgets the programs, which hold addresses of the buffers."""
+        self._programs.clear()
+
+    def run(self, buffers: Buffers, number: int, first_row: int, num_rows: int) -> None:
+        """For the rows that begin at ``first_row``, with the threads of the caller."""
+        if not num_rows:
+            return
+        num_threads = torch.get_num_threads()
+        key = (first_row, num_rows, num_threads)
+        if key in self._programs:
+            self._programs.move_to_end(key)
+        else:
+            if len(self._programs) == self._max_programs:
+                self._programs.popitem(last=False)
+            self._programs[key] = self._compile(buffers.from_row(first_row), num_rows, num_threads)
+        made, edges = self._programs[key]
+        if edges[number + 1] > edges[number]:
+            made.run(num_threads, edges[number], edges[number + 1])
+
+    def _compile(self, buffers: Buffers, num_rows: int, num_threads: int) -> tuple[Program, list[int]]:
+        made = Program(4 * len(self._layers))
+        its = writer(made, buffers, num_rows, num_threads, self._settings)
+        edges = [0]
+        for number in range(2 * len(self._layers)):
+            _finish(its, self._layers, number, ladder=False)
+            edges.append(len(made))
+        return made, edges
+
+
+def writer(made: Program, buffers: Buffers, num_rows: int, num_threads: int, settings: Settings) -> Writer:
+    """Of works for so many rows of the buffers."""
+    return Writer(made, buffers, num_rows, num_threads, settings.head_dim, settings.eps)
 
 
 def max_works(layers: Sequence[Layer]) -> int:

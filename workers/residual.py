@@ -35,8 +35,10 @@ class Residual:
             result = torch.empty_like(update)
 
             def finish(start: int, stop: int) -> None:
-                own = slice(start, stop)
-                result[own], self.rows[own] = self._sum(update[own], self.rows[own], post_norm, norm)
+                rows = self.rows[start:stop]
+                result[start:stop], total = self._sum(update[start:stop], rows, post_norm, norm)
+                if total is not rows:  # fast variants add in place
+                    rows.copy_(total)
 
             partial = Partial(update=update, finish=Finish(result=result, rows=finish))
             yield partial

@@ -32,7 +32,7 @@ def decode_kernel(
         at = query + row * row_stride + heads[:, None] * head_stride + columns[None, :]
         turned = tl.load(at, mask=inside, other=0.0)
         base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
-        total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
+        total, top, mass = nothing_yet(ROWS, BLOCK_DIM)
         total, top, mass = _fold(
             turned, keys + base, values + base, slots + first_slot, begin, end, rows, total, top, mass, scale,
             HEAD_DIM, BLOCK_DIM, TOKENS, True, False, 0, WIDENS,
@@ -76,7 +76,7 @@ def shared_kernel(
             inside = (pairs < num_pairs)[:, None] & (columns < HEAD_DIM)
             turned = tl.load(query + (row * row_stride + head * head_stride)[:, None] + columns, mask=inside, other=0.0)
             base = kv_head.to(tl.int64) * num_slots * HEAD_DIM
-            total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
+            total, top, mass = nothing_yet(ROWS, BLOCK_DIM)
             total, top, mass = _fold(
                 turned, keys + base, values + base, slots + tl.load(task + 2), tl.load(task + 3), tl.load(task + 4),
                 pairs, total, top, mass, scale, HEAD_DIM, BLOCK_DIM, TOKENS, False, False, 0, WIDENS,
@@ -156,7 +156,7 @@ def _attend_block(
 
     Whole tiles that every row sees need no look at each score; those at the window's beginning and the end do.
     """
-    total, top, mass = _nothing_yet(ROWS, BLOCK_DIM)
+    total, top, mass = nothing_yet(ROWS, BLOCK_DIM)
     seen_from = 0  # by every row, as the tokens up to first_own are
     if WINDOW:
         begin = tl.maximum(0, first_own - WINDOW + 1)
@@ -179,7 +179,7 @@ def _attend_block(
 
 
 @triton.jit
-def _nothing_yet(ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def nothing_yet(ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """A running softmax of no tokens: see :func:`_fold`."""
     total = tl.zeros((ROWS, BLOCK_DIM), tl.float32)
     top = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -203,7 +203,7 @@ def _fold(
         turned = turned.to(tl.float32)
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
-        key, value = _load(keys, values, slots, token, end, HEAD_DIM, BLOCK_DIM, RAGGED)
+        key, value = load_tile(keys, values, slots, token, end, HEAD_DIM, BLOCK_DIM, RAGGED)
         if WIDENS:
             key, value = key.to(tl.float32), value.to(tl.float32)
         scores = tl.dot(turned, tl.trans(key), input_precision="tf32x3") * scale
@@ -214,12 +214,12 @@ def _fold(
                 if WINDOW:
                     visible = visible & (token[None, :] > own[:, None] - WINDOW)
             scores = tl.where(visible, scores, -float("inf"))
-        total, top, mass = _add_tokens(scores, value, total, top, mass)
+        total, top, mass = add_tokens(scores, value, total, top, mass)
     return total, top, mass
 
 
 @triton.jit
-def _add_tokens(scores, value, total, top, mass):
+def add_tokens(scores, value, total, top, mass):
     """A tile's values [N, D], weighted by ``scores`` [M, N], added to the running softmax: see :func:`_fold`."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row may have seen nothing yet
@@ -231,7 +231,7 @@ def _add_tokens(scores, value, total, top, mass):
 
 
 @triton.jit
-def _load(keys, values, slots, token, end, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, RAGGED: tl.constexpr):
+def load_tile(keys, values, slots, token, end, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, RAGGED: tl.constexpr):
     """Keys and values [N, D] of the tokens ``token`` [N]; of those from ``end`` on, zeros."""
     columns = tl.arange(0, BLOCK_DIM)[None, :]
     if RAGGED:

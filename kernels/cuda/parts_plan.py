@@ -1,7 +1,8 @@
 """Queries against parts of what they attend to, as tables on the device: see :func:`kernels.reference.attend_parts`.
 
-A span's queries are cut into tasks of neighbours, and its tokens, where few queries see many of them, into stretches,
-so that enough programs have work. A query's results of its stretches are merged.
+A span's queries are cut into tasks of neighbours; the tokens of few queries, into stretches, so that enough programs
+have work. What a query is given of one stretch is its result; of several, partial results, which are merged. Spans of
+single queries have tasks of their own, so that what those are given does not depend on the chunks beside them.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import PartPlan, PartSpan, slots_of
+from kernels.attention import PartPlan, PartSpan
 from kernels.cuda.plan import CHUNK, PART, Integers, send
 
+_FEW = CHUNK // 2
 _EMPTY = np.empty((0, 8), np.int64)
 
 
@@ -24,46 +26,60 @@ class DevicePartPlan(PartPlan):
     Attributes:
         slots: [tokens of all spans, one list after the other].
         queries: [., 8]: a query's row in the batch, first token that it sees and the end of them, its first partial
-            result, how many it has, and zeros.
-        work: [., 8]: tasks: number of its first query, how many, where its span's slots begin, first token and end
-            of the stretch, its number in the span, and zeros.
-        num_partials: partial results of all queries.
-        max_queries: of a task.
+            result or -1 where there is one stretch only, how many it has, and zeros.
+        singles: [., 8]: tasks of spans of one query: number of the query, how many, where the span's slots begin, first
+            token and end of the stretch, its number in the span, and zeros.
+        chunks: [., 8]: tasks of the others, likewise.
+        joins: [.]: numbers of the queries that have several results.
+        num_partials: partial results of all of these.
     """
 
     slots: Tensor
     queries: Tensor
-    work: Tensor
+    singles: Tensor
+    chunks: Tensor
+    joins: Tensor
     num_partials: int
-    max_queries: int
 
 
 def plan_parts(spans: Sequence[PartSpan], device: torch.device) -> DevicePartPlan:
     """Lays the spans out on ``device``. Does not wait for it."""
-    queries, tasks, slots = [_EMPTY], [_EMPTY], [np.empty(0, np.int64)]
+    queries, singles, chunks = [_EMPTY], [_EMPTY], [_EMPTY]
     num_queries = num_slots = num_partials = 0
     for span in spans:
         count = num_stretches(span.num_queries, span.num_tokens)
         queries.append(_queries(span, num_partials, count))
-        tasks.append(_tasks(span, num_queries, num_slots, count))
-        slots.append(slots_of(span.runs)[: span.num_tokens])
+        (singles if span.num_queries == 1 else chunks).append(_tasks(span, num_queries, num_slots, count))
         num_queries += span.num_queries
-        num_slots += span.num_tokens
-        num_partials += span.num_queries * count
-    tables = send(np.concatenate(slots), np.concatenate(queries), np.concatenate(tasks), device=device)
+        num_slots += int((span.runs[:, 1] - span.runs[:, 0]).sum())
+        num_partials += span.num_queries * count if count > 1 else 0
+    rows = np.concatenate(queries)
+    runs = np.concatenate([np.empty((0, 2), np.int64), *(span.runs for span in spans)])
+    lengths = runs[:, 1] - runs[:, 0]
+    shifts = runs[:, 0] - (lengths.cumsum() - lengths)  # from a token's place in the list to its slot
+    joins = np.flatnonzero(rows[:, 4] > 1)
+    tables = send(
+        rows, np.concatenate(singles), np.concatenate(chunks), joins, np.stack((shifts, lengths)), device=device
+    )
+    shift = tables[4][0].repeat_interleave(tables[4][1], output_size=num_slots)
     return DevicePartPlan(
         spans=tuple(spans),
-        slots=tables[0],
-        queries=tables[1],
-        work=tables[2],
+        slots=shift + torch.arange(num_slots, dtype=torch.int32, device=device),
+        queries=tables[0],
+        singles=tables[1],
+        chunks=tables[2],
+        joins=tables[3],
         num_partials=num_partials,
-        max_queries=min(CHUNK, max((span.num_queries for span in spans), default=0)),
     )
 
 
 def num_stretches(num_queries: int, num_tokens: int) -> int:
     """Into how many so many tokens are cut for so many queries: the fewer queries, the shorter each is."""
-    return -(-num_tokens // (PART * min(num_queries, CHUNK)))
+    return min(1, num_tokens) if num_queries >= _FEW else -(-num_tokens // _length(num_queries))
+
+
+def _length(num_queries: int) -> int:
+    return PART * num_queries
 
 
 def _queries(span: PartSpan, first_partial: int, num_stretches: int) -> Integers:
@@ -71,7 +87,7 @@ def _queries(span: PartSpan, first_partial: int, num_stretches: int) -> Integers
     rows = np.zeros((span.num_queries, 8), np.int64)
     rows[:, 0] = span.query_start + number
     rows[:, 1:3] = span.seen
-    rows[:, 3] = first_partial + number * num_stretches
+    rows[:, 3] = first_partial + number * num_stretches if num_stretches > 1 else -1
     rows[:, 4] = num_stretches
     return rows
 
@@ -79,7 +95,7 @@ def _queries(span: PartSpan, first_partial: int, num_stretches: int) -> Integers
 def _tasks(span: PartSpan, first_query: int, first_slot: int, num_stretches: int) -> Integers:
     first = np.arange(0, span.num_queries, CHUNK)
     start, stretch = (grid.ravel() for grid in np.meshgrid(first, np.arange(num_stretches), indexing="ij"))
-    length = PART * min(span.num_queries, CHUNK)
+    length = _length(span.num_queries) if num_stretches > 1 else span.num_tokens
     rows = np.zeros((len(start), 8), np.int64)
     rows[:, 0] = first_query + start
     rows[:, 1] = np.minimum(CHUNK, span.num_queries - start)

@@ -5,21 +5,20 @@ they reach alone is measured while they do, each with the whole model, as they d
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from tests.benchmarks.parallel_arms import Sizes, take_turns
-from tests.benchmarks.parallel_figures import Findings, Samples, cell, fastest, merged, ratio, share_splits
+from tests.benchmarks.parallel_figures import Findings, cell, fastest, merged, ratio, share_splits
 from tests.benchmarks.parallel_hosts import Cluster, Plan, Replica, alone
 from tests.benchmarks.parallel_steps import Workload
-from tests.benchmarks.report import Metric, Rows, median
+from tests.benchmarks.report import Rows, median
 
 DELAY_S = 5e-5
-_EVEN, _AS_SPEEDS = "even", "as speeds"
-_IDEAL = "ideal sum"
+_EVEN, _BEST, _IDEAL = "even", "best", "ideal sum"
 
 
 def measure_shares(cluster: Cluster, model: Path, sizes: Sizes) -> Findings:
@@ -33,20 +32,52 @@ def measure_shares(cluster: Cluster, model: Path, sizes: Sizes) -> Findings:
     cluster.set_delay(DELAY_S)
     works = [sizes.decode(batch) for batch in sizes.share_batches]
     slots = sizes.slots(*works)
+    found: dict[int, Findings] = {}
     with ExitStack() as stack:
         hosts = [stack.enter_context(cluster.replica(model, alone(host), num_slots=slots)) for host in range(2)]
-        # Not the best of them: a slow host is fast for a moment, until the share of its period is used up.
-        rounds = [speeds_at_once(hosts, works[0]) for _ in range(sizes.repeats + 1)]
-        splits = share_splits((median_of(rounds, 0), median_of(rounds, 1)))
-        plans = {
-            name: stack.enter_context(cluster.replica(model, Plan(name=name, stages=(shares,)), num_slots=slots))
-            for name, shares in splits.items()
-        }
-        taken = {work.num_sequences: _take(hosts, plans, work, sizes.repeats) for work in works}
-    found = merged([_findings(batch, taken[batch], splits, sizes) for batch in taken])
-    most = max(taken, key=lambda batch: batch / statistics.median(taken[batch][_best(taken[batch])]))
-    keys = {name: found.metrics[f"{name}_b{most}"] for name in ("weighted_gain", "weighted_of_ideal")}
-    return merged([found, Findings(metrics=keys, settings={"weighted_batch": most})])
+        for work in works:
+            found[work.num_sequences] = _measure(cluster, model, hosts, work, sizes)
+    together = merged(list(found.values()))
+    most = max(found, key=lambda batch: together.metrics[f"weighted_tokens_per_s_b{batch}"].value)
+    keys = {name: together.metrics[f"{name}_b{most}"] for name in ("weighted_gain", "weighted_of_ideal")}
+    return merged([together, Findings(metrics=keys, settings={"weighted_batch": most})])
+
+
+def _measure(cluster: Cluster, model: Path, hosts: Sequence[Replica], work: Workload, sizes: Sizes) -> Findings:
+    """Of one batch. The best shares are chosen by some samples, and measured by others."""
+    batch = work.num_sequences
+    # Not the best of them: a slow host is fast for a moment, until the share of its period is used up.
+    rounds = [speeds_at_once(hosts, work) for _ in range(sizes.repeats + 1)]
+    speeds = median_of(rounds, 0), median_of(rounds, 1)
+    splits = share_splits(speeds)
+    with ExitStack() as stack:
+        arms: dict[str, Callable[[], float]] = {}
+        for name, shares in splits.items():
+            plan = Plan(name=name, stages=(shares,))
+            replica = stack.enter_context(cluster.replica(model, plan, num_slots=sizes.slots(work)))
+            arms[name] = partial(replica.seconds, work)
+        tried = take_turns(arms, sizes.repeats)
+        best = fastest({name: seconds for name, seconds in tried.items() if name != _EVEN})
+        ideal = {_IDEAL: lambda: 1 / sum(speeds_at_once(hosts, work))}
+        taken = take_turns({**ideal, _EVEN: arms[_EVEN], _BEST: arms[best]}, sizes.repeats)
+    metrics = {
+        "weighted_gain": ratio(taken[_EVEN], taken[_BEST]),
+        "weighted_of_ideal": ratio(taken[_IDEAL], taken[_BEST]),
+        "even_of_ideal": ratio(taken[_IDEAL], taken[_EVEN]),
+        "weighted_tokens_per_s": median([batch / seconds for seconds in taken[_BEST]], "tokens/s"),
+    }
+    shown = {**{f"{name}, tried": seconds for name, seconds in tried.items()}, **taken}
+    rows = [(name, cell(seconds), f"{batch / median(seconds, '').value:.2f}") for name, seconds in shown.items()]
+    title = f"hosts of 1 and {sizes.slow_share:g} cores, batch {batch}; best: {best}, {_shown(splits[best])}"
+    return Findings(
+        metrics={f"{name}_b{batch}": metric for name, metric in metrics.items()},
+        tables=[Rows(title=title, columns=("shares", "ms a step", "tokens/s"), rows=rows)],
+        settings={
+            f"weighted_best_b{batch}": best,
+            f"weighted_shares_b{batch}": splits,
+            f"weighted_speeds_b{batch}": [batch * speed for speed in speeds],
+        },
+    )
 
 
 def speeds_at_once(hosts: Sequence[Replica], work: Workload) -> tuple[float, float]:
@@ -65,40 +96,5 @@ def median_of(rounds: Sequence[tuple[float, float]], host: int) -> float:
     return statistics.median([speeds[host] for speeds in rounds[1:]])
 
 
-def _take(
-    hosts: Sequence[Replica], plans: Mapping[str, Replica], work: Workload, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of a step by plan, and of the ideal."""
-    arms = {name: partial(replica.seconds, work) for name, replica in plans.items()}
-    return take_turns({_IDEAL: lambda: 1 / sum(speeds_at_once(hosts, work)), **arms}, repeats)
-
-
-def _best(taken: Mapping[str, Samples]) -> str:
-    return fastest({name: seconds for name, seconds in taken.items() if name not in (_EVEN, _IDEAL)})
-
-
-def _findings(
-    batch: int, taken: Mapping[str, list[float]], splits: Mapping[str, tuple[float, float]], sizes: Sizes
-) -> Findings:
-    best = _best(taken)
-    metrics: dict[str, Metric] = {
-        "weighted_gain": ratio(taken[_EVEN], taken[best]),
-        "weighted_of_ideal": ratio(taken[_IDEAL], taken[best]),
-        "weighted_gain_as_speeds": ratio(taken[_EVEN], taken[_AS_SPEEDS]),
-        "even_of_ideal": ratio(taken[_IDEAL], taken[_EVEN]),
-    }
-    rows = [
-        (name, _shown(splits.get(name)), cell(seconds), f"{batch / median(seconds, '').value:.2f}")
-        for name, seconds in taken.items()
-    ]
-    columns = ("shares", "of host 0 : host 1", "ms a step", "tokens/s")
-    title = f"hosts of 1 and {sizes.slow_share:g} cores, batch {batch}"
-    return Findings(
-        metrics={f"{name}_b{batch}": metric for name, metric in metrics.items()},
-        tables=[Rows(title=title, columns=columns, rows=rows)],
-        settings={f"weighted_best_b{batch}": best, "weighted_shares": splits},
-    )
-
-
-def _shown(shares: tuple[float, float] | None) -> str:
-    return "" if shares is None else f"{shares[0]:.2f} : {shares[1]:.2f}"
+def _shown(shares: tuple[float, float]) -> str:
+    return f"{shares[0]:.2f} : {shares[1]:.2f}"

@@ -136,7 +136,8 @@ async def test_a_request_ends_with_unavailable_when_its_hosts_are_cut_off_from_e
 def test_a_service_whose_hosts_are_cut_off_stops_in_order_and_leaves_nothing(service: Service) -> None:
     service.command.process.terminate()
     assert service.command.process.wait(STOP_S) == 0, service.command.output()
-    assert not [line for line in service.ours() if line.startswith("big: ")]
+    left = [line for line in service.ours() if line.startswith("big: ")]
+    assert not left, left
     service.net.heal("big", "small")
     started_s = time.monotonic()
     while left := service.ours():

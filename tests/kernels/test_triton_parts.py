@@ -73,8 +73,19 @@ def test_queries_that_see_nothing_weigh_nothing(dtype: torch.dtype) -> None:
     assert not output.any() and (mass == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_single_query_is_given_does_not_depend_on_the_chunk_beside_it(dtype: torch.dtype) -> None:
+    query, cache = case(dtype)
+    single = one(0, (0, NUM_SLOTS), seen=(3, 900))
+    chunk = PartSpan(query_start=5, runs=np.array([(3, 1100)]), seen=np.array([[0, 1090], [0, 1091], [7, 1092]]))
+    alone, beside = (
+        KERNELS.attend_parts(query, cache, KERNELS.plan_parts(s), 0.2) for s in ([single], [single, chunk])
+    )
+    assert torch.equal(alone[0][0], beside[0][0]) and torch.equal(alone[1][0], beside[1][0])
+
+
 def test_of_more_queries_stretches_are_longer() -> None:
     assert num_stretches(1, 4 * PART) == 4
     assert num_stretches(2, 4 * PART + 1) == 3
-    assert num_stretches(CHUNK, 4096) == 1
+    assert num_stretches(CHUNK, 1 << 20) == num_stretches(CHUNK // 2, 1 << 20) == 1
     assert num_stretches(1, 0) == 0

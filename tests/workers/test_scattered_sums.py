@@ -49,6 +49,8 @@ def num_finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def counted(peers: groups.Peers, partial: groups.Partial) -> None:
         finish(peers, partial)
         assert partial.is_finished
+        most = -(-len(partial.update) // peers.num_ranks)
+        assert most * peers.num_ranks <= 1.15 * len(partial.update), "no rank sums many more rows than others"
         found.append(len(partial.update))
 
     finish = groups.reduce_and_finish

@@ -23,6 +23,9 @@ COLLECTIVE_S = 20.0
 hangs is named before the gateway, whose patience is ``gateway.stall_timeout_s``, gives the leader up.
 """
 
+MOST_UNEVEN = 1.15
+"""Rows of the rank with the most, times the ranks, over all rows: what was measured is a sum in equal parts."""
+
 
 class TensorGroup:
     """All ranks of a stage. For the thread that executes steps.
@@ -95,7 +98,9 @@ class TensorGroup:
             self.all_reduce(partial.update)
 
     def _scatters(self, x: Tensor) -> bool:
-        return x.numel() > 0 and self.ways[self.table.choose(x.nbytes)] is scatter
+        """Whether it is to be scattered, and can be by rows: no rank may have many more of them than others."""
+        most = -(-len(x) // self.num_ranks) * self.num_ranks
+        return 0 < most <= MOST_UNEVEN * len(x) and self.ways[self.table.choose(x.nbytes)] is scatter
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
         """As :meth:`reduce`, beside the computation, after what was begun before; the future raises PeerFailed.

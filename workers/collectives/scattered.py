@@ -15,15 +15,18 @@ def reduce_and_finish(peers: Peers, partial: Partial) -> None:
     """
     update, finish = partial.update, partial.finish
     assert finish is not None, "there is nothing to finish"
-    parts = update.cpu().tensor_split(peers.num_ranks)  # on the host they are the update's own rows
+    on_host = update.cpu()  # itself, where it is there
+    parts = on_host.tensor_split(peers.num_ranks)
     reduce_scatter(peers, parts)
     start = sum(map(len, parts[: peers.rank]))
     own = slice(start, start + len(parts[peers.rank]))
     if update.device.type != "cpu":
         update[own] = parts[peers.rank].to(update.device)
     finish.rows(own.start, own.stop)
-    results = finish.result.cpu()
-    all_gather(peers, results.tensor_split(peers.num_ranks))
-    if results is not finish.result:
-        finish.result.copy_(results)
+    if update.device.type == "cpu":
+        all_gather(peers, finish.result.tensor_split(peers.num_ranks))
+    else:
+        parts[peers.rank].copy_(finish.result[own])  # the copy's rows are done with
+        all_gather(peers, parts)
+        finish.result.copy_(on_host)
     partial.is_finished = True
