@@ -13,7 +13,7 @@ help:  ## Show this list
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, PYTHON={sys.executable} is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
-	@echo 'Installing into $(VENV): about 2 GB, one to three minutes the first time'
+	@echo 'Installing into $(VENV): about 3 GB, one to three minutes the first time'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@

@@ -7,7 +7,6 @@ The planner, which weighs layouts against each other by measured speed, is to ta
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,15 +52,14 @@ def first_that_fits(
         speeds: of all devices, in the order of nodes and devices; None: they were not measured.
 
     Raises:
-        NotEnoughMemory: nothing fits: what was wrong with a replica on each device.
+        NotEnoughMemory: nothing fits: what was wrong with a replica on each device, or, where a smaller KV cache would
+            do for that alone, with the model cut over all.
         HeterodyneError: what else ``plan`` raises for that.
     """
     simplest = one_each(cluster)
     try:
         return Choice(layouts=simplest, plan=plan(simplest))
     except NotEnoughMemory as error:
-        if error.field != "model.path":  # smaller KV blocks would do, which is for the user to say
-            raise
         refused = error
 
     def fullness(weights: Sequence[float]) -> list[float]:
@@ -69,10 +67,22 @@ def first_that_fits(
         return [_fullness(shard, unmeasured) for shard in replica.shards]
 
     for split_by, weights in shares(cluster, speeds):
-        with suppress(HeterodyneError):  # it does not fit either, or this model cannot be cut so
+        try:
             layouts = over_all(cluster, fit(weights, fullness))
             return Choice(layouts=layouts, plan=plan(layouts), split_by=split_by)
+        except NotEnoughMemory as error:
+            refused = easier(refused, error)
+        except HeterodyneError:  # this model cannot be cut so
+            continue
     raise refused
+
+
+def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
+    """What to tell of a model that fits neither whole on each device nor cut over all: what fewer changes mend."""
+    if whole.field != "model.path" or cut.field == "model.path":
+        return whole
+    problem = f"cut over all workers, of which none has room for the whole, {cut.problem}"
+    return NotEnoughMemory(field=cut.field, value=cut.value, problem=problem, fix=cut.fix)
 
 
 def shares(

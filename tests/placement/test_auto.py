@@ -109,10 +109,20 @@ def test_where_nothing_fits_the_simplest_is_refused() -> None:
     assert caught.value.field == "model.path"
 
 
+def test_a_model_that_would_fit_with_a_smaller_cache_is_cut_so_that_it_fits_with_this_one() -> None:
+    choice = choose(ClusterSpec(nodes=(node((4, 17), (4, 17)),)), kv_cache_bytes=4 * GIB, max_context_tokens=None)
+    assert choice.split_by == "threads"
+
+
 def test_too_large_a_cache_is_the_users_to_make_smaller() -> None:
     with pytest.raises(NotEnoughMemory) as caught:
-        choose(ClusterSpec(nodes=(node((4, 17), (4, 17)),)), kv_cache_bytes=8 * GIB, max_context_tokens=None)
-    assert caught.value.field == "serving.kv_cache"
+        choose(ClusterSpec(nodes=(node((4, 17), (4, 17)),)), kv_cache_bytes=64 * GIB, max_context_tokens=None)
+    assert caught.value.field == "serving.kv_cache" and "cut over" not in str(caught.value)
+
+
+def test_of_a_cache_that_is_too_large_even_for_a_cut_model_the_cut_is_told() -> None:
+    with pytest.raises(NotEnoughMemory, match=r"^serving.kv_cache: cut over all workers, .* needs .* or less.$"):
+        choose(ClusterSpec(nodes=(node((4, 12), (4, 12)),)), kv_cache_bytes=8 * GIB, max_context_tokens=None)
 
 
 def test_what_is_wrong_whatever_the_layout_is_said_at_once() -> None:
