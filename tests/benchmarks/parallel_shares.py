@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def measure_shares(cluster: Cluster, model: Path, sizes: Sizes) -> Findings:
         cluster: whose second host has ``sizes.slow_share`` of a core.
     """
     cluster.set_delay(DELAY_S)
-    works = [sizes.decode(batch) for batch in sizes.share_batches]
+    works = [_work(batch, sizes) for batch in sizes.share_batches]
     slots = sizes.slots(*works)
     found: dict[int, Findings] = {}
     with ExitStack() as stack:
@@ -41,6 +42,11 @@ def measure_shares(cluster: Cluster, model: Path, sizes: Sizes) -> Findings:
     most = max(found, key=lambda batch: together.metrics[f"weighted_tokens_per_s_b{batch}"].value)
     keys = {name: together.metrics[f"{name}_b{most}"] for name in ("weighted_gain", "weighted_of_ideal")}
     return merged([together, Findings(metrics=keys, settings={"weighted_batch": most})])
+
+
+def _work(batch: int, sizes: Sizes) -> Workload:
+    """Decodes of so many sequences: the longer a step takes, the fewer of them, down to a quarter."""
+    return replace(sizes.decode(batch), num_steps=max(sizes.steps // 4, min(sizes.steps, 8 * sizes.steps // batch)))
 
 
 def _measure(cluster: Cluster, model: Path, hosts: Sequence[Replica], work: Workload, sizes: Sizes) -> Findings:
