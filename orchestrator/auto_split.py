@@ -49,7 +49,7 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | str]) -> Settl
 
 
 def split_line(checked: Checked, **more: str) -> str:
-    """By what a model was cut that no worker has memory for."""
+    """By what a model was cut that some worker has not the memory for."""
     return key_values(event="auto_split", by=checked.split_by, **more)
 
 
