@@ -1,10 +1,28 @@
 """LLVM IR of the loop that hands out a product's columns, 16 outputs each, to the threads that share it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kernels.work_ir import load_job, take_tickets
 
 LANES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """The ``number``-th of ``count`` parts of a product's outputs, as wide as the others."""
+
+    number: int = 0
+    count: int = 1
+
+    def of(self, num_columns: int) -> tuple[int, int]:
+        """The first of its columns of 16 outputs, and how many there are."""
+        assert num_columns % self.count == 0, (self, num_columns)
+        width = num_columns // self.count
+        return self.number * width, width
+
+
+WHOLE = Strip()
 
 
 def columns_work(job: Sequence[str], inputs: Sequence[str], arguments: str) -> str:

@@ -26,7 +26,7 @@ from kernels.fused_program import (
 )
 from kernels.layer_works import Buffers, Layer, Window
 from kernels.linear import Linear, shared
-from kernels.partial import Finish, Partial
+from kernels.partial import Finish, Partial, SumWork
 from kernels.program import Program
 
 # Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
@@ -97,14 +97,16 @@ def fuse(
 
 def _supported(layer: DecoderLayer) -> Layer | None:
     linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    there = [linear for linear in linears if linear is not None]
     qkv, output, gate_up, down = (None if linear is None else shared(linear) for linear in linears)
-    if qkv is None or output is None or gate_up is None or down is None:
+    sharable = [linear for linear in (qkv, output, gate_up, down) if linear is not None]
+    if not there or len(sharable) < len(there):
         return None
     qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
     norms = (layer.attention_norm, qk_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
     if not all(norm is None or rows.takes(norm) for norm in norms):
         return None
-    if any(linear.num_inputs % 32 or linear.num_outputs % 16 for linear in (qkv, output, gate_up, down)):
+    if any(linear.num_inputs % 32 or linear.num_outputs % 16 for linear in sharable):
         return None
     return Layer(
         window=layer.window,
@@ -155,8 +157,10 @@ class FusedLayers:
         attention: Mapping[Window, AttentionPlan],
         *,
         sums: bool = False,
+        sum_work: SumWork | None = None,
         attend: Attend | None = None,
         first_row: int = 0,
+        num_layers: int | None = None,
     ) -> Generator[Partial, None, Tensor]:
         """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
 
@@ -165,9 +169,11 @@ class FusedLayers:
         Args:
             sums: what each attention and feed-forward gives is a part of a sum: it is given, and this goes on once
                 the sum is in its place, or finished; of a ladder, once the sum before it is.
+            sum_work: sums it within the program, so that nothing is given. Not of a ladder.
             attend: attends instead of the program, to KV that other ranks have, too; then there are no plans.
             first_row: of the buffers, where another lane has those before it; it and the spare rows of the products
                 are reserved.
+            num_layers: only the first ones are computed, for a measurement: what is returned is of no use.
         """
         num_tokens = len(embedded)
         if not num_tokens:
@@ -177,7 +183,9 @@ class FusedLayers:
         num_threads = torch.get_num_threads()
         self.reserve(first_row + num_tokens)
         buffers = self._buffers.from_row(first_row)
-        compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches)
+        if self._settings.ladder:
+            sum_work = None
+        compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches, sum_work)
         buffers.residual[:num_tokens] = embedded
         buffers.slots[:num_tokens] = slots
         for window, turn in turns.items():
@@ -187,7 +195,8 @@ class FusedLayers:
         start = 0
         num_sums = 0
         partial: Partial | None = None
-        for stop, attends_in in self._stops(compiled, sums=sums, attends=attend is not None):
+        gives, end = sums and sum_work is None, compiled.end(num_layers)
+        for stop, attends_in in self._stops(compiled, end, sums=gives, attends=attend is not None):
             compiled.program.run(num_threads, start, stop)
             if attends_in is None:
                 partial = self._partial(buffers, first_row, num_tokens, num_sums)
@@ -198,8 +207,10 @@ class FusedLayers:
                 assert attend is not None
                 self._attend(attend, attends_in, buffers, caches, num_tokens)
                 start = stop + 1
-        if start < len(compiled.program):
-            compiled.program.run(num_threads, start)
+        if sum_work is not None:
+            self._run_summing(compiled.program, num_threads, end, sum_work)
+        elif start < end:
+            compiled.program.run(num_threads, start, end)
         del kept  # until here its memory was in use
         if partial is not None and partial.is_finished:
             assert partial.finish is not None
@@ -209,6 +220,12 @@ class FusedLayers:
         if sums:
             yield Partial(update=embedded[:0])  # until the last sum is there
         return buffers.residual[:num_tokens] + buffers.update[:num_tokens] + buffers.later[:num_tokens]
+
+    def _run_summing(self, program: Program, num_threads: int, end: int, sum_work: SumWork) -> None:
+        """A program that sums by itself. Raises what kept a sum from being there."""
+        sum_work.begin()
+        program.run(num_threads, stop=end, ended_by=sum_work.failed)
+        sum_work.end()
 
     def _partial(self, buffers: Buffers, first_row: int, num_tokens: int, number: int) -> Partial:
         """Of an attention or a feed-forward. What is done with the last sum is to add it to the residual."""
@@ -225,12 +242,12 @@ class FusedLayers:
 
         return Partial(update=update, finish=Finish(result=result, rows=rows))
 
-    def _stops(self, compiled: Compiled, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
-        """Where the program stops, and in which layer, where that is for its attention; else for a sum."""
+    def _stops(self, compiled: Compiled, end: int, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
+        """Where the program stops up to its end, and in which layer, where that is for attention; else for a sum."""
         stops: list[tuple[int, int | None]] = [(stop, None) for stop in compiled.sums] if sums else []
         if attends:
             stops += [(stop, layer) for layer, stop in enumerate(compiled.attention)]
-        return sorted(stops, key=lambda stop: stop[0])
+        return sorted((stop for stop in stops if stop[0] <= end), key=lambda stop: stop[0])
 
     def _attend(
         self, attend: Attend, layer: int, buffers: Buffers, caches: Sequence[LayerCache], num_tokens: int
@@ -249,9 +266,9 @@ class FusedLayers:
         attention: Mapping[Window, AttentionPlan],
     ) -> list[object]:
         """Puts the step's plans in their places; what must live as long as they are used."""
-        num_heads = self._layers[0].output.num_inputs // self._settings.head_dim
+        num_heads = self._layers[0].attended_size // self._settings.head_dim
         kept: list[object] = []
-        for window, plan in attention.items():
+        for window, plan in attention.items() if num_heads else ():
             assert plan.tasks is not None, plan
             members = [i for i, layer in enumerate(self._layers) if layer.window == window]
             memory = paged.Workspace(caches[members[0]], num_heads, plan.tasks, num_threads)
@@ -267,17 +284,23 @@ class FusedLayers:
         return kept
 
     def _compiled(
-        self, buffers: Buffers, first_row: int, num_tokens: int, num_threads: int, caches: Sequence[LayerCache]
+        self,
+        buffers: Buffers,
+        first_row: int,
+        num_tokens: int,
+        num_threads: int,
+        caches: Sequence[LayerCache],
+        sum_work: SumWork | None,
     ) -> Compiled:
         places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
-        key = (first_row, num_tokens, num_threads, *places)
+        summed_by = 0 if sum_work is None else sum_work.failed
+        key = (first_row, num_tokens, num_threads, summed_by, *places)
         if key in self._programs:
             self._programs.move_to_end(key)
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
             made = Program(max_works(self._layers))
-            self._programs[key] = compile_layers(
-                self._layers, caches, writer(made, buffers, num_tokens, num_threads, self._settings), self._settings
-            )
+            writes = writer(made, buffers, num_tokens, num_threads, self._settings)
+            self._programs[key] = compile_layers(self._layers, caches, writes, self._settings, sum_work)
         return self._programs[key]

@@ -14,9 +14,10 @@ from torch import Tensor
 from kernels import paged
 from kernels.attention import LayerCache
 from kernels.layer_works import Buffers, Layer, Writer
+from kernels.partial import MOST_STRIPS, SumWork
 from kernels.program import Program
 
-_WORKS_PER_LAYER = 15
+_WORKS_PER_LAYER = 15  # and two more for each strip of a sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,8 @@ class Compiled:
     """The program for a number of tokens.
 
     Attributes:
-        attention: the number of each layer's attention in it.
-        sums: where the update is a part of a sum, which other ranks have the rest of: two numbers a layer.
+        attention: the number of each layer's attention in it; of a rank without heads, none.
+        sums: where an update must be a sum, which other ranks have parts of: two numbers a layer.
         finished: for each of ``sums``, where that goes on which needs the sum's norm.
     """
 
@@ -45,6 +46,10 @@ class Compiled:
     sums: tuple[int, ...]
     finished: tuple[int, ...]
 
+    def end(self, num_layers: int | None) -> int:
+        """Where the first layers end; None: all do."""
+        return len(self.program) if num_layers is None else self.sums[: 2 * num_layers][-1]
+
 
 def updates(buffers: Buffers, *, ladder: bool) -> tuple[Tensor, Tensor]:
     """Where an attention's and a feed-forward's update goes: on a ladder the one before is still to be added."""
@@ -52,28 +57,36 @@ def updates(buffers: Buffers, *, ladder: bool) -> tuple[Tensor, Tensor]:
 
 
 def compile_layers(
-    layers: Sequence[Layer], caches: Sequence[LayerCache], writer: Writer, settings: Settings
+    layers: Sequence[Layer],
+    caches: Sequence[LayerCache],
+    writer: Writer,
+    settings: Settings,
+    sum_work: SumWork | None,
 ) -> Compiled:
     """All layers, from residual to residual and update.
 
     Args:
         writer: of an empty program that has room: see :func:`max_works`.
+        sum_work: sums each update within the program; not on a ladder.
     """
+    assert sum_work is None or not settings.ladder, "a ladder's sums are not needed at once"
     made, buffers = writer.program, writer.buffers
     attended, fed = updates(buffers, ladder=settings.ladder)
     attention, sums, finished = [], [], []
     writer.norm(layers[0].attention_norm, attended, adds=False)
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-        writer.product(layer.qkv, buffers.normed, buffers.qkv)
-        writer.turn(layer, cache)
-        attention.append(made.add(*paged.no_attention(cache)))
-        writer.product(layer.output, buffers.attended, attended)
+        if layer.qkv is not None:
+            writer.product(layer.qkv, buffers.normed, buffers.qkv)
+            writer.turn(layer, cache)
+            attention.append(made.add(*paged.no_attention(cache)))
+        writer.summed_product(layer.output, buffers.attended, attended, sum_work)
         sums.append(len(made))
         _finish(writer, layers, 2 * index, ladder=settings.ladder)
         finished.append(len(made))
-        writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
-        writer.activate(settings.activation)
-        writer.product(layer.down, buffers.activated, fed)
+        if layer.gate_up is not None:
+            writer.product(layer.gate_up, buffers.normed, buffers.gate_up)
+            writer.activate(settings.activation)
+        writer.summed_product(layer.down, buffers.activated, fed, sum_work)
         sums.append(len(made))
         _finish(writer, layers, 2 * index + 1, ladder=settings.ladder)
         finished.append(len(made))
@@ -128,7 +141,7 @@ def writer(made: Program, buffers: Buffers, num_rows: int, num_threads: int, set
 
 def max_works(layers: Sequence[Layer]) -> int:
     """That a program of the layers may have."""
-    return _WORKS_PER_LAYER * len(layers)
+    return (_WORKS_PER_LAYER + 4 * MOST_STRIPS) * len(layers)
 
 
 def _finish(writer: Writer, layers: Sequence[Layer], number: int, *, ladder: bool) -> None:

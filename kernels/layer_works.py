@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kernels import program, rows
 from kernels.attention import LayerCache
+from kernels.columns_ir import WHOLE, Strip
 from kernels.linear import Shared
+from kernels.partial import SumWork
 from kernels.program import Program
 
 Window = int | None
@@ -22,18 +24,28 @@ SPARE_ROWS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer whose products a team can share."""
+    """A layer whose products a team can share. A rank without heads, or columns, has neither product of these."""
 
     window: Window
     attention_norm: Tensor
-    qkv: Shared
+    qkv: Shared | None
     qk_norm: Tensor | None
-    output: Shared
+    output: Shared | None
     attention_post_norm: Tensor | None
     ffn_norm: Tensor
-    gate_up: Shared
-    down: Shared
+    gate_up: Shared | None
+    down: Shared | None
     ffn_post_norm: Tensor | None
+
+    @property
+    def hidden_size(self) -> int:
+        """E."""
+        return self.attention_norm.shape[0]
+
+    @property
+    def attended_size(self) -> int:
+        """H * D."""
+        return 0 if self.output is None else self.output.num_inputs
 
 
 class Buffers:
@@ -43,16 +55,17 @@ class Buffers:
         """``later`` is the place for every other update of a ``ladder``."""
         self.num_tokens = num_tokens
         layer = layers[0]
-        self.residual = self._rows(layer.qkv.num_inputs)
-        self.normed = self._rows(layer.qkv.num_inputs)
-        self.update = self._rows(layer.qkv.num_inputs)
-        self.later = self._rows(layer.qkv.num_inputs if ladder else 0)
-        self.qkv = self._rows(layer.qkv.num_outputs)
-        self.query = self._rows(layer.output.num_inputs)
-        self.attended = self._rows(layer.output.num_inputs)
-        self.gate_up = self._rows(layer.gate_up.num_outputs)
-        self.activated = self._rows(layer.down.num_inputs)
-        self.tiles = self._rows(max(x.num_inputs for x in (layer.qkv, layer.output, layer.down)))
+        ffn_size = 0 if layer.down is None else layer.down.num_inputs
+        self.residual = self._rows(layer.hidden_size)
+        self.normed = self._rows(layer.hidden_size)
+        self.update = self._rows(layer.hidden_size)
+        self.later = self._rows(layer.hidden_size if ladder else 0)
+        self.qkv = self._rows(0 if layer.qkv is None else layer.qkv.num_outputs)
+        self.query = self._rows(layer.attended_size)
+        self.attended = self._rows(layer.attended_size)
+        self.gate_up = self._rows(2 * ffn_size)
+        self.activated = self._rows(ffn_size)
+        self.tiles = self._rows(max(layer.hidden_size, layer.attended_size, ffn_size))
         self.slots = torch.empty(num_tokens, dtype=torch.int64)
         windows = {layer.window for layer in layers}
         self.cos = {window: self._rows(head_dim) for window in windows}
@@ -114,30 +127,56 @@ class Writer:
         self._each_row(rows.gated_name(activation), gate_up.shape[1], fields)
 
     def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
-        """``x`` to tiles, where several tokens are not one already, and those times the weight."""
+        """``x`` times the weight."""
+        self._multiply(linear, self._tiles(linear, x), output, WHOLE)
+
+    def summed_product(self, linear: Shared | None, x: Tensor, output: Tensor, sum_work: SumWork | None) -> None:
+        """The same, zeros without a weight, which is a part of a sum over ranks; and that sum, where something sums
+        within the program.
+
+        While one strip of it is on its way, the next is computed (FastAttention's tiling all-reduce, by columns, so
+        that the weight is read once).
+        """
+        update = output[: self.num_tokens]
+        count = 1 if sum_work is None else sum_work.num_strips(update)
+        tiles = 0 if linear is None else self._tiles(linear, x)
+        if linear is None:
+            self.program.add(*program.work("zeros_work", self.program.ticket(), update.data_ptr(), update.nbytes))
+        for number in range(count):
+            strip = Strip(number, count)
+            if linear is not None:
+                self._multiply(linear, tiles, output, strip)
+            if sum_work is not None:
+                self.program.add(sum_work.function, sum_work.job(update, self.program.ticket(), strip))
+
+    def _tiles(self, linear: Shared, x: Tensor) -> int:
+        """Address of ``x`` in tiles, which it is laid out in where several tokens are not one already."""
         num_tiles, num_rows = linear.tiles(self.num_tokens)
         assert num_tiles * num_rows <= self.num_tokens + SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
-        source = x.data_ptr()
-        if num_rows > 1:
-            lay_out = program.tiles(
-                source,
-                self.buffers.tiles.data_ptr(),
-                num_tokens=self.num_tokens,
-                num_pairs=linear.num_inputs // 2,
-                shape=(num_tiles, num_rows),
-                num_threads=self.num_threads,
-                ticket=self.program.ticket(),
-            )
-            self.program.add(*lay_out)
-            source = self.buffers.tiles.data_ptr()
+        if num_rows == 1:
+            return x.data_ptr()
+        lay_out = program.tiles(
+            x.data_ptr(),
+            self.buffers.tiles.data_ptr(),
+            num_tokens=self.num_tokens,
+            num_pairs=linear.num_inputs // 2,
+            shape=(num_tiles, num_rows),
+            num_threads=self.num_threads,
+            ticket=self.program.ticket(),
+        )
+        self.program.add(*lay_out)
+        return self.buffers.tiles.data_ptr()
+
+    def _multiply(self, linear: Shared, tiles: int, output: Tensor, strip: Strip) -> None:
+        """Tiles at an address times a strip of the weight."""
         ticket = self.program.ticket()
-        self.program.add(*linear.product(self.num_tokens, self.num_threads, source, output.data_ptr(), ticket))
+        self.program.add(*linear.product(self.num_tokens, self.num_threads, tiles, output.data_ptr(), ticket, strip))
 
     def turn(self, layer: Layer, cache: LayerCache) -> None:
         """Queries, keys and values to where attention reads them."""
         buffers, num_kv_heads = self.buffers, cache.keys.shape[0]
-        num_heads = layer.output.num_inputs // self.head_dim
-        assert layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
+        num_heads = layer.attended_size // self.head_dim
+        assert layer.qkv is not None and layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
         tensors = (buffers.qkv, buffers.cos[layer.window], buffers.sin[layer.window], buffers.slots, buffers.query)
         pointers = (x.data_ptr() for x in tensors)
         strides = (x.stride(0) * x.itemsize for x in tensors)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import matmul, quantized
+from kernels.columns_ir import WHOLE, Strip
 from kernels.cuda import gpus, quantized_tiles
 from kernels.quantized import RoundedWeight
 
@@ -44,8 +45,13 @@ class Shared(Protocol):
     def tiles(self, num_tokens: int) -> tuple[int, int]:
         """How its input lies, ``[tiles, I / 2, rows, 2]``: tiles, and rows of each."""
 
-    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
-        """The work and its job, from the addresses of the input, of ``[tiles * rows, O]`` numbers, and of a zero."""
+    def product(
+        self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, strip: Strip = WHOLE
+    ) -> tuple[int, bytes]:
+        """The work and its job, from the addresses of the input, of ``[tiles * rows, O]`` numbers, and of a zero.
+
+        Of a ``strip`` of the output alone, which is a part of those numbers.
+        """
 
 
 class PlainLinear:
@@ -95,9 +101,11 @@ class ColumnLinear:
         """As :class:`Shared` says."""
         return matmul.tile_shape(num_tokens)[:2]
 
-    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
+    def product(
+        self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, strip: Strip = WHOLE
+    ) -> tuple[int, bytes]:
         """As :class:`Shared` says."""
-        return matmul.product(self._weight, num_tokens, num_threads, tiles, output, ticket)
+        return matmul.product(self._weight, num_tokens, num_threads, tiles, output, ticket, strip)
 
 
 class PackedLinear:
@@ -193,9 +201,11 @@ class RoundedColumnLinear:
         """As :class:`Shared` says."""
         return quantized.tile_shape(num_tokens, self._weight.bits)[:2]
 
-    def product(self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int) -> tuple[int, bytes]:
+    def product(
+        self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, strip: Strip = WHOLE
+    ) -> tuple[int, bytes]:
         """As :class:`Shared` says, of one that ``is_plain``."""
-        return quantized.product(self._weight, num_tokens, num_threads, tiles, tiles, output, ticket)
+        return quantized.product(self._weight, num_tokens, num_threads, tiles, tiles, output, ticket, strip)
 
 
 # Numbers of a rounded weight: a part that stays in a CPU's cache, or one that keeps a GPU busy.

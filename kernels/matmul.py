@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import machine_code, threads
-from kernels.columns_ir import LANES
+from kernels.columns_ir import LANES, WHOLE, Strip
 from kernels.matmul_ir import COLUMN_BYTES, HEADER, JOB, WORK, tile, tile_name
 
 _JOB = struct.Struct(f"={len(JOB)}q")
@@ -99,19 +99,30 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def product(
-    weight: PackedWeight, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int
+    weight: PackedWeight,
+    num_tokens: int,
+    num_threads: int,
+    tiles: int,
+    output: int,
+    ticket: int,
+    strip: Strip = WHOLE,
 ) -> tuple[int, bytes]:
-    """The work of a product and its job, from the addresses of what :func:`multiply` has: input, output, a zero."""
+    """The work of a product and its job, from the addresses of what :func:`multiply` has: input, output, a zero.
+
+    Of a ``strip`` of the output alone, whose place is in the same memory.
+    """
     num_tiles, rows, columns = tile_shape(num_tokens)
-    share = weight.num_columns // (num_threads * _UNITS_PER_THREAD)
+    first, num_columns = strip.of(weight.num_columns)
+    share = num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
     code = _compiled()
     x_row, output_row = 2 * weight.num_inputs, 2 * LANES * weight.num_columns
     job = _JOB.pack(
-        *(tiles, weight.columns.data_ptr(), weight.bias.data_ptr(), output, ticket),
+        *(tiles, weight.columns[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
+        *(output + 2 * LANES * first, ticket),
         *(code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
         *(rows * x_row, rows * output_row, output_row, weight.num_inputs // 2 * COLUMN_BYTES),
-        *(weight.num_inputs // 2, weight.num_columns, num_tiles, columns, unit),
+        *(weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
     )
     return code["work"], job
 

@@ -9,8 +9,14 @@ Shapes: T tokens, E hidden size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
+
+from kernels.columns_ir import WHOLE, Strip
+
+MOST_STRIPS = 8
+"""Of one sum."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,3 +46,31 @@ class Partial:
     update: Tensor
     finish: Finish | None = None
     is_finished: bool = False
+
+
+class SumWork(Protocol):
+    """Sums over ranks within a :class:`kernels.program.Program`, which goes on by itself when one is there."""
+
+    @property
+    def function(self) -> int:
+        """Address of the C function of a job's address that sums, or does nothing where a sum has failed before."""
+
+    @property
+    def failed(self) -> int:
+        """Address of a word that is not 0 once a sum has failed."""
+
+    def num_strips(self, x: Tensor) -> int:
+        """In how many strips of its columns ``x`` [T, E] is best summed, each as soon as it is computed."""
+
+    def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
+        """The job that begins to sum a strip of ``x`` [T, E], in place; that of the last ends the sums of all.
+
+        Args:
+            ticket: address of a word that is 0 before: the thread that takes it first does the work.
+        """
+
+    def begin(self) -> None:
+        """Before the program."""
+
+    def end(self) -> None:
+        """After it. Raises what kept a sum from being there."""

@@ -54,17 +54,21 @@ class Program:
         """Works so far."""
         return len(self._works)
 
-    def run(self, num_threads: int, start: int = 0, stop: int | None = None) -> None:
+    def run(self, num_threads: int, start: int = 0, stop: int | None = None, *, ended_by: int = 0) -> None:
         """The works from ``start`` up to ``stop``, or all, by ``num_threads`` threads.
 
         Releases the interpreter's lock.
+
+        Args:
+            ended_by: address of a word that is not 0 once a work wants those after it to be left out; 0: none does.
         """
         self._tickets[: self._num_tickets] = 0
         self._counters[:] = 0
         counters = (row.ctypes.data for row in self._counters)
         team_size = threads.team_size() if num_threads > 1 else 0
         count = (len(self._works) if stop is None else stop) - start
-        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, team_size, _yield())
+        functions = team_size, *_rests()
+        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, *functions, ended_by or _never())
         threads.run(compiled()["program"], header, num_threads)
 
 
@@ -82,8 +86,8 @@ _HEADER = struct.Struct(f"={len(PROGRAM)}q")
 def compiled() -> dict[str, int]:
     """Where the code is, by name."""
     norms = norm("norm", adds=False, wide=False) + norm("norm_wide", adds=False, wide=True)
-    ir = HEADER + norms + program_ir.turn() + program_ir.tiles() + program_ir.program()
-    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work", "turn_wide_work"])
+    ir = HEADER + norms + program_ir.turn() + program_ir.tiles() + program_ir.zeros() + program_ir.program()
+    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work", "turn_wide_work", "zeros_work"])
 
 
 def tiles(
@@ -113,6 +117,16 @@ def work(name: str, *arguments: int) -> tuple[int, bytes]:
 
 
 @cache
-def _yield() -> int:
-    """Address of ``sched_yield``: lets another thread have the core."""
-    return threads.address(ctypes.CDLL(None).sched_yield)
+def _rests() -> tuple[int, int]:
+    """Addresses of ``sched_yield`` and ``usleep``, which let another thread have the core."""
+    library = ctypes.CDLL(None)
+    return threads.address(library.sched_yield), threads.address(library.usleep)
+
+
+_NEVER = np.zeros(1, np.int64)
+
+
+@cache
+def _never() -> int:
+    """Address of a word that is always 0."""
+    return int(_NEVER.ctypes.data)

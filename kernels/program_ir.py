@@ -7,12 +7,14 @@ team go through the list together: nobody begins a work before everybody has lef
 from kernels.rows_ir import load, work
 from kernels.work_ir import load_job, take_tickets
 
-PROGRAM = ("num_works", "works", "arrived", "generation", "team_size", "yield")
+PROGRAM = ("num_works", "works", "arrived", "generation", "team_size", "yield", "sleep", "stop")
 """Arguments of ``program``, 64-bit each: addresses of the works, a function and a job each; of two counters, 0 at
-first; and of the C functions ``omp_get_num_threads`` (0 where there is one thread) and ``sched_yield``."""
+first; of the C functions ``omp_get_num_threads`` (0 where there is one thread), ``sched_yield`` and ``usleep``; and of
+a word that is not 0 once a work wants the program to end."""
 
 TURN_POINTERS = ("qkv", "cos", "sin", "slot", "query")
 TURN_SCALARS = ("heads", "kv_heads", "dim", "keys", "values", "num_slots", "weight", "eps")
+ZEROS = ("ticket", "at", "num_bytes")
 TILES = ("ticket", "num_blocks", "unit", "x", "tiles", "num_tokens", "rows", "num_pairs", "num_chunks")
 CHUNK_PAIRS = 64
 """Pairs of inputs that one block of ``tiles_work`` stands for."""
@@ -20,6 +22,12 @@ CHUNK_PAIRS = 64
 # A barrier's wait in turns of its loop, some 10 ns each: longer than the others usually take, shorter than it takes to
 # sleep and be woken. Whoever waits longer lets others have the core, one of whom may be who is waited for.
 _SPINS = 2000
+# And in turns of giving it up, after which it sleeps: one thread waits for the network then, and the others for it.
+_YIELDS = 1000
+_SLEEP_US = 50
+# The generation after which all leave. Who comes last at a barrier looks for all whether the program is to end, since
+# for one that looks later the next work may have said so already.
+_ENDS = -1
 
 
 _LANES = ", ".join(f"i64 {lane}" for lane in range(16))
@@ -36,6 +44,8 @@ entry:{load_job(PROGRAM)}
   %arrived_ptr = inttoptr i64 %arrived to ptr
   %generation_ptr = inttoptr i64 %generation to ptr
   %yield_ptr = inttoptr i64 %yield to ptr
+  %sleep_ptr = inttoptr i64 %sleep to ptr
+  %stop_ptr = inttoptr i64 %stop to ptr
   %alone = icmp eq i64 %team_size, 0
   br i1 %alone, label %begin, label %ask
 ask:
@@ -64,7 +74,10 @@ each:
   br i1 %is_last, label %open, label %wait
 open:
   store atomic i64 0, ptr %arrived_ptr monotonic, align 8
-  %next_generation = add i64 %here, 1
+  %following = add i64 %here, 1
+  %stopped = load i64, ptr %stop_ptr
+  %is_stopped = icmp ne i64 %stopped, 0
+  %next_generation = select i1 %is_stopped, i64 {_ENDS}, i64 %following
   store atomic i64 %next_generation, ptr %generation_ptr release, align 8
   br label %passed
 wait:
@@ -75,18 +88,48 @@ wait:
 spin:
   %turns_next = add i64 %turns, 1
   %is_long = icmp ugt i64 %turns, {_SPINS}
-  br i1 %is_long, label %rest, label %pause
+  br i1 %is_long, label %give, label %pause
 pause:
   call void @llvm.x86.sse2.pause()
   br label %again
+give:
+  %is_longer = icmp ugt i64 %turns, {_SPINS + _YIELDS}
+  br i1 %is_longer, label %rest, label %let
+let:
+  %let_ignored = call i32 %yield_ptr()
+  br label %again
 rest:
-  %ignored = call i32 %yield_ptr()
+  %rest_ignored = call i32 %sleep_ptr(i32 {_SLEEP_US})
   br label %again
 again:
   br label %wait
 passed:
-  %more = icmp slt i64 %i_next, %num_works
+  %reached = phi i64 [%next_generation, %open], [%now, %wait]
+  %goes_on = icmp ne i64 %reached, {_ENDS}
+  %is_left = icmp slt i64 %i_next, %num_works
+  %more = and i1 %goes_on, %is_left
   br i1 %more, label %each, label %end
+end:
+  ret void
+}}
+"""
+
+
+def zeros() -> str:
+    """``@zeros_work(job)``: zeros in memory, by one thread."""
+    return f"""
+declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
+
+define void @zeros_work(ptr %job) {{
+entry:{load_job(ZEROS)}
+  %ticket_ptr = inttoptr i64 %ticket to ptr
+  %number = atomicrmw add ptr %ticket_ptr, i64 1 acq_rel
+  %is_first = icmp eq i64 %number, 0
+  br i1 %is_first, label %fill, label %end
+fill:
+  %at_ptr = inttoptr i64 %at to ptr
+  call void @llvm.memset.p0.i64(ptr %at_ptr, i8 0, i64 %num_bytes, i1 false)
+  br label %end
 end:
   ret void
 }}

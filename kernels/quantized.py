@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import machine_code, threads
-from kernels.columns_ir import LANES
+from kernels.columns_ir import LANES, WHOLE, Strip
 from kernels.matmul import huge_empty, in_tiles
 from kernels.quantized_ir import HEADER, JOB, PAIRS_PER_LINE, WORK, tile, tile_name
 
@@ -272,21 +272,31 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def product(
-    weight: PackedWeight, num_tokens: int, num_threads: int, tiles: int, sums: int, output: int, ticket: int
+    weight: PackedWeight,
+    num_tokens: int,
+    num_threads: int,
+    tiles: int,
+    sums: int,
+    output: int,
+    ticket: int,
+    strip: Strip = WHOLE,
 ) -> tuple[int, bytes]:
     """The work of a product and its job, from the addresses of what :func:`multiply` has: inputs, output, a zero.
 
-    ``sums`` are those of the inputs' groups, which only a weight with offsets needs.
+    ``sums`` are those of the inputs' groups, which only a weight with offsets needs. Of a ``strip`` of the output
+    alone, whose place is in the same memory.
     """
+    first, num_columns = strip.of(weight.num_columns)
     num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
     code = _compiled(weight.bits, weight.has_offsets)
     row_bytes = weight.num_columns * LANES * 2
     job = _JOB.pack(
-        *(tiles, sums, weight.lines.data_ptr(), weight.bias.data_ptr(), output),
+        *(tiles, sums, weight.lines[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
+        output + 2 * LANES * first,
         *(ticket, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
         *(rows * weight.num_inputs * 2, rows * weight.num_groups * 4, rows * row_bytes, row_bytes),
-        *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, weight.num_columns, num_tiles, columns),
-        _unit(weight.num_columns, columns, num_threads),
+        *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, num_columns, num_tiles, columns),
+        _unit(num_columns, columns, num_threads),
     )
     return code["work"], job
 

@@ -9,6 +9,10 @@ MEASURED_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 
 UNCHECKED_SAVES = 0.1
 
+MESSAGE_S = 1e-4
+"""What one more message of a sum costs two ranks, from one's product to the other's next: system calls, and a thread
+that is woken."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSum:
@@ -65,6 +69,27 @@ class AllReduceTable:
         if at and num_bytes * num_bytes < self.sizes[at - 1] * self.sizes[at]:
             at -= 1
         return self.names[at]
+
+    def num_strips(self, num_bytes: int, most: int) -> int:
+        """In how many strips to sum a tensor whose parts are sent as they are computed: a power of two, up to ``most``.
+
+        With n strips, all but the last of which go while the next are computed, what is left to wait for is a latency
+        and S / n B, and each strip costs what a message does: n is best where both are as long. What S takes beyond
+        the least sum is S / B. Of two powers it is the nearer, by ratio.
+        """
+        if len(self.seconds) < 2:
+            return 1
+        transfer_s = self._seconds(num_bytes) - min(self.seconds)
+        strips = 1
+        while 2 * strips <= most and 2 * strips * strips * MESSAGE_S <= transfer_s:
+            strips *= 2
+        return strips
+
+    def _seconds(self, num_bytes: int) -> float:
+        """What a tensor takes: between two sizes that were measured, and beyond them, in proportion."""
+        at = min(max(bisect_left(self.sizes, num_bytes), 1), len(self.sizes) - 1)
+        (small, large), (less_s, more_s) = self.sizes[at - 1 : at + 1], self.seconds[at - 1 : at + 1]
+        return less_s + (more_s - less_s) * (num_bytes - small) / (large - small)
 
 
 def unmeasured(num_ranks: int) -> AllReduceTable:

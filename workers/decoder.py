@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache
 from kernels.fused import Attend
-from kernels.partial import Partial
+from kernels.partial import Partial, SumWork
 from kernels.select import Kernels
 from placement.specs import ModelSpec, RopeSpec
 from workers.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
@@ -71,7 +71,9 @@ def run_layers(
     x: Tensor,
     *,
     sums: bool,
+    sum_work: SumWork | None = None,
     first_row: int = 0,
+    num_layers: int | None = None,
 ) -> Layers:
     """The last layer's output [T, E], before the final norm, of its first's input ``x`` [T, E].
 
@@ -80,7 +82,9 @@ def run_layers(
     Args:
         sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
             given, and this goes on once the sum is in its place, or finished; of a ladder, once the sum before it is.
+        sum_work: sums them instead, where the layers are a program.
         first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
+        num_layers: only the first ones are computed, for a measurement. Not of a ladder.
     """
     if batch.attend is not None and not len(x):
         return _attend_for_others(model, weights, caches, batch.attend, x)
@@ -92,19 +96,21 @@ def run_layers(
             batch.rope,
             batch.attention,
             sums=sums,
+            sum_work=sum_work,
             attend=batch.attend,
             first_row=first_row,
+            num_layers=num_layers,
         )
         return (yield from fused)
     if model.ladder:
         return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
-    layers = weights.layers
+    layers = weights.layers[:num_layers]
     if not layers:
         return x
     residual = Residual(rows=x, kernels=kernels, eps=model.rms_norm_eps)
     normed = kernels.rms_norm(x, layers[0].attention_norm, model.rms_norm_eps)
     following = [*(layer.attention_norm for layer in layers[1:]), None]
-    for layer, cache, next_norm in zip(layers, caches, following, strict=True):
+    for layer, cache, next_norm in zip(layers, caches[: len(layers)], following, strict=True):
         update = _attend(model, layer, cache, kernels, batch, normed)
         normed = yield from residual.add(update, layer.attention_post_norm, layer.ffn_norm, sums=sums)
         update = _feed_forward(model, layer, kernels, normed)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.partial import Partial
+from kernels.partial import Partial, SumWork
 
 
 class Group(Protocol):
@@ -20,6 +20,9 @@ class Group(Protocol):
 
     def reduce(self, partial: Partial) -> None:
         """Sums what the ranks have parts of, and may finish it; all have the same bits afterwards."""
+
+    def in_program(self, num_bytes: int) -> SumWork | None:
+        """What sums tensors of bfloat16 on the host, of so many bytes each, within a program; None: :meth:`reduce`."""
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
         """The same beside the computation, after what was begun before. Raises PeerFailed in the future.
@@ -47,6 +50,10 @@ class Alone:
 
     def reduce(self, partial: Partial) -> None:
         """The sum is there already."""
+
+    def in_program(self, num_bytes: int) -> SumWork | None:
+        """The sums are there already."""
+        return None
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
         """The sum is there already."""

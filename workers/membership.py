@@ -135,6 +135,8 @@ class Membership:
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for the ranks of other stages.
         """
+        if self.group.sums:
+            self.group.agree(runner.is_program)
         if sharing is not None:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)

@@ -12,7 +12,7 @@ from workers.collectives.group import TensorGroup
 from workers.collectives.measure import slowest
 from workers.runner import ModelRunner
 from workers.step_types import Batch, SequenceInput
-from workers.weaving import Layers, run_alone, run_woven
+from workers.weaving import run_alone, run_woven
 
 _RUNS = 3  # after one that compiles what is not there yet
 _NUM_LAYERS = 2
@@ -49,8 +49,10 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
     best_s = [float("inf")] * 2
     for number in range(1 + _RUNS):
         runs: tuple[Callable[[], object], ...] = (
-            lambda: run_alone(_begin(runner.run_layers(alone.inputs, x)), group.reduce),
-            lambda: run_woven([_begin(lane) for lane in runner.lanes(woven, x)], group.begin_reduce),
+            lambda: run_alone(
+                runner.run_layers(alone.inputs, x, in_program=True, num_layers=_NUM_LAYERS), group.reduce
+            ),
+            lambda: run_woven(runner.lanes(woven, x, _NUM_LAYERS), group.begin_reduce),
         )
         for which, run in enumerate(runs):
             group.run(direct, torch.zeros(1))  # all begin together
@@ -60,17 +62,3 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
             if number:
                 best_s[which] = min(best_s[which], time.monotonic() - began_s)
     return best_s[0], best_s[1]
-
-
-def _begin(layers: Layers) -> Layers:
-    """The first layers alone, two sums each."""
-    output = torch.empty(0)
-    for _ in range(2 * _NUM_LAYERS):
-        try:
-            partial = next(layers)
-        except StopIteration as ended:
-            output = ended.value
-            break
-        yield partial
-    layers.close()
-    return output

@@ -90,6 +90,11 @@ class ModelRunner:
         return not self._model.ladder
 
     @property
+    def is_program(self) -> bool:
+        """Whether its layers are compiled as one."""
+        return self._weights.fused is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
         return self._weights.dtype
@@ -235,7 +240,7 @@ class ModelRunner:
         """The last layer's output [T, E]."""
         if x is None:
             x = self._embed(inputs)
-        layers = self.run_layers(inputs, x, exchange)
+        layers = self.run_layers(inputs, x, exchange, in_program=True)
         if self._model.ladder:
             return run_ladder(layers, self._group.begin_reduce)
         return run_alone(layers, self._group.reduce)
@@ -250,24 +255,37 @@ class ModelRunner:
         assert self._weights.ends is not None, "only the first stage has the embedding"
         return decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
 
-    def lanes(self, prepared: Prepared, x: Tensor) -> list[Layers]:
+    def lanes(self, prepared: Prepared, x: Tensor, num_layers: int | None = None) -> list[Layers]:
         """Each lane of a woven step of input ``x`` [T, E], not yet begun."""
         first, second = (len(lane.token_ids) for lane in prepared.lanes)
         behind = first + SPARE_ROWS
         if self._weights.fused is not None:
             self._weights.fused.reserve(behind + second)
         return [
-            self.run_layers(prepared.lanes[0], x[:first]),
-            self.run_layers(prepared.lanes[1], x[first:], first_row=behind),
+            self.run_layers(prepared.lanes[0], x[:first], num_layers=num_layers),
+            self.run_layers(prepared.lanes[1], x[first:], first_row=behind, num_layers=num_layers),
         ]
 
     def run_layers(
-        self, inputs: StepInputs, x: Tensor, exchange: StepExchange | None = None, *, first_row: int = 0
+        self,
+        inputs: StepInputs,
+        x: Tensor,
+        exchange: StepExchange | None = None,
+        *,
+        first_row: int = 0,
+        in_program: bool = False,
+        num_layers: int | None = None,
     ) -> Layers:
         """This rank's layers of input ``x`` [T, E]: see :func:`workers.decoder.run_layers`.
 
         What turns the tokens is computed here, by the executing thread's team.
+
+        Args:
+            in_program: sums may be left to the program, since nothing else is to be computed meanwhile.
+            num_layers: only the first ones are computed, for a measurement.
         """
+        group = self._group
+        sum_work = group.in_program(x.nbytes) if in_program and group.sums else None
         tokens = decoder.TokenBatch(
             token_ids=inputs.token_ids,
             slots=inputs.slots,
@@ -277,7 +295,16 @@ class ModelRunner:
         )
         layers = self._cache.layers
         return decoder.run_layers(
-            self._model, self._weights, layers, self._kernels, tokens, x, sums=self._group.sums, first_row=first_row
+            self._model,
+            self._weights,
+            layers,
+            self._kernels,
+            tokens,
+            x,
+            sums=group.sums,
+            sum_work=sum_work,
+            first_row=first_row,
+            num_layers=num_layers,
         )
 
     def _project(self, hidden: Tensor) -> Tensor | None:

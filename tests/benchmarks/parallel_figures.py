@@ -100,7 +100,7 @@ def share_splits(speeds: tuple[float, float]) -> dict[str, tuple[float, float]]:
     """
     fast, slow = max(speeds), min(speeds)
     of_slow = slow / (fast + slow)
-    places = {"as speeds": of_slow, "slower has 3/4 of that": 0.75 * of_slow, "slower has 5/8 of that": 0.625 * of_slow}
+    places = {"as speeds": of_slow, "slower has 7/8 of that": 0.875 * of_slow, "slower has 3/4 of that": 0.75 * of_slow}
     is_first_faster = speeds[0] >= speeds[1]
 
     def shares(slow_share: float) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from kernels.partial import Partial
+from kernels.partial import Partial, SumWork
 from workers.collectives.group import TensorGroup
 from workers.group import Alone
 
@@ -58,6 +58,10 @@ class SwitchedGroup:
             self._group.reduce(partial)
         else:
             self.all_reduce(partial.update)
+
+    def in_program(self, num_bytes: int) -> SumWork | None:
+        """As the group's, where it sums."""
+        return self._group.in_program(num_bytes) if self.way is Sums.OURS else None
 
     def begin_reduce(self, partial: Partial) -> "Future[None]":
         """The same beside the computation; not by gloo."""

@@ -68,7 +68,7 @@ def test_shares_follow_speeds_whichever_host_is_the_slower() -> None:
     assert splits["even"] == (0.5, 0.5)
     assert splits["as speeds"] == pytest.approx((10 / 14, 4 / 14))
     assert splits["slower has 3/4 of that"] == pytest.approx((11 / 14, 3 / 14))
-    assert share_splits((4.0, 10.0))["slower has 5/8 of that"] == pytest.approx((2.5 / 14, 11.5 / 14))
+    assert share_splits((4.0, 10.0))["slower has 7/8 of that"] == pytest.approx((3.5 / 14, 10.5 / 14))
 
 
 def test_a_hosts_speed_is_the_median_of_the_rounds_after_the_first() -> None:

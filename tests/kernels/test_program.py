@@ -84,3 +84,29 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) 
     add_tiles(made, x, output, 9, num_threads=4)
     made.run(4)
     assert torch.equal(output, matmul.in_tiles(x, 1, 9))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_work_ends_the_program_for_all_threads(num_threads: int) -> None:
+    word, rest = torch.zeros(8, dtype=torch.int64), torch.ones(64, dtype=torch.int64)
+    made = Program(3)
+    made.add(*program.work("zeros_work", made.ticket(), word.data_ptr() + 8, 8))
+    made.add(*program.work("zeros_work", made.ticket(), rest.data_ptr(), 8))
+    for _ in range(50):
+        rest.fill_(1)
+        made.run(num_threads, ended_by=word.data_ptr())
+        assert rest[0] == 0, "nothing ends it"
+        rest.fill_(1)
+        word[0] = 1
+        made.run(num_threads, ended_by=word.data_ptr())
+        assert rest[0] == 1, "it ends before the second work"
+        word[0] = 0
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_zeros_are_written_by_one_thread(num_threads: int) -> None:
+    memory = torch.ones(1000, dtype=torch.int64)
+    made = Program(1)
+    made.add(*program.work("zeros_work", made.ticket(), memory[10:].data_ptr(), 8 * 500))
+    made.run(num_threads)
+    assert memory[:10].all() and not memory[10:510].any() and memory[510:].all()

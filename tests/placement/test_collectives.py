@@ -38,3 +38,32 @@ def test_what_was_not_measured_has_no_durations() -> None:
 @pytest.mark.parametrize(("num_ranks", "name"), [(2, "direct"), (4, "direct"), (5, "scatter")])
 def test_before_anything_is_measured_few_ranks_save_latencies(num_ranks: int, name: str) -> None:
     assert unmeasured(num_ranks).choose(12345) == name
+
+
+LINK = AllReduceTable(sizes=(1000, 11_000, 101_000), names=("direct",) * 3, seconds=(0.001, 0.002, 0.012))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "most", "strips"),
+    [
+        (1000, 8, 1),
+        (2000, 8, 1),  # 0.1 ms beyond the least
+        (3000, 8, 2),  # 0.2 ms, in two halves of 0.1 ms
+        (9100, 8, 4),
+        (20_000, 8, 4),
+        (101_000, 8, 8),
+        (101_000, 4, 4),
+        (10**7, 8, 8),
+        (1, 8, 1),
+    ],
+)
+def test_a_sum_has_as_many_strips_as_its_transfer_is_worth_messages(num_bytes: int, most: int, strips: int) -> None:
+    assert LINK.num_strips(num_bytes, most) == strips
+
+
+def test_sums_that_were_not_measured_are_whole() -> None:
+    assert TABLE.num_strips(10**9, 8) == unmeasured(2).num_strips(10**9, 8) == 1
+
+
+def test_a_table_of_one_size_knows_no_rate() -> None:
+    assert AllReduceTable(sizes=(1,), names=("direct",), seconds=(1.0,)).num_strips(10**9, 8) == 1

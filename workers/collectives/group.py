@@ -8,10 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kernels.partial import Partial
+from kernels.partial import MOST_STRIPS, Partial, SumWork
 from kernels.threads import work_alone
 from placement.collectives import AllReduceTable
 from workers.collectives.algorithms import AllReduce, Peers, direct, gather, scatter, ways
+from workers.collectives.direct_sums import MOST_BYTES, DirectSums, is_available
 from workers.collectives.scattered import reduce_and_finish
 from workers.group import Group
 from workers.transport.errors import PeerFailed
@@ -25,6 +26,8 @@ hangs is named before the gateway, whose patience is ``gateway.stall_timeout_s``
 
 MOST_UNEVEN = 1.15
 """Rows of the rank with the most, times the ranks, over all rows: what was measured is a sum in equal parts."""
+
+_DIRECT = "direct"
 
 
 class TensorGroup:
@@ -67,6 +70,8 @@ class TensorGroup:
         self.pulse = pulse
         self.widths = widths
         self.ways: dict[str, AllReduce] = ways(self.num_ranks)
+        self._in_strips = False
+        self._compiled = self._compile() if links and sums and is_available() else None
         self.unchecked: set[str] = set()
         self._on_device: Group | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange", initializer=work_alone)
@@ -96,6 +101,45 @@ class TensorGroup:
             self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), COLLECTIVE_S)
         else:
             self.all_reduce(partial.update)
+
+    def in_program(self, num_bytes: int) -> SumWork | None:
+        """As :class:`workers.group.Group` says: where everyone sends all to everyone."""
+        if self._on_device is not None or self._compiled is None or num_bytes > MOST_BYTES:
+            return None
+        return self._compiled if self.table.choose(num_bytes) == _DIRECT else None
+
+    def agree(self, has_programs: bool) -> None:
+        """Has sums cut into strips where every rank can. All ranks call it at the same time. Raises PeerFailed.
+
+        Args:
+            has_programs: this rank's layers are a program.
+        """
+        num_others = torch.tensor([0.0 if has_programs and self._compiled is not None else 1.0])
+        self.run(direct, num_others)
+        self._in_strips = not num_others.item()
+
+    def _num_strips(self, num_bytes: int) -> int:
+        return self.table.num_strips(num_bytes, MOST_STRIPS) if self._in_strips else 1
+
+    def _compile(self) -> DirectSums:
+        """Has direct sums computed by compiled code."""
+        compiled = DirectSums(
+            rank=self.rank,
+            links=self.links,
+            timeout_s=COLLECTIVE_S,
+            strips=self._num_strips,
+            alive=self.pulse.check,
+            reason=self.pulse.reason,
+        )
+
+        def direct_compiled(peers: Peers, x: Tensor) -> None:
+            if compiled.takes(x):
+                compiled.all_reduce(x)
+            else:
+                direct(peers, x)
+
+        self.ways[_DIRECT] = direct_compiled
+        return compiled
 
     def _scatters(self, x: Tensor) -> bool:
         """Whether it is to be scattered, and can be by rows: no rank may have many more of them than others."""

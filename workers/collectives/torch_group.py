@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.partial import Finish, Partial
+from kernels.partial import Finish, Partial, SumWork
 from workers.collectives.algorithms import add_in_order
 from workers.collectives.group import COLLECTIVE_S
 from workers.transport.errors import PeerFailed
@@ -127,6 +127,11 @@ class TorchGroup(ABC):
             partial.is_finished = True
         else:
             self.all_reduce(update)
+
+    def in_program(self, num_bytes: int) -> SumWork | None:
+        """Nothing: the backend is called from Python."""
+        del num_bytes
+        return None
 
     @abstractmethod
     def begin_reduce(self, partial: Partial) -> Future[None]:

@@ -12,11 +12,12 @@ from enum import IntEnum
 
 from workers.transport.errors import BadFrame
 
-_MAGIC = b"HetF"
+MAGIC = b"HetF"
 _FIELDS = struct.Struct("<4sB3xQQQ")  # magic, kind, epoch, number, length of the payload
 _CHECKSUM = struct.Struct("<I")
 
-HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
+FIELD_BYTES = _FIELDS.size
+HEADER_BYTES = FIELD_BYTES + _CHECKSUM.size
 
 
 class Kind(IntEnum):
@@ -48,7 +49,7 @@ class Header:
 
 def header(kind: Kind, payload: memoryview, *, epoch: int, number: int) -> bytes:
     """The bytes that go before ``payload``."""
-    fields = _FIELDS.pack(_MAGIC, kind, epoch, number, payload.nbytes)
+    fields = _FIELDS.pack(MAGIC, kind, epoch, number, payload.nbytes)
     return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields)))
 
 
@@ -64,7 +65,7 @@ def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
         BadFrame: it is none, or one of another epoch, or not the next.
     """
     magic, kind, its_epoch, its_number, length = _FIELDS.unpack_from(data)
-    if magic != _MAGIC or kind not in Kind._value2member_map_:
+    if magic != MAGIC or kind not in Kind._value2member_map_:
         raise BadFrame(f"no frame begins with {bytes(data[:8])!r}")
     if its_epoch != epoch:
         raise BadFrame(f"a frame of epoch {its_epoch} is fenced: this replica is at epoch {epoch}")
@@ -73,6 +74,6 @@ def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
     return Header(
         kind=Kind(kind),
         length=length,
-        fields=bytes(data[: _FIELDS.size]),
-        checksum=_CHECKSUM.unpack_from(data, _FIELDS.size)[0],
+        fields=bytes(data[:FIELD_BYTES]),
+        checksum=_CHECKSUM.unpack_from(data, FIELD_BYTES)[0],
     )

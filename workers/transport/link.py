@@ -71,7 +71,7 @@ class Outgoing:
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise _broken(self.link, error) from error
+                raise broken(self.link, error) from error
             while self.parts and sent >= self.parts[0].nbytes:
                 sent -= self.parts.pop(0).nbytes
             if sent:
@@ -129,14 +129,15 @@ class Incoming:
             except BlockingIOError:
                 return False
             except OSError as error:
-                raise _broken(self.link, error) from error
+                raise broken(self.link, error) from error
             if not count:
                 raise PeerFailed(self.link.peer, "closed its connection")
             self._done += count
         return True
 
 
-def _broken(link: Link, error: OSError) -> PeerFailed:
+def broken(link: Link, error: OSError) -> PeerFailed:
+    """What a socket's error says of the rank at its other end."""
     if link.socket.fileno() < 0:
         return PeerFailed(link.peer, "the connection with it was ended here")
     return PeerFailed(link.peer, f"its connection broke ({error.strerror or type(error).__name__})")

@@ -1,0 +1,99 @@
+"""LLVM IR that adds the parts of a sum: in the order of ranks, in float32, rounded once, to the nearest even."""
+
+from collections.abc import Sequence
+
+_LANES = 16
+
+NAMES = {"bfloat16": "add_bfloat16", "float32": "add_float32"}
+"""Of the function for numbers of each type."""
+
+
+def _widened(name: str, at: str, number: str, lanes: int) -> str:
+    """``%name`` in float32, of the numbers at ``%at``."""
+    floats, words, halves = (_many(kind, lanes) for kind in ("float", "i32", "i16"))
+    if number == "float32":
+        return f"\n  %{name} = load {floats}, ptr %{at}, align 4"
+    return f"""
+  %{name}_raw = load {halves}, ptr %{at}, align 2
+  %{name}_low = zext {halves} %{name}_raw to {words}
+  %{name}_bits = shl {words} %{name}_low, splat (i32 16)
+  %{name} = bitcast {words} %{name}_bits to {floats}"""
+
+
+def _stored(value: str, at: str, number: str, lanes: int) -> str:
+    """Rounds as torch does, subnormal numbers and all, which this CPU's own conversion takes for zeros."""
+    floats, words, halves, flags = (_many(kind, lanes) for kind in ("float", "i32", "i16", "i1"))
+    if number == "float32":
+        return f"\n  store {floats} %{value}, ptr %{at}, align 4"
+    return f"""
+  %{value}_bits = bitcast {floats} %{value} to {words}
+  %{value}_last = lshr {words} %{value}_bits, splat (i32 16)
+  %{value}_odd = and {words} %{value}_last, splat (i32 1)
+  %{value}_bias = add {words} %{value}_odd, splat (i32 32767)
+  %{value}_up = add {words} %{value}_bits, %{value}_bias
+  %{value}_moved = lshr {words} %{value}_up, splat (i32 16)
+  %{value}_cut = trunc {words} %{value}_moved to {halves}
+  %{value}_lost = fcmp uno {floats} %{value}, zeroinitializer
+  %{value}_out = select {flags} %{value}_lost, {halves} splat (i16 32704), {halves} %{value}_cut
+  store {halves} %{value}_out, ptr %{at}, align 2"""
+
+
+def _many(kind: str, lanes: int) -> str:
+    return f"<{lanes} x {kind}>"
+
+
+def _loop(number: str, lanes: int) -> str:
+    """From ``%i_{lanes}`` on, as long as there are so many more numbers; goes on to ``done_{lanes}``."""
+    before = "entry" if lanes == _LANES else f"done_{_LANES}"
+    start = "0" if lanes == _LANES else f"%i_{_LANES}"
+    kind, floats = {"bfloat16": "i16", "float32": "float"}[number], _many("float", lanes)
+    return f"""
+  br label %head_{lanes}
+head_{lanes}:
+  %i_{lanes} = phi i64 [{start}, %{before}], [%next_{lanes}, %end_{lanes}]
+  %next_{lanes} = add i64 %i_{lanes}, {lanes}
+  %fits_{lanes} = icmp sle i64 %next_{lanes}, %count
+  br i1 %fits_{lanes}, label %body_{lanes}, label %done_{lanes}
+body_{lanes}:
+  %first_{lanes} = load ptr, ptr %parts
+  %first_at_{lanes} = getelementptr {kind}, ptr %first_{lanes}, i64 %i_{lanes}{
+        _widened(f"begun_{lanes}", f"first_at_{lanes}", number, lanes)
+    }
+  br label %each_{lanes}
+each_{lanes}:
+  %p_{lanes} = phi i64 [1, %body_{lanes}], [%p_next_{lanes}, %each_{lanes}]
+  %sum_{lanes} = phi {floats} [%begun_{lanes}, %body_{lanes}], [%total_{lanes}, %each_{lanes}]
+  %part_{lanes} = getelementptr ptr, ptr %parts, i64 %p_{lanes}
+  %other_{lanes} = load ptr, ptr %part_{lanes}
+  %other_at_{lanes} = getelementptr {kind}, ptr %other_{lanes}, i64 %i_{lanes}{
+        _widened(f"more_{lanes}", f"other_at_{lanes}", number, lanes)
+    }
+  %total_{lanes} = fadd {floats} %sum_{lanes}, %more_{lanes}
+  %p_next_{lanes} = add i64 %p_{lanes}, 1
+  %is_part_{lanes} = icmp slt i64 %p_next_{lanes}, %num_parts
+  br i1 %is_part_{lanes}, label %each_{lanes}, label %end_{lanes}
+end_{lanes}:
+  %into_{lanes} = getelementptr {kind}, ptr %into, i64 %i_{lanes}{
+        _stored(f"total_{lanes}", f"into_{lanes}", number, lanes)
+    }
+  br label %head_{lanes}
+done_{lanes}:"""
+
+
+def add(number: str) -> str:
+    """``@add_{number}(parts, num_parts, into, count)``: ``into``, of ``count`` numbers, may be one of the parts.
+
+    Args:
+        number: ``bfloat16`` or ``float32``.
+    """
+    return f"""
+define void @{NAMES[number]}(ptr %parts, i64 %num_parts, ptr %into, i64 %count) {{
+entry:{_loop(number, _LANES)}{_loop(number, 1)}
+  ret void
+}}
+"""
+
+
+def module(numbers: Sequence[str] = tuple(NAMES)) -> str:
+    """For all of these types."""
+    return "".join(map(add, numbers))

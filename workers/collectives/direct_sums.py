@@ -1,0 +1,221 @@
+"""Sums over the ranks of a stage by compiled code: from Python, or as works of a program that goes on by itself."""
+
+import ctypes
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels import machine_code, threads
+from kernels.columns_ir import WHOLE, Strip
+from kernels.partial import MOST_STRIPS
+from workers.collectives import add_ir, direct_code
+from workers.transport import checksum_ir
+from workers.transport.errors import BadFrame, PeerFailed
+from workers.transport.frames import HEADER_BYTES, Kind, parse
+from workers.transport.link import Link, broken
+
+MOST_BYTES = 4 << 20
+"""Of a tensor: what Python costs larger ones is little beside what they take to send."""
+
+_NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_JOB = struct.Struct(f"={direct_code.JOB_WORDS}q")
+_WAIT = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
+_CACHE_LINE = 64
+_STRIP_COLUMNS = 32  # a strip has whole vectors of them
+_MOST_ROWS = 256  # in strips: a message has at most 1024 pieces
+
+
+@cache
+def _adds() -> dict[str, int]:
+    return machine_code.addresses(add_ir.module(), list(add_ir.NAMES.values()))
+
+
+@cache
+def _fold() -> int:
+    return machine_code.addresses(checksum_ir.fold(), [checksum_ir.NAME])[checksum_ir.NAME]
+
+
+def is_available() -> bool:
+    """Whether this CPU has what the code needs."""
+    return checksum_ir.FEATURE in machine_code.cpu_features()
+
+
+class DirectSums:
+    """The direct exchange of :func:`workers.collectives.algorithms.direct`: the same frames, the same bits.
+
+    For the thread that executes steps, or the one beside it. A :class:`kernels.partial.SumWork`.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        links: Mapping[int, Link],
+        timeout_s: float,
+        strips: Callable[[int], int] = lambda _: 1,
+        alive: Callable[[], None],
+        reason: Callable[[PeerFailed], PeerFailed] = lambda error: error,
+    ) -> None:
+        """Of the ranks of a group, where :func:`is_available`.
+
+        Args:
+            rank: of this one, in the group.
+            links: to all others.
+            timeout_s: longest that a sum may take.
+            strips: in how many a tensor of so many bytes is summed best.
+            alive: raises where a rank is known to be lost; called about every 0.1 s of a wait.
+            reason: why a connection broke.
+        """
+        self._rank = rank
+        self._links = [links[peer] for peer in sorted(links)]
+        self._ranks = sorted(links)
+        self._timeout_s = timeout_s
+        self._strips = strips
+        self._alive = alive
+        self._reason = reason
+        self._given_up: Exception | None = None
+        self._add = _adds()
+        self._on_wait = _WAIT(self._is_to_end)  # must live as long as the code may call it
+        self._table = direct_code.checksum_table()
+        self._parts = np.zeros(len(self._links) + 1, np.int64)
+        self._polls = np.zeros(len(self._links), np.int64)
+        self._pieces = np.zeros((len(self._links), _MOST_ROWS + 1, 2), np.int64)
+        self._messages = np.zeros((len(self._links), 7), np.int64)
+        self._heads = np.zeros((len(self._links), MOST_STRIPS, direct_code.HEAD_STRIDE), np.uint8)
+        self._frames: list[NDArray[np.uint8]] = []
+        self._room = 0
+        self._ticket = np.zeros(1, np.int64)
+        self._peers = np.zeros((len(self._links), direct_code.PEER_WORDS), np.int64)
+        self._state = np.zeros(direct_code.STATE_WORDS, np.int64)
+        self._set_up()
+
+    @property
+    def function(self) -> int:
+        """Address of the code."""
+        return direct_code.compiled()
+
+    @property
+    def failed(self) -> int:
+        """Address of the word that is not 0 once a sum has failed."""
+        return int(self._state.ctypes.data)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it is a tensor of a kind and size that the code is for."""
+        return x.dtype in _NUMBERS and 0 < x.nbytes <= MOST_BYTES and x.is_contiguous() and x.device.type == "cpu"
+
+    def num_strips(self, x: Tensor) -> int:
+        """As :class:`kernels.partial.SumWork` says: as many as pay, of whole vectors of a product's outputs."""
+        if len(x) > _MOST_ROWS:
+            return 1
+        columns = x.shape[1] // _STRIP_COLUMNS
+        return math.gcd(self._strips(x.nbytes), columns) if x.shape[1] % _STRIP_COLUMNS == 0 else 1
+
+    def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
+        """As :class:`kernels.partial.SumWork` says: ``x`` is contiguous memory that the caller keeps."""
+        assert self.takes(x), (x.dtype, x.shape)
+        rows = 1 if strip.count == 1 else len(x)
+        stride = x.nbytes // rows
+        row_bytes = stride // strip.count
+        frame_stride = -(-(HEADER_BYTES + rows * row_bytes) // _CACHE_LINE) * _CACHE_LINE
+        self._reserve(frame_stride * strip.count)
+        add = self._add[add_ir.NAMES[_NUMBERS[x.dtype]]]
+        return _JOB.pack(
+            *(ticket, self.failed, x.data_ptr(), rows, stride),
+            *(strip.number, strip.count, row_bytes, add, row_bytes // x.itemsize, self._rank, frame_stride),
+        )
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sums what it :meth:`takes` over the ranks, in place. Raises PeerFailed and BadFrame."""
+        self._ticket[0] = 0
+        job = self.job(x, int(self._ticket.ctypes.data))
+        self.begin()
+        threads.run(self.function, job, 1)
+        self._check()
+
+    def begin(self) -> None:
+        """Before a program whose works sum: others may have used the connections."""
+        for peer, link in zip(self._peers, self._links, strict=True):
+            peer[direct_code.SOCKET] = link.socket.fileno()
+            peer[direct_code.NUM_SENT], peer[direct_code.NUM_RECEIVED] = link.num_sent, link.num_received
+
+    def end(self) -> None:
+        """After it. Raises PeerFailed and BadFrame, where a sum has failed."""
+        try:
+            self._check()
+        except PeerFailed as error:
+            raise self._reason(error) from error
+
+    def _check(self) -> None:
+        for peer, link in zip(self._peers, self._links, strict=True):
+            link.num_sent, link.num_received = (
+                int(peer[direct_code.NUM_SENT]),
+                int(peer[direct_code.NUM_RECEIVED]),
+            )
+        status, place = int(self._state[direct_code.STATUS]), int(self._state[direct_code.FAILED])
+        if status == direct_code.OK:
+            return
+        link = self._links[place]
+        if status == direct_code.GAVE_UP:
+            assert self._given_up is not None
+            raise self._given_up
+        if status == direct_code.BROKEN:
+            code = int(self._state[direct_code.ERROR])
+            raise broken(link, OSError(code, os.strerror(code)))
+        if status == direct_code.CLOSED:
+            raise PeerFailed(link.peer, "closed its connection")
+        if status == direct_code.DAMAGED:
+            raise BadFrame("a TENSOR frame is damaged (checksum)")
+        number, start = int(self._state[direct_code.ERROR]), int(self._state[direct_code.AT])
+        head = self._frames[place][start : start + HEADER_BYTES].tobytes()
+        header = parse(head, epoch=link.epoch, number=link.num_received + number)
+        if header.kind is not Kind.TENSOR:
+            raise BadFrame(f"a {header.kind.name} frame came where a TENSOR was due")
+        raise BadFrame(f"a TENSOR frame has {header.length} bytes, which is not what was due")
+
+    def _is_to_end(self, waited_ms: int) -> int:
+        """Called by the code while it waits: whether it is to end."""
+        try:
+            self._alive()
+            if waited_ms >= 1000 * self._timeout_s:
+                place = int(self._state[direct_code.FAILED])
+                raise PeerFailed(self._links[place].peer, "did not answer in time")
+        except Exception as error:  # raised once the code has returned
+            self._given_up = error
+            return 1
+        return 0
+
+    def _set_up(self) -> None:
+        for place in range(len(self._links)):
+            peer, message = self._peers[place], self._messages[place]
+            peer[direct_code.HEADS] = self._heads[place].ctypes.data
+            peer[direct_code.MESSAGE] = message.ctypes.data
+            peer[direct_code.PIECES] = self._pieces[place].ctypes.data
+            message[2] = self._pieces[place].ctypes.data  # msg_iov
+        state = self._state
+        state[direct_code.NUM_PEERS] = len(self._links)
+        state[direct_code.EPOCH] = self._links[0].epoch
+        state[direct_code.ON_WAIT] = threads.address(self._on_wait)
+        state[direct_code.FOLD] = _fold()
+        state[direct_code.TABLE] = self._table.ctypes.data
+        state[direct_code.PEERS] = self._peers.ctypes.data
+        state[direct_code.POLLS] = self._polls.ctypes.data
+        state[direct_code.PARTS] = self._parts.ctypes.data
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Memory for all frames from each peer; payloads begin at cache lines."""
+        if num_bytes <= self._room:
+            return
+        self._room = num_bytes
+        self._frames = []
+        for peer in self._peers:
+            memory = np.zeros(num_bytes + _CACHE_LINE, np.uint8)
+            start = -(memory.ctypes.data + HEADER_BYTES) % _CACHE_LINE
+            self._frames.append(memory[start:])
+            peer[direct_code.FRAMES] = self._frames[-1].ctypes.data
