@@ -16,7 +16,8 @@ from kernels import machine_code, threads
 from kernels.columns_ir import WHOLE, Strip
 from kernels.partial import MOST_STRIPS
 from workers.collectives import add_ir, direct_code
-from workers.transport import checksum_ir
+from workers.collectives import direct_words as words
+from workers.transport import checksum_ir, frame_code
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import HEADER_BYTES, Kind, parse
 from workers.transport.link import Link, broken
@@ -25,7 +26,7 @@ MOST_BYTES = 4 << 20
 """Of a tensor: what Python costs larger ones is little beside what they take to send."""
 
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_JOB = struct.Struct(f"={direct_code.JOB_WORDS}q")
+_JOB = struct.Struct(f"={words.JOB_WORDS}q")
 _WAIT = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
 _CACHE_LINE = 64
 _STRIP_COLUMNS = 32  # a strip has whole vectors of them
@@ -83,17 +84,17 @@ class DirectSums:
         self._given_up: Exception | None = None
         self._add = _adds()
         self._on_wait = _WAIT(self._is_to_end)  # must live as long as the code may call it
-        self._table = direct_code.checksum_table()
+        self._table = frame_code.checksum_table()
         self._parts = np.zeros(len(self._links) + 1, np.int64)
         self._polls = np.zeros(len(self._links), np.int64)
         self._pieces = np.zeros((len(self._links), _MOST_ROWS + 1, 2), np.int64)
         self._messages = np.zeros((len(self._links), 7), np.int64)
-        self._heads = np.zeros((len(self._links), MOST_STRIPS, direct_code.HEAD_STRIDE), np.uint8)
+        self._heads = np.zeros((len(self._links), MOST_STRIPS, words.HEAD_STRIDE), np.uint8)
         self._frames: list[NDArray[np.uint8]] = []
         self._room = 0
         self._ticket = np.zeros(1, np.int64)
-        self._peers = np.zeros((len(self._links), direct_code.PEER_WORDS), np.int64)
-        self._state = np.zeros(direct_code.STATE_WORDS, np.int64)
+        self._peers = np.zeros((len(self._links), words.PEER_WORDS), np.int64)
+        self._state = np.zeros(words.STATE_WORDS, np.int64)
         self._set_up()
 
     @property
@@ -142,8 +143,8 @@ class DirectSums:
     def begin(self) -> None:
         """Before a program whose works sum: others may have used the connections."""
         for peer, link in zip(self._peers, self._links, strict=True):
-            peer[direct_code.SOCKET] = link.socket.fileno()
-            peer[direct_code.NUM_SENT], peer[direct_code.NUM_RECEIVED] = link.num_sent, link.num_received
+            peer[words.SOCKET] = link.socket.fileno()
+            peer[words.NUM_SENT], peer[words.NUM_RECEIVED] = link.num_sent, link.num_received
 
     def end(self) -> None:
         """After it. Raises PeerFailed and BadFrame, where a sum has failed."""
@@ -155,24 +156,24 @@ class DirectSums:
     def _check(self) -> None:
         for peer, link in zip(self._peers, self._links, strict=True):
             link.num_sent, link.num_received = (
-                int(peer[direct_code.NUM_SENT]),
-                int(peer[direct_code.NUM_RECEIVED]),
+                int(peer[words.NUM_SENT]),
+                int(peer[words.NUM_RECEIVED]),
             )
-        status, place = int(self._state[direct_code.STATUS]), int(self._state[direct_code.FAILED])
-        if status == direct_code.OK:
+        status, place = int(self._state[words.STATUS]), int(self._state[words.FAILED])
+        if status == words.OK:
             return
         link = self._links[place]
-        if status == direct_code.GAVE_UP:
+        if status == words.GAVE_UP:
             assert self._given_up is not None
             raise self._given_up
-        if status == direct_code.BROKEN:
-            code = int(self._state[direct_code.ERROR])
+        if status == words.BROKEN:
+            code = int(self._state[words.ERROR])
             raise broken(link, OSError(code, os.strerror(code)))
-        if status == direct_code.CLOSED:
+        if status == words.CLOSED:
             raise PeerFailed(link.peer, "closed its connection")
-        if status == direct_code.DAMAGED:
+        if status == words.DAMAGED:
             raise BadFrame("a TENSOR frame is damaged (checksum)")
-        number, start = int(self._state[direct_code.ERROR]), int(self._state[direct_code.AT])
+        number, start = int(self._state[words.ERROR]), int(self._state[words.AT])
         head = self._frames[place][start : start + HEADER_BYTES].tobytes()
         header = parse(head, epoch=link.epoch, number=link.num_received + number)
         if header.kind is not Kind.TENSOR:
@@ -184,7 +185,7 @@ class DirectSums:
         try:
             self._alive()
             if waited_ms >= 1000 * self._timeout_s:
-                place = int(self._state[direct_code.FAILED])
+                place = int(self._state[words.FAILED])
                 raise PeerFailed(self._links[place].peer, "did not answer in time")
         except Exception as error:  # raised once the code has returned
             self._given_up = error
@@ -194,19 +195,19 @@ class DirectSums:
     def _set_up(self) -> None:
         for place in range(len(self._links)):
             peer, message = self._peers[place], self._messages[place]
-            peer[direct_code.HEADS] = self._heads[place].ctypes.data
-            peer[direct_code.MESSAGE] = message.ctypes.data
-            peer[direct_code.PIECES] = self._pieces[place].ctypes.data
+            peer[words.HEADS] = self._heads[place].ctypes.data
+            peer[words.MESSAGE] = message.ctypes.data
+            peer[words.PIECES] = self._pieces[place].ctypes.data
             message[2] = self._pieces[place].ctypes.data  # msg_iov
         state = self._state
-        state[direct_code.NUM_PEERS] = len(self._links)
-        state[direct_code.EPOCH] = self._links[0].epoch
-        state[direct_code.ON_WAIT] = threads.address(self._on_wait)
-        state[direct_code.FOLD] = _fold()
-        state[direct_code.TABLE] = self._table.ctypes.data
-        state[direct_code.PEERS] = self._peers.ctypes.data
-        state[direct_code.POLLS] = self._polls.ctypes.data
-        state[direct_code.PARTS] = self._parts.ctypes.data
+        state[words.NUM_PEERS] = len(self._links)
+        state[words.EPOCH] = self._links[0].epoch
+        state[words.ON_WAIT] = threads.address(self._on_wait)
+        state[words.FOLD] = _fold()
+        state[words.TABLE] = self._table.ctypes.data
+        state[words.PEERS] = self._peers.ctypes.data
+        state[words.POLLS] = self._polls.ctypes.data
+        state[words.PARTS] = self._parts.ctypes.data
 
     def _reserve(self, num_bytes: int) -> None:
         """Memory for all frames from each peer; payloads begin at cache lines."""
@@ -218,4 +219,4 @@ class DirectSums:
             memory = np.zeros(num_bytes + _CACHE_LINE, np.uint8)
             start = -(memory.ctypes.data + HEADER_BYTES) % _CACHE_LINE
             self._frames.append(memory[start:])
-            peer[direct_code.FRAMES] = self._frames[-1].ctypes.data
+            peer[words.FRAMES] = self._frames[-1].ctypes.data

@@ -1,0 +1,119 @@
+"""The frames of :mod:`workers.transport.frames` for compiled code: headers and checksums, at addresses.
+
+Numbers are 64-bit integers; ``table_at`` is the address of :func:`checksum_table`, and ``fold`` that of
+:mod:`workers.transport.checksum_ir`.
+"""
+
+# mypy: disallow-untyped-decorators=False, disallow-any-unimported=False
+
+import zlib
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from kernels.intrinsics import pointer
+from workers.transport.checksum_ir import MIN_BYTES
+from workers.transport.frames import FIELD_BYTES, MAGIC, Kind
+
+OPTIONS = {"error_model": "numpy", "nogil": True}
+_ONES = 0xFFFFFFFF
+_KIND = int(Kind.TENSOR)
+_MAGIC = int.from_bytes(MAGIC, "little")
+_jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
+
+
+def checksum_table() -> np.ndarray[Any, np.dtype[np.int64]]:
+    """What a byte makes of a checksum's register that is 0: [256]."""
+    return np.array([zlib.crc32(bytes([byte]), _ONES) ^ _ONES for byte in range(256)], np.int64)
+
+
+@intrinsic
+def call_four(context, function, first, second, third, fourth):  # type: ignore[no-untyped-def]
+    """``void function(int64, int64, int64, int64)``; where it takes pointers, these are as good."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
+
+
+@_jit
+def words_at(address, shape):  # type: ignore[no-untyped-def]
+    return carray(pointer(address, np.int64(0)), shape)
+
+
+@_jit
+def bytes_at(address, count):  # type: ignore[no-untyped-def]
+    return carray(pointer(address, np.uint8(0)), count)
+
+
+@_jit
+def load(data, at, count):  # type: ignore[no-untyped-def]
+    """A little-endian number."""
+    value = np.int64(0)
+    for i in range(count):
+        value |= np.int64(data[at + i]) << (8 * i)
+    return value
+
+
+@_jit
+def store(data, at, value, count):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        data[at + i] = np.uint8((value >> (8 * i)) & 255)
+
+
+@_jit
+def checksum(data, start, stop, register, table):  # type: ignore[no-untyped-def]
+    """A checksum's register, not inverted, after more bytes."""
+    for i in range(start, stop):
+        register = table[(register ^ data[i]) & 255] ^ (register >> 8)
+    return register
+
+
+@_jit
+def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
+    """A checksum's register after rows at an address."""
+    table = words_at(table_at, 256)
+    folded = row_bytes - row_bytes % MIN_BYTES
+    rest = np.empty(16, np.uint8)
+    for row in range(rows):
+        at = start + row * stride
+        if folded > 0:
+            call_four(fold, at, folded, register, rest.ctypes.data)
+            register = checksum(rest, 0, 16, np.int64(0), table)
+        register = checksum(bytes_at(at, row_bytes), folded, row_bytes, register, table)
+    return register
+
+
+@_jit
+def frame_checksum(head, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
+    """Of a header's fields and the payload."""
+    register = checksum(head, 0, FIELD_BYTES, np.int64(_ONES), words_at(table_at, 256))
+    return payload_checksum(register, start, rows, row_bytes, stride, fold, table_at) ^ _ONES
+
+
+@_jit
+def write_header(head, epoch, number, num_bytes):  # type: ignore[no-untyped-def]
+    """All of it but the checksum, as :func:`workers.transport.frames.header` does."""
+    store(head, 0, np.int64(_MAGIC), 4)
+    store(head, 4, np.int64(_KIND), 4)
+    store(head, 8, epoch, 8)
+    store(head, 16, number, 8)
+    store(head, 24, num_bytes, 8)
+
+
+@_jit
+def is_due(head, epoch, number, num_bytes):  # type: ignore[no-untyped-def]
+    """Whether a header is of the frame that must come."""
+    return (
+        load(head, 0, 4) == _MAGIC
+        and head[4] == _KIND
+        and load(head, 8, 8) == epoch
+        and load(head, 16, 8) == number
+        and load(head, 24, 8) == num_bytes
+    )
