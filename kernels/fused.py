@@ -24,7 +24,7 @@ from kernels.fused_program import (
     updates,
     writer,
 )
-from kernels.layer_works import Buffers, Layer, Window
+from kernels.layer_works import Buffers, Layer, Turns, Window
 from kernels.linear import Linear, shared
 from kernels.partial import Finish, Partial, SumWork
 from kernels.program import Program
@@ -64,15 +64,6 @@ class DecoderLayer(Protocol):
 Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]
 
 
-class Turns(Protocol):
-    """Cosine and signed sine of every token's angles, each [T, 1, D]."""
-
-    @property
-    def cos(self) -> Tensor: ...
-    @property
-    def sin(self) -> Tensor: ...
-
-
 def fuse(
     layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str, ladder: bool = False
 ) -> "FusedLayers | None":
@@ -91,6 +82,7 @@ def fuse(
     fused = [layer for layer in map(_supported, layers) if layer is not None]
     if len(fused) < len(layers):
         return None
+    assert len({(layer.qkv is None, layer.down is None) for layer in fused}) == 1, "a rank has heads in all its layers"
     settings = Settings(head_dim=head_dim, eps=eps, scale=scale, activation=activation, ladder=ladder)
     return FusedLayers(fused, settings)
 
@@ -102,6 +94,7 @@ def _supported(layer: DecoderLayer) -> Layer | None:
     sharable = [linear for linear in (qkv, output, gate_up, down) if linear is not None]
     if not there or len(sharable) < len(there):
         return None
+    assert (qkv is None) == (output is None) and (gate_up is None) == (down is None), layer
     qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
     norms = (layer.attention_norm, qk_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
     if not all(norm is None or rows.takes(norm) for norm in norms):
@@ -183,14 +176,9 @@ class FusedLayers:
         num_threads = torch.get_num_threads()
         self.reserve(first_row + num_tokens)
         buffers = self._buffers.from_row(first_row)
-        if self._settings.ladder:
-            sum_work = None
+        assert sum_work is None or (sums and attend is None), "a program that sums does not stop"
         compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches, sum_work)
-        buffers.residual[:num_tokens] = embedded
-        buffers.slots[:num_tokens] = slots
-        for window, turn in turns.items():
-            buffers.cos[window][:num_tokens] = turn.cos[:, 0]
-            buffers.sin[window][:num_tokens] = turn.sin[:, 0]
+        buffers.fill(embedded, slots, turns)
         kept = self._plan_attention(compiled, buffers, num_threads, caches, attention)
         start = 0
         num_sums = 0
@@ -215,11 +203,9 @@ class FusedLayers:
         if partial is not None and partial.is_finished:
             assert partial.finish is not None
             return partial.finish.result
-        if not self._settings.ladder:
-            return buffers.residual[:num_tokens] + buffers.update[:num_tokens]
-        if sums:
+        if self._settings.ladder and sums:
             yield Partial(update=embedded[:0])  # until the last sum is there
-        return buffers.residual[:num_tokens] + buffers.update[:num_tokens] + buffers.later[:num_tokens]
+        return buffers.total(num_tokens, ladder=self._settings.ladder)
 
     def _run_summing(self, program: Program, num_threads: int, end: int, sum_work: SumWork) -> None:
         """A program that sums by itself. Raises what kept a sum from being there."""
@@ -293,14 +279,15 @@ class FusedLayers:
         sum_work: SumWork | None,
     ) -> Compiled:
         places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
-        summed_by = 0 if sum_work is None else sum_work.failed
-        key = (first_row, num_tokens, num_threads, summed_by, *places)
+        num_strips = 1 if sum_work is None else sum_work.num_strips(buffers.update[:num_tokens])
+        summed_by = 0 if sum_work is None else sum_work.failed  # which nobody else has while the program is kept
+        key = (first_row, num_tokens, num_threads, summed_by, num_strips, *places)
         if key in self._programs:
             self._programs.move_to_end(key)
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
-            made = Program(max_works(self._layers))
+            made = Program(max_works(self._layers, num_strips))
             writes = writer(made, buffers, num_tokens, num_threads, self._settings)
             self._programs[key] = compile_layers(self._layers, caches, writes, self._settings, sum_work)
         return self._programs[key]

@@ -14,10 +14,10 @@ from torch import Tensor
 from kernels import paged
 from kernels.attention import LayerCache
 from kernels.layer_works import Buffers, Layer, Writer
-from kernels.partial import MOST_STRIPS, SumWork
+from kernels.partial import SumWork
 from kernels.program import Program
 
-_WORKS_PER_LAYER = 15  # and two more for each strip of a sum
+_WORKS_PER_LAYER = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +37,13 @@ class Compiled:
 
     Attributes:
         attention: the number of each layer's attention in it; of a rank without heads, none.
+        sum_work: as long as the program is kept.
         sums: where an update must be a sum, which other ranks have parts of: two numbers a layer.
         finished: for each of ``sums``, where that goes on which needs the sum's norm.
     """
 
     program: Program
+    sum_work: SumWork | None
     attention: tuple[int, ...]
     sums: tuple[int, ...]
     finished: tuple[int, ...]
@@ -90,7 +92,9 @@ def compile_layers(
         sums.append(len(made))
         _finish(writer, layers, 2 * index + 1, ladder=settings.ladder)
         finished.append(len(made))
-    return Compiled(program=made, attention=tuple(attention), sums=tuple(sums), finished=tuple(finished))
+    return Compiled(
+        program=made, sum_work=sum_work, attention=tuple(attention), sums=tuple(sums), finished=tuple(finished)
+    )
 
 
 class Finisher:
@@ -139,9 +143,9 @@ def writer(made: Program, buffers: Buffers, num_rows: int, num_threads: int, set
     return Writer(made, buffers, num_rows, num_threads, settings.head_dim, settings.eps)
 
 
-def max_works(layers: Sequence[Layer]) -> int:
-    """That a program of the layers may have."""
-    return (_WORKS_PER_LAYER + 4 * MOST_STRIPS) * len(layers)
+def max_works(layers: Sequence[Layer], num_strips: int) -> int:
+    """That a program of the layers may have: a product and a sum for each strip of two sums a layer."""
+    return (_WORKS_PER_LAYER + 4 * num_strips) * len(layers)
 
 
 def _finish(writer: Writer, layers: Sequence[Layer], number: int, *, ladder: bool) -> None:

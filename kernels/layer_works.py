@@ -3,9 +3,10 @@
 Shapes as there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +47,15 @@ class Layer:
     def attended_size(self) -> int:
         """H * D."""
         return 0 if self.output is None else self.output.num_inputs
+
+
+class Turns(Protocol):
+    """Cosine and signed sine of every token's angles, each [T, 1, D]."""
+
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
 
 
 class Buffers:
@@ -91,6 +101,20 @@ class Buffers:
         rest.cos = {window: rows[first_row:] for window, rows in self.cos.items()}
         rest.sin = {window: rows[first_row:] for window, rows in self.sin.items()}
         return rest
+
+    def fill(self, embedded: Tensor, slots: Tensor, turns: Mapping[Window, Turns]) -> None:
+        """With the inputs of a step: as :meth:`kernels.fused.FusedLayers.run` has them."""
+        num_tokens = len(embedded)
+        self.residual[:num_tokens] = embedded
+        self.slots[:num_tokens] = slots
+        for window, turn in turns.items():
+            self.cos[window][:num_tokens] = turn.cos[:, 0]
+            self.sin[window][:num_tokens] = turn.sin[:, 0]
+
+    def total(self, num_tokens: int, *, ladder: bool) -> Tensor:
+        """The residual and the updates that are still to be added to it: [T, E]."""
+        total = self.residual[:num_tokens] + self.update[:num_tokens]
+        return total + self.later[:num_tokens] if ladder else total
 
     def _rows(self, width: int) -> Tensor:
         return torch.empty(self.num_tokens + SPARE_ROWS, width, dtype=torch.bfloat16)

@@ -15,14 +15,13 @@ how many threads share the tasks.
     D  head dimension, a multiple of LANES                S  slots
 """
 
-import hashlib
 import struct
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, from_dtype, njit, types
 
 from kernels import intrinsics, vectors
 from kernels.intrinsics import (
@@ -39,6 +38,7 @@ from kernels.intrinsics import (
     words_in,
     write_output,
 )
+from kernels.numba_code import c_function
 from kernels.vectors import LANES, PANEL
 
 TILE = 256
@@ -59,7 +59,6 @@ _ARGUMENTS = (
 _JOB_TYPE = np.dtype([(name, np.int64) for name in _ARGUMENTS] + [("scale", np.float64)])
 JOB = struct.Struct(f"={len(_ARGUMENTS)}qd")
 _LOG2_E = 1.4426950408889634
-_KEPT: list[Any] = []  # code lives as long as its object
 _OPTIONS = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
 _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
@@ -412,12 +411,5 @@ def _entry(zero: Any, version: int) -> Callable[[Any], None]:
 def compiled(stored: Any) -> int:
     """Address of the code for what is stored, as a C function; from Numba's cache on disk where it can be written."""
     zero = {vectors.FLOAT32: np.float32, vectors.WIDENED: np.uint16, vectors.PAIRED: np.int16}[stored](0)
-    sources = b"".join(Path(file).read_bytes() for file in (__file__, intrinsics.__file__, vectors.__file__))
-    work = _entry(zero, int.from_bytes(hashlib.sha256(sources).digest()[:4]))
     signature = types.void(types.CPointer(from_dtype(_JOB_TYPE)))
-    try:
-        callback = cfunc(signature, cache=True)(work)
-    except RuntimeError:  # neither beside the source nor in the user's own cache directory
-        callback = cfunc(signature)(work)
-    _KEPT.append(callback)
-    return int(callback.address)
+    return c_function(signature, partial(_entry, zero), (__file__, intrinsics.__file__, vectors.__file__))

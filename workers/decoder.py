@@ -102,6 +102,7 @@ def run_layers(
             num_layers=num_layers,
         )
         return (yield from fused)
+    assert sum_work is None or weights.fused is None, "other ranks would sum otherwise"
     if model.ladder:
         return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
     layers = weights.layers[:num_layers]

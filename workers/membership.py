@@ -101,10 +101,11 @@ class Membership:
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for others.
         """
+        self.group.compile_sums()  # before they meet: for each other they wait as long as it takes
         self._everyone.meet(go_on)
         if self.group.sums:
             self._add_torch(device)
-            self.group.table = measure(self.group)
+            self.group.use(measure(self.group))
             self._measured = replace(self._measured, sums=self.group.table.measured)
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 
@@ -135,13 +136,12 @@ class Membership:
 
         Raises PeerFailed, and what ``go_on`` raises while it waits for the ranks of other stages.
         """
-        if self.group.sums:
-            self.group.agree(runner.is_program)
         if sharing is not None:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)
             logger.info("sequence_sharing %s", sharing.speeds)
         elif self.group.sums and runner.can_weave:
+            self.group.agree_on_strips(runner.is_program)
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
             self._measured = replace(self._measured, lanes=runner.overlap.measured)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)

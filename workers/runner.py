@@ -285,7 +285,8 @@ class ModelRunner:
             num_layers: only the first ones are computed, for a measurement.
         """
         group = self._group
-        sum_work = group.in_program(x.nbytes) if in_program and group.sums else None
+        within = in_program and group.sums and not self._model.ladder
+        sum_work = group.in_program(x.nbytes) if within else None
         tokens = decoder.TokenBatch(
             token_ids=inputs.token_ids,
             slots=inputs.slots,

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear, matmul
-from kernels.linear import ColumnLinear, Linear, PackedLinear, PlainLinear, pack
+from kernels import linear, matmul, threads
+from kernels.columns_ir import Strip
+from kernels.linear import ColumnLinear, Linear, PackedLinear, PlainLinear, pack, pack_rounded, shared
+from kernels.quantized import Bits, round_weight
 
 SHAPES = [(96, 64), (509, 250), (1, 2048), (2049, 34), (320, 2048)]
 needs_columns = pytest.mark.skipif(not matmul.is_supported(), reason="this CPU has no AVX512-BF16, or AMX")
@@ -105,3 +107,27 @@ def test_without_any_of_it_the_weight_stays_plain(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(matmul, "is_supported", lambda: False)
     monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
     assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), PlainLinear)
+
+
+@needs_columns
+@pytest.mark.parametrize("num_tokens", [1, 3, 5, 8, 11, 24, 64])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_strips_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: Bits | None) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    weight = torch.randn(256, 128, generator=generator).to(torch.bfloat16)
+    if bits is None:
+        layer = pack(weight, None)
+    else:
+        layer = pack_rounded(round_weight(weight, bits=bits, group_size=64), None, torch.bfloat16)
+    whole = shared(layer)
+    assert whole is not None
+    x = torch.randn(num_tokens, 128, generator=generator).to(torch.bfloat16)
+    num_tiles, num_rows = whole.tiles(num_tokens)
+    tiles = matmul.in_tiles(x, num_tiles, num_rows)
+    for count in (1, 2, 8, 16):
+        output = torch.empty(num_tiles * num_rows, 256, dtype=torch.bfloat16)
+        for number in range(count):
+            ticket = torch.zeros(1, dtype=torch.int64)
+            addresses = tiles.data_ptr(), output.data_ptr(), ticket.data_ptr()
+            threads.run(*whole.product(num_tokens, 2, *addresses, Strip(number, count)), 2)
+        assert torch.equal(output[:num_tokens], layer(x))

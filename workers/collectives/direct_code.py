@@ -9,65 +9,20 @@ slower of two hosts computed in a step of decodes, with sums of 32 KB. This leav
 
 # mypy: disallow-untyped-decorators=False, disallow-any-unimported=False
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from kernels import intrinsics
 from kernels.intrinsics import pointer, take_ticket
-from workers.collectives import direct_words
-from workers.collectives.direct_words import (
-    ADD,
-    AT,
-    BROKEN,
-    CLOSED,
-    COUNT,
-    DAMAGED,
-    EPOCH,
-    ERROR,
-    FAILED,
-    FOLD,
-    FRAME_STRIDE,
-    FRAMES,
-    GAVE_UP,
-    HEAD_STRIDE,
-    HEADS,
-    JOB_WORDS,
-    MESSAGE,
-    MINE,
-    NOT_DUE,
-    NUM_PEERS,
-    NUM_RECEIVED,
-    NUM_SENT,
-    NUM_STRIPS,
-    OK,
-    ON_WAIT,
-    PARTS,
-    PEER_WORDS,
-    PEERS,
-    PIECES,
-    POLLS,
-    RECEIVED,
-    ROW_BYTES,
-    ROWS,
-    SENT,
-    SOCKET,
-    STATE_WORDS,
-    STATUS,
-    STRIDE,
-    STRIP,
-    TABLE,
-    THE_STATE,
-    TICKET,
-    X,
-)  # fmt: skip
-from workers.transport import frame_code
+from kernels.numba_code import c_function
+from workers.collectives import direct_words as w
+from workers.transport import checksum_ir, frame_code, frames
 from workers.transport.frame_code import (
     bytes_at,
     call_four,
@@ -95,7 +50,6 @@ _receive = types.ExternalFunction("recv", types.int64(types.int32, types.int64, 
 _poll = types.ExternalFunction("poll", types.int32(types.int64, types.uint64, types.int32))
 _clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 _errno_at = types.ExternalFunction("__errno_location", types.int64())
-_KEPT: list[Any] = []  # code lives as long as its object
 _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **frame_code.OPTIONS)
 
 
@@ -112,7 +66,7 @@ def call_wait(context, function, waited_ms):  # type: ignore[no-untyped-def]
 
 @_jit
 def _fail(state, status, peer, error):  # type: ignore[no-untyped-def]
-    state[STATUS], state[FAILED], state[ERROR] = status, peer, error
+    state[w.STATUS], state[w.AWAITED], state[w.ERROR] = status, peer, error
 
 
 @_jit
@@ -130,122 +84,118 @@ def _now_ms():  # type: ignore[no-untyped-def]
 @_jit
 def _begin(state, peers, job):  # type: ignore[no-untyped-def]
     """The strip's frame for each peer, none of which is sent yet."""
-    number = job[STRIP]
-    payload_bytes = job[ROWS] * job[ROW_BYTES]
+    number = job[w.STRIP]
+    payload_bytes = job[w.ROWS] * job[w.ROW_BYTES]
     for i in range(len(peers)):
         peer = peers[i]
         if number == 0:
-            peer[SENT] = 0
-            peer[RECEIVED] = 0
-        head = bytes_at(peer[HEADS] + number * HEAD_STRIDE, HEADER_BYTES)
-        write_header(head, state[EPOCH], peer[NUM_SENT] + number, payload_bytes)
-        start = job[X] + number * job[ROW_BYTES]
-        checksum = frame_checksum(head, start, job[ROWS], job[ROW_BYTES], job[STRIDE], state[FOLD], state[TABLE])
+            peer[w.SENT] = 0
+            peer[w.RECEIVED] = 0
+        head = bytes_at(peer[w.HEADS] + number * w.HEAD_STRIDE, HEADER_BYTES)
+        write_header(head, state[w.EPOCH], peer[w.NUM_SENT] + number, payload_bytes)
+        start = job[w.X] + number * job[w.ROW_BYTES]
+        checksum = frame_checksum(
+            head, start, job[w.ROWS], job[w.ROW_BYTES], job[w.STRIDE], state[w.FOLD], state[w.TABLE]
+        )
         store(head, FIELD_BYTES, checksum, 4)
 
 
 @_jit
 def _point(peer, job, number, offset):  # type: ignore[no-untyped-def]
     """Has the peer's message be what follows ``offset`` bytes of a frame."""
-    pieces = words_at(peer[PIECES], (job[ROWS] + 1, 2))
+    pieces = words_at(peer[w.PIECES], (job[w.ROWS] + 1, 2))
     count = 0
     if offset < HEADER_BYTES:
-        pieces[0, 0], pieces[0, 1] = peer[HEADS] + number * HEAD_STRIDE + offset, HEADER_BYTES - offset
+        pieces[0, 0], pieces[0, 1] = peer[w.HEADS] + number * w.HEAD_STRIDE + offset, HEADER_BYTES - offset
         count, offset = 1, HEADER_BYTES
-    row = (offset - HEADER_BYTES) // job[ROW_BYTES]
-    skip = (offset - HEADER_BYTES) % job[ROW_BYTES]
-    start = job[X] + number * job[ROW_BYTES]
-    while row < job[ROWS]:
-        pieces[count, 0], pieces[count, 1] = start + row * job[STRIDE] + skip, job[ROW_BYTES] - skip
+    row = (offset - HEADER_BYTES) // job[w.ROW_BYTES]
+    skip = (offset - HEADER_BYTES) % job[w.ROW_BYTES]
+    start = job[w.X] + number * job[w.ROW_BYTES]
+    while row < job[w.ROWS]:
+        pieces[count, 0], pieces[count, 1] = start + row * job[w.STRIDE] + skip, job[w.ROW_BYTES] - skip
         count, row, skip = count + 1, row + 1, 0
-    words_at(peer[MESSAGE], _LENGTH + 1)[_LENGTH] = count
+    words_at(peer[w.MESSAGE], _LENGTH + 1)[_LENGTH] = count
 
 
 @_jit
 def _send_more(state, peers, i, job):  # type: ignore[no-untyped-def]
     """Sends what can be sent now of the strips so far; whether that was all."""
     peer = peers[i]
-    whole = HEADER_BYTES + job[ROWS] * job[ROW_BYTES]
-    while peer[SENT] < (job[STRIP] + 1) * whole:
-        _point(peer, job, peer[SENT] // whole, peer[SENT] % whole)
-        sent = _send(np.int32(peer[SOCKET]), peer[MESSAGE], np.int32(_FLAGS))
+    whole = HEADER_BYTES + job[w.ROWS] * job[w.ROW_BYTES]
+    while peer[w.SENT] < (job[w.STRIP] + 1) * whole:
+        _point(peer, job, peer[w.SENT] // whole, peer[w.SENT] % whole)
+        sent = _send(np.int32(peer[w.SOCKET]), peer[w.MESSAGE], np.int32(_FLAGS))
         if sent >= 0:
-            peer[SENT] += sent
+            peer[w.SENT] += sent
         else:
             error = _errno()
             if error == _AGAIN:
                 return False
             if error != _INTERRUPTED:
-                _fail(state, BROKEN, i, error)
+                _fail(state, w.BROKEN, i, error)
                 return False
     return True
+
+
+@_jit
+def _is_whole(state, head, payload, num_bytes):  # type: ignore[no-untyped-def]
+    """Whether a frame that has come is what was sent."""
+    checksum = frame_checksum(head, payload, np.int64(1), num_bytes, np.int64(0), state[w.FOLD], state[w.TABLE])
+    return checksum == load(head, FIELD_BYTES, 4)
 
 
 @_jit
 def _receive_more(state, peers, i, job):  # type: ignore[no-untyped-def]
     """Receives what has come; whether that was all strips, and as they should be."""
     peer = peers[i]
-    payload_bytes = job[ROWS] * job[ROW_BYTES]
+    payload_bytes = job[w.ROWS] * job[w.ROW_BYTES]
     whole = HEADER_BYTES + payload_bytes
-    while peer[RECEIVED] < job[NUM_STRIPS] * whole:
-        number, done = peer[RECEIVED] // whole, peer[RECEIVED] % whole
-        frame = peer[FRAMES] + number * job[FRAME_STRIDE]
-        received = _receive(np.int32(peer[SOCKET]), frame + done, whole - done, np.int32(_FLAGS))
+    while peer[w.RECEIVED] < job[w.NUM_STRIPS] * whole:
+        number, done = peer[w.RECEIVED] // whole, peer[w.RECEIVED] % whole
+        frame = peer[w.FRAMES] + number * job[w.FRAME_STRIDE]
+        received = _receive(np.int32(peer[w.SOCKET]), frame + done, whole - done, np.int32(_FLAGS))
         if received == 0:
-            _fail(state, CLOSED, i, np.int64(0))
+            _fail(state, w.CLOSED, i, np.int64(0))
             return False
         if received > 0:
-            peer[RECEIVED] += received
+            peer[w.RECEIVED] += received
             has_head = done < HEADER_BYTES and done + received >= HEADER_BYTES
             head = bytes_at(frame, HEADER_BYTES)
-            if has_head and not is_due(head, state[EPOCH], peer[NUM_RECEIVED] + number, payload_bytes):
-                state[AT] = number * job[FRAME_STRIDE]
-                _fail(state, NOT_DUE, i, number)
+            if has_head and not is_due(head, state[w.EPOCH], peer[w.NUM_RECEIVED] + number, payload_bytes):
+                state[w.AT] = number * job[w.FRAME_STRIDE]
+                _fail(state, w.NOT_DUE, i, number)
+                return False
+            if done + received == whole and not _is_whole(state, head, frame + HEADER_BYTES, payload_bytes):
+                _fail(state, w.DAMAGED, i, number)
                 return False
         else:
             error = _errno()
             if error == _AGAIN:
                 return False
             if error != _INTERRUPTED:
-                _fail(state, BROKEN, i, error)
+                _fail(state, w.BROKEN, i, error)
                 return False
     return True
 
 
 @_jit
-def _check(state, peers, i, job):  # type: ignore[no-untyped-def]
-    """The checksums of frames that have come."""
-    for number in range(job[NUM_STRIPS]):
-        frame = peers[i, FRAMES] + number * job[FRAME_STRIDE]
-        head, payload = bytes_at(frame, HEADER_BYTES), frame + HEADER_BYTES
-        checksum = frame_checksum(
-            head, payload, np.int64(1), job[ROWS] * job[ROW_BYTES], np.int64(0), state[FOLD], state[TABLE]
-        )
-        if checksum != load(head, FIELD_BYTES, 4):
-            _fail(state, DAMAGED, i, number)
-            return
-
-
-@_jit
 def _go_on(state, peers, job):  # type: ignore[no-untyped-def]
     """Sends to and receives from all peers what can be done now; how many are to be waited for."""
-    whole = HEADER_BYTES + job[ROWS] * job[ROW_BYTES]
-    polls = words_at(state[POLLS], len(peers))
+    whole = HEADER_BYTES + job[w.ROWS] * job[w.ROW_BYTES]
+    polls = words_at(state[w.POLLS], len(peers))
     num_waiting = 0
     for i in range(len(peers)):
         is_sent = _send_more(state, peers, i, job)
-        is_there = peers[i, RECEIVED] >= job[NUM_STRIPS] * whole
-        if state[STATUS] == OK and not is_there:
+        is_there = peers[i, w.RECEIVED] >= job[w.NUM_STRIPS] * whole
+        if state[w.STATUS] == w.OK and not is_there:
             is_there = _receive_more(state, peers, i, job)
-            if is_there:
-                _check(state, peers, i, job)
-        if state[STATUS] != OK:
+        if state[w.STATUS] != w.OK:
             return 0
         if not (is_sent and is_there):
             if num_waiting == 0:
-                state[FAILED] = i
+                state[w.AWAITED] = i
             events = (0 if is_sent else _POLLOUT) | (0 if is_there else _POLLIN)
-            polls[num_waiting] = peers[i, SOCKET] | (np.int64(events) << 32)
+            polls[num_waiting] = peers[i, w.SOCKET] | (np.int64(events) << 32)
             num_waiting += 1
     return num_waiting
 
@@ -258,41 +208,41 @@ def _finish(state, peers, job):  # type: ignore[no-untyped-def]
         num_waiting = _go_on(state, peers, job)
         if num_waiting == 0:
             return
-        _poll(state[POLLS], np.uint64(num_waiting), np.int32(WAIT_MS))
+        _poll(state[w.POLLS], np.uint64(num_waiting), np.int32(WAIT_MS))
         now_ms = _now_ms()
         if now_ms - asked_ms >= WAIT_MS:
             asked_ms = now_ms
-            if call_wait(state[ON_WAIT], now_ms - began_ms) != 0:
-                state[STATUS] = GAVE_UP
+            if call_wait(state[w.ON_WAIT], now_ms - began_ms) != 0:
+                state[w.STATUS] = w.GAVE_UP
                 return
 
 
 @_jit
 def _sum(state, peers, job):  # type: ignore[no-untyped-def]
     """What all have sent, and what is here, in the order of ranks."""
-    parts = words_at(state[PARTS], len(peers) + 1)
-    for number in range(job[NUM_STRIPS]):
-        for row in range(job[ROWS]):
+    parts = words_at(state[w.PARTS], len(peers) + 1)
+    for number in range(job[w.NUM_STRIPS]):
+        for row in range(job[w.ROWS]):
             for i in range(len(peers)):
-                frame = peers[i, FRAMES] + number * job[FRAME_STRIDE]
-                parts[i if i < job[MINE] else i + 1] = frame + HEADER_BYTES + row * job[ROW_BYTES]
-            here = job[X] + row * job[STRIDE] + number * job[ROW_BYTES]
-            parts[job[MINE]] = here
-            call_four(job[ADD], state[PARTS], np.int64(len(parts)), here, job[COUNT])
+                frame = peers[i, w.FRAMES] + number * job[w.FRAME_STRIDE]
+                parts[i if i < job[w.MINE] else i + 1] = frame + HEADER_BYTES + row * job[w.ROW_BYTES]
+            here = job[w.X] + row * job[w.STRIDE] + number * job[w.ROW_BYTES]
+            parts[job[w.MINE]] = here
+            call_four(job[w.ADD], state[w.PARTS], np.int64(len(parts)), here, job[w.COUNT])
 
 
 @_jit
 def _work(state, peers, job):  # type: ignore[no-untyped-def]
     """Begins the sum of a strip; of the last, ends that of all."""
     _begin(state, peers, job)
-    if job[STRIP] + 1 < job[NUM_STRIPS]:
+    if job[w.STRIP] + 1 < job[w.NUM_STRIPS]:
         _go_on(state, peers, job)
         return
     _finish(state, peers, job)
-    if state[STATUS] == OK:
+    if state[w.STATUS] == w.OK:
         for i in range(len(peers)):
-            peers[i, NUM_SENT] += job[NUM_STRIPS]
-            peers[i, NUM_RECEIVED] += job[NUM_STRIPS]
+            peers[i, w.NUM_SENT] += job[w.NUM_STRIPS]
+            peers[i, w.NUM_RECEIVED] += job[w.NUM_STRIPS]
         _sum(state, peers, job)
 
 
@@ -301,23 +251,16 @@ def _entry(version: int) -> Callable[[Any], None]:
 
     def exchange(at):  # type: ignore[no-untyped-def]
         if version >= 0:
-            job = carray(at, JOB_WORDS)
-            state = words_at(job[THE_STATE], STATE_WORDS)
-            if take_ticket(job[TICKET]) == 0 and state[STATUS] == OK:
-                _work(state, words_at(state[PEERS], (state[NUM_PEERS], PEER_WORDS)), job)
+            job = carray(at, w.JOB_WORDS)
+            state = words_at(job[w.THE_STATE], w.STATE_WORDS)
+            if take_ticket(job[w.TICKET]) == 0 and state[w.STATUS] == w.OK:
+                _work(state, words_at(state[w.PEERS], (state[w.NUM_PEERS], w.PEER_WORDS)), job)
 
     return exchange
 
 
 @cache
 def compiled() -> int:
-    """Address of the exchange, a C function of its job's; from Numba's cache on disk where it can be written."""
-    sources = b"".join(Path(file).read_bytes() for file in (__file__, direct_words.__file__, frame_code.__file__))
-    version = int.from_bytes(hashlib.sha256(sources).digest()[:4])
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        callback = cfunc(signature, cache=True)(_entry(version))
-    except RuntimeError:  # neither beside the source nor in the user's own cache directory
-        callback = cfunc(signature)(_entry(version))
-    _KEPT.append(callback)
-    return int(callback.address)
+    """Address of the exchange, a C function of its job's."""
+    sources = (__file__, w.__file__, frame_code.__file__, frames.__file__, checksum_ir.__file__, intrinsics.__file__)
+    return c_function(types.void(types.CPointer(types.int64)), _entry, sources)

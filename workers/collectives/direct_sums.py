@@ -4,6 +4,8 @@ import ctypes
 import math
 import os
 import struct
+import time
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -69,19 +71,18 @@ class DirectSums:
         Args:
             rank: of this one, in the group.
             links: to all others.
-            timeout_s: longest that a sum may take.
+            timeout_s: longest that a sum of a program may take.
             strips: in how many a tensor of so many bytes is summed best.
-            alive: raises where a rank is known to be lost; called about every 0.1 s of a wait.
+            alive: raises where a rank is known to be lost; called about every 0.1 s of a program's wait.
             reason: why a connection broke.
         """
         self._rank = rank
         self._links = [links[peer] for peer in sorted(links)]
-        self._ranks = sorted(links)
-        self._timeout_s = timeout_s
+        self._each = timeout_s, alive  # what limits the sums of a program
         self._strips = strips
-        self._alive = alive
         self._reason = reason
-        self._given_up: Exception | None = None
+        self._given_up: BaseException | None = None
+        self._limits = timeout_s, alive  # what limits the sums that are on their way
         self._add = _adds()
         self._on_wait = _WAIT(self._is_to_end)  # must live as long as the code may call it
         self._table = frame_code.checksum_table()
@@ -105,7 +106,7 @@ class DirectSums:
     @property
     def failed(self) -> int:
         """Address of the word that is not 0 once a sum has failed."""
-        return int(self._state.ctypes.data)
+        return int(self._state[words.STATUS :].ctypes.data)
 
     def takes(self, x: Tensor) -> bool:
         """Whether it is a tensor of a kind and size that the code is for."""
@@ -120,7 +121,8 @@ class DirectSums:
 
     def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
         """As :class:`kernels.partial.SumWork` says: ``x`` is contiguous memory that the caller keeps."""
-        assert self.takes(x), (x.dtype, x.shape)
+        assert self.takes(x) and strip.count <= MOST_STRIPS, (x.dtype, x.shape, strip)
+        assert strip.count == 1 or (len(x) <= _MOST_ROWS and x.shape[1] % strip.count == 0), (x.shape, strip)
         rows = 1 if strip.count == 1 else len(x)
         stride = x.nbytes // rows
         row_bytes = stride // strip.count
@@ -128,22 +130,36 @@ class DirectSums:
         self._reserve(frame_stride * strip.count)
         add = self._add[add_ir.NAMES[_NUMBERS[x.dtype]]]
         return _JOB.pack(
-            *(ticket, self.failed, x.data_ptr(), rows, stride),
+            *(ticket, self._state.ctypes.data, x.data_ptr(), rows, stride),
             *(strip.number, strip.count, row_bytes, add, row_bytes // x.itemsize, self._rank, frame_stride),
         )
 
-    def all_reduce(self, x: Tensor) -> None:
-        """Sums what it :meth:`takes` over the ranks, in place. Raises PeerFailed and BadFrame."""
+    def all_reduce(self, x: Tensor, *, deadline_s: float, alive: Callable[[], None]) -> None:
+        """Sums what it :meth:`takes` over the ranks, in place.
+
+        Args:
+            deadline_s: by :func:`time.monotonic`.
+            alive: raises where a rank is known to be lost.
+
+        Raises:
+            PeerFailed: a connection broke, or the sum is not done by the deadline.
+            BadFrame: what came is not what was due.
+        """
         self._ticket[0] = 0
         job = self.job(x, int(self._ticket.ctypes.data))
         self.begin()
+        self._limits = deadline_s - time.monotonic(), alive
         threads.run(self.function, job, 1)
         self._check()
 
+    def release(self) -> None:
+        """Lets the memory for frames go: not once there are jobs that are to run."""
+        self._frames, self._room = [], 0
+
     def begin(self) -> None:
         """Before a program whose works sum: others may have used the connections."""
+        self._limits = self._each
         for peer, link in zip(self._peers, self._links, strict=True):
-            peer[words.SOCKET] = link.socket.fileno()
             peer[words.NUM_SENT], peer[words.NUM_RECEIVED] = link.num_sent, link.num_received
 
     def end(self) -> None:
@@ -159,7 +175,7 @@ class DirectSums:
                 int(peer[words.NUM_SENT]),
                 int(peer[words.NUM_RECEIVED]),
             )
-        status, place = int(self._state[words.STATUS]), int(self._state[words.FAILED])
+        status, place = int(self._state[words.STATUS]), int(self._state[words.AWAITED])
         if status == words.OK:
             return
         link = self._links[place]
@@ -176,25 +192,31 @@ class DirectSums:
         number, start = int(self._state[words.ERROR]), int(self._state[words.AT])
         head = self._frames[place][start : start + HEADER_BYTES].tobytes()
         header = parse(head, epoch=link.epoch, number=link.num_received + number)
+        if header.kind is Kind.FAILED:
+            raise PeerFailed(link.peer, "says that it has failed")
         if header.kind is not Kind.TENSOR:
             raise BadFrame(f"a {header.kind.name} frame came where a TENSOR was due")
         raise BadFrame(f"a TENSOR frame has {header.length} bytes, which is not what was due")
 
     def _is_to_end(self, waited_ms: int) -> int:
         """Called by the code while it waits: whether it is to end."""
+        timeout_s, alive = self._limits
         try:
-            self._alive()
-            if waited_ms >= 1000 * self._timeout_s:
-                place = int(self._state[words.FAILED])
+            alive()
+            if waited_ms >= 1000 * timeout_s:
+                place = int(self._state[words.AWAITED])
                 raise PeerFailed(self._links[place].peer, "did not answer in time")
-        except Exception as error:  # raised once the code has returned
+        except BaseException as error:  # raised once the code has returned
             self._given_up = error
             return 1
         return 0
 
     def _set_up(self) -> None:
-        for place in range(len(self._links)):
+        for place, link in enumerate(self._links):
             peer, message = self._peers[place], self._messages[place]
+            # Of its own: while the code has it, no other file gets the number of a connection that was closed.
+            peer[words.SOCKET] = number = os.dup(link.socket.fileno())
+            weakref.finalize(self, os.close, number)
             peer[words.HEADS] = self._heads[place].ctypes.data
             peer[words.MESSAGE] = message.ctypes.data
             peer[words.PIECES] = self._pieces[place].ctypes.data

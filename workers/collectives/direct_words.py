@@ -7,11 +7,12 @@ came that was not due, or that is damaged."""
 HEAD_STRIDE = 64
 """Bytes from one header that is sent to the next."""
 
-# Words of the state of the ranks: how the last exchange ended, which peer it waited for, by its place, and errno; the
-# number of peers, and the epoch; addresses of on_wait (int32 of int64 milliseconds), of the code that folds checksums,
-# and of what they are by byte; of arrays: words of each PEER, a struct pollfd for each, an address for each part in the
-# order of ranks. Of a frame that is not as it should be, errno is its number in the sum, and AT where it begins.
-STATUS, FAILED, ERROR, AT, NUM_PEERS, EPOCH, ON_WAIT, FOLD, TABLE, PEERS, POLLS, PARTS = range(12)
+# Words of the state of the ranks: how the last exchange ended; which peer it waited for, by its place; and what more
+# there is to say: errno of a broken connection, the number in the sum of a frame that is not due or damaged, and AT of
+# one that is not due, where it begins; the number of peers, and the epoch; addresses of on_wait (int32 of int64
+# milliseconds), of the code that folds checksums, and of what they are by byte; of arrays: words of each PEER, a struct
+# pollfd for each, an address for each part in the order of ranks.
+STATUS, AWAITED, ERROR, AT, NUM_PEERS, EPOCH, ON_WAIT, FOLD, TABLE, PEERS, POLLS, PARTS = range(12)
 STATE_WORDS = 12
 # Words of a peer: its socket; the frames sent to it and received from it before this sum; addresses of the headers that
 # it is sent, a cache line each, of a struct msghdr, of that message's struct iovec, and of where its frames go, header

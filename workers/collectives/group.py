@@ -71,7 +71,7 @@ class TensorGroup:
         self.widths = widths
         self.ways: dict[str, AllReduce] = ways(self.num_ranks)
         self._in_strips = False
-        self._compiled = self._compile() if links and sums and is_available() else None
+        self._compiled: DirectSums | None = None
         self.unchecked: set[str] = set()
         self._on_device: Group | None = None
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="exchange", initializer=work_alone)
@@ -108,22 +108,26 @@ class TensorGroup:
             return None
         return self._compiled if self.table.choose(num_bytes) == _DIRECT else None
 
-    def agree(self, has_programs: bool) -> None:
-        """Has sums cut into strips where every rank can. All ranks call it at the same time. Raises PeerFailed.
+    def agree_on_strips(self, has_programs: bool) -> None:
+        """Has sums cut into strips where every rank can: not where one has nothing of the layers, or another CPU.
+
+        All ranks call it at the same time. Raises PeerFailed.
 
         Args:
             has_programs: this rank's layers are a program.
         """
-        num_others = torch.tensor([0.0 if has_programs and self._compiled is not None else 1.0])
-        self.run(direct, num_others)
-        self._in_strips = not num_others.item()
+        num_without = torch.tensor([0.0 if has_programs and self._compiled is not None else 1.0])
+        self.run(direct, num_without)
+        self._in_strips = not num_without.item()
 
     def _num_strips(self, num_bytes: int) -> int:
         return self.table.num_strips(num_bytes, MOST_STRIPS) if self._in_strips else 1
 
-    def _compile(self) -> DirectSums:
-        """Has direct sums computed by compiled code."""
-        compiled = DirectSums(
+    def compile_sums(self) -> None:
+        """Has direct sums computed by compiled code, where this CPU has what that needs. Takes seconds, once."""
+        if not self.sums or not self.links or not is_available():
+            return
+        compiled = self._compiled = DirectSums(
             rank=self.rank,
             links=self.links,
             timeout_s=COLLECTIVE_S,
@@ -134,12 +138,17 @@ class TensorGroup:
 
         def direct_compiled(peers: Peers, x: Tensor) -> None:
             if compiled.takes(x):
-                compiled.all_reduce(x)
+                compiled.all_reduce(x, deadline_s=peers.deadline_s, alive=peers.alive)
             else:
                 direct(peers, x)
 
         self.ways[_DIRECT] = direct_compiled
-        return compiled
+
+    def use(self, table: AllReduceTable) -> None:
+        """Sums by this table from now on; what was needed to measure it is let go."""
+        self.table = table
+        if self._compiled is not None:
+            self._compiled.release()
 
     def _scatters(self, x: Tensor) -> bool:
         """Whether it is to be scattered, and can be by rows: no rank may have many more of them than others."""

@@ -54,16 +54,16 @@ def fold() -> str:
     16 bytes to ``rest``: the register of these, begun with 0, is that of all.
     """
     loads = "".join(_load(f"first_{lane}", "%data", lane) for lane in range(_LANES))
-    carried = "".join(
-        f"\n  %x{lane} = phi <2 x i64> [%{'begun' if lane == 0 else f'first_{lane}'}, %entry], [%y{lane}, %loop]"
-        for lane in range(_LANES)
+    firsts = ["begun", *(f"first_{lane}" for lane in range(1, _LANES))]
+    carried, ends = (
+        "".join(
+            f"\n  %{name}{lane} = phi <2 x i64> [%{first}, %entry], [%y{lane}, %loop]"
+            for lane, first in enumerate(firsts)
+        )
+        for name in "xz"
     )
     folds = "".join(
         _load(f"next_{lane}", "%here", lane) + _fold(f"y{lane}", f"x{lane}", 8 * _BLOCK_BYTES, f"next_{lane}")
-        for lane in range(_LANES)
-    )
-    ends = "".join(
-        f"\n  %z{lane} = phi <2 x i64> [%{'begun' if lane == 0 else f'first_{lane}'}, %entry], [%y{lane}, %loop]"
         for lane in range(_LANES)
     )
     left = "".join(_fold(f"w{lane}", "z0" if lane == 1 else f"w{lane - 1}", 128, f"z{lane}") for lane in (1, 2, 3))

@@ -33,6 +33,10 @@ def sums_of(links: dict[int, Link], rank: int, **options: object) -> DirectSums:
     return DirectSums(rank=rank, links=links, **{"timeout_s": 20.0, "alive": lambda: None, **options})  # type: ignore[arg-type]
 
 
+def all_reduce(sums: DirectSums, x: Tensor, timeout_s: float = 20.0, alive: Callable[[], None] = lambda: None) -> None:
+    sums.all_reduce(x, deadline_s=time.monotonic() + timeout_s, alive=alive)
+
+
 def in_python(links: dict[int, Link], rank: int, x: Tensor) -> None:
     deadline_s = time.monotonic() + 20.0
     direct(Peers(rank=rank, num_ranks=len(links) + 1, links=links, deadline_s=deadline_s, alive=lambda: None), x)
@@ -70,7 +74,7 @@ def test_the_bits_are_those_of_python_whoever_of_the_ranks_has_no_code(
             xs = [part.clone() for part in parts]
             at_once(
                 [
-                    partial(sums[rank].all_reduce, x)
+                    partial(all_reduce, sums[rank], x)
                     if rank < num_compiled
                     else partial(in_python, links[rank], rank, x)
                     for rank, x in enumerate(xs)
@@ -150,14 +154,14 @@ def test_what_is_not_due_is_refused(pair: tuple[Link, socket.socket], sent: byte
     link, there = pair
     there.sendall(sent)
     with pytest.raises(BadFrame, match=why):
-        sums_of({1: link}, 0).all_reduce(X.clone())
+        all_reduce(sums_of({1: link}, 0), X.clone())
 
 
 def test_a_peer_that_goes_is_an_error_at_once(pair: tuple[Link, socket.socket]) -> None:
     link, there = pair
     threading.Timer(0.2, there.close).start()
     with pytest.raises(PeerFailed, match=r"rank 1: (closed its connection|its connection broke)"):
-        sums_of({1: link}, 0).all_reduce(X.clone())
+        all_reduce(sums_of({1: link}, 0), X.clone())
 
 
 def test_a_connection_that_is_reset_is_an_error(pair: tuple[Link, socket.socket]) -> None:
@@ -165,13 +169,13 @@ def test_a_connection_that_is_reset_is_an_error(pair: tuple[Link, socket.socket]
     there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     threading.Timer(0.2, there.close).start()
     with pytest.raises(PeerFailed, match=r"its connection broke|closed its connection"):
-        sums_of({1: link}, 0).all_reduce(torch.ones(1 << 20))  # more than the buffers hold
+        all_reduce(sums_of({1: link}, 0), torch.ones(1 << 20))  # more than the buffers hold
 
 
 def test_a_peer_that_says_nothing_is_given_up_in_time(pair: tuple[Link, socket.socket]) -> None:
     began_s = time.monotonic()
     with pytest.raises(PeerFailed, match="rank 1: did not answer in time"):
-        sums_of({1: pair[0]}, 0, timeout_s=0.5).all_reduce(X.clone())
+        all_reduce(sums_of({1: pair[0]}, 0), X.clone(), timeout_s=0.5)
     assert 0.4 < time.monotonic() - began_s < 5.0
 
 
@@ -189,7 +193,7 @@ def test_a_peer_that_sends_ever_less_than_a_frame_is_given_up_in_time(pair: tupl
     beside.start()
     try:
         with pytest.raises(PeerFailed, match="did not answer in time"):
-            sums_of({1: link}, 0, timeout_s=0.5).all_reduce(X.clone())
+            all_reduce(sums_of({1: link}, 0), X.clone(), timeout_s=0.5)
     finally:
         over.set()
         beside.join()
@@ -199,9 +203,9 @@ def test_what_is_known_of_a_lost_rank_is_raised_from_the_wait(pair: tuple[Link, 
     def alive() -> None:
         raise PeerFailed(3, "is frozen")
 
-    sums = sums_of({1: pair[0]}, 0, alive=alive, reason=lambda error: PeerFailed(error.rank, f"because {error.cause}"))
+    sums = sums_of({1: pair[0]}, 0, reason=lambda error: PeerFailed(error.rank, f"because {error.cause}"))
     with pytest.raises(PeerFailed, match="rank 3: is frozen"):
-        sums.all_reduce(X.clone())
+        all_reduce(sums, X.clone(), alive=alive)
     with pytest.raises(PeerFailed, match="rank 3: because is frozen"):
         sums.end()
 
@@ -212,6 +216,58 @@ def test_after_a_failure_nothing_is_sent_any_more(pair: tuple[Link, socket.socke
     sums = sums_of({1: link}, 0)
     for _ in range(2):
         with pytest.raises(BadFrame):
-            sums.all_reduce(X.clone())
+            all_reduce(sums, X.clone())
     there.settimeout(1.0)
     assert len(there.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT)) == HEADER_BYTES + len(PAYLOAD)
+
+
+def test_a_frame_of_a_later_strip_that_is_not_due_is_named(pair: tuple[Link, socket.socket]) -> None:
+    """As from a rank that cuts its sums otherwise."""
+    link, there = pair
+    x = torch.ones(4, 64)
+    half = bytes(x[:, :32].contiguous().numpy())
+    there.sendall(header(Kind.TENSOR, memoryview(half), epoch=EPOCH, number=0) + half)
+    there.sendall(header(Kind.TENSOR, PAYLOAD, epoch=EPOCH, number=1) + PAYLOAD)
+    with pytest.raises(BadFrame, match="has 1024 bytes"):
+        in_strips(sums_of({1: link}, 0), x, 2, 0.0)
+
+
+def test_a_later_strip_that_is_damaged_is_refused(pair: tuple[Link, socket.socket]) -> None:
+    link, there = pair
+    half = bytes(torch.ones(4, 32).numpy())
+    for number in range(2):
+        there.sendall(header(Kind.TENSOR, memoryview(half), epoch=EPOCH, number=number) + half[:-1] + bytes([number]))
+    with pytest.raises(BadFrame, match="damaged"):
+        in_strips(sums_of({1: link}, 0), torch.ones(4, 64), 2, 0.0)
+
+
+def test_a_connection_that_is_closed_here_hands_nothing_to_who_has_its_number_next(
+    pair: tuple[Link, socket.socket],
+) -> None:
+    """Another thread ends the replica between two sums of a program, and opens something else."""
+    link, _ = pair
+    sums = sums_of({1: link}, 0)
+    sums.begin()
+    number = link.socket.fileno()
+    link.close()
+    one, other = socket.socketpair()
+    with one, other:
+        assert number in (one.fileno(), other.fileno())
+        ticket = np.zeros(1, np.int64)
+        threads.run(sums.function, sums.job(X.clone(), int(ticket.ctypes.data)), 1)
+        with pytest.raises(PeerFailed):
+            sums.end()
+        for end in (one, other):
+            end.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                end.recv(1)
+
+
+def test_memory_for_frames_is_made_again_after_it_was_let_go(make_meshes: MakeMeshes) -> None:
+    sums = [sums_of(mesh.of(Channel.COMPUTE), rank) for rank, mesh in enumerate(make_meshes(2))]
+    for size in (10, 100_000, 10):
+        xs = [torch.full((size,), float(rank + 1)) for rank in range(2)]
+        at_once([partial(all_reduce, sums[rank], x) for rank, x in enumerate(xs)])
+        assert all((x == 3.0).all() for x in xs)
+        for one in sums:
+            one.release()
