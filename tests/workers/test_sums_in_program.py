@@ -1,5 +1,6 @@
 """Sums over ranks as works of the layers' program: the bits of those that stop it, and what ends it."""
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 
 from placement.collectives import AllReduceTable
+from placement.overlap import OverlapTable
 from tests.support.oracle import WIDE
 from tests.support.ranks import Ranks, ranks
+from workers import membership as memberships
+from workers.collectives.direct_sums import DirectSums
 from workers.collectives.group import TensorGroup
 from workers.runner import ModelRunner
 from workers.step_types import Batch, SequenceInput
 from workers.transport.errors import PeerFailed
+from workers.transport.link import Link
 
 TOKEN_IDS = [i * 31 % 509 for i in range(300)]
 LENGTHS = (1, 10, 33, 150, 300)
@@ -103,6 +108,44 @@ def test_ranks_agree_on_strips_unless_one_has_no_program(
     with ranks(path, (1, 1)) as exact:
         for found, expected in zip(mixed, log_probs(exact), strict=True):
             assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_strips_are_what_ranks_measured_and_agreed_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, num_strips: list[int]
+) -> None:
+    """Over links that are slow for the size of the sums; two stages, each of two ranks."""
+    slow = AllReduceTable(sizes=(1, 2), names=("direct",) * 2, seconds=(0.0, 1e-7))
+    monkeypatch.setattr(memberships, "measure", lambda _: slow)
+    with ranks(path, (3, 1), (1, 1), dtype=torch.bfloat16, measures=True) as cut:
+        for rank in range(4):
+            cut.runner(rank).overlap = OverlapTable()
+        num_strips.clear()
+        found = log_probs(cut)
+        assert max(num_strips) == 8
+    with ranks(path, (3, 1), (1, 1), dtype=torch.bfloat16) as cut:
+        for mine, other in zip(found, log_probs(cut), strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_rank_that_does_not_come_is_given_up_by_whichever_thread_waits_for_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch, num_threads: int
+) -> None:
+    with ranks(path, (1, 1), dtype=torch.bfloat16) as cut, socket.create_server(("127.0.0.1", 0)) as listener:
+        runner = cut.runner(0)
+        link = Link(socket.create_connection(listener.getsockname()), peer=1, epoch=1)
+        silent = DirectSums(rank=0, links={1: link}, timeout_s=0.5, alive=lambda: None)
+        monkeypatch.setattr(cut.membership(0).group, "in_program", lambda _: silent)
+        step = runner.lay_out(Batch(sequences=(SequenceInput(token_ids=TOKEN_IDS, start=0, runs=((7, 307),)),)))
+        embedded = torch.ones(len(TOKEN_IDS), runner.hidden_size, dtype=torch.bfloat16)
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            with pytest.raises(PeerFailed, match="rank 1: did not answer in time"):
+                runner.forward(step, embedded)
+        finally:
+            torch.set_num_threads(before)
+            link.close()
 
 
 def test_a_rank_that_goes_ends_the_program_and_is_named(path: Path) -> None:
