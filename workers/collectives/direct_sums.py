@@ -75,6 +75,9 @@ class DirectSums:
             strips: in how many a tensor of so many bytes is summed best.
             alive: raises where a rank is known to be lost; called about every 0.1 s of a program's wait.
             reason: why a connection broke.
+
+        Raises:
+            PeerFailed: a link is closed.
         """
         self._rank = rank
         self._links = [links[peer] for peer in sorted(links)]
@@ -171,10 +174,7 @@ class DirectSums:
 
     def _check(self) -> None:
         for peer, link in zip(self._peers, self._links, strict=True):
-            link.num_sent, link.num_received = (
-                int(peer[words.NUM_SENT]),
-                int(peer[words.NUM_RECEIVED]),
-            )
+            link.num_sent, link.num_received = int(peer[words.NUM_SENT]), int(peer[words.NUM_RECEIVED])
         status, place = int(self._state[words.STATUS]), int(self._state[words.AWAITED])
         if status == words.OK:
             return
@@ -214,9 +214,7 @@ class DirectSums:
     def _set_up(self) -> None:
         for place, link in enumerate(self._links):
             peer, message = self._peers[place], self._messages[place]
-            # Of its own: while the code has it, no other file gets the number of a connection that was closed.
-            peer[words.SOCKET] = number = os.dup(link.socket.fileno())
-            weakref.finalize(self, os.close, number)
+            peer[words.SOCKET] = self._own_socket(link)
             peer[words.HEADS] = self._heads[place].ctypes.data
             peer[words.MESSAGE] = message.ctypes.data
             peer[words.PIECES] = self._pieces[place].ctypes.data
@@ -230,6 +228,15 @@ class DirectSums:
         state[words.PEERS] = self._peers.ctypes.data
         state[words.POLLS] = self._polls.ctypes.data
         state[words.PARTS] = self._parts.ctypes.data
+
+    def _own_socket(self, link: Link) -> int:
+        """The number of its connection that, while the code has it, no other file gets when the link is closed."""
+        try:
+            number = os.dup(link.socket.fileno())
+        except OSError as error:
+            raise broken(link, error) from error
+        weakref.finalize(self, os.close, number)
+        return number
 
     def _reserve(self, num_bytes: int) -> None:
         """Memory for all frames from each peer; payloads begin at cache lines."""

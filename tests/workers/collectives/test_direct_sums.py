@@ -271,3 +271,9 @@ def test_memory_for_frames_is_made_again_after_it_was_let_go(make_meshes: MakeMe
         assert all((x == 3.0).all() for x in xs)
         for one in sums:
             one.release()
+
+
+def test_a_link_that_is_closed_already_is_an_error(pair: tuple[Link, socket.socket]) -> None:
+    pair[0].close()
+    with pytest.raises(PeerFailed, match="rank 1: the connection with it was ended here"):
+        sums_of({1: pair[0]}, 0)
