@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import paged, reference, simd, threads, vectors
+from kernels import numba_code, paged, reference, simd, threads, vectors
 from kernels.attention import LayerCache, Run, SequenceSpan
 from kernels.tasks import plan_tasks
 
@@ -244,7 +244,7 @@ def test_code_is_compiled_even_where_nothing_can_be_cached(monkeypatch: pytest.M
             raise RuntimeError("cannot cache function: no locator available")
         return lambda work: Callback()
 
-    monkeypatch.setattr(simd, "cfunc", no_place_to_write)
+    monkeypatch.setattr(numba_code, "cfunc", no_place_to_write)
     assert simd.compiled(vectors.FLOAT32) == 4711
 
 
