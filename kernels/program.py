@@ -29,7 +29,7 @@ class Program:
         self._works: list[tuple[int, NDArray[np.uint8]]] = []
         self._tickets = _lines(max_works)
         self._num_tickets = 0
-        self._counters = _lines(2)
+        self._counters = _lines(3)  # of a barrier two; the third is always 0
         self._list = np.zeros((max_works, 2), np.int64)
 
     def ticket(self) -> int:
@@ -64,11 +64,11 @@ class Program:
         """
         self._tickets[: self._num_tickets] = 0
         self._counters[:] = 0
-        counters = (row.ctypes.data for row in self._counters)
+        *counters, never = (row.ctypes.data for row in self._counters)
         team_size = threads.team_size() if num_threads > 1 else 0
         count = (len(self._works) if stop is None else stop) - start
         functions = team_size, *_rests()
-        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, *functions, ended_by or _never())
+        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, *functions, ended_by or never)
         threads.run(compiled()["program"], header, num_threads)
 
 
@@ -121,12 +121,3 @@ def _rests() -> tuple[int, int]:
     """Addresses of ``sched_yield`` and ``usleep``, which let another thread have the core."""
     library = ctypes.CDLL(None)
     return threads.address(library.sched_yield), threads.address(library.usleep)
-
-
-_NEVER = np.zeros(1, np.int64)
-
-
-@cache
-def _never() -> int:
-    """Address of a word that is always 0."""
-    return int(_NEVER.ctypes.data)

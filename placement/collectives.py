@@ -10,8 +10,9 @@ MEASURED_BYTES = (1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 UNCHECKED_SAVES = 0.1
 
 MESSAGE_S = 1e-4
-"""What one more message of a sum costs two ranks, from one's product to the other's next: system calls, and a thread
-that is woken."""
+"""What one more message of a sum is taken to cost two ranks: system calls, and a thread that is woken. Not measured for
+each link. With 64 sequences over 1 Gbit/s strips so cut gained a twentieth; with 8, no value made a difference.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

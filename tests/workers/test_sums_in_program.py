@@ -93,8 +93,8 @@ def test_ranks_agree_on_strips_unless_one_has_no_program(
     """One rank of another kind of CPU: it computes layer by layer, the others by programs with whole sums."""
 
     def is_program(runner: ModelRunner) -> bool:
-        ranks_seen.append(runner._group.rank)  # type: ignore[attr-defined]
-        if runner._group.rank == without:  # type: ignore[attr-defined]
+        ranks_seen.append(runner._group.rank)
+        if runner._group.rank == without:
             object.__setattr__(runner._weights, "fused", None)
         return runner._weights.fused is not None
 

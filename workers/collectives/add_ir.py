@@ -1,7 +1,5 @@
 """LLVM IR that adds the parts of a sum: in the order of ranks, in float32, rounded once, to the nearest even."""
 
-from collections.abc import Sequence
-
 _LANES = 16
 
 NAMES = {"bfloat16": "add_bfloat16", "float32": "add_float32"}
@@ -94,6 +92,6 @@ entry:{_loop(number, _LANES)}{_loop(number, 1)}
 """
 
 
-def module(numbers: Sequence[str] = tuple(NAMES)) -> str:
-    """For all of these types."""
-    return "".join(map(add, numbers))
+def module() -> str:
+    """For all types."""
+    return "".join(map(add, NAMES))

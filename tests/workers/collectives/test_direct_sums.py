@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ SIZES = (1, 31, 64, 1000, 300_001)
 EPOCH = 7
 
 
-def sums_of(links: dict[int, Link], rank: int, **options: object) -> DirectSums:
-    return DirectSums(rank=rank, links=links, **{"timeout_s": 20.0, "alive": lambda: None, **options})  # type: ignore[arg-type]
+def sums_of(links: dict[int, Link], rank: int, **options: Any) -> DirectSums:
+    return DirectSums(rank=rank, links=links, timeout_s=20.0, alive=lambda: None, **options)
 
 
 def all_reduce(sums: DirectSums, x: Tensor, timeout_s: float = 20.0, alive: Callable[[], None] = lambda: None) -> None:
