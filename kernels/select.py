@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import reference
 from kernels.attention import AttentionPlan, LayerCache, PartPlan, PartSpan, SequenceSpan, SharedSpan
+from kernels.cpu import variant as cpu
 from kernels.cuda.gpus import runs_triton
 from kernels.linear import Linear
 

@@ -1,6 +1,6 @@
 """``python -m orchestrator``."""
 
-from orchestrator.cli import app
+from orchestrator.cli.app import app
 
 if __name__ == "__main__":
     app()

@@ -21,8 +21,8 @@ import grpc
 
 from placement.errors import PEER_LOST_EXIT_CODE, FieldError, InvalidConfig, cause_of
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
-from workers.device import open_device
-from workers.server import WorkerService
+from workers.host.device import open_device
+from workers.service.server import WorkerService
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
 

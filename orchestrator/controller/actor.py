@@ -22,7 +22,7 @@ from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_dr
 from orchestrator.launcher.node import advertised_host
 from orchestrator.launcher.process import WorkerFailed
 from placement.errors import HeterodyneError
-from placement.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from orchestrator.controller.wire import device_speed
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerFailed
 from placement.errors import cause_of
-from placement.plan import Shard
-from placement.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed
+from placement.planning.plan import Shard
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 
 RankKey = tuple[str, int]

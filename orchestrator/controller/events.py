@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from placement.measurements import NOTHING_MEASURED, StageMeasurements
-from placement.plan import Plan, Shard
+from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.planning.plan import Plan, Shard
 
 # -- events: what happened ------------------------------------------------------------------------------------
 

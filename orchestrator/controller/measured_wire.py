@@ -1,9 +1,9 @@
 """What the ranks of a stage measured, between the worker protocol's messages and :mod:`placement`. Pure."""
 
-from placement.collectives import MeasuredSum
-from placement.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
-from placement.measurements import StageMeasurements
-from placement.overlap import MeasuredLanes
+from placement.measured.collectives import MeasuredSum
+from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
+from placement.measured.measurements import StageMeasurements
+from placement.measured.overlap import MeasuredLanes
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.controller.wire import shard_message
-from placement.memory import CPU_PROCESS_BYTES
-from placement.plan import Plan, Shard
-from placement.quantization import Quantization
-from placement.specs import DType
+from placement.model.quantization import Quantization
+from placement.model.specs import DType
+from placement.planning.memory import CPU_PROCESS_BYTES
+from placement.planning.plan import Plan, Shard
 from protos.heterodyne.worker.v1 import worker_pb2
 
 _DTYPES = {DType.FLOAT32: worker_pb2.DTYPE_FLOAT32, DType.BFLOAT16: worker_pb2.DTYPE_BFLOAT16}

@@ -21,7 +21,7 @@ from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import PEER_LOST, WorkerFailed
 from placement.errors import cause_of
-from placement.plan import Shard
+from placement.planning.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 

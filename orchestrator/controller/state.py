@@ -24,8 +24,8 @@ from orchestrator.controller.events import (
     StartRank,
     StopRank,
 )
-from placement.measurements import NOTHING_MEASURED, StageMeasurements
-from placement.plan import Shard
+from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.planning.plan import Shard
 
 
 class Phase(Enum):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from orchestrator.controller.events import Member
 from orchestrator.controller.measured_wire import measured_message
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from placement.plan import Shard, Span
-from placement.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed
+from placement.planning.plan import Shard, Span
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 

@@ -6,11 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
-from orchestrator.config import load_config
+from orchestrator.config.document import load_config
 from orchestrator.gateway.server import GatewaySettings, run
-from orchestrator.parent import die_with_parent
+from orchestrator.launcher.parent import die_with_parent
 from placement.errors import HeterodyneError
-from placement.specs import DType
+from placement.model.specs import DType
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from orchestrator.gateway.admission import Admission
-from orchestrator.gateway.fleet import Fleet
-from orchestrator.telemetry import Telemetry
+from orchestrator.gateway.fleet.admission import Admission
+from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.telemetry.requests import Telemetry
 from protos.heterodyne.worker.v1 import worker_pb2
 
 _Figures = Iterable[tuple[float, Mapping[str, str]]]

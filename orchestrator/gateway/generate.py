@@ -13,24 +13,24 @@ from dataclasses import dataclass, replace
 import grpc
 from google.rpc import code_pb2
 
-from orchestrator.gateway.admission import Admission
-from orchestrator.gateway.answer import Answer
-from orchestrator.gateway.choice import Choice
-from orchestrator.gateway.detokenizer import Detokenizer
-from orchestrator.gateway.echo import Echo
-from orchestrator.gateway.fleet import Fleet
-from orchestrator.gateway.inbox import MAX_WAITING, Inbox
-from orchestrator.gateway.journal import Journal
-from orchestrator.gateway.leader import Leader
+from orchestrator.gateway.answer.answer import Answer
+from orchestrator.gateway.answer.choice import Choice
+from orchestrator.gateway.answer.detokenizer import Detokenizer
+from orchestrator.gateway.answer.echo import Echo
+from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.fleet.admission import Admission
+from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.inbox import MAX_WAITING, Inbox
+from orchestrator.gateway.fleet.journal import Journal
+from orchestrator.gateway.fleet.leader import Leader
 from orchestrator.gateway.model import ServedModel
-from orchestrator.gateway.prompts import Prompts
-from orchestrator.gateway.request import Request, check_model, check_request
+from orchestrator.gateway.request.prompts import Prompts
+from orchestrator.gateway.request.request import Request, check_model, check_request
+from orchestrator.gateway.request.structured import check_structured
+from orchestrator.gateway.request.structured_probe import GrammarProbe
+from orchestrator.gateway.request.submission import entries, submit_message
 from orchestrator.gateway.status import ClientTooSlow, DeadlineExceeded, ReplicaFault, abort, code_of
-from orchestrator.gateway.structured import check_structured
-from orchestrator.gateway.structured_probe import GrammarProbe
-from orchestrator.gateway.submission import entries, submit_message
-from orchestrator.gateway.text import TextStream
-from orchestrator.telemetry import RequestRecord, Telemetry
+from orchestrator.telemetry.requests import RequestRecord, Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2

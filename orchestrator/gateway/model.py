@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from orchestrator.chat import ChatTemplate
+from orchestrator.model_dir.chat import ChatTemplate
 from placement.errors import InvalidModel
-from placement.specs import DType, ModelSpec
-from placement.weights import num_parameters
+from placement.model.specs import DType, ModelSpec
+from placement.model.weights import num_parameters
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 MAX_TEMPERATURE = 100.0

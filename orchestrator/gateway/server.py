@@ -17,20 +17,20 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from orchestrator.background import BackgroundTasks
-from orchestrator.config import Config
-from orchestrator.gateway.admission import Admission
+from orchestrator.config.document import Config
 from orchestrator.gateway.figures import load_reports, observe
-from orchestrator.gateway.fleet import Fleet
+from orchestrator.gateway.fleet.admission import Admission
+from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.leader import LeaderLimits
 from orchestrator.gateway.generate import Generator
-from orchestrator.gateway.leader import LeaderLimits
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.service import AdminService, InferenceService
 from orchestrator.gateway.timeline import Timeline
-from orchestrator.model_files import read_model_files
-from orchestrator.telemetry import Telemetry
-from orchestrator.vllm_metrics import VllmMetrics
+from orchestrator.model_dir.files import read_model_files
+from orchestrator.telemetry.requests import Telemetry
+from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
-from placement.specs import DType
+from placement.model.specs import DType
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 

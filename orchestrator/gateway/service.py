@@ -7,11 +7,11 @@ from typing import Any
 import grpc
 
 from orchestrator.gateway import measured
-from orchestrator.gateway.admission import Admission
-from orchestrator.gateway.fleet import Fleet
+from orchestrator.gateway.fleet.admission import Admission
+from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel
-from orchestrator.gateway.request import check_model
+from orchestrator.gateway.request.request import check_model
 from orchestrator.gateway.status import abort
 from orchestrator.gateway.timeline import Timeline
 from placement.errors import HeterodyneError, InvalidRequest

@@ -8,8 +8,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from orchestrator.gateway.admission import Draining, Overloaded, QueueTimeout
-from orchestrator.gateway.request import UnknownModel
+from orchestrator.gateway.fleet.admission import Draining, Overloaded, QueueTimeout
+from orchestrator.gateway.request.request import UnknownModel
 from placement.errors import FieldError, HeterodyneError
 
 

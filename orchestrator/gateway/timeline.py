@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.telemetry import RequestRecord
+from orchestrator.telemetry.requests import RequestRecord
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.worker.v1 import worker_pb2

@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from orchestrator.launcher.agent import NodeAgent, Probe, Started
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
 from placement.errors import InvalidConfig, cause_of
-from placement.memory import format_bytes
-from placement.plan import Shard
+from placement.planning.memory import format_bytes
+from placement.planning.plan import Shard
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from placement.cgroup import container_available
+from placement.measured.cgroup import container_available
 
 
 def available_memory_bytes() -> int:

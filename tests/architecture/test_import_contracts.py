@@ -15,14 +15,14 @@ IGNORED = ("__init__.py", "__pycache__", "launcher", "controller")
 RAY_CONTRACT = "ray only in the orchestrator's launcher and controller"
 
 PLANTED = [
-    ("placement/plan.py", "import torch", "placement is pure"),
-    ("placement/plan.py", "import time", "placement is pure"),
-    ("kernels/reference.py", "import placement.plan", "kernels are tensor maths only"),
-    ("workers/engine.py", "import ray", "workers never import ray"),
-    ("workers/engine.py", "import orchestrator.cli", "workers never import ray or the orchestrator"),
-    ("orchestrator/preflight.py", "import torch", "the orchestrator never imports torch"),
-    ("orchestrator/gateway/fleet.py", "import ray", RAY_CONTRACT),
-    ("orchestrator/serve.py", "import ray", RAY_CONTRACT),
+    ("placement/planning/plan.py", "import torch", "placement is pure"),
+    ("placement/planning/plan.py", "import time", "placement is pure"),
+    ("kernels/reference.py", "import placement.planning.plan", "kernels are tensor maths only"),
+    ("workers/engine/loop.py", "import ray", "workers never import ray"),
+    ("workers/engine/loop.py", "import orchestrator.cli.app", "workers never import ray or the orchestrator"),
+    ("orchestrator/deployment/preflight.py", "import torch", "the orchestrator never imports torch"),
+    ("orchestrator/gateway/fleet/fleet.py", "import ray", RAY_CONTRACT),
+    ("orchestrator/deployment/serve.py", "import ray", RAY_CONTRACT),
 ]
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numba
 import torch
 
-from kernels import cpu
 from kernels.attention import LayerCache, Run, SequenceSpan, SharedSpan
+from kernels.cpu import variant as cpu
 from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish, shown
 
 SHAPES = ((4, 2, 32), (4, 8, 64), (8, 4, 128))  # K KV heads, G query heads each, D: demo, 1.1 B and 8 B Llama

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import grpc
 
-from orchestrator.preflight import preflight
-from placement.memory import CPU_PROCESS_BYTES, format_bytes
+from orchestrator.deployment.preflight import preflight
+from placement.planning.memory import CPU_PROCESS_BYTES, format_bytes
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
-from tests.benchmarks.engine_models import SHAPES, checkpoint, read_spec
+from tests.benchmarks.engine.engine_models import SHAPES, checkpoint, read_spec
 from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish
 from tests.support.deployment import deploy, in_stages, make_config, shared_sequences, two_ranks
 

@@ -17,15 +17,15 @@ import torch
 
 from kernels.attention import SharedSpan
 from kernels.select import kernels_for
-from placement.hf import read_model_spec
-from placement.specs import ModelSpec
-from placement.weights import whole_model
+from placement.model.hf import read_model_spec
+from placement.model.specs import ModelSpec
+from placement.model.weights import whole_model
 from tests.benchmarks.report import Curve, Metric, Report, Rows, publish, shown
-from workers.device import open_device
-from workers.kv_cache import allocate_kv_cache
-from workers.runner import ModelRunner
-from workers.sampling import SamplerState, SamplingParams
-from workers.step_types import Batch, SequenceInput, StepResult
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache
+from workers.sampling.sampling import SamplerState, SamplingParams
+from workers.step.runner import ModelRunner
+from workers.step.types import Batch, SequenceInput, StepResult
 
 PREFIXES = (1024, 2048, 4096, 8192, 16384)
 COMPARED = 4096

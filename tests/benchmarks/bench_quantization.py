@@ -23,19 +23,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.cpu.products.quantized import round_weight
 from kernels.linear import Linear, pack, pack_rounded
-from kernels.quantized import round_weight
 from kernels.select import kernels_for
-from placement.hf import read_model_spec
-from placement.quantization import LinearFormat, Quantization, linear_format, loaded_bytes
-from placement.specs import DType, ModelSpec
-from placement.weights import whole_model
+from placement.model.hf import read_model_spec
+from placement.model.quantization import LinearFormat, Quantization, linear_format, loaded_bytes
+from placement.model.specs import DType, ModelSpec
+from placement.model.weights import whole_model
 from tests.benchmarks.report import REPOSITORY, RESULTS, Curve, Metric, Report, Rows, publish, shown
-from workers.device import open_device
-from workers.kv_cache import allocate_kv_cache
-from workers.runner import ModelRunner
-from workers.step_types import Batch, SequenceInput
-from workers.weights import load_weights
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache
+from workers.startup.checkpoint import load_weights
+from workers.step.runner import ModelRunner
+from workers.step.types import Batch, SequenceInput
 
 DEMO = REPOSITORY / "deploy" / "demo"
 END_OF_TEXT = "<|end_of_text|>"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.preflight import preflight
+from orchestrator.deployment.preflight import preflight
 from tests.benchmarks import bench_memory
-from tests.benchmarks.engine_models import checkpoint, read_spec
+from tests.benchmarks.engine.engine_models import checkpoint, read_spec
 from tests.support.deployment import make_config
 
 

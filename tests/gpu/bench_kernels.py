@@ -20,7 +20,7 @@ import torch
 from tests.benchmarks.report import Metric, Report, Rows, publish, shown
 from tests.gpu import kernel_loads, model_loads
 from tests.gpu.timing import Ceilings, measure_ceilings, seconds, share, spread
-from tests.support.triton_cases import DEVICE, HAS_GPU
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
 
 RESULTS = Path(__file__).parent / "results"
 

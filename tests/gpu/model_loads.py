@@ -9,16 +9,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from kernels.cuda.variant import open_kernels
-from placement.hf import read_model_spec
-from placement.weights import EMBEDDING, whole_model
+from placement.model.hf import read_model_spec
+from placement.model.weights import EMBEDDING, whole_model
 from tests.support.captures import run_again
-from tests.support.triton_cases import DEVICE, HAS_GPU
-from tests.support.triton_runner import compute, hidden, lay_out
-from workers.device import open_device
-from workers.graphs import CudaCapture, DecodeGraphs, StepMemory
-from workers.kv_cache import allocate_kv_cache
-from workers.runner import ModelRunner
-from workers.step_types import SequenceInput
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
+from tests.support.triton.triton_runner import compute, hidden, lay_out
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache
+from workers.step.graphs import CudaCapture, DecodeGraphs, StepMemory
+from workers.step.runner import ModelRunner
+from workers.step.types import SequenceInput
 
 DTYPE = torch.bfloat16
 

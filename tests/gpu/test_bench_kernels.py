@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.triton_cases import REASON, RUNS_HERE
+from tests.support.triton.triton_cases import REASON, RUNS_HERE
 
 if not RUNS_HERE:
     pytest.skip(REASON, allow_module_level=True)

@@ -7,22 +7,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from placement.specs import ModelSpec
+from placement.model.specs import ModelSpec
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.engine import Listener, engines, submission
 from tests.support.oracle import CHECKPOINTS, Slots, chunk, greedy
 from tests.support.steps import run
-from tests.support.triton_cases import DEVICE, HAS_GPU
-from workers.device import open_device
-from workers.graphs import CudaCapture, DecodeGraphs
-from workers.load_checks import read_model
-from workers.loading import Loaded, LoadJob
-from workers.runner import ModelRunner
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
+from workers.host.device import open_device
+from workers.startup.checks import read_model
+from workers.startup.loading import Loaded, LoadJob
+from workers.step.graphs import CudaCapture, DecodeGraphs
+from workers.step.runner import ModelRunner
 
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
-from tests.support.triton_runner import compute, lay_out, triton_runner
+from tests.support.triton.triton_runner import compute, lay_out, triton_runner
 
 pytestmark = pytest.mark.gpu
 MAX_DECODES = 20

@@ -8,8 +8,8 @@ import torch
 
 from kernels import reference
 from kernels.attention import LayerCache
-from tests.kernels.test_shared_prefix import Forest, Node, prefix
-from tests.support.triton_cases import (
+from tests.kernels.cpu.test_shared_prefix import Forest, Node, prefix
+from tests.support.triton.triton_cases import (
     ATTENTION_TOLERANCE,
     DEVICE,
     DTYPES,

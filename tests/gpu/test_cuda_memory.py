@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from placement.memory import SAMPLED_ON_GPU, graph_bytes, graphed_tokens, sampling_bytes
-from placement.specs import DType
-from tests.support.triton_cases import DEVICE, HAS_GPU
-from tests.workers.test_sampling_memory import WAYS, states
-from workers.graphs import CudaCapture
-from workers.load_checks import read_model
-from workers.sampling import sample
+from placement.model.specs import DType
+from placement.planning.memory import SAMPLED_ON_GPU, graph_bytes, graphed_tokens, sampling_bytes
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
+from tests.workers.sampling.test_sampling_memory import WAYS, states
+from workers.sampling.sampling import sample
+from workers.startup.checks import read_model
+from workers.step.graphs import CudaCapture
 
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
-from tests.support.triton_runner import triton_runner
+from tests.support.triton.triton_runner import triton_runner
 
 pytestmark = pytest.mark.gpu
 

@@ -17,13 +17,13 @@ from tests.support.oracle import (
     oracle_logits,
 )
 from tests.support.steps import logits
-from tests.support.triton_cases import DEVICE, HAS_GPU
-from workers.graphs import CudaCapture
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
+from workers.step.graphs import CudaCapture
 
 if not HAS_GPU:
     pytest.skip("torch sees no CUDA device here", allow_module_level=True)
 
-from tests.support.triton_runner import triton_runner
+from tests.support.triton.triton_runner import triton_runner
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (1, 2, 17, 50, 97)

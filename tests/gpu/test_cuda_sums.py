@@ -7,17 +7,17 @@ import pytest
 import torch
 import torch.distributed
 
-from kernels.partial import Partial
-from placement.collectives import unmeasured
+from kernels.cpu.layers.partial import Partial
+from placement.measured.collectives import unmeasured
 from tests.support.memberships import READY_S, joined
-from tests.support.triton_cases import HAS_GPU
+from tests.support.triton.triton_cases import HAS_GPU
 from workers.collectives.algorithms import direct
 from workers.collectives.backends import open_torch_group
 from workers.collectives.group import TensorGroup
 from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.torch_group import LARGE_BYTES
-from workers.device import use_device
-from workers.membership import Membership
+from workers.host.device import use_device
+from workers.replica.membership import Membership
 from workers.transport.errors import PeerFailed
 from workers.transport.pulse import Pulse
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from tests.benchmarks.report import Metric
-from tests.support.triton_cases import DEVICE, HAS_GPU
+from tests.support.triton.triton_cases import DEVICE, HAS_GPU
 
 WARM_UP = 3
 

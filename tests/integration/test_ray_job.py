@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.client import fetch_status, stream_generate
+from orchestrator.cli.client import fetch_status, stream_generate
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from orchestrator.client import stream_generate
+from orchestrator.cli.client import stream_generate
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.netlab import system
 from tests.netlab.lab import Lab, lab

@@ -12,8 +12,9 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import kernels
-from kernels import cpu, reference
+from kernels import reference
 from kernels.attention import LayerCache
+from kernels.cpu import variant as cpu
 from kernels.select import kernels_for
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from workers.graphs import Replay
+from workers.step.graphs import Replay
 
 
 def run_again(run: Callable[[], None]) -> Replay:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.config import Config, load_config
+from orchestrator.config.document import Config, load_config
 
 MINIMAL = "model:\n  path: demo\n"
 

@@ -9,20 +9,20 @@ from pathlib import Path
 import grpc
 import yaml
 
-from orchestrator.auto_split import settle
-from orchestrator.config import Config, load_config
+from orchestrator.config.document import Config, load_config
 from orchestrator.controller import state as machine
 from orchestrator.controller.control import start_control_server
 from orchestrator.controller.early import EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
+from orchestrator.deployment.auto_split import settle
+from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerArgs, WorkerProcess
-from orchestrator.preflight import Checked, preflight
-from placement.memory import CPU_PROCESS_BYTES
-from placement.plan import Shard
-from placement.quantization import Quantization
+from placement.model.quantization import Quantization
+from placement.planning.memory import CPU_PROCESS_BYTES
+from placement.planning.plan import Shard
 
 START_S = 60.0
 

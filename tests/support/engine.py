@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from placement.blocks import BlockPool
 from placement.errors import HeterodyneError
-from placement.scheduling import Scheduler, SchedulerLimits
-from workers.engine import Engine
-from workers.engine_types import Limits, Output, Runner, StepStats, Submission
-from workers.sampling import SampledToken, SamplingParams
-from workers.scoring import PromptScores
-from workers.step_types import Batch, StepResult
+from placement.serving.blocks import BlockPool
+from placement.serving.scheduling import Scheduler, SchedulerLimits
+from workers.engine.loop import Engine
+from workers.engine.types import Limits, Output, Runner, StepStats, Submission
+from workers.sampling.sampling import SampledToken, SamplingParams
+from workers.step.scoring import PromptScores
+from workers.step.types import Batch, StepResult
 
 BLOCK_SIZE = 8
 WAIT_S = 60.0

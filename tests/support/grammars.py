@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.grammar import Grammar, GrammarFactory, GrammarSpec, GrammarState
+from workers.sampling.grammar import Grammar, GrammarFactory, GrammarSpec, GrammarState
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 # The demo tokenizer has 4096 tokens; the rest pads the vocabulary, as models do.

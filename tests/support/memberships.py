@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from placement.plan import Part, Span
-from workers.membership import Membership
-from workers.roster import Roster
+from placement.planning.plan import Part, Span
+from workers.replica.membership import Membership
+from workers.replica.roster import Roster
 from workers.transport.mesh import TOKEN_BYTES, listen
 
 READY_S = 60.0

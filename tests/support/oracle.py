@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.support.steps import Steps, greedy_sampler, run
-from workers.step_types import SequenceInput
+from workers.step.types import SequenceInput
 
 NUM_OUTPUTS = 64
 NUM_SLOTS = 4096

@@ -13,25 +13,25 @@ from torch import Tensor
 
 from kernels.attention import Run
 from kernels.select import Kernels, kernels_for
-from placement.exchange import Exchange
-from placement.hf import read_model_spec
-from placement.layout import ReplicaLayout, Split, StageLayout, cut
-from placement.quantization import LinearFormat
-from placement.specs import ModelSpec
-from placement.weights import shard_tensors
+from placement.measured.exchange import Exchange
+from placement.model.hf import read_model_spec
+from placement.model.quantization import LinearFormat
+from placement.model.specs import ModelSpec
+from placement.model.weights import shard_tensors
+from placement.planning.layout import ReplicaLayout, Split, StageLayout, cut
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.device import open_device
-from workers.engine_types import Runner
-from workers.follower import Follower
-from workers.kv_cache import allocate_kv_cache
-from workers.loading import num_slots
-from workers.membership import Membership
-from workers.roster import Roster
-from workers.runner import ModelRunner
-from workers.scoring import ScoredPrompt
-from workers.step_types import Batch, SequenceInput, StepResult
+from workers.engine.types import Runner
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache
+from workers.replica.follower import Follower
+from workers.replica.membership import Membership
+from workers.replica.roster import Roster
+from workers.startup.checkpoint import load_weights
+from workers.startup.loading import num_slots
+from workers.step.runner import ModelRunner
+from workers.step.scoring import ScoredPrompt
+from workers.step.types import Batch, SequenceInput, StepResult
 from workers.transport.mesh import TOKEN_BYTES, listen
-from workers.weights import load_weights
 
 NUM_SLOTS = 4096
 BLOCK_SIZE = 8

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from orchestrator.demo import Family
+from orchestrator.cli.demo import Family
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START_S = 120.0

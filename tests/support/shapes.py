@@ -1,6 +1,6 @@
 """Models as placement sees them, of which there are no weights."""
 
-from placement.specs import ModelSpec, RopeSpec
+from placement.model.specs import ModelSpec, RopeSpec
 
 LLAMA_8B = ModelSpec(
     architecture="llama",

@@ -5,9 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from workers.runner import ModelRunner
-from workers.sampling import SampledToken, SamplerState, SamplingParams
-from workers.step_types import Batch, SequenceInput, StepResult
+from workers.sampling.sampling import SampledToken, SamplerState, SamplingParams
+from workers.step.runner import ModelRunner
+from workers.step.types import Batch, SequenceInput, StepResult
 
 
 class Steps(Protocol):

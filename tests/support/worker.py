@@ -13,7 +13,7 @@ import pytest
 from orchestrator.launcher.process import WorkerArgs, WorkerProcess
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
-from tests.support.leader_stream import EPOCH
+from tests.support.gateway.leader_stream import EPOCH
 
 WHOLE = pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509})
 _READ_S = 30.0
@@ -21,7 +21,8 @@ _READ_S = 30.0
 # A worker whose prompts of 5 tokens meet with an accident.
 _WORKER_WITH = """
 import ctypes, signal, sys, time
-from workers import __main__ as worker, runner
+from workers import __main__ as worker
+from workers.step import runner
 
 def execute(self, number, prepared):
     if len(prepared.batch.sequences[0].token_ids) == 5:

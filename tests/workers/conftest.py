@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from kernels.select import Kernels, kernels_for
-from placement.hf import read_model_spec
-from placement.weights import whole_model
+from placement.model.hf import read_model_spec
+from placement.model.weights import whole_model
 from tests.support.grammars import GatedFactory
-from workers.device import open_device
-from workers.grammar_compiler import GrammarCompiler
-from workers.kv_cache import allocate_kv_cache
-from workers.runner import ModelRunner
-from workers.weights import load_weights
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache
+from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.startup.checkpoint import load_weights
+from workers.step.runner import ModelRunner
 
 NUM_SLOTS = 4096
 

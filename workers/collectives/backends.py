@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.threads import work_alone
+from kernels.cpu.machine.threads import work_alone
 from placement.errors import cause_of
 from workers.collectives.algorithms import Peers
 from workers.collectives.gloo_group import GlooGroup
@@ -31,7 +31,7 @@ from workers.collectives.group import COLLECTIVE_S, TensorGroup
 from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.rendezvous import LinkStore, SetUpFailed
 from workers.collectives.torch_group import Backend, TorchGroup
-from workers.device import use_device
+from workers.host.device import use_device
 from workers.transport.errors import PeerFailed
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from kernels import intrinsics
-from kernels.intrinsics import pointer, take_ticket
-from kernels.numba_code import c_function
+from kernels.cpu.attention import intrinsics
+from kernels.cpu.attention.intrinsics import pointer, take_ticket
+from kernels.cpu.machine.numba_code import c_function
 from workers.collectives import direct_words as w
 from workers.transport import checksum_ir, frame_code, frames
 from workers.transport.frame_code import (

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels import machine_code, threads
-from kernels.columns_ir import WHOLE, Strip
-from kernels.partial import MOST_STRIPS
+from kernels.cpu.layers.partial import MOST_STRIPS
+from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.machine.columns_ir import WHOLE, Strip
 from workers.collectives import add_ir, direct_code
 from workers.collectives import direct_words as words
 from workers.transport import checksum_ir, frame_code
@@ -53,7 +53,7 @@ def is_available() -> bool:
 class DirectSums:
     """The direct exchange of :func:`workers.collectives.algorithms.direct`: the same frames, the same bits.
 
-    For the thread that executes steps, or the one beside it. A :class:`kernels.partial.SumWork`.
+    For the thread that executes steps, or the one beside it. A :class:`kernels.cpu.layers.partial.SumWork`.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class DirectSums:
         return x.dtype in _NUMBERS and 0 < x.nbytes <= MOST_BYTES and x.is_contiguous() and x.device.type == "cpu"
 
     def num_strips(self, x: Tensor) -> int:
-        """As :class:`kernels.partial.SumWork` says: as many as pay, of whole vectors of a product's outputs."""
+        """As :class:`kernels.cpu.layers.partial.SumWork` says: as many as pay, of whole vectors of outputs."""
         if len(x) > _MOST_ROWS:
             return 1
         columns = x.shape[1] // _STRIP_COLUMNS
         return math.gcd(self._strips(x.nbytes), columns) if x.shape[1] % _STRIP_COLUMNS == 0 else 1
 
     def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
-        """As :class:`kernels.partial.SumWork` says: ``x`` is contiguous memory that the caller keeps."""
+        """As :class:`kernels.cpu.layers.partial.SumWork` says: ``x`` is contiguous memory that the caller keeps."""
         assert self.takes(x) and strip.count <= MOST_STRIPS, (x.dtype, x.shape, strip)
         assert strip.count == 1 or (len(x) <= _MOST_ROWS and x.shape[1] % strip.count == 0), (x.shape, strip)
         rows = 1 if strip.count == 1 else len(x)

@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from kernels.partial import Partial
-from kernels.threads import work_alone
+from kernels.cpu.layers.partial import Partial
+from kernels.cpu.machine.threads import work_alone
 from workers.collectives.torch_group import LOOK_S, Backend, TorchGroup, Work
 from workers.transport.pulse import Pulse
 

@@ -8,13 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from kernels.partial import MOST_STRIPS, Partial, SumWork
-from kernels.threads import work_alone
-from placement.collectives import AllReduceTable
+from kernels.cpu.layers.partial import MOST_STRIPS, Partial, SumWork
+from kernels.cpu.machine.threads import work_alone
+from placement.measured.collectives import AllReduceTable
 from workers.collectives.algorithms import AllReduce, Peers, direct, gather, scatter, ways
 from workers.collectives.direct_sums import MOST_BYTES, DirectSums, is_available
 from workers.collectives.scattered import reduce_and_finish
-from workers.group import Group
+from workers.model.group import Group
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 from workers.transport.pulse import Pulse
@@ -43,7 +43,7 @@ class TensorGroup:
         pulse: knows whether they live.
         widths: vocabulary rows of each rank.
         table: which algorithm for which size.
-        sums: as :class:`workers.group.Group` says.
+        sums: as :class:`workers.model.group.Group` says.
 
     Attributes:
         ways: to sum, by the name that the table has for them.
@@ -103,7 +103,7 @@ class TensorGroup:
             self.all_reduce(partial.update)
 
     def in_program(self, num_bytes: int) -> SumWork | None:
-        """As :class:`workers.group.Group` says: where everyone sends all to everyone."""
+        """As :class:`workers.model.group.Group` says: where everyone sends all to everyone."""
         if self._on_device is not None or self._compiled is None or num_bytes > MOST_BYTES:
             return None
         return self._compiled if self.table.choose(num_bytes) == _DIRECT else None

@@ -5,7 +5,7 @@ import time
 import torch
 from torch import Tensor
 
-from placement.collectives import MEASURED_BYTES, AllReduceTable, fastest
+from placement.measured.collectives import MEASURED_BYTES, AllReduceTable, fastest
 from workers.collectives.algorithms import AllReduce, Peers, broadcast, direct, gather
 from workers.collectives.group import TensorGroup
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import torch
 
-from kernels.partial import Partial
+from kernels.cpu.layers.partial import Partial
 from workers.collectives.group import COLLECTIVE_S
 from workers.collectives.torch_group import Backend, TorchGroup, Work
 from workers.transport.errors import PeerFailed

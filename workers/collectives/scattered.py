@@ -1,10 +1,10 @@
 """A sum whose rows are scattered over the ranks, which do what follows for their own and gather the results.
 
-Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see :mod:`kernels.partial`. The bits are
-those of a sum that all have, and that each does the rest with.
+Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see :mod:`kernels.cpu.layers.partial`. The
+bits are those of a sum that all have, and that each does the rest with.
 """
 
-from kernels.partial import Partial
+from kernels.cpu.layers.partial import Partial
 from workers.collectives.algorithms import Peers, all_gather, reduce_scatter
 
 

@@ -29,7 +29,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.partial import Finish, Partial, SumWork
+from kernels.cpu.layers.partial import Finish, Partial, SumWork
 from workers.collectives.algorithms import add_in_order
 from workers.collectives.group import COLLECTIVE_S
 from workers.transport.errors import PeerFailed
@@ -79,7 +79,7 @@ class Backend(Protocol):
 
 
 class TorchGroup(ABC):
-    """A :class:`workers.group.Group` over a backend of torch.distributed. For one thread at a time.
+    """A :class:`workers.model.group.Group` over a backend of torch.distributed. For one thread at a time.
 
     Args:
         backend: set up, of all ranks; this takes it over.
@@ -181,7 +181,8 @@ class TorchGroup(ABC):
     def _reduce_rows(self, update: Tensor, finish: Finish) -> None:
         """Sums [n * m, E], of which each of n ranks adds and finishes m rows, and is given what others made of theirs.
 
-        Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see :mod:`kernels.partial`.
+        Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see
+        :mod:`kernels.cpu.layers.partial`.
         """
         share = len(update) // self.num_ranks
         own = slice(self.rank * share, (self.rank + 1) * share)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.attention import LayerCache, PartPlan
 from kernels.reference import merge_partials
 from kernels.select import Kernels
-from placement.exchange import Exchange
+from placement.measured.exchange import Exchange
 from workers.collectives.group import TensorGroup
 from workers.sequence_parallel.layout import Meeting, Window
 

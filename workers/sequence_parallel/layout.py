@@ -11,9 +11,9 @@ from itertools import chain
 import numpy as np
 
 from kernels.attention import PartSpan, SharedSpan, num_slots_of, slots_of
-from placement.exchange import ExchangeSizes
-from placement.striping import WHOLE_TOKENS, Integers, Stripe
-from workers.step_types import Batch, SequenceInput
+from placement.measured.exchange import ExchangeSizes
+from placement.model.striping import WHOLE_TOKENS, Integers, Stripe
+from workers.step.types import Batch, SequenceInput
 
 Window = int | None
 

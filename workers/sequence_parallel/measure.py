@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.attention import LayerCache, PartSpan
 from kernels.select import Kernels
-from placement.exchange import ExchangeSpeeds
-from placement.specs import ModelSpec
+from placement.measured.exchange import ExchangeSpeeds
+from placement.model.specs import ModelSpec
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import IN_A_ROW
 

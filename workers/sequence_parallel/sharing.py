@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.attention import LayerCache
 from kernels.select import Kernels
-from placement.exchange import (
+from placement.measured.exchange import (
     TYPICAL_BEFORE,
     TYPICAL_TOKENS,
     Exchange,
@@ -20,13 +20,12 @@ from placement.exchange import (
     choose,
     layer_s,
 )
-from placement.memory import most_kv_tokens
-from placement.specs import ModelSpec
-from placement.striping import WHOLE_TOKENS, Integers, Stripe
+from placement.model.specs import ModelSpec
+from placement.model.striping import WHOLE_TOKENS, Integers, Stripe
+from placement.planning.memory import most_kv_tokens
 from workers.collectives.group import TensorGroup
-from workers.device import use_device
-from workers.graphs import StepInputs
-from workers.kv_cache import KVCache
+from workers.host.device import use_device
+from workers.model.kv_cache import KVCache
 from workers.sequence_parallel.exchange import SharedAttention, StepExchange, WindowParts
 from workers.sequence_parallel.layout import (
     Meeting,
@@ -47,8 +46,9 @@ from workers.sequence_parallel.layout import (
     whole_rows,
 )
 from workers.sequence_parallel.measure import measure_speeds
-from workers.step_layout import Prepared, awaiting_samplers, samplers, scored_prompts, send_integers
-from workers.step_types import Batch, SequenceInput
+from workers.step.graphs import StepInputs
+from workers.step.layout import Prepared, awaiting_samplers, samplers, scored_prompts, send_integers
+from workers.step.types import Batch, SequenceInput
 
 
 class SequenceSharing:
@@ -138,7 +138,7 @@ class SequenceSharing:
         )
 
     def attend(self, step: StepExchange) -> Callable[[Window, Tensor, LayerCache, float], Tensor]:
-        """What attends in the layers of a step: see ``kernels.fused.Attend``."""
+        """What attends in the layers of a step: see ``kernels.cpu.layers.fused.Attend``."""
 
         def attend(window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
             return self._attention.attend(step, window, query, cache, scale)
@@ -200,7 +200,7 @@ class StripedLayout:
 
     @torch.inference_mode()
     def lay_out(self, batch: Batch) -> Prepared:
-        """As :class:`workers.step_layout.StepLayout` says."""
+        """As :class:`workers.step.layout.StepLayout` says."""
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         everyone = [pieces(batch, stripe) for stripe in self._stripes]
         mine = everyone[self._group.rank]

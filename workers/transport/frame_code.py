@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from kernels.intrinsics import pointer
+from kernels.cpu.attention.intrinsics import pointer
 from workers.transport.checksum_ir import MIN_BYTES
 from workers.transport.frames import FIELD_BYTES, MAGIC, Kind
 

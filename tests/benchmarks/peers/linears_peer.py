@@ -14,8 +14,8 @@ import torch
 from peer_protocol import Measure, serve
 
 from kernels.linear import Linear, pack
-from placement.specs import ModelSpec
-from tests.benchmarks.engine_models import read_spec
+from placement.model.specs import ModelSpec
+from tests.benchmarks.engine.engine_models import read_spec
 
 
 def shapes(model: ModelSpec) -> Iterator[tuple[int, int]]:

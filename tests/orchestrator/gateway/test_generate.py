@@ -9,12 +9,13 @@ import grpc
 import pytest
 from google.rpc import code_pb2
 
-from orchestrator.gateway import generate, inbox
+from orchestrator.gateway import generate
+from orchestrator.gateway.fleet import inbox
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway
+from tests.support.gateway.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway
 
 CHATML = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"

@@ -9,8 +9,8 @@ import ray
 
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, disconnect
 from orchestrator.launcher.process import WorkerFailed
-from placement.plan import Part, Shard, Span
-from placement.specs import DeviceSpec
+from placement.model.specs import DeviceSpec
+from placement.planning.plan import Part, Shard, Span
 from tests.support.clocks import PATIENCE_S
 
 pytestmark = pytest.mark.integration

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from kernels import machine_code
+from kernels.cpu.machine import machine_code
 from workers.collectives import add_ir
 from workers.collectives.algorithms import add_in_order
 

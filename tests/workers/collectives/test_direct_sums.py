@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import threads
-from kernels.columns_ir import Strip
+from kernels.cpu.machine import threads
+from kernels.cpu.machine.columns_ir import Strip
 from tests.workers.transport.conftest import MakeMeshes
 from workers.collectives.algorithms import Peers, direct
 from workers.collectives.direct_sums import DirectSums, is_available

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from placement.collectives import MEASURED_BYTES
+from placement.measured.collectives import MEASURED_BYTES
 from workers.collectives.algorithms import ALL_REDUCES, Peers, ways
 from workers.collectives.measure import measure
 

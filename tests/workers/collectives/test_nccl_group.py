@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.partial import Partial
+from kernels.cpu.layers.partial import Partial
 from tests.support.memberships import READY_S, joined
 from workers.collectives.backends import Library, open_torch_group
 from workers.collectives.nccl_group import NcclGroup
-from workers.membership import Membership
+from workers.replica.membership import Membership
 from workers.transport.errors import PeerFailed
 
 HOST = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.partial import Finish, Partial
+from kernels.cpu.layers.partial import Finish, Partial
 from tests.support.memberships import READY_S, joined
 from workers.collectives.algorithms import direct
 from workers.collectives.backends import open_torch_group

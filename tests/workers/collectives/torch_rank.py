@@ -12,12 +12,12 @@ import time
 
 import torch
 
-from kernels.partial import Partial
-from placement.plan import Part, Span
+from kernels.cpu.layers.partial import Partial
+from placement.planning.plan import Part, Span
 from workers.collectives.backends import open_torch_group
 from workers.collectives.gloo_group import GlooGroup
-from workers.membership import Membership
-from workers.roster import Roster
+from workers.replica.membership import Membership
+from workers.replica.roster import Roster
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import TOKEN_BYTES
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import PartSpan, slots_of
-from placement.striping import WHOLE_TOKENS, Stripe
-from workers.scoring import ScoredPrompt
+from placement.model.striping import WHOLE_TOKENS, Stripe
 from workers.sequence_parallel.layout import (
     Piece,
     find_needed,
@@ -25,7 +24,8 @@ from workers.sequence_parallel.layout import (
     sizes,
     visiting_spans,
 )
-from workers.step_types import Batch, SequenceInput
+from workers.step.scoring import ScoredPrompt
+from workers.step.types import Batch, SequenceInput
 
 BLOCK = 8
 Pair = tuple[int, int, int]  # sequence, position of the query, position of the token

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from placement.exchange import TYPICAL_BEFORE, TYPICAL_TOKENS, Exchange
-from placement.measurements import NOTHING_MEASURED
+from placement.measured.exchange import TYPICAL_BEFORE, TYPICAL_TOKENS, Exchange
+from placement.measured.measurements import NOTHING_MEASURED
 from tests.support.ranks import ranks
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from placement.exchange import Exchange
-from placement.layout import Split
-from placement.overlap import OverlapTable
+from placement.measured.exchange import Exchange
+from placement.measured.overlap import OverlapTable
+from placement.planning.layout import Split
 from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
 from tests.support.ranks import BLOCK_SIZE, Ranks, ranks
-from workers.runner import ModelRunner
-from workers.step_types import Batch, SequenceInput
+from workers.step.runner import ModelRunner
+from workers.step.types import Batch, SequenceInput
 from workers.transport.errors import PeerFailed
 
 SHARES: dict[str, tuple[int, ...]] = {"even": (1, 1), "3:1": (3, 1), "5:2:1": (5, 2, 1), "zero": (0, 2, 1)}

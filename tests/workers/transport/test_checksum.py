@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 
-from kernels import machine_code
+from kernels.cpu.machine import machine_code
 from workers.transport import checksum_ir
 
 ONES = 0xFFFFFFFF

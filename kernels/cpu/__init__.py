@@ -1,0 +1,1 @@
+"""Operations compiled for CPUs."""

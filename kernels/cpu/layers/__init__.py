@@ -1,0 +1,1 @@
+"""A decoder's layers as one compiled program."""

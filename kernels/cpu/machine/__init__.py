@@ -1,0 +1,1 @@
+"""How code is compiled, and run by a team of threads."""

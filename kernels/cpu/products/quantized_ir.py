@@ -1,0 +1,256 @@
+"""LLVM IR of the matrix product with rounded weights behind :mod:`kernels.cpu.products.quantized`.
+
+The weight stays packed in memory and is widened to bfloat16 in registers, just before AVX512-BF16's dot product of
+pairs: where a few tokens wait for the memory, they wait for half or a quarter of the bytes. As in
+:mod:`kernels.cpu.products.matmul_ir` a column holds 16 outputs, and a tile ``rows`` times ``columns`` float32 sums.
+Here a sum goes over one group of inputs and starts from zero; its output's total gets it times the group's scale. That
+order is the same in every tile, so the bits of an output depend on its own row alone: not on batch, tile or thread.
+
+A column is one stream of 64-byte lines. A group of inputs begins with its 16 scales in float32, where the weight has
+offsets the 16 offsets follow, then come the codes:
+
+    4 bits  A line is 4 pairs of inputs. Word [output, 2] holds the codes of the 4 pairs, the first in its lowest bits.
+            Shifted right, its low 5 bits are looked up among 32 values: 16, twice, so the fifth bit needs no mask.
+    8 bits  A line is 2 pairs, bytes [output / 4, pair, output % 4, 2] of sign and magnitude. High and low byte of the
+            bfloat16 are looked up by the magnitude, the high one gets the sign, and both are interleaved.
+
+The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as it does there.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+
+from kernels.cpu.machine.columns_ir import LANES, columns_work
+from kernels.cpu.products.matmul_ir import row_output
+
+LINE_BYTES = 64
+PAIRS_PER_LINE = {4: 4, 8: 2}
+
+# How far ahead lines are fetched. The more rows, the longer a line lasts, and the less the hardware's own prefetch
+# brings. Measured on Zen 4.
+_PREFETCH_BYTES, _PREFETCH_BYTES_OF_MANY, _MANY_ROWS = 512, 1024, 7
+
+JOB = (
+    *("x", "sums", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
+    *("x_tile", "sums_tile", "output_tile", "row_stride", "column_stride", "num_groups", "num_lines"),
+    *("num_columns", "num_tiles", "columns", "unit"),
+)
+"""Arguments of ``work``, 64-bit each. ``sums``: of each token's inputs in each group, ``[T / rows, groups, rows]`` in
+float32, where the weight has offsets. ``num_lines``: of codes, in a group. The others are those of every
+:func:`kernels.cpu.machine.columns_ir.columns_work`."""
+
+HEADER = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
+declare <64 x i8> @llvm.x86.avx512.vpermi2var.qi.512(<64 x i8>, <64 x i8>, <64 x i8>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+"""
+_DOT = "call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512"
+_FMA = "call <16 x float> @llvm.fma.v16f32"
+
+
+def tile_name(rows: int, columns: int) -> str:
+    """Name of the function of a tile."""
+    return f"tile_{rows}_{columns}"
+
+
+def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
+    """``x`` [I / 2, rows, 2] times ``columns`` columns of the weight, plus bias, to ``output`` [rows, ...].
+
+    With ``offsets`` a code of 8 bits stands for its value and a half, so that there are 256 of them.
+    """
+    sums = [(row, column) for row in range(rows) for column in range(columns)]
+    last = PAIRS_PER_LINE[bits]
+    lines = [
+        f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %sums, ptr noalias %weight,",
+        "    ptr noalias %bias, ptr noalias %output, ptr noalias %job) {",
+        f"entry:{_load_job('row_stride', 'column_stride', 'num_groups', 'num_lines')}",
+        *(_bias(column) for column in range(columns)),
+        "  br label %group",
+        "group:",
+        "  %g = phi i64 [0, %entry], [%g_next, %group_end]",
+        "  %x_group = phi ptr [%x, %entry], [%x_next, %group_end]",
+        "  %head_0 = phi ptr [%weight, %entry], [%line_next, %group_end]",
+        *(f"  %total_{r}_{c} = phi <16 x float> [%bias_{c}, %entry], [%new_{r}_{c}, %group_end]" for r, c in sums),
+        f"  %codes = getelementptr i8, ptr %head_0, i64 {LINE_BYTES * (1 + offsets)}",
+        "  br label %loop",
+        *_loop(rows, columns, bits, offsets),
+        "group_end:",
+        *(_scale(column) for column in range(columns)),
+        *(_scaled(row, column, f"%sum_{row}_{column}_{last}", offsets) for row, column in sums),
+        *(_offset(rows, columns) if offsets else ()),
+        "  %g_next = add i64 %g, 1",
+        "  %more_groups = icmp slt i64 %g_next, %num_groups",
+        "  br i1 %more_groups, label %group, label %done",
+        "done:",
+        *(row_output(row, columns) for row in range(rows)),
+        "  ret void",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _loop(rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
+    """The lines of a group, one of every column at a time."""
+    num_pairs = PAIRS_PER_LINE[bits]
+    yield """
+loop:
+  %line = phi i64 [0, %group], [%next, %loop]
+  %x_here = phi ptr [%x_group, %group], [%x_next, %loop]
+  %line_0 = phi ptr [%codes, %group], [%line_next, %loop]"""
+    for r in range(rows):
+        for c in range(columns):
+            last = f"%sum_{r}_{c}_{num_pairs}"
+            yield f"  %sum_{r}_{c}_0 = phi <16 x float> [zeroinitializer, %group], [{last}, %loop]"
+    for column in range(columns):
+        yield _line(column, _PREFETCH_BYTES if rows < _MANY_ROWS else _PREFETCH_BYTES_OF_MANY)
+    for pair in range(num_pairs):
+        yield from _pair(pair, rows, columns, bits, offsets)
+    yield f"""
+  %x_next = getelementptr i8, ptr %x_here, i64 {4 * rows * num_pairs}
+  %line_next = getelementptr i8, ptr %line_0, i64 {LINE_BYTES}
+  %next = add i64 %line, 1
+  %more = icmp slt i64 %next, %num_lines
+  br i1 %more, label %loop, label %group_end"""
+
+
+def _load_job(*names: str) -> str:
+    return "".join(
+        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {JOB.index(name)}\n  %{name} = load i64, ptr %at_{name}"
+        for name in names
+    )
+
+
+def _bias(column: int) -> str:
+    return f"""
+  %bias_at_{column} = getelementptr i8, ptr %bias, i64 {4 * LANES * column}
+  %bias_{column} = load <16 x float>, ptr %bias_at_{column}, align 4"""
+
+
+def _beside(name: str, column: int) -> str:
+    """The pointer ``name`` of a column, from that of the column before it."""
+    return f"\n  %{name}_{column} = getelementptr i8, ptr %{name}_{column - 1}, i64 %column_stride" if column else ""
+
+
+def _line(column: int, prefetch_bytes: int) -> str:
+    return f"""{_beside("line", column)}
+  %words_{column} = load <32 x i16>, ptr %line_{column}, align {LINE_BYTES}
+  %ahead_{column} = getelementptr i8, ptr %line_{column}, i64 {prefetch_bytes}
+  call void @llvm.prefetch.p0(ptr %ahead_{column}, i32 0, i32 3, i32 1)"""
+
+
+def _pair(pair: int, rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
+    """One pair of inputs of every column, and its products with every row."""
+    for column in range(columns):
+        yield _widen_nibbles(pair, column) if bits == 4 else _widen_bytes(pair, column, offsets)
+    for row in range(rows):
+        yield _input(pair, row, rows)
+        for c in range(columns):
+            yield (
+                f"  %sum_{row}_{c}_{pair + 1} = {_DOT}(<16 x float> %sum_{row}_{c}_{pair}, "
+                f"<32 x bfloat> %w_{c}_{pair}, <32 x bfloat> %x_{row}_{pair})"
+            )
+
+
+def _vector(kind: str, values: Sequence[int]) -> str:
+    return "<" + ", ".join(f"{kind} {value}" for value in values) + ">"
+
+
+def _bfloat16_bits(value: float) -> int:
+    """Of a value that bfloat16 has exactly."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    assert not bits & 0xFFFF, value
+    return int(bits >> 16)
+
+
+_NIBBLES = _vector("i16", 2 * [_bfloat16_bits(code - 8) for code in range(16)])
+
+
+def _widen_nibbles(pair: int, column: int) -> str:
+    name = f"{column}_{pair}"
+    return f"""
+  %code_{name} = lshr <32 x i16> %words_{column}, splat (i16 {4 * pair})
+  %value_{name} = call <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16> {_NIBBLES}, <32 x i16> %code_{name})
+  %w_{name} = bitcast <32 x i16> %value_{name} to <32 x bfloat>"""
+
+
+_MAGNITUDES = {half: [_bfloat16_bits(magnitude + half / 2) for magnitude in range(128)] for half in (False, True)}
+_SIGNS = _vector("i8", [0x80] * 64)
+# Of the bytes of two vectors, those of one pair: 8 of each quarter, alternately of the first and the second vector.
+_INTERLEAVED = [
+    _vector("i32", [64 * (i % 2) + 16 * quarter + 8 * pair + i // 2 for quarter in range(4) for i in range(16)])
+    for pair in range(2)
+]
+
+
+def _widen_bytes(pair: int, column: int, offsets: bool) -> str:
+    name = f"{column}_{pair}"
+    before = _look_up(column, offsets) if pair == 0 else ""
+    return f"""{before}
+  %value_{name} = shufflevector <64 x i8> %low_{column}, <64 x i8> %high_{column}, <64 x i32> {_INTERLEAVED[pair]}
+  %w_{name} = bitcast <64 x i8> %value_{name} to <32 x bfloat>"""
+
+
+def _look_up(column: int, offsets: bool) -> str:
+    """Low and high bytes of all values of a line."""
+    look_up, bits = "call <64 x i8> @llvm.x86.avx512.vpermi2var.qi.512", _MAGNITUDES[offsets]
+    low, high = ([_vector("i8", [f(x) for x in bits[half : half + 64]]) for half in (0, 64)] for f in (_low, _high))
+    return f"""
+  %code_{column} = bitcast <32 x i16> %words_{column} to <64 x i8>
+  %low_{column} = {look_up}(<64 x i8> {low[0]}, <64 x i8> %code_{column}, <64 x i8> {low[1]})
+  %positive_{column} = {look_up}(<64 x i8> {high[0]}, <64 x i8> %code_{column}, <64 x i8> {high[1]})
+  %sign_{column} = and <64 x i8> %code_{column}, {_SIGNS}
+  %high_{column} = or <64 x i8> %positive_{column}, %sign_{column}"""
+
+
+def _low(bits: int) -> int:
+    return bits & 0xFF
+
+
+def _high(bits: int) -> int:
+    return bits >> 8
+
+
+def _input(pair: int, row: int, rows: int) -> str:
+    """A token's pair of inputs in every lane; it becomes a broadcast operand of the dot product."""
+    name = f"{row}_{pair}"
+    return f"""
+  %pair_at_{name} = getelementptr i8, ptr %x_here, i64 {4 * (pair * rows + row)}
+  %pair_{name} = load i32, ptr %pair_at_{name}, align 4
+  %single_{name} = insertelement <16 x i32> poison, i32 %pair_{name}, i32 0
+  %spread_{name} = shufflevector <16 x i32> %single_{name}, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x_{name} = bitcast <16 x i32> %spread_{name} to <32 x bfloat>"""
+
+
+def _scale(column: int) -> str:
+    return f"""{_beside("head", column)}
+  %scale_{column} = load <16 x float>, ptr %head_{column}, align {LINE_BYTES}"""
+
+
+def _scaled(row: int, column: int, total: str, offsets: bool) -> str:
+    name = f"{row}_{column}"
+    result = f"%scaled_{name}" if offsets else f"%new_{name}"
+    scale = f"<16 x float> %scale_{column}"
+    return f"  {result} = {_FMA}(<16 x float> {total}, {scale}, <16 x float> %total_{name})"
+
+
+def _offset(rows: int, columns: int) -> Iterator[str]:
+    """The offset times the sum of the token's inputs in the group, which the codes leave out."""
+    yield f"\n  %sums_first = mul i64 %g, {4 * rows}\n  %sums_here = getelementptr i8, ptr %sums, i64 %sums_first"
+    for column in range(columns):
+        yield f"""
+  %offset_at_{column} = getelementptr i8, ptr %head_{column}, i64 {LINE_BYTES}
+  %offset_{column} = load <16 x float>, ptr %offset_at_{column}, align {LINE_BYTES}"""
+    for row in range(rows):
+        yield f"""
+  %inputs_at_{row} = getelementptr i8, ptr %sums_here, i64 {4 * row}
+  %inputs_{row} = load float, ptr %inputs_at_{row}, align 4
+  %first_{row} = insertelement <16 x float> poison, float %inputs_{row}, i32 0
+  %inputs_x_{row} = shufflevector <16 x float> %first_{row}, <16 x float> poison, <16 x i32> zeroinitializer"""
+        for c in range(columns):
+            operands = f"<16 x float> %inputs_x_{row}, <16 x float> %offset_{c}, <16 x float> %scaled_{row}_{c}"
+            yield f"  %new_{row}_{c} = {_FMA}({operands})"
+
+
+WORK = columns_work(JOB, ("x", "sums"), "ptr %x_here, ptr %sums_here, ptr %w, ptr %b, ptr %o_here, ptr %job")

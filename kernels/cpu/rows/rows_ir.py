@@ -1,0 +1,208 @@
+"""LLVM IR of what is done to rows of bfloat16 between the matrix products: norms and gated activations.
+
+One pass over a row in vectors of 16, in float32, rounded where :mod:`kernels.reference` rounds. Each function handles
+one row; ``work`` loops of the same name with ``_work`` take rows until none is left, on any number of threads.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+
+from kernels.cpu.machine.work_ir import load_job, take_tickets
+
+LANES = 16
+_WIDE, _NARROW = "<16 x float>", "<16 x bfloat>"
+
+HEADER = """
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+declare float @llvm.sqrt.f32(float)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.floor.v16f32(<16 x float>)
+declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
+declare <16 x float> @llvm.minnum.v16f32(<16 x float>, <16 x float>)
+"""
+
+
+def _splat(value: str) -> str:
+    return f"splat (float {value})"
+
+
+def load(name: str, pointer: str, index: str) -> str:
+    """``%name`` as float32: 16 numbers of a row of bfloat16."""
+    return f"""
+  %{name}_at = getelementptr bfloat, ptr %{pointer}, i64 {index}
+  %{name}_raw = load {_NARROW}, ptr %{name}_at, align 2
+  %{name} = fpext {_NARROW} %{name}_raw to {_WIDE}"""
+
+
+def _store(name: str, pointer: str, index: str) -> str:
+    return f"""
+  %{name}_to = getelementptr bfloat, ptr %{pointer}, i64 {index}
+  store {_NARROW} %{name}, ptr %{name}_to, align 2"""
+
+
+def norm(name: str, *, adds: bool, wide: bool) -> str:
+    """Root-mean-square norm of a row of ``width`` numbers; with ``adds``, of the sum of two, which is kept.
+
+    Weights are bfloat16, or ``wide``, in float32. ``normed`` may be the row itself.
+    """
+    sums = ""
+    if adds:
+        sums = f"""{load("a", "update", "%i")}{load("b", "residual", "%i")}
+  %ab = fadd {_WIDE} %a, %b
+  %total_out = fptrunc {_WIDE} %ab to {_NARROW}{_store("total_out", "total", "%i")}
+  %x = fpext {_NARROW} %total_out to {_WIDE}"""
+    source = "total" if adds else "residual"
+    return f"""
+define void @{name}(ptr %update, ptr %residual, ptr %weight, ptr %normed, ptr %total, i64 %width, float %eps) {{
+entry:
+  br label %sum
+sum:
+  %i = phi i64 [0, %entry], [%i_next, %sum]
+  %squares = phi {_WIDE} [zeroinitializer, %entry], [%squares_next, %sum]{sums or load("x", "residual", "%i")}
+  %squares_next = call {_WIDE} @llvm.fma.v16f32({_WIDE} %x, {_WIDE} %x, {_WIDE} %squares)
+  %i_next = add i64 %i, {LANES}
+  %more = icmp slt i64 %i_next, %width
+  br i1 %more, label %sum, label %middle
+middle:
+  %whole = call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {_WIDE} %squares_next)
+  %count = sitofp i64 %width to float
+  %mean = fdiv float %whole, %count
+  %shifted = fadd float %mean, %eps
+  %root = call float @llvm.sqrt.f32(float %shifted)
+  %factor = fdiv float 1.0, %root
+  %factor_0 = insertelement {_WIDE} poison, float %factor, i32 0
+  %factors = shufflevector {_WIDE} %factor_0, {_WIDE} poison, <16 x i32> zeroinitializer
+  br label %scale
+scale:
+  %j = phi i64 [0, %middle], [%j_next, %scale]{load("y", source, "%j")}
+  %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else load("w", "weight", "%j") + _AGAIN}
+  %product = fmul {_WIDE} %{"scaled" if wide else "again"}, %w
+  %normed_out = fptrunc {_WIDE} %product to {_NARROW}{_store("normed_out", "normed", "%j")}
+  %j_next = add i64 %j, {LANES}
+  %more_j = icmp slt i64 %j_next, %width
+  br i1 %more_j, label %scale, label %done
+done:
+  ret void
+}}
+"""
+
+
+_AGAIN = f"""
+  %rounded = fptrunc {_WIDE} %scaled to {_NARROW}
+  %again = fpext {_NARROW} %rounded to {_WIDE}"""
+_WIDE_WEIGHT = f"""
+  %w_at = getelementptr float, ptr %weight, i64 %j
+  %w = load {_WIDE}, ptr %w_at, align 4"""
+
+
+_LOG2_E = "0x3FF7154760000000"
+# exp2 on [-0.5, 0.5]: the polynomial of degree 6 of Cephes' exp2f (Moshier 1989), highest power first.
+_EXP2 = (
+    *(1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2),
+    *(2.402264791363012e-1, 6.931472028550421e-1, 1.0),
+)
+
+
+def _float(value: float) -> str:
+    """A float32 as LLVM writes it: the hexadecimal digits of the double of the same value."""
+    (narrow,) = struct.unpack("<f", struct.pack("<f", value))
+    return f"0x{struct.unpack('<Q', struct.pack('<d', narrow))[0]:016X}"
+
+
+def exp(result: str, argument: str) -> str:
+    """``%result`` = e to ``%argument``, within 2 units in the last place; 0 and infinity at the ends."""
+    lines = [
+        f"%{result}_s = fmul {_WIDE} %{argument}, {_splat(_LOG2_E)}",
+        f"%{result}_l = call {_WIDE} @llvm.maxnum.v16f32({_WIDE} %{result}_s, {_WIDE} {_splat('-127.0')})",
+        f"%{result}_c = call {_WIDE} @llvm.minnum.v16f32({_WIDE} %{result}_l, {_WIDE} {_splat('128.0')})",
+        f"%{result}_h = fadd {_WIDE} %{result}_c, {_splat('0.5')}",
+        f"%{result}_n = call {_WIDE} @llvm.floor.v16f32({_WIDE} %{result}_h)",
+        f"%{result}_r = fsub {_WIDE} %{result}_c, %{result}_n",
+    ]
+    before = _splat(_float(_EXP2[0]))
+    for i, factor in enumerate(_EXP2[1:]):
+        fma = f"call {_WIDE} @llvm.fma.v16f32({_WIDE} {before}, {_WIDE} %{result}_r, {_WIDE} {_splat(_float(factor))})"
+        lines.append(f"%{result}_p{i} = {fma}")
+        before = f"%{result}_p{i}"
+    lines += [
+        f"%{result}_i = fptosi {_WIDE} %{result}_n to <16 x i32>",
+        f"%{result}_b = add <16 x i32> %{result}_i, splat (i32 127)",
+        f"%{result}_e = shl <16 x i32> %{result}_b, splat (i32 23)",
+        f"%{result}_f = bitcast <16 x i32> %{result}_e to {_WIDE}",
+        f"%{result} = fmul {_WIDE} {before}, %{result}_f",
+    ]
+    return "\n  " + "\n  ".join(lines)
+
+
+_MINUS_SILU = f"""
+  %minus = fneg {_WIDE} %g"""
+# gelu(x), by tanh, is x * sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016).
+_MINUS_GELU = f"""
+  %square = fmul {_WIDE} %g, %g
+  %cubic = fmul {_WIDE} %square, {_splat(_float(0.044715))}
+  %bent = fadd {_WIDE} %cubic, {_splat("1.0")}
+  %turned = fmul {_WIDE} %g, %bent
+  %minus = fmul {_WIDE} %turned, {_splat(_float(-2 * math.sqrt(2 / math.pi)))}"""
+
+
+def gated_row(name: str, activation: str) -> str:
+    """``activation(gate) * up`` of a row ``[2 * width]``; ``silu`` and ``gelu_tanh`` are gate / (1 + e to a power)."""
+    minus = {"silu": _MINUS_SILU, "gelu_tanh": _MINUS_GELU}[activation]
+    return f"""
+define void @{name}(ptr %gate_up, ptr %output, i64 %width) {{
+entry:
+  %up = getelementptr bfloat, ptr %gate_up, i64 %width
+  br label %loop
+loop:
+  %i = phi i64 [0, %entry], [%i_next, %loop]{load("g", "gate_up", "%i")}{load("u", "up", "%i")}{minus}
+{exp("power", "minus")}
+  %one_more = fadd {_WIDE} %power, {_splat("1.0")}
+  %gated = fdiv {_WIDE} %g, %one_more
+  %rounded = fptrunc {_WIDE} %gated to {_NARROW}
+  %again = fpext {_NARROW} %rounded to {_WIDE}
+  %product = fmul {_WIDE} %again, %u
+  %out = fptrunc {_WIDE} %product to {_NARROW}{_store("out", "output", "%i")}
+  %i_next = add i64 %i, {LANES}
+  %more = icmp slt i64 %i_next, %width
+  br i1 %more, label %loop, label %done
+done:
+  ret void
+}}
+"""
+
+
+def work(name: str, arguments: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]]) -> str:
+    """``@{name}_work(job)``: calls ``@name`` for every row, a ticket's rows at a time.
+
+    Args:
+        arguments: name of each pointer, and of the job's field with its bytes from row to row.
+        scalars: type and name of each further argument. The job is of 64-bit fields: ticket, rows, rows of a ticket,
+            then the pointers, their strides and the scalars.
+    """
+    names = ["ticket", "rows", "unit", *(a for a, _ in arguments), *(s for _, s in arguments), *(n for _, n in scalars)]
+    casts = "".join(
+        f"\n  %{n}_bits = trunc i64 %{n} to i32\n  %{n}_value = bitcast i32 %{n}_bits to float"
+        for t, n in scalars
+        if t == "float"
+    )
+    moves = "".join(
+        f"\n  %{a}_by = mul i64 %row, %{s}\n  %{a}_sum = add i64 %{a}, %{a}_by"
+        f"\n  %{a}_here = inttoptr i64 %{a}_sum to ptr"
+        for a, s in arguments
+    )
+    passed = [f"ptr %{a}_here" for a, _ in arguments]
+    passed += [f"float %{n}_value" if t == "float" else f"i64 %{n}" for t, n in scalars]
+    return f"""
+define void @{name}_work(ptr %job) {{
+entry:{load_job(names)}{casts}{take_tickets("rows", "each")}
+each:
+  %row = phi i64 [%first, %begin], [%row_next, %each]{moves}
+  call void @{name}({", ".join(passed)})
+  %row_next = add i64 %row, 1
+  %more_rows = icmp slt i64 %row_next, %stop
+  br i1 %more_rows, label %each, label %take
+end:
+  ret void
+}}
+"""

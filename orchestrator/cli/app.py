@@ -1,0 +1,200 @@
+"""The command line: serve, generate, plan, status, timeline, schema, demo. Parses and prints; others do the work."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from orchestrator.cli import generate_options as options
+from orchestrator.cli.client import GenerateResult, fetch_status, stream_generate
+from orchestrator.cli.plan import show_plan
+from orchestrator.cli.render import choice_blocks, ending, logprob_lines, print_status
+from orchestrator.cli.timeline_command import write_timeline
+from orchestrator.config.json_schema import schema_text
+from orchestrator.config.types import parse_address
+from placement.errors import HeterodyneError, InvalidConfig
+from protos.heterodyne.v1 import inference_pb2 as pb
+
+app = typer.Typer(
+    name="python -m orchestrator",
+    help="Heterodyne serves one large language model on the machines a team really has.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+# Whether the last thing written to standard output left its line open.
+_line_open = False
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one value of the file")]
+ServiceAddress = Annotated[str, typer.Option("--address", envvar="HETERODYNE_ADDRESS", help="host:port of the service")]
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What a user did, or a service said, is no traceback."""
+    try:
+        yield
+    except HeterodyneError as error:
+        if _line_open:
+            _write("\n")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
+    """Serve a model until Ctrl-C or SIGTERM, then drain."""
+    # Here, because it imports Ray, which takes a second that `generate` and `status` need not wait.
+    from orchestrator.deployment.serve import serve as run
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s serve %(message)s")
+    with _errors_in_one_line():
+        code = run(config, overrides=overrides, console=Console())
+    raise typer.Exit(code)
+
+
+@app.command()
+def generate(
+    prompt: options.Prompt,
+    address: ServiceAddress = DEFAULT_ADDRESS,
+    chat: options.Chat = False,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    min_tokens: options.MinTokens = 0,
+    n: options.NumChoices = 1,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    presence_penalty: options.Penalty = None,
+    frequency_penalty: options.Penalty = None,
+    logit_bias: options.LogitBias = [],  # noqa: B006 - typer copies it
+    seed: options.Seed = None,
+    stop: options.Stop = [],  # noqa: B006
+    json_schema: options.JsonSchema = None,
+    regex: options.Regex = None,
+    grammar: options.Grammar = None,
+    echo: options.Echo = False,
+    logprobs: options.Logprobs = None,
+    cache_salt: options.CacheSalt = "",
+    timeout_s: options.TimeoutS = 600.0,
+) -> None:
+    """Continue a prompt; the answer streams to standard output, the figures to standard error."""
+    sampling = pb.SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        logit_bias=options.biases(logit_bias),
+    )  # fmt: skip
+    request = pb.GenerateRequest(
+        max_tokens=options.checked_max_tokens(max_tokens, echo=echo), min_tokens=min_tokens, num_choices=n, stop=stop,
+        echo=echo, logprobs=logprobs, cache_salt=cache_salt, sampling=sampling,
+        structured_output=options.structured(json_schema, regex, grammar),
+    )  # fmt: skip
+    options.set_input(request, prompt, chat=chat, system=system)
+    _ask(address, request, timeout_s=timeout_s)
+
+
+def _ask(address: str, request: pb.GenerateRequest, *, timeout_s: float) -> None:
+    """Send it, show the answer as it comes and then the rest."""
+    with _errors_in_one_line():
+        check_address(address)
+        result = stream_generate(address, request, timeout_s=timeout_s, on_text=_write)
+    _show(result, logprobs=request.HasField("logprobs"))
+
+
+def _show(result: GenerateResult, *, logprobs: bool) -> None:
+    """What has not been shown while it came."""
+    lines = choice_blocks(result) if len(result.choices) > 1 else iter(("",))
+    for line in (*lines, *(logprob_lines(result) if logprobs else ())):
+        _write(f"{line}\n")
+    print(figures(result), file=sys.stderr)
+
+
+def check_address(address: str) -> None:
+    """Raises InvalidConfig unless it is host:port."""
+    try:
+        parse_address(address)
+    except ValueError:
+        raise InvalidConfig(
+            field="--address", value=address, problem="is not host:port", fix="Write it as 127.0.0.1:50051."
+        ) from None
+
+
+def _write(text: str) -> None:
+    global _line_open
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    _line_open = not text.endswith("\n")
+
+
+def figures(result: GenerateResult) -> str:
+    """What a request took, in one line."""
+    finished, usage, timings = result.finished, result.finished.usage, result.finished.timings
+    per_token_s, num_choices = timings.time_per_output_token_s, len(result.choices)
+    cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
+    drawn = f" in {num_choices} choices" if num_choices > 1 else ""
+    parts = [
+        f"{usage.prompt_tokens} prompt tokens{cached}, "
+        f"{usage.completion_tokens} generated{drawn} on {finished.replica}",
+        *([] if drawn else [f"ended by {ending(finished)}"]),
+    ]
+    if timings.HasField("time_to_first_token_s"):
+        parts.append(f"time to first token {timings.time_to_first_token_s * 1e3:.1f} ms")
+    if per_token_s:
+        parts += [f"time per output token {per_token_s * 1e3:.2f} ms", f"{1 / per_token_s:.1f} tokens/s"]
+    return "; ".join(parts)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="also draw it, as an SVG")] = None,
+) -> None:
+    """Who would hold what, without starting anything."""
+    with _errors_in_one_line():
+        for line in show_plan(config, overrides=overrides, picture=svg):
+            print(line)
+
+
+@app.command()
+def status(address: ServiceAddress = DEFAULT_ADDRESS) -> None:
+    """Who holds what, in which state, under which load."""
+    with _errors_in_one_line():
+        check_address(address)
+        print_status(Console(), fetch_status(address))
+
+
+@app.command()
+def timeline(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT.JSON", help="the file to write")],
+    address: ServiceAddress = DEFAULT_ADDRESS,
+    last_s: Annotated[float | None, typer.Option("--last", min=0.0, help="only the last so many seconds")] = None,
+) -> None:
+    """Write the latest requests and steps as a trace that ui.perfetto.dev opens."""
+    with _errors_in_one_line():
+        check_address(address)
+        print(write_timeline(address, output, last_s=last_s))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the cluster file."""
+    _write(schema_text())
+
+
+@app.command()
+def demo(config: ConfigPath = Path("deploy/local.yaml"), overrides: Overrides = []) -> None:  # noqa: B006
+    """Serve, send one prompt, show what happened, shut everything down."""
+    from orchestrator.cli.demo import demo as run
+
+    with _errors_in_one_line():
+        run(config, overrides=overrides, console=Console())

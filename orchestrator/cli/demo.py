@@ -1,0 +1,187 @@
+"""``demo``: the whole service once, as a user would run it: serve, ask, look, stop, and see that nothing is left."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+
+from orchestrator.cli.client import fetch_status, stream_generate, wait_serving
+from orchestrator.cli.render import ending, print_status
+from orchestrator.config.document import load_config
+from orchestrator.deployment.preflight import preflight
+from orchestrator.errors import ServiceError
+from orchestrator.launcher.process import environment
+from placement.errors import HeterodyneError, InvalidConfig
+from protos.heterodyne.v1 import admin_pb2
+from protos.heterodyne.v1 import inference_pb2 as pb
+
+PROMPT = "And it came to pass in those days, that"
+MAX_TOKENS = 160
+_START_S = 120.0
+_ANSWER_S = 60.0
+_STOP_S = 60.0
+_SETTLE_S = 2.0
+_TEXT_WIDTH = 100
+
+
+class DemoFailed(HeterodyneError):
+    """The demo did not run as it should; the text says what was seen."""
+
+
+def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
+    """Run the demo.
+
+    Raises:
+        HeterodyneError: a mistake in the configuration, a service that did not come up, or a process left over.
+    """
+    config = load_config(path, overrides=overrides)
+    address = str(config.gateway.address)
+    if config.gateway.address.port == 0:
+        problem = "leaves the port open, and the demo has to know where to connect"
+        fix = "Give a port, for instance 127.0.0.1:50051."
+        raise InvalidConfig(field="gateway.address", value=address, problem=problem, fix=fix)
+    preflight(config)
+    started_s = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides)],
+        env=environment(),
+    )
+    family = Family(process.pid)
+    try:
+        _wait(process, address, family)
+        console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {PROMPT!r}")
+        _ask(address, console)
+        console.rule("what ran where")
+        print_status(console, _settled_status(address))
+    finally:
+        family.look()
+        _stop(process)
+    left = family.alive()
+    if left:
+        raise DemoFailed(f"processes were left: {left}")
+    console.rule(f"stopped, {len(family.seen)} processes ended, none left")
+
+
+def _wait(process: "subprocess.Popen[bytes]", address: str, family: "Family") -> None:
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        family.look()
+        if process.poll() is not None:
+            raise DemoFailed(f"the service ended at its start with exit code {process.returncode}")
+        try:
+            wait_serving(address, timeout_s=1.0)
+        except ServiceError:
+            continue
+        return
+    raise DemoFailed(f"the service was not ready after {_START_S:g} s")
+
+
+def _ask(address: str, console: Console) -> None:
+    request = pb.GenerateRequest(
+        prompt=PROMPT, max_tokens=MAX_TOKENS, sampling=pb.SamplingParams(temperature=0.7, top_p=0.9, seed=7)
+    )
+    text = WrappedText(console)
+    text.write(PROMPT)
+    result = stream_generate(address, request, timeout_s=_ANSWER_S, on_text=text.write)
+    text.end()
+    console.rule("measured")
+    console.print(measurements(result.finished))
+
+
+def measurements(finished: pb.Finished) -> Table:
+    """What the answer took, a line each; an answer of one token has no time between tokens."""
+    usage, timings = finished.usage, finished.timings
+    table = Table.grid(padding=(0, 1))
+    table.add_column()
+    table.add_column(justify="right", style="bold")
+    table.add_column()
+    table.add_row("prompt", str(usage.prompt_tokens), "tokens")
+    ended = f"tokens, ended by {ending(finished)}"
+    table.add_row("generated", str(usage.completion_tokens), ended)
+    table.add_row("time to first token", f"{timings.time_to_first_token_s * 1e3:.1f}", "ms")
+    per_token_s = timings.time_per_output_token_s
+    if per_token_s > 0:
+        table.add_row("time per output token", f"{per_token_s * 1e3:.2f}", "ms")
+        table.add_row("throughput", f"{1 / per_token_s:.1f}", "tokens/s")
+    return table
+
+
+class WrappedText:
+    """Text that comes in pieces, broken between words at the width of the console."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._width = min(console.width, _TEXT_WIDTH)
+        self._column = 0
+        # The last word may go on in the next piece.
+        self._word = ""
+
+    def write(self, text: str) -> None:
+        """Show every word that is known to be whole."""
+        *whole, self._word = re.split(r"(\s)", self._word + text)
+        for piece in whole:
+            self._put(piece)
+
+    def end(self) -> None:
+        """Show the last word and end the line."""
+        self._put(self._word)
+        self._console.print()
+
+    def _put(self, piece: str) -> None:
+        width = cell_len(piece)
+        if piece == "\n" or (self._column and self._column + width > self._width):
+            self._console.print()
+            self._column = 0
+        if piece.strip() or (piece == " " and self._column):
+            self._console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            self._column += width
+
+
+def _settled_status(address: str) -> admin_pb2.GetStatusResponse:
+    """The status once the replicas have reported that the answer is done, or after a moment."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        status = fetch_status(address)
+        if time.monotonic() > deadline or not any(replica.load.num_running for replica in status.replicas):
+            return status
+        time.sleep(0.1)
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise DemoFailed(f"the service did not stop within {_STOP_S:g} s") from None
+
+
+class Family:
+    """Every process that descended from one, also those whose parent has gone since."""
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self.seen: set[psutil.Process] = {self._root}
+
+    def look(self) -> None:
+        """Note who is there now."""
+        try:
+            self.seen.update(self._root.children(recursive=True))
+        except psutil.NoSuchProcess:
+            return
+
+    def alive(self) -> list[str]:
+        """Those that still run, given a moment to end."""
+        _, alive = psutil.wait_procs(self.seen - {psutil.Process(os.getpid())}, timeout=5.0)
+        return [f"{process.pid} {process.name()}" for process in alive if process.status() != psutil.STATUS_ZOMBIE]

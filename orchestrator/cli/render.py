@@ -1,0 +1,200 @@
+"""Owns how a deployment's status is shown, a table on a terminal, plain lines elsewhere; and an answer's parts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.cli.client import GenerateResult
+from orchestrator.cli.measured_status import measured_pairs, measured_tables
+from placement.planning.memory import format_bytes
+from protos.heterodyne.v1 import admin_pb2, inference_pb2
+
+_STYLES = {
+    "READY": "green",
+    "STARTING": "yellow",
+    "DRAINING": "yellow",
+    "FAILED": "bold red",
+    "STOPPED": "dim",
+}
+_COLUMNS = (
+    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "KV heads", "FFN", "tokens",
+    "weights", "KV", "KV used", "running", "waiting",
+)  # fmt: skip
+# What a narrow terminal does without, first to go first; the lines for programs have everything.
+_DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
+_UNLIMITED = 10_000
+_RIGHT = (
+    "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
+    "stage", "size", "time", "one lane", "two lanes", "latency", "rate", "call", "before", "a layer",
+)  # fmt: skip
+
+
+def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
+    """Tables where ``console`` is a terminal, else ``key=value`` lines, for other programs."""
+    if console.is_terminal:
+        console.print(status_table(console, status))
+        return
+    for line in status_lines(status):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
+    """One row a rank, then why some failed, tables of what was measured, and a line on the gateway.
+
+    A replica's own figures stand in its first row. As many columns as fit ``console``.
+    """
+    title = f"model {status.model}"
+    rows = list(_rows(status))
+    columns = [column for column in _COLUMNS if any(row[column] for row in rows)]
+    table = _table(title, columns, rows)
+    unlimited = console.options.update(width=_UNLIMITED)
+    for column in _DISPENSABLE:
+        if Measurement.get(console, unlimited, table).maximum <= console.width:
+            break
+        columns = [kept for kept in columns if kept != column]
+        table = _table(title, columns, rows)
+    causes = [Text(_printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
+    below = [_table(shown.title, shown.columns, shown.rows) for shown in measured_tables(status)]
+    return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table(title=Text(_printable(title)), title_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
+    for row in rows:
+        style = _STYLES.get(row.get("state", ""), "")
+        table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in columns))
+    return table
+
+
+def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
+    """``key=value`` pairs: a line on the gateway, one a rank, one a measurement. What is unknown is left out."""
+    gateway = status.gateway
+    yield key_values(
+        event="gateway",
+        model=status.model,
+        in_flight=gateway.in_flight,
+        max_in_flight=gateway.max_in_flight,
+        queued=gateway.queued,
+        max_queued=gateway.max_queued,
+        draining=str(gateway.draining).lower(),
+        controller_connected=str(gateway.controller_connected).lower(),
+        fenced_messages=gateway.fenced_messages,
+        uptime_s=f"{gateway.uptime_s:.1f}",
+    )
+    for row in _rows(status):
+        named = {column.lower().replace(" ", "_"): value for column, value in row.items()}
+        yield key_values(event="rank", **named)
+    for measured in measured_pairs(status):
+        yield key_values(**measured)
+
+
+def key_values(**pairs: object) -> str:
+    """``a=1 b="two words"``: values that are empty are left out, those with spaces or quotes are quoted."""
+    return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs.items() if str(value))
+
+
+def _quoted(text: str) -> str:
+    if text.isprintable() and not any(character in text for character in " \"'=\\"):
+        return text
+    text = text.replace("\\", "\\\\") if text.isprintable() else _printable(text)
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _printable(text: str) -> str:
+    """What a worker says may hold line breaks and escape codes: they are shown, not obeyed."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+    for replica in status.replicas:
+        state = admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
+        figures = _load_figures(replica)
+        for rank in replica.ranks or [admin_pb2.RankStatus()]:
+            yield {
+                "replica": replica.name,
+                "state": state,
+                "epoch": str(replica.epoch),
+                "rank": str(rank.rank) if replica.ranks else "",
+                "node": rank.node,
+                "device": rank.device,
+                "pid": str(rank.pid or ""),
+                "address": rank.address,
+                "layers": f"{rank.first_layer}-{rank.last_layer}" if rank.last_layer else "",
+                "KV heads": str(rank.num_kv_heads) if rank.HasField("num_kv_heads") else "",
+                "FFN": str(rank.num_ffn_columns) if rank.HasField("num_ffn_columns") else "",
+                "tokens": f"{rank.token_share:.0%}" if rank.HasField("token_share") else "",
+                "weights": _loaded(rank),
+                "KV": format_bytes(rank.kv_bytes) if rank.kv_bytes else "",
+                "KV used": figures.get("KV used", ""),
+                "running": figures.get("running", ""),
+                "waiting": figures.get("waiting", ""),
+                "cause": rank.cause or replica.cause,
+            }
+            figures = {}
+
+
+def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
+    """What the leader last reported; nothing before it did."""
+    if not replica.HasField("load"):
+        return {}
+    load = replica.load
+    return {
+        "KV used": f"{load.total_blocks - load.free_blocks}/{load.total_blocks}",
+        "running": str(load.num_running),
+        "waiting": str(load.num_waiting),
+    }
+
+
+def _loaded(rank: admin_pb2.RankStatus) -> str:
+    total = format_bytes(rank.weight_bytes)
+    return total if rank.loaded_bytes >= rank.weight_bytes else f"{format_bytes(rank.loaded_bytes)} of {total}"
+
+
+def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
+    words = [
+        f"gateway: {gateway.in_flight}/{gateway.max_in_flight} in flight",
+        f"{gateway.queued}/{gateway.max_queued} queued",
+        f"up {gateway.uptime_s:.0f} s",
+    ]
+    if gateway.draining:
+        words.append("draining")
+    if not gateway.controller_connected:
+        words.append("controller lost, serving the last known plan")
+    if gateway.fenced_messages:
+        words.append(f"{gateway.fenced_messages} messages of old epochs refused")
+    return ", ".join(words)
+
+
+def ending(end: inference_pb2.Finished | inference_pb2.ChoiceEnd) -> str:
+    """Why an answer ended, in words."""
+    if end.HasField("matched_stop"):
+        return f"stop string {end.matched_stop!r}"
+    return "its length" if end.finish_reason == inference_pb2.FINISH_REASON_LENGTH else "end of text"
+
+
+def choice_blocks(result: GenerateResult) -> Iterator[str]:
+    """The lines of several choices: each under a heading of its own, the prompt first where it was echoed."""
+    if result.echo is not None:
+        yield f"== prompt: {len(result.echo.tokens)} tokens"
+        yield result.echo.text
+    for index, (choice, end) in enumerate(zip(result.choices, result.ends, strict=True)):
+        yield f"== choice {index}: {end.completion_tokens} tokens, ended by {ending(end)}"
+        yield choice.text
+
+
+def logprob_lines(result: GenerateResult) -> Iterator[str]:
+    """The lines of a table of tokens and their log-probabilities, columns apart by tabs."""
+    yield "\t".join(("part", "position", "token", "logprob", "alternatives"))
+    parts = [] if result.echo is None else [("prompt", result.echo)]
+    parts += [(f"choice {index}", choice) for index, choice in enumerate(result.choices)]
+    for name, part in parts:
+        for position, token in enumerate(part.tokens):
+            logprob = f"{token.logprob:.4f}" if token.HasField("logprob") else "-"
+            top = " ".join(f"{item.token_id}:{item.logprob:.4f}" for item in token.top)
+            yield "\t".join((name, str(position), str(token.id), logprob, top or "-"))

@@ -1,0 +1,1 @@
+"""One deployment, from its checks to its end."""

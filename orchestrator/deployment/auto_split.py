@@ -1,0 +1,57 @@
+"""Owns how a model that was cut without being asked is cut anew by measured speed, and what is said of it. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.cli.render import key_values
+from orchestrator.deployment.preflight import Checked, by_speed
+from placement.measured.speed import DeviceSpeed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What is served, and the line that explains how it was cut."""
+
+    checked: Checked
+    line: str
+
+
+def settle(provisional: Checked, measured: Sequence[DeviceSpeed | str]) -> Settled:
+    """The cut by measured speed; where a worker could not be measured, the provisional one, and why.
+
+    No speed is made up for a worker that has none: threads, or memory, are then what is known of all of them.
+
+    Args:
+        provisional: one replica over all workers.
+        measured: of each of its ranks, the speed, or why it is not known.
+
+    Raises:
+        HeterodyneError: the model directory was changed since it was first looked at.
+    """
+    (replica,) = provisional.plan.replicas
+    names = provisional.config.cluster.worker_names
+    places = [provisional.workers[replica.name, rank] for rank in range(len(measured))]
+    by_place = dict(zip(places, measured, strict=True))
+    speeds = [speed for _, speed in sorted(by_place.items()) if isinstance(speed, DeviceSpeed)]
+    failures = [f"{names[place]} {cause}" for place, cause in by_place.items() if isinstance(cause, str)]
+    if failures:
+        return Settled(checked=provisional, line=split_line(provisional, cause="; ".join(failures)))
+    checked = by_speed(provisional, speeds)
+    assert checked.workers == provisional.workers, (checked.workers, provisional.workers)
+    cause = "" if checked.split_by == "speed" else "the model cannot be cut by what was measured"
+    line = split_line(
+        checked,
+        cause=cause,
+        weights_gb_per_s=_each(names, [speed.weight_bytes_per_s for speed in speeds]),
+        prefill_gflop_per_s=_each(names, [speed.flops_per_s for speed in speeds]),
+    )
+    return Settled(checked=checked, line=line)
+
+
+def split_line(checked: Checked, **more: str) -> str:
+    """By what a model was cut that some worker has not the memory for."""
+    return key_values(event="auto_split", by=checked.split_by, **more)
+
+
+def _each(names: Sequence[str], rates: Sequence[float]) -> str:
+    return ", ".join(f"{name} {rate / 1e9:.3g}" for name, rate in zip(names, rates, strict=True))

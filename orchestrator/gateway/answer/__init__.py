@@ -1,0 +1,1 @@
+"""Turns what a replica computes into the client's messages."""

@@ -1,0 +1,1 @@
+"""Keeps the replicas: their leaders' streams, the journal of requests, and admission."""

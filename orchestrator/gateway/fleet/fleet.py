@@ -1,0 +1,156 @@
+"""The replicas as the gateway knows them: it follows the controller and keeps a leader stream to each that is ready.
+
+A controller that cannot be reached changes nothing: the last deployment it told of stays in force.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from orchestrator.background import BackgroundTasks
+from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
+from orchestrator.gateway.status import ReplicaUnavailable
+from placement.serving.routing import ReplicaLoad, Route, least_loaded
+from protos.heterodyne.control.v1 import control_pb2 as pb
+from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+_RECONNECT_S = 0.5
+_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+_REPORT_TIMEOUT_S = 2.0
+
+
+class Fleet:
+    """Every replica there is, and a route to one of them. Lives on one event loop.
+
+    Attributes:
+        deployment: what the controller last said.
+        controller_connected: whether it still can be heard.
+    """
+
+    def __init__(
+        self,
+        *,
+        control_address: str,
+        limits: LeaderLimits,
+        on_change: Callable[[], None],
+        on_step: StepHook | None = None,
+    ) -> None:
+        self.deployment = pb.WatchResponse()
+        self.controller_connected = False
+        self._control_address = control_address
+        self._limits = limits
+        self._on_change = on_change
+        self._on_step = on_step
+        self._leaders: dict[tuple[str, int], Leader] = {}
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._background = BackgroundTasks()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether any replica takes requests."""
+        return any(leader.accepting for leader in self._leaders.values())
+
+    @property
+    def fenced_messages(self) -> int:
+        """Messages refused from passed epochs, on either side of the leader streams."""
+        return sum(
+            leader.fenced_messages + (leader.load.fenced_messages if leader.load else 0)
+            for leader in self._leaders.values()
+        )
+
+    def loads(self) -> list[ReplicaLoad]:
+        """The last load of every replica that lives."""
+        return [leader.replica_load() for leader in self._leaders.values() if leader.accepting]
+
+    def leader(self, name: str, epoch: int) -> Leader | None:
+        """The leader of that incarnation, if it was ever ready."""
+        return self._leaders.get((name, epoch))
+
+    def route(self, num_new_tokens: int) -> tuple[Leader, Route]:
+        """The leader that should serve a request.
+
+        Raises:
+            ReplicaUnavailable: no replica is ready.
+        """
+        live = {leader.name: leader for leader in self._leaders.values() if leader.accepting}
+        route = least_loaded(self.loads(), num_new_tokens)
+        if route is None:
+            raise ReplicaUnavailable("no replica is ready; the service's status says why")
+        return live[route.replica], route
+
+    async def follow(self) -> None:
+        """Follow the controller for as long as the gateway lives."""
+        while True:
+            try:
+                async with grpc.aio.insecure_channel(self._control_address, options=_CHANNEL_OPTIONS) as channel:
+                    stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
+                    async for deployment in stub.Watch(pb.WatchRequest()):
+                        self.controller_connected = True
+                        self._update(deployment)
+            except grpc.aio.AioRpcError as error:
+                if self.controller_connected:
+                    logger.warning("controller_lost code=%s", error.code().name)
+            except Exception:
+                # A gateway that no longer follows would serve an old plan for good.
+                logger.exception("controller_message_failed")
+            self.controller_connected = False
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _update(self, deployment: pb.WatchResponse) -> None:
+        """Open streams to replicas that became ready; give up those that no longer are."""
+        self.deployment = deployment
+        for replica in deployment.replicas:
+            key = (replica.name, replica.epoch)
+            if replica.phase == pb.PHASE_READY and key not in self._leaders:
+                self._connect(key, replica.ranks[0].address)
+            elif replica.phase in (pb.PHASE_FAILED, pb.PHASE_STOPPED) and key in self._leaders:
+                self._leaders[key].give_up(replica.cause or "the replica was stopped")
+                self._tasks[key].cancel()
+        self._on_change()
+
+    def _connect(self, key: tuple[str, int], address: str) -> None:
+        leader = Leader(name=key[0], epoch=key[1], address=address, limits=self._limits, on_step=self._on_step)
+        # Of older incarnations only the newest is kept, for its cause.
+        for old in [old for old in self._leaders if old[0] == key[0]]:
+            self._leaders.pop(old)
+            self._tasks.pop(old).cancel()
+        self._leaders[key] = leader
+        self._tasks[key] = self._background.spawn(self._keep(leader))
+
+    async def _keep(self, leader: Leader) -> None:
+        """Follow a leader to its loss, then see to it that the controller knows."""
+        await leader.run(self._on_change)
+        assert leader.lost is not None
+        report = pb.ReportLostRequest(replica=leader.name, epoch=leader.epoch, cause=leader.lost.cause)
+        while self._believed_ready(leader):
+            # The controller may be gone or slow; as long as it holds the replica for well, it is told again.
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async with grpc.aio.insecure_channel(self._control_address, options=_CHANNEL_OPTIONS) as channel:
+                    stub: pb_grpc.ControlAsyncStub = pb_grpc.ControlStub(channel)
+                    await stub.ReportLost(report, timeout=_REPORT_TIMEOUT_S)
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _believed_ready(self, leader: Leader) -> bool:
+        return any(
+            (replica.name, replica.epoch, replica.phase) == (leader.name, leader.epoch, pb.PHASE_READY)
+            for replica in self.deployment.replicas
+        )
+
+    def drain(self) -> None:
+        """Tell every replica to take nothing more. For when the last request has been submitted."""
+        for leader in self._leaders.values():
+            leader.drain()
+
+    def give_up(self, cause: str) -> None:
+        """End every sequence of every replica with that cause: the service stops now."""
+        for leader in self._leaders.values():
+            leader.give_up(cause, expected=True)
+
+    async def close(self) -> None:
+        """Close every leader stream."""
+        await self._background.close()

@@ -1,0 +1,250 @@
+"""The gateway's end of the leader stream: one long-lived stream to the leader of one incarnation of a replica."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from orchestrator.gateway.fleet.inbox import Inbox, Lost, Rounds
+from placement.serving.routing import ReplicaLoad
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+# Keepalive notices a host that is cut off; the heartbeat on the stream notices everything else, sooner.
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderLimits:
+    """When a leader counts as lost.
+
+    Attributes:
+        heartbeat_timeout_s: after this long without any message.
+        stall_timeout_s: after this long with running sequences and no step finished.
+    """
+
+    heartbeat_timeout_s: float
+    stall_timeout_s: float
+
+
+# Given the replica's name and each step that it finished.
+StepHook = Callable[[str, pb.StepOutput], None]
+LeadCall = grpc.aio.StreamStreamCall[pb.LeadRequest, pb.LeadResponse]
+
+
+class Leader:
+    """One replica's leader, from connection to loss. Lives on one event loop.
+
+    Args:
+        on_step: told of every step that computed something and is not fenced, prefill that goes on included, after its
+            tokens went on their way. Must be quick and raise nothing.
+
+    Attributes:
+        load: its last report, None before the first.
+        lost: why it was given up; None while it lives.
+        fenced_messages: messages refused because they carried another epoch.
+    """
+
+    def __init__(
+        self, *, name: str, epoch: int, address: str, limits: LeaderLimits, on_step: StepHook | None = None
+    ) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.address = address
+        self.load: pb.LoadReport | None = None
+        self.lost: Lost | None = None
+        self.fenced_messages = 0
+        self._limits = limits
+        self._on_step = on_step
+        self._rounds = Rounds()
+        self._reported_s = 0.0
+        self._unreported_tokens = 0
+        self._reported_once_tokens = 0
+        self._silent_s = 0.0
+        self._stalled_s = 0.0
+        self._inboxes: dict[int, Inbox] = {}
+        self._outbox: asyncio.Queue[pb.LeadRequest | None] = asyncio.Queue()
+
+    # -- sequences --------------------------------------------------------------------------------------------
+
+    def submit(self, message: pb.Submit, inbox: Inbox, *, num_new_tokens: int) -> None:
+        """Hand a sequence over; its events arrive in ``inbox``, the last one says so.
+
+        Args:
+            num_new_tokens: of the prompt, those that no sequence submitted with it shares.
+        """
+        if self.lost is not None:
+            inbox.put_now(self.lost)
+            return
+        self._inboxes[message.sequence_id] = inbox
+        self._unreported_tokens += num_new_tokens
+        self._send(pb.LeadRequest(submit=message))
+
+    def release(self, sequence_id: int, *, cancel: bool) -> None:
+        """The gateway has done with a sequence; ``cancel`` where the replica still computes it."""
+        if self._inboxes.pop(sequence_id, None) is not None and cancel and self.lost is None:
+            self._send(pb.LeadRequest(cancel=pb.Cancel(sequence_id=sequence_id)))
+
+    def drain(self) -> None:
+        """Tell the replica to finish what it has and to take nothing more."""
+        if self.lost is None:
+            self._send(pb.LeadRequest(drain=pb.Drain()))
+
+    def _send(self, message: pb.LeadRequest) -> None:
+        message.epoch = self.epoch
+        self._outbox.put_nowait(message)
+
+    # -- figures ----------------------------------------------------------------------------------------------
+
+    @property
+    def accepting(self) -> bool:
+        """Whether it can be given sequences: it has reported and is not lost."""
+        return self.load is not None and self.lost is None
+
+    @property
+    def report_age_s(self) -> float:
+        """Age of the last load report."""
+        return time.monotonic() - self._reported_s
+
+    def replica_load(self) -> ReplicaLoad:
+        """Its load for routing: the last report, and what was submitted since."""
+        load = self.load or pb.LoadReport()
+        return ReplicaLoad(
+            name=self.name,
+            accepting=self.accepting,
+            pending_tokens=load.pending_tokens + self._unreported_tokens + self._reported_once_tokens,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            free_blocks=load.free_blocks,
+            total_blocks=load.total_blocks,
+        )
+
+    # -- the stream -------------------------------------------------------------------------------------------
+
+    async def run(self, on_change: Callable[[], None]) -> None:
+        """Keep the stream until it breaks or falls silent; returns with ``lost`` set.
+
+        Args:
+            on_change: called when it begins to accept and when it is lost.
+        """
+        try:
+            cause = await self._follow(on_change)
+        except grpc.aio.AioRpcError as error:
+            cause = f"the leader stream broke: {error.code().name} {error.details()}"
+        except asyncio.CancelledError:
+            self.give_up("the gateway let go of the replica", expected=True)
+            raise
+        except Exception as error:
+            # Whatever it is, a replica that is not listened to must not be given requests.
+            logger.exception("leader_stream_failed replica=%s", self.name)
+            cause = f"the leader stream failed: {type(error).__name__}"
+        self.give_up(cause)
+        on_change()
+
+    async def _follow(self, on_change: Callable[[], None]) -> str:
+        """Read and watch side by side; returns why one of them ended."""
+        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+            stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(channel)
+            call = stub.Lead(self._requests())
+            reading = asyncio.ensure_future(self._read(call, on_change))
+            watching = asyncio.ensure_future(self._watch())
+            try:
+                await asyncio.wait({reading, watching}, return_when=asyncio.FIRST_COMPLETED)
+                return reading.result() if reading.done() else watching.result()
+            finally:
+                call.cancel()
+                reading.cancel()
+                watching.cancel()
+                await asyncio.gather(reading, watching, return_exceptions=True)
+
+    async def _read(self, call: LeadCall, on_change: Callable[[], None]) -> str:
+        while isinstance(message := await call.read(), pb.LeadResponse):
+            self._silent_s = 0.0
+            self._take(message, on_change)
+        return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
+
+    async def _watch(self) -> str:
+        """Wait until the leader has been silent for too long, or has stopped making progress.
+
+        Time is counted in small sleeps, each for no more than it asked: when this very process was held up, what the
+        leader said meanwhile has yet to be read, and the leader is not to blame.
+        """
+        tick_s = min(self._limits.heartbeat_timeout_s, self._limits.stall_timeout_s) / 10
+        while self._silent_s < self._limits.heartbeat_timeout_s:
+            await asyncio.sleep(tick_s)
+            self._silent_s += tick_s
+            if self.load is not None and self.load.num_running:
+                self._stalled_s += tick_s
+            if self._stalled_s >= self._limits.stall_timeout_s:
+                return f"no step finished for {self._limits.stall_timeout_s:g} s"
+        return f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s"
+
+    async def _requests(self) -> AsyncIterator[pb.LeadRequest]:
+        while (message := await self._outbox.get()) is not None:
+            yield message
+
+    def _take(self, message: pb.LeadResponse, on_change: Callable[[], None]) -> None:
+        if message.epoch != self.epoch:
+            self.fenced_messages += 1
+            return
+        match message.WhichOneof("event"):
+            case "step":
+                self._take_step(message.step)
+            case "rejected":
+                inbox = self._inboxes.get(message.rejected.sequence_id)
+                if inbox is not None:
+                    inbox.put_now(message.rejected)
+            case "load":
+                self._take_report(message.load, on_change)
+
+    def _take_step(self, step: pb.StepOutput) -> None:
+        computed = step.num_tokens > 0  # others only tell of sequences that ended between steps
+        if computed:
+            self._stalled_s = 0.0
+        inboxes = []
+        for output in step.sequences:
+            # A sequence that was cancelled a moment ago has no inbox any more.
+            inbox = self._inboxes.get(output.sequence_id)
+            if inbox is not None:
+                inbox.put(output)
+                inboxes.append(inbox)
+        self._rounds.wake(inboxes)
+        if computed and self._on_step is not None:
+            self._on_step(self.name, step)
+
+    def _take_report(self, load: pb.LoadReport, on_change: Callable[[], None]) -> None:
+        before, self.load = self.load, load
+        self._reported_s = time.monotonic()
+        # The report may be older than the last submissions: each counts until the second report after it.
+        self._reported_once_tokens, self._unreported_tokens = self._unreported_tokens, 0
+        if before is None or before.steps != load.steps or not load.num_running:
+            self._stalled_s = 0.0
+        if before is None:
+            on_change()
+
+    def give_up(self, cause: str, *, expected: bool = False) -> None:
+        """End every sequence of this incarnation; the first cause stays."""
+        if self.lost is None:
+            self.lost = Lost(cause=cause)
+            logger.log(
+                logging.DEBUG if expected else logging.WARNING,
+                'replica_lost replica=%s epoch=%d cause="%s"',
+                self.name,
+                self.epoch,
+                cause,
+            )
+            for inbox in set(self._inboxes.values()):
+                inbox.put_now(self.lost)
+            self._outbox.put_nowait(None)

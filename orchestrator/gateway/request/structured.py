@@ -1,0 +1,69 @@
+"""A client's structured_output, checked as far as that needs no grammar compiler. Pure.
+
+A grammar is a program of the client's, and the library that compiles it can be made to hang or to crash by one. So
+what is left to find out is tried in a process of its own (structured_probe), never in the gateway's.
+"""
+
+from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request.shown import shown
+from orchestrator.gateway.request.structured_schema import normalize_schema
+from placement.errors import InvalidRequest
+from protos.heterodyne.v1 import inference_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2
+
+# As workers/sampling/grammar.py has it.
+MAX_SOURCE_BYTES = 64 * 1024
+
+
+def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker_pb2.Grammar | None:
+    """What ``message`` asks of the answer, as workers are told it; None where it asks nothing.
+
+    A JSON Schema is sent on as JSON text of one form: ``{}`` is any JSON value, ``{"type": "object"}`` any object.
+
+    Raises:
+        InvalidRequest: names the field, what is wrong and what to do.
+    """
+    kind = message.WhichOneof("format")
+    if kind is None:
+        return None
+    source: str = getattr(message, kind)
+    _check_source(f"structured_output.{kind}", source, model)
+    if kind == "json_schema":
+        schema = normalize_schema(source)
+        _check_source("structured_output.json_schema", schema, model)  # its numbers may be written longer
+        return worker_pb2.Grammar(json_schema=schema)
+    if kind == "regex":
+        return worker_pb2.Grammar(regex=source)
+    if source.lstrip().startswith("{"):
+        # The library would take it for one of its own formats, in which nothing is checked here.
+        raise InvalidRequest(
+            field="structured_output.grammar",
+            value=shown(source),
+            problem="is not in the Lark syntax",
+            fix='Send rules such as \'start: "yes" | "no"\', or a JSON Schema in json_schema.',
+        )
+    return worker_pb2.Grammar(lark=source)
+
+
+def _check_source(field: str, source: str, model: ServedModel) -> None:
+    if not source:
+        raise InvalidRequest(
+            field=field,
+            value=shown(source),
+            problem="is empty",
+            fix="Write it, or leave structured_output out.",
+        )
+    if len(source.encode()) > MAX_SOURCE_BYTES:
+        raise InvalidRequest(
+            field=field,
+            value=f"{len(source.encode())} bytes",
+            problem="is too long",
+            fix=f"Send at most {MAX_SOURCE_BYTES} bytes.",
+        )
+    if not model.spec.eos_token_ids:
+        raise InvalidRequest(
+            field=field,
+            value=shown(source),
+            problem="cannot be enforced: this model has no end-of-sequence id",
+            fix="Leave structured_output out.",
+        )

@@ -1,0 +1,1 @@
+"""The model directory: its files and its chat template."""

@@ -1,0 +1,155 @@
+"""Owns chat templates: the Jinja program beside a model that writes a conversation out as the model's prompt.
+
+The format is that of transformers' ``apply_chat_template``.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from orchestrator.brief import brief
+from orchestrator.model_dir.chat_sandbox import DEADLINE, MAX_RENDER_S, check_size, compile_template
+from placement.errors import InvalidModel, InvalidRequest, cause_of
+
+_MAX_REASON_CHARACTERS = 500
+# What transformers reads of special_tokens_map.json and tokenizer_config.json ends so: bos_token, eos_token, ...
+_TOKEN = "_token"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class ChatTemplate:
+    """A compiled chat template. Safe to use from several threads.
+
+    Args:
+        source: the template.
+        special_tokens: what ``bos_token``, ``eos_token`` and the like stand for; one not given is written as nothing.
+        field: where the template is from, for the error.
+        now: the clock of ``strftime_now``.
+
+    Raises:
+        InvalidModel: it is no Jinja template.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str],
+        field: str = "chat_template.jinja",
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = compile_template(source, now=now)
+        except TemplateSyntaxError as error:
+            raise _not_a_template(field, source, f"line {error.lineno}: {error.message}") from None
+        except Exception as error:  # what Python has against the code that Jinja makes of it
+            raise _not_a_template(field, source, cause_of(error)) from None
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The conversation as the model's prompt, special tokens written out: tokenize it without adding any.
+
+        Computes for about ``MAX_RENDER_S`` at most, and some 0.1 ms where the conversation is short.
+
+        Raises:
+            InvalidRequest: the template refuses the conversation, fails on it, takes too long or writes too much.
+        """
+        deadline_s = time.monotonic() + MAX_RENDER_S
+        values = {
+            **self._special_tokens,
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            DEADLINE: deadline_s,
+        }
+        try:
+            return self._write(values)
+        except Exception as error:  # templates compute: whatever Python can raise, they can
+            raise _refusal(error, len(messages)) from None
+
+    def _write(self, values: Mapping[str, Any]) -> str:
+        pieces: list[str] = []
+        num_characters = 0
+        for piece in self._template.generate(values):
+            num_characters += len(piece)
+            check_size(num_characters)
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+def _not_a_template(field: str, source: str, reason: str) -> InvalidModel:
+    return InvalidModel(
+        field=field,
+        value=f"{len(source)} characters",
+        problem=f"is not a chat template in Jinja's language: {reason}",
+        fix="Use the chat template that was saved with the model.",
+    )
+
+
+def _refusal(error: Exception, num_messages: int) -> InvalidRequest:
+    words = str(error) if isinstance(error, TemplateError) else cause_of(error)
+    reason = brief(words, _MAX_REASON_CHARACTERS)
+    return InvalidRequest(
+        field="chat",
+        value=f"{num_messages} messages",
+        problem=f"cannot be written as a prompt by the model's chat template: {reason}",
+        fix="Send the roles, and the order of messages, that the model knows.",
+    )
+
+
+def read_special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that templates know by name, as transformers finds them.
+
+    Args:
+        tokenizer_config: tokenizer_config.json.
+        special_tokens_map: special_tokens_map.json, which counts for models saved before the former said everything.
+    """
+    sources = [tokenizer_config]
+    if "added_tokens_decoder" not in tokenizer_config:
+        sources.append(special_tokens_map)
+    extra = tokenizer_config.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        sources.append(extra)
+    found: dict[str, str] = {}
+    for source in sources:
+        for name, value in source.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str) and (name.endswith(_TOKEN) or source is extra):
+                found[name] = text
+    return found
+
+
+def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The template inside tokenizer_config.json: the only one, or of several the one named ``default``.
+
+    Raises:
+        InvalidModel: ``chat_template`` is something else.
+    """
+    value = tokenizer_config.get("chat_template")
+    if value is None:
+        return None
+    problem = "is not a text"
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[0].get("template") if named else None
+        problem = "holds no template named default"
+    if not isinstance(value, str):
+        raise InvalidModel(
+            field="tokenizer_config.json: chat_template",
+            value=tokenizer_config["chat_template"],
+            problem=problem,
+            fix="Put the template to be used beside it, as chat_template.jinja.",
+        )
+    return value

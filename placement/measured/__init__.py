@@ -1,0 +1,1 @@
+"""What was measured of devices and links, and what that says."""

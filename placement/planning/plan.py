@@ -1,0 +1,115 @@
+"""The plan: who holds what. A plan holds replicas, a replica stages, a stage shards, one shard a rank."""
+
+from dataclasses import dataclass
+
+from placement.model.specs import DeviceSpec, DType, ModelSpec
+from placement.model.striping import Stripe
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The half-open range ``[start, stop)`` of layers, heads, columns, rows or tokens."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start <= self.stop, self
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a rank holds of a model. Each span may be empty, but for the layers.
+
+    Attributes:
+        layers: decoder layers.
+        kv_heads: KV heads; the query heads that share them come along.
+        ffn_columns: columns of the gate and up projections, rows of the down projection.
+        vocab_rows: rows of the embedding and of the output head, in the stage of the first layer; else none.
+        stripe: the tokens whose KV it holds; None: all. With a stripe a rank has the whole of its layers, and of the
+            embedding, while ``vocab_rows`` are those of the output head.
+    """
+
+    layers: Span
+    kv_heads: Span
+    ffn_columns: Span
+    vocab_rows: Span
+    stripe: Stripe | None = None
+
+    @classmethod
+    def whole(cls, model: ModelSpec) -> "Part":
+        """All of the model."""
+        return cls(
+            layers=Span(0, model.num_layers),
+            kv_heads=Span(0, model.num_kv_heads),
+            ffn_columns=Span(0, model.ffn_size),
+            vocab_rows=Span(0, model.vocab_size),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """What one rank holds, and where the rank runs.
+
+    Attributes:
+        rank: number within the replica, leader 0.
+        node: name of the node it runs on.
+        part: of the model.
+        num_blocks: KV blocks it sets aside.
+        weight_bytes: bytes of its weights, as loaded.
+        kv_bytes: bytes of its KV blocks.
+        workspace_bytes: the most that a step of it allocates.
+    """
+
+    rank: int
+    node: str
+    device: DeviceSpec
+    part: Part
+    num_blocks: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A run of layers in the pipeline, computed by a group of ranks together."""
+
+    layers: Span
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One complete copy of the model."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """All shards, in rank order."""
+        return tuple(shard for stage in self.stages for shard in stage.shards)
+
+    @property
+    def leader(self) -> Shard:
+        """The shard of rank 0."""
+        return self.shards[0]
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks a sequence can use: the fewest that any rank holds."""
+        return min(shard.num_blocks for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Who holds what."""
+
+    model: ModelSpec
+    dtype: DType
+    block_size: int
+    replicas: tuple[Replica, ...]

@@ -1,0 +1,1 @@
+"""Decides what a replica does next, and where a request goes."""

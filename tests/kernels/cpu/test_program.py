@@ -1,0 +1,115 @@
+"""Works of a program run in order, each by a whole team of threads."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.cpu.layers import program
+from kernels.cpu.layers.program import Program
+from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.products import matmul
+from kernels.cpu.rows import rows
+
+pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
+
+
+def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int) -> None:
+    lay_out = program.tiles(
+        x.data_ptr(),
+        output.data_ptr(),
+        num_tokens=len(x),
+        num_pairs=x.shape[1] // 2,
+        shape=(len(output), num_rows),
+        num_threads=num_threads,
+        ticket=made.ticket(),
+    )
+    made.add(*lay_out)
+
+
+@given(
+    num_tokens=st.integers(1, 70), num_vectors=st.integers(1, 40), num_threads=st.integers(1, 4), seed=st.integers(0, 9)
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_become_tiles(num_tokens: int, num_vectors: int, num_threads: int, seed: int) -> None:
+    x = torch.randn(num_tokens, 32 * num_vectors, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    num_tiles, num_rows, _ = matmul.tile_shape(num_tokens)
+    output = torch.full((num_tiles, 16 * num_vectors, num_rows), -1, dtype=torch.int32)
+    made = Program(1)
+    add_tiles(made, x, output, num_rows, num_threads)
+    made.run(num_threads)
+    assert torch.equal(output, matmul.in_tiles(x, num_tiles, num_rows))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+def test_each_work_sees_all_that_those_before_it_did(num_threads: int) -> None:
+    """A chain of sums, each over the one before; with more threads than cores some always come late."""
+    num_rows, width, num_works = 48, 1024, 150
+    weight = torch.ones(width, dtype=torch.bfloat16)
+    updates = [torch.randn(num_rows, width).to(torch.bfloat16) for _ in range(num_works)]
+    residual = torch.zeros(num_rows, width, dtype=torch.bfloat16)
+    normed = torch.empty_like(residual)
+    made = Program(num_works)
+    for update in updates:
+        pointers = (x.data_ptr() for x in (update, residual, weight, normed, residual))
+        strides = (2 * width, 2 * width, 0, 2 * width, 2 * width)
+        fields = (*pointers, *strides, width, rows.float_bits(1e-5))
+        made.add(*rows.each_row("add_norm", num_rows, num_rows * width, num_threads, made.ticket(), fields))
+    expected = torch.zeros_like(residual)
+    for update in updates:
+        expected_normed, expected = rows.add_rms_norm(update, expected, weight, 1e-5)
+    for _ in range(5):
+        residual.zero_()
+        made.run(num_threads)
+        assert torch.equal(residual, expected) and torch.equal(normed, expected_normed)
+
+
+def test_a_job_may_change_between_runs() -> None:
+    first, second = (torch.randn(4, 64).to(torch.bfloat16) for _ in range(2))
+    output = torch.empty(1, 32, 4, dtype=torch.int32)
+    made = Program(2)
+    add_tiles(made, first, output, 4, num_threads=2)
+    made.run(2)
+    assert torch.equal(output, matmul.in_tiles(first, 1, 4))
+    addresses, ticket = (second.data_ptr(), output.data_ptr()), made.ticket()
+    _, job = program.tiles(*addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket)
+    made.change(0, job)
+    made.run(2)
+    assert torch.equal(output, matmul.in_tiles(second, 1, 4))
+
+
+def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(threads, "team_size", lambda: 0)
+    x = torch.randn(9, 64).to(torch.bfloat16)
+    output = torch.empty(1, 32, 9, dtype=torch.int32)
+    made = Program(1)
+    add_tiles(made, x, output, 9, num_threads=4)
+    made.run(4)
+    assert torch.equal(output, matmul.in_tiles(x, 1, 9))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_work_ends_the_program_for_all_threads(num_threads: int) -> None:
+    word, rest = torch.zeros(8, dtype=torch.int64), torch.ones(64, dtype=torch.int64)
+    made = Program(3)
+    made.add(*program.work("zeros_work", made.ticket(), word.data_ptr() + 8, 8))
+    made.add(*program.work("zeros_work", made.ticket(), rest.data_ptr(), 8))
+    for _ in range(50):
+        rest.fill_(1)
+        made.run(num_threads, ended_by=word.data_ptr())
+        assert rest[0] == 0, "nothing ends it"
+        rest.fill_(1)
+        word[0] = 1
+        made.run(num_threads, ended_by=word.data_ptr())
+        assert rest[0] == 1, "it ends before the second work"
+        word[0] = 0
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_zeros_are_written_by_one_thread(num_threads: int) -> None:
+    memory = torch.ones(1000, dtype=torch.int64)
+    made = Program(1)
+    made.add(*program.work("zeros_work", made.ticket(), memory[10:].data_ptr(), 8 * 500))
+    made.run(num_threads)
+    assert memory[:10].all() and not memory[10:510].any() and memory[510:].all()

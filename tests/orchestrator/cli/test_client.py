@@ -1,0 +1,300 @@
+"""The client against a real server of the generated protos."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from orchestrator.cli.client import SERVICE, fetch_status, stream_generate, wait_serving
+from orchestrator.errors import ServiceError
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from tests.support.clocks import PATIENCE_S
+
+REQUEST = inference_pb2.GenerateRequest(prompt="hello")
+Answer = Callable[[grpc.ServicerContext], Iterator[inference_pb2.GenerateResponse]]
+
+
+@dataclass
+class Service(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer):
+    """Answers every request as the test says."""
+
+    answer: Answer | None = None
+    expected: inference_pb2.GenerateRequest = field(default_factory=lambda: REQUEST)
+    address: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)
+    watched: health.HealthServicer = field(default_factory=health.HealthServicer)
+
+    def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        assert request == self.expected
+        assert self.answer is not None
+        context.add_callback(self.ended.set)
+        yield from self.answer(context)
+
+    def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetStatusResponse:
+        return admin_pb2.GetStatusResponse(model="demo")
+
+
+def start(service: Service, address: str = "127.0.0.1:0") -> grpc.Server:
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
+    admin_pb2_grpc.add_AdminServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(service.watched, server)
+    service.address = f"127.0.0.1:{server.add_insecure_port(address)}"
+    server.start()
+    return server
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    service = Service()
+    server = start(service)
+    yield service
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+ACCEPTED = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=1))
+FINISHED = inference_pb2.GenerateResponse(
+    finished=inference_pb2.Finished(finish_reason=inference_pb2.FINISH_REASON_STOP, replica="replica-0")
+)
+
+
+def some_tokens(first_index: int, num_tokens: int) -> list[inference_pb2.Token]:
+    return [inference_pb2.Token(id=first_index + offset) for offset in range(num_tokens)]
+
+
+def chunk(
+    first_index: int, text: str, num_tokens: int = 1, *, choice: int = 0, end: int | None = None
+) -> inference_pb2.GenerateResponse:
+    """Tokens of a choice; ``end`` says how many it has, with the last of them."""
+    message = inference_pb2.Chunk(
+        first_index=first_index, text=text, tokens=some_tokens(first_index, num_tokens), choice=choice
+    )
+    if end is not None:
+        message.end.finish_reason, message.end.completion_tokens = inference_pb2.FINISH_REASON_STOP, end
+    return inference_pb2.GenerateResponse(chunk=message)
+
+
+def echo(first_index: int, text: str, num_tokens: int = 1) -> inference_pb2.GenerateResponse:
+    message = inference_pb2.Echo(first_index=first_index, text=text, tokens=some_tokens(first_index, num_tokens))
+    return inference_pb2.GenerateResponse(echo=message)
+
+
+def fixed(*responses: inference_pb2.GenerateResponse) -> Answer:
+    return lambda context: iter(responses)
+
+
+def failure(service: Service, timeout_s: float = PATIENCE_S) -> ServiceError:
+    with pytest.raises(ServiceError) as caught:
+        stream_generate(service.address, service.expected, timeout_s=timeout_s)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_text_is_handed_on_as_it_comes(service: Service) -> None:
+    service.answer = fixed(ACCEPTED, chunk(0, "Hel", 2), chunk(2, "lo", end=3), FINISHED)
+    pieces: list[str] = []
+    result = stream_generate(service.address, REQUEST, timeout_s=PATIENCE_S, on_text=pieces.append)
+    assert pieces == ["Hel", "lo"]
+    assert result.text == "Hello"
+    assert result.accepted == ACCEPTED.accepted
+    assert result.finished == FINISHED.finished
+
+
+def test_refusal_carries_field_violations_and_retry_hint(service: Service) -> None:
+    def refuse(context: grpc.ServicerContext) -> Iterator[inference_pb2.GenerateResponse]:
+        bad = error_details_pb2.BadRequest()
+        bad.field_violations.add(field="max_tokens", description="is below 1")
+        retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=1, nanos=500_000_000))
+        details = [any_pb2.Any(), any_pb2.Any()]
+        details[0].Pack(bad)
+        details[1].Pack(retry)
+        status = status_pb2.Status(code=code_pb2.INVALID_ARGUMENT, message="the request\nwas refused", details=details)
+        context.abort_with_status(rpc_status.to_status(status))
+        yield from ()
+
+    service.answer = refuse
+    error = failure(service)
+    assert error.code == "INVALID_ARGUMENT"
+    assert error.violations == (("max_tokens", "is below 1"),)
+    assert error.retry_after_s == 1.5
+    assert str(error) == ("INVALID_ARGUMENT: the request was refused; max_tokens: is below 1; try again in 1.5 s")
+
+
+def test_refusal_without_details_is_its_code_and_message(service: Service) -> None:
+    def refuse(context: grpc.ServicerContext) -> Iterator[inference_pb2.GenerateResponse]:
+        context.abort(grpc.StatusCode.UNAVAILABLE, "draining")
+        yield from ()
+
+    service.answer = refuse
+    assert str(failure(service)) == "UNAVAILABLE: draining"
+
+
+def test_error_in_the_last_message_is_raised_with_its_code(service: Service) -> None:
+    error = inference_pb2.Error(code=code_pb2.INTERNAL, message="the replica was lost")
+    last = inference_pb2.GenerateResponse(finished=inference_pb2.Finished(error=error))
+    service.answer = fixed(ACCEPTED, chunk(0, "a"), last)
+    assert str(failure(service)) == "INTERNAL: the replica was lost"
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ((ACCEPTED, chunk(0, "a"), chunk(2, "b"), FINISHED), "token 1 was due and token 2 came"),
+        ((ACCEPTED, chunk(0, "a"), chunk(0, "a"), FINISHED), "token 1 was due and token 0 came"),
+        ((ACCEPTED, chunk(0, "a")), "the answer ended without its last message"),
+        ((chunk(0, "a"), FINISHED), "chunk came out of order"),
+        ((ACCEPTED, ACCEPTED), "accepted came out of order"),
+        ((ACCEPTED, chunk(0, "a", end=1), FINISHED, chunk(1, "a")), "a message came after the last one"),
+        ((ACCEPTED, chunk(0, "a"), FINISHED), "choice 0 has no end"),
+        ((ACCEPTED, chunk(0, "a", end=2), FINISHED), "choice 0 has 1 tokens of 2"),
+        ((ACCEPTED, chunk(0, "a", end=1), chunk(1, "b"), FINISHED), "choice 0 went on after its end"),
+        ((ACCEPTED, chunk(0, "a", choice=1), FINISHED), "choice 1 came of 1"),
+        ((ACCEPTED, chunk(0, "a", choice=-1), FINISHED), "choice -1 came of 1"),
+        ((ACCEPTED, echo(0, "a"), FINISHED), "echo came out of order"),
+        ((inference_pb2.GenerateResponse(),), "an unknown message came out of order"),
+        ((), "the answer ended without its last message"),
+    ],
+)
+def test_answer_against_the_protocol_is_an_error(
+    service: Service, responses: tuple[inference_pb2.GenerateResponse, ...], message: str
+) -> None:
+    service.answer = fixed(*responses)
+    assert str(failure(service)) == f"DATA_LOSS: {message}"
+
+
+def test_choices_come_interleaved_and_are_told_apart(service: Service) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", num_choices=2)
+    service.answer = fixed(
+        ACCEPTED,
+        chunk(0, "x", choice=1),
+        chunk(0, "a"),
+        chunk(1, "y", choice=1, end=2),
+        chunk(1, "b", 2, end=3),
+        FINISHED,
+    )
+    pieces: list[str] = []
+    result = stream_generate(service.address, service.expected, timeout_s=PATIENCE_S, on_text=pieces.append)
+    assert pieces == [], "they would be mixed up"
+    assert [choice.text for choice in result.choices] == ["ab", "xy"]
+    assert [len(choice.tokens) for choice in result.choices] == [3, 2]
+    assert [end.completion_tokens for end in result.ends] == [3, 2]
+    assert result.echo is None
+
+
+def test_an_echoed_prompt_is_handed_on_before_the_answer(service: Service) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", echo=True)
+    accepted = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(prompt_tokens=3))
+    service.answer = fixed(accepted, echo(0, "he", 2), echo(2, "llo"), chunk(0, "!", end=1), FINISHED)
+    pieces: list[str] = []
+    result = stream_generate(service.address, service.expected, timeout_s=PATIENCE_S, on_text=pieces.append)
+    assert pieces == ["he", "llo", "!"]
+    assert result.echo is not None and (result.echo.text, len(result.echo.tokens)) == ("hello", 3)
+    assert result.text == "!"
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ((echo(0, "h"), echo(2, "l")), "token 1 was due and token 2 came"),
+        ((echo(0, "h"), chunk(0, "a")), "1 of 3 prompt tokens were echoed"),
+        ((chunk(0, "a"),), "0 of 3 prompt tokens were echoed"),
+        ((echo(0, "hel", 3), chunk(0, "a"), echo(3, "lo")), "echo came out of order"),
+    ],
+)
+def test_an_echo_against_the_protocol_is_an_error(
+    service: Service, responses: tuple[inference_pb2.GenerateResponse, ...], message: str
+) -> None:
+    service.expected = inference_pb2.GenerateRequest(prompt="hello", echo=True)
+    accepted = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(prompt_tokens=3))
+    service.answer = fixed(accepted, *responses, FINISHED)
+    assert str(failure(service)) == f"DATA_LOSS: {message}"
+
+
+def test_silent_service_ends_at_the_deadline(service: Service) -> None:
+    def hang(context: grpc.ServicerContext) -> Iterator[inference_pb2.GenerateResponse]:
+        yield ACCEPTED
+        service.ended.wait(PATIENCE_S)
+
+    service.answer = hang
+    started = time.monotonic()
+    assert failure(service, timeout_s=0.3).code == "DEADLINE_EXCEEDED"
+    assert time.monotonic() - started < PATIENCE_S / 2
+
+
+def test_leaving_early_cancels_the_request(service: Service) -> None:
+    def endless(context: grpc.ServicerContext) -> Iterator[inference_pb2.GenerateResponse]:
+        yield ACCEPTED
+        yield chunk(0, "a")
+        service.ended.wait(PATIENCE_S)
+
+    def interrupt(text: str) -> None:
+        raise KeyboardInterrupt
+
+    service.answer = endless
+    with pytest.raises(KeyboardInterrupt):
+        stream_generate(service.address, REQUEST, timeout_s=PATIENCE_S, on_text=interrupt)
+    assert service.ended.wait(PATIENCE_S)
+
+
+def test_absent_service_is_named(free_address: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        fetch_status(free_address, timeout_s=PATIENCE_S)
+    assert str(caught.value) == f"UNAVAILABLE: nothing answers at {free_address}"
+
+
+def test_status_is_fetched(service: Service) -> None:
+    assert fetch_status(service.address).model == "demo"
+
+
+def test_waiting_ends_when_the_service_says_that_it_serves(service: Service) -> None:
+    service.watched.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    timer = threading.Timer(0.2, service.watched.set, (SERVICE, serving))
+    timer.start()
+    wait_serving(service.address, timeout_s=PATIENCE_S)
+    timer.join()
+
+
+def test_waiting_outlasts_a_service_that_is_not_listening_yet(free_address: str) -> None:
+    late = Service()
+    late.watched.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    servers: list[grpc.Server] = []
+    timer = threading.Timer(0.3, lambda: servers.append(start(late, free_address)))
+    timer.start()
+    wait_serving(free_address, timeout_s=PATIENCE_S)
+    timer.join()
+    servers[0].stop(None).wait()
+
+
+def test_waiting_ends_at_its_deadline_and_says_what_was_seen(service: Service) -> None:
+    service.watched.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
+    with pytest.raises(ServiceError) as caught:
+        wait_serving(service.address, timeout_s=3.0)
+    assert str(caught.value) == (
+        f"DEADLINE_EXCEEDED: {SERVICE} at {service.address} did not serve within 3 s (last seen: NOT_SERVING)"
+    )
+
+
+def test_waiting_for_nobody_ends_at_its_deadline(free_address: str) -> None:
+    with pytest.raises(ServiceError) as caught:
+        wait_serving(free_address, timeout_s=0.3)
+    assert str(caught.value).endswith("did not serve within 0.3 s (last seen: unreachable)")

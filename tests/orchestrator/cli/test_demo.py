@@ -1,0 +1,54 @@
+"""What the demo shows, and what it refuses."""
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from orchestrator.cli.demo import WrappedText, demo, measurements
+from placement.errors import InvalidConfig
+from protos.heterodyne.v1 import inference_pb2 as pb
+
+
+def shown(width: int, *pieces: str) -> str:
+    out = io.StringIO()
+    text = WrappedText(Console(file=out, width=width))
+    for piece in pieces:
+        text.write(piece)
+    text.end()
+    return out.getvalue()
+
+
+def test_text_breaks_between_words_wherever_its_pieces_end() -> None:
+    assert shown(11, "hel", "lo wo", "rld and", " more\n\nend") == "hello world\nand more\n\nend\n"
+
+
+@settings(deadline=None)
+@given(st.lists(st.text("ab \n", max_size=9), max_size=9), st.integers(3, 30))
+def test_no_word_is_lost_and_no_line_is_too_long(pieces: list[str], width: int) -> None:
+    words = "".join(pieces).split()
+    out = shown(width, *pieces)
+    assert out.split() == words
+    assert all(len(line.rstrip()) <= width or line.split() == [line.strip()] for line in out.splitlines())
+
+
+def measured(**timings: float) -> str:
+    out = io.StringIO()
+    finished = pb.Finished(usage=pb.Usage(prompt_tokens=3, completion_tokens=1), timings=pb.Timings(**timings))
+    Console(file=out, width=100).print(measurements(finished))
+    return out.getvalue()
+
+
+def test_measurements_of_many_tokens_and_of_one() -> None:
+    assert "100.0 tokens/s" in measured(time_to_first_token_s=0.02, time_per_output_token_s=0.01)
+    one = measured(time_to_first_token_s=0.02)
+    assert "time to first token" in one and "20.0 ms" in one and "tokens/s" not in one
+
+
+def test_an_open_port_is_refused() -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        demo(Path("deploy/local.yaml"), overrides=["gateway.address=127.0.0.1:0"], console=Console(file=io.StringIO()))
+    assert (caught.value.field, caught.value.value) == ("gateway.address", "127.0.0.1:0")

@@ -1,0 +1,117 @@
+"""The command ``plan``: what would be done, in words and as a picture."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from orchestrator.cli.plan import plan_lines, show_plan
+from orchestrator.cli.plan_picture import describe, plan_svg, shares
+from orchestrator.deployment.preflight import preflight
+from placement.errors import InvalidConfig
+from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
+from placement.planning.layout import ReplicaLayout, StageLayout
+from placement.planning.plan import Plan
+from placement.planning.planner import plan_replicas
+from tests.support.deployment import make_config, too_large_for_each
+from tests.support.shapes import LLAMA_8B
+
+DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
+CLUSTER = ClusterSpec(
+    nodes=tuple(NodeSpec(name=name, host=name, memory_bytes=2**40, devices=(DEVICE,)) for name in ("a", "b", "c", "d"))
+)
+SVG = "{http://www.w3.org/2000/svg}"
+FREE = ["gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null"]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """Two stages of unequal ranks, and a replica whose second rank holds nothing of the layers' attention."""
+    layouts = (
+        ReplicaLayout(
+            stages=(
+                StageLayout(devices=(0, 1), weights=(3, 1), num_layers=24),
+                StageLayout(devices=(2,), weights=(1,), num_layers=8),
+            )
+        ),
+        ReplicaLayout(stages=(StageLayout(devices=(3,), weights=(1,)),)),
+    )
+    return plan_replicas(
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
+        max_num_seqs=32, token_budget=256, layouts=layouts,
+    )  # fmt: skip
+
+
+def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path, served_checkpoint: Path) -> None:
+    stages = [{"workers": ["b", "worker-1"]}, {"workers": ["a"], "layers": 1}]
+    config = make_config(
+        tmp_path,
+        served_checkpoint,
+        cluster={"workers": [{"name": "a", "threads": 1}, {"threads": 1}, {"name": "b", "threads": 1}]},
+        serving={"parallelism": {"replicas": [{"stages": stages}]}},
+    )
+    checked = preflight(config)
+    lines = list(plan_lines(checked))
+    assert [line.split()[1:5] for line in lines] == [
+        ["replica=replica-0", "stage=0", "rank=0", "worker=b"],
+        ["replica=replica-0", "stage=0", "rank=1", "worker=worker-1"],
+        ["replica=replica-0", "stage=1", "rank=2", "worker=a"],
+    ]
+    assert "layers=0-1 kv_heads=0-1 " in lines[0] and "layers=0-1 kv_heads=1-2 " in lines[1]
+    assert "layers=1-2 kv_heads=0-2 " in lines[2] and "vocab_rows=none" in lines[2]
+    assert len({line.split("kv_tokens=")[1] for line in lines}) == 1
+
+
+def test_ranks_of_a_replica_have_as_many_blocks_and_take_no_more_memory_than_set(plan: Plan) -> None:
+    shards = plan.replicas[0].shards
+    assert len({shard.num_blocks for shard in shards}) == 1
+    assert max(shard.kv_bytes for shard in shards) <= 2**33 < max(shard.kv_bytes for shard in shards) * 1.01
+    per_block = [shard.kv_bytes // shard.num_blocks for shard in shards]
+    assert per_block == [24 * 6 * 8192, 24 * 2 * 8192, 8 * 8 * 8192]
+
+
+def test_the_picture_has_a_box_for_every_rank_as_wide_as_its_share(plan: Plan) -> None:
+    root = ElementTree.fromstring(plan_svg(plan))
+    boxes = [group.find(f"{SVG}rect") for group in root.iter(f"{SVG}g")]
+    widths = [float(box.get("width", "0")) for box in boxes if box is not None]
+    assert len(widths) == 4
+    first, second = shares(plan.replicas[0].stages[0])
+    assert widths[0] / widths[1] == pytest.approx(first / second, rel=0.01) and 2.5 < first / second < 3.5
+    assert widths[2] == pytest.approx(widths[0] + widths[1], rel=0.01)
+    titles = [title.text or "" for title in root.iter(f"{SVG}title")]
+    assert "vocabulary" in titles[0] and "vocabulary" not in titles[2]
+
+
+def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
+    lines = describe(plan.replicas[0].shards[2], plan.model)
+    assert "KV heads all 8" in lines
+    layouts = (ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 0)),)),)
+    made = plan_replicas(
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
+        max_num_seqs=32, token_budget=256, layouts=layouts,
+    )  # fmt: skip
+    idle = made.replicas[0].shards[1]
+    assert {"KV heads none", "FFN columns none"} <= set(describe(idle, made.model))
+    assert idle.kv_bytes == 0
+
+
+def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    lines = list(show_plan(Path("deploy/split.yaml"), overrides=FREE[:1], picture=picture))
+    assert [line.split()[3:5] for line in lines[:2]] == [["rank=0", "worker=big"], ["rank=1", "worker=small"]]
+    assert lines[2] == f"drawn in {picture}"
+    assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
+
+
+def test_a_plan_that_cuts_a_model_unasked_says_by_what_and_that_speed_counts_when_served(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    too_large_for_each(tmp_path, served_checkpoint, 1, 3)
+    *ranks, last = show_plan(tmp_path / "cluster.yaml", overrides=[], picture=None)
+    assert len(ranks) == 2
+    assert last == 'event=auto_split by=threads when_served="by measured speed"'
+
+
+def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=r"--svg: cannot be written: no such file"):
+        list(show_plan(Path("deploy/local.yaml"), overrides=FREE, picture=tmp_path / "no" / "plan.svg"))

@@ -1,0 +1,344 @@
+"""How status and loading are shown, on a terminal and elsewhere."""
+
+import io
+import shlex
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from orchestrator.cli.render import key_values, print_status, status_lines
+from orchestrator.deployment.load_progress import LoadProgress
+from protos.heterodyne.control.v1 import control_pb2
+from protos.heterodyne.v1 import admin_pb2
+
+MIB = 2**20
+
+
+def status() -> admin_pb2.GetStatusResponse:
+    loading = admin_pb2.RankStatus(rank=0, node="node-1", device="cuda:0", weight_bytes=4 * MIB, loaded_bytes=MIB)
+    ready = admin_pb2.RankStatus(
+        rank=0,
+        node="local",
+        device="cpu",
+        address="127.0.0.1:41000",
+        pid=77,
+        first_layer=0,
+        last_layer=12,
+        weight_bytes=100 * MIB,
+        loaded_bytes=100 * MIB,
+        kv_bytes=256 * MIB,
+    )
+    load = admin_pb2.ReplicaLoad(num_running=3, num_waiting=0, free_blocks=90, total_blocks=100)
+    return admin_pb2.GetStatusResponse(
+        model="demo [bold]",
+        gateway=admin_pb2.GatewayStatus(
+            in_flight=3, max_in_flight=256, max_queued=1024, uptime_s=12.5, controller_connected=True
+        ),
+        replicas=[
+            admin_pb2.ReplicaStatus(
+                name="replica-0", state=admin_pb2.REPLICA_STATE_READY, epoch=2, ranks=[ready], load=load
+            ),
+            admin_pb2.ReplicaStatus(name="replica-1", state=admin_pb2.REPLICA_STATE_STARTING, epoch=1, ranks=[loading]),
+            admin_pb2.ReplicaStatus(
+                name="replica-2", state=admin_pb2.REPLICA_STATE_FAILED, epoch=4, cause="rank 0: no GPU"
+            ),
+        ],
+    )
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=240, color_system=None)
+
+
+def output(shown: Console) -> str:
+    assert isinstance(shown.file, io.StringIO)
+    return shown.file.getvalue()
+
+
+def pairs(line: str) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in shlex.split(line))
+
+
+def test_status_off_a_terminal_is_one_line_a_rank() -> None:
+    shown = console(terminal=False)
+    print_status(shown, status())
+    gateway, ready, loading, failed = map(pairs, output(shown).splitlines())
+    assert gateway == {
+        "event": "gateway", "model": "demo [bold]", "in_flight": "3", "max_in_flight": "256", "queued": "0",
+        "max_queued": "1024", "draining": "false", "controller_connected": "true", "fenced_messages": "0",
+        "uptime_s": "12.5",
+    }  # fmt: skip
+    assert ready == {
+        "event": "rank", "replica": "replica-0", "state": "READY", "epoch": "2", "rank": "0", "node": "local",
+        "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-12", "weights": "100 MiB",
+        "kv": "256 MiB", "kv_used": "10/100", "running": "3", "waiting": "0",
+    }  # fmt: skip
+    assert (loading["weights"], "running" in loading) == ("1 MiB of 4 MiB", False)
+    assert (failed["state"], failed["cause"], "rank" in failed) == ("FAILED", "rank 0: no GPU", False)
+
+
+def test_status_on_a_terminal_is_a_table_of_all_ranks() -> None:
+    shown = console(terminal=True)
+    print_status(shown, status())
+    text = output(shown)
+    assert "model demo [bold]" in text
+    for cell in ("replica-0", "READY", "10/100", "127.0.0.1:41000", "1 MiB of 4 MiB", "rank 0: no GPU"):
+        assert cell in text
+    assert "gateway: 3/256 in flight, 0/1024 queued, up 12 s" in text
+
+
+@pytest.mark.parametrize(("width", "missing"), [(80, "layers"), (100, "pid"), (120, "epoch"), (160, "")])
+def test_table_drops_columns_before_it_breaks_words(width: int, missing: str) -> None:
+    long = status()
+    for replica in long.replicas:
+        replica.epoch = 1_795_318_332_410
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, long)
+    lines = output(shown).splitlines()
+    header = next(line.split() for line in lines if "replica " in line)
+    assert header[:2] == ["replica", "state"] and header[-2:] == ["running", "waiting"]
+    assert missing not in header
+    (ready,) = [line.split() for line in lines if "replica-0" in line]
+    assert ready[1] == "READY" and "10/100" in ready
+    assert "replica-2: rank 0: no GPU" in lines
+
+
+def test_table_says_when_the_gateway_is_not_well() -> None:
+    unwell = status()
+    unwell.gateway.draining, unwell.gateway.controller_connected = True, False
+    unwell.gateway.fenced_messages = 7
+    shown = console(terminal=True)
+    print_status(shown, unwell)
+    words = "draining, controller lost, serving the last known plan, 7 messages of old epochs refused"
+    assert words in output(shown)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abc"), st.text(st.characters(codec="utf-8"), min_size=1)))
+def test_key_values_stay_on_one_line_and_can_be_taken_apart(values: dict[str, str]) -> None:
+    line = key_values(**values)
+    assert line.isprintable()
+    assert [word.split("=", 1)[0] for word in shlex.split(line)] == list(values)
+
+
+def test_table_shows_escape_codes_of_a_cause_instead_of_obeying_them() -> None:
+    odd = status()
+    odd.replicas[2].cause = "a\x1b[2Jb\nc"
+    shown = console(terminal=True)
+    print_status(shown, odd)
+    assert r"a\x1b[2Jb\nc" in output(shown)
+
+
+def summing() -> admin_pb2.GetStatusResponse:
+    """A replica of two stages of two ranks each, and one of a rank alone."""
+
+    def rank(first_layer: int, *sums: tuple[int, str, float]) -> admin_pb2.RankStatus:
+        measured = [admin_pb2.MeasuredSum(num_bytes=size, algorithm=name, duration_s=s) for size, name, s in sums]
+        return admin_pb2.RankStatus(first_layer=first_layer, last_layer=first_layer + 3, sums=measured)
+
+    first = [rank(0, (1024, "direct", 5.2e-5), (4 * MIB, "scatter", 0.0123456)), rank(0)]
+    second = [rank(3, (1024, "a\x1b[2J", 2.5)), rank(3)]
+    return admin_pb2.GetStatusResponse(
+        gateway=admin_pb2.GatewayStatus(controller_connected=True),
+        replicas=[
+            admin_pb2.ReplicaStatus(name="alone", ranks=[rank(0)]),
+            admin_pb2.ReplicaStatus(name="cut", ranks=first + second),
+        ],
+    )
+
+
+def test_sums_off_a_terminal_are_a_line_for_each_size_of_each_stage() -> None:
+    lines = [pairs(line) for line in status_lines(summing())]
+    assert [line["event"] for line in lines] == ["gateway", *["rank"] * 5, *["sum"] * 3]
+    base = {"event": "sum", "replica": "cut"}
+    assert lines[6:] == [
+        base | {"stage": "0", "num_bytes": "1024", "algorithm": "direct", "duration_s": "0.000052"},
+        base | {"stage": "0", "num_bytes": "4194304", "algorithm": "scatter", "duration_s": "0.012346"},
+        base | {"stage": "1", "num_bytes": "1024", "algorithm": r"a\x1b[2J", "duration_s": "2.500000"},
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 240])
+def test_sums_on_a_terminal_are_a_table_under_that_of_ranks(width: int) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, summing())
+    lines = [line.split() for line in output(shown).splitlines() if line.strip()]
+    title = lines.index(["sums", "within", "a", "stage"])
+    assert lines[title + 1] == ["replica", "stage", "size", "algorithm", "time"]
+    assert lines[title + 3 : title + 6] == [
+        ["cut", "0", "1", "KiB", "direct", "0.052", "ms"],
+        ["cut", "0", "4", "MiB", "scatter", "12.346", "ms"],
+        ["cut", "1", "1", "KiB", r"a\x1b[2J", "2500.000", "ms"],
+    ]
+    assert lines[-1][0] == "gateway:"
+
+
+def sharing() -> admin_pb2.GetStatusResponse:
+    """A replica of two stages: one whose ranks sum in lanes, then one whose ranks share sequences."""
+    lanes = [
+        admin_pb2.MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=0.0012),
+        admin_pb2.MeasuredLanes(num_tokens=128, alone_s=2e-3, woven_s=0.0015, is_woven=True),
+    ]
+    expected = [
+        admin_pb2.ExpectedExchange(num_tokens=512, num_before=0, way="all_gather", layer_s=0.0043211),
+        admin_pb2.ExpectedExchange(num_tokens=512, num_before=8192, way="token_ring", layer_s=0.5),
+    ]
+    exchange = admin_pb2.MeasuredExchange(
+        latency_s=2.7e-4, bytes_per_s=194_300_000.4, pairs_per_s=[223_000_000, 198_400_000], call_s=8e-5,
+        expected=expected,
+    )  # fmt: skip
+    first = admin_pb2.RankStatus(first_layer=0, last_layer=3, lanes=lanes)
+    second = admin_pb2.RankStatus(first_layer=3, last_layer=4, exchange=exchange)
+    ranks = [first, admin_pb2.RankStatus(last_layer=3), second, admin_pb2.RankStatus(first_layer=3, last_layer=4)]
+    return admin_pb2.GetStatusResponse(
+        gateway=admin_pb2.GatewayStatus(controller_connected=True),
+        replicas=[admin_pb2.ReplicaStatus(name="cut", ranks=ranks)],
+    )
+
+
+def test_lanes_and_exchanges_off_a_terminal_are_a_line_each() -> None:
+    lines = [pairs(line) for line in status_lines(sharing())]
+    base = {"event": "lanes", "replica": "cut", "stage": "0"}
+    chunk = {"event": "expected_exchange", "replica": "cut", "stage": "1", "num_tokens": "512"}
+    assert lines[5:] == [
+        base | {"num_tokens": "64", "one_lane_s": "0.001000", "two_lanes_s": "0.001200", "lanes": "1"},
+        base | {"num_tokens": "128", "one_lane_s": "0.002000", "two_lanes_s": "0.001500", "lanes": "2"},
+        {
+            "event": "exchange", "replica": "cut", "stage": "1", "latency_s": "0.000270", "bytes_per_s": "194300000",
+            "pairs_per_s": "223000000,198400000", "call_s": "0.000080",
+        },
+        chunk | {"num_before": "0", "exchange": "all_gather", "layer_s": "0.004321"},
+        chunk | {"num_before": "8192", "exchange": "token_ring", "layer_s": "0.500000"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 240])
+def test_lanes_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    print_status(shown, sharing())
+    lines = [" ".join(line.split()) for line in output(shown).splitlines() if line.strip()]
+    tables = [
+        ["cut 0 64 1.000 ms 1.200 ms one", "cut 0 128 2.000 ms 1.500 ms two"],
+        ["cut 1 0.270 ms 194.3 MB/s 223, 198 M/s 0.080 ms"],
+        ["cut 1 512 0 all_gather 4.321 ms", "cut 1 512 8192 token_ring 500.000 ms"],
+    ]
+    headers = [
+        "replica stage tokens one lane two lanes taken",
+        "replica stage latency rate queries x tokens call",
+        "replica stage tokens before exchange a layer",
+    ]
+    for header, rows in zip(headers, tables, strict=True):
+        at = lines.index(header)
+        assert lines[at + 2 : at + 2 + len(rows)] == rows
+    assert lines[-1].startswith("gateway:")
+
+
+def test_there_is_no_table_of_measurements_where_nothing_was_measured() -> None:
+    shown = console(terminal=True)
+    print_status(shown, status())
+    assert not any(word in output(shown) for word in ("sums", "lane", "exchange"))
+
+
+def test_status_lines_of_nothing_are_the_gateway_alone() -> None:
+    assert len(list(status_lines(admin_pb2.GetStatusResponse()))) == 1
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def loading(loaded: int, *, phase: Any = control_pb2.PHASE_LOADING, **replica: Any) -> control_pb2.WatchResponse:
+    rank = control_pb2.Rank(rank=0, phase=phase, loaded_bytes=loaded, weight_bytes=1000)
+    settings = {"name": "replica-0", "epoch": 1} | replica
+    return control_pb2.WatchResponse(replicas=[control_pb2.Replica(ranks=[rank], **settings)])
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def test_loading_is_logged_at_most_once_a_second(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        for step in range(10):
+            progress.update(loading(25 * step))
+            clock.now_s += 0.25
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+    lines = [pairs(line) for line in output(shown).splitlines()]
+    assert [(line["phase"], line["loaded_bytes"]) for line in lines] == [
+        ("loading", "0"), ("loading", "100"), ("loading", "200"), ("ready", "1000"),
+    ]  # fmt: skip
+    assert lines[1] == {
+        "event": "load", "replica": "replica-0", "rank": "0", "phase": "loading", "loaded_bytes": "100",
+        "total_bytes": "1000", "bytes_per_s": "100", "left_s": "9.0",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: bool) -> None:
+    shown = console(terminal=terminal)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(100))
+        clock.now_s += 9.9
+        progress.tick()
+        assert "event=stall" not in output(shown)
+        clock.now_s += 0.2
+        progress.tick()
+        progress.tick()
+        line = "event=stall replica=replica-0 rank=0 loaded_bytes=100 total_bytes=1000 no_progress_s=10"
+        assert output(shown).count(line) == 1
+        progress.update(loading(101))
+        clock.now_s += 10.0
+        progress.tick()
+    assert output(shown).count("event=stall") == 2
+
+
+def test_rank_that_is_loaded_does_not_stall(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(1000))
+        clock.now_s += 60
+        progress.tick()
+    assert "stall" not in output(shown)
+
+
+def test_new_epoch_starts_from_nothing(clock: Clock) -> None:
+    shown = console(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(900))
+        clock.now_s += 5
+        progress.update(loading(0, epoch=2))
+        clock.now_s += 5
+        progress.update(loading(500, epoch=2))
+    assert pairs(output(shown).splitlines()[-1])["bytes_per_s"] == "100"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_failure_shows_its_cause(clock: Clock, terminal: bool) -> None:
+    shown = console(terminal=terminal)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(10))
+        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
+        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
+    assert output(shown).count('event=failed replica=replica-0 rank=0 cause="out of memory"') == 1
+
+
+def test_terminal_has_one_bar_a_rank(clock: Clock) -> None:
+    shown = console(terminal=True)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(500))
+        progress.update(loading(0, name="replica-1"))
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+    text = output(shown)
+    assert "replica-0 rank 0: ready" in text
+    assert "replica-1 rank 0: loading" in text
+    assert "event=load" not in text

@@ -1,0 +1,75 @@
+"""The controller's state as messages."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.controller.measured_wire import measured_message, measurements
+from orchestrator.controller.state import Phase, RankState, ReplicaState, State
+from orchestrator.controller.wire import deployment, device_speed
+from placement.measured.collectives import MeasuredSum
+from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
+from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.measured.overlap import MeasuredLanes
+from placement.measured.speed import DeviceSpeed
+from placement.model.specs import DeviceSpec
+from placement.planning.plan import Part, Shard, Span
+from protos.heterodyne.worker.v1 import worker_pb2
+from workers.service.messages import stage_measurements
+
+MEASURED = StageMeasurements(
+    sums=(
+        MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
+        MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
+    ),
+    lanes=(
+        MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=2e-3, is_woven=False),
+        MeasuredLanes(num_tokens=128, alone_s=3e-3, woven_s=2.5e-3, is_woven=True),
+    ),
+    exchange=MeasuredExchange(
+        speeds=ExchangeSpeeds(latency_s=1e-3, bytes_per_s=1e8, pairs_per_s=(2e8, 1e8), call_s=1e-4),
+        expected=(ExpectedExchange(num_tokens=512, num_before=2048, way="ring", layer_s=4e-3),),
+    ),
+)
+RANK = RankState(
+    shard=Shard(
+        rank=0,
+        node="here",
+        device=DeviceSpec(kind="cpu", memory_bytes=1 << 30),
+        part=Part(layers=Span(0, 2), kv_heads=Span(0, 1), ffn_columns=Span(0, 8), vocab_rows=Span(0, 32)),
+        num_blocks=8,
+        weight_bytes=1000,
+        kv_bytes=100,
+        workspace_bytes=10,
+    ),
+    phase=Phase.READY,
+    measured=MEASURED,
+)
+
+
+def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
+    ranks = (RANK, replace(RANK, shard=replace(RANK.shard, rank=1), measured=NOTHING_MEASURED))
+    state = State(replicas=(ReplicaState(name="replica-0", epoch=1, ranks=ranks),))
+    first, second = deployment(state, version=1).replicas[0].ranks
+    assert list(first.measured.sums) == [
+        worker_pb2.MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
+        worker_pb2.MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
+    ]
+    assert measurements(first.measured) == MEASURED
+    assert measurements(second.measured) == NOTHING_MEASURED
+
+
+def test_controller_and_worker_write_measurements_alike() -> None:
+    assert measured_message(MEASURED) == stage_measurements(MEASURED)
+
+
+def test_a_speed_is_what_a_device_can_have() -> None:
+    told = worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=2e10, flops_per_s=1e11)
+    assert device_speed(told) == DeviceSpeed(weight_bytes_per_s=2e10, flops_per_s=1e11)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
+def test_a_speed_that_no_device_can_have_is_none(rate: float) -> None:
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=rate, flops_per_s=1.0)) is None
+    assert device_speed(worker_pb2.MeasureSpeedResponse(weight_bytes_per_s=1.0, flops_per_s=rate)) is None

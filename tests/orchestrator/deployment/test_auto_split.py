@@ -1,0 +1,51 @@
+"""How a model that was cut unasked is cut anew once its workers were measured."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.deployment.auto_split import settle
+from orchestrator.deployment.preflight import Checked, preflight
+from placement.measured.speed import DeviceSpeed
+from tests.support.deployment import make_config, too_large_for_each
+
+
+def speed(gb_per_s: float) -> DeviceSpeed:
+    return DeviceSpeed(weight_bytes_per_s=gb_per_s * 1e9, flops_per_s=4 * gb_per_s * 1e9)
+
+
+def columns(checked: Checked) -> list[int]:
+    return [len(shard.part.ffn_columns) for shard in checked.plan.replicas[0].shards]
+
+
+@pytest.fixture
+def provisional(tmp_path: Path, served_checkpoint: Path) -> Checked:
+    """96 FFN columns over workers of 1 and 3 threads."""
+    return preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 3), listens=False)
+
+
+def test_shares_are_those_of_the_measured_speeds_and_the_line_says_them(provisional: Checked) -> None:
+    settled = settle(provisional, [speed(20.04), speed(10)])
+    assert columns(provisional) == [24, 72] and columns(settled.checked) == [64, 32]
+    assert settled.checked.split_by == "speed"
+    assert settled.line == (
+        'event=auto_split by=speed weights_gb_per_s="w0 20, w1 10" prefill_gflop_per_s="w0 80.2, w1 40"'
+    )
+
+
+def test_where_one_is_unknown_nothing_is_made_up(provisional: Checked) -> None:
+    settled = settle(provisional, [speed(20), "was not measured within 20 s"])
+    assert settled.checked is provisional
+    assert settled.line == 'event=auto_split by=threads cause="w1 was not measured within 20 s"'
+
+
+def test_a_cut_that_leaves_a_worker_nothing_is_not_made_by_speed(provisional: Checked) -> None:
+    settled = settle(provisional, [speed(1000), speed(0.1)])
+    assert settled.checked.split_by == "threads"
+    assert 'cause="the model cannot be cut by what was measured"' in settled.line
+
+
+def test_what_is_not_cut_is_not_split(tmp_path: Path, served_checkpoint: Path) -> None:
+    workers = {"workers": [{"device": "cpu", "threads": 1, "count": 2}]}
+    checked = preflight(make_config(tmp_path, served_checkpoint, cluster=workers), listens=False)
+    assert checked.split_by is None and len(checked.plan.replicas) == 2

@@ -1,0 +1,110 @@
+"""How ``serve`` follows the launch: what it says when the controller, or time, is lost."""
+
+import io
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import grpc
+import pytest
+from rich.console import Console
+
+from orchestrator.deployment import serve
+from orchestrator.deployment.load_progress import LoadProgress
+from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
+from tests.support.clocks import PATIENCE_S
+
+READY = control_pb2.PHASE_READY
+
+
+@dataclass
+class Controller(control_pb2_grpc.ControlServicer):
+    """Streams what it is given; the stream ends when ``end`` is set."""
+
+    states: list[control_pb2.WatchResponse] = field(default_factory=list)
+    end: threading.Event = field(default_factory=threading.Event)
+    address: str = ""
+
+    def Watch(self, request: control_pb2.WatchRequest, context: Any) -> Iterator[control_pb2.WatchResponse]:
+        yield from self.states
+        self.end.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def controller() -> Iterator[Controller]:
+    controller = Controller()
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    control_pb2_grpc.add_ControlServicer_to_server(controller, server)
+    controller.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield controller
+    controller.end.set()
+    server.stop(None).wait()
+
+
+class RunningGateway:
+    """A gateway that does not end; ``looked`` counts how often that was checked."""
+
+    looked = 0
+
+    def ended(self) -> bool:
+        self.looked += 1
+        return False
+
+
+def launch(controller: Controller, *, timeout_s: float = PATIENCE_S) -> bool:
+    gateway = cast(serve.GatewayProcess, RunningGateway())
+    console = Console(file=io.StringIO())
+    with serve._watch(controller.address) as states, LoadProgress(console) as progress:
+        return serve._launch(states, gateway, serve.StopRequest(), progress, timeout_s=timeout_s)
+
+
+def test_launch_ends_when_everything_is_ready(controller: Controller) -> None:
+    controller.states = [control_pb2.WatchResponse(phase=phase) for phase in (control_pb2.PHASE_LOADING, READY)]
+    assert launch(controller)
+
+
+def test_launch_fails_with_the_first_cause(controller: Controller) -> None:
+    controller.states = [control_pb2.WatchResponse(phase=control_pb2.PHASE_FAILED, cause="rank 0: no memory")]
+    with pytest.raises(serve.LaunchFailed, match="rank 0: no memory"):
+        launch(controller)
+
+
+def test_launch_fails_when_the_controller_is_lost(controller: Controller) -> None:
+    controller.states = [control_pb2.WatchResponse(phase=control_pb2.PHASE_LOADING)]
+    controller.end.set()
+    with pytest.raises(serve.LaunchFailed, match="the controller was lost while the deployment started"):
+        launch(controller)
+
+
+def test_launch_has_a_limit(controller: Controller) -> None:
+    with pytest.raises(serve.LaunchFailed, match=r"was not ready after 0\.3 s"):
+        launch(controller, timeout_s=0.3)
+
+
+def test_the_controller_is_reached_past_any_proxy(controller: Controller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    controller.states = [control_pb2.WatchResponse(phase=READY)]
+    assert launch(controller)
+
+
+def test_serving_goes_on_without_the_controller_which_is_said_once(controller: Controller) -> None:
+    controller.end.set()
+    out, gateway, stop = io.StringIO(), RunningGateway(), serve.StopRequest()
+
+    def stop_later() -> None:
+        while "event=controller_lost" not in out.getvalue():
+            time.sleep(0.05)
+        looked = gateway.looked
+        while gateway.looked < looked + 5:
+            time.sleep(0.05)
+        stop.asked.set()
+
+    threading.Thread(target=stop_later, daemon=True).start()
+    with serve._watch(controller.address) as states:
+        serve._supervise(states, cast(serve.GatewayProcess, gateway), stop, Console(file=out, width=200))
+    assert out.getvalue().count("event=controller_lost") == 1

@@ -1,0 +1,52 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from placement.errors import NotEnoughMemory
+from placement.model.specs import ModelSpec, RopeSpec
+from placement.planning.plan import Span
+from workers.host.device import open_device
+from workers.model.kv_cache import allocate_kv_cache, kv_cache_bytes
+
+MODEL = ModelSpec(
+    architecture="llama",
+    num_layers=3,
+    hidden_size=20,
+    num_heads=15,
+    num_kv_heads=5,
+    head_dim=4,
+    ffn_size=14,
+    vocab_size=31,
+    max_context_tokens=64,
+    rms_norm_eps=1e-5,
+    rope=RopeSpec(),
+    tied_embeddings=False,
+)
+
+
+def test_a_cache_has_a_slot_for_every_layer_head_and_token() -> None:
+    cache = allocate_kv_cache(MODEL, num_slots=48, dtype=torch.bfloat16, device=open_device("cpu", 1))
+    assert [layer.keys.shape for layer in cache.layers] == [(5, 48, 4)] * 3
+    assert [layer.values.shape for layer in cache.layers] == [(5, 48, 4)] * 3
+    assert kv_cache_bytes(cache) == 2 * 3 * 5 * 48 * 4 * 2
+    assert not any(layer.keys.any() or layer.values.any() for layer in cache.layers)
+
+
+def test_a_shard_caches_its_own_layers_and_heads() -> None:
+    cache = allocate_kv_cache(
+        MODEL,
+        num_slots=16,
+        dtype=torch.float32,
+        device=open_device("cpu", 1),
+        layers=Span(1, 3),
+        kv_heads=Span(2, 3),
+    )
+    assert [layer.keys.shape for layer in cache.layers] == [(1, 16, 4)] * 2
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_it_is_allocated() -> None:
+    huge = replace(MODEL, num_kv_heads=1000, head_dim=1000)
+    with pytest.raises(NotEnoughMemory) as caught:
+        allocate_kv_cache(huge, num_slots=2**31, dtype=torch.float32, device=open_device("cpu", 1))
+    assert caught.value.field == "num_blocks"

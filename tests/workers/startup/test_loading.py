@@ -1,0 +1,57 @@
+"""What a rank is refused for want of memory, before and while it loads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from placement.errors import NotEnoughMemory
+from placement.planning.memory import Footprint
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.host.device import open_device
+from workers.startup import loading
+from workers.startup.checks import check_memory
+from workers.startup.loading import LoadJob
+
+MIB = 2**20
+
+
+def need(weights: int, kv: int, workspace: int) -> Footprint:
+    return Footprint(weight_bytes=weights, kv_bytes=kv, workspace_bytes=workspace, process_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("available", "field", "fix"),
+    [
+        (599 * MIB, "serving.kv_cache", "Set serving.kv_cache to 199MiB or less."),
+        (301 * MIB, "serving.token_budget", "Lower serving.token_budget"),
+        (299 * MIB, "model.path", "smaller model"),
+    ],
+)
+def test_the_setting_that_would_help_is_named(available: int, field: str, fix: str) -> None:
+    check_memory(need(300 * MIB, 200 * MIB, 100 * MIB), 600 * MIB, where="cpu")
+    with pytest.raises(NotEnoughMemory) as caught:
+        check_memory(need(300 * MIB, 200 * MIB, 100 * MIB), available, where="cpu")
+    assert caught.value.field == field
+    assert fix in caught.value.fix
+    assert "300 MiB weights + 200 MiB KV blocks + 100 MiB workspace are needed" in str(caught.value)
+
+
+def test_memory_that_runs_out_while_loading_is_typed(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_weights(path: Path, *_: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(loading, "load_weights", load_weights)
+    request = pb.LoadRequest(
+        model_path=str(llama_checkpoint()),
+        dtype=pb.DTYPE_FLOAT32,
+        shard=pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509}),
+        block_size=8,
+        num_blocks=64,
+        token_budget=32,
+        max_num_seqs=8,
+        max_context_tokens=256,
+    )
+    with pytest.raises(NotEnoughMemory, match="ran out of memory while loading") as caught:
+        LoadJob(request=request, device=open_device("cpu", 1)).run()
+    assert caught.value.field == "serving.kv_cache"

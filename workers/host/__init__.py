@@ -1,0 +1,1 @@
+"""The machine under a worker: its device and its cores."""

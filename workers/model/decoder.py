@@ -1,0 +1,226 @@
+"""The decoder of Llama (Touvron et al. 2023) and of the families after it, as ``ModelSpec`` tells them apart.
+
+Knows nothing of plans: its weights say which layers, heads, columns and vocabulary rows it computes, and a group sums
+what the ranks of its stage have computed.
+
+    T  tokens of the batch, flattened over sequences      V  vocabulary
+    E  hidden size                                        F  feed-forward size
+    H  query heads, K  KV heads                           D  head dimension
+
+H, K, F and V are those of the rank's part.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.attention import AttentionPlan, LayerCache
+from kernels.cpu.layers.fused import Attend
+from kernels.cpu.layers.partial import Partial, SumWork
+from kernels.select import Kernels
+from placement.model.specs import ModelSpec, RopeSpec
+from workers.model.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
+from workers.model.group import Group
+from workers.model.residual import Residual
+from workers.model.weaving import Layers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeTables:
+    """Cosine and signed sine of every token's angles."""
+
+    cos: Tensor  # [T, 1, D]
+    sin: Tensor  # [T, 1, D]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """What a step computes: tokens of several sequences, side by side.
+
+    ``rope`` has an entry for each window that some layer has, and so has ``attention`` where there is no ``attend``,
+    which attends where other ranks have some of the KV.
+    """
+
+    token_ids: Tensor  # [T]
+    slots: Tensor  # [T]: where each token's KV goes
+    rope: Mapping[Window, RopeTables]
+    attention: Mapping[Window, AttentionPlan]
+    attend: Attend | None = None
+
+
+def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) -> Mapping[Window, RopeTables]:
+    """What rotates tokens at ``positions`` [T], for the layers of each window."""
+    tables: dict[RopeSpec, RopeTables] = {}
+    for window, turns in weights.frequencies.items():
+        rope = model.rope_of(window)
+        if rope not in tables:
+            cos, sin = reference.rope_tables(positions, turns, weights.dtype, rope.attention_factor)
+            tables[rope] = RopeTables(cos=cos, sin=sin)
+    return {window: tables[model.rope_of(window)] for window in weights.frequencies}
+
+
+def run_layers(
+    model: ModelSpec,
+    weights: DecoderWeights,
+    caches: Sequence[LayerCache],
+    kernels: Kernels,
+    batch: TokenBatch,
+    x: Tensor,
+    *,
+    sums: bool,
+    sum_work: SumWork | None = None,
+    first_row: int = 0,
+    num_layers: int | None = None,
+) -> Layers:
+    """The last layer's output [T, E], before the final norm, of its first's input ``x`` [T, E].
+
+    Writes the batch's KV to ``caches``.
+
+    Args:
+        sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
+            given, and this goes on once the sum is in its place, or finished; of a ladder, once the sum before it is.
+        sum_work: sums them instead, where the layers are a program.
+        first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
+        num_layers: only the first ones are computed, for a measurement. Not of a ladder.
+    """
+    if batch.attend is not None and not len(x):
+        return _attend_for_others(model, weights, caches, batch.attend, x)
+    if weights.fused is not None and weights.fused.takes(batch.attention):
+        fused = weights.fused.run(
+            x,
+            caches,
+            batch.slots,
+            batch.rope,
+            batch.attention,
+            sums=sums,
+            sum_work=sum_work,
+            attend=batch.attend,
+            first_row=first_row,
+            num_layers=num_layers,
+        )
+        return (yield from fused)
+    assert sum_work is None or weights.fused is None, "other ranks would sum otherwise"
+    if model.ladder:
+        return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
+    layers = weights.layers[:num_layers]
+    if not layers:
+        return x
+    residual = Residual(rows=x, kernels=kernels, eps=model.rms_norm_eps)
+    normed = kernels.rms_norm(x, layers[0].attention_norm, model.rms_norm_eps)
+    following = [*(layer.attention_norm for layer in layers[1:]), None]
+    for layer, cache, next_norm in zip(layers, caches[: len(layers)], following, strict=True):
+        update = _attend(model, layer, cache, kernels, batch, normed)
+        normed = yield from residual.add(update, layer.attention_post_norm, layer.ffn_norm, sums=sums)
+        update = _feed_forward(model, layer, kernels, normed)
+        normed = yield from residual.add(update, layer.ffn_post_norm, next_norm, sums=sums)
+    return normed
+
+
+def _run_ladder(
+    model: ModelSpec,
+    weights: DecoderWeights,
+    caches: Sequence[LayerCache],
+    kernels: Kernels,
+    batch: TokenBatch,
+    x: Tensor,
+    *,
+    sums: bool,
+) -> Layers:
+    """As :func:`run_layers`, with each update added one later (Zhang et al. 2025, Ladder-residual)."""
+    residual = x
+    updates: list[Tensor] = []  # the last two, not yet added
+
+    def add_and_norm(residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if len(updates) < 2:
+            return kernels.rms_norm(residual, weight, model.rms_norm_eps), residual
+        return kernels.add_rms_norm(updates.pop(0), residual, weight, model.rms_norm_eps)
+
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        normed, residual = add_and_norm(residual, layer.attention_norm)
+        updates.append(_attend(model, layer, cache, kernels, batch, normed))
+        if sums:
+            yield Partial(update=updates[-1])
+        normed, residual = add_and_norm(residual, layer.ffn_norm)
+        updates.append(_feed_forward(model, layer, kernels, normed))
+        if sums:
+            yield Partial(update=updates[-1])
+    if sums:
+        yield Partial(update=x[:0])  # until the last sum is there
+    for update in updates:
+        residual = residual + update
+    return residual
+
+
+def _attend_for_others(
+    model: ModelSpec, weights: DecoderWeights, caches: Sequence[LayerCache], attend: Attend, x: Tensor
+) -> Tensor:
+    """The layers of a rank that has no token of the step, but KV that others' tokens attend to."""
+    query = x.new_empty(0, model.num_heads, model.head_dim)
+    for layer, cache in zip(weights.layers, caches, strict=True):
+        attend(layer.window, query, cache, attention_scale(model))
+    return x
+
+
+def project(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, x: Tensor) -> Tensor | None:
+    """Logits [rows, V] of hidden states ``x`` [rows, E], at the leader; None at other ranks."""
+    normed = kernels.rms_norm(x, ends.norm, model.rms_norm_eps)
+    logits = normed.new_empty(len(x), 0) if ends.head is None else ends.head(normed)
+    return group.gather_columns(logits)
+
+
+def embed(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, token_ids: Tensor) -> Tensor:
+    """The first layer's input: [T] -> [T, E]."""
+    if not group.sums:
+        x = kernels.embedding(token_ids, ends.embedding)
+    else:
+        x = _embed_own(ends, kernels, token_ids)
+        group.all_reduce(x)  # of all ranks but one zeros: as exact as without
+    if model.embedding_scale == 1.0:
+        return x
+    return x * torch.tensor(model.embedding_scale, dtype=x.dtype)  # a plain number would not be rounded
+
+
+def _embed_own(ends: Ends, kernels: Kernels, token_ids: Tensor) -> Tensor:
+    """[T] -> [T, E], with zeros for the tokens that other ranks hold."""
+    if not len(ends.embedding):
+        return ends.embedding.new_zeros(len(token_ids), ends.embedding.shape[1])
+    local = token_ids - ends.first_row
+    is_own = (local >= 0) & (local < len(ends.embedding))
+    x = kernels.embedding(torch.where(is_own, local, 0), ends.embedding)
+    return x.masked_fill_(~is_own[:, None], 0)
+
+
+def _attend(
+    model: ModelSpec, layer: Layer, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
+) -> Tensor:
+    """[T, E] -> [T, E], the part of the rank's heads."""
+    if layer.qkv is None or layer.output is None:
+        return torch.zeros_like(x)
+    num_kv_heads = cache.keys.shape[0]
+    num_heads = num_kv_heads * model.queries_per_kv_head
+    # [T, E] -> [T, H + 2K, D]
+    qkv = layer.qkv(x).view(x.shape[0], -1, model.head_dim)
+    turned, values = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+    if layer.qk_norm is not None:
+        turned = kernels.rms_norm(turned, layer.qk_norm, model.rms_norm_eps)
+    rope = batch.rope[layer.window]
+    turned = kernels.rotate(turned, rope.cos, rope.sin)
+    query, keys = turned[:, :num_heads], turned[:, num_heads:]
+    kernels.write_kv(cache, batch.slots, keys, values)
+    scale = attention_scale(model)
+    if batch.attend is not None:
+        attended = batch.attend(layer.window, query, cache, scale)  # [T, H, D]
+    else:
+        attended = kernels.attention(query, keys, values, cache, batch.attention[layer.window], scale)
+    return layer.output(attended.flatten(1))
+
+
+def _feed_forward(model: ModelSpec, layer: Layer, kernels: Kernels, x: Tensor) -> Tensor:
+    """[T, E] -> [T, 2F] -> [T, F] -> [T, E], the part of the rank's columns."""
+    if layer.gate_up is None or layer.down is None:
+        return torch.zeros_like(x)
+    activate = kernels.silu_mul if model.activation == "silu" else kernels.gelu_mul
+    return layer.down(activate(layer.gate_up(x)))

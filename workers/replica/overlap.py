@@ -1,0 +1,67 @@
+"""Measures, when the ranks of a stage start, which steps are faster in two lanes.
+
+See :mod:`placement.measured.overlap`.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from placement.measured.overlap import OverlapTable, measured_sizes
+from workers.collectives.algorithms import direct
+from workers.collectives.group import TensorGroup
+from workers.collectives.measure import slowest
+from workers.model.weaving import run_alone, run_woven
+from workers.step.runner import ModelRunner
+from workers.step.types import Batch, SequenceInput
+
+_RUNS = 3  # after one that compiles what is not there yet
+_NUM_LAYERS = 2
+_LONG_S = 0.5
+
+
+@torch.inference_mode()
+def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: int, num_slots: int) -> OverlapTable:
+    """The table of this stage: the same at every rank, each of which calls this at the same time, before any request.
+
+    Steps of ever more tokens run through a few layers, until that takes long. Writes to the first slots.
+
+    Raises:
+        PeerFailed: a rank was lost.
+    """
+    sizes: list[int] = []
+    measured: list[Tensor] = []
+    for num_tokens in measured_sizes(min(token_budget, num_slots)):
+        took_s = slowest(group, torch.tensor(_measure(runner, group, num_tokens), dtype=torch.float64))
+        sizes.append(num_tokens)
+        measured.append(took_s)
+        if took_s.max() > _LONG_S:
+            break
+    alone_s, woven_s = ([float(took_s[which]) for took_s in measured] for which in range(2))
+    return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), woven_s=tuple(woven_s))
+
+
+def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[float, float]:
+    """Seconds of a step in one lane, and in two: the best of a few, which take turns."""
+    sequence = SequenceInput(token_ids=[0] * num_tokens, start=0, runs=((0, num_tokens),))
+    batch = Batch(sequences=(sequence,))
+    alone, woven = runner.lay_out(batch), runner.lay_out_woven(batch)
+    x = torch.ones(num_tokens, runner.hidden_size, dtype=runner.dtype, device=alone.inputs.token_ids.device)
+    best_s = [float("inf")] * 2
+    for number in range(1 + _RUNS):
+        runs: tuple[Callable[[], object], ...] = (
+            lambda: run_alone(
+                runner.run_layers(alone.inputs, x, in_program=True, num_layers=_NUM_LAYERS), group.reduce
+            ),
+            lambda: run_woven(runner.lanes(woven, x, _NUM_LAYERS), group.begin_reduce),
+        )
+        for which, run in enumerate(runs):
+            group.run(direct, torch.zeros(1))  # all begin together
+            began_s = time.monotonic()
+            run()
+            group.settle()
+            if number:
+                best_s[which] = min(best_s[which], time.monotonic() - began_s)
+    return best_s[0], best_s[1]

@@ -1,0 +1,1 @@
+"""How tokens are chosen from logits, and the grammars that restrict the choice."""

@@ -1,0 +1,115 @@
+"""Changes logits by what a sequence asked for and has: bias, minimum length, masks, penalties.
+
+Each row's own few tokens are changed by one indexed operation for all rows. Nothing here makes a token possible
+that was not: -inf stays -inf.
+
+Shapes: R rows; V vocabulary, padded; W words of a mask; N changed tokens of all rows together.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from placement.errors import HeterodyneError
+from workers.sampling.state import SamplerState
+
+# [256, 8]: what a mask's byte adds to the logits of its 8 tokens.
+_BYTE_BIAS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 == 1, 0.0, -torch.inf)
+
+
+def adjust(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> dict[int, HeterodyneError]:
+    """Change float32 ``logits`` [R, V] in place: bias, minimum tokens, masks, repetition, presence, frequency.
+
+    Returns:
+        What a row's mask raised, by row.
+    """
+    _add_biases(logits, states, vocab_size)
+    _hold_stops(logits, states, vocab_size)
+    errors = _apply_masks(logits, states, vocab_size)
+    _penalize(logits, states)
+    return errors
+
+
+def _add_biases(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> None:
+    changes = [
+        (row, token_id, bias)
+        for row, state in enumerate(states)
+        for token_id, bias in state.params.bias
+        if token_id < vocab_size
+    ]
+    if changes:
+        rows, ids, biases = zip(*changes, strict=True)
+        logits[_at(logits, rows, ids)] += torch.tensor(biases, device=logits.device)
+
+
+def _hold_stops(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> None:
+    changes = [
+        (row, token_id)
+        for row, state in enumerate(states)
+        if state.holds_stops
+        for token_id in state.stop_token_ids
+        if token_id < vocab_size
+    ]
+    if changes:
+        rows, ids = zip(*changes, strict=True)
+        logits[_at(logits, rows, ids)] = -torch.inf
+
+
+def _apply_masks(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> dict[int, HeterodyneError]:
+    grammars = [(row, state.grammar) for row, state in enumerate(states) if state.grammar is not None]
+    errors: dict[int, HeterodyneError] = {}
+    if not grammars:
+        return errors
+    masks = torch.zeros(len(grammars), -(-vocab_size // 32), dtype=torch.int32)
+    limited = []
+    for mask, (row, grammar) in zip(masks, grammars, strict=True):
+        try:
+            limited.append(grammar.fill(mask))
+        except HeterodyneError as error:
+            errors[row] = error
+            limited.append(False)
+    rows = [row for (row, _), wanted in zip(grammars, limited, strict=True) if wanted]
+    if rows:
+        _mask(logits, rows, masks[torch.tensor(limited)], vocab_size)
+    return errors
+
+
+def _mask(logits: Tensor, rows: list[int], masks: Tensor, vocab_size: int) -> None:
+    """-inf in ``rows`` where the bit of ``masks``, int32 [len(rows), W], is not set.
+
+    A mask's bytes are in token order, as this is little-endian.
+    """
+    taken = masks.view(torch.uint8).to(logits.device, torch.int32)
+    barriers = _BYTE_BIAS.to(logits.device).index_select(0, taken.flatten()).view(len(rows), -1)[:, :vocab_size]
+    if len(rows) == len(logits):
+        logits[:, :vocab_size] += barriers
+    else:
+        at = torch.tensor(rows, device=logits.device)
+        logits[at, :vocab_size] += barriers
+
+
+def _penalize(logits: Tensor, states: Sequence[SamplerState]) -> None:
+    counted = [(row, state.params, state.counts) for row, state in enumerate(states) if state.counts is not None]
+    arrays = [counts.arrays() for _, _, counts in counted]
+    lengths = [len(ids) for ids, _ in arrays]
+    if not sum(lengths):
+        return
+    # [4, N]: row, repetition, presence and frequency penalty of each token.
+    figures = np.array([[row, p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for row, p, _ in counted])
+    rows, repetition, presence, frequency = np.repeat(figures, lengths, axis=0).T
+    counts = np.concatenate([counts for _, counts in arrays])
+    taken = presence * (counts > 0) + frequency * counts
+    at = _at(logits, rows, np.concatenate([ids for ids, _ in arrays]))
+    device = logits.device
+    factor = torch.from_numpy(repetition.astype(np.float32)).to(device)
+    found = logits[at]
+    found = torch.where(found > 0, found / factor, found * factor)
+    logits[at] = found - torch.from_numpy(taken.astype(np.float32)).to(device)
+
+
+def _at(logits: Tensor, rows: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+    """An index of [N] elements of ``logits``, sent to its device at once."""
+    both = torch.from_numpy(np.array([rows, ids], dtype=np.int64)).to(logits.device)
+    return both[0], both[1]

@@ -1,0 +1,222 @@
+"""The leader stream: one gateway's sequences on this engine, in both directions."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Sequence as Seq
+
+import grpc
+
+from placement.errors import FieldError, HeterodyneError, cause_of
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.engine.loop import Engine
+from workers.engine.types import EndReason, Output, StepStats, repeated
+from workers.sampling.grammar import Grammar, GrammarSpec
+from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.service import messages as wire
+from workers.service.outbox import Outbox
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.4
+
+
+class LeaderStream:
+    """The engine's sink for one stream. Lives on one event loop; only ``step`` and ``refused`` run elsewhere.
+
+    Where either side ends the stream, its sequences are cancelled. So they are where the gateway does not read: when
+    the outbox is full the gateway counts as lost, and the stream ends with RESOURCE_EXHAUSTED.
+
+    Attributes:
+        status: how the stream ends where this side ends it; None while it lasts or when the gateway closed it.
+        fenced_messages: messages refused because they carried another epoch.
+    """
+
+    def __init__(self, *, engine: Engine, grammars: GrammarCompiler, epoch: int, outbox: Outbox) -> None:
+        self._engine = engine
+        self._grammars = grammars
+        self._compiling: dict[int, asyncio.Task[None]] = {}
+        self._epoch = epoch
+        self._loop = asyncio.get_running_loop()
+        self._outbox = outbox
+        self._is_open = True
+        self._writing: asyncio.Task[None] | None = None
+        self.fenced_messages = 0
+        self.status: tuple[grpc.StatusCode, str] | None = None
+
+    # -- called on the engine's thread ------------------------------------------------------------------------
+
+    def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
+        """Hand one step's outputs over; the message is built on the loop, so the engine goes on at once."""
+        self._post(self._send_step, stats, outputs)
+
+    def refused(self, sequence_id: int, error: HeterodyneError) -> None:
+        """Hand a refusal over."""
+        self._post(self._send_refusal, sequence_id, error)
+
+    def _post(self, call: Callable[..., None], *args: object) -> None:
+        # A closed loop means that the process ends: there is nobody left to tell.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *args)
+
+    # -- called on the loop -----------------------------------------------------------------------------------
+
+    async def run(
+        self, requests: AsyncIterator[pb.LeadRequest], write: Callable[[pb.LeadResponse], Awaitable[None]]
+    ) -> None:
+        """Serve until either side ends the stream, however it ends; nothing of it is computed from then on."""
+        self._writing = asyncio.create_task(self._write(write))
+        parts = (self._read(requests), self._beat(), self._end_with_engine())
+        tasks = [self._writing, *map(asyncio.create_task, parts)]
+        for part in tasks[1:]:  # a part that fails takes the stream with it
+            part.add_done_callback(lambda _: self._close())
+        try:
+            await asyncio.wait([self._writing])
+        finally:
+            self._close()
+            tasks += self._compiling.values()
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception) and not isinstance(result, grpc.RpcError):
+                raise result
+
+    def end(self, code: grpc.StatusCode, details: str) -> None:
+        """End the stream from this side, behind what was sent before."""
+        if not self._is_open:
+            return
+        for sequence_id in self._compiling:
+            self._refuse(sequence_id, wire.UNAVAILABLE, details)
+        if self._is_open:  # those refusals may have been too many
+            self.status = (code, details)
+            self._close()
+
+    def end_with_engine(self) -> None:
+        """End the stream because the engine has ended, or must be given up."""
+        if self._engine.failure is None:
+            self.end(grpc.StatusCode.UNAVAILABLE, self._engine.stop_cause)
+        else:
+            self.end(grpc.StatusCode.INTERNAL, f"the engine failed: {cause_of(self._engine.failure)}")
+
+    def _close(self) -> None:
+        """Nothing comes in or goes out any more, but what waits to go out."""
+        if self._is_open:
+            self._is_open = False
+            self._outbox.close()
+            self._engine.abandon(self)
+            for compiling in self._compiling.values():
+                compiling.cancel()
+
+    async def _write(self, write: Callable[[pb.LeadResponse], Awaitable[None]]) -> None:
+        while (message := await self._outbox.take()) is not None:
+            await write(message)
+
+    async def _beat(self) -> None:
+        """Send a load report every heartbeat, for as long as the stream lasts."""
+        while True:
+            report = wire.load_report(self._engine.load, fenced_messages=self.fenced_messages)
+            self._send(pb.LeadResponse(load=report))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _end_with_engine(self) -> None:
+        """Wait for the engine's end, then end the stream, behind the outputs that carry the cause."""
+        await asyncio.shield(asyncio.wrap_future(self._engine.ended))
+        self.end_with_engine()
+
+    def _send_step(self, stats: StepStats, outputs: Seq[Output]) -> None:
+        if self._is_open:  # else the message need not be built
+            self._send(pb.LeadResponse(step=wire.step_output(stats, outputs)))
+
+    def _send_refusal(self, sequence_id: int, error: HeterodyneError) -> None:
+        self._refuse(sequence_id, wire.error_code(error), str(error))
+
+    def _refuse(self, sequence_id: int, code: int, message: str) -> None:
+        self._send(pb.LeadResponse(rejected=pb.Rejected(sequence_id=sequence_id, code=code, message=message)))
+
+    def _send(self, message: pb.LeadResponse) -> None:
+        message.epoch = self._epoch
+        if self._is_open and not self._outbox.put(message):
+            self._give_up_gateway()
+
+    def _give_up_gateway(self) -> None:
+        """It does not read. What waits is for nobody, but its connection still hears why the stream ends."""
+        assert self._writing is not None, "an outbox is not full before anything is written"
+        self.status = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read what its sequences are given")
+        logger.warning('gateway_lost cause="it does not read" status=RESOURCE_EXHAUSTED')
+        self._close()
+        self._writing.cancel()
+
+    # -- commands ---------------------------------------------------------------------------------------------
+
+    async def _read(self, requests: AsyncIterator[pb.LeadRequest]) -> None:
+        """Take commands until the gateway closes the stream."""
+        try:
+            async for request in requests:
+                if not self._is_open:
+                    return
+                self._take(request)
+        finally:
+            self._close()
+
+    def _take(self, request: pb.LeadRequest) -> None:
+        command = request.WhichOneof("command")
+        if request.epoch != self._epoch:
+            self.fenced_messages += 1
+            if command == "submit":
+                self._refuse(
+                    request.submit.sequence_id,
+                    wire.FAILED_PRECONDITION,
+                    f"epoch {request.epoch} is fenced: this replica is at epoch {self._epoch}",
+                )
+        elif command == "submit":
+            self._submit(request.submit)
+        elif command == "cancel":
+            self._cancel(request.cancel.sequence_id)
+        elif command == "drain":
+            self._engine.drain()
+        else:
+            self.end(grpc.StatusCode.INVALID_ARGUMENT, "a message holds no command that this worker knows")
+
+    def _submit(self, message: pb.Submit) -> None:
+        """Hand a sequence to the engine; one with a grammar once that is compiled, while others go on."""
+        sequence_id = message.sequence_id
+        try:
+            self._engine.admit()
+            spec = wire.grammar_spec(message)
+            if sequence_id in self._compiling:
+                raise repeated(sequence_id)
+        except HeterodyneError as error:
+            self._send_refusal(sequence_id, error)
+            return
+        if spec is None:
+            self._hand_over(message, None)
+            return
+        self._compiling[sequence_id] = self._loop.create_task(self._compile(message, spec))
+
+    async def _compile(self, message: pb.Submit, spec: GrammarSpec) -> None:
+        try:
+            self._hand_over(message, await self._grammars.compile(spec))
+        except HeterodyneError as error:
+            self._send_refusal(message.sequence_id, error)
+        except Exception as error:  # the border of the task: whatever it was, the gateway must hear of it
+            logger.exception("grammar_not_compiled")
+            self._refuse(message.sequence_id, wire.UNAVAILABLE, cause_of(error))
+        del self._compiling[message.sequence_id]
+
+    def _hand_over(self, message: pb.Submit, grammar: Grammar | None) -> None:
+        try:
+            submission = wire.submission(message, vocab_size=self._engine.limits.vocab_size, grammar=grammar)
+        except FieldError as error:
+            self._send_refusal(message.sequence_id, error)
+        else:
+            self._engine.submit(self, message.sequence_id, submission)
+
+    def _cancel(self, sequence_id: int) -> None:
+        compiling = self._compiling.pop(sequence_id, None)
+        if compiling is None:
+            self._engine.cancel(self, sequence_id)
+        else:
+            compiling.cancel()
+            output = Output(sequence_id=sequence_id, end=EndReason.CANCELLED)
+            self._send_step(StepStats(step=self._engine.load.steps), [output])

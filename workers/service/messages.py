@@ -1,0 +1,231 @@
+"""Between the worker protocol's messages and the engine's types. Pure."""
+
+import math
+from collections.abc import Sequence
+
+from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
+from placement.measured.exchange import MeasuredExchange
+from placement.measured.measurements import StageMeasurements
+from placement.model.specs import DType
+from placement.planning.plan import Span
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.engine.types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
+from workers.sampling.grammar import Grammar, GrammarSpec
+from workers.sampling.sampling import SamplingParams
+from workers.step.scoring import PromptScores
+from workers.transport.errors import PeerFailed
+
+_END = {
+    EndReason.STOP: pb.END_REASON_STOP,
+    EndReason.LENGTH: pb.END_REASON_LENGTH,
+    EndReason.CANCELLED: pb.END_REASON_CANCELLED,
+    EndReason.FAILED: pb.END_REASON_FAILED,
+}
+_DTYPE = {pb.DTYPE_FLOAT32: DType.FLOAT32, pb.DTYPE_BFLOAT16: DType.BFLOAT16}
+
+# google.rpc.Code numbers, spelled here so that a message can carry them.
+INVALID_ARGUMENT = 3
+RESOURCE_EXHAUSTED = 8
+FAILED_PRECONDITION = 9
+UNAVAILABLE = 14
+
+
+def error_code(error: HeterodyneError) -> int:
+    """The google.rpc.Code that a refusal travels as."""
+    match error:
+        case NotEnoughMemory():
+            return RESOURCE_EXHAUSTED
+        case InvalidRequest():
+            return INVALID_ARGUMENT
+        case Draining() | Stopping() | PeerFailed():
+            return UNAVAILABLE
+        case _:
+            return FAILED_PRECONDITION
+
+
+def dtype(message: pb.Dtype.ValueType) -> DType:
+    """Raises InvalidRequest for a type that this worker does not know."""
+    if message not in _DTYPE:
+        raise InvalidRequest(
+            field="dtype", value=message, problem="is not known", fix="Use DTYPE_FLOAT32 or DTYPE_BFLOAT16."
+        )
+    return _DTYPE[message]
+
+
+def span(message: pb.Range, *, field: str, limit: int) -> Span:
+    """Raises InvalidRequest for a range outside ``[0, limit)``."""
+    if not 0 <= message.start <= message.stop <= limit:
+        raise InvalidRequest(
+            field=field,
+            value=(message.start, message.stop),
+            problem="is not a range within the model",
+            fix=f"Use 0 <= start <= stop <= {limit}.",
+        )
+    return Span(message.start, message.stop)
+
+
+def stage_measurements(measured: StageMeasurements) -> pb.StageMeasurements:
+    """What the ranks of a stage measured."""
+    return pb.StageMeasurements(
+        sums=[
+            pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
+            for it in measured.sums
+        ],
+        lanes=[
+            pb.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
+            for it in measured.lanes
+        ],
+        exchange=None if measured.exchange is None else _measured_exchange(measured.exchange),
+    )
+
+
+def _measured_exchange(measured: MeasuredExchange) -> pb.MeasuredExchange:
+    speeds = measured.speeds
+    return pb.MeasuredExchange(
+        latency_s=speeds.latency_s,
+        bytes_per_s=speeds.bytes_per_s,
+        pairs_per_s=speeds.pairs_per_s,
+        call_s=speeds.call_s,
+        expected=[
+            pb.ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
+            for it in measured.expected
+        ],
+    )
+
+
+def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
+    """What the answer must match, where anything is asked.
+
+    Raises:
+        InvalidRequest: a grammar of a kind that this worker does not know.
+    """
+    if not message.HasField("grammar"):
+        return None
+    match message.grammar.WhichOneof("format"):
+        case "json_schema":
+            return GrammarSpec(kind="json_schema", source=message.grammar.json_schema)
+        case "regex":
+            return GrammarSpec(kind="regex", source=message.grammar.regex)
+        case "lark":
+            return GrammarSpec(kind="lark", source=message.grammar.lark)
+    raise InvalidRequest(field="grammar", value="", problem="has no format that is known", fix="Set one.")
+
+
+def submission(message: pb.Submit, *, vocab_size: int, grammar: Grammar | None = None) -> Submission:
+    """What the gateway submitted; ``grammar`` is its grammar, compiled.
+
+    Raises:
+        InvalidRequest: a sampling parameter is out of its range.
+    """
+    return Submission(
+        prompt_ids=tuple(message.prompt_ids),
+        sampling=_sampling(message, vocab_size),
+        max_tokens=message.max_tokens,
+        stop_token_ids=frozenset(message.stop_token_ids),
+        priority=message.priority,
+        min_tokens=message.min_tokens,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        cache_salt=message.cache_salt,
+        grammar=grammar,
+    )
+
+
+def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
+    sampling = message.sampling
+    # Written so that a NaN is out of range too.
+    for field, value, fits in (
+        ("temperature", sampling.temperature, 0.0 <= sampling.temperature < math.inf),
+        ("top_k", sampling.top_k, sampling.top_k >= 0),
+        ("top_p", sampling.top_p, 0.0 < sampling.top_p <= 1.0),
+        ("min_p", sampling.min_p, 0.0 <= sampling.min_p <= 1.0),
+        ("repetition_penalty", sampling.repetition_penalty, 0.0 < sampling.repetition_penalty < math.inf),
+        ("presence_penalty", sampling.presence_penalty, math.isfinite(sampling.presence_penalty)),
+        ("frequency_penalty", sampling.frequency_penalty, math.isfinite(sampling.frequency_penalty)),
+        ("biases", list(sampling.biases), all(map(math.isfinite, sampling.biases))),
+        ("bias_ids", list(sampling.bias_ids), all(token_id < vocab_size for token_id in sampling.bias_ids)),
+        (
+            "bias_ids",
+            len(sampling.bias_ids),
+            len(set(sampling.bias_ids)) == len(sampling.bias_ids) == len(sampling.biases),
+        ),
+        ("logprobs", message.logprobs, message.logprobs >= 0),
+        ("prompt_logprobs", message.prompt_logprobs, message.prompt_logprobs >= 0),
+        ("min_tokens", message.min_tokens, message.min_tokens >= 0),
+    ):
+        if not fits:
+            raise InvalidRequest(
+                field=field, value=value, problem="is out of range", fix="The gateway checks it first."
+            )
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
+        seed=sampling.seed,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def step_output(stats: StepStats, outputs: Sequence[Output]) -> pb.StepOutput:
+    """One step's part for one stream."""
+    return pb.StepOutput(
+        step=stats.step,
+        sequences=[sequence_output(output) for output in outputs],
+        duration_s=stats.duration_s,
+        num_tokens=stats.num_tokens,
+        num_decodes=stats.num_decodes,
+    )
+
+
+def sequence_output(output: Output) -> pb.SequenceOutput:
+    """One sequence's part of a step."""
+    message = pb.SequenceOutput(
+        sequence_id=output.sequence_id,
+        index=output.index,
+        queue_s=output.queue_s,
+        prefill_s=output.prefill_s,
+        cached_tokens=output.cached_tokens,
+        prompt=None if output.scores is None else _prompt_logprobs(output.scores),
+    )
+    if output.token is not None:
+        message.token_id = output.token.token_id
+        if output.token.logprob is not None:
+            message.logprob = output.token.logprob
+            message.top_ids.extend(token_id for token_id, _ in output.token.top)
+            message.top_logprobs.extend(logprob for _, logprob in output.token.top)
+    if output.end is not None:
+        message.end.CopyFrom(
+            pb.End(reason=_END[output.end], detail=output.detail, num_preemptions=output.num_preemptions)
+        )
+    return message
+
+
+def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
+    return pb.PromptLogprobs(
+        first_index=scores.first_index,
+        logprobs=scores.logprobs,
+        top_ids=[token_id for top in scores.top for token_id, _ in top],
+        top_logprobs=[logprob for top in scores.top for _, logprob in top],
+    )
+
+
+def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
+    """The engine's figures as the heartbeat carries them."""
+    return pb.LoadReport(
+        steps=load.steps,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        num_preemptions=load.num_preemptions,
+        prompt_tokens=load.prompt_tokens,
+        output_tokens=load.output_tokens,
+        pending_tokens=load.pending_tokens,
+        fenced_messages=fenced_messages,
+        prefix_queries=load.prefix_queries,
+        prefix_hits=load.prefix_hits,
+    )

@@ -1,0 +1,225 @@
+"""The worker's gRPC service: load, describe, and the leader stream."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import torch
+
+from placement.errors import HeterodyneError, cause_of
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers.host.device import Device
+from workers.sampling.grammar_compiler import GrammarCompiler
+from workers.service import messages as wire
+from workers.service.lead import LeaderStream
+from workers.service.outbox import Outbox
+from workers.startup.checks import read_quantization
+from workers.startup.loading import Loaded, LoadJob
+from workers.startup.speed import Products
+from workers.startup.speed_job import SpeedJob
+
+logger = logging.getLogger(__name__)
+
+# How often a load tells how far it is.
+_PROGRESS_S = 0.2
+# How long the engine's thread, which has nothing left to do, is waited for.
+_JOIN_S = 1.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class WorkerService(pb_grpc.WorkerServicer):
+    """One rank. Loads once, then serves leader streams of its own epoch, or follows the rank that does."""
+
+    def __init__(self, *, device: Device, epoch: int, listener: socket.socket | None = None) -> None:
+        """``listener`` is where the other ranks of the replica connect."""
+        self._device = device
+        self._epoch = epoch
+        self._listener = listener
+        self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
+        self._job: LoadJob | None = None
+        self._loaded: Loaded | None = None
+        self._grammars: GrammarCompiler | None = None
+        self._streams: set[LeaderStream] = set()
+        self._fenced_messages = 0
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine, or the rank that follows one, if a step raised or a rank was lost."""
+        if self._loaded is None:
+            return None
+        membership = self._loaded.membership
+        # A rank may be lost while there is nothing to compute, and nobody waits for it.
+        return self._loaded.loop.failure or (None if membership is None else membership.pulse.lost)
+
+    async def Load(
+        self, request: pb.LoadRequest, context: grpc.aio.ServicerContext[pb.LoadRequest, pb.LoadResponse]
+    ) -> AsyncIterator[pb.LoadResponse]:
+        """Load weights in a thread and report progress beside it."""
+        await self._check_epoch(request.epoch, context)
+        if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
+        self._phase = pb.LOAD_PHASE_WEIGHTS
+        started = time.monotonic()
+        job = self._job = LoadJob(request=request, device=self._device, listener=self._listener)
+        task = asyncio.create_task(asyncio.to_thread(job.run))
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=_PROGRESS_S)
+                self._phase = job.phase
+                yield self._progress(job, started)
+        finally:
+            if not task.done():  # whoever asked for the load has gone
+                job.stop()
+        try:
+            self._loaded = task.result()
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        self._loaded.loop.thread.start()
+        self._phase = pb.LOAD_PHASE_READY
+        ready, membership = self._progress(job, started), self._loaded.membership
+        if membership is not None:
+            ready.measured.CopyFrom(wire.stage_measurements(membership.measured))
+        yield ready
+
+    def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:
+        return pb.LoadResponse(
+            epoch=self._epoch,
+            phase=self._phase,
+            loaded_bytes=job.loaded_bytes,
+            total_bytes=job.total_bytes,
+            elapsed_s=time.monotonic() - started,
+        )
+
+    async def MeasureSpeed(
+        self,
+        request_iterator: AsyncIterator[pb.MeasureSpeedRequest],
+        context: grpc.aio.ServicerContext[pb.MeasureSpeedRequest, pb.MeasureSpeedResponse],
+    ) -> AsyncIterator[pb.MeasureSpeedResponse]:
+        """Get ready at the first request, measure at the second; in a thread, which ends when whoever asks has gone."""
+        requests = aiter(request_iterator)
+        request = await anext(requests, pb.MeasureSpeedRequest())
+        await self._check_epoch(request.epoch, context)
+        if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
+        job: SpeedJob | None = None
+        try:
+            quantization = read_quantization(request.quantization)
+            job = SpeedJob(self._device, Products(dtype=wire.dtype(request.dtype), quantization=quantization))
+            if await job.waits():
+                yield pb.MeasureSpeedResponse(epoch=self._epoch)
+                if await anext(requests, None) is None:
+                    return
+                job.begin()
+            speed = await job.speed
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        finally:
+            if job is not None:
+                job.leave()
+        yield pb.MeasureSpeedResponse(
+            epoch=self._epoch, weight_bytes_per_s=speed.weight_bytes_per_s, flops_per_s=speed.flops_per_s
+        )
+
+    async def Describe(
+        self,
+        request: pb.DescribeRequest,
+        context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeResponse],
+    ) -> pb.DescribeResponse:
+        """What this rank is, holds and does."""
+        await self._check_epoch(request.epoch, context)
+        loaded = self._loaded
+        return pb.DescribeResponse(
+            epoch=self._epoch,
+            pid=os.getpid(),
+            device=self._device.name,
+            torch_version=torch.__version__,
+            total_memory_bytes=self._device.total_memory_bytes,
+            available_memory_bytes=self._device.available_memory_bytes,
+            phase=self._phase,
+            weight_bytes=loaded.weight_bytes if loaded else 0,
+            kv_bytes=loaded.kv_bytes if loaded else 0,
+            num_threads=torch.get_num_threads(),
+            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages)
+            if loaded and loaded.engine
+            else None,
+        )
+
+    # A coroutine that writes, which is the other form of a handler that streams: a write that waits for a gateway which
+    # does not read must not keep the stream from its end.
+    async def Lead(  # type: ignore[override]
+        self,
+        request_iterator: AsyncIterator[pb.LeadRequest],
+        context: grpc.aio.ServicerContext[pb.LeadRequest, pb.LeadResponse],
+    ) -> None:
+        """Serve one gateway until the stream ends, however it ends.
+
+        INTERNAL with the cause when the engine fails, UNAVAILABLE when the worker stops, RESOURCE_EXHAUSTED when the
+        gateway does not read, INVALID_ARGUMENT for a message without a known command.
+        """
+        if self._loaded is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
+        engine, grammars = self._loaded.engine, self._loaded.grammars
+        if engine is None or grammars is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(grammars)
+        stream = LeaderStream(engine=engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
+        self._streams.add(stream)
+        try:
+            await stream.run(request_iterator, context.write)
+        finally:
+            self._streams.remove(stream)
+            self._fenced_messages += stream.fenced_messages
+        if stream.status is not None:
+            await context.abort(*stream.status)
+
+    async def _check_epoch(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if epoch != self._epoch:
+            self._fenced_messages += 1
+            await self._fence(epoch, context)
+
+    async def _fence(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> NoReturn:
+        await context.abort(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"epoch {epoch} is fenced: this replica is at epoch {self._epoch}",
+        )
+
+    async def stop(self, timeout_s: float) -> None:
+        """Answer everything that is under way, then end the streams, with UNAVAILABLE.
+
+        A step that still executes after ``timeout_s`` does not matter: the streams end then.
+        """
+        if self._loaded is None:
+            if self._job is not None:
+                self._job.stop()
+            return
+        loop = self._loaded.loop
+        self._stop_loop(self._loaded)
+        await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=timeout_s)
+        if self._loaded.membership is not None:
+            cause = "stopped" if loop.failure is None else cause_of(loop.failure)
+            await asyncio.to_thread(self._loaded.membership.leave, cause)
+        for stream in self._streams:
+            stream.end_with_engine()
+
+    def _stop_loop(self, loaded: Loaded) -> None:
+        """With the rank that was lost, if one was: what the gateway hears of it is what the user reads."""
+        lost = None if loaded.membership is None else loaded.membership.pulse.lost
+        if loaded.engine is not None and lost is not None:
+            loaded.engine.stop(f"lost {lost}")
+        else:
+            loaded.loop.stop()
+
+    def close(self) -> None:
+        """End the threads, as far as they can be ended."""
+        if self._grammars is not None:
+            self._grammars.close()
+        if self._loaded is not None and self._loaded.loop.thread.is_alive():
+            self._loaded.loop.stop()
+            self._loaded.loop.thread.join(_JOIN_S)

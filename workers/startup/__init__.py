@@ -1,0 +1,1 @@
+"""What a worker does before it serves: checks, reading the checkpoint, loading, warming up, measuring its speed."""

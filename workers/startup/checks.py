@@ -1,0 +1,145 @@
+"""What a load is checked for before anything is read: the model's files, the request's sizes, the memory there is."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
+from placement.model.hf import read_model_spec
+from placement.model.quantization import LinearFormat, Quantization, linear_format
+from placement.model.specs import DType, ModelSpec
+from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.replica.roster import Roster
+
+_MAX_CONFIG_BYTES = 1 << 20
+_QUANTIZATIONS = {
+    pb.QUANTIZATION_UNSPECIFIED: Quantization.NONE,
+    pb.QUANTIZATION_INT8: Quantization.INT8,
+    pb.QUANTIZATION_INT4: Quantization.INT4,
+}
+
+
+def read_model(path: Path) -> ModelSpec:
+    """The model's specification from its directory. Raises InvalidModel."""
+    generation = path / "generation_config.json"
+    return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
+
+
+def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
+    """How the model's linear layers are to be held.
+
+    Raises:
+        InvalidRequest: the request's quantization is not known.
+        InvalidModel, InvalidConfig: see :func:`placement.model.quantization.linear_format`.
+    """
+    quantization = read_quantization(request.quantization)
+    config = _read_json(Path(request.model_path) / "config.json")
+    return linear_format(config, quantization)
+
+
+def read_quantization(message: pb.Quantization.ValueType) -> Quantization:
+    """How linear layers are to be rounded. Raises InvalidRequest for a way that is not known."""
+    if message not in _QUANTIZATIONS:
+        fix = "Use QUANTIZATION_UNSPECIFIED, _INT8 or _INT4."
+        raise InvalidRequest(field="quantization", value=message, problem="is not known", fix=fix)
+    return _QUANTIZATIONS[message]
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InvalidModel(
+                field=path.name,
+                value=path.stat().st_size,
+                problem="is too large",
+                fix="At most 1 MiB is read.",
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidModel(
+            field=path.name,
+            value=str(path),
+            problem=f"cannot be read ({type(error).__name__})",
+            fix="Give a directory in the Hugging Face layout that this node can read.",
+        ) from error
+    if not isinstance(content, dict):
+        raise InvalidModel(
+            field=path.name, value=type(content).__name__, problem="is not an object", fix="Export it again."
+        )
+    return content
+
+
+def check_request(request: pb.LoadRequest, model: ModelSpec) -> None:
+    """Refuse sizes that cannot work. Raises InvalidRequest."""
+    for field in ("block_size", "num_blocks", "token_budget", "max_num_seqs", "max_context_tokens"):
+        if getattr(request, field) < 1:
+            raise InvalidRequest(
+                field=field, value=getattr(request, field), problem="is too small", fix="Use at least 1."
+            )
+    if request.max_context_tokens > model.max_context_tokens:
+        raise InvalidRequest(
+            field="max_context_tokens",
+            value=request.max_context_tokens,
+            problem=f"is more than the model's own {model.max_context_tokens}",
+            fix=f"Use at most {model.max_context_tokens}.",
+        )
+
+
+def reckon(
+    request: pb.LoadRequest,
+    model: ModelSpec,
+    roster: Roster,
+    dtype: DType,
+    linear: LinearFormat | None,
+    *,
+    on_cpu: bool,
+) -> Footprint:
+    """What this process has yet to allocate: it stands already, so its own bytes are left out."""
+    block_bytes = kv_bytes_per_block(model, roster.part, dtype=dtype, block_size=request.block_size)
+    need = footprint(
+        model,
+        roster.part,
+        num_ranks=len(roster.stages[roster.stage]),
+        leads=roster.rank == 0,
+        dtype=dtype,
+        kv_bytes=request.num_blocks * block_bytes,
+        max_num_seqs=request.max_num_seqs,
+        token_budget=request.token_budget,
+        on_cpu=on_cpu,
+        linear=linear,
+    )
+    return replace(need, process_bytes=0)
+
+
+def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share: float = 1.0) -> None:
+    """Refuse what does not fit in ``available_bytes``; the error names the setting that would help.
+
+    Args:
+        kv_share: KV bytes of this rank, as a part of those of the rank of its replica that has most.
+
+    Raises:
+        NotEnoughMemory: of ``serving.kv_cache`` where fewer KV blocks would fit, else of ``serving.token_budget``
+            where smaller steps would, else of ``model.path``.
+    """
+    if need.total_bytes <= available_bytes:
+        return
+    kv_room = available_bytes - need.weight_bytes - need.workspace_bytes
+    if kv_room > 0:
+        field, size = "serving.kv_cache", int(need.kv_bytes / kv_share)
+        fix = f"Set serving.kv_cache to {size_setting(int(kv_room / kv_share), round_up=False)} or less."
+    elif need.weight_bytes < available_bytes:
+        field, size = "serving.token_budget", need.workspace_bytes
+        fix = "Lower serving.token_budget or serving.max_num_seqs, or free memory."
+    else:
+        field, size = "model.path", need.weight_bytes
+        fix = "Free memory, or use a smaller model."
+    problem = f"{need} are needed, and {where} has {format_bytes(max(available_bytes, 0))} left"
+    raise NotEnoughMemory(field=field, value=format_bytes(size), problem=problem, fix=fix)
+
+
+def kv_share(model: ModelSpec, roster: Roster, *, block_size: int) -> float:
+    """KV bytes of the rank, as a part of those of the rank that has most: both have as many blocks."""
+    dtype = DType.BFLOAT16  # whichever: it is a ratio
+    sizes = [kv_bytes_per_block(model, part, dtype=dtype, block_size=block_size) for part in roster.parts]
+    return sizes[roster.rank] / max(sizes) or 1.0

@@ -1,0 +1,1 @@
+"""A step: what it computes, how it is laid out, sent, and run."""
