@@ -4,6 +4,7 @@ Shapes: K KV heads, S slots, D head dimension. A slot holds one token's key and 
 block lies in slot ``block * block_size + i``. A run is a half-open range of slots ``(start, stop)``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -207,3 +208,10 @@ def split_runs(runs: tuple[Run, ...], num_first: int) -> tuple[tuple[Run, ...], 
         if middle < stop:
             rest.append((middle, stop))
     return tuple(first), tuple(rest)
+
+
+# How many of the newest tokens a layer's queries see; None: all.
+Window = int | None
+
+# Attention [T, H, D] of queries [T, H, D] in a layer with that window and cache; its scores have that factor.
+Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]

@@ -8,7 +8,7 @@ Shapes: I inputs, O outputs, G groups of g inputs.
 import torch
 from torch import Tensor
 
-from kernels.cpu.products.quantized import Bits, RoundedWeight, pack_nibbles
+from kernels.rounded import Bits, RoundedWeight, pack_nibbles
 
 
 def unpack(

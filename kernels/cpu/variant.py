@@ -14,8 +14,8 @@ from kernels.cpu.attention import paged
 from kernels.cpu.attention.shared import choose
 from kernels.cpu.attention.tasks import plan_parts as plan_part_tasks
 from kernels.cpu.attention.tasks import plan_tasks
+from kernels.cpu.products.linear import pack
 from kernels.cpu.rows.rows import add_rms_norm, gelu_mul, rms_norm, silu_mul
-from kernels.linear import pack
 from kernels.reference import embedding, rotate, write_kv
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.cpu.products.quantized import RoundedWeight
 from kernels.cuda.gpus import num_multiprocessors
 from kernels.cuda.quantized_kernels import product_kernel, widen_kernel
 from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, cut, tile_for, tiled
+from kernels.rounded import RoundedWeight
 
 _WIDENED_AT_ONCE = 1 << 24  # numbers of a weight: enough to keep a GPU busy
 _LEAST_TOKENS = 16  # of a tile

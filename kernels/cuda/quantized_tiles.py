@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.products.quantized import Bits, RoundedWeight
+from kernels.rounded import Bits, RoundedWeight
 
 TILE_OUTPUTS = 64  # outputs are padded to it
 MOST_TOKENS = 256  # of a batch that is multiplied from the codes: for more the weight is worth writing out

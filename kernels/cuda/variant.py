@@ -8,7 +8,7 @@ from kernels import reference
 from kernels.attention import AttentionPlan, PartPlan, PartSpan, SequenceSpan, SharedSpan
 from kernels.cuda import activations, attention, norms, parts, parts_plan, plan, rope
 from kernels.cuda.shared import choose
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 
 
 class CudaKernels:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from orchestrator.cli.client import GenerateResult
 from orchestrator.cli.measured_status import measured_pairs, measured_tables
+from orchestrator.key_values import key_values, printable
 from placement.planning.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -57,18 +58,18 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group
             break
         columns = [kept for kept in columns if kept != column]
         table = _table(title, columns, rows)
-    causes = [Text(_printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
+    causes = [Text(printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
     below = [_table(shown.title, shown.columns, shown.rows) for shown in measured_tables(status)]
     return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table(title=Text(_printable(title)), title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(printable(title)), title_justify="left", box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")
     for row in rows:
         style = _STYLES.get(row.get("state", ""), "")
-        table.add_row(*(Text(_printable(row[column]), style if column == "state" else "") for column in columns))
+        table.add_row(*(Text(printable(row[column]), style if column == "state" else "") for column in columns))
     return table
 
 
@@ -92,23 +93,6 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
         yield key_values(event="rank", **named)
     for measured in measured_pairs(status):
         yield key_values(**measured)
-
-
-def key_values(**pairs: object) -> str:
-    """``a=1 b="two words"``: values that are empty are left out, those with spaces or quotes are quoted."""
-    return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs.items() if str(value))
-
-
-def _quoted(text: str) -> str:
-    if text.isprintable() and not any(character in text for character in " \"'=\\"):
-        return text
-    text = text.replace("\\", "\\\\") if text.isprintable() else _printable(text)
-    return '"' + text.replace('"', '\\"') + '"'
-
-
-def _printable(text: str) -> str:
-    """What a worker says may hold line breaks and escape codes: they are shown, not obeyed."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:

@@ -3,19 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.controller.wire import shard_message
 from placement.model.quantization import Quantization
-from placement.model.specs import DType
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.plan import Plan, Shard
+from protos.codec.formats import dtype_message, quantization_message
+from protos.codec.parts import shard_message
 from protos.heterodyne.worker.v1 import worker_pb2
-
-_DTYPES = {DType.FLOAT32: worker_pb2.DTYPE_FLOAT32, DType.BFLOAT16: worker_pb2.DTYPE_BFLOAT16}
-_QUANTIZATIONS = {
-    Quantization.NONE: worker_pb2.QUANTIZATION_UNSPECIFIED,
-    Quantization.INT8: worker_pb2.QUANTIZATION_INT8,
-    Quantization.INT4: worker_pb2.QUANTIZATION_INT4,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +31,7 @@ class DeploymentSettings:
     def speed_request(self, *, epoch: int) -> worker_pb2.MeasureSpeedRequest:
         """What a rank is asked to measure: products with weights as they will be held."""
         return worker_pb2.MeasureSpeedRequest(
-            epoch=epoch, dtype=_DTYPES[self.plan.dtype], quantization=_QUANTIZATIONS[self.quantization]
+            epoch=epoch, dtype=dtype_message(self.plan.dtype), quantization=quantization_message(self.quantization)
         )
 
     def load_request(
@@ -48,15 +41,15 @@ class DeploymentSettings:
         return worker_pb2.LoadRequest(
             epoch=epoch,
             model_path=self.model_path,
-            dtype=_DTYPES[self.plan.dtype],
-            shard=shard_message(shard),
+            dtype=dtype_message(self.plan.dtype),
+            shard=shard_message(shard.rank, shard.part),
             block_size=self.plan.block_size,
             num_blocks=shard.num_blocks,
             token_budget=self.token_budget,
             max_num_seqs=self.max_num_seqs,
             max_context_tokens=self.max_context_tokens,
             prefix_cache=self.prefix_cache,
-            quantization=_QUANTIZATIONS[self.quantization],
+            quantization=quantization_message(self.quantization),
             members=members,
             token=token if members else b"",
         )

@@ -16,12 +16,12 @@ import grpc
 from orchestrator.background import BackgroundTasks
 from orchestrator.controller import events, wire
 from orchestrator.controller import state as machine
-from orchestrator.controller.measured_wire import measurements
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import PEER_LOST, WorkerFailed
 from placement.errors import cause_of
 from placement.planning.plan import Shard
+from protos.codec.measured import read_measurements
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 
@@ -225,7 +225,7 @@ class ControllerShell:
             try:
                 async for progress in stub.Load(request, timeout=timeout_s):
                     if progress.phase == worker_pb2.LOAD_PHASE_READY:
-                        measured = measurements(progress.measured)
+                        measured = read_measurements(progress.measured)
                         loaded = events.RankLoaded(replica=replica, epoch=epoch, rank=rank, measured=measured)
                         await self.dispatch(loaded)
                     else:

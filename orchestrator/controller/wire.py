@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 
 from orchestrator.controller.events import Member
-from orchestrator.controller.measured_wire import measured_message
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
-from placement.planning.plan import Shard, Span
+from protos.codec.measured import measured_message
+from protos.codec.parts import shard_message
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -21,28 +21,13 @@ _PHASES = {
 }
 
 
-def _span(span: Span) -> worker_pb2.Range:
-    return worker_pb2.Range(start=span.start, stop=span.stop)
-
-
-def shard_message(shard: Shard) -> worker_pb2.Shard:
-    """What a rank holds."""
-    stripe = shard.part.stripe
-    return worker_pb2.Shard(
-        rank=shard.rank,
-        layers=_span(shard.part.layers),
-        kv_heads=_span(shard.part.kv_heads),
-        ffn_columns=_span(shard.part.ffn_columns),
-        vocab_rows=_span(shard.part.vocab_rows),
-        slots=None if stripe is None else worker_pb2.Range(start=stripe.start, stop=stripe.stop),
-    )
-
-
 def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
     """The ranks of a replica, as each of them is told of the others."""
     return [
         worker_pb2.Member(
-            host=rank.address.rpartition(":")[0].strip("[]"), port=rank.ranks_port, shard=shard_message(rank.shard)
+            host=rank.address.rpartition(":")[0].strip("[]"),
+            port=rank.ranks_port,
+            shard=shard_message(rank.shard.rank, rank.shard.part),
         )
         for rank in ranks
     ]
@@ -65,7 +50,7 @@ def _rank(rank: RankState) -> pb.Rank:
         device=rank.shard.device.name,
         address=rank.address,
         pid=rank.pid,
-        shard=shard_message(rank.shard),
+        shard=shard_message(rank.shard.rank, rank.shard.part),
         phase=_PHASES[rank.phase],
         weight_bytes=rank.shard.weight_bytes,
         kv_bytes=rank.shard.kv_bytes,

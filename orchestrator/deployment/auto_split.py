@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.cli.render import key_values
 from orchestrator.deployment.preflight import Checked, by_speed
+from orchestrator.key_values import key_values
 from placement.measured.speed import DeviceSpeed
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from orchestrator.cli.render import key_values
+from orchestrator.key_values import key_values
 from placement.planning.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2
 

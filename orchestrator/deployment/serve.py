@@ -15,17 +15,17 @@ from pathlib import Path
 import grpc
 from rich.console import Console
 
-from orchestrator.cli.plan import plan_lines
-from orchestrator.cli.render import key_values
 from orchestrator.config.document import Config, load_config
 from orchestrator.controller.actor import ControllerFailed, ControllerHandle, Speeds
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
+from orchestrator.deployment.plan_lines import plan_lines
 from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
+from orchestrator.key_values import key_values
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
 from placement.model.quantization import Quantization
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc

@@ -18,6 +18,7 @@ from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.detokenizer import Detokenizer
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.errors import ClientTooSlow, DeadlineExceeded, ReplicaFault
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.inbox import MAX_WAITING, Inbox
@@ -29,7 +30,7 @@ from orchestrator.gateway.request.request import Request, check_model, check_req
 from orchestrator.gateway.request.structured import check_structured
 from orchestrator.gateway.request.structured_probe import GrammarProbe
 from orchestrator.gateway.request.submission import entries, submit_message
-from orchestrator.gateway.status import ClientTooSlow, DeadlineExceeded, ReplicaFault, abort, code_of
+from orchestrator.gateway.status import abort, code_of
 from orchestrator.telemetry.requests import RequestRecord, Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb

@@ -8,26 +8,17 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from orchestrator.gateway.fleet.admission import Draining, Overloaded, QueueTimeout
-from orchestrator.gateway.request.request import UnknownModel
+from orchestrator.gateway.errors import (
+    ClientTooSlow,
+    DeadlineExceeded,
+    Draining,
+    Overloaded,
+    QueueTimeout,
+    ReplicaFault,
+    ReplicaUnavailable,
+    UnknownModel,
+)
 from placement.errors import FieldError, HeterodyneError
-
-
-class ReplicaUnavailable(HeterodyneError):
-    """No replica can take the request, or the one that had it is gone."""
-
-
-class DeadlineExceeded(HeterodyneError):
-    """The request's time was up."""
-
-
-class ReplicaFault(HeterodyneError):
-    """The replica failed the request without going down."""
-
-
-class ClientTooSlow(HeterodyneError):
-    """The client reads so slowly that its answer piles up."""
-
 
 _CODES: tuple[tuple[type[HeterodyneError], int], ...] = (
     (UnknownModel, code_pb2.NOT_FOUND),

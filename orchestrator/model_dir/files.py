@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from orchestrator.gateway.model import DefaultSampling, default_sampling
 from orchestrator.model_dir.chat import ChatTemplate, read_special_tokens, template_source
+from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.quantization import checkpoint_tensors, read_gptq

@@ -13,9 +13,9 @@ from typing import Literal
 
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.hf_values import Config, flag, refusal, section
+from placement.model.part import Span
 from placement.model.specs import DType
 from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD, TensorSlice
-from placement.planning.plan import Span
 
 Bits = Literal[4, 8]
 

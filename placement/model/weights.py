@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from placement.model.part import Part, Span
 from placement.model.specs import DType, ModelSpec
-from placement.planning.plan import Part, Span
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"

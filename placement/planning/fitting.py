@@ -4,9 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from placement.errors import NotEnoughMemory
+from placement.model.part import Part
 from placement.model.specs import DeviceSpec, NodeSpec
 from placement.planning.memory import Footprint, format_bytes, size_setting
-from placement.planning.plan import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from placement.errors import InvalidConfig
+from placement.model.part import Part, Span
 from placement.model.quantization import LinearFormat
 from placement.model.specs import ClusterSpec, ModelSpec
 from placement.model.striping import Stripe
 from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD, shard_tensors
-from placement.planning.plan import Part, Span
 from placement.planning.splitting import Dimension, deal, dimensions, spans
 
 Split = Literal["tensor", "sequence"]

@@ -7,11 +7,11 @@ D head dimension, V vocabulary; F, H and K those of the rank's part.
 import math
 from dataclasses import dataclass
 
+from placement.model.part import Part
 from placement.model.quantization import LinearFormat, loaded_bytes
 from placement.model.specs import DType, ModelSpec
 from placement.model.striping import WHOLE_TOKENS, Stripe
 from placement.model.weights import shard_tensors
-from placement.planning.plan import Part
 
 CPU_PROCESS_BYTES = 384 * 2**20
 """A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""

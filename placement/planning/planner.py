@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from placement.errors import InvalidConfig, NotEnoughMemory
+from placement.model.part import Part, Span
 from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.model.weights import shard_tensors
@@ -18,7 +19,7 @@ from placement.planning.memory import (
     num_blocks_of,
     size_setting,
 )
-from placement.planning.plan import Part, Plan, Replica, Shard, Span, Stage
+from placement.planning.plan import Plan, Replica, Shard, Stage
 
 LAYOUTS_FIELD = "serving.parallelism.replicas"
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from placement.model.part import Span
 from placement.model.quantization import LinearFormat
 from placement.model.specs import ModelSpec
-from placement.planning.plan import Span
 
 # Columns and rows that the kernels compute at once: cuts between these waste nothing of a vector.
 _COLUMNS, _ROWS = 32, 16

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.cpu.products.quantized import round_weight
-from kernels.linear import Linear, pack, pack_rounded
-from kernels.select import kernels_for
+from kernels.cpu.products.linear import pack
+from kernels.linear import Linear
+from kernels.rounded import round_weight
+from kernels.select import kernels_for, pack_rounded
 from placement.model.hf import read_model_spec
 from placement.model.quantization import LinearFormat, Quantization, linear_format, loaded_bytes
 from placement.model.specs import DType, ModelSpec

@@ -10,10 +10,10 @@ import torch
 
 from kernels import reference
 from kernels.attention import LayerCache, Run, SequenceSpan
-from kernels.cpu.products.quantized import round_weight
 from kernels.cuda.plan import PART, SharedParts, plan_step
 from kernels.cuda.quantized import TiledLinear
 from kernels.cuda.variant import open_kernels
+from kernels.rounded import round_weight
 from tests.support.triton.triton_cases import DEVICE, normal
 
 KERNELS = open_kernels(DEVICE)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.cpu.products.quantized import Bits, RoundedWeight, dequantize, round_weight
-from kernels.linear import pack_rounded
+from kernels.rounded import Bits, RoundedWeight, dequantize, round_weight
+from kernels.select import pack_rounded
 
 pytestmark = [
     pytest.mark.gpu,

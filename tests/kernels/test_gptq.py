@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from kernels import gptq
-from kernels.cpu.products.quantized import Bits, dequantize
+from kernels.rounded import Bits, dequantize
 
 
 def packed(fields: NDArray[np.int64], bits: int) -> torch.Tensor:

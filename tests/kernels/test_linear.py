@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import linear
 from kernels.cpu.machine import threads
 from kernels.cpu.machine.columns_ir import Strip
-from kernels.cpu.products import matmul
-from kernels.cpu.products.quantized import Bits, round_weight
-from kernels.linear import ColumnLinear, Linear, PackedLinear, PlainLinear, pack, pack_rounded, shared
+from kernels.cpu.products import linear, matmul
+from kernels.cpu.products.linear import ColumnLinear, PackedLinear, pack, shared
+from kernels.linear import Linear, PlainLinear
+from kernels.rounded import Bits, round_weight
+from kernels.select import pack_rounded
 
 SHAPES = [(96, 64), (509, 250), (1, 2048), (2049, 34), (320, 2048)]
 needs_columns = pytest.mark.skipif(not matmul.is_supported(), reason="this CPU has no AVX512-BF16, or AMX")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-from placement.planning.plan import Part, Span
+from placement.model.part import Part, Span
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster
 from workers.transport.mesh import TOKEN_BYTES, listen

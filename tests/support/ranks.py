@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention import Run
-from kernels.select import Kernels, kernels_for
+from kernels.protocol import Kernels
+from kernels.select import kernels_for
 from placement.measured.exchange import Exchange
 from placement.model.hf import read_model_spec
 from placement.model.quantization import LinearFormat

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.select import Kernels, kernels_for
+from kernels.protocol import Kernels
+from kernels.select import kernels_for
 from placement.model.hf import read_model_spec
 from placement.model.weights import whole_model
 from tests.support.grammars import GatedFactory

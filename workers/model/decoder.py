@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention import AttentionPlan, LayerCache
-from kernels.cpu.layers.fused import Attend
+from kernels.attention import Attend, AttentionPlan, LayerCache, Window
 from kernels.cpu.layers.partial import Partial, SumWork
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 from placement.model.specs import ModelSpec, RopeSpec
-from workers.model.decoder_weights import DecoderWeights, Ends, Layer, Window, attention_scale
+from workers.model.decoder_weights import DecoderWeights, Ends, Layer, attention_scale
 from workers.model.group import Group
 from workers.model.residual import Residual
 from workers.model.weaving import Layers

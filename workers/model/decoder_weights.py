@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.attention import Window
 from kernels.cpu.layers.fused import FusedLayers, fuse
-from kernels.linear import Linear, pack_rounded
-from kernels.select import Kernels
+from kernels.linear import Linear
+from kernels.protocol import Kernels
+from kernels.select import pack_rounded
+from placement.model.part import Part
 from placement.model.specs import ModelSpec, RopeSpec
 from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD
-from placement.planning.plan import Part
 from workers.host.device import return_freed
-from workers.startup.checkpoint import take_rounded
-
-Window = int | None
+from workers.model.rounded import take_rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

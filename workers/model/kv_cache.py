@@ -6,8 +6,8 @@ import torch
 
 from kernels.attention import LayerCache
 from placement.errors import NotEnoughMemory
+from placement.model.part import Span
 from placement.model.specs import ModelSpec
-from placement.planning.plan import Span
 from workers.host.device import Device
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.layers.partial import Finish, Partial
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 from placement.measured.collectives import unmeasured
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.specs import ModelSpec

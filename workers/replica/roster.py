@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.errors import InvalidRequest
+from placement.model.part import Part, Span
 from placement.model.specs import ModelSpec
 from placement.model.striping import Stripe
-from placement.planning.plan import Part, Span
+from protos.codec.parts import read_part
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.service import messages as wire
 from workers.transport.mesh import TOKEN_BYTES
 
 
@@ -76,7 +76,7 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
         InvalidRequest: the shards are not a replica of ``model``, or this version cannot compute them.
     """
     if not request.members:
-        part = _part(request.shard, model, request.block_size, "shard")
+        part = read_part(request.shard, model, request.block_size, "shard")
         roster = Roster(rank=0, parts=(part,), addresses=(("", 0),), token=b"")
     else:
         shards = [member.shard for member in request.members]
@@ -86,7 +86,7 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
         if not 0 <= rank < len(shards) or shards[rank] != request.shard:
             raise _refusal("shard.rank", rank, "is not the place of this shard among the members")
         block_size = request.block_size
-        parts = tuple(_part(shard, model, block_size, f"members[{i}].shard") for i, shard in enumerate(shards))
+        parts = tuple(read_part(shard, model, block_size, f"members[{i}].shard") for i, shard in enumerate(shards))
         for at, member in enumerate(request.members):
             if not member.host or not 0 < member.port < 2**16:
                 raise _refusal(f"members[{at}]", f"{member.host}:{member.port}", "is no address")
@@ -94,20 +94,6 @@ def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
         roster = Roster(rank=rank, parts=parts, addresses=addresses, token=request.token)
     _check_whole(roster, model)
     return roster
-
-
-def _part(shard: pb.Shard, model: ModelSpec, block_size: int, field: str) -> Part:
-    stripe: Stripe | None = None
-    if shard.HasField("slots"):
-        slots = wire.span(shard.slots, field=f"{field}.slots", limit=block_size)
-        stripe = Stripe(slots.start, slots.stop, block_size)
-    return Part(
-        layers=wire.span(shard.layers, field=f"{field}.layers", limit=model.num_layers),
-        kv_heads=wire.span(shard.kv_heads, field=f"{field}.kv_heads", limit=model.num_kv_heads),
-        ffn_columns=wire.span(shard.ffn_columns, field=f"{field}.ffn_columns", limit=model.ffn_size),
-        vocab_rows=wire.span(shard.vocab_rows, field=f"{field}.vocab_rows", limit=model.vocab_size),
-        stripe=stripe,
-    )
 
 
 def _check_whole(roster: Roster, model: ModelSpec) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache, PartPlan
+from kernels.attention import LayerCache, PartPlan, Window
+from kernels.protocol import Kernels
 from kernels.reference import merge_partials
-from kernels.select import Kernels
 from placement.measured.exchange import Exchange
 from workers.collectives.group import TensorGroup
-from workers.sequence_parallel.layout import Meeting, Window
+from workers.sequence_parallel.layout import Meeting
 
 Part = tuple[Tensor, Tensor]  # attention over a part of what queries see [n, H, D], and its log-sum-exp [n, H]
 

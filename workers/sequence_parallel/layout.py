@@ -10,12 +10,10 @@ from itertools import chain
 
 import numpy as np
 
-from kernels.attention import PartSpan, SharedSpan, num_slots_of, slots_of
+from kernels.attention import PartSpan, SharedSpan, Window, num_slots_of, slots_of
 from placement.measured.exchange import ExchangeSizes
 from placement.model.striping import WHOLE_TOKENS, Integers, Stripe
 from workers.step.types import Batch, SequenceInput
-
-Window = int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import LayerCache, PartSpan
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 from placement.measured.exchange import ExchangeSpeeds
 from placement.model.specs import ModelSpec
 from workers.collectives.group import TensorGroup

@@ -1,14 +1,15 @@
 """A rank's side of sharing sequences with others: lays its part of steps out, and meets the others in every layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache
-from kernels.select import Kernels
+from kernels.attention import Window
+from kernels.protocol import Kernels
 from placement.measured.exchange import (
     TYPICAL_BEFORE,
     TYPICAL_TOKENS,
@@ -31,7 +32,6 @@ from workers.sequence_parallel.layout import (
     Meeting,
     Needed,
     Piece,
-    Window,
     find_needed,
     last_slots,
     local_runs,
@@ -135,15 +135,8 @@ class SequenceSharing:
             windows=windows,
             spare_slot=spare_slot(cache),
             device=self._device,
+            attention=self._attention,
         )
-
-    def attend(self, step: StepExchange) -> Callable[[Window, Tensor, LayerCache, float], Tensor]:
-        """What attends in the layers of a step: see ``kernels.cpu.layers.fused.Attend``."""
-
-        def attend(window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
-            return self._attention.attend(step, window, query, cache, scale)
-
-        return attend
 
 
 def spare_slot(cache: KVCache) -> int:
@@ -190,6 +183,7 @@ class StripedLayout:
         windows: Sequence[Window],
         spare_slot: int,
         device: torch.device,
+        attention: SharedAttention,
     ) -> None:
         self._stripes = stripes
         self._group = group
@@ -197,6 +191,7 @@ class StripedLayout:
         self._windows = windows
         self._spare_slot = spare_slot
         self._device = device
+        self._attention = attention
 
     @torch.inference_mode()
     def lay_out(self, batch: Batch) -> Prepared:
@@ -224,7 +219,7 @@ class StripedLayout:
                 own_places=self._send(needed.own_places),
                 given_rows=self._send(needed.given_rows),
             ),
-            exchange=self._exchange(batch, everyone, runs),
+            attend=partial(self._attention.attend, self._exchange(batch, everyone, runs)),
         )
 
     def _flatten(self, mine: Sequence[Piece], runs: Sequence[Integers]) -> StepInputs:

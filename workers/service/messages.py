@@ -4,10 +4,6 @@ import math
 from collections.abc import Sequence
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
-from placement.measured.exchange import MeasuredExchange
-from placement.measured.measurements import StageMeasurements
-from placement.model.specs import DType
-from placement.planning.plan import Span
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
 from workers.sampling.grammar import Grammar, GrammarSpec
@@ -21,8 +17,6 @@ _END = {
     EndReason.CANCELLED: pb.END_REASON_CANCELLED,
     EndReason.FAILED: pb.END_REASON_FAILED,
 }
-_DTYPE = {pb.DTYPE_FLOAT32: DType.FLOAT32, pb.DTYPE_BFLOAT16: DType.BFLOAT16}
-
 # google.rpc.Code numbers, spelled here so that a message can carry them.
 INVALID_ARGUMENT = 3
 RESOURCE_EXHAUSTED = 8
@@ -41,56 +35,6 @@ def error_code(error: HeterodyneError) -> int:
             return UNAVAILABLE
         case _:
             return FAILED_PRECONDITION
-
-
-def dtype(message: pb.Dtype.ValueType) -> DType:
-    """Raises InvalidRequest for a type that this worker does not know."""
-    if message not in _DTYPE:
-        raise InvalidRequest(
-            field="dtype", value=message, problem="is not known", fix="Use DTYPE_FLOAT32 or DTYPE_BFLOAT16."
-        )
-    return _DTYPE[message]
-
-
-def span(message: pb.Range, *, field: str, limit: int) -> Span:
-    """Raises InvalidRequest for a range outside ``[0, limit)``."""
-    if not 0 <= message.start <= message.stop <= limit:
-        raise InvalidRequest(
-            field=field,
-            value=(message.start, message.stop),
-            problem="is not a range within the model",
-            fix=f"Use 0 <= start <= stop <= {limit}.",
-        )
-    return Span(message.start, message.stop)
-
-
-def stage_measurements(measured: StageMeasurements) -> pb.StageMeasurements:
-    """What the ranks of a stage measured."""
-    return pb.StageMeasurements(
-        sums=[
-            pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
-            for it in measured.sums
-        ],
-        lanes=[
-            pb.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
-            for it in measured.lanes
-        ],
-        exchange=None if measured.exchange is None else _measured_exchange(measured.exchange),
-    )
-
-
-def _measured_exchange(measured: MeasuredExchange) -> pb.MeasuredExchange:
-    speeds = measured.speeds
-    return pb.MeasuredExchange(
-        latency_s=speeds.latency_s,
-        bytes_per_s=speeds.bytes_per_s,
-        pairs_per_s=speeds.pairs_per_s,
-        call_s=speeds.call_s,
-        expected=[
-            pb.ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
-            for it in measured.expected
-        ],
-    )
 
 
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:

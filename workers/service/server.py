@@ -12,6 +12,8 @@ import grpc
 import torch
 
 from placement.errors import HeterodyneError, cause_of
+from protos.codec.formats import read_dtype, read_quantization
+from protos.codec.measured import measured_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import Device
@@ -19,7 +21,6 @@ from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
 from workers.service.lead import LeaderStream
 from workers.service.outbox import Outbox
-from workers.startup.checks import read_quantization
 from workers.startup.loading import Loaded, LoadJob
 from workers.startup.speed import Products
 from workers.startup.speed_job import SpeedJob
@@ -84,7 +85,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._phase = pb.LOAD_PHASE_READY
         ready, membership = self._progress(job, started), self._loaded.membership
         if membership is not None:
-            ready.measured.CopyFrom(wire.stage_measurements(membership.measured))
+            ready.measured.CopyFrom(measured_message(membership.measured))
         yield ready
 
     def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:
@@ -110,7 +111,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         job: SpeedJob | None = None
         try:
             quantization = read_quantization(request.quantization)
-            job = SpeedJob(self._device, Products(dtype=wire.dtype(request.dtype), quantization=quantization))
+            job = SpeedJob(self._device, Products(dtype=read_dtype(request.dtype), quantization=quantization))
             if await job.waits():
                 yield pb.MeasureSpeedResponse(epoch=self._epoch)
                 if await anext(requests, None) is None:

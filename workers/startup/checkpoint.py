@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kernels import gptq
-from kernels.cpu.products.quantized import RoundedWeight, round_weight
+from kernels.rounded import RoundedWeight, round_weight
 from placement.errors import InvalidModel
 from placement.model.quantization import (
     LinearFormat,
@@ -27,6 +27,7 @@ from placement.model.quantization import (
 )
 from placement.model.weights import HEAD, TensorSlice
 from workers.host.device import TORCH_DTYPES
+from workers.model.rounded import FIX_GPTQ, rounded_parts
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,7 +36,6 @@ _MAX_INDEX_BYTES = 64 << 20
 _MOST_MAPPED = 16 << 20  # numbers of a checkpoint
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 _FIX_COPY = "Copy the model's files again."
-_FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
 
 
 def load_weights(
@@ -124,10 +124,10 @@ def _held(
     """What is kept of a slice, given the checkpoint's tensors for it."""
     if linear is not None and is_layer_weight(slice_):
         unpack = _round if linear.gptq is None else _unpack
-        return _parts(slice_.name, unpack(slice_, read, linear))
+        return rounded_parts(slice_.name, unpack(slice_, read, linear))
     held: dict[str, Tensor] = {}
     if linear is not None and linear.head_bits is not None and slice_ == head:
-        held = _parts(HEAD, _round(slice_, read, replace(linear, bits=linear.head_bits)))
+        held = rounded_parts(HEAD, _round(slice_, read, replace(linear, bits=linear.head_bits)))
     if slice_.name != HEAD or not held:
         # A copy even where nothing changes: the file's mapping must not outlive this call.
         held[slice_.name] = read[slice_.name].to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -156,38 +156,7 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
             offsets=linear.offsets,
         )
     except ValueError as error:
-        raise _refusal(slice_.name, None, f"is no such GPTQ weight: {error}", _FIX_GPTQ) from error
-
-
-def _parts(name: str, weight: RoundedWeight) -> dict[str, Tensor]:
-    """A rounded weight by the names that :func:`take_rounded` looks for."""
-    prefix = name.removesuffix("weight")
-    parts = {"codes": weight.codes, "scales": weight.scales, "offsets": weight.offsets, "order": weight.order}
-    return {f"{prefix}{part}": tensor for part, tensor in parts.items() if tensor is not None}
-
-
-def take_rounded(weights: dict[str, Tensor], names: Sequence[str]) -> RoundedWeight | None:
-    """The rounded weights of some linear layers with the same input, one below the other; None: they are not rounded.
-
-    Takes them out of ``weights``.
-
-    Raises:
-        InvalidModel: their columns are in different orders.
-    """
-    if f"{names[0]}.codes" not in weights:
-        return None
-    codes, scales = (torch.cat([weights.pop(f"{name}.{part}") for name in names]) for part in ("codes", "scales"))
-    offsets, orders = ([weights.pop(f"{name}.{part}", None) for name in names] for part in ("offsets", "order"))
-    first = orders[0]
-    if not all(order is first or (order is not None and first is not None and order.equal(first)) for order in orders):
-        problem = "have their columns in different orders (desc_act), and share their input"
-        raise _refusal(", ".join(names), None, problem, _FIX_GPTQ)
-    return RoundedWeight(
-        codes=codes,
-        scales=scales,
-        offsets=None if offsets[0] is None else torch.cat([x for x in offsets if x is not None]),
-        order=first,
-    )
+        raise _refusal(slice_.name, None, f"is no such GPTQ weight: {error}", FIX_GPTQ) from error
 
 
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:

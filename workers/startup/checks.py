@@ -6,18 +6,14 @@ from pathlib import Path
 
 from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
 from placement.model.hf import read_model_spec
-from placement.model.quantization import LinearFormat, Quantization, linear_format
+from placement.model.quantization import LinearFormat, linear_format
 from placement.model.specs import DType, ModelSpec
 from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
+from protos.codec.formats import read_quantization
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.replica.roster import Roster
 
 _MAX_CONFIG_BYTES = 1 << 20
-_QUANTIZATIONS = {
-    pb.QUANTIZATION_UNSPECIFIED: Quantization.NONE,
-    pb.QUANTIZATION_INT8: Quantization.INT8,
-    pb.QUANTIZATION_INT4: Quantization.INT4,
-}
 
 
 def read_model(path: Path) -> ModelSpec:
@@ -36,14 +32,6 @@ def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
     quantization = read_quantization(request.quantization)
     config = _read_json(Path(request.model_path) / "config.json")
     return linear_format(config, quantization)
-
-
-def read_quantization(message: pb.Quantization.ValueType) -> Quantization:
-    """How linear layers are to be rounded. Raises InvalidRequest for a way that is not known."""
-    if message not in _QUANTIZATIONS:
-        fix = "Use QUANTIZATION_UNSPECIFIED, _INT8 or _INT4."
-        raise InvalidRequest(field="quantization", value=message, problem="is not known", fix=fix)
-    return _QUANTIZATIONS[message]
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -10,13 +10,14 @@ import torch
 
 from kernels.select import kernels_for
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
+from placement.model.part import Part
 from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.memory import format_bytes
-from placement.planning.plan import Part
 from placement.serving.blocks import BlockPool
 from placement.serving.scheduling import Scheduler, SchedulerLimits
+from protos.codec.formats import read_dtype
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.loop import Engine
 from workers.engine.types import STOPS, Limits, Runner, Stopping
@@ -26,7 +27,6 @@ from workers.replica.follower import Follower
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster, read_roster
 from workers.sampling.grammar import GrammarFactory
-from workers.service import messages as wire
 from workers.startup.checkpoint import load_weights
 from workers.startup.checks import check_memory, check_request, kv_share, read_linear_format, read_model, reckon
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, warm_up
@@ -93,7 +93,7 @@ class LoadJob:
         request, device = self._request, self._device
         use_device(device.torch_device)
         model = read_model(Path(request.model_path))
-        dtype = wire.dtype(request.dtype)
+        dtype = read_dtype(request.dtype)
         check_request(request, model)
         roster = read_roster(request, model)
         slices = shard_tensors(model, roster.part)

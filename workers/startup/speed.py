@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.cpu.products.quantized import RoundedWeight
-from kernels.linear import Linear, pack_rounded
-from kernels.select import kernels_for
+from kernels.linear import Linear
+from kernels.rounded import RoundedWeight
+from kernels.select import kernels_for, pack_rounded
 from placement.errors import NotEnoughMemory
 from placement.measured.speed import DeviceSpeed
 from placement.model.quantization import GROUP_SIZES, Quantization

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from kernels import reference
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 from placement.model.specs import ModelSpec
 from placement.planning.memory import graphed_tokens
 from protos.heterodyne.worker.v1 import worker_pb2 as pb

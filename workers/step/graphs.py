@@ -18,10 +18,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import AttentionPlan
+from kernels.attention import AttentionPlan, Window
 from kernels.cuda.plan import DevicePlan, fits, narrowed, put, room_for_decodes
 from placement.planning.memory import MOST_GRAPHED
-from workers.model.decoder_weights import Window
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, MOST_GRAPHED)
 _NO_SLOT = -1

@@ -11,13 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import SequenceSpan, SharedSpan, split_runs
-from kernels.select import Kernels
+from kernels.attention import Attend, SequenceSpan, SharedSpan, Window, split_runs
+from kernels.protocol import Kernels
 from placement.measured.overlap import LANE_TOKENS, first_lane
 from workers.host.device import use_device
-from workers.model.decoder_weights import Window
+from workers.model.kv_cache import KVCache
 from workers.sampling.sampling import SamplerState
-from workers.sequence_parallel.exchange import StepExchange
 from workers.step.graphs import StepInputs
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import Batch
@@ -36,7 +35,7 @@ class Prepared:
         scored: place of its sequence and prompt of what is scored.
         needed: the hidden states that give logits: those that tokens are sampled after, then those of each of
             ``scored``.
-        exchange: how ranks that share sequences attend together.
+        attend: attends to KV that other ranks hold too, where ranks share sequences.
         lanes: ``inputs``, in two parts that are computed in turn, where the step is woven.
     """
 
@@ -49,7 +48,7 @@ class Prepared:
     samplers: tuple[SamplerState, ...]
     scored: tuple[tuple[int, ScoredPrompt], ...]
     needed: "NeededRows"
-    exchange: StepExchange | None = None
+    attend: Attend | None = None
     lanes: tuple[StepInputs, ...] = ()
 
 
@@ -82,6 +81,16 @@ class StepLayout(Protocol):
 
     def lay_out(self, batch: Batch) -> Prepared:
         """May run while another step executes."""
+
+
+class Sharing(Protocol):
+    """The ranks that share sequences with a runner's own."""
+
+    def choose(self, batch: Batch) -> Batch:
+        """Adds to the batch how the ranks exchange. Called at the leader, who tells the others."""
+
+    def layout(self, *, windows: Sequence[Window], cache: KVCache) -> StepLayout:
+        """The layout of this rank's part of a step, whose KV goes to ``cache``."""
 
 
 def send_integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:

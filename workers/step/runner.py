@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels.attention import Attend
 from kernels.cpu.layers.layer_works import SPARE_ROWS
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 from placement.measured.overlap import OverlapTable
+from placement.model.part import Part
 from placement.model.specs import ModelSpec
-from placement.planning.plan import Part
 from workers.model import decoder
 from workers.model.decoder_weights import assemble
 from workers.model.group import Alone, Group
@@ -20,10 +21,8 @@ from workers.model.kv_cache import KVCache
 from workers.model.weaving import Layers, run_alone, run_ladder, run_woven
 from workers.sampling.grammar import GrammarState, prefetch
 from workers.sampling.sampling import SamplerState, sample
-from workers.sequence_parallel.exchange import StepExchange
-from workers.sequence_parallel.sharing import SequenceSharing
 from workers.step.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes
-from workers.step.layout import Prepared, SideBySide, StepLayout, can_weave, send_integers
+from workers.step.layout import Prepared, Sharing, SideBySide, StepLayout, can_weave, send_integers
 from workers.step.scoring import PromptScores, score
 from workers.step.types import Batch, NoTeam, SequenceInput, StepResult, Team
 
@@ -46,7 +45,7 @@ class ModelRunner:
         part: Part | None = None,
         group: Group | None = None,
         team: Team | None = None,
-        sharing: SequenceSharing | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory.
 
@@ -207,7 +206,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
-        y = self._hidden_woven(prepared, x) if prepared.lanes else self._hidden(prepared.inputs, x, prepared.exchange)
+        y = self._hidden_woven(prepared, x) if prepared.lanes else self._hidden(prepared.inputs, x, prepared.attend)
         self._group.settle()
         return y
 
@@ -236,11 +235,11 @@ class ModelRunner:
         logits = self._project(self._hidden(inputs))
         return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
-    def _hidden(self, inputs: StepInputs, x: Tensor | None = None, exchange: StepExchange | None = None) -> Tensor:
+    def _hidden(self, inputs: StepInputs, x: Tensor | None = None, attend: Attend | None = None) -> Tensor:
         """The last layer's output [T, E]."""
         if x is None:
             x = self._embed(inputs)
-        layers = self.run_layers(inputs, x, exchange, in_program=True)
+        layers = self.run_layers(inputs, x, attend, in_program=True)
         if self._model.ladder:
             return run_ladder(layers, self._group.begin_reduce)
         return run_alone(layers, self._group.reduce)
@@ -270,7 +269,7 @@ class ModelRunner:
         self,
         inputs: StepInputs,
         x: Tensor,
-        exchange: StepExchange | None = None,
+        attend: Attend | None = None,
         *,
         first_row: int = 0,
         in_program: bool = False,
@@ -292,7 +291,7 @@ class ModelRunner:
             slots=inputs.slots,
             rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
             attention=inputs.attention,
-            attend=None if exchange is None or self._sharing is None else self._sharing.attend(exchange),
+            attend=attend,
         )
         layers = self._cache.layers
         return decoder.run_layers(

@@ -7,13 +7,13 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.attention import AttentionPlan, LayerCache
+from kernels.attention import Attend, AttentionPlan, LayerCache, Window
 from kernels.cpu.attention import paged
 from kernels.cpu.layers.fused_program import (
     Compiled,
@@ -24,12 +24,13 @@ from kernels.cpu.layers.fused_program import (
     updates,
     writer,
 )
-from kernels.cpu.layers.layer_works import Buffers, Layer, Turns, Window
+from kernels.cpu.layers.layer_works import Buffers, Layer, Turns
 from kernels.cpu.layers.partial import Finish, Partial, SumWork
 from kernels.cpu.layers.program import Program
 from kernels.cpu.machine import machine_code
+from kernels.cpu.products.linear import shared
 from kernels.cpu.rows import rows
-from kernels.linear import Linear, shared
+from kernels.linear import Linear
 
 # Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
 _MOST_PROGRAMS = 128
@@ -60,10 +61,6 @@ class DecoderLayer(Protocol):
     def down(self) -> Linear | None: ...
     @property
     def ffn_post_norm(self) -> Tensor | None: ...
-
-
-# Attention [T, H, D] of queries [T, H, D] in a layer with that window and cache; its scores have that factor.
-Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]
 
 
 def fuse(

@@ -11,15 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kernels.attention import LayerCache
+from kernels.attention import LayerCache, Window
 from kernels.cpu.layers import program
 from kernels.cpu.layers.partial import SumWork
 from kernels.cpu.layers.program import Program
 from kernels.cpu.machine.columns_ir import WHOLE, Strip
+from kernels.cpu.products.linear import Shared
 from kernels.cpu.rows import rows
-from kernels.linear import Shared
 
-Window = int | None
 SPARE_ROWS = 32
 """Rows of a product beyond its tokens, at most: those of one tile."""
 

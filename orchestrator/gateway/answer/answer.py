@@ -9,11 +9,12 @@ from google.rpc import code_pb2
 from orchestrator.brief import brief
 from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.echo import Echo
+from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.inbox import Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.shown import shown
-from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable, code_of
+from orchestrator.gateway.status import code_of
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2

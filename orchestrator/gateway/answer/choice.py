@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from orchestrator.brief import brief
 from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.journal import Journal, JournalEntry, JournalError, Recorded
-from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable
 from placement.errors import HeterodyneError
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2

@@ -10,33 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from placement.errors import HeterodyneError, InvalidConfig
+from orchestrator.gateway.errors import Draining, Overloaded, QueueTimeout
+from placement.errors import InvalidConfig
 
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 30.0
-
-
-class NotAdmitted(HeterodyneError):
-    """A request did not get a slot."""
-
-
-class Overloaded(NotAdmitted):
-    """The queue is full.
-
-    Attributes:
-        retry_after_s: about how long what waits now will take to get slots.
-    """
-
-    def __init__(self, retry_after_s: float) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(f"the service is at its limit; try again in {retry_after_s:.0f} s")
-
-
-class QueueTimeout(NotAdmitted):
-    """The request's deadline passed while it waited."""
-
-
-class Draining(NotAdmitted):
-    """The service is about to stop and takes nothing new."""
 
 
 @dataclass(slots=True, eq=False)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import grpc
 
 from orchestrator.background import BackgroundTasks
+from orchestrator.gateway.errors import ReplicaUnavailable
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
-from orchestrator.gateway.status import ReplicaUnavailable
 from placement.serving.routing import ReplicaLoad, Route, least_loaded
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc

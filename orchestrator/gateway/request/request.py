@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from orchestrator.gateway.errors import UnknownModel
 from orchestrator.gateway.fleet.journal import Sampling
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.sampling import bounds, check_sampling
@@ -47,10 +48,6 @@ class Request:
     echo: bool = False
     cache_salt: bytes = b""
     grammar: worker_pb2.Grammar | None = None
-
-
-class UnknownModel(InvalidRequest):
-    """The request names a model that is not served."""
 
 
 def check_model(name: str, model: ServedModel) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from orchestrator.gateway.fleet.journal import Sampling
-from orchestrator.gateway.model import (
+from orchestrator.gateway.model import ServedModel
+from orchestrator.model_dir.default_sampling import (
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
-    ServedModel,
 )
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb

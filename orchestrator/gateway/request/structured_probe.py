@@ -12,11 +12,11 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_trial import MAX_COMPILE_S, Setup, Trial, Verdict
-from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable
 from orchestrator.launcher.process import environment
 from placement.errors import InvalidRequest
 from protos.heterodyne.worker.v1 import worker_pb2

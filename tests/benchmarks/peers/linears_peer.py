@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from peer_protocol import Measure, serve
 
-from kernels.linear import Linear, pack
+from kernels.cpu.products.linear import pack
+from kernels.linear import Linear
 from placement.model.specs import ModelSpec
 from tests.benchmarks.engine.engine_models import read_spec
 

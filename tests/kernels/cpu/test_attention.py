@@ -15,7 +15,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from kernels import reference
 from kernels.attention import LayerCache, Run, SequenceSpan, num_slots, split_runs
 from kernels.cpu import variant as cpu
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 

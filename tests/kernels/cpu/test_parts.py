@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.attention import LayerCache, PartSpan, SequenceSpan, SharedSpan
 from kernels.cpu import variant as cpu
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}

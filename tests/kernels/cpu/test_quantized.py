@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.cpu.products import quantized
-from kernels.cpu.products.quantized import Bits, RoundedWeight, dequantize, pack_nibbles, round_weight, unpack_nibbles
-from kernels.linear import Linear, RoundedColumnLinear, RoundedLinear, pack_rounded
+from kernels.cpu.products.linear import RoundedColumnLinear
+from kernels.linear import Linear
+from kernels.rounded import Bits, RoundedLinear, RoundedWeight, dequantize, pack_nibbles, round_weight, unpack_nibbles
+from kernels.select import pack_rounded
 
 SHAPES = [(96, 64, 32), (509, 256, 128), (1, 2048, 128), (2049, 96, 32), (320, 704, 64)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 24, 25, 49, 100]

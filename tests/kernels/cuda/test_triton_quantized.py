@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cpu.products.quantized import Bits, RoundedWeight, dequantize, pack_nibbles, round_weight
+from kernels.rounded import Bits, RoundedWeight, dequantize, pack_nibbles, round_weight
 from tests.support.triton.triton_cases import DEVICE, DTYPES, HAS_GPU, REASON, RUNS_HERE, normal
 
 if not RUNS_HERE:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cpu.products.quantized import Bits, RoundedWeight, round_weight, unpack_nibbles
 from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, cut, takes, tile_for, tiled
+from kernels.rounded import Bits, RoundedWeight, round_weight, unpack_nibbles
 
 BITS = st.sampled_from([4, 8])
 LEAST_SHARED_BYTES = 99 * 1024  # what a block can have on GPUs of compute capability 8.6

@@ -9,10 +9,9 @@ import torch
 
 from kernels import reference
 from kernels.cpu import variant as cpu
-from kernels.cpu.products.quantized import round_weight
 from kernels.cuda import gpus
-from kernels.linear import RoundedLinear, pack_rounded
-from kernels.select import kernels_for
+from kernels.rounded import RoundedLinear, round_weight
+from kernels.select import kernels_for, pack_rounded
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

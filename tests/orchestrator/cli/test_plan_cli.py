@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from orchestrator.cli.plan import plan_lines, show_plan
+from orchestrator.cli.plan import show_plan
 from orchestrator.cli.plan_picture import describe, plan_svg, shares
+from orchestrator.deployment.plan_lines import plan_lines
 from orchestrator.deployment.preflight import preflight
 from placement.errors import InvalidConfig
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec

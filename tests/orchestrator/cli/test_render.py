@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator.cli.render import key_values, print_status, status_lines
+from orchestrator.cli.render import print_status, status_lines
 from orchestrator.deployment.load_progress import LoadProgress
+from orchestrator.key_values import key_values
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2
 

@@ -24,8 +24,9 @@ from orchestrator.controller.events import (
 from orchestrator.controller.state import Phase, State, apply
 from placement.measured.collectives import MeasuredSum
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec, RopeSpec
-from placement.planning.plan import Part, Plan, Replica, Shard, Span, Stage
+from placement.planning.plan import Plan, Replica, Shard, Stage
 
 EPOCH = 5
 MODEL = ModelSpec(

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.controller.measured_wire import measured_message, measurements
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from orchestrator.controller.wire import deployment, device_speed
 from placement.measured.collectives import MeasuredSum
@@ -13,10 +12,11 @@ from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, Measur
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.measured.overlap import MeasuredLanes
 from placement.measured.speed import DeviceSpeed
+from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
-from placement.planning.plan import Part, Shard, Span
+from placement.planning.plan import Shard
+from protos.codec.measured import read_measurements
 from protos.heterodyne.worker.v1 import worker_pb2
-from workers.service.messages import stage_measurements
 
 MEASURED = StageMeasurements(
     sums=(
@@ -56,12 +56,8 @@ def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
         worker_pb2.MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
         worker_pb2.MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
     ]
-    assert measurements(first.measured) == MEASURED
-    assert measurements(second.measured) == NOTHING_MEASURED
-
-
-def test_controller_and_worker_write_measurements_alike() -> None:
-    assert measured_message(MEASURED) == stage_measurements(MEASURED)
+    assert read_measurements(first.measured) == MEASURED
+    assert read_measurements(second.measured) == NOTHING_MEASURED
 
 
 def test_a_speed_is_what_a_device_can_have() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from orchestrator.gateway.model import DefaultSampling, default_sampling
+from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
 from placement.errors import InvalidModel
 
 GREEDY = DefaultSampling()

@@ -9,8 +9,9 @@ import ray
 
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, disconnect
 from orchestrator.launcher.process import WorkerFailed
+from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
-from placement.planning.plan import Part, Shard, Span
+from placement.planning.plan import Shard
 from tests.support.clocks import PATIENCE_S
 
 pytestmark = pytest.mark.integration

@@ -8,6 +8,7 @@ import pytest
 
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.hf import read_model_spec
+from placement.model.part import Part, Span
 from placement.model.quantization import (
     GptqLayout,
     LinearFormat,
@@ -22,7 +23,6 @@ from placement.model.quantization import (
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.weights import TensorSlice, shard_tensors, whole_model
 from placement.planning.memory import WIDENED_BYTES, footprint
-from placement.planning.plan import Part, Span
 
 MODEL = ModelSpec(
     architecture="llama",

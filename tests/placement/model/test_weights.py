@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.model.hf import read_model_spec
+from placement.model.part import Part, Span
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.weights import TensorSlice, num_parameters, shard_tensors, weight_bytes, whole_model
-from placement.planning.plan import Part, Span
 
 MODEL = ModelSpec(
     architecture="llama",

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from placement.errors import InvalidConfig
+from placement.model.part import Part, Span
 from placement.model.quantization import GptqLayout, LinearFormat
 from placement.model.striping import Stripe
 from placement.planning.layout import ReplicaLayout, StageLayout, cut
-from placement.planning.plan import Part, Span
 from tests.support.shapes import LLAMA_8B as MODEL
 
 FIELD = "serving.parallelism.replicas[0]"

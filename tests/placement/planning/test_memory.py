@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from placement.model.part import Part, Span
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.striping import Stripe
 from placement.model.weights import weight_bytes, whole_model
@@ -30,7 +31,6 @@ from placement.planning.memory import (
     size_setting,
     workspace_bytes,
 )
-from placement.planning.plan import Part, Span
 
 MODEL = ModelSpec(
     architecture="llama",

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.errors import InvalidConfig, NotEnoughMemory
+from placement.model.part import Part
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec, RopeSpec
 from placement.model.weights import weight_bytes, whole_model
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.memory import CPU_PROCESS_BYTES, footprint, format_bytes
-from placement.planning.plan import Part, Plan
+from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
 
 MIB = 2**20

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from placement.model.part import Span
 from placement.model.quantization import GptqLayout, LinearFormat
 from placement.model.specs import ModelSpec, RopeSpec
-from placement.planning.plan import Span
 from placement.planning.splitting import Dimension, deal, dimensions, spans
 from tests.support.shapes import LLAMA_8B
 

@@ -14,9 +14,10 @@ from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits
 from orchestrator.gateway.generate import Generator
-from orchestrator.gateway.model import DefaultSampling, ServedModel, longest_token_bytes
+from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.service import InferenceService
 from orchestrator.model_dir.chat import ChatTemplate
+from orchestrator.model_dir.default_sampling import DefaultSampling
 from orchestrator.telemetry.requests import Telemetry
 from placement.model.hf import read_model_spec
 from placement.model.specs import DType

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import LayerCache, Run, SequenceSpan, num_slots
-from kernels.select import Kernels
+from kernels.protocol import Kernels
 
 HAS_GPU = torch.cuda.is_available()
 RUNS_HERE = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"

@@ -21,12 +21,12 @@ from triton.runtime.jit import JITFunction
 
 from kernels import reference
 from kernels.attention import LayerCache, PartSpan, SequenceSpan
-from kernels.cpu.products.quantized import RoundedWeight
 from kernels.cuda import attention, parts, quantized
 from kernels.cuda.parts_plan import plan_parts
 from kernels.cuda.plan import SharedParts, plan_step
 from kernels.cuda.quantized_tiles import tiled
 from kernels.cuda.variant import open_kernels
+from kernels.rounded import RoundedWeight
 
 HIDDEN, FFN, HEADS, KV_HEADS = 4096, 14336, 32, 8
 SPANS = (

@@ -13,7 +13,7 @@ import time
 import torch
 
 from kernels.cpu.layers.partial import Partial
-from placement.planning.plan import Part, Span
+from placement.model.part import Part, Span
 from workers.collectives.backends import open_torch_group
 from workers.collectives.gloo_group import GlooGroup
 from workers.replica.membership import Membership

@@ -12,7 +12,7 @@ import torch
 from kernels import reference
 from kernels.attention import SharedSpan
 from kernels.cpu.machine import machine_code
-from kernels.cpu.products.quantized import Bits
+from kernels.rounded import Bits
 from kernels.select import kernels_for
 from placement.model.hf import read_model_spec
 from placement.model.quantization import LinearFormat

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from placement.errors import NotEnoughMemory
+from placement.model.part import Span
 from placement.model.specs import ModelSpec, RopeSpec
-from placement.planning.plan import Span
 from workers.host.device import open_device
 from workers.model.kv_cache import allocate_kv_cache, kv_cache_bytes
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kernels.cpu.products.quantized import dequantize
+from kernels.rounded import dequantize
 from kernels.select import kernels_for
 from placement.errors import InvalidConfig, InvalidModel, InvalidRequest
 from placement.model.hf import read_model_spec
@@ -25,7 +25,8 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.steps import logits
 from workers.host.device import open_device
 from workers.model.kv_cache import allocate_kv_cache
-from workers.startup.checkpoint import load_weights, take_rounded
+from workers.model.rounded import take_rounded
+from workers.startup.checkpoint import load_weights
 from workers.startup.loading import LoadJob
 from workers.step.runner import ModelRunner
 from workers.step.types import SequenceInput

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.errors import InvalidRequest
+from placement.model.part import Part
 from placement.model.specs import ModelSpec, RopeSpec
 from placement.model.striping import Stripe
 from placement.planning.layout import ReplicaLayout, StageLayout, cut
-from placement.planning.plan import Part
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.replica.roster import Roster, read_roster
 

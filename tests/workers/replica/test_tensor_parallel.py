@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from placement.errors import InvalidModel
+from placement.model.part import Part, Span
 from placement.model.quantization import Bits, LinearFormat, check_linear_format
 from placement.model.weights import shard_tensors
-from placement.planning.plan import Part, Span
 from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
 from tests.support.ranks import Ranks, ranks, read_model
 from tests.support.steps import logits

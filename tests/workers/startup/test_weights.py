@@ -11,9 +11,9 @@ from torch import Tensor
 
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
+from placement.model.part import Part, Span
 from placement.model.specs import ModelSpec
 from placement.model.weights import TensorSlice, shard_tensors, whole_model
-from placement.planning.plan import Part, Span
 from workers.startup.checkpoint import INDEX_FILE, SINGLE_FILE, load_weights
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from kernels import reference
 from kernels.select import kernels_for
 from placement.model.hf import read_model_spec
+from placement.model.part import Part
 from placement.model.weights import whole_model
-from placement.planning.plan import Part
 from tests.support.steps import greedy_sampler, logits, run
 from workers.host.device import open_device
 from workers.model.decoder_weights import assemble

@@ -15,11 +15,12 @@ from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.detokenizer import Detokenizer
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.errors import DeadlineExceeded
 from orchestrator.gateway.fleet.inbox import Lost
 from orchestrator.gateway.fleet.journal import Journal, Sampling
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.submission import entries
-from orchestrator.gateway.status import DeadlineExceeded, code_of
+from orchestrator.gateway.status import code_of
 from placement.errors import HeterodyneError
 from protos.heterodyne.v1 import inference_pb2 as public
 from protos.heterodyne.worker.v1 import worker_pb2 as pb

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from orchestrator.gateway.fleet.admission import Admission, Draining, Overloaded, QueueTimeout
+from orchestrator.gateway.errors import Draining, Overloaded, QueueTimeout
+from orchestrator.gateway.fleet.admission import Admission
 from placement.errors import InvalidConfig
 from tests.support.clocks import LoopClock
 

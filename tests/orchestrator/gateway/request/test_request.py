@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.gateway.model import DefaultSampling
 from orchestrator.gateway.request.request import Request, check_request
+from orchestrator.model_dir.default_sampling import DefaultSampling
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.gateway.stub_gateway import CONTEXT, EOS, VOCAB_SIZE, served_model

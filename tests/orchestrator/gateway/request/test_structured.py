@@ -13,13 +13,13 @@ import pytest
 from tokenizers import Tokenizer
 
 import workers.sampling.grammar
-from orchestrator.gateway.fleet.admission import Overloaded
-from orchestrator.gateway.model import DefaultSampling, ServedModel, longest_token_bytes
+from orchestrator.gateway.errors import Overloaded, ReplicaFault, ReplicaUnavailable
+from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request import structured_probe, structured_trial
 from orchestrator.gateway.request.structured import MAX_SOURCE_BYTES, check_structured
 from orchestrator.gateway.request.structured_probe import GrammarProbe
 from orchestrator.gateway.request.structured_schema import MAX_INTEGER
-from orchestrator.gateway.status import ReplicaFault, ReplicaUnavailable
+from orchestrator.model_dir.default_sampling import DefaultSampling
 from placement.errors import InvalidRequest
 from placement.model.hf import read_model_spec
 from placement.model.specs import DType

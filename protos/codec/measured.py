@@ -1,4 +1,4 @@
-"""What the ranks of a stage measured, between the worker protocol's messages and :mod:`placement`. Pure."""
+"""What the ranks of a stage measured, as messages of the worker protocol. Pure."""
 
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
@@ -7,8 +7,8 @@ from placement.measured.overlap import MeasuredLanes
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 
-def measurements(message: pb.StageMeasurements) -> StageMeasurements:
-    """As a rank told them."""
+def read_measurements(message: pb.StageMeasurements) -> StageMeasurements:
+    """The measurements in a message."""
     return StageMeasurements(
         sums=tuple(
             MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s) for it in message.sums
@@ -37,7 +37,7 @@ def _exchange(message: pb.MeasuredExchange) -> MeasuredExchange:
 
 
 def measured_message(measured: StageMeasurements) -> pb.StageMeasurements:
-    """As watchers are told them."""
+    """The message of what was measured."""
     return pb.StageMeasurements(
         sums=[
             pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)

@@ -1,0 +1,42 @@
+"""A plan in words: who holds what, one line a rank."""
+
+from collections.abc import Iterator
+
+from orchestrator.deployment.preflight import Checked
+from orchestrator.key_values import key_values
+from placement.model.part import Span
+from placement.planning.memory import format_bytes
+
+
+def plan_lines(checked: Checked) -> Iterator[str]:
+    """Who will hold what, one line a rank."""
+    plan, names = checked.plan, checked.config.cluster.worker_names
+    ranks = [
+        (replica, stage, shard)
+        for replica in plan.replicas
+        for stage, its in enumerate(replica.stages)
+        for shard in its.shards
+    ]
+    for replica, stage, shard in ranks:
+        part = shard.part
+        yield key_values(
+            event="plan",
+            replica=replica.name,
+            stage=stage,
+            rank=shard.rank,
+            worker=names[checked.workers[replica.name, shard.rank]],
+            device=shard.device.name,
+            threads=shard.device.num_threads,
+            layers=_range(part.layers),
+            kv_heads=_range(part.kv_heads),
+            ffn_columns=_range(part.ffn_columns),
+            vocab_rows=_range(part.vocab_rows),
+            block_slots="" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
+            weights=format_bytes(shard.weight_bytes),
+            kv=format_bytes(shard.kv_bytes),
+            kv_tokens=shard.num_blocks * plan.block_size,
+        )
+
+
+def _range(span: Span) -> str:
+    return f"{span.start}-{span.stop}" if len(span) else "none"
