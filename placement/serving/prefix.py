@@ -72,7 +72,7 @@ class PrefixCache:
         self._awaited.pop(sequence.sequence_id, None)
         if not sequence.reuse_prefix:
             return []
-        hashes = sequence.block_hashes[: (sequence.num_tokens - 1) // self._pool.block_size]
+        hashes = sequence.block_hashes[: sequence.num_reusable_tokens // self._pool.block_size]
         blocks: list[int] = []
         for block in map(self._pool.find, hashes):
             if block is None:
@@ -123,7 +123,6 @@ class PrefixCache:
 
     def _check_tables(self, running: Seq[Sequence]) -> None:
         """Every reference is a table's; what several tables hold is at one place of equal, computed text."""
-        self._pool.check([sequence.block_table for sequence in running])
         holders: dict[int, tuple[int, bytes]] = {}
         private: set[int] = set()
         for sequence in running:

@@ -1,102 +1,54 @@
-"""Which tokens go into a step: sequences + blocks + token budget -> StepPlan.
+"""Decides which tokens go into a step: sequences, blocks and a token budget give a StepPlan.
 
-Stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024): every running decode is in every step,
-prompts fill what the token budget leaves, so a long prompt never delays somebody else's next token by more
-than one step. Full blocks that others computed are shared (placement.serving.prefix): only the rest of a prompt is
-computed.
+Stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024): every running decode is in every step, and prompts fill
+what the token budget leaves, so a long prompt never delays somebody else's next token by more than one step. Full
+blocks that others computed are shared (placement.serving.prefix): only the rest of a prompt is computed.
 """
 
 from bisect import insort
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from placement.errors import InvalidConfig, InvalidRequest
+from placement.errors import InvalidRequest
 from placement.serving.blocks import BlockPool
+from placement.serving.holds import Hold, Holds, SequenceOwner, StepOwner, TransferOwner
 from placement.serving.prefix import PrefixCache
-from placement.serving.sequence import Sequence
+from placement.serving.sequence import Phase, Sequence
+from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Bounds of a step.
-
-    Attributes:
-        token_budget: most tokens in a step, decodes counted.
-        max_num_seqs: most sequences that hold blocks. At most ``token_budget``, or decodes could stall.
-        num_batches: steps that are in flight at once, in the stages of a pipeline: decodes are dealt out among them.
-
-    Raises:
-        InvalidConfig: a bound is below 1, or the budget cannot hold a decode of every sequence.
-    """
-
-    token_budget: int
-    max_num_seqs: int
-    num_batches: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("token_budget", "max_num_seqs"):
-            value = getattr(self, name)
-            if value < 1:
-                raise InvalidConfig(field=f"serving.{name}", value=value, problem="must be at least 1", fix="Raise it.")
-        if self.token_budget < self.max_num_seqs:
-            problem = f"is below serving.max_num_seqs ({self.max_num_seqs}), so decodes would stall"
-            fix = "Raise token_budget or lower max_num_seqs."
-            raise InvalidConfig(field="serving.token_budget", value=self.token_budget, problem=problem, fix=fix)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Tokens ``[start, start + num_tokens)`` of one sequence.
-
-    Attributes:
-        samples: the chunk reaches the sequence's last token, so the step yields the next one.
-    """
-
-    sequence_id: int
-    start: int
-    num_tokens: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan:
-    """What one step computes.
-
-    Attributes:
-        step: counts the plans that have chunks, from 1; one without is no step and has the last number.
-        chunks: decodes first, then prefills.
-        preempted: sequences whose blocks were taken for this step; they wait again.
-    """
-
-    step: int
-    chunks: tuple[Chunk, ...]
-    preempted: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the batch."""
-        return sum(chunk.num_tokens for chunk in self.chunks)
+_COMPUTING = frozenset({Phase.RUNNING, Phase.REPLAY})
 
 
 @dataclass(slots=True)
 class _Draft:
     """A step being put together."""
 
+    step: int
     budget: int  # tokens that still fit
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
+    reserved: list[int] = field(default_factory=list)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        assert 1 <= num_tokens <= self.budget and not sequence.in_flight, sequence
+        assert 1 <= num_tokens <= self.budget and sequence.step is None, sequence
         chunk = Chunk(
             sequence_id=sequence.sequence_id,
             start=sequence.num_computed_tokens,
             num_tokens=num_tokens,
             samples=num_tokens == sequence.num_uncomputed_tokens,
+            is_decode=sequence.is_decode,
         )
         self.chunks.append(chunk)
         self.budget -= num_tokens
-        sequence.in_flight = True
+        sequence.step = self.step
+
+    def plan(self) -> StepPlan:
+        return StepPlan(
+            step=self.step if self.chunks else self.step - 1,
+            chunks=tuple(self.chunks),
+            preempted=tuple(self.preempted),
+            reserved=tuple(self.reserved),
+        )
 
 
 class Scheduler:
@@ -116,13 +68,13 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, *, prefix_cache: bool = True) -> None:
         self._pool = pool
+        self._holds = Holds(pool)
         self._limits = limits
         self._retain = prefix_cache
         self._prefixes = PrefixCache(pool)
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # by rank; these hold blocks
         self._waiting: list[Sequence] = []  # by rank; nothing computed, no blocks
-        self._removed: set[int] = set()  # ids that leave when the step they are in completes
         self._num_steps = 0
         self._num_preemptions = 0
 
@@ -157,7 +109,7 @@ class Scheduler:
         return sum(
             sequence.num_uncomputed_tokens
             for sequence in self._sequences.values()
-            if sequence.sequence_id not in self._removed
+            if sequence.phase is not Phase.LEAVING
         )
 
     def sequence(self, sequence_id: int) -> Sequence:
@@ -171,49 +123,84 @@ class Scheduler:
             InvalidRequest: it has no prompt or no answer, or could not fit even if it had all blocks.
         """
         assert sequence.sequence_id not in self._sequences, sequence
-        assert not (sequence.block_table or sequence.in_flight or sequence.num_computed_tokens), sequence
+        assert sequence.phase is Phase.WAITING and not sequence.num_computed_tokens, sequence
         self._refuse_impossible(sequence)
         self._sequences[sequence.sequence_id] = sequence
         insort(self._waiting, sequence, key=lambda other: other.rank)
 
     def remove(self, sequence_id: int) -> bool:
-        """Forgets a sequence that ended or was cancelled and frees its blocks.
+        """Forgets a sequence that ended or was cancelled, and frees its blocks.
 
-        In flight its blocks are being written: then it leaves when that step completes.
+        While a step that is not completed computes it, that step holds the blocks instead.
 
         Returns:
             False where it is unknown or already leaving, as when a cancel meets the end.
         """
         sequence = self._sequences.get(sequence_id)
-        if sequence is None or sequence_id in self._removed:
+        if sequence is None or sequence.phase is Phase.LEAVING:
             return False
-        if sequence.in_flight:
-            self._removed.add(sequence_id)
-        else:
+        if sequence.step is None:
             self._forget(sequence)
+            return True
+        assert sequence.hold is not None, sequence
+        self._holds.pass_on(sequence.hold, StepOwner(sequence.step))
+        sequence.enter(Phase.LEAVING)
         return True
+
+    def ship(self, sequence_id: int) -> Hold:
+        """Forgets a sequence whose keys and values go elsewhere; the transfer holds its blocks from now on."""
+        sequence = self._sequences.pop(sequence_id)
+        hold = sequence.hold
+        assert sequence.step is None and hold is not None, sequence
+        self._running.remove(sequence)
+        self._prefixes.leave(sequence)
+        self._holds.pass_on(hold, TransferOwner(sequence_id))
+        sequence.hold = None
+        sequence.enter(Phase.SHIPPING)
+        return hold
+
+    def expect(self, sequence_id: int) -> Hold:
+        """Has a transfer hold the blocks of a sequence that awaits keys and values, beside the sequence itself."""
+        sequence = self._sequences[sequence_id]
+        assert sequence.phase is Phase.AWAITS_KV, sequence
+        return self._holds.share(sequence.block_table, TransferOwner(sequence_id))
+
+    def arrive(self, sequence_id: int, num_tokens: int) -> None:
+        """Goes on with a sequence whose first ``num_tokens`` keys and values have come; the others are computed here.
+
+        At least one token is computed here, since a step has to sample after it.
+        """
+        sequence = self._sequences[sequence_id]
+        sequence.num_computed_tokens = max(sequence.num_computed_tokens, min(num_tokens, sequence.num_tokens - 1))
+        self._prefixes.register(sequence)
+        sequence.enter(_first_phase(sequence))
+
+    def release(self, hold: Hold) -> None:
+        """Ends the hold of a transfer."""
+        self._holds.release(hold, retain=self._retain)
 
     def schedule(self) -> StepPlan:
         """Plans the next step and marks its sequences in flight. Without work, the plan has no chunks."""
-        draft = _Draft(budget=self._limits.token_budget)
+        draft = _Draft(step=self._num_steps + 1, budget=self._limits.token_budget)
         self._schedule_decodes(draft)
         self._schedule_prefills(draft)
         if not draft.preempted:
             self._admit(draft)
         self._num_steps += bool(draft.chunks)
-        return StepPlan(step=self._num_steps, chunks=tuple(draft.chunks), preempted=tuple(draft.preempted))
+        return draft.plan()
 
     def complete(self, chunks: Seq[Chunk]) -> None:
         """Records that chunks of a step were computed. Call it once for each chunk, in any order."""
         for chunk in chunks:
             sequence = self._sequences[chunk.sequence_id]
-            assert sequence.in_flight and sequence.num_computed_tokens == chunk.start, (sequence, chunk)
-            sequence.in_flight = False
+            assert sequence.step is not None and sequence.num_computed_tokens == chunk.start, (sequence, chunk)
+            sequence.step = None
             sequence.num_computed_tokens += chunk.num_tokens
             self._prefixes.register(sequence)
-            if chunk.sequence_id in self._removed:
-                self._removed.remove(chunk.sequence_id)
+            if sequence.phase is Phase.LEAVING:
                 self._forget(sequence)
+            elif sequence.phase is Phase.REPLAY and sequence.num_uncomputed_tokens <= 1:
+                sequence.enter(Phase.RUNNING)
 
     def register(self, sequence_id: int) -> None:
         """Lets the blocks of a sequence be shared whose hashes came after their step had completed.
@@ -224,6 +211,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts what must always hold, between any two calls."""
+        self._holds.check()
         self._prefixes.check(self._running, self._waiting)
         assert len(self._running) <= self._limits.max_num_seqs
         assert {s.sequence_id for s in self._running + self._waiting} == self._sequences.keys()
@@ -231,12 +219,21 @@ class Scheduler:
         for queue in (self._running, self._waiting):
             assert queue == sorted(queue, key=lambda s: s.rank)
         for sequence in self._running:
-            slots = len(sequence.block_table) * self._pool.block_size
-            assert 0 <= sequence.num_computed_tokens <= min(slots, sequence.num_tokens), sequence
-            assert sequence.num_output_tokens <= sequence.max_tokens, sequence
+            self._check_running(sequence)
         for sequence in self._waiting:
-            assert not sequence.block_table and not sequence.in_flight and not sequence.num_computed_tokens
-        assert all(self._sequences[sequence_id].in_flight for sequence_id in self._removed)
+            assert sequence.phase is Phase.WAITING and sequence.hold is None, sequence
+            assert sequence.step is None and not sequence.num_computed_tokens, sequence
+
+    def _check_running(self, sequence: Sequence) -> None:
+        assert sequence.phase not in (Phase.WAITING, Phase.SHIPPING), sequence
+        assert sequence.hold is not None, sequence
+        is_leaving = sequence.phase is Phase.LEAVING
+        assert isinstance(sequence.hold.owner, StepOwner if is_leaving else SequenceOwner), sequence
+        assert sequence.step is not None or not is_leaving, sequence
+        assert sequence.step is None or sequence.phase in _COMPUTING or is_leaving, sequence
+        slots = len(sequence.block_table) * self._pool.block_size
+        assert 0 <= sequence.num_computed_tokens <= min(slots, sequence.num_tokens), sequence
+        assert sequence.num_output_tokens <= sequence.max_tokens, sequence
 
     def _refuse_impossible(self, sequence: Sequence) -> None:
         prompt, answer = sequence.num_prompt_tokens, sequence.max_tokens
@@ -251,15 +248,16 @@ class Scheduler:
             raise InvalidRequest(field="max_tokens", value=answer, problem=problem, fix=fix)
 
     def _schedule_decodes(self, draft: _Draft) -> None:
-        """One token of every running decode, by rank, so that nobody is preempted who is in the plan; or, where
-        several steps are in flight at once, of as many decodes as each of them gets.
+        """Adds one token of every running decode, by rank, so that nobody is preempted who is in the plan.
+
+        Where several steps are in flight at once, each gets its share of the decodes.
         """
-        decodes = [sequence for sequence in self._running if sequence.is_decode]
+        decodes = [sequence for sequence in self._running if sequence.is_decode and sequence.phase in _COMPUTING]
         most = -(-len(decodes) // self._limits.num_batches)
         for sequence in decodes:
             if len(draft.chunks) == most:
                 return
-            if sequence.in_flight or not sequence.is_decode:
+            if sequence.step is not None or not sequence.is_decode:
                 continue  # preempted a moment ago is no decode either
             if self._has_slot(sequence) or self._grow(sequence, draft):
                 draft.add(sequence, 1)
@@ -269,9 +267,12 @@ class Scheduler:
         for sequence in self._running:
             if not draft.budget:
                 return
-            if not sequence.in_flight and not sequence.is_decode and sequence.num_uncomputed_tokens:
+            if sequence.step is not None or sequence.phase not in _COMPUTING or sequence.is_decode:
+                continue
+            num_tokens = min(sequence.num_next_tokens, draft.budget)
+            if num_tokens:
                 assert self._has_slot(sequence), sequence
-                draft.add(sequence, min(sequence.num_uncomputed_tokens, draft.budget))
+                draft.add(sequence, num_tokens)
 
     def _admit(self, draft: _Draft) -> None:
         """Starts waiting sequences, in order: only one that awaits what is being computed lets others pass.
@@ -294,13 +295,16 @@ class Scheduler:
                 return
             del self._waiting[index]
             self._start(sequence, found, count)
-            draft.add(sequence, min(sequence.num_uncomputed_tokens, draft.budget))
+            if sequence.phase is Phase.AWAITS_KV:
+                draft.reserved.append(sequence.sequence_id)
+            else:
+                draft.add(sequence, min(sequence.num_next_tokens, draft.budget))
 
     def _start(self, sequence: Sequence, found: list[int], count: int) -> None:
-        """Gives a waiting sequence the computed blocks it starts with and ``count`` of its own."""
-        self._pool.share(found)
-        sequence.block_table = found + self._pool.allocate(count, after=found[-1] if found else None)
+        """Gives a waiting sequence the computed blocks that it starts with and ``count`` of its own."""
+        sequence.hold = self._holds.take(SequenceOwner(sequence.sequence_id), count, found=found)
         self._prefixes.begin(sequence, len(found))
+        sequence.enter(Phase.AWAITS_KV if sequence.awaits_kv else _first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 
     def _has_slot(self, sequence: Sequence) -> bool:
@@ -310,17 +314,20 @@ class Scheduler:
         """Gives a decode one more block. False where the sequence itself had to be preempted."""
         while not self._pool.can_allocate(1):
             # What awaits its sampled token is spared: recomputing it now would sample that token twice.
-            victim = next(s for s in reversed(self._running) if not s.in_flight and s.num_uncomputed_tokens)
+            victim = next(s for s in reversed(self._running) if s.step is None and _can_be_preempted(s))
             self._preempt(victim)
             draft.preempted.append(victim.sequence_id)
             if victim is sequence:
                 return False
-        sequence.block_table += self._pool.allocate(1, after=sequence.block_table[-1])
+        assert sequence.hold is not None, sequence
+        self._holds.grow(sequence.hold, 1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes its blocks; it waits, at its old place in the order, to be computed again."""
         self._release(sequence)
+        sequence.enter(Phase.WAITING)
+        sequence.awaits_kv = False  # what had come is gone: the prompt is computed here
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self._num_preemptions += 1
@@ -328,35 +335,25 @@ class Scheduler:
 
     def _forget(self, sequence: Sequence) -> None:
         del self._sequences[sequence.sequence_id]
-        if sequence.block_table:
+        if sequence.hold is not None:
             self._release(sequence)
         else:
             self._prefixes.leave(sequence)
             self._waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        assert sequence.hold is not None, sequence
         self._running.remove(sequence)
         self._prefixes.leave(sequence)
-        self._pool.release(sequence.block_table, retain=self._retain)
-        sequence.block_table = []
+        self._holds.release(sequence.hold, retain=self._retain)
+        sequence.hold = None
 
 
-def choose_token_budget(profile: Seq[tuple[int, float]], objective_s: float, tile: int) -> int:
-    """The token budget for a time-between-tokens objective: T(budget) <= objective (Sarathi-Serve, 4.3).
+def _first_phase(sequence: Sequence) -> Phase:
+    """The phase of a sequence that has its blocks and begins to be computed."""
+    is_replay = sequence.replays and sequence.num_output_tokens > 0 and sequence.num_uncomputed_tokens > 1
+    return Phase.REPLAY if is_replay else Phase.RUNNING
 
-    Only measured sizes are chosen, nothing between or beyond them, and only multiples of ``tile``: one token
-    over a tile costs as much as a whole one (257 tokens +32 % over 256 in the paper).
 
-    Args:
-        profile: measured (tokens in the step, seconds).
-        tile: tokens that the matrix kernels compute at once.
-
-    Returns:
-        The largest budget that meets the objective; where none does, ``tile``: decodes then exceed the
-        objective, but no smaller budget would make the step much shorter.
-    """
-    assert tile >= 1, tile
-    return max(
-        (tokens for tokens, step_s in profile if tokens % tile == 0 and tokens and step_s <= objective_s),
-        default=tile,
-    )
+def _can_be_preempted(sequence: Sequence) -> bool:
+    return sequence.phase in _COMPUTING and sequence.num_uncomputed_tokens > 0

@@ -1,28 +1,64 @@
-"""A request inside a worker as scheduling sees it: counts and blocks. Token ids live with the executor."""
+"""A request inside a replica as scheduling sees it: its phase, its counts and its blocks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+
+from placement.serving.holds import Hold
+
+
+class Phase(Enum):
+    """Where a sequence stands between its submission and its end."""
+
+    WAITING = "waiting"
+    """It holds no blocks: it is new, or was preempted."""
+    AWAITS_KV = "awaits_kv"
+    """It holds blocks, and the keys and values of its prompt are on the way to them from another replica."""
+    REPLAY = "replay"
+    """It recomputes an answer that was begun elsewhere: known tokens are fed as decodes and not sampled again."""
+    RUNNING = "running"
+    """Steps compute its tokens."""
+    SHIPPING = "shipping"
+    """Its prompt is computed, and the keys and values are on the way to another replica."""
+    LEAVING = "leaving"
+    """It has ended, or only its last token is missing: no step computes it any more."""
+
+
+TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
+    Phase.WAITING: frozenset({Phase.AWAITS_KV, Phase.REPLAY, Phase.RUNNING}),
+    Phase.AWAITS_KV: frozenset({Phase.REPLAY, Phase.RUNNING}),
+    Phase.REPLAY: frozenset({Phase.RUNNING, Phase.WAITING, Phase.LEAVING}),
+    Phase.RUNNING: frozenset({Phase.WAITING, Phase.SHIPPING, Phase.LEAVING}),
+    Phase.SHIPPING: frozenset(),
+    Phase.LEAVING: frozenset(),
+}
+"""The phases that may follow each phase. A sequence may also be forgotten in any of them."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """Progress of one request.
+    """The progress of one request.
 
     Whoever samples counts ``num_output_tokens`` and extends ``block_hashes``; the scheduler changes the rest.
 
     Attributes:
         sequence_id: unique within the scheduler.
-        max_tokens: most tokens to generate.
-        priority: higher runs first and is preempted last. Fixed once added.
+        max_tokens: the most tokens to generate.
+        priority: the higher, the earlier a sequence runs and the later it is preempted. Fixed once added.
         arrival: grows with every request; a preempted sequence keeps it. Fixed once added.
-        block_hashes: of its full blocks, from the first (``placement.serving.prefix.chain_hashes``); it only grows, and
-            may lag behind what is computed. Empty: none of its blocks is ever shared.
-        reuse_prefix: take blocks that others computed. Its own are offered to others either way.
+        block_hashes: the hashes of its full blocks, from the first (``placement.serving.prefix.chain_hashes``). The
+            list only grows and may lag behind what is computed. Where it is empty, none of the blocks is ever shared.
+        reuse_prefix: whether it takes blocks that others computed. Its own are offered to others either way.
+        replays: whether its answer is recomputed token by token where it must be recomputed, so that the bits are
+            those of the first time.
+        awaits_kv: whether the keys and values of its prompt come from another replica.
         num_computed_tokens: tokens whose keys and values are in its blocks, whoever computed them.
-        block_table: its KV blocks, in token order; the first ones may be shared, those are full.
-        num_cached_tokens: prompt tokens found computed when it was first admitted.
+        hold: its KV blocks, in the order of tokens; the first ones may be shared, and those are full.
+        num_cached_tokens: prompt tokens that were found computed when it was first admitted.
         num_registered_blocks: leading blocks that are computed and whose hashes the pool has been told.
-        num_preemptions: times its blocks were taken away.
-        in_flight: part of a step that has not completed.
+        num_preemptions: how often its blocks were taken away.
+        phase: see :class:`Phase`; changed by :meth:`enter` alone.
+        step: the step that computes some of its tokens and is not completed; None where there is none.
     """
 
     sequence_id: int
@@ -32,13 +68,31 @@ class Sequence:
     arrival: int
     block_hashes: list[bytes] = field(default_factory=list)
     reuse_prefix: bool = True
+    replays: bool = False
+    awaits_kv: bool = False
     num_output_tokens: int = 0
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    hold: Hold | None = None
     num_cached_tokens: int = 0
     num_registered_blocks: int = 0
     num_preemptions: int = 0
-    in_flight: bool = False
+    phase: Phase = Phase.WAITING
+    step: int | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """Goes on to ``phase``, which must be one that may follow."""
+        assert phase in TRANSITIONS[self.phase], (self.phase, phase)
+        self.phase = phase
+
+    @property
+    def block_table(self) -> list[int]:
+        """Its KV blocks, in the order of tokens; none where it holds none."""
+        return [] if self.hold is None else self.hold.blocks
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a step computes some of its tokens and is not completed."""
+        return self.step is not None
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -47,20 +101,34 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and answer so far."""
+        """Tokens of the prompt and of the answer so far."""
         return self.num_prompt_tokens + self.num_output_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens still to be computed; 0 between a step that samples and the arrival of its token."""
+        """Tokens that are still to be computed; 0 between a step that samples and the arrival of its token."""
         return self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
 
     @property
-    def is_decode(self) -> bool:
-        """Whether only its newest token, one it generated, is uncomputed.
+    def num_reusable_tokens(self) -> int:
+        """The most tokens whose keys and values it may take from others: of an answer to be replayed, none."""
+        return min(self.num_tokens - 1, self.num_prompt_tokens) if self.replays else self.num_tokens - 1
 
-        After a preemption nothing is computed and the prompt has at least one token, so the sequence is a
-        prefill again. It is a decode from the moment when one token is left, however that came: the work is
-        the same.
+    @property
+    def num_next_tokens(self) -> int:
+        """The most tokens that the next step may compute of it: a replayed answer comes one by one."""
+        if self.phase is not Phase.REPLAY:
+            return self.num_uncomputed_tokens
+        rest = self.num_prompt_tokens - self.num_computed_tokens
+        return rest if rest > 0 else min(1, self.num_uncomputed_tokens)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the next step computes only one token of it, one that was generated.
+
+        After a preemption nothing is computed and the prompt has at least one token, so the sequence is a prefill
+        again. It is a decode from the moment when one token is left, however that came: the work is the same.
         """
+        if self.phase is Phase.REPLAY:
+            return self.num_computed_tokens >= self.num_prompt_tokens and self.num_uncomputed_tokens > 0
         return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1

@@ -12,7 +12,8 @@ from typing import Any
 
 from placement.errors import HeterodyneError
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Scheduler, SchedulerLimits
+from placement.serving.scheduling import Scheduler
+from placement.serving.step_plan import SchedulerLimits
 from workers.engine.loop import Engine
 from workers.engine.types import Limits, Output, Runner, StepStats, Submission
 from workers.sampling.sampling import SampledToken, SamplingParams

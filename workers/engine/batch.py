@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from kernels.attention import SharedSpan
-from placement.serving.blocks import block_runs
-from placement.serving.scheduling import Chunk
+from placement.serving.runs import block_runs
 from placement.serving.sharing import shared_prefixes
+from placement.serving.step_plan import Chunk
 from workers.engine.work import Work
 from workers.step.types import Batch
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from placement.errors import HeterodyneError, cause_of
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Chunk, Scheduler, StepPlan
+from placement.serving.scheduling import Scheduler
+from placement.serving.step_plan import Chunk, StepPlan
 from workers.engine.batch import make_batch
 from workers.engine.pacing import Pace
 from workers.engine.types import (

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from placement.serving.blocks import TableRuns
 from placement.serving.prefix import chain_hashes
-from placement.serving.scheduling import Chunk
+from placement.serving.runs import TableRuns
 from placement.serving.sequence import Sequence
+from placement.serving.step_plan import Chunk
 from workers.engine.types import EndReason, Output, Sink, Submission, Submit
 from workers.sampling.sampling import SampledToken, SamplerState
 from workers.step.scoring import ScoredPrompt

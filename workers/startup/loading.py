@@ -16,7 +16,8 @@ from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.memory import format_bytes
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Scheduler, SchedulerLimits
+from placement.serving.scheduling import Scheduler
+from placement.serving.step_plan import SchedulerLimits
 from protos.codec.formats import read_dtype
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.loop import Engine

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from placement.serving.blocks import BlockPool
+from placement.serving.holds import Holds, SequenceOwner
 from placement.serving.prefix import PrefixCache, chain_hashes
 from placement.serving.sequence import Sequence
 
@@ -68,8 +69,8 @@ def make(sid: int, token_ids: list[int], *, reuse: bool = True) -> Sequence:
 
 
 def begin(cache: PrefixCache, pool: BlockPool, sequence: Sequence, found: list[int]) -> None:
-    pool.share(found)
-    sequence.block_table = found + pool.allocate(pool.blocks_for(sequence.num_tokens) - len(found))
+    count = pool.blocks_for(sequence.num_tokens) - len(found)
+    sequence.hold = Holds(pool).take(SequenceOwner(sequence.sequence_id), count, found=found)
     cache.begin(sequence, len(found))
 
 

@@ -2,8 +2,10 @@ import pytest
 
 from placement.errors import InvalidConfig, InvalidRequest
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Chunk, Scheduler, SchedulerLimits, StepPlan, choose_token_budget
+from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
+from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
+from placement.serving.token_budget import choose_token_budget
 
 
 def make_scheduler(num_blocks: int = 100, block_size: int = 4, budget: int = 16, seqs: int = 8) -> Scheduler:
@@ -62,7 +64,7 @@ def test_decode_is_in_every_step_while_a_long_prompt_prefills() -> None:
         plans.append(step(scheduler))
     assert len(plans) == -(-1000 // 15)  # the budget counts the decode
     for i, plan in enumerate(plans):
-        assert plan.chunks[0] == Chunk(sequence_id=1, start=4 + i, num_tokens=1, samples=True)
+        assert plan.chunks[0] == Chunk(sequence_id=1, start=4 + i, num_tokens=1, samples=True, is_decode=True)
     assert all(plan.num_tokens == 16 for plan in plans[:-1])
 
 

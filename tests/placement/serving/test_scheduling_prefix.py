@@ -4,8 +4,9 @@ from collections.abc import Sequence as Seq
 
 from placement.serving.blocks import BlockPool
 from placement.serving.prefix import chain_hashes
-from placement.serving.scheduling import Scheduler, SchedulerLimits, StepPlan
+from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
+from placement.serving.step_plan import SchedulerLimits, StepPlan
 
 BLOCK_SIZE = 4
 

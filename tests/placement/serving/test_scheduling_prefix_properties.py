@@ -13,8 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from placement.serving.blocks import BlockPool
 from placement.serving.prefix import chain_hashes
-from placement.serving.scheduling import Chunk, Scheduler, SchedulerLimits, StepPlan
+from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
+from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
 
 MAX_IN_FLIGHT = 3
 TEXTS = ([0, 1, 2] * 6, [0, 1, 2, 0] * 4, [2] * 12)

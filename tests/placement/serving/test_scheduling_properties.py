@@ -7,8 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from placement.errors import InvalidRequest
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Scheduler, SchedulerLimits, StepPlan
+from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
+from placement.serving.step_plan import SchedulerLimits, StepPlan
 
 MAX_IN_FLIGHT = 3
 REQUEST = st.tuples(st.integers(0, 10), st.integers(0, 12), st.integers(-1, 1))  # prompt, answer, priority

@@ -1,0 +1,57 @@
+"""Block tables as runs: ranges of adjacent KV slots, which attention reads as one view each."""
+
+from collections.abc import Sequence
+
+
+class TableRuns:
+    """The runs of one sequence's block table, kept as it grows: a step then looks at what is new alone."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._table: Sequence[int] = ()
+        self._num_blocks = 0
+        self._runs: list[tuple[int, int]] = []
+
+    def first(self, block_table: list[int], num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """As :func:`block_runs`. A table only ever grows; a new one is another list."""
+        if block_table is not self._table:
+            self._table, self._num_blocks, self._runs = block_table, 0, []
+        for block in block_table[self._num_blocks :]:
+            start, stop = block * self._block_size, (block + 1) * self._block_size
+            if self._runs and self._runs[-1][1] == start:
+                self._runs[-1] = (self._runs[-1][0], stop)
+            else:
+                self._runs.append((start, stop))
+        self._num_blocks = len(block_table)
+        return _without_last(self._runs, self._num_blocks * self._block_size - num_tokens)
+
+
+def _without_last(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    """``runs`` without their last ``count`` slots."""
+    assert count >= 0, count
+    kept = len(runs)
+    while count and runs[kept - 1][1] - runs[kept - 1][0] <= count:
+        kept -= 1
+        count -= runs[kept][1] - runs[kept][0]
+    if not count:
+        return tuple(runs[:kept])
+    start, stop = runs[kept - 1]
+    return (*runs[: kept - 1], (start, stop - count))
+
+
+def block_runs(block_table: Sequence[int], block_size: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """The KV slots of a sequence's first ``num_tokens`` tokens, as ranges ``[start, stop)`` in token order.
+
+    Slot ``block * block_size + offset``. Blocks that follow each other in the table and in the pool make one
+    range.
+    """
+    assert 0 <= num_tokens <= len(block_table) * block_size, (num_tokens, len(block_table), block_size)
+    runs: list[tuple[int, int]] = []
+    for first_token in range(0, num_tokens, block_size):
+        start = block_table[first_token // block_size] * block_size
+        stop = start + min(block_size, num_tokens - first_token)
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((start, stop))
+    return tuple(runs)

@@ -1,0 +1,111 @@
+"""What a step computes, and within which bounds."""
+
+from dataclasses import dataclass
+
+from placement.errors import InvalidConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """The bounds of a step.
+
+    Attributes:
+        token_budget: the most tokens in a step, decodes counted.
+        max_num_seqs: the most sequences that hold blocks. At most ``token_budget``, or decodes could stall.
+        num_batches: steps that are in flight at once, in the stages of a pipeline: decodes are dealt out among them.
+
+    Raises:
+        InvalidConfig: a bound is below 1, or the budget cannot hold a decode of every sequence.
+    """
+
+    token_budget: int
+    max_num_seqs: int
+    num_batches: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("token_budget", "max_num_seqs"):
+            value = getattr(self, name)
+            if value < 1:
+                raise InvalidConfig(field=f"serving.{name}", value=value, problem="must be at least 1", fix="Raise it.")
+        if self.token_budget < self.max_num_seqs:
+            problem = f"is below serving.max_num_seqs ({self.max_num_seqs}), so decodes would stall"
+            fix = "Raise token_budget or lower max_num_seqs."
+            raise InvalidConfig(field="serving.token_budget", value=self.token_budget, problem=problem, fix=fix)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """The tokens ``[start, start + num_tokens)`` of one sequence.
+
+    Attributes:
+        samples: whether the chunk reaches the sequence's last token, so that the step yields the next one.
+        is_decode: whether its one token was generated; the last token of a prompt is no decode.
+    """
+
+    sequence_id: int
+    start: int
+    num_tokens: int
+    samples: bool
+    is_decode: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The position behind its last token."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLoad:
+    """How much a step computes: what the time of a step depends on.
+
+    Attributes:
+        num_decodes: tokens that follow generated ones, one of each sequence.
+        num_prefill_tokens: tokens of prompts, and of answers that are computed again.
+        decode_context_tokens: tokens whose keys and values decodes read, their own included.
+        prefill_pairs: pairs of a query and a key that prefills attend to: the sum over their tokens of the position
+            counted from 1. Windows are not taken into account.
+    """
+
+    num_decodes: int = 0
+    num_prefill_tokens: int = 0
+    decode_context_tokens: int = 0
+    prefill_pairs: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens of the step."""
+        return self.num_decodes + self.num_prefill_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What one step computes.
+
+    Attributes:
+        step: counts the plans that have chunks, from 1; one without is no step and has the last number.
+        chunks: decodes first, then prefills.
+        preempted: sequences whose blocks were taken for this step; they wait again.
+        reserved: sequences that were given blocks for keys and values that come from elsewhere.
+    """
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[int, ...]
+    reserved: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the batch."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def load(self) -> StepLoad:
+        """How much the step computes."""
+        decodes = [chunk for chunk in self.chunks if chunk.is_decode]
+        prefills = [chunk for chunk in self.chunks if not chunk.is_decode]
+        return StepLoad(
+            num_decodes=len(decodes),
+            num_prefill_tokens=sum(chunk.num_tokens for chunk in prefills),
+            decode_context_tokens=sum(chunk.stop for chunk in decodes),
+            prefill_pairs=sum((chunk.start + chunk.stop + 1) * chunk.num_tokens // 2 for chunk in prefills),
+        )
