@@ -175,6 +175,10 @@ class Scheduler:
         self._prefixes.register(sequence)
         sequence.enter(_first_phase(sequence))
 
+    def transfers(self) -> list[Hold]:
+        """The holds of transfers, oldest first."""
+        return self._holds.of(TransferOwner)
+
     def release(self, hold: Hold) -> None:
         """Ends the hold of a transfer."""
         self._holds.release(hold, retain=self._retain)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from placement.errors import HeterodyneError
+from placement.serving.admission import Limits
 from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Scheduler
+from placement.serving.replica import ReplicaCore
+from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
-from workers.engine.loop import Engine
-from workers.engine.types import Limits, Output, Runner, StepStats, Submission
+from workers.engine.engine import Engine
+from workers.engine.types import Output, Runner, StepStats, Submission
 from workers.sampling.sampling import SampledToken, SamplingParams
 from workers.step.scoring import PromptScores
 from workers.step.types import Batch, StepResult
@@ -113,8 +115,11 @@ class Inline(ThreadPoolExecutor):
 @dataclass(eq=False)
 class Parts:
     engine: Engine
-    pool: BlockPool
-    scheduler: Scheduler
+    core: ReplicaCore
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.core.pool
 
     def idle(self) -> None:
         """Stop, then see that nothing was kept."""
@@ -122,9 +127,9 @@ class Parts:
         self.engine.thread.join(WAIT_S)
         assert not self.engine.thread.is_alive()
         assert self.engine.failure is None
-        self.scheduler.check()
+        self.core.check()
         assert self.pool.num_free == self.pool.num_total
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.core.scheduler.num_running == self.core.scheduler.num_waiting == 0
 
 
 @contextmanager
@@ -144,23 +149,26 @@ def engines() -> Iterator[Callable[..., Parts]]:
         executor: ThreadPoolExecutor | None = None,
         num_stages: int = 1,
         start: bool = True,
+        checks: bool = True,
     ) -> Parts:
-        pool = BlockPool(num_blocks, BLOCK_SIZE)
-        limits = SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs, num_batches=num_stages)
-        scheduler = Scheduler(pool, limits, prefix_cache=prefix_cache)
+        settings = CoreSettings(
+            limits=Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE),
+            steps=SchedulerLimits(token_budget=token_budget, max_num_seqs=max_num_seqs, num_batches=num_stages),
+            num_blocks=num_blocks,
+            prefix_cache=prefix_cache,
+            checks=Checks.ALWAYS if checks else Checks.AT_IDLE,
+        )
+        core = ReplicaCore(settings)
         engine = Engine(
             runner=runner,
-            scheduler=scheduler,
-            pool=pool,
-            limits=Limits(max_context_tokens=512, vocab_size=vocab_size, block_size=BLOCK_SIZE),
+            core=core,
             executor=executor or ThreadPoolExecutor(num_stages + 1 if num_stages > 1 else 1),
-            num_stages=num_stages,
             clock=clock,
         )
         if start:
             engine.thread.start()
         made.append(engine)
-        return Parts(engine=engine, pool=pool, scheduler=scheduler)
+        return Parts(engine=engine, core=core)
 
     yield make
     for engine in made:

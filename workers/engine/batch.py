@@ -3,28 +3,30 @@
 from collections.abc import Sequence
 
 from kernels.attention import SharedSpan
+from placement.serving.events import Run
 from placement.serving.runs import block_runs
 from placement.serving.sharing import shared_prefixes
-from placement.serving.step_plan import Chunk
 from workers.engine.work import Work
 from workers.step.types import Batch
 
 
-def make_batch(chunks: Sequence[Chunk], works: Sequence[Work], block_size: int) -> Batch:
-    """The chunks of ``works``, one each, and the KV that decodes among them have in common."""
+def make_batch(run: Run, works: Sequence[Work], block_size: int) -> Batch:
+    """The chunks of ``works``, one each, and the KV that single tokens among them have in common."""
+    each = zip(works, run.plan.chunks, run.token_ids, run.tables, strict=True)
     return Batch(
-        sequences=tuple(work.take_chunk(chunk) for chunk, work in zip(chunks, works, strict=True)),
-        shared=_shared(chunks, works, block_size),
+        sequences=tuple(work.take_chunk(chunk, token_ids, table) for work, chunk, token_ids, table in each),
+        shared=_shared(run, block_size),
     )
 
 
-def _shared(chunks: Sequence[Chunk], works: Sequence[Work], block_size: int) -> tuple[SharedSpan, ...]:
-    decodes = [index for index, chunk in enumerate(chunks) if chunk.num_tokens == 1]
-    tables = [works[index].sequence.block_table for index in decodes]
-    num_tokens = [chunks[index].start + 1 for index in decodes]
+def _shared(run: Run, block_size: int) -> tuple[SharedSpan, ...]:
+    chunks = run.plan.chunks
+    singles = [index for index, chunk in enumerate(chunks) if chunk.num_tokens == 1]
+    tables = [run.tables[index] for index in singles]
+    num_tokens = [chunks[index].stop for index in singles]
     return tuple(
         SharedSpan(
-            members=tuple(decodes[member] for member in prefix.members),
+            members=tuple(singles[member] for member in prefix.members),
             first_token=prefix.first_block * block_size,
             num_tokens=prefix.num_blocks * block_size,
             runs=block_runs(

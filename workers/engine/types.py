@@ -1,46 +1,24 @@
-"""What goes in and out of the engine: commands, outputs, limits, and the seams to its runner and its listeners."""
+"""What goes in and out of the engine: submissions and outputs, and the seams to its runner and its listeners."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from placement.errors import HeterodyneError, InvalidRequest
+from placement.errors import HeterodyneError
+from placement.serving.events import EndReason, SequenceSpec
+from placement.serving.step_plan import StepLoad
 from workers.sampling.grammar import Grammar
 from workers.sampling.sampling import SampledToken, SamplingParams
 from workers.step.scoring import PromptScores
 from workers.step.types import Batch, StepResult
 
-
-class EndReason(Enum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-
 STOPS = "this worker stops"
 """Why an engine ends that was told to, and not because of another rank."""
 
 
-class Draining(HeterodyneError):
-    """The engine finishes what it has and takes nothing new."""
-
-
 class Stopping(HeterodyneError):
     """The engine has left its loop; another replica, or a later time, may do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one sequence may ask of this replica."""
-
-    max_context_tokens: int
-    vocab_size: int
-    block_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +28,11 @@ class Submission:
     Attributes:
         stop_token_ids: the sequence ends after one of these, the model's end-of-sequence ids among them.
         min_tokens: none of these is drawn before that many tokens.
-        prompt_logprobs: how many of the most likely tokens to report beside each token of the prompt; None
-            reports nothing.
-        cache_salt: KV is shared among sequences of equal salt.
+        prompt_logprobs: how many of the most likely tokens to report beside each token of the prompt; None reports
+            nothing.
+        cache_salt: keys and values are shared among sequences of equal salt.
         grammar: what the answer must match.
+        emitted_ids: tokens of the answer that another replica gave already.
     """
 
     prompt_ids: tuple[int, ...]
@@ -65,6 +44,19 @@ class Submission:
     prompt_logprobs: int | None = None
     cache_salt: bytes = b""
     grammar: Grammar | None = None
+    emitted_ids: tuple[int, ...] = ()
+
+    @property
+    def spec(self) -> SequenceSpec:
+        """What of it decides when it is computed. The prompt's tokens are scored only where they are computed."""
+        return SequenceSpec(
+            prompt_ids=self.prompt_ids,
+            max_tokens=self.max_tokens,
+            stop_token_ids=self.stop_token_ids,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            reuse_prefix=self.prompt_logprobs is None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,31 +90,13 @@ class StepStats:
 
     Attributes:
         step: counts from 1.
-        num_tokens: tokens it computed, of all sequences.
-        num_decodes: sequences of which it computed one token.
+        duration_s: time that the device took.
+        load: how much it computed, of all sequences.
     """
 
     step: int
     duration_s: float = 0.0
-    num_tokens: int = 0
-    num_decodes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadSnapshot:
-    """Figures of the engine between two steps. ``steps`` is the progress counter of the failure detector."""
-
-    steps: int
-    num_running: int
-    num_waiting: int
-    free_blocks: int
-    total_blocks: int
-    num_preemptions: int
-    pending_tokens: int
-    prompt_tokens: int
-    output_tokens: int
-    prefix_queries: int
-    prefix_hits: int
+    load: StepLoad = field(default_factory=StepLoad)
 
 
 class Sink(Protocol):
@@ -146,73 +120,3 @@ class Runner(Protocol):
 
         Results are called on one thread, in the order of preparation.
         """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submit:
-    sink: Sink
-    sequence_id: int
-    submission: Submission
-    at_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
-    sink: Sink
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abandon:
-    sink: Sink
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
-    pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepDone:
-    pass
-
-
-Command = Submit | Cancel | Abandon | Stop | StepDone
-
-
-def repeated(sequence_id: int) -> InvalidRequest:
-    """The refusal of a sequence id that is already in use on its stream."""
-    return InvalidRequest(
-        field="sequence_id",
-        value=sequence_id,
-        problem="is already in use",
-        fix="Use each id once in a stream.",
-    )
-
-
-def check_submission(submission: Submission, limits: Limits) -> None:
-    """Refuse what this replica cannot compute.
-
-    Raises:
-        InvalidRequest: an empty prompt, a token id outside the vocabulary, no token asked for, or a prompt and
-            answer longer together than the context.
-    """
-    num_prompt = len(submission.prompt_ids)
-    if not num_prompt:
-        raise InvalidRequest(field="prompt", value="", problem="is empty", fix="Send at least one token.")
-    for token_id in (min(submission.prompt_ids), max(submission.prompt_ids)):
-        if not 0 <= token_id < limits.vocab_size:
-            raise InvalidRequest(
-                field="prompt_ids",
-                value=token_id,
-                problem="holds an id outside the vocabulary",
-                fix=f"Use ids from 0 to {limits.vocab_size - 1}.",
-            )
-    room = limits.max_context_tokens - num_prompt
-    if not 1 <= submission.max_tokens <= room:
-        raise InvalidRequest(
-            field="max_tokens",
-            value=submission.max_tokens,
-            problem=f"does not fit a prompt of {num_prompt} tokens in a context of {limits.max_context_tokens}",
-            fix=f"Ask for 1 to {room} tokens." if room >= 1 else "Send a shorter prompt.",
-        )

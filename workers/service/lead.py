@@ -8,9 +8,11 @@ from collections.abc import Sequence as Seq
 import grpc
 
 from placement.errors import FieldError, HeterodyneError, cause_of
+from placement.serving.admission import repeated
+from placement.serving.events import EndReason
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine.loop import Engine
-from workers.engine.types import EndReason, Output, StepStats, repeated
+from workers.engine.engine import Engine
+from workers.engine.types import Output, StepStats
 from workers.sampling.grammar import Grammar, GrammarSpec
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire

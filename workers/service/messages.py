@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
+from placement.serving.admission import Draining
+from placement.serving.events import EndReason, LoadSnapshot
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine.types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
+from workers.engine.types import Output, StepStats, Stopping, Submission
 from workers.sampling.grammar import Grammar, GrammarSpec
 from workers.sampling.sampling import SamplingParams
 from workers.step.scoring import PromptScores
@@ -120,8 +122,11 @@ def step_output(stats: StepStats, outputs: Sequence[Output]) -> pb.StepOutput:
         step=stats.step,
         sequences=[sequence_output(output) for output in outputs],
         duration_s=stats.duration_s,
-        num_tokens=stats.num_tokens,
-        num_decodes=stats.num_decodes,
+        num_tokens=stats.load.num_tokens,
+        num_decodes=stats.load.num_decodes,
+        num_prefill_tokens=stats.load.num_prefill_tokens,
+        decode_context_tokens=stats.load.decode_context_tokens,
+        prefill_pairs=stats.load.prefill_pairs,
     )
 
 

@@ -1,5 +1,6 @@
 """Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
 
+import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.memory import format_bytes
-from placement.serving.blocks import BlockPool
-from placement.serving.scheduling import Scheduler
+from placement.serving.admission import Limits
+from placement.serving.replica import ReplicaCore
+from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
 from protos.codec.formats import read_dtype
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine.loop import Engine
-from workers.engine.types import STOPS, Limits, Runner, Stopping
+from workers.engine.engine import Engine
+from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
 from workers.model.kv_cache import allocate_kv_cache, kv_cache_bytes
 from workers.replica.follower import Follower
@@ -32,6 +34,9 @@ from workers.startup.checkpoint import load_weights
 from workers.startup.checks import check_memory, check_request, kv_share, read_linear_format, read_model, reckon
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, warm_up
 from workers.step.runner import ModelRunner
+
+CHECK_VARIABLE = "HETERODYNE_CHECK_STATE"
+"""The environment variable that has an engine assert its own state whenever it becomes idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,19 +237,15 @@ def build_engine(
     runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec, num_stages: int = 1
 ) -> Engine:
     """The engine of a leader, not yet started."""
-    pool = BlockPool(request.num_blocks, request.block_size)
-    scheduler_limits = SchedulerLimits(
-        token_budget=request.token_budget, max_num_seqs=request.max_num_seqs, num_batches=num_stages
-    )
-    return Engine(
-        runner=runner,
-        scheduler=Scheduler(pool, scheduler_limits, prefix_cache=request.prefix_cache),
-        pool=pool,
-        executor=executor,
-        num_stages=num_stages,
+    settings = CoreSettings(
         limits=Limits(
-            max_context_tokens=request.max_context_tokens,
-            vocab_size=model.vocab_size,
-            block_size=request.block_size,
+            max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=request.block_size
         ),
+        steps=SchedulerLimits(
+            token_budget=request.token_budget, max_num_seqs=request.max_num_seqs, num_batches=num_stages
+        ),
+        num_blocks=request.num_blocks,
+        prefix_cache=request.prefix_cache,
+        checks=Checks.AT_IDLE if os.environ.get(CHECK_VARIABLE) else Checks.NEVER,
     )
+    return Engine(runner=runner, core=ReplicaCore(settings), executor=executor)

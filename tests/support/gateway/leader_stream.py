@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine.loop import Engine
+from workers.engine.engine import Engine
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service.lead import LeaderStream
 from workers.service.outbox import Outbox

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from placement.errors import FieldError
+from placement.serving.admission import Draining
+from placement.serving.events import EndReason
 from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
-from workers.engine.types import Draining, EndReason, Submission
+from workers.engine.types import Submission
 
 NUM_TOKENS = 64
 

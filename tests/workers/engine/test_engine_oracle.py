@@ -17,10 +17,10 @@ from kernels.attention import SharedSpan
 from kernels.cpu import variant as cpu
 from kernels.cpu.attention import shared, tasks
 from placement.planning.layout import Split
+from placement.serving.events import EndReason
 from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
 from tests.support.ranks import ranks
 from tests.support.steps import Steps
-from workers.engine.types import EndReason
 from workers.sampling.grammar import GrammarFactory, GrammarSpec
 from workers.sampling.sampling import SamplingParams
 

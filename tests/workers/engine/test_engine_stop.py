@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placement.serving.events import EndReason
 from tests.support.engine import WAIT_S, Inline, Listener, Parts, SlowRunner, engines, submission
-from workers.engine.types import EndReason, Stopping
+from workers.engine.types import Stopping
 from workers.step.types import Batch, StepResult
 
 NUM_MANY = 3000

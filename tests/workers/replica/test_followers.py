@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from placement.serving.events import EndReason
 from tests.support.engine import Listener, engines, submission
 from tests.support.ranks import Ranks, ranks
 from tests.support.steps import greedy_sampler, run
-from workers.engine.types import EndReason
 from workers.step.types import SequenceInput
 
 

@@ -13,7 +13,7 @@ from tests.support.engine import Listener, Parts, SlowRunner, engines, submissio
 from tests.support.gateway.leader_stream import EPOCH, WAIT_S, cancel, drain, leading, submit
 from tests.support.grammars import VOCAB_SIZE, GatedFactory
 from tests.support.worker import connected, status_of
-from workers.engine.loop import Engine
+from workers.engine.engine import Engine
 from workers.host.device import open_device
 from workers.sampling.grammar import GrammarFactory
 from workers.sampling.grammar_compiler import GrammarCompiler

@@ -1005,12 +1005,21 @@ class StepOutput(_message.Message):
     DURATION_S_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_DECODES_FIELD_NUMBER: _builtins.int
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_PAIRS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     duration_s: _builtins.float
     """How long the step took."""
     num_tokens: _builtins.int
-    """Tokens it computed for all sequences of the replica, and how many of those were decodes."""
+    """Tokens it computed for all sequences of the replica, and how many of those followed generated ones."""
     num_decodes: _builtins.int
+    num_prefill_tokens: _builtins.int
+    """The others: tokens of prompts, and of answers that were computed again."""
+    decode_context_tokens: _builtins.int
+    """Tokens whose keys and values decodes read, their own included."""
+    prefill_pairs: _builtins.int
+    """Pairs of a query and a key that prefills attended to, windows not taken into account."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceOutput]:
         """Those submitted on this stream that the step gave something."""
@@ -1023,10 +1032,13 @@ class StepOutput(_message.Message):
         duration_s: _builtins.float = ...,
         num_tokens: _builtins.int = ...,
         num_decodes: _builtins.int = ...,
+        num_prefill_tokens: _builtins.int = ...,
+        decode_context_tokens: _builtins.int = ...,
+        prefill_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "num_decodes", b"num_decodes", "num_tokens", b"num_tokens", "sequences", b"sequences", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_context_tokens", b"decode_context_tokens", "duration_s", b"duration_s", "num_decodes", b"num_decodes", "num_prefill_tokens", b"num_prefill_tokens", "num_tokens", b"num_tokens", "prefill_pairs", b"prefill_pairs", "sequences", b"sequences", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

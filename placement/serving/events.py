@@ -1,0 +1,270 @@
+"""What a replica is told, and what it answers: events and commands of :class:`placement.serving.replica.ReplicaCore`.
+
+Both are plain values, so that a log of them can be kept, compared and played again. Times are seconds of a monotonic
+clock.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from placement.errors import HeterodyneError
+from placement.model.part import Span
+from placement.serving.step_plan import StepPlan
+
+
+class EndReason(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    SHIPPED = "shipped"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceSpec:
+    """What a replica is asked to continue.
+
+    Attributes:
+        prompt_ids: the tokens to be continued.
+        max_tokens: the most tokens of the answer.
+        stop_token_ids: the sequence ends after one of these.
+        priority: the higher, the earlier it runs and the later it is preempted.
+        cache_salt: keys and values are shared among sequences of equal salt.
+        reuse_prefix: whether it may take keys and values that others computed.
+        awaits_kv: whether the keys and values of the prompt come from another replica.
+        ship_to: the replica that the keys and values of the prompt go to, once they are computed; the answer is then
+            one token long. None where it is continued here.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    cache_salt: bytes = b""
+    reuse_prefix: bool = True
+    awaits_kv: bool = False
+    ship_to: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """What a step gave one sequence.
+
+    Attributes:
+        token_ids: none where the step does not sample, one, or several where it verified a draft.
+        is_complete: whether the answer is complete, such as by its grammar.
+        failed: why the sequence cannot go on, where it cannot.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    is_complete: bool = False
+    failed: str | None = None
+
+
+# -- events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """A sequence comes.
+
+    Attributes:
+        emitted_ids: tokens of its answer that another replica gave already; they are replayed, not sampled.
+        admitted: whether it was admitted before the replica was told to drain.
+        submitted_s: when it was submitted, which may be some time ago.
+    """
+
+    sequence_id: int
+    spec: SequenceSpec
+    submitted_s: float
+    emitted_ids: tuple[int, ...] = ()
+    admitted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Nobody wants the sequence any more; it may have ended already."""
+
+    sequence_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """The replica takes no new sequences from now on, and finishes those that it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDue:
+    """There is room for a step, and it is time to put it together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEnded:
+    """A step was computed. Steps end in the order in which they were run.
+
+    Attributes:
+        advances: what it gave, one for each chunk of its plan.
+    """
+
+    step: int
+    advances: Sequence[Advance]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLost:
+    """A step failed, or the replica stops: nothing goes on."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvArrived:
+    """The keys and values of a sequence came.
+
+    Attributes:
+        hold_id: of the :class:`Receive` that asked for them.
+        num_tokens: the leading tokens that came, all of them checked.
+        advance: the token that the other replica sampled after them, if it did.
+    """
+
+    hold_id: int
+    num_tokens: int
+    advance: Advance = field(default_factory=Advance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvSent:
+    """The other replica has all keys and values of a :class:`Ship`."""
+
+    hold_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldLapsed:
+    """The lease of a transfer is over. Whatever still comes of it is refused by who receives."""
+
+    hold_id: int
+
+
+Event = Submit | Cancel | Drain | StepDue | StepEnded | StepLost | KvArrived | KvSent | HoldLapsed
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Compute a step.
+
+    Attributes:
+        token_ids: for each chunk its tokens, as far as they are known: the newest may still be in the step before.
+        tables: for each chunk the block table of its sequence. The lists grow later, at their end.
+    """
+
+    plan: StepPlan
+    token_ids: tuple[Sequence[int], ...]
+    tables: tuple[list[int], ...] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tell:
+    """Say which tokens a sequence was given.
+
+    Attributes:
+        place: of its chunk in the step's plan; None where the tokens came with keys and values.
+        first_index: position of the first of the tokens in the answer.
+        num_preemptions: so far.
+        queue_s: from submission until first scheduled, with the first token.
+        prefill_s: from first scheduled until the first token, with it.
+        cached_tokens: prompt tokens found computed, with the first token.
+    """
+
+    sequence_id: int
+    place: int | None
+    first_index: int
+    token_ids: tuple[int, ...]
+    num_preemptions: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """A sequence has ended: the last that is said of it."""
+
+    sequence_id: int
+    reason: EndReason
+    detail: str = ""
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A sequence was not taken."""
+
+    sequence_id: int
+    error: HeterodyneError = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receive:
+    """Ask for the keys and values of ``tokens``: their blocks are reserved.
+
+    Attributes:
+        hold_id: the transfer's; it lapses at ``lapses_s`` unless :class:`KvArrived` comes first.
+        table: the block table of the sequence.
+    """
+
+    sequence_id: int
+    hold_id: int
+    tokens: Span
+    lapses_s: float
+    table: list[int] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ship:
+    """Send the keys and values of ``tokens``, which are computed.
+
+    Attributes:
+        hold_id: the transfer's; it lapses at ``lapses_s`` unless :class:`KvSent` comes first.
+        table: the block table of the sequence.
+    """
+
+    sequence_id: int
+    hold_id: int
+    tokens: Span
+    destination: str
+    lapses_s: float
+    table: list[int] = field(compare=False, repr=False)
+
+
+Command = Run | Tell | Ended | Refused | Receive | Ship
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSnapshot:
+    """The figures of a replica between two events.
+
+    Attributes:
+        steps: steps that ended: the progress counter of the failure detector.
+        num_running: sequences that are computed; they count until their last token is known.
+        pending_tokens: tokens known and not computed, those of steps on their way included.
+        prompt_tokens: prompt tokens of sequences that were given their first token.
+    """
+
+    steps: int
+    num_running: int
+    num_waiting: int
+    free_blocks: int
+    total_blocks: int
+    num_preemptions: int
+    pending_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+    prefix_queries: int
+    prefix_hits: int

@@ -1,0 +1,95 @@
+"""A sequence that a replica has not ended yet: what was asked, and its tokens as far as they are known."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from placement.serving.events import Advance, EndReason, SequenceSpec, Tell
+from placement.serving.prefix import chain_hashes
+from placement.serving.sequence import Sequence
+from placement.serving.step_plan import Chunk
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LiveSequence:
+    """A sequence and its tokens. Times are seconds of a monotonic clock.
+
+    Attributes:
+        token_ids: prompt and answer, as far as the answer is known. ``sequence`` may count one token more, which the
+            step that executes is about to give.
+        num_emitted: leading tokens of the answer that another replica gave; they are not told again.
+        scheduled_s: when a step first computed it, or its keys and values came.
+    """
+
+    spec: SequenceSpec
+    sequence: Sequence
+    token_ids: list[int]
+    num_emitted: int
+    submitted_s: float
+    scheduled_s: float | None = None
+
+    @property
+    def num_outputs(self) -> int:
+        """Tokens of the answer that are known."""
+        return len(self.token_ids) - self.sequence.num_prompt_tokens
+
+    @property
+    def num_told(self) -> int:
+        """Tokens of the answer that this replica gave."""
+        return self.num_outputs - self.num_emitted
+
+    def known(self, chunk: Chunk) -> Seq[int]:
+        """The tokens of a chunk, as far as they are known."""
+        assert len(self.token_ids) >= chunk.stop - 1, "only the newest token can be unknown"
+        return self.token_ids[chunk.start : chunk.stop]
+
+    def schedule(self, now_s: float) -> None:
+        """Notes when it was first scheduled."""
+        if self.scheduled_s is None:
+            self.scheduled_s = now_s
+
+    def accept(self, advance: Advance) -> tuple[tuple[int, ...], EndReason | None]:
+        """The tokens that the answer takes of those given, up to its end, and why it ends with them, if it does."""
+        room = self.spec.max_tokens - self.num_outputs
+        for index, token_id in enumerate(advance.token_ids[:room], start=1):
+            if token_id in self.spec.stop_token_ids:
+                return advance.token_ids[:index], EndReason.STOP
+        token_ids = advance.token_ids[:room]
+        if token_ids and advance.is_complete and len(token_ids) == len(advance.token_ids):
+            return token_ids, EndReason.STOP
+        return token_ids, EndReason.LENGTH if len(token_ids) == room else None
+
+    def tell(self, place: int | None, token_ids: tuple[int, ...], now_s: float) -> Tell:
+        """What is said of tokens before they are part of the answer."""
+        sequence = self.sequence
+        if self.num_told:
+            return Tell(
+                sequence_id=sequence.sequence_id,
+                place=place,
+                first_index=self.num_outputs,
+                token_ids=token_ids,
+                num_preemptions=sequence.num_preemptions,
+            )
+        assert self.scheduled_s is not None, self
+        return Tell(
+            sequence_id=sequence.sequence_id,
+            place=place,
+            first_index=self.num_outputs,
+            token_ids=token_ids,
+            num_preemptions=sequence.num_preemptions,
+            queue_s=self.scheduled_s - self.submitted_s,
+            prefill_s=now_s - self.scheduled_s,
+            cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def extend_hashes(self, block_size: int) -> None:
+        """Names the blocks that have become full, so that later prompts may find them."""
+        hashes = self.sequence.block_hashes
+        if len(self.token_ids) // block_size > len(hashes):
+            salt = self.spec.cache_salt
+            self.sequence.block_hashes = chain_hashes(self.token_ids, block_size, salt, already=hashes)
+
+    def check(self, *, is_counted_early: bool) -> None:
+        """Asserts that counts and tokens agree."""
+        unknown = self.sequence.num_tokens - len(self.token_ids)
+        assert 0 <= unknown <= int(is_counted_early) * 2, (self.sequence, len(self.token_ids))
+        assert self.num_emitted <= self.num_outputs <= self.spec.max_tokens, self.sequence

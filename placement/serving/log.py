@@ -1,0 +1,59 @@
+"""Records what a core was told and what it answered, and plays it again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from placement.serving.events import Command, Event
+from placement.serving.replica import ReplicaCore
+from placement.serving.settings import CoreSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One event and what came of it."""
+
+    now_s: float
+    event: Event
+    commands: tuple[Command, ...]
+
+
+@dataclass(slots=True)
+class EventLog:
+    """All that happened to a core since it was made.
+
+    Its text is what a failing test prints; :meth:`replay` gives the same commands again.
+    """
+
+    settings: CoreSettings
+    entries: list[Entry] = field(default_factory=list)
+
+    def replay(self) -> Iterator[tuple[Command, ...]]:
+        """The commands that a new core gives for the same events."""
+        core = ReplicaCore(self.settings)
+        for entry in self.entries:
+            yield tuple(core.handle(entry.event, entry.now_s))
+
+    def __str__(self) -> str:
+        lines = [repr(self.settings)]
+        for entry in self.entries:
+            lines.append(f"{entry.now_s:.6f} {entry.event!r}")
+            lines += [f"    {command!r}" for command in entry.commands]
+        return "\n".join(lines)
+
+
+class RecordedCore(ReplicaCore):
+    """A core that keeps a log."""
+
+    def __init__(self, settings: CoreSettings) -> None:
+        super().__init__(settings)
+        self.log = EventLog(settings)
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """As :meth:`ReplicaCore.handle`, and notes both. An event that raises is in the log, without commands."""
+        try:
+            commands = super().handle(event, now_s)
+        except BaseException:
+            self.log.entries.append(Entry(now_s=now_s, event=event, commands=()))
+            raise
+        self.log.entries.append(Entry(now_s=now_s, event=event, commands=tuple(commands)))
+        return commands

@@ -1,0 +1,377 @@
+"""The core of a replica: it decides, from what happened, what happens next. Events in, commands out.
+
+No thread, no clock, no socket: a worker's engine (workers/engine/loop.py) and a simulator drive the same object. The
+sequences of a replica are waiting, computed, or on their way to or from other replicas (see
+:class:`placement.serving.sequence.Phase`); steps compute some of them, and several steps may be on their way at once.
+
+A step is put together while the one before it executes. What that one gives its sequences is not known then; where
+steps run in order and each sequence is given one token, it is counted: its blocks are shared and given away as soon as
+the last step that touches them is dispatched. In a pipeline a sequence is in one step at a time, and is counted when
+its step has ended.
+"""
+
+from collections import deque
+from typing import assert_never
+
+from placement.errors import HeterodyneError
+from placement.model.part import Span
+from placement.serving.admission import check_spec, draining, repeated
+from placement.serving.blocks import BlockPool
+from placement.serving.events import (
+    Advance,
+    Cancel,
+    Command,
+    Drain,
+    Ended,
+    EndReason,
+    Event,
+    HoldLapsed,
+    KvArrived,
+    KvSent,
+    LoadSnapshot,
+    Receive,
+    Refused,
+    Run,
+    SequenceSpec,
+    Ship,
+    StepDue,
+    StepEnded,
+    StepLost,
+    Submit,
+)
+from placement.serving.holds import Hold
+from placement.serving.live import LiveSequence
+from placement.serving.prefix import chain_hashes
+from placement.serving.scheduling import Scheduler
+from placement.serving.sequence import Phase, Sequence
+from placement.serving.settings import Checks, CoreSettings
+from placement.serving.step_plan import StepPlan
+from placement.serving.transfers import Transfer, Transfers
+
+LATE_TRANSFER = "its keys and values were not taken in time"
+
+
+class ReplicaCore:
+    """The state of a replica. Call :meth:`handle` with one event after the other, from one thread.
+
+    Attributes:
+        pool: the KV blocks.
+        scheduler: decides what a step computes.
+        num_ended_steps: steps that have ended.
+        transfers: keys and values on their way; :meth:`Transfers.lapsed` gives the events of those that take too long.
+    """
+
+    def __init__(self, settings: CoreSettings) -> None:
+        self.settings = settings
+        self.pool = BlockPool(settings.num_blocks, settings.limits.block_size)
+        self.scheduler = Scheduler(self.pool, settings.steps, prefix_cache=settings.prefix_cache)
+        self._is_pipeline = settings.steps.num_batches > 1
+        self._most_in_flight = settings.steps.num_batches + 1  # one in each stage, and one that waits
+        self._live: dict[int, LiveSequence] = {}
+        self._in_flight: deque[StepPlan] = deque()
+        self.transfers = Transfers(settings.lease_s)
+        self._shipping: dict[int, Hold] = {}  # by sequence, until its token is known
+        self._starved = False  # there was nothing to compute, and nothing has changed since
+        self._draining = False
+        self._lost: str | None = None
+        self._num_submitted = 0
+        self.num_ended_steps = 0
+        self._prompt_tokens = 0
+        self._output_tokens = 0
+        self._hashed: tuple[tuple[int, ...], bytes, list[bytes]] | None = None  # the newest prompt and its hashes
+
+    def handle(self, event: Event, now_s: float) -> list[Command]:
+        """What to do about an event that happened at ``now_s``, in order."""
+        commands = self._decide(event, now_s)
+        checks = self.settings.checks
+        if checks is Checks.ALWAYS or (checks is Checks.AT_IDLE and self.is_idle):
+            self.check()
+        return commands
+
+    def _decide(self, event: Event, now_s: float) -> list[Command]:
+        match event:
+            case StepDue():
+                return self._plan_step(now_s)
+            case StepEnded():
+                return self._end_step(event, now_s)
+            case Submit():
+                return self._submit(event)
+            case Cancel(sequence_id=sequence_id):
+                return self._cancel(sequence_id)
+            case Drain():
+                self._draining = True
+                return []
+            case StepLost(cause=cause):
+                return self._lose(cause)
+            case KvArrived():
+                return self._take_kv(event, now_s)
+            case KvSent(hold_id=hold_id):
+                return self._end_shipping(hold_id, EndReason.SHIPPED)
+            case HoldLapsed(hold_id=hold_id):
+                return self._lapse(hold_id)
+        assert_never(event)
+
+    # -- what may be asked between events -------------------------------------------------------------------------
+
+    @property
+    def wants_step(self) -> bool:
+        """Whether :class:`StepDue` may give a step: there is room for one, and perhaps something to compute."""
+        return bool(self._live) and not self._starved and len(self._in_flight) < self._most_in_flight
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing left to do, or to wait for."""
+        return not (self._live or self._in_flight or self.transfers.hold_ids)
+
+    def load(self) -> LoadSnapshot:
+        """The figures of this moment.
+
+        What is dispatched counts as running and pending until it has ended, whatever the scheduler has let go.
+        """
+        pool, scheduler = self.pool, self.scheduler
+        return LoadSnapshot(
+            steps=self.num_ended_steps,
+            num_running=len(self._live) - scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting,
+            free_blocks=pool.num_free,
+            total_blocks=pool.num_total,
+            num_preemptions=scheduler.num_preemptions,
+            pending_tokens=scheduler.pending_tokens + sum(plan.num_tokens for plan in self._in_flight),
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=self._output_tokens,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
+        )
+
+    def check(self) -> None:
+        """Asserts what must always hold between two events."""
+        self.scheduler.check()
+        assert len(self._in_flight) <= self._most_in_flight
+        assert {hold.hold_id for hold in self.scheduler.transfers()} == (
+            self.transfers.hold_ids | {hold.hold_id for hold in self._shipping.values()}
+        )
+        for live in self._live.values():
+            live.check(is_counted_early=not self._is_pipeline)
+        if self.is_idle and self._lost is None:
+            assert self.pool.num_free == self.pool.num_total, "blocks are kept, and nobody is there"
+            assert not self.scheduler.num_running and not self.scheduler.num_waiting
+
+    # -- sequences come and go ------------------------------------------------------------------------------------
+
+    def _submit(self, event: Submit) -> list[Command]:
+        sequence_id = event.sequence_id
+        if self._lost is not None:
+            return [Ended(sequence_id=sequence_id, reason=EndReason.FAILED, detail=self._lost)]
+        try:
+            if self._draining and not event.admitted:
+                raise draining()
+            check_spec(event.spec, self.settings.limits, num_emitted=len(event.emitted_ids))
+            if sequence_id in self._live:
+                raise repeated(sequence_id)
+            live = self._begin(event)
+            self.scheduler.add(live.sequence)
+        except HeterodyneError as error:
+            return [Refused(sequence_id=sequence_id, error=error)]
+        self._live[sequence_id] = live
+        self._starved = False
+        return []
+
+    def _begin(self, event: Submit) -> LiveSequence:
+        spec = event.spec
+        sequence = Sequence(
+            sequence_id=event.sequence_id,
+            num_prompt_tokens=len(spec.prompt_ids),
+            max_tokens=spec.max_tokens,
+            priority=spec.priority,
+            arrival=self._num_submitted,
+            block_hashes=self._hash_prompt(spec),
+            reuse_prefix=spec.reuse_prefix,
+            replays=bool(event.emitted_ids),
+            awaits_kv=spec.awaits_kv,
+            num_output_tokens=len(event.emitted_ids),
+        )
+        self._num_submitted += 1
+        live = LiveSequence(
+            spec=spec,
+            sequence=sequence,
+            token_ids=[*spec.prompt_ids, *event.emitted_ids],
+            num_emitted=len(event.emitted_ids),
+            submitted_s=event.submitted_s,
+        )
+        live.extend_hashes(self.settings.limits.block_size)
+        return live
+
+    def _hash_prompt(self, spec: SequenceSpec) -> list[bytes]:
+        """The hashes of the prompt's full blocks. The choices of a request share one prompt, which is hashed once."""
+        if self._hashed is None or self._hashed[0] is not spec.prompt_ids or self._hashed[1] != spec.cache_salt:
+            hashes = chain_hashes(spec.prompt_ids, self.settings.limits.block_size, spec.cache_salt)
+            self._hashed = (spec.prompt_ids, spec.cache_salt, hashes)
+        return list(self._hashed[2])
+
+    def _cancel(self, sequence_id: int) -> list[Command]:
+        live = self._live.get(sequence_id)
+        return [] if live is None else [self._end(live, EndReason.CANCELLED)]
+
+    def _lose(self, cause: str) -> list[Command]:
+        """Nothing goes on: every sequence ends with the cause, and so does what is submitted later."""
+        self._lost = cause
+        return [self._end(live, EndReason.FAILED, cause) for live in list(self._live.values())]
+
+    def _end(self, live: LiveSequence, reason: EndReason, detail: str = "") -> Ended:
+        """A transfer of its keys and values keeps its blocks until it has ended itself, or lapses."""
+        sequence_id = live.sequence.sequence_id
+        del self._live[sequence_id]
+        self.scheduler.remove(sequence_id)
+        unsent = self._shipping.pop(sequence_id, None)
+        if unsent is not None:
+            self.scheduler.release(unsent)
+        self._starved = False
+        num_preemptions = live.sequence.num_preemptions
+        return Ended(sequence_id=sequence_id, reason=reason, detail=detail, num_preemptions=num_preemptions)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _plan_step(self, now_s: float) -> list[Command]:
+        if not self.wants_step:
+            return []
+        plan = self.scheduler.schedule()
+        commands: list[Command] = [self._receive(self._live[sequence_id], now_s) for sequence_id in plan.reserved]
+        self._starved = not plan.chunks
+        if self._starved:
+            return commands
+        planned = [self._live[chunk.sequence_id] for chunk in plan.chunks]
+        commands.append(
+            Run(
+                plan=plan,
+                token_ids=tuple(live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)),
+                tables=tuple(live.sequence.block_table for live in planned),
+            )
+        )
+        self._in_flight.append(plan)
+        for live in planned:
+            live.schedule(now_s)
+        self._count_early(plan)
+        return commands
+
+    def _count_early(self, plan: StepPlan) -> None:
+        """Counts what the step will have done; sequences that it ends by length hold their blocks no longer.
+
+        In a pipeline the chunks that sample are counted when their step has ended.
+        """
+        early = [chunk for chunk in plan.chunks if not (self._is_pipeline and chunk.samples)]
+        self.scheduler.complete(early)
+        for chunk in early:
+            if chunk.samples:
+                self._count(self._live[chunk.sequence_id], 1)
+
+    def _count(self, live: LiveSequence, num_tokens: int) -> None:
+        """Counts tokens of an answer, known or not; after its last one a sequence is computed no more."""
+        sequence = live.sequence
+        sequence.num_output_tokens += num_tokens
+        if sequence.num_output_tokens < sequence.max_tokens:
+            return
+        if live.spec.ship_to is not None:
+            self._shipping[sequence.sequence_id] = self.scheduler.ship(sequence.sequence_id)
+        elif self.scheduler.remove(sequence.sequence_id) and sequence.phase is not Phase.LEAVING:
+            sequence.enter(Phase.LEAVING)
+
+    def _end_step(self, event: StepEnded, now_s: float) -> list[Command]:
+        plan = self._in_flight.popleft()
+        assert plan.step == event.step and len(plan.chunks) == len(event.advances), (plan, event)
+        self.num_ended_steps += 1
+        self._starved = False
+        if self._is_pipeline:
+            self._count_late(plan, event)
+        commands: list[Command] = []
+        for place, (chunk, advance) in enumerate(zip(plan.chunks, event.advances, strict=True)):
+            live = self._live.get(chunk.sequence_id)
+            if live is not None:  # else it has ended while the step was on its way
+                commands += self._advance(live, place, advance, now_s)
+        return commands
+
+    def _count_late(self, plan: StepPlan, event: StepEnded) -> None:
+        late = [chunk for chunk in plan.chunks if chunk.samples]
+        self.scheduler.complete(late)
+        for chunk, advance in zip(plan.chunks, event.advances, strict=True):
+            live = self._live.get(chunk.sequence_id)
+            if live is not None and chunk.samples:
+                self._count(live, len(live.accept(advance)[0]))
+
+    def _advance(self, live: LiveSequence, place: int | None, advance: Advance, now_s: float) -> list[Command]:
+        """Takes what a step gave a sequence into its answer, and ends it after its last token."""
+        if advance.failed is not None:
+            return [self._end(live, EndReason.FAILED, advance.failed)]
+        token_ids, reason = live.accept(advance)
+        if not token_ids:
+            return []
+        tell = live.tell(place, token_ids, now_s)
+        if live.num_told == 0:
+            self._prompt_tokens += live.sequence.num_prompt_tokens
+        self._output_tokens += len(token_ids)
+        live.token_ids += token_ids
+        live.extend_hashes(self.settings.limits.block_size)
+        if reason is EndReason.LENGTH and live.spec.ship_to is not None:
+            return [tell, self._ship(live, live.spec.ship_to, now_s)]
+        return [tell] if reason is None else [tell, self._end(live, reason)]
+
+    # -- keys and values on their way -----------------------------------------------------------------------------
+
+    def _receive(self, live: LiveSequence, now_s: float) -> Receive:
+        sequence = live.sequence
+        hold = self.scheduler.expect(sequence.sequence_id)
+        transfer = self.transfers.open(sequence.sequence_id, hold, now_s, is_incoming=True)
+        return Receive(
+            sequence_id=sequence.sequence_id,
+            hold_id=hold.hold_id,
+            tokens=Span(sequence.num_computed_tokens, sequence.num_prompt_tokens),
+            lapses_s=transfer.lapses_s,
+            table=sequence.block_table,
+        )
+
+    def _ship(self, live: LiveSequence, destination: str, now_s: float) -> Ship:
+        sequence = live.sequence
+        hold = self._shipping.pop(sequence.sequence_id)
+        transfer = self.transfers.open(sequence.sequence_id, hold, now_s, is_incoming=False)
+        return Ship(
+            sequence_id=sequence.sequence_id,
+            hold_id=hold.hold_id,
+            tokens=Span(0, sequence.num_prompt_tokens),
+            destination=destination,
+            lapses_s=transfer.lapses_s,
+            table=hold.blocks,
+        )
+
+    def _close(self, hold_id: int) -> Transfer | None:
+        """Ends a transfer, and its hold; None where it has ended, or lapsed, before."""
+        transfer = self.transfers.find(hold_id)
+        if transfer is not None:
+            self.transfers.close(transfer)
+            self.scheduler.release(transfer.hold)
+            self._starved = False
+        return transfer
+
+    def _take_kv(self, event: KvArrived, now_s: float) -> list[Command]:
+        """Goes on with a sequence whose keys and values have come. A sequence that was cancelled meanwhile is gone."""
+        transfer = self._close(event.hold_id)
+        live = None if transfer is None else self._live.get(transfer.sequence_id)
+        if live is None:
+            return []
+        live.schedule(now_s)
+        live.sequence.num_output_tokens += len(live.accept(event.advance)[0])
+        self.scheduler.arrive(live.sequence.sequence_id, event.num_tokens)
+        return self._advance(live, None, event.advance, now_s)
+
+    def _end_shipping(self, hold_id: int, reason: EndReason, detail: str = "") -> list[Command]:
+        transfer = self._close(hold_id)
+        live = None if transfer is None else self._live.get(transfer.sequence_id)
+        return [] if live is None else [self._end(live, reason, detail)]
+
+    def _lapse(self, hold_id: int) -> list[Command]:
+        """A prompt whose keys and values did not come is computed here."""
+        transfer = self.transfers.find(hold_id)
+        if transfer is None or not transfer.is_incoming:
+            return self._end_shipping(hold_id, EndReason.FAILED, LATE_TRANSFER)
+        self._close(hold_id)
+        if transfer.sequence_id in self._live:
+            self.scheduler.arrive(transfer.sequence_id, 0)
+        return []

@@ -1,0 +1,36 @@
+"""What a replica's core is made with."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from placement.serving.admission import Limits
+from placement.serving.step_plan import SchedulerLimits
+
+
+class Checks(Enum):
+    """When a core asserts its own state."""
+
+    NEVER = "never"
+    AT_IDLE = "at idle"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreSettings:
+    """What a core is made with.
+
+    Attributes:
+        limits: what one sequence may ask for.
+        steps: the bounds of a step. With several batches the replica is a pipeline.
+        num_blocks: KV blocks.
+        prefix_cache: whether computed blocks are kept for sequences to come.
+        lease_s: how long a transfer of keys and values may take.
+        checks: when the core asserts its own state.
+    """
+
+    limits: Limits
+    steps: SchedulerLimits
+    num_blocks: int
+    prefix_cache: bool = True
+    lease_s: float = 30.0
+    checks: Checks = Checks.NEVER

@@ -1,0 +1,59 @@
+"""Keys and values on their way between replicas, each with a lease."""
+
+from dataclasses import dataclass
+
+from placement.serving.events import HoldLapsed
+from placement.serving.holds import Hold
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Keys and values on their way, to this replica or from it.
+
+    Attributes:
+        hold: on the blocks that are read or written.
+        lapses_s: when the lease ends, in seconds of a monotonic clock.
+    """
+
+    sequence_id: int
+    hold: Hold
+    lapses_s: float
+    is_incoming: bool
+
+
+class Transfers:
+    """The transfers that have neither ended nor lapsed."""
+
+    def __init__(self, lease_s: float) -> None:
+        """``lease_s`` is how long a transfer may take."""
+        self._lease_s = lease_s
+        self._open: dict[int, Transfer] = {}  # by hold
+
+    def open(self, sequence_id: int, hold: Hold, now_s: float, *, is_incoming: bool) -> Transfer:
+        """Begins a transfer."""
+        lapses_s = now_s + self._lease_s
+        transfer = Transfer(sequence_id=sequence_id, hold=hold, lapses_s=lapses_s, is_incoming=is_incoming)
+        self._open[hold.hold_id] = transfer
+        return transfer
+
+    def find(self, hold_id: int) -> Transfer | None:
+        """The transfer of that hold; None where it has ended, or lapsed, before."""
+        return self._open.get(hold_id)
+
+    def close(self, transfer: Transfer) -> None:
+        """Ends a transfer."""
+        del self._open[transfer.hold.hold_id]
+
+    @property
+    def hold_ids(self) -> frozenset[int]:
+        """The holds of all of them."""
+        return frozenset(self._open)
+
+    @property
+    def next_lapse_s(self) -> float | None:
+        """When the next one lapses, unless it ends before."""
+        return min((transfer.lapses_s for transfer in self._open.values()), default=None)
+
+    def lapsed(self, now_s: float) -> list[HoldLapsed]:
+        """The events of those whose lease has ended by now."""
+        return [HoldLapsed(hold_id=key) for key, transfer in self._open.items() if transfer.lapses_s <= now_s]

@@ -1,0 +1,142 @@
+"""The engine of a replica's leader: what other threads ask of it, and the thread that its loop runs on."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from placement.errors import cause_of
+from placement.serving.admission import draining
+from placement.serving.events import Ended, EndReason, LoadSnapshot
+from placement.serving.replica import ReplicaCore
+from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
+from workers.engine.loop import Loop
+from workers.engine.types import STOPS, Output, Runner, Sink, StepStats, Stopping, Submission
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves sequences until stopped.
+
+    Args:
+        runner: computes a batch and samples; only this engine calls it.
+        core: decides what happens next.
+        executor: executes the steps, on one thread, or in a pipeline on one for each step that is on its way and one
+            for the next; it ends with the engine.
+        clock: seconds, monotonic.
+
+    Attributes:
+        failure: what a step raised; whatever is submitted from then on ends at once with that cause.
+        stop_cause: why it was told to stop, if it was.
+        ended: done when the loop was left, whichever way, and all that was submitted until then is answered. A step
+            may still execute then: ``thread`` ends after it.
+    """
+
+    def __init__(
+        self,
+        *,
+        runner: Runner,
+        core: ReplicaCore,
+        executor: ThreadPoolExecutor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = core.settings.limits
+        self._core = core
+        self._clock = clock
+        self._executor = executor
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._loop = Loop(runner=runner, core=core, executor=executor, inbox=self._inbox, clock=clock)
+        self._draining = False
+        self._stopping = False
+        self._closed = False
+        self.stop_cause = STOPS
+        self.failure: BaseException | None = None
+        self.ended: Future[None] = Future()
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    # -- any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> LoadSnapshot:
+        """The figures between two steps."""
+        return self._loop.load
+
+    def admit(self) -> None:
+        """Asks whether a new sequence would be taken; one that is admitted may be submitted later, after a drain too.
+
+        Raises:
+            Draining: this replica takes no new sequences.
+        """
+        if self._draining:
+            raise draining()
+
+    def drain(self) -> None:
+        """Finishes what was admitted before; admits nothing from now on."""
+        self._draining = True
+        self._inbox.put(DrainAsked())
+
+    def submit(self, sink: Sink, sequence_id: int, submission: Submission) -> None:
+        """Hands over a sequence that was admitted. The answer, outputs or a refusal, goes to ``sink``."""
+        self._inbox.put(Submitted(sink=sink, sequence_id=sequence_id, submission=submission, at_s=self._clock()))
+        # Looked at after the put, and the inbox is emptied after it is set: one of the two finds the message.
+        if self._closed:
+            self._answer_inbox()
+
+    def cancel(self, sink: Sink, sequence_id: int) -> None:
+        """Ends a sequence before the next step; it may already have ended."""
+        self._inbox.put(Cancelled(sink=sink, sequence_id=sequence_id))
+
+    def abandon(self, sink: Sink) -> None:
+        """Ends everything that a sink submitted, and tells it nothing more: it is gone."""
+        self._inbox.put(Abandoned(sink=sink))
+
+    def stop(self, cause: str = STOPS) -> None:
+        """Leaves the loop, whatever is in the inbox and in execution; what has not ended by then ends as failed."""
+        if not self._stopping:
+            self.stop_cause = cause
+        self._stopping = True
+        self._inbox.put(Woken())
+
+    # -- the engine's thread --------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs the loop. Ends after ``stop``, or with ``failure`` set when a step raised."""
+        try:
+            self._loop.run(lambda: self._stopping)
+            self._end_all(Stopping(self.stop_cause))
+        except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
+            logger.exception("engine_failed")
+            self.failure = error
+            self._end_all(error)
+        finally:
+            self.ended.set_result(None)
+            self._executor.shutdown(cancel_futures=True)
+
+    def _end_all(self, cause: BaseException) -> None:
+        """The loop is left: every sequence ends with the cause, and the engine takes no more."""
+        self._closed = True
+        works, detail = self._loop.works, cause_of(cause)
+        told = [Ended(sequence_id=key, reason=EndReason.FAILED, detail=detail) for key in works.by_core_id]
+        works.end(told, self._core.num_ended_steps)
+        self._answer_inbox()
+        if self.failure is None:  # else the core may be in disorder
+            self._loop.end(detail)
+
+    def _answer_inbox(self) -> None:
+        """Answers every submission in the inbox. Any thread: whoever takes a message out answers it."""
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            if not isinstance(message, Submitted):
+                continue
+            if self.failure is None:
+                message.sink.refused(message.sequence_id, Stopping(self.stop_cause))
+            else:
+                detail = cause_of(self.failure)
+                failed = Output(sequence_id=message.sequence_id, end=EndReason.FAILED, detail=detail)
+                message.sink.step(StepStats(step=self._core.num_ended_steps), [failed])
