@@ -53,7 +53,7 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
     started_s = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides)],
-        env=environment(),
+        env=environment(ray_token=True),
     )
     family = Family(process.pid)
     try:

@@ -27,6 +27,7 @@ from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.key_values import key_values
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
+from orchestrator.launcher.ray_access import lets_in_anybody
 from placement.model.quantization import Quantization
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
@@ -58,6 +59,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     connect(address, num_cpus=num_cpus)
     try:
         stop.install()
+        _warn_of_strangers(address, console)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         with (
             _controller(checked, stop, console) as launched,
@@ -67,6 +69,18 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     finally:
         disconnect()
         stop.ignore()
+
+
+def _warn_of_strangers(ray_address: str, console: Console) -> None:
+    """Says so where the Ray that was joined has no authentication; one that was started here has."""
+    if lets_in_anybody():
+        _say(
+            console,
+            event="ray_without_authentication",
+            ray_address=ray_address,
+            risk="whoever reaches this cluster runs code on it",
+            fix="start its nodes and serve with RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate`",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from orchestrator.launcher.agent import NodeAgent, Probe, Started
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
+from orchestrator.launcher.ray_access import start_own_ray
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
@@ -28,26 +29,20 @@ def connect(address: str, *, num_cpus: int) -> None:
     """Join the Ray cluster at ``address``, or start one on this machine for ``local``.
 
     Raises:
-        InvalidConfig: no cluster answers at ``address``.
+        InvalidConfig: no cluster answers at ``address``, or it asks for a token that this process has not.
     """
-    # Recent versions turn token auth on by themselves for local clusters; the user's own choice stands.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         if address == "local":
-            ray.init(
-                address="local",
-                num_cpus=max(num_cpus, os.cpu_count() or 1),
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-            )
+            start_own_ray(num_cpus=max(num_cpus, os.cpu_count() or 1))
         else:
             ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         raise InvalidConfig(
             field="cluster.ray_address",
             value=address,
             problem=f"no Ray cluster could be joined or started ({error})",
-            fix="Start one with `ray start --head`, name its address, or write `local`.",
+            fix="Start one with `ray start --head`, name its address, or write `local`. Where it asks for a token, set "
+            "RAY_AUTH_MODE=token here too, and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it.",
         ) from error
 
 

@@ -16,6 +16,8 @@ from placement.errors import PEER_LOST_EXIT_CODE, HeterodyneError
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_LINES = 20
+# Whoever has it runs code in Ray.
+_RAY_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 PEER_LOST = "another rank of its replica was lost"
 """How the cause begins of a worker that ended because another did: the other's own cause says more."""
 
@@ -65,10 +67,15 @@ def started_late(timeout_s: float) -> str:
     return f"did not start within launch.start_timeout_s = {timeout_s:g} s; raise it, or look at the node's load"
 
 
-def environment() -> dict[str, str]:
-    """This process's environment, with the directory of our packages first on the path."""
+def environment(*, ray_token: bool = False) -> dict[str, str]:
+    """This process's environment, with the directory of our packages first on the path.
+
+    Args:
+        ray_token: whether Ray's token goes along, which only a process gets that connects to Ray.
+    """
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if ray_token or name not in _RAY_TOKEN}
+    return inherited | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 class WorkerProcess:

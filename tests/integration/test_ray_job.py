@@ -56,6 +56,7 @@ def test_a_job_serves_streams_its_logs_and_stops_when_told(cluster: str) -> None
     )  # fmt: skip
     with job:
         name = job.wait_for(r"Job '(raysubmit_\w+)' submitted")[1]
+        job.wait_for(r"event=ray_without_authentication .*fix=.*RAY_AUTH_MODE=token")
         job.wait_for(rf"event=serving model=demo address={address}")
         result = stream_generate(
             address, pb.GenerateRequest(prompt="And it came to pass", max_tokens=16), timeout_s=PATIENCE_S

@@ -14,9 +14,11 @@ import grpc
 import psutil
 import pytest
 
+from orchestrator.launcher.ray_access import answers_without_token
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time
+from tests.support.ray_access import Listener, code_in_ray, listeners, missing_ss
 from tests.support.service import Command, free_port, orchestrator, serve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -217,6 +219,58 @@ def test_status_shows_who_holds_what(service: Service) -> None:
     (rank,) = status(service.address).replicas[0].ranks
     assert f"replica=replica-0 state=READY epoch={status(service.address).replicas[0].epoch} rank=0" in output
     assert f"pid={rank.pid}" in output and "device=cpu" in output
+
+
+@pytest.mark.skipif((reason := missing_ss()) is not None, reason=reason or "")
+def test_every_process_listens_on_loopback_alone(service: Service) -> None:
+    service.command.family.look()
+    found = listeners(process.pid for process in service.command.family.seen)
+    there = {listener.process for listener in found}
+    assert {"gcs_server", "raylet", "ray::DashboardA", "ray::RuntimeEnv", "ray::Controller", "ray::NodeAgent"} <= there
+    assert [listener for listener in found if not listener.on_loopback] == []
+
+
+@pytest.mark.parametrize(
+    ("host", "on_loopback"),
+    [
+        ("127.0.0.1", True), ("[::1]", True), ("[::ffff:127.0.0.1]", True), ("127.0.0.53%lo", True), ("*", False),
+        ("0.0.0.0", False), ("[::]", False), ("192.0.2.2", False), ("[::ffff:192.0.2.2]", False),
+        ("[fe80::1%e0]", False), ("192.0.2.2%e0", False),
+    ],
+)  # fmt: skip
+def test_loopback_is_told_from_elsewhere(host: str, on_loopback: bool) -> None:
+    assert Listener(process="", pid=0, host=host, port=0).on_loopback is on_loopback
+
+
+def raylet(service: Service) -> psutil.Process:
+    service.command.family.look()
+    (found,) = [p for p in service.command.family.seen if p.is_running() and p.name() == "raylet"]
+    return found
+
+
+def test_the_ray_that_serve_starts_runs_no_code_of_strangers(service: Service) -> None:
+    flag = "--gcs-address="
+    (address,) = [arg.removeprefix(flag) for arg in raylet(service).cmdline() if arg.startswith(flag)]
+    token = raylet(service).environ()["RAY_AUTH_TOKEN"]
+    assert not answers_without_token(address)
+    with (
+        code_in_ray(address, token=token) as ours,
+        code_in_ray(address, token=None) as nobody,
+        code_in_ray(address, token="0" * len(token)) as guesser,
+    ):
+        assert ours.process.wait(timeout=2 * PATIENCE_S) == 0, ours.output()
+        assert "answer=42" in ours.output()
+        for stranger in (nobody, guesser):
+            assert stranger.process.wait(timeout=2 * PATIENCE_S) == 1, stranger.output()
+            assert "token is missing or incorrect" in stranger.output() and "answer=42" not in stranger.output()
+
+
+def test_what_does_not_connect_to_ray_has_not_its_token(service: Service) -> None:
+    (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
+    (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
+    token = raylet(service).environ()["RAY_AUTH_TOKEN"]
+    for process in (worker, gateway):
+        assert token not in [*process.environ().values(), *process.cmdline()]
 
 
 async def test_sigint_drains_while_a_worker_was_killed_under_load() -> None:

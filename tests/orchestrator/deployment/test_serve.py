@@ -62,6 +62,18 @@ def launch(controller: Controller, *, timeout_s: float = PATIENCE_S) -> bool:
         return serve._launch(states, gateway, serve.StopRequest(), progress, timeout_s=timeout_s)
 
 
+@pytest.mark.parametrize("open_to_all", [True, False])
+def test_a_joined_ray_without_authentication_is_warned_of(open_to_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "lets_in_anybody", lambda: open_to_all)
+    out = io.StringIO()
+    serve._warn_of_strangers("10.0.0.1:6379", Console(file=out, width=200))
+    said = out.getvalue().splitlines()
+    assert len(said) == int(open_to_all)
+    for line in said:
+        assert line.startswith("event=ray_without_authentication ray_address=10.0.0.1:6379 ")
+        assert "RAY_AUTH_MODE=token" in line
+
+
 def test_launch_ends_when_everything_is_ready(controller: Controller) -> None:
     controller.states = [control_pb2.WatchResponse(phase=phase) for phase in (control_pb2.PHASE_LOADING, READY)]
     assert launch(controller)
