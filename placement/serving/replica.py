@@ -70,6 +70,7 @@ class ReplicaCore:
         self._live: dict[int, LiveSequence] = {}
         self._in_flight: deque[StepPlan] = deque()
         self.transfers = Transfers(settings.lease_s)
+        self._reserved: deque[tuple[int, int]] = deque()  # (the last step that may touch its blocks, sequence)
         self._shipping: dict[int, Hold] = {}  # by sequence, until its token is known
         self._starved = False  # there was nothing to compute, and nothing has changed since
         self._draining = False
@@ -235,7 +236,9 @@ class ReplicaCore:
         if not self.wants_step:
             return []
         plan = self.scheduler.schedule()
-        commands: list[Command] = [self._receive(self._live[sequence_id], now_s) for sequence_id in plan.reserved]
+        last_step = self._in_flight[-1].step if self._in_flight else self.num_ended_steps
+        self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
+        commands = self._receive_reserved(now_s)
         self._starved = not plan.chunks
         if self._starved:
             return commands
@@ -282,7 +285,7 @@ class ReplicaCore:
         self._starved = False
         if self._is_pipeline:
             self._count_late(plan, event)
-        commands: list[Command] = []
+        commands = self._receive_reserved(now_s)
         for place, (chunk, advance) in enumerate(zip(plan.chunks, event.advances, strict=True)):
             live = self._live.get(chunk.sequence_id)
             if live is not None:  # else it has ended while the step was on its way
@@ -315,6 +318,19 @@ class ReplicaCore:
         return [tell] if reason is None else [tell, self._end(live, reason)]
 
     # -- keys and values on their way -----------------------------------------------------------------------------
+
+    def _receive_reserved(self, now_s: float) -> list[Command]:
+        """Asks for keys and values whose blocks are reserved, and no longer touched by steps on their way.
+
+        Blocks are given away as soon as the last step that touches them is dispatched. Another step may write to them
+        then, since steps execute in order; what comes from elsewhere keeps no order with them, and has to wait.
+        """
+        commands: list[Command] = []
+        while self._reserved and self._reserved[0][0] <= self.num_ended_steps:
+            live = self._live.get(self._reserved.popleft()[1])
+            if live is not None:
+                commands.append(self._receive(live, now_s))
+        return commands
 
     def _receive(self, live: LiveSequence, now_s: float) -> Receive:
         sequence = live.sequence

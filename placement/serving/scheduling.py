@@ -263,19 +263,20 @@ class Scheduler:
                 return
             if sequence.step is not None or not sequence.is_decode:
                 continue  # preempted a moment ago is no decode either
-            if self._has_slot(sequence) or self._grow(sequence, draft):
+            if self._find_room(sequence, draft):
                 draft.add(sequence, 1)
 
     def _schedule_prefills(self, draft: _Draft) -> None:
-        """Goes on with prompts begun earlier; their blocks were allocated at admission."""
-        for sequence in self._running:
+        """Goes on with prompts begun earlier, whose blocks were allocated at admission, and with sequences that were
+        given several tokens at once.
+        """
+        for sequence in list(self._running):
             if not draft.budget:
                 return
             if sequence.step is not None or sequence.phase not in _COMPUTING or sequence.is_decode:
                 continue
             num_tokens = min(sequence.num_next_tokens, draft.budget)
-            if num_tokens:
-                assert self._has_slot(sequence), sequence
+            if num_tokens and self._find_room(sequence, draft):
                 draft.add(sequence, num_tokens)
 
     def _admit(self, draft: _Draft) -> None:
@@ -311,11 +312,15 @@ class Scheduler:
         sequence.enter(Phase.AWAITS_KV if sequence.awaits_kv else _first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 
-    def _has_slot(self, sequence: Sequence) -> bool:
-        return sequence.num_tokens <= len(sequence.block_table) * self._pool.block_size
+    def _find_room(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Gives a running sequence the blocks that its tokens lack. False where it had to be preempted for them."""
+        while sequence.num_tokens > len(sequence.block_table) * self._pool.block_size:
+            if not self._grow(sequence, draft):
+                return False
+        return True
 
     def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Gives a decode one more block. False where the sequence itself had to be preempted."""
+        """Gives a sequence one more block. False where the sequence itself had to be preempted."""
         while not self._pool.can_allocate(1):
             # What awaits its sampled token is spared: recomputing it now would sample that token twice.
             victim = next(s for s in reversed(self._running) if s.step is None and _can_be_preempted(s))

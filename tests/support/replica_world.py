@@ -1,0 +1,283 @@
+"""A world around a replica's core: it executes steps, carries keys and values, and knows what must come of it.
+
+A slot of KV memory holds a digest of the whole text up to its token, as keys and values depend on it. Each step checks
+what it reads when it executes, which may be well after it was planned. The next token is a function of the text, so the
+answer of every sequence is known beforehand, whoever computes it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from placement.serving.events import (
+    Advance,
+    Cancel,
+    Command,
+    Drain,
+    Ended,
+    EndReason,
+    Event,
+    HoldLapsed,
+    KvArrived,
+    KvSent,
+    Receive,
+    Refused,
+    Run,
+    SequenceSpec,
+    Ship,
+    StepDue,
+    StepEnded,
+    StepLost,
+    Submit,
+    Tell,
+)
+from placement.serving.log import RecordedCore
+from placement.serving.settings import CoreSettings
+
+VOCAB_SIZE = 7
+STOP = 6
+_GARBAGE = -1
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """What follows a text."""
+    return (3 * sum(token_ids) + 5 * len(token_ids) + token_ids[-1]) % VOCAB_SIZE
+
+
+def continuation(token_ids: Sequence[int], count: int) -> list[int]:
+    """The ``count`` tokens that follow a text."""
+    text = list(token_ids)
+    for _ in range(count):
+        text.append(next_token(text))
+    return text[len(token_ids) :]
+
+
+@dataclass(kw_only=True)
+class Text:
+    """A sequence, all its tokens as far as they are executed, and what was said of it."""
+
+    spec: SequenceSpec
+    emitted: list[int]
+    tokens: list[int]
+    told: list[int] = field(default_factory=list)
+    ended: Ended | None = None
+    refused: bool = False
+
+    def digest(self, count: int) -> int:
+        """What the slot of token ``count - 1`` holds."""
+        return hash((self.spec.cache_salt, tuple(self.tokens[:count])))
+
+
+@dataclass(kw_only=True)
+class _Step:
+    run: Run
+    tables: list[list[int]]  # of the moment at which it was dispatched
+
+
+class World:
+    """Drives a core. Every method is something that can happen; none of them needs the others to have happened."""
+
+    def __init__(self, settings: CoreSettings, *, tokens_a_step: int = 1) -> None:
+        """``tokens_a_step``: the most that a step gives a sequence; more than one only in a pipeline."""
+        self.core = RecordedCore(settings)
+        self.is_pipeline = settings.steps.num_batches > 1
+        self.tokens_a_step = tokens_a_step
+        self.now_s = 0.0
+        self.texts: dict[int, Text] = {}
+        self.memory: dict[int, int] = {}
+        self.steps: deque[_Step] = deque()
+        self.incoming: dict[int, Receive] = {}
+        self.outgoing: dict[int, Ship] = {}
+        self.lost = False
+
+    # -- what can happen ------------------------------------------------------------------------------------------
+
+    def submit(self, spec: SequenceSpec, num_emitted: int = 0, *, admitted: bool = True) -> int:
+        """A sequence comes, ``num_emitted`` tokens of whose answer were given elsewhere."""
+        sequence_id = len(self.texts)
+        emitted = continuation(spec.prompt_ids, num_emitted)
+        self.texts[sequence_id] = Text(spec=spec, emitted=emitted, tokens=[*spec.prompt_ids, *emitted])
+        self._tell(
+            Submit(
+                sequence_id=sequence_id,
+                spec=spec,
+                submitted_s=self.now_s,
+                emitted_ids=tuple(emitted),
+                admitted=admitted,
+            )
+        )
+        return sequence_id
+
+    def cancel(self, sequence_id: int) -> None:
+        """Nobody wants a sequence any more."""
+        self._tell(Cancel(sequence_id=sequence_id))
+
+    def drain(self) -> None:
+        """The replica is to take nothing new."""
+        self._tell(Drain())
+
+    def plan(self) -> bool:
+        """It is time for a step. Says whether there was one."""
+        before = len(self.steps)
+        self._tell(StepDue())
+        return len(self.steps) > before
+
+    def end_step(self, *, fails_at: int | None = None) -> None:
+        """The oldest step executes and ends; the sequence of chunk ``fails_at`` can not be sampled."""
+        if not self.steps:
+            return
+        step = self.steps.popleft()
+        advances = self._execute(step)
+        if fails_at is not None and fails_at < len(advances) and step.run.plan.chunks[fails_at].samples:
+            advances[fails_at] = Advance(failed="no token")
+        self._tell(StepEnded(step=step.run.plan.step, advances=tuple(advances)))
+
+    def lose(self) -> None:
+        """The oldest step failed."""
+        self.steps.clear()
+        self.lost = True
+        self._tell(StepLost(cause="on fire"))
+
+    def receive(self, hold_id: int, num_tokens: int, *, with_token: bool) -> None:
+        """Keys and values of the first ``num_tokens`` came; the other replica may have sampled the first token too."""
+        request = self.incoming.pop(hold_id)
+        text = self.texts[request.sequence_id]
+        advance = Advance()
+        if with_token and not text.emitted and len(text.tokens) == len(text.spec.prompt_ids):
+            advance, num_tokens = Advance(token_ids=(next_token(text.tokens),)), request.tokens.stop
+            text.tokens += advance.token_ids
+        for position in range(request.tokens.start, num_tokens):
+            self.memory[self._slot(request.table, position)] = text.digest(position + 1)
+        self._tell(KvArrived(hold_id=hold_id, num_tokens=num_tokens, advance=advance))
+
+    def sent(self, hold_id: int) -> None:
+        """The other replica has all keys and values: they are what they should be."""
+        order = self.outgoing.pop(hold_id)
+        text = self.texts[order.sequence_id]
+        self._read(text, order.table, order.tokens.stop)
+        self._tell(KvSent(hold_id=hold_id))
+
+    def wait(self, seconds: float) -> None:
+        """Time passes, and leases with it."""
+        self.now_s += seconds
+        for event in self.core.transfers.lapsed(self.now_s):
+            self.incoming.pop(event.hold_id, None)
+            self.outgoing.pop(event.hold_id, None)
+            self._tell(event)
+
+    def repeat_old_transfer(self, hold_id: int) -> None:
+        """Something is heard of a transfer that is over."""
+        assert hold_id not in self.incoming and hold_id not in self.outgoing
+        for event in (KvArrived(hold_id=hold_id, num_tokens=1), KvSent(hold_id=hold_id), HoldLapsed(hold_id=hold_id)):
+            self._tell(event)
+
+    def settle(self) -> None:
+        """Everything ends, within the steps that its tokens can need."""
+        most = sum(len(t.spec.prompt_ids) + t.spec.max_tokens for t in self.texts.values() if t.ended is None)
+        for _ in range((most + 2) ** 2):
+            if self.core.is_idle or self.lost:
+                break
+            self._scribble()
+            self.plan()
+            if self.steps:
+                self.end_step()
+            elif self.incoming:
+                hold_id = next(iter(self.incoming))
+                self.receive(hold_id, self.incoming[hold_id].tokens.stop, with_token=False)
+            elif self.outgoing:
+                self.sent(next(iter(self.outgoing)))
+        self.check_all()
+
+    # -- what must hold -------------------------------------------------------------------------------------------
+
+    def check_all(self) -> None:
+        """Everything has ended, with the answer that it must have, said once; nothing is kept."""
+        for text in self.texts.values():
+            assert text.refused or text.ended is not None, text
+            self._check_answer(text)
+        if not self.lost:
+            assert self.core.is_idle
+            assert self.core.pool.num_free == self.core.pool.num_total
+
+    def _check_answer(self, text: Text) -> None:
+        spec = text.spec
+        room = spec.max_tokens - len(text.emitted)
+        expected = continuation([*spec.prompt_ids, *text.emitted], room)
+        stops = [index for index, token in enumerate(expected) if token in spec.stop_token_ids]
+        expected = expected[: stops[0] + 1] if stops else expected
+        assert text.told == expected[: len(text.told)], (text, expected)
+        if text.ended is None:
+            assert not text.told
+        elif text.ended.reason in (EndReason.STOP, EndReason.LENGTH, EndReason.SHIPPED):
+            assert text.told == expected, (text, expected)
+            assert (text.ended.reason is EndReason.STOP) == bool(stops), text
+
+    # -- commands -------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: Event) -> None:
+        self.now_s += 0.001
+        for command in self.core.handle(event, self.now_s):
+            self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Run():
+                tables = [list(table) for table in command.tables]
+                self.steps.append(_Step(run=command, tables=tables))
+            case Tell():
+                text = self.texts[command.sequence_id]
+                assert text.ended is None, "nothing is said after the end"
+                assert command.first_index == len(text.emitted) + len(text.told), (command, text)
+                assert (command.queue_s is not None) == (not text.told)
+                text.told += command.token_ids
+            case Ended():
+                text = self.texts[command.sequence_id]
+                assert text.ended is None, "a sequence ends once"
+                text.ended = command
+            case Refused():
+                self.texts[command.sequence_id].refused = True
+            case Receive():
+                self.incoming[command.hold_id] = command
+            case Ship():
+                self.outgoing[command.hold_id] = command
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def _execute(self, step: _Step) -> list[Advance]:
+        self._scribble()
+        jobs = list(zip(step.run.plan.chunks, step.run.token_ids, step.tables, strict=True))
+        for chunk, known, table in jobs:
+            text = self.texts[chunk.sequence_id]
+            assert list(known) == text.tokens[chunk.start : chunk.stop][: len(known)]
+            assert len(known) >= chunk.num_tokens - 1
+            self._read(text, table, chunk.start)
+        for chunk, _, table in jobs:
+            text = self.texts[chunk.sequence_id]
+            for position in range(chunk.start, chunk.stop):
+                self.memory[self._slot(table, position)] = text.digest(position + 1)
+        advances = []
+        for chunk, _, table in jobs:  # nobody wrote to what a batch-mate reads
+            text = self.texts[chunk.sequence_id]
+            self._read(text, table, chunk.stop)
+            advances.append(self._sample(text) if chunk.samples else Advance())
+            assert not chunk.samples or chunk.stop + len(advances[-1].token_ids) == len(text.tokens)
+        return advances
+
+    def _sample(self, text: Text) -> Advance:
+        given = continuation(text.tokens, self.tokens_a_step)
+        text.tokens += given
+        return Advance(token_ids=tuple(given))
+
+    def _read(self, text: Text, table: Sequence[int], num_tokens: int) -> None:
+        found = [self.memory.get(self._slot(table, position)) for position in range(num_tokens)]
+        assert found == [text.digest(position + 1) for position in range(num_tokens)], text
+
+    def _scribble(self) -> None:
+        """Keys and values that are on the way are written at any time, as long as their lease lasts."""
+        for request in self.incoming.values():
+            for position in range(request.tokens.start, request.tokens.stop):
+                self.memory[self._slot(request.table, position)] = _GARBAGE
+
+    def _slot(self, table: Sequence[int], position: int) -> int:
+        size = self.core.pool.block_size
+        return table[position // size] * size + position % size
