@@ -12,7 +12,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.sequence import Sequence
 
 _TAG = b"heterodyne kv prefix 1\0"

@@ -16,7 +16,6 @@ from typing import assert_never
 from placement.errors import HeterodyneError
 from placement.model.part import Span
 from placement.serving.admission import check_spec, draining, repeated
-from placement.serving.blocks import BlockPool
 from placement.serving.events import (
     Advance,
     Cancel,
@@ -39,7 +38,8 @@ from placement.serving.events import (
     StepLost,
     Submit,
 )
-from placement.serving.holds import Hold
+from placement.serving.kv.blocks import BlockPool
+from placement.serving.kv.holds import Hold
 from placement.serving.live import LiveSequence
 from placement.serving.prefix import chain_hashes
 from placement.serving.scheduling import Scheduler

@@ -10,8 +10,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from placement.errors import InvalidRequest
-from placement.serving.blocks import BlockPool
-from placement.serving.holds import Hold, Holds, SequenceOwner, StepOwner, TransferOwner
+from placement.serving.kv.blocks import BlockPool
+from placement.serving.kv.holds import Hold, Holds, SequenceOwner, StepOwner, TransferOwner
 from placement.serving.prefix import PrefixCache
 from placement.serving.sequence import Phase, Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from placement.serving.holds import Hold
+from placement.serving.kv.holds import Hold
 
 
 class Phase(Enum):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from placement.serving.events import HoldLapsed
-from placement.serving.holds import Hold
+from placement.serving.kv.holds import Hold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from placement.errors import HeterodyneError
 from placement.serving.admission import Limits
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from kernels.attention import SharedSpan
 from placement.serving.events import Run
-from placement.serving.runs import block_runs
+from placement.serving.kv.runs import block_runs
 from placement.serving.sharing import shared_prefixes
 from workers.engine.work import Work
 from workers.step.types import Batch

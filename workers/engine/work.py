@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.serving.runs import TableRuns
+from placement.serving.kv.runs import TableRuns
 from placement.serving.step_plan import Chunk
 from workers.engine.types import Sink, Submission
 from workers.sampling.sampling import SamplerState

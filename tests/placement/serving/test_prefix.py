@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from placement.serving.blocks import BlockPool
-from placement.serving.holds import Holds, SequenceOwner
+from placement.serving.kv.blocks import BlockPool
+from placement.serving.kv.holds import Holds, SequenceOwner
 from placement.serving.prefix import PrefixCache, chain_hashes
 from placement.serving.sequence import Sequence
 

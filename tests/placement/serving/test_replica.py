@@ -5,24 +5,16 @@ from dataclasses import replace
 import pytest
 
 from placement.errors import FieldError
-from placement.model.part import Span
 from placement.serving import replica
-from placement.serving.admission import Draining, Limits
+from placement.serving.admission import Draining
 from placement.serving.events import (
     Advance,
     Cancel,
-    Command,
     Drain,
     Ended,
     EndReason,
-    HoldLapsed,
-    KvArrived,
-    KvSent,
-    Receive,
     Refused,
     Run,
-    SequenceSpec,
-    Ship,
     StepDue,
     StepEnded,
     StepLost,
@@ -31,41 +23,8 @@ from placement.serving.events import (
 )
 from placement.serving.replica import ReplicaCore
 from placement.serving.sequence import TRANSITIONS, Phase, Sequence
-from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepLoad, StepPlan
-from tests.support.replica_world import World, continuation
-
-SETTINGS = CoreSettings(
-    limits=Limits(max_context_tokens=64, vocab_size=7, block_size=4),
-    steps=SchedulerLimits(token_budget=16, max_num_seqs=4),
-    num_blocks=16,
-    lease_s=10.0,
-    checks=Checks.ALWAYS,
-)
-PIPELINE = replace(SETTINGS, steps=SchedulerLimits(token_budget=16, max_num_seqs=4, num_batches=2))
-PROMPT = (1, 2, 3, 4, 5)
-
-
-def spec(prompt: tuple[int, ...] = PROMPT, **more: object) -> SequenceSpec:
-    fields: dict[str, object] = {"prompt_ids": prompt, "max_tokens": 3} | more
-    return SequenceSpec(**fields)  # type: ignore[arg-type]
-
-
-def submit(core: ReplicaCore, sequence_id: int = 1, *, at_s: float = 0.0, **more: object) -> list[Command]:
-    event = Submit(sequence_id=sequence_id, spec=spec(**more), submitted_s=at_s)  # type: ignore[arg-type]
-    return core.handle(event, at_s)
-
-
-def plan(core: ReplicaCore, now_s: float = 0.0) -> StepPlan:
-    (run,) = core.handle(StepDue(), now_s)
-    assert isinstance(run, Run)
-    return run.plan
-
-
-def end(core: ReplicaCore, step: int, *tokens: int, now_s: float = 0.0) -> list[Command]:
-    advances = [Advance(token_ids=(token,)) if token >= 0 else Advance() for token in tokens]
-    return core.handle(StepEnded(step=step, advances=advances), now_s)
-
+from tests.placement.serving.replica_events import PIPELINE, PROMPT, SETTINGS, end, plan, spec, submit
 
 # -- steps ------------------------------------------------------------------------------------------------------------
 
@@ -261,156 +220,6 @@ def test_what_cannot_be_computed_is_refused_by_name(bad: Submit, field: str) -> 
     (refused,) = core.handle(bad, 0.0)
     assert isinstance(refused, Refused) and isinstance(refused.error, FieldError)
     assert refused.error.field == field
-
-
-# -- replay -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_answer_begun_elsewhere_is_replayed_as_decodes_and_not_told_again() -> None:
-    core = ReplicaCore(SETTINGS)
-    core.handle(Submit(sequence_id=1, spec=spec(max_tokens=4), submitted_s=0.0, emitted_ids=(6, 5, 4)), 0.0)
-    plans = [plan(core)]
-    for step in range(1, 4):
-        assert end(core, step, -1) == []
-        plans.append(plan(core))
-    chunks = [chunk for made in plans for chunk in made.chunks]
-    assert chunks == [
-        Chunk(sequence_id=1, start=0, num_tokens=5, samples=False),
-        Chunk(sequence_id=1, start=5, num_tokens=1, samples=False, is_decode=True),
-        Chunk(sequence_id=1, start=6, num_tokens=1, samples=False, is_decode=True),
-        Chunk(sequence_id=1, start=7, num_tokens=1, samples=True, is_decode=True),
-    ]
-    tell, ended = end(core, 4, 3)
-    assert isinstance(tell, Tell) and (tell.first_index, tell.token_ids) == (3, (3,))
-    assert tell.queue_s is not None, "it is the first that is said here"
-    assert ended == Ended(sequence_id=1, reason=EndReason.LENGTH)
-
-
-def test_a_replayed_answer_takes_no_blocks_that_others_computed_of_it() -> None:
-    world = World(SETTINGS)
-    prompt = (1, 2, 3)
-    world.submit(spec(prompt, max_tokens=8))
-    world.settle()
-    answer = continuation(prompt, 8)
-    world.submit(spec(prompt, max_tokens=9), 8)
-    world.plan()
-    (chunk,) = world.steps[0].run.plan.chunks
-    assert (chunk.start, chunk.num_tokens) == (0, 3), "of its second block, all but the prompt is in no way reused"
-    world.settle()
-    assert world.texts[1].told == continuation((*prompt, *answer), 1)
-
-
-# -- keys and values from elsewhere -----------------------------------------------------------------------------------
-
-
-def awaiting(core: ReplicaCore, now_s: float = 0.0) -> Receive:
-    submit(core, awaits_kv=True, at_s=now_s)
-    (receive,) = core.handle(StepDue(), now_s)
-    assert isinstance(receive, Receive)
-    return receive
-
-
-def test_blocks_are_reserved_before_keys_and_values_are_asked_for() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core, 2.0)
-    assert receive == Receive(sequence_id=1, hold_id=receive.hold_id, tokens=Span(0, 5), lapses_s=12.0, table=[])
-    assert receive.table == [0, 1] and core.pool.num_free == core.pool.num_total - 2
-    assert core.transfers.next_lapse_s == 12.0
-    assert not core.wants_step
-
-
-def test_a_sequence_whose_keys_and_values_came_with_a_token_decodes() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    arrived = KvArrived(hold_id=receive.hold_id, num_tokens=5, advance=Advance(token_ids=(6,)))
-    (tell,) = core.handle(arrived, 4.0)
-    assert isinstance(tell, Tell) and (tell.place, tell.token_ids, tell.queue_s) == (None, (6,), 4.0)
-    assert plan(core).chunks == (Chunk(sequence_id=1, start=5, num_tokens=1, samples=True, is_decode=True),)
-
-
-def test_what_did_not_come_is_computed_here() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 0.0) == []
-    assert plan(core).chunks == (Chunk(sequence_id=1, start=4, num_tokens=1, samples=True),)
-
-
-def test_a_prompt_whose_transfer_lapses_is_computed_here() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    assert core.transfers.lapsed(9.9) == []
-    (lapsed,) = core.transfers.lapsed(10.0)
-    assert lapsed == HoldLapsed(hold_id=receive.hold_id)
-    assert core.handle(lapsed, 10.0) == []
-    assert plan(core).chunks[0].num_tokens == 5
-    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=5), 11.0) == [], "too late"
-
-
-def test_a_transfer_holds_the_blocks_of_a_cancelled_sequence_until_it_ends() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    assert core.handle(Cancel(sequence_id=1), 0.0) == [Ended(sequence_id=1, reason=EndReason.CANCELLED)]
-    assert core.pool.num_free == core.pool.num_total - 2 and not core.is_idle
-    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=5), 0.0) == []
-    assert core.is_idle
-
-
-def test_keys_and_values_are_not_asked_for_while_a_step_may_write_to_their_blocks() -> None:
-    """The blocks of the first sequence are given away when its last step is dispatched, and are the only free ones."""
-    core = ReplicaCore(replace(SETTINGS, num_blocks=2))
-    submit(core, 1, max_tokens=1)
-    plan(core)
-    submit(core, 2, awaits_kv=True)
-    assert core.handle(StepDue(), 0.0) == []
-    receive, *told = end(core, 1, 6)
-    assert isinstance(receive, Receive) and receive.sequence_id == 2
-    assert len(told) == 2
-
-
-# -- keys and values for elsewhere ------------------------------------------------------------------------------------
-
-
-def shipping(core: ReplicaCore) -> Ship:
-    submit(core, max_tokens=1, ship_to="decode-0")
-    plan(core)
-    tell, ship = end(core, 1, 6)
-    assert isinstance(tell, Tell) and isinstance(ship, Ship)
-    return ship
-
-
-@pytest.fixture(params=[SETTINGS, PIPELINE], ids=["in order", "pipeline"])
-def core(request: pytest.FixtureRequest) -> ReplicaCore:
-    return ReplicaCore(request.param)
-
-
-def test_a_computed_prompt_is_sent_and_its_blocks_are_held_until_it_is_there(core: ReplicaCore) -> None:
-    ship = shipping(core)
-    assert (ship.tokens, ship.destination, ship.table) == (Span(0, 5), "decode-0", [0, 1])
-    assert core.pool.num_free == core.pool.num_total - 2
-    assert core.handle(KvSent(hold_id=ship.hold_id), 0.0) == [Ended(sequence_id=1, reason=EndReason.SHIPPED)]
-    assert core.is_idle and core.pool.num_free == core.pool.num_total
-
-
-def test_a_prompt_that_nobody_takes_fails_when_its_transfer_lapses(core: ReplicaCore) -> None:
-    ship = shipping(core)
-    (ended,) = core.handle(HoldLapsed(hold_id=ship.hold_id), 10.0)
-    assert ended == Ended(sequence_id=1, reason=EndReason.FAILED, detail=replica.LATE_TRANSFER)
-    assert core.is_idle
-
-
-def test_a_cancelled_prompt_that_is_sent_holds_its_blocks_until_that_has_ended(core: ReplicaCore) -> None:
-    ship = shipping(core)
-    assert core.handle(Cancel(sequence_id=1), 0.0) == [Ended(sequence_id=1, reason=EndReason.CANCELLED)]
-    assert core.pool.num_free == core.pool.num_total - 2
-    assert core.handle(KvSent(hold_id=ship.hold_id), 0.0) == []
-    assert core.is_idle
-
-
-def test_a_prompt_whose_first_token_ends_the_answer_is_not_sent(core: ReplicaCore) -> None:
-    submit(core, max_tokens=1, ship_to="decode-0", stop_token_ids=frozenset({6}))
-    plan(core)
-    assert end(core, 1, 6)[1:] == [Ended(sequence_id=1, reason=EndReason.STOP)]
-    assert core.is_idle
 
 
 # -- phases -----------------------------------------------------------------------------------------------------------

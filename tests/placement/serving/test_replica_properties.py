@@ -9,7 +9,7 @@ from placement.serving.admission import Limits
 from placement.serving.events import SequenceSpec
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
-from tests.support.replica_world import STOP, VOCAB_SIZE, World
+from tests.placement.serving.replica_world import STOP, VOCAB_SIZE, World
 
 NUM_EVENT_SEQUENCES = 2500
 CONTEXT = 64

@@ -1,7 +1,7 @@
 import pytest
 
 from placement.errors import InvalidConfig, InvalidRequest
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.prefix import chain_hashes
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.prefix import chain_hashes
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence

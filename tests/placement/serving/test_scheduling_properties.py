@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from placement.errors import InvalidRequest
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
 from placement.serving.step_plan import SchedulerLimits, StepPlan

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from placement.serving.blocks import BlockPool, OutOfBlocks
-from placement.serving.runs import TableRuns, block_runs
+from placement.serving.kv.blocks import BlockPool, OutOfBlocks
+from placement.serving.kv.runs import TableRuns, block_runs
 
 
 def test_first_allocation_in_an_empty_pool_starts_at_block_0() -> None:

@@ -2,7 +2,7 @@
 
 A full block may be given the name of its content (placement.serving.prefix). Then it can be found, and shared, until it
 is allocated anew: without references it is only cached, and the least recently used are evicted first. Where new blocks
-are taken from: placement.serving.intervals.
+are taken from: placement.serving.kv.intervals.
 """
 
 from collections import Counter, OrderedDict
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import chain
 
-from placement.serving.intervals import FreeIntervals
+from placement.serving.kv.intervals import FreeIntervals
 
 # Eviction frees at least one in so many blocks of the pool, where as many are cached: freed one by one they would
 # come in the order in which sequences ended, from their ends, and cut what grows into runs of one block.

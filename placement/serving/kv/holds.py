@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from placement.serving.blocks import BlockPool
+from placement.serving.kv.blocks import BlockPool
 
 
 @dataclass(frozen=True, slots=True)
