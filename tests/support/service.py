@@ -90,15 +90,15 @@ class Command:
         return output
 
 
-def orchestrator(*args: str, env: dict[str, str] | None = None) -> Command:
-    """``python -m orchestrator ARGS``."""
-    return Command([sys.executable, "-m", "orchestrator", *args], env=env)
+def orchestrator(*args: str, env: dict[str, str] | None = None, checkout: Path = REPOSITORY) -> Command:
+    """``python -m orchestrator ARGS``, of a checkout of ours."""
+    return Command([sys.executable, "-m", "orchestrator", *args], env=env, cwd=checkout)
 
 
-def serve(*overrides: str, config: str = "deploy/local.yaml") -> tuple[Command, str]:
+def serve(*overrides: str, config: str = "deploy/local.yaml", checkout: Path = REPOSITORY) -> tuple[Command, str]:
     """Start ``serve`` on any free port and wait until it serves. Returns it and its address."""
     sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", *overrides)
-    command = orchestrator("serve", config, *(f"--set={override}" for override in sets))
+    command = orchestrator("serve", config, *(f"--set={override}" for override in sets), checkout=checkout)
     try:
         return command, command.wait_for(r"event=serving .*address=(\S+)")[1]
     except BaseException:

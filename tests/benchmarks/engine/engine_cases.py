@@ -9,6 +9,8 @@ from typing import Any, Literal
 from tests.benchmarks.report import Metric, median
 
 OURS = "heterodyne"
+BEFORE = "before"
+"""Ours, of another checkout."""
 LINEARS = "linears"
 PEERS = ("transformers", "vllm", "vllm-mp", "llamacpp")
 
@@ -67,6 +69,11 @@ def cases(*, context: int, steps: int) -> tuple[Case, ...]:
     )
 
 
+def asked_for() -> tuple[Case, ...]:
+    """Cases that are measured where somebody asks for them by name."""
+    return (Case(phase="prefill", num_tokens=512, num_sequences=1),)
+
+
 def rates(samples: Samples) -> dict[str, Metric]:
     """``{engine}_{case}``: tokens per second."""
     return {f"{e}_{case}": median([s.rate for s in taken], "tokens/s") for (e, case), taken in samples.items()}
@@ -79,19 +86,30 @@ def best_peer(samples: Samples, case: str) -> str | None:
 
 
 def ratio(samples: Samples, case: str) -> Metric | None:
-    """Ours over the best peer: median of the repeats' ratios, each of two measurements that stand close in time."""
+    """Ours over the best peer."""
     peer = best_peer(samples, case)
-    ours = samples.get((OURS, case))
-    if peer is None or not ours:
+    return None if peer is None else over(samples, peer, case)
+
+
+def over(samples: Samples, other: str, case: str) -> Metric | None:
+    """Ours over ``other``: median of the repeats' ratios, each of two measurements that stand close in time."""
+    ours, theirs = samples.get((OURS, case)), samples.get((other, case))
+    if not ours or not theirs:
         return None
-    pairs = zip(ours, samples[peer, case], strict=True)
-    return median([mine.rate / theirs.rate for mine, theirs in pairs], "x")
+    return median([mine.rate / other_sample.rate for mine, other_sample in zip(ours, theirs, strict=True)], "x")
+
+
+def before_ratios(samples: Samples, chosen: Sequence[Case]) -> dict[str, Metric]:
+    """``before_ratio_{case}``: ours over ours of another checkout."""
+    found = {case.name: over(samples, BEFORE, case.name) for case in chosen}
+    return {f"before_ratio_{name}": metric for name, metric in found.items() if metric is not None}
 
 
 def headline_metrics(samples: Samples, chosen: Sequence[Case]) -> dict[str, Metric]:
     """The ratios that the project is judged by, as far as there are measurements for them."""
     found = {case.name: ratio(samples, case.name) for case in chosen}
     metrics = {f"ratio_{name}": metric for name, metric in found.items() if metric is not None}
+    metrics |= before_ratios(samples, chosen)
     for case in chosen:
         if case.phase == "decode" and (metric := found[case.name]) is not None:
             metrics[f"decode_ratio_b{case.num_sequences}"] = metric

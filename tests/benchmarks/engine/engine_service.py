@@ -14,7 +14,7 @@ import psutil
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc as pb_grpc
 from tests.benchmarks.engine.engine_cases import OURS, Case, Sample
-from tests.support.service import serve
+from tests.support.service import REPOSITORY, serve
 
 # Modules of the worker and the gateway. They are idle between turns, and keep each other's pulse.
 _LEFT_RUNNING = re.compile(r"workers|orchestrator\.gateway(\..*)?")
@@ -31,9 +31,17 @@ class Service:
     """
 
     def __init__(
-        self, *, model: Path, threads: int, max_sequences: int, vocab_size: int, settings: Sequence[str]
+        self,
+        *,
+        model: Path,
+        threads: int,
+        max_sequences: int,
+        vocab_size: int,
+        settings: Sequence[str],
+        name: str = OURS,
+        checkout: Path = REPOSITORY,
     ) -> None:
-        self.name = OURS
+        self.name = name
         self.versions: dict[str, str] = {}
         self._vocab_size = vocab_size
         self._command, self._address = serve(
@@ -42,6 +50,7 @@ class Service:
             f"serving.max_num_seqs={max_sequences}",
             f"gateway.request_timeout_s={_MEASURE_S}",
             *settings,
+            checkout=checkout,
         )
         try:
             self._helpers = self._find_helpers()

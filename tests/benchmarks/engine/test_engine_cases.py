@@ -3,6 +3,7 @@
 import pytest
 
 from tests.benchmarks.engine.engine_cases import (
+    BEFORE,
     LINEARS,
     OURS,
     Case,
@@ -75,3 +76,9 @@ def test_prefill_ratio_is_the_geometric_mean_over_the_shapes() -> None:
 def test_share_of_the_roofline_is_our_rate_over_that_of_the_linear_layers_alone() -> None:
     samples = {(OURS, "decode_b8"): at(80, 90), (LINEARS, "decode_b8"): at(100, 100)}
     assert headline_metrics(samples, CHOSEN)["roofline_share_b8"].value == 85.0
+
+
+def test_ratio_to_another_checkout_is_repeat_by_repeat() -> None:
+    samples = {(OURS, "decode_b8"): at(80, 90, 99), (BEFORE, "decode_b8"): at(100, 90, 90)}
+    metric = headline_metrics(samples, CHOSEN)["before_ratio_decode_b8"]
+    assert (metric.value, metric.spread) == (1.0, (0.8, 1.1))
