@@ -13,7 +13,7 @@ from placement.measured.overlap import OverlapTable, measured_sizes
 from workers.collectives.algorithms import direct
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import slowest
-from workers.model.weaving import run_alone, run_woven
+from workers.model.overlapped import run_alone, run_woven
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
 

@@ -18,7 +18,7 @@ from workers.model import decoder
 from workers.model.decoder_weights import assemble
 from workers.model.group import Alone, Group
 from workers.model.kv_cache import KVCache
-from workers.model.weaving import Layers, run_alone, run_ladder, run_woven
+from workers.model.overlapped import Layers, run_alone, run_ladder, run_woven
 from workers.sampling.grammar import GrammarState, prefetch
 from workers.sampling.sampling import SamplerState, sample
 from workers.step.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes

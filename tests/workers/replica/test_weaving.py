@@ -13,7 +13,7 @@ from kernels.attention import SharedSpan
 from placement.measured.overlap import OverlapTable
 from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily
 from tests.support.ranks import Ranks, ranks
-from workers.model.weaving import run_alone, run_woven
+from workers.model.overlapped import run_alone, run_woven
 from workers.step.runner import ModelRunner
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import Batch, SequenceInput
