@@ -1,10 +1,11 @@
-"""Layers of ranks that sum what they compute, and the sums: one after the other, or behind the computation.
+"""Runs the layers of ranks that all-reduce what they compute, with the all-reduces beside the computation or not.
 
-Tokens in two lanes are computed in turn: while one lane's sum goes over the wire, the other lane is
-computed (TokenWeave, Gond et al. 2025). The lane of the earlier tokens goes first, since the later attend to them.
-Woven or not, a token gets the same numbers wherever its products do not depend on the tokens beside it, as those of the
-fused program do not; elsewhere the last bits may differ, as between batches. A ladder
-needs no lanes: it computes an attention or feed-forward while the sum of the one before it is on its way.
+To overlap the two, a step's tokens are split into two micro-batches. While the all-reduce of one is on the wire, the
+other is computed (TokenWeave, Gond et al. 2025). The micro-batch of the earlier tokens goes first, since later tokens
+attend to earlier ones. Overlapped or not, a token gets the same numbers wherever its products do not depend on the
+tokens beside it, as in the fused program; elsewhere the last bits may differ, as they do between batches. A
+ladder-residual model needs no micro-batches: it computes an attention or feed-forward while the all-reduce of the one
+before is on its way.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -15,11 +16,13 @@ from torch import Tensor
 from kernels.cpu.layers.partial import Partial
 
 Layers = Generator[Partial, None, Tensor]
-"""Gives what is a part of a sum, and goes on once the sum is there, or what is done with it; returns the output."""
+"""Layers that run step by step: the generator yields each partial result, goes on once that is all-reduced (or, of a
+ladder, once the one before it is), and returns the output [T, E].
+"""
 
 
 def run_alone(layers: Layers, reduce: Callable[[Partial], None]) -> Tensor:
-    """Runs layers, each sum as soon as its part is there. Raises what ``reduce`` raises."""
+    """Runs layers and waits for each all-reduce before it goes on. Raises what ``reduce`` raises."""
     while True:
         try:
             partial = next(layers)
@@ -30,13 +33,13 @@ def run_alone(layers: Layers, reduce: Callable[[Partial], None]) -> Tensor:
 
 
 def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Tensor:
-    """Runs layers that need each sum one update later than it begins.
+    """Runs layers that need the result of each all-reduce one update after it began.
 
     Args:
-        begin: begins a sum, behind those that were begun before.
+        begin: starts an all-reduce, which is done after those that were started before.
 
     Raises:
-        What a sum raises.
+        Whatever an all-reduce raises.
     """
     before: Future[None] | None = None
     while True:
@@ -50,25 +53,28 @@ def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Te
         before = begun
 
 
-def run_woven(lanes: Sequence[Layers], begin: Callable[[Partial], "Future[None]"]) -> list[Tensor]:
-    """Runs the layers of all lanes in turn, each while the others' sums are on their way.
+def run_overlapped(micro_batches: Sequence[Layers], begin: Callable[[Partial], "Future[None]"]) -> list[Tensor]:
+    """Runs the layers of all micro-batches in turn, each while the all-reduces of the others are on their way.
 
     Args:
-        begin: begins a sum, behind those that were begun before.
+        begin: starts an all-reduce, which is done after those that were started before.
+
+    Returns:
+        The output [T, E] of each micro-batch.
 
     Raises:
-        What a sum raises.
+        Whatever an all-reduce raises.
     """
     outputs: dict[int, Tensor] = {}
-    sums: dict[int, Future[None]] = {}
-    while len(outputs) < len(lanes):
-        for lane, layers in enumerate(lanes):
-            if lane in outputs:
+    all_reduces: dict[int, Future[None]] = {}
+    while len(outputs) < len(micro_batches):
+        for index, layers in enumerate(micro_batches):
+            if index in outputs:
                 continue
-            if lane in sums:
-                sums[lane].result()
+            if index in all_reduces:
+                all_reduces[index].result()
             try:
-                sums[lane] = begin(next(layers))
+                all_reduces[index] = begin(next(layers))
             except StopIteration as ended:
-                outputs[lane] = ended.value
-    return [outputs[lane] for lane in range(len(lanes))]
+                outputs[index] = ended.value
+    return [outputs[index] for index in range(len(micro_batches))]
