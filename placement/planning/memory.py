@@ -7,7 +7,7 @@ D head dimension, V vocabulary; F, H and K those of the rank's part.
 import math
 from dataclasses import dataclass
 
-from placement.model.part import Part
+from placement.model.part import Part, kept_states
 from placement.model.quantization import LinearFormat, loaded_bytes
 from placement.model.specs import DType, ModelSpec
 from placement.model.striping import WHOLE_TOKENS, Stripe
@@ -114,9 +114,10 @@ def packed_head_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
 
 
 def kv_bytes_per_block(model: ModelSpec, part: Part, *, dtype: DType, block_size: int) -> int:
-    """Bytes of one block on a rank: keys and values, [layers, slots of the block, KV heads, D] each."""
+    """Counts the bytes of one block on a rank: what its layers keep of each of the block's slots that it holds."""
     num_slots = block_size if part.stripe is None else part.stripe.width
-    return 2 * len(part.layers) * num_slots * len(part.kv_heads) * model.head_dim * dtype.itemsize
+    states = kept_states(model, part.layers, part.kv_heads)
+    return num_slots * dtype.itemsize * sum(state.elements_per_token for state in states)
 
 
 def num_blocks_for(kv_cache_bytes: int, *, bytes_per_block: int) -> int:
