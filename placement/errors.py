@@ -1,21 +1,21 @@
-"""The errors a user may see. Each names the field, the value and the fix."""
+"""Defines the errors that a user may see. Each names the field, the value and the fix."""
 
 PEER_LOST_EXIT_CODE = 3
-"""Of a worker that ended because another rank of its replica was lost, whose own end says more."""
+"""The exit code of a worker that ended because another rank of its replica was lost. That rank's end says more."""
 
 
 class HeterodyneError(Exception):
-    """Base of every error meant for a user."""
+    """The base of every error that is meant for a user."""
 
 
 class FieldError(HeterodyneError):
     """A value from outside was refused.
 
     Attributes:
-        field: dotted name of what was wrong, as the user wrote it (``serving.block_size``, ``model.safetensors``).
-        value: what was given.
-        problem: why it was refused, in a clause.
-        fix: what to do about it, in a sentence.
+        field: the dotted name of what was wrong, as the user wrote it (``serving.block_size``, ``model.safetensors``).
+        value: the value that was given.
+        problem: the reason for the refusal, in a clause.
+        fix: the thing to do about it, in a sentence.
     """
 
     def __init__(self, *, field: str, value: object, problem: str, fix: str) -> None:
@@ -35,7 +35,7 @@ class InvalidModel(FieldError):
 
 
 class InvalidRequest(FieldError):
-    """A client's request cannot be served as it is written."""
+    """A request cannot be served as its client wrote it."""
 
 
 class NotEnoughMemory(FieldError):
@@ -43,11 +43,11 @@ class NotEnoughMemory(FieldError):
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """``repr(value)``, cut so that a message stays readable (and never carries a whole prompt)."""
+    """Returns ``repr(value)``, cut so that a message stays readable (and never carries a whole prompt)."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def cause_of(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its text."""
+    """Describes an exception in one line: its type and the first line of its text."""
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

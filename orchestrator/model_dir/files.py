@@ -1,9 +1,8 @@
-"""Owns the reading of a model directory in the Hugging Face layout, as far as headers go: no weight is read.
+"""Reads a model directory in the Hugging Face layout: its configuration, tokenizer and headers, but no weights.
 
-Every file is opened below the directory only; a symlink or an index that leads out of it is refused.
+Only files below the directory are opened; a symlink or an index that leads out of it is refused.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,32 +14,40 @@ from tokenizers import Tokenizer
 from orchestrator.model_dir.chat import ChatTemplate, read_special_tokens, template_source
 from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
 from placement.errors import InvalidConfig, InvalidModel
+from placement.model.checkpoint_files import (
+    FIX_AGAIN,
+    INDEX_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_INDEX_BYTES,
+    SINGLE_FILE,
+    leads_outside,
+    missing_file,
+    no_weights,
+    parse_index,
+    parse_object,
+    too_large,
+)
 from placement.model.hf import read_model_spec
 from placement.model.quantization import checkpoint_tensors, read_gptq
 from placement.model.specs import ModelSpec
 from placement.model.weights import TensorSlice, whole_model
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER = "tokenizer.json"
-MAX_CONFIG_BYTES = 2**20
-MAX_INDEX_BYTES = 2**26
 MAX_TOKENIZER_BYTES = 2**28
 MAX_TOKENIZER_CONFIG_BYTES = 2**24
 MAX_TEMPLATE_BYTES = 2**20
-_FIX_AGAIN = "Download or export the model again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """A model directory that was found sound.
+    """The content of a model directory that was found sound.
 
     Attributes:
-        config: its config.json.
-        tokenizer_file: what ``tokenizer`` was read from.
-        defaults: what its generation_config.json says of sampling.
-        chat_template: None where it has none, as base models do.
-        checkpoint_bytes: size of its safetensors files.
+        config: the content of config.json.
+        defaults: the sampling parameters that generation_config.json recommends.
+        tokenizer_file: the file that ``tokenizer`` was read from.
+        chat_template: the chat template; None where the model has none, as base models do.
+        checkpoint_bytes: the size of all safetensors files.
     """
 
     config: Mapping[str, Any]
@@ -54,15 +61,17 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tensor:
+    """A tensor as the header of a safetensors file describes it."""
+
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_model_files(directory: Path) -> ModelFiles:
-    """What the directory holds, once everything in it was found to fit together.
+    """Reads the directory, and checks that everything in it fits together.
 
     Raises:
-        InvalidConfig: ``directory`` is none.
+        InvalidConfig: ``directory`` is no directory.
         InvalidModel: a file is missing, damaged, too large, outside the directory, or contradicts another.
     """
     if not directory.is_dir():
@@ -90,39 +99,16 @@ def read_model_files(directory: Path) -> ModelFiles:
 
 
 def _owners(directory: Path) -> dict[str, str]:
-    """Which file holds each tensor. Where there is a single file it is the one, as for transformers and the workers."""
-    if (directory / SINGLE).exists():
-        return dict.fromkeys(_read_header(directory, SINGLE), SINGLE)
-    if not (directory / INDEX).exists():
-        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in directory.glob(kind))
-        if pickled:
-            problem = "holds weights as pickles only, which can run code and are never loaded"
-            fix = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
-            raise InvalidModel(field="model.path", value=pickled[0], problem=problem, fix=fix)
-        raise _missing(SINGLE)
-    weight_map = _read_json(directory, INDEX, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        problem = "does not map tensors to files"
-        raise InvalidModel(field=f"{INDEX}: weight_map", value=weight_map, problem=problem, fix=_FIX_AGAIN)
-    for name in weight_map.values():
-        _check_shard_name(name)
-    return weight_map
-
-
-def _check_shard_name(name: str) -> None:
-    """Raises InvalidModel unless ``name`` is that of a safetensors file right beside the index."""
-    if Path(name).name != name or "\\" in name or "\0" in name:
-        problem, fix = "names a file that is not right in the model directory", _FIX_AGAIN
-    elif not name.endswith(".safetensors"):
-        problem = "names a file of another kind"
-        fix = "Only safetensors files are loaded; save the model as such."
-    else:
-        return
-    raise InvalidModel(field=INDEX, value=name, problem=problem, fix=fix)
+    """Finds the file of each tensor. A single file wins over an index, as it does in transformers and the workers."""
+    if (directory / SINGLE_FILE).exists():
+        return dict.fromkeys(_read_header(directory, SINGLE_FILE), SINGLE_FILE)
+    if not (directory / INDEX_FILE).exists():
+        raise no_weights(path.name for path in directory.iterdir())
+    return parse_index(_read_bytes(directory, INDEX_FILE, MAX_INDEX_BYTES))
 
 
 def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
-    """The tensors of one safetensors file; the library checks sizes, overlaps and the file's length."""
+    """Reads the tensors of a safetensors file; the library checks sizes, overlaps and the file's length."""
     path = _inside(directory, name)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -131,7 +117,7 @@ def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         problem = f"is damaged or truncated: {reason}"
-        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN) from None
+        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=FIX_AGAIN) from None
 
 
 def _check_tensors(
@@ -139,12 +125,12 @@ def _check_tensors(
     owners: Mapping[str, str],
     headers: Mapping[str, Mapping[str, _Tensor]],
 ) -> None:
-    """Whether the files have the tensors, each of one of its number types. Raises InvalidModel."""
+    """Checks that the files have the tensors, each of one of its number types. Raises InvalidModel."""
     for wanted, dtypes in tensors:
-        file = owners.get(wanted.name, SINGLE if SINGLE in headers else INDEX)
+        file = owners.get(wanted.name, SINGLE_FILE if SINGLE_FILE in headers else INDEX_FILE)
         found = headers.get(file, {}).get(wanted.name)
         if found is None:
-            raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=_FIX_AGAIN)
+            raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=FIX_AGAIN)
         if found.shape != wanted.shape:
             raise InvalidModel(
                 field=f"{file}: {wanted.name}",
@@ -162,7 +148,7 @@ def _check_tensors(
 
 
 def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
-    """The tokenizer, once its ids were found to fit the model."""
+    """Reads the tokenizer, and checks that its ids fit the model."""
     name = TOKENIZER
     _check_vocabulary(_read_json(directory, name, MAX_TOKENIZER_BYTES), spec)
     try:
@@ -174,7 +160,7 @@ def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
 
 
 def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
-    """The tokenizer must not make an id that the embedding has no row for."""
+    """Checks that the tokenizer makes no id that the embedding has no row for."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
@@ -188,7 +174,7 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
     ids += [token.get("id") if isinstance(token, dict) else None for token in added]
     if not all(isinstance(token_id, int) for token_id in ids):
         problem = "has a token whose id is not a number"
-        raise InvalidModel(field=TOKENIZER, value=None, problem=problem, fix=_FIX_AGAIN)
+        raise InvalidModel(field=TOKENIZER, value=None, problem=problem, fix=FIX_AGAIN)
     largest = max(ids, default=-1)
     if largest >= spec.vocab_size:
         raise InvalidModel(
@@ -200,7 +186,7 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _read_chat_template(directory: Path) -> ChatTemplate | None:
-    """The template in chat_template.jinja, else the one in tokenizer_config.json: the order of transformers."""
+    """Reads the template in chat_template.jinja, or else that in tokenizer_config.json, as transformers does."""
     file, config = "chat_template.jinja", "tokenizer_config.json"
     values = _read_json_if_there(directory, config, MAX_TOKENIZER_CONFIG_BYTES)
     special_tokens = read_special_tokens(
@@ -211,7 +197,7 @@ def _read_chat_template(directory: Path) -> ChatTemplate | None:
         try:
             source: str | None = data.decode()
         except UnicodeDecodeError as error:
-            raise InvalidModel(field=file, value=len(data), problem=f"is not UTF-8: {error}", fix=_FIX_AGAIN) from None
+            raise InvalidModel(field=file, value=len(data), problem=f"is not UTF-8: {error}", fix=FIX_AGAIN) from None
         field = file
     else:
         source, field = template_source(values), f"{config}: chat_template"
@@ -223,46 +209,28 @@ def _read_json_if_there(directory: Path, name: str, limit_bytes: int) -> dict[st
 
 
 def _read_json(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
-    data = _read_bytes(directory, name, limit_bytes)
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        problem = f"is not valid JSON: {error}"
-    else:
-        if isinstance(values, dict):
-            return values
-        problem = "is not a JSON object"
-    raise InvalidModel(field=name, value=len(data), problem=problem, fix=_FIX_AGAIN)
+    return parse_object(name, _read_bytes(directory, name, limit_bytes))
 
 
 def _read_bytes(directory: Path, name: str, limit_bytes: int) -> bytes:
+    """Reads a file of the directory that has at most ``limit_bytes``."""
     path = _inside(directory, name)
     try:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except OSError as error:
         problem = f"cannot be read: {(error.strerror or str(error)).lower()}"
-    else:
-        if len(data) <= limit_bytes:
-            return data
-        problem = f"is larger than {limit_bytes} bytes"
-    raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=_FIX_AGAIN)
+        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=FIX_AGAIN) from error
+    if len(data) > limit_bytes:
+        raise too_large(name, path.stat().st_size, limit_bytes=limit_bytes)
+    return data
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The real path of a file of the directory."""
+    """Returns the real path of a file of the directory."""
     path = (directory / name).resolve()
     if not path.is_relative_to(directory):
-        raise InvalidModel(
-            field=name,
-            value=name,
-            problem="leads out of the model directory",
-            fix="Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does.",
-        )
+        raise leads_outside(name)
     if not path.is_file():
-        raise _missing(name)
+        raise missing_file(name)
     return path
-
-
-def _missing(name: str) -> InvalidModel:
-    return InvalidModel(field="model.path", value=name, problem="lacks a file", fix=_FIX_AGAIN)

@@ -1,18 +1,18 @@
-"""How queries meet the KV that other ranks hold, where ranks share sequences: the ways there are, and which is fastest.
+"""Chooses how ranks that share sequences bring queries and KV together: there are three exchanges.
 
-Every rank has its share of the step's queries and of the KV, so each has something that the others need:
+Every rank has a share of the step's queries and of the KV, so each has something that the others need:
 
-    all_gather   every rank sends its KV to all, then attends to all of it (Llama 3's; LASP-2, Sun et al. 2025)
-    ring         KV goes round; a rank attends to one rank's while the next comes (Liu et al. 2023, Ring Attention)
-    token_ring   KV stays; queries go round; what KV answers goes straight back to who asked, while the next
-                 queries come (Wang et al. 2024, TokenRing)
+    all_gather   every rank sends its KV to all others, then attends to all of it (Llama 3; LASP-2, Sun et al. 2025)
+    ring         KV goes round; a rank attends to one rank's KV while the next comes (Liu et al. 2023, Ring Attention)
+    token_ring   KV stays and queries go round; each rank sends its part of the attention straight back to the rank
+                 that asked, while the next queries come (Wang et al. 2024, TokenRing)
 
-With G query heads to a KV head a query and its answer take as many bytes as the KV of G tokens: KV moves where there is
-little of it, queries where many tokens came before. All ranks are connected with each other, so what goes round is sent
-straight to each in turn, which spares the latencies of passing it on and takes no more bytes of anybody's link. What is
-added up, and its order, is the same in all three: the choice changes no bit, as long as all ranks compute alike. A
-rank's own link then carries as much out
-as in, whatever moves, so that the halves that TokenRing saves on links between neighbours are not to be had here.
+With G query heads to a KV head, a query and its answer take as many bytes as the KV of G tokens. So moving KV is best
+where there is little of it, and moving queries where many tokens came before. All ranks are connected with each other,
+so what goes round is sent straight to each rank in turn: that saves the latencies of passing it on, and takes no more
+bytes of any link. All three add up the same numbers in the same order, so the choice changes no bit as long as all
+ranks compute alike. A rank's link carries as many bytes out as in, whatever moves, so the half that TokenRing saves on
+links between neighbours cannot be saved here.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 TYPICAL_TOKENS = 512
-"""Of a chunk that people are told the exchange of."""
+"""The tokens of a typical chunk, for which people are shown the chosen exchange."""
 TYPICAL_BEFORE = (0, 2048, 8192)
-"""Tokens before such chunks."""
+"""The numbers of tokens that precede typical chunks."""
 
 
 class Exchange(Enum):
-    """A way to exchange."""
+    """The three exchanges that the module describes."""
 
     ALL_GATHER = "all_gather"
     RING = "ring"
@@ -35,13 +35,13 @@ class Exchange(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeSpeeds:
-    """What was measured when the ranks started.
+    """The speeds that the ranks measured when they started.
 
     Attributes:
-        latency_s: of a message from one rank to another.
-        bytes_per_s: that a rank sends, or receives, at the most.
-        pairs_per_s: queries times tokens that each rank attends to in a second, of all heads of a layer.
-        call_s: that a rank takes to begin with another's part.
+        latency_s: the latency of a message from one rank to another.
+        bytes_per_s: the most bytes that a rank sends, or receives, in a second.
+        pairs_per_s: queries times tokens that each rank attends to in a second, with all heads of a layer.
+        call_s: the seconds that a rank takes to begin with another rank's part.
     """
 
     latency_s: float
@@ -50,7 +50,7 @@ class ExchangeSpeeds:
     call_s: float = 1e-4
 
     def __str__(self) -> str:
-        """``latency_ms=0.27 mb_per_s=194 mpairs_per_s=223,198 call_ms=0.08``"""
+        """Writes the speeds for logs, such as ``latency_ms=0.27 mb_per_s=194 mpairs_per_s=223,198 call_ms=0.08``."""
         pairs = ",".join(f"{1e-6 * pairs:.3g}" for pairs in self.pairs_per_s)
         link = f"latency_ms={1e3 * self.latency_s:.3g} mb_per_s={1e-6 * self.bytes_per_s:.4g}"
         return f"{link} mpairs_per_s={pairs} call_ms={1e3 * self.call_s:.3g}"
@@ -58,13 +58,13 @@ class ExchangeSpeeds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedExchange:
-    """What is chosen for a chunk of a prompt.
+    """The exchange that is chosen for a chunk of a prompt.
 
     Attributes:
-        num_tokens: of the chunk.
+        num_tokens: tokens of the chunk.
         num_before: tokens of its sequence before it.
-        way: the name of an :class:`Exchange`.
-        layer_s: what a layer's attention is expected to take, at the rank that is done last.
+        way: the name of the :class:`Exchange`.
+        layer_s: seconds that a layer's attention is expected to take, until the last rank is done.
     """
 
     num_tokens: int
@@ -75,7 +75,7 @@ class ExpectedExchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredExchange:
-    """What the ranks that share sequences measured, and what comes of it for typical chunks."""
+    """The speeds of ranks that share sequences, and the exchanges that follow from them for typical chunks."""
 
     speeds: ExchangeSpeeds
     expected: tuple[ExpectedExchange, ...]
@@ -83,15 +83,15 @@ class MeasuredExchange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeSizes:
-    """What a layer of a step is to exchange.
+    """The amounts that the ranks exchange in a layer of a step.
 
     Attributes:
-        shares: of each rank in all tokens.
+        shares: the share of all tokens that each rank has.
         num_queries: tokens that the ranks share.
-        num_seen: tokens whose KV any of these see, sequence by sequence.
-        num_pairs: queries times tokens that they see.
-        query_bytes: of a query; its answer takes as many.
-        kv_bytes: of a token's keys and values.
+        num_seen: tokens whose KV any of these attend to, sequence by sequence.
+        num_pairs: pairs of a query and a token that it attends to.
+        query_bytes: bytes of a query; its answer takes as many.
+        kv_bytes: bytes of a token's keys and values.
     """
 
     shares: tuple[float, ...]
@@ -103,18 +103,18 @@ class ExchangeSizes:
 
 
 def choose(sizes: ExchangeSizes, speeds: ExchangeSpeeds, *, most_kv_tokens: int) -> Exchange:
-    """The fastest; of equals the first that the module names.
+    """Chooses the fastest exchange; of equally fast ones, the first that the module names.
 
     Args:
-        most_kv_tokens: no more than so many tokens' KV may move at once.
+        most_kv_tokens: the most tokens whose KV may move at once.
     """
-    ways = list(Exchange) if sizes.num_seen <= most_kv_tokens else [Exchange.TOKEN_RING]
-    return min(ways, key=lambda way: layer_s(way, sizes, speeds))
+    allowed = list(Exchange) if sizes.num_seen <= most_kv_tokens else [Exchange.TOKEN_RING]
+    return min(allowed, key=lambda exchange: layer_s(exchange, sizes, speeds))
 
 
-def layer_s(way: Exchange, sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
-    """What a layer's attention is expected to take, at the rank that is done last."""
-    match way:
+def layer_s(exchange: Exchange, sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
+    """Predicts the seconds that a layer's attention takes, until the last rank is done."""
+    match exchange:
         case Exchange.ALL_GATHER:
             return _all_gather_s(sizes, speeds)
         case Exchange.RING:
@@ -123,9 +123,10 @@ def layer_s(way: Exchange, sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> floa
             return _token_ring_s(sizes, speeds)
 
 
-def _attend_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds, at: int, queries_of: int, kv_of: int) -> float:
+def _attend_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds, rank: int, queries_of: int, kv_of: int) -> float:
+    """Predicts how long ``rank`` computes the attention of one rank's queries to one rank's KV."""
     num_pairs = sizes.num_pairs * sizes.shares[queries_of] * sizes.shares[kv_of]
-    return speeds.call_s + num_pairs / speeds.pairs_per_s[at]
+    return speeds.call_s + num_pairs / speeds.pairs_per_s[rank]
 
 
 def _all_gather_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
@@ -151,7 +152,7 @@ def _token_ring_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
     computed_s = [_rounds_s(sizes, speeds, query_bytes, rank, moves_queries=True) for rank in range(num_ranks)]
     done_s = []
     for rank in range(num_ranks):
-        # Answers go behind the queries, in rounds too: to who asked here, from who was asked.
+        # Answers follow the queries, in rounds too: to the rank that asked here, from the rank that was asked.
         at_s = _arrivals_s(speeds, query_bytes, rank)[-1]
         for step in range(1, num_ranks):
             to, source = (rank - step) % num_ranks, (rank + step) % num_ranks
@@ -162,7 +163,7 @@ def _token_ring_s(sizes: ExchangeSizes, speeds: ExchangeSpeeds) -> float:
 
 
 def _arrivals_s(speeds: ExchangeSpeeds, moved_bytes: Sequence[float], rank: int) -> list[float]:
-    """When what comes in each round is there."""
+    """Predicts when what ``rank`` receives in each round has arrived."""
     num_ranks, at_s = len(moved_bytes), 0.0
     arrivals_s = []
     for step in range(1, num_ranks):
@@ -175,7 +176,7 @@ def _arrivals_s(speeds: ExchangeSpeeds, moved_bytes: Sequence[float], rank: int)
 def _rounds_s(
     sizes: ExchangeSizes, speeds: ExchangeSpeeds, moved_bytes: Sequence[float], rank: int, *, moves_queries: bool
 ) -> list[float]:
-    """When a rank has attended with its own, and with what came in each round."""
+    """Predicts when ``rank`` has computed the attention to its own part, and to what came in each round."""
     num_ranks = len(sizes.shares)
     times_s = [_attend_s(sizes, speeds, rank, rank, rank)]
     for step, arrived_s in enumerate(_arrivals_s(speeds, moved_bytes, rank), start=1):

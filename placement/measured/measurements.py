@@ -1,24 +1,24 @@
-"""What the ranks of a stage measured of themselves and their links when they started, for people to see."""
+"""Holds what the ranks of a stage measured of themselves and their links when they started, to show it to people."""
 
 from dataclasses import dataclass
 
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import MeasuredExchange
-from placement.measured.overlap import MeasuredLanes
+from placement.measured.overlap import MeasuredOverlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageMeasurements:
-    """All of it: nothing of a stage of one rank.
+    """The measurements of a stage. A stage of one rank has none.
 
     Attributes:
-        sums: how they sum tensors, by size, ascending; none where they share sequences.
-        lanes: steps in one lane and in two, by tokens, ascending; none where no step may be woven.
-        exchange: where they share sequences.
+        sums: the all-reduce of each size, ascending; empty where the ranks share sequences.
+        overlap: steps in one micro-batch and in two, by tokens, ascending; empty where no step may be overlapped.
+        exchange: the exchange of ranks that share sequences; None elsewhere.
     """
 
     sums: tuple[MeasuredSum, ...] = ()
-    lanes: tuple[MeasuredLanes, ...] = ()
+    overlap: tuple[MeasuredOverlap, ...] = ()
     exchange: MeasuredExchange | None = None
 
 

@@ -1,4 +1,4 @@
-"""How fast devices were measured to be, and what that says of their shares."""
+"""Holds how fast devices were measured to be, and derives their shares of a model from it."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpeed:
-    """What a device did, measured with the kernels and threads that serve, beside those that it shares memory with.
+    """The speed of a device, measured with the kernels and threads that serve.
+
+    Devices that share memory are measured at the same time.
 
     Attributes:
-        weight_bytes_per_s: bytes of weights that it reads in a second, in products with a few tokens, as in decode.
-        flops_per_s: floating-point operations of a second, two for each multiply and add, in products with as many
-            tokens as in prefill.
+        weight_bytes_per_s: bytes of weights that it reads in a second in products with few tokens, as decode has them.
+        flops_per_s: floating-point operations in a second (a multiply and an add count as two) in products with many
+            tokens, as prefill has them.
     """
 
     weight_bytes_per_s: float
@@ -23,9 +25,9 @@ class DeviceSpeed:
 
 
 def shares_by_speed(speeds: Sequence[DeviceSpeed]) -> tuple[float, ...]:
-    """Shares of a model's weights, of any scale, with which all devices read theirs in the same time.
+    """Returns the shares of a model's weights, of any scale, with which all devices read theirs in the same time.
 
-    By how fast they read weights: a decode step reads all of them for a few tokens, and most steps of an answer are
-    decodes. How fast they compute would count where prompts are long and answers short.
+    The speed of reading weights decides, since most steps of an answer are decodes, which read all weights for a few
+    tokens. The speed of computing would count where prompts are long and answers short.
     """
     return tuple(speed.weight_bytes_per_s for speed in speeds)

@@ -1,6 +1,6 @@
 """Reads Hugging Face's ``config.json`` into a :class:`ModelSpec`.
 
-Owns what is read alike for every family of models. Pure: the caller reads the files.
+Owns the values that every family of models has alike. Pure: the caller reads the files.
 """
 
 from dataclasses import replace
@@ -19,13 +19,13 @@ MAX_VOCAB = 1 << 22
 
 
 def read_model_spec(config: Config, generation_config: Config | None = None) -> ModelSpec:
-    """The model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
+    """Reads the model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
 
-    Understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
-    ``ladder_residual: true``, which is ours, declares a model that was trained so: see ``ModelSpec.ladder``.
+    It understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
+    ``ladder_residual: true`` is our own key, of models that were trained in that manner: see ``ModelSpec.ladder``.
 
-    The number type is not part of it: see :func:`saved_dtype`. Nor is how a quantized checkpoint holds its weights,
-    which is only checked: see :mod:`placement.model.quantization`.
+    The number type is read by :func:`saved_dtype`. How a quantized checkpoint holds its weights is checked here, and
+    read by :mod:`placement.model.quantization`.
 
     Raises:
         InvalidModel: a value is missing, of the wrong type, impossible, or of a model that is not served.
@@ -66,12 +66,12 @@ def read_model_spec(config: Config, generation_config: Config | None = None) -> 
 
 
 def saved_dtype(config: Config) -> DType:
-    """The number type that the model was saved in, for a deployment that names none; float32 where it is not said.
+    """Reads the number type that the model was saved in; it is float32 where the file names none.
 
-    Reads ``dtype`` (transformers 5) or ``torch_dtype`` (4).
+    The key is ``dtype`` (transformers 5) or ``torch_dtype`` (4).
 
     Raises:
-        InvalidModel: it is not one that is served.
+        InvalidModel: the number type is not served.
     """
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
     name = config.get(key)
@@ -96,7 +96,7 @@ def _head_dim(config: Config, *, hidden_size: int, num_heads: int) -> int:
 
 
 def _eos_token_ids(config: Config, generation_config: Config | None, vocab_size: int) -> tuple[int, ...]:
-    """Ids that end a sequence. ``generation_config.json`` wins: chat models list more there."""
+    """Reads the ids that end a sequence. ``generation_config.json`` wins, since chat models list more there."""
     generation = generation_config or {}
     from_generation = generation.get("eos_token_id") is not None
     file = "generation_config.json" if from_generation else "config.json"

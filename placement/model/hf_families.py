@@ -1,4 +1,4 @@
-"""The model families that are served: what each one's ``config.json`` says beyond, or other than, Llama's.
+"""Reads what the ``config.json`` of each served model family says beyond, or other than, Llama's.
 
 Owns the mapping from a family's name to what its layers do. Follows transformers, whose classes are named.
 """
@@ -22,15 +22,16 @@ _MAX_SCALAR = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How a family's configuration is read.
+    """The rules for reading a family's configuration.
 
     Attributes:
         model_class: the class of transformers that holds its language model, as ``architectures`` names it.
-        complete: adds what is the family's own to what is read alike for all of them.
-        defaults: values of keys that its files may leave out. A ``null`` is not left out.
+        complete: the function that adds the family's own values to those that all families have alike.
+        defaults: the values of keys that its files may leave out. A key whose value is ``null`` is not left out.
         activation_key: the key of the feed-forward's activation.
-        activations: what its values mean.
-        ropes: reads the rotary embeddings of the layers that attend to all tokens and of those with a window.
+        activations: the activation that each value of this key means.
+        ropes: the function that reads the rotary embeddings of layers that attend to all tokens and of those with a
+            window.
     """
 
     model_class: str
@@ -41,7 +42,7 @@ class Family:
     ropes: Callable[[Config], Ropes] = read_ropes
 
     def activation(self, config: Config) -> Activation:
-        """The activation of the gate. Raises InvalidModel for one that is not computed."""
+        """Reads the activation of the gate. Raises InvalidModel for one that is not served."""
         value = config.get(self.activation_key, "silu")
         if not isinstance(value, str) or value not in self.activations:
             fix = f"Models with one of these are served: {', '.join(_ACTIVATIONS)}."
@@ -50,10 +51,10 @@ class Family:
 
 
 def family_of(config: Config) -> tuple[Architecture, Family]:
-    """The family that a ``config.json`` is of.
+    """Finds the family of a ``config.json``, and its name.
 
     Raises:
-        InvalidModel: it is none that is served.
+        InvalidModel: the family is not served.
     """
     model_type = config.get("model_type")
     for name, family in FAMILIES.items():
@@ -82,7 +83,7 @@ def _mistral(model: ModelSpec, config: Config) -> ModelSpec:
         problem = "is not read for mistral models, whose layers are all alike"
         raise refusal("layer_types", config["layer_types"], problem)
     has_window = config.get("sliding_window") is not None
-    return replace(model, windows=_needed(model, _windows(config, [has_window] * model.num_layers)))
+    return replace(model, windows=_reached(model, _windows(config, [has_window] * model.num_layers)))
 
 
 def _qwen2(model: ModelSpec, config: Config) -> ModelSpec:
@@ -126,7 +127,7 @@ def _gemma3(model: ModelSpec, config: Config) -> ModelSpec:
 
 
 def _upper_windows(model: ModelSpec, config: Config) -> tuple[int | None, ...]:
-    """Windows of Qwen: of the layers that ``layer_types`` names, else from ``max_window_layers`` up, if at all."""
+    """Reads the windows of Qwen: those of ``layer_types``, or else of the layers from ``max_window_layers`` on."""
     has_window = _layer_types(model, config)
     if not flag(config, "use_sliding_window"):
         if has_window is not None and any(has_window):
@@ -138,11 +139,11 @@ def _upper_windows(model: ModelSpec, config: Config) -> tuple[int | None, ...]:
             raise refusal("max_window_layers", first, "is not a whole number")
         is_off = config.get("sliding_window") is None
         has_window = [layer >= first and not is_off for layer in range(model.num_layers)]
-    return _needed(model, _windows(config, has_window))
+    return _reached(model, _windows(config, has_window))
 
 
 def _layer_types(model: ModelSpec, config: Config) -> list[bool] | None:
-    """Whether each layer has a window; None where ``layer_types`` is absent."""
+    """Tells whether each layer has a window; None where ``layer_types`` is absent."""
     types = config.get("layer_types")
     if types is None:
         return None
@@ -157,15 +158,15 @@ def _layer_types(model: ModelSpec, config: Config) -> list[bool] | None:
 
 
 def _windows(config: Config, has_window: Sequence[bool]) -> tuple[int | None, ...]:
-    """``sliding_window`` for the layers that have one; empty where none has."""
+    """Returns ``sliding_window`` for each layer that has one and None for the others; empty where no layer has one."""
     if not any(has_window):
         return ()
     window = whole_number(config, "sliding_window", maximum=MAX_CONTEXT)
     return tuple(window if has else None for has in has_window)
 
 
-def _needed(model: ModelSpec, windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """The windows, unless no context is ever longer than they are."""
+def _reached(model: ModelSpec, windows: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """Returns the windows, or nothing where no context is ever longer than they are."""
     lengths = [window for window in windows if window is not None]
     return windows if lengths and min(lengths) < model.max_context_tokens else ()
 

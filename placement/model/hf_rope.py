@@ -18,7 +18,9 @@ Ropes = tuple[RopeSpec, RopeSpec | None]
 
 
 def read_ropes(config: Config) -> Ropes:
-    """The rotary embedding of all layers, and None. Takes ``rope_scaling`` where a file has both, as transformers.
+    """Reads the rotary embedding of all layers; the second of the pair is None.
+
+    Where a file has both layouts, ``rope_scaling`` counts, as in transformers.
 
     Raises:
         InvalidModel: a value is missing or impossible, or the kind is not served.
@@ -29,12 +31,12 @@ def read_ropes(config: Config) -> Ropes:
 
 
 def read_layered_ropes(config: Config) -> Ropes:
-    """The rotary embeddings of Gemma 3: of layers that attend to all tokens, and of those with a window.
+    """Reads the rotary embeddings of Gemma 3: of layers that attend to all tokens, and of those with a window.
 
-    ``rope_parameters`` holds one object for each; in the older layout ``rope_scaling`` is of the former only.
+    ``rope_parameters`` holds an object for each; in the older layout ``rope_scaling`` is for the former alone.
 
     Raises:
-        InvalidModel: as :func:`read_ropes`.
+        InvalidModel: as :func:`read_ropes` says.
     """
     theta = positive(config, "rope_theta", default=_GLOBAL_THETA)
     local_theta = positive(config, "rope_local_base_freq", default=_THETA)
@@ -50,14 +52,14 @@ def read_layered_ropes(config: Config) -> Ropes:
 
 
 def context_tokens(rope: RopeSpec, max_context_tokens: int) -> int:
-    """How long a context may grow: YaRN's files often give the length before it was stretched."""
+    """Returns the longest context. Files of YaRN models often give the length before it was stretched."""
     if rope.kind != "yarn":
         return max_context_tokens
     return min(MAX_CONTEXT, max(max_context_tokens, int(rope.original_max_tokens * rope.factor)))
 
 
 def _read(config: Config, parameters: Config, where: str, theta: float) -> RopeSpec:
-    """A rotary embedding from its object, which stands at ``where``; ``theta`` is for one that gives none."""
+    """Reads a rotary embedding from the object at ``where``; ``theta`` holds where the object gives none."""
     theta = positive(parameters, "rope_theta", default=theta, where=where)
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         name = f"{where}.partial_rotary_factor"
@@ -117,7 +119,7 @@ def _yarn(config: Config, parameters: Config, where: str, theta: float) -> RopeS
 
 
 def _yarn_attention_factor(parameters: Config, where: str, factor: float) -> float:
-    """``0.1 ln(factor) + 1`` (Peng et al. 2023), or the ratio of two such terms, scaled as DeepSeek's models say."""
+    """Computes ``0.1 ln(factor) + 1`` (Peng et al. 2023), or DeepSeek's ratio of two such terms."""
 
     def term(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
@@ -129,7 +131,10 @@ def _yarn_attention_factor(parameters: Config, where: str, factor: float) -> flo
 
 
 def _original_max_tokens(config: Config, parameters: Config, where: str) -> int:
-    """Said beside the object, in it, or not at all: then the context was not stretched beyond what the file says."""
+    """Reads the original context length, which stands beside the object, or in it.
+
+    Where neither says it, the context was not stretched beyond ``max_position_embeddings``.
+    """
     key = "original_max_position_embeddings"
     if config.get(key) is not None:
         return whole_number(config, key, maximum=MAX_CONTEXT)

@@ -1,4 +1,4 @@
-"""Reads single values of ``config.json``. Owns how a value that cannot be is refused; ``null`` counts as absent."""
+"""Reads single values of ``config.json``, and refuses those that cannot be right. ``null`` counts as absent."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +14,10 @@ _REQUIRED = object()
 
 
 def whole_number(values: Config, key: str, *, maximum: int, default: int | None = None, where: str = "") -> int:
-    """An integer from 1 to ``maximum``; needed unless there is a default. ``where`` names the object it stands in."""
+    """Reads an integer from 1 to ``maximum``, which may be absent where there is a default.
+
+    ``where`` is the dotted name of the object that has the key; it is empty for the whole file.
+    """
     value = _get(values, key, _REQUIRED if default is None else default, where)
     if isinstance(value, bool) or not isinstance(value, int):
         raise refusal(_dotted(where, key), value, "is not a whole number")
@@ -26,7 +29,7 @@ def whole_number(values: Config, key: str, *, maximum: int, default: int | None 
 def positive(
     values: Config, key: str, *, maximum: float = 1e12, default: float | None = None, where: str = ""
 ) -> float:
-    """A number above 0 and at most ``maximum``; needed unless there is a default."""
+    """Reads a number above 0 and at most ``maximum``, which may be absent where there is a default."""
     value = _get(values, key, _REQUIRED if default is None else default, where)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refusal(_dotted(where, key), value, "is not a number")
@@ -36,7 +39,7 @@ def positive(
 
 
 def flag(values: Config, key: str, *, default: bool = False, where: str = "") -> bool:
-    """True or false."""
+    """Reads true or false."""
     value = _get(values, key, default, where)
     if not isinstance(value, bool):
         raise refusal(_dotted(where, key), value, "is not true or false")
@@ -44,7 +47,7 @@ def flag(values: Config, key: str, *, default: bool = False, where: str = "") ->
 
 
 def section(values: Config, key: str, where: str = "") -> Config:
-    """An object; empty where it is absent."""
+    """Reads an object; it is empty where it is absent."""
     value = _get(values, key, {}, where)
     if not isinstance(value, Mapping):
         raise refusal(_dotted(where, key), value, "is not an object")
@@ -52,7 +55,7 @@ def section(values: Config, key: str, where: str = "") -> Config:
 
 
 def refusal(key: str, value: object, problem: str, fix: str = FIX_EXPORT, file: str = "config.json") -> InvalidModel:
-    """The error that names ``key`` of ``file``."""
+    """Makes the error that names ``key`` of ``file``."""
     return InvalidModel(field=f"{file}: {key}", value=value, problem=problem, fix=fix)
 
 

@@ -1,7 +1,7 @@
-"""How the weights of linear layers are held in 8 or 4 bits. Owns the choice of groups, and what GPTQ checkpoints hold.
+"""Describes linear layers whose weights are held in 8 or 4 bits. Owns the choice of groups and the layout of GPTQ.
 
-A group of input columns shares a scale. Weights are rounded while a model loads, or were when the checkpoint was made
-by GPTQ (Frantar et al. 2023). Embedding and norms stay as they are.
+The input columns of a group share a scale. Weights are rounded while a model loads, or they were rounded when the
+checkpoint was made by GPTQ (Frantar et al. 2023). Embedding and norms stay as they are.
 
 Shapes: I input columns and O output rows of a linear layer, G groups of columns.
 """
@@ -20,7 +20,7 @@ from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD, TensorSlice
 Bits = Literal[4, 8]
 
 GROUP_SIZES = (128, 64, 32)
-"""Columns of a group: the first of these that divides the layer's. Larger groups take less memory."""
+"""The sizes of groups. The first that divides a layer's columns is used, since larger groups take less memory."""
 
 _LAYER_SUFFIX = "_proj.weight"
 _FACTOR_BYTES = 4  # of a scale or an offset
@@ -33,7 +33,7 @@ _FLOATS, _INTEGERS = ("F32", "F16", "BF16"), ("I32",)
 
 
 class Quantization(Enum):
-    """To what the weights of linear layers are rounded while they load."""
+    """The number type to which the weights of linear layers are rounded while they load."""
 
     NONE = "none"
     INT8 = "int8"
@@ -42,12 +42,12 @@ class Quantization(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqLayout:
-    """What differs between GPTQ checkpoints of equal bits.
+    """The settings in which GPTQ checkpoints of equal bits differ.
 
     Attributes:
-        group_size: columns of a group; None: all of the layer's are one.
-        zero_shift: what is added to the stored zero points.
-        ordered: columns were grouped by the size of their activations (``desc_act``).
+        group_size: columns of a group; None: all columns of a layer are one group.
+        zero_shift: the number to add to the stored zero points.
+        ordered: whether columns were grouped by the size of their activations (``desc_act``).
     """
 
     group_size: int | None
@@ -57,13 +57,13 @@ class GptqLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearFormat:
-    """How the weights of linear layers are held.
+    """The format in which linear layers hold their weights.
 
     Attributes:
-        bits: of a weight in the decoder's layers.
-        head_bits: of a weight in the output head; None: it stays in the model's number type.
+        bits: bits of a weight in the decoder's layers.
+        head_bits: bits of a weight in the output head; None: the head stays in the model's number type.
         offsets: whether a group has an offset beside its scale.
-        gptq: how the checkpoint has them; None: they are rounded while they load.
+        gptq: the layout of a GPTQ checkpoint; None: weights are rounded while they load.
     """
 
     bits: Bits
@@ -72,19 +72,21 @@ class LinearFormat:
     gptq: GptqLayout | None = None
 
     def group_size(self, num_columns: int) -> int | None:
-        """Columns of a group in a layer; None where its columns do not make whole groups."""
+        """Returns the columns of a group in a layer; None where its columns do not make whole groups."""
         sizes = GROUP_SIZES if self.gptq is None else (self.gptq.group_size or num_columns,)
         return next((size for size in sizes if num_columns % size == 0), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqTensors:
-    """What a GPTQ checkpoint has in place of a weight [O, I]; 32-bit words of ``32 / bits`` codes, the first lowest.
+    """The tensors that a GPTQ checkpoint has in place of a weight [O, I].
+
+    A 32-bit word holds ``32 / bits`` codes, the first in its lowest bits.
 
     Attributes:
-        codes: ``qweight``, words along the columns, [I * bits / 32, O].
-        zeros: ``qzeros``, words along the rows, [G, O * bits / 32].
-        scales: [G, O].
+        codes: ``qweight``, with words along the columns, [I * bits / 32, O].
+        zeros: ``qzeros``, with words along the rows, [G, O * bits / 32].
+        scales: ``scales``, [G, O].
         groups: ``g_idx``, the group of each column, [I].
     """
 
@@ -95,16 +97,16 @@ class GptqTensors:
 
     @property
     def all(self) -> tuple[TensorSlice, ...]:
-        """The four of them."""
+        """Lists the four tensors."""
         return self.codes, self.zeros, self.scales, self.groups
 
 
 def linear_format(config: Config, quantization: Quantization) -> LinearFormat | None:
-    """How the model of a ``config.json`` is held when ``quantization`` is asked for; None: in its number type.
+    """Returns the format of a model when ``quantization`` is asked for; None: linear layers stay in its number type.
 
     Raises:
         InvalidModel: the checkpoint is quantized in a way that is not served.
-        InvalidConfig: ``quantization`` would round what was rounded before.
+        InvalidConfig: ``quantization`` would round weights that were rounded before.
     """
     gptq = read_gptq(config)
     if gptq is not None and quantization is not Quantization.NONE:
@@ -124,10 +126,10 @@ def linear_format(config: Config, quantization: Quantization) -> LinearFormat | 
 
 
 def read_gptq(config: Config) -> LinearFormat | None:
-    """What ``quantization_config`` says of a GPTQ checkpoint; None where there is none.
+    """Reads the ``quantization_config`` of a GPTQ checkpoint; None where the file has none.
 
     Raises:
-        InvalidModel: it is of another method, or a variant that is not served.
+        InvalidModel: it names another method, or a variant that is not served.
     """
     values = section(config, _KEY)
     if not values:
@@ -162,22 +164,22 @@ def _accept(values: Config, name: str, *accepted: object) -> object:
 
 
 def is_layer_weight(slice_: TensorSlice) -> bool:
-    """Whether it is the weight of a linear layer of the decoder; the output head is none."""
+    """Tells whether a slice is the weight of a linear layer of the decoder; the output head is none."""
     return slice_.name.endswith(_LAYER_SUFFIX)
 
 
 def head_weight(slices: Sequence[TensorSlice]) -> TensorSlice | None:
-    """The weight of the output head among what a rank reads: the embedding where the two are tied."""
+    """Finds the weight of the output head among a rank's slices: the embedding where the two are tied."""
     by_name = {slice_.name: slice_ for slice_ in slices}
     return by_name.get(HEAD, by_name.get(EMBEDDING)) if FINAL_NORM in by_name else None
 
 
 def check_linear_format(slices: Sequence[TensorSlice], linear: LinearFormat | None) -> None:
-    """Whether the weights can be held so.
+    """Checks that a rank's slices can be held in this format.
 
     Raises:
-        InvalidConfig: ``model.quantization`` cannot cut a layer's columns into groups.
-        InvalidModel: the GPTQ checkpoint cannot have been made so, or a cut goes through a group or a word.
+        InvalidConfig: ``model.quantization`` cannot divide a layer's columns into groups.
+        InvalidModel: the GPTQ checkpoint cannot have these sizes, or a cut goes through a group or a word.
     """
     if linear is None:
         return
@@ -203,28 +205,28 @@ def check_linear_format(slices: Sequence[TensorSlice], linear: LinearFormat | No
 
 
 def loaded_bytes(slices: Sequence[TensorSlice], dtype: DType, linear: LinearFormat | None) -> int:
-    """Bytes of the slices once loaded: linear layers as ``linear`` says, all else as ``dtype``.
+    """Counts the bytes of the slices once loaded: linear layers in the format ``linear``, all else as ``dtype``.
 
     A tied head that is rounded counts beside the embedding.
     """
-    total = sum(slice_bytes(slice_, dtype, linear) for slice_ in slices)
+    total = sum(_slice_bytes(slice_, dtype, linear) for slice_ in slices)
     head = head_weight(slices)
     if linear is not None and linear.head_bits is not None and head is not None and head.name == EMBEDDING:
-        total += rounded_bytes(head, linear.head_bits, linear)
+        total += _rounded_bytes(head, linear.head_bits, linear)
     return total
 
 
-def slice_bytes(slice_: TensorSlice, dtype: DType, linear: LinearFormat | None) -> int:
-    """Bytes of one slice once loaded."""
+def _slice_bytes(slice_: TensorSlice, dtype: DType, linear: LinearFormat | None) -> int:
+    """Counts the bytes of one slice once loaded."""
     if linear is not None and is_layer_weight(slice_):
-        return rounded_bytes(slice_, linear.bits, linear)
+        return _rounded_bytes(slice_, linear.bits, linear)
     if linear is not None and linear.head_bits is not None and slice_.name == HEAD:
-        return rounded_bytes(slice_, linear.head_bits, linear)
+        return _rounded_bytes(slice_, linear.head_bits, linear)
     return slice_.num_elements * dtype.itemsize
 
 
-def rounded_bytes(slice_: TensorSlice, bits: Bits, linear: LinearFormat) -> int:
-    """Bytes of a weight's codes, scales and offsets, and of the order of its columns."""
+def _rounded_bytes(slice_: TensorSlice, bits: Bits, linear: LinearFormat) -> int:
+    """Counts the bytes of a weight's codes, scales and offsets, and of the order of its columns."""
     width = slice_.shape[1]
     num_groups = slice_.num_elements // (linear.group_size(width) or width)
     order = len(slice_.spans[1]) * _INDEX_BYTES if linear.gptq is not None and linear.gptq.ordered else 0
@@ -232,10 +234,10 @@ def rounded_bytes(slice_: TensorSlice, bits: Bits, linear: LinearFormat) -> int:
 
 
 def gptq_tensors(slice_: TensorSlice, linear: LinearFormat) -> GptqTensors:
-    """Where a GPTQ checkpoint has the weight of a linear layer.
+    """Finds the tensors of a GPTQ checkpoint that hold a slice of a linear layer's weight.
 
     Raises:
-        InvalidModel: the layer has no whole groups or words, or the slice is cut through one; the dim is named.
+        InvalidModel: the layer has no whole groups or words, or the slice cuts through one; the dim is named.
     """
     assert linear.gptq is not None, linear
     (num_rows, num_columns), (rows, columns) = slice_.shape, slice_.spans
@@ -266,7 +268,10 @@ def gptq_tensors(slice_: TensorSlice, linear: LinearFormat) -> GptqTensors:
 def checkpoint_tensors(
     slices: Sequence[TensorSlice], linear: LinearFormat | None
 ) -> Iterator[tuple[TensorSlice, tuple[str, ...]]]:
-    """What the checkpoint's files must have for the slices, each with the number types, as safetensors names them."""
+    """Yields the tensors that the checkpoint must have for the slices, each with the number types that it may have.
+
+    The number types are named as safetensors names them.
+    """
     for slice_ in slices:
         if linear is None or linear.gptq is None or not is_layer_weight(slice_):
             yield slice_, _FLOATS

@@ -1,38 +1,41 @@
-"""What is known before anything is decided: the model, the devices, the links between them."""
+"""Describes what is known before anything is decided: the model and the machines."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
+
+from placement.model.layers import Dense, Gqa, LayerSpec
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"]
 Activation = Literal["silu", "gelu_tanh"]
 
 
 class DType(Enum):
-    """The number type that weights, activations and KV are held in."""
+    """The number type of weights, activations and KV."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Returns the bytes of one element."""
         return 4 if self is DType.FLOAT32 else 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeSpec:
-    """Rotary position embedding (Su et al. 2021), and how its frequencies are stretched to longer contexts.
+    """A rotary position embedding (Su et al. 2021), and how its frequencies are stretched to longer contexts.
 
     Attributes:
-        theta: base of the geometric series of frequencies.
-        kind: ``default``: as they are; ``linear``: all divided by ``factor`` (Chen et al. 2023); ``llama3``: those
-            below ``low_freq_factor`` turns in the original context divided, those above ``high_freq_factor`` kept,
-            the rest interpolated (Llama 3.1); ``yarn``: likewise between ``beta_slow`` and ``beta_fast`` turns, but
-            interpolated over the index of the frequency (Peng et al. 2023).
-        original_max_tokens: context length the model was first trained with; used by ``llama3`` and ``yarn``.
+        theta: the base of the geometric series of frequencies.
+        kind: how the frequencies are stretched. ``default`` leaves them as they are. ``linear`` divides all of them by
+            ``factor`` (Chen et al. 2023). ``llama3`` divides those that make fewer than ``low_freq_factor`` turns in
+            the original context, keeps those that make more than ``high_freq_factor``, and interpolates between
+            (Llama 3.1). ``yarn`` does the same between ``beta_slow`` and ``beta_fast`` turns, but interpolates over the
+            index of the frequency (Peng et al. 2023).
+        original_max_tokens: the context length that the model was first trained with, for ``llama3`` and ``yarn``.
         truncate: whether ``yarn`` widens the interpolated range to whole indices.
-        attention_factor: factor of the rotated queries and of the rotated keys; of ``yarn``.
+        attention_factor: the factor by which ``yarn`` multiplies the rotated queries and the rotated keys.
     """
 
     theta: float = 10_000.0
@@ -55,18 +58,18 @@ class ModelSpec:
     ``num_heads // num_kv_heads`` query heads (grouped-query attention, Ainslie et al. 2023).
 
     Attributes:
-        architecture: the family's name. For people: what the layers do is said by the fields below.
-        local_rope: rope of the layers with a window, where it is not ``rope``.
-        windows: how many tokens up to and with itself a token attends to, for each layer; None: all. Empty: none
-            of the layers has a window.
-        attention_scale: factor of the attention scores; None: ``head_dim ** -0.5``.
-        qk_norm: each head's query and key are RMS-normed before they are rotated.
-        post_norms: what attention and feed-forward give is normed again before it is added to the residual.
-        unit_offset_norms: norms multiply by ``1 + weight``, in float32, where others multiply by ``weight``.
-        ladder: what an attention or feed-forward gives is added to the residual one of them later, so that its sum
-            over ranks has the time of the next to be done (Zhang et al. 2025, Ladder-residual).
-        embedding_scale: factor of the embedding's rows, rounded to their number type.
-        activation: of the gate; ``gelu_tanh`` is GELU by its tanh approximation.
+        architecture: the name of the family, for people; the fields below say what the layers do.
+        local_rope: the rotary embedding of the layers with a window, where it is not ``rope``.
+        windows: for each layer, the most tokens, up to and with itself, that a token attends to; None: all. The tuple
+            is empty where no layer has a window.
+        attention_scale: the factor of the attention scores; None: ``head_dim ** -0.5``.
+        qk_norm: whether each head's query and key are RMS-normed before they are rotated.
+        post_norms: whether the outputs of attention and feed-forward are normed before they are added to the residual.
+        unit_offset_norms: whether norms multiply by ``1 + weight``, in float32, and not by ``weight``.
+        ladder: whether the output of each attention or feed-forward is added to the residual one of them later, so that
+            its all-reduce can take as long as the next one computes (Zhang et al. 2025, Ladder-residual).
+        embedding_scale: the factor of the embedding's rows, rounded to their number type.
+        activation: the activation of the gate; ``gelu_tanh`` is GELU by its tanh approximation.
     """
 
     architecture: Architecture
@@ -97,26 +100,38 @@ class ModelSpec:
 
     @property
     def queries_per_kv_head(self) -> int:
-        """Query heads that share one KV head (G)."""
+        """Counts the query heads that share one KV head (G)."""
         return self.num_heads // self.num_kv_heads
 
     @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Describes each layer, first layer first."""
+        return tuple(
+            LayerSpec(
+                attention=Gqa(
+                    num_heads=self.num_heads,
+                    num_kv_heads=self.num_kv_heads,
+                    head_dim=self.head_dim,
+                    window=self.windows[layer] if self.windows else None,
+                ),
+                ffn=Dense(size=self.ffn_size),
+            )
+            for layer in range(self.num_layers)
+        )
+
+    @property
     def distinct_windows(self) -> tuple[int | None, ...]:
-        """Each window that some layer has, once; ``(None,)`` where none has one."""
+        """Lists each window that some layer has once; ``(None,)`` where no layer has one."""
         return tuple(dict.fromkeys(self.windows)) or (None,)
 
-    def window_of(self, layer: int) -> int | None:
-        """The window of a layer; None where it attends to all tokens."""
-        return self.windows[layer] if self.windows else None
-
     def rope_of(self, window: int | None) -> RopeSpec:
-        """The rotary embedding of the layers with that window."""
+        """Returns the rotary embedding of the layers with that window."""
         return self.rope if window is None or self.local_rope is None else self.local_rope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
-    """One thing that computes: the CPU of a node, or one of its GPUs."""
+    """A device that computes: the CPU of a node, or one of its GPUs."""
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
@@ -125,13 +140,13 @@ class DeviceSpec:
 
     @property
     def name(self) -> str:
-        """``cpu`` or ``cuda:<index>``."""
+        """Returns ``cpu`` or ``cuda:<index>``."""
         return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """One machine."""
+    """A machine and its devices."""
 
     name: str
     host: str
@@ -140,18 +155,7 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkSpec:
-    """The path from one node to another, as measured."""
-
-    source: str
-    target: str
-    latency_s: float
-    bandwidth_bytes_per_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """The machines there are."""
+    """The machines of a deployment."""
 
     nodes: tuple[NodeSpec, ...]
-    links: tuple[LinkSpec, ...] = field(default=())

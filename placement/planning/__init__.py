@@ -1,1 +1,1 @@
-"""Decides who holds what."""
+"""Decides which rank holds which part of a model."""

@@ -1,8 +1,8 @@
-"""Which layout to use where none is asked for: the first of a few simple ones that fits in memory.
+"""Chooses a layout where none is asked for: the first of a few simple ones that fits in memory.
 
-A replica on each device, or, of a model that is too large for that, one over all devices. How much each of them holds
-is by measured speed, as far as its memory goes; where nothing was measured by threads, and where that fails by memory.
-The planner, which weighs layouts against each other by measured speed, is to take its place.
+The simplest has a replica on each device. A model that is too large for that gets one replica over all devices, whose
+shares follow their measured speed as far as their memory goes. Where nothing was measured the shares follow the number
+of threads, and where that does not fit, the memory.
 """
 
 import math
@@ -24,10 +24,12 @@ SplitBy = Literal["speed", "threads", "memory"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was chosen.
+    """The chosen layouts, and the plan that was made of them.
 
     Attributes:
-        split_by: what the shares of devices are by; None: each device has a replica.
+        layouts: the layout of each replica.
+        plan: the plan of these layouts.
+        split_by: the quantity that the shares of devices follow; None: each device has a replica.
     """
 
     layouts: Layouts
@@ -43,18 +45,17 @@ def first_that_fits(
     unmeasured: Collection[tuple[str, str]] = (),
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Choice:
-    """A replica on each device, or, where the model is too large for that, one over all of them.
+    """Chooses a replica on each device, or, where the model is too large for that, one over all of them.
 
     Args:
-        plan: makes the plan of layouts; raises NotEnoughMemory where it does not fit.
-        draft: the same, whether it fits or not.
+        plan: a function that makes the plan of layouts, and raises NotEnoughMemory where it does not fit.
+        draft: a function that makes the plan whether it fits or not.
         unmeasured: (node, device) pairs whose memory is not known.
-        speeds: of all devices, in the order of nodes and devices; None: they were not measured.
+        speeds: the speeds of all devices, in the order of nodes and devices; None: they were not measured.
 
     Raises:
-        NotEnoughMemory: nothing fits: what was wrong with a replica on each device, or, where a smaller KV cache would
-            do for that alone, with the model cut over all.
-        HeterodyneError: what else ``plan`` raises for that.
+        NotEnoughMemory: nothing fits. The error says what fewer changes mend: see :func:`easier`.
+        HeterodyneError: ``plan`` raises it for a replica on each device.
     """
     simplest = one_each(cluster)
     try:
@@ -78,7 +79,11 @@ def first_that_fits(
 
 
 def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
-    """What to tell of a model that fits neither whole on each device nor cut over all: what fewer changes mend."""
+    """Chooses the error to report for a model that fits neither whole on each device nor cut over all of them.
+
+    It is the error about the whole model, unless a smaller KV cache would let the model fit when it is cut over all
+    devices.
+    """
     if whole.field != "model.path" or cut.field == "model.path":
         return whole
     problem = f"cut over all workers, of which none has room for the whole, {cut.problem}"
@@ -88,7 +93,10 @@ def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
 def shares(
     cluster: ClusterSpec, speeds: Sequence[DeviceSpeed] | None = None
 ) -> Iterator[tuple[SplitBy, tuple[float, ...]]]:
-    """Shares of all devices, of any scale, the best first, and what they are by. None where there is one device."""
+    """Yields shares of all devices, of any scale, the best first, with the quantity that they follow.
+
+    It yields nothing where there is one device.
+    """
     devices = [device for node in cluster.nodes for device in node.devices]
     if len(devices) == 1:
         return
@@ -102,19 +110,19 @@ def shares(
 
 
 def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
-    """One replica over all devices: those of a node share every layer, nodes share the layers."""
+    """Lays one replica over all devices: the devices of a node share every layer, and the nodes share the layers."""
     stages: list[StageLayout] = []
-    place = 0
+    first = 0
     for node in cluster.nodes:
-        places = range(place, place + len(node.devices))
-        its = tuple(weights[device] for device in places)
-        stages.append(StageLayout(devices=tuple(places), weights=its, speed=sum(its)))
-        place += len(places)
+        devices = tuple(range(first, first + len(node.devices)))
+        node_weights = tuple(weights[device] for device in devices)
+        stages.append(StageLayout(devices=devices, weights=node_weights, speed=sum(node_weights)))
+        first += len(devices)
     return (ReplicaLayout(stages=tuple(stages)),)
 
 
 def _fullness(shard: Shard, unmeasured: Collection[tuple[str, str]]) -> float:
-    """What a rank needs beside its process, over what its device has beside that; 0 where that is not known."""
+    """Divides what a rank needs by what its device has, without its process in both; 0 where that is not known."""
     device = shard.device
     if (shard.node, device.name) in unmeasured or not device.memory_bytes:
         return 0.0

@@ -1,4 +1,4 @@
-"""Whether ranks fit where they are put: each in its device, and those on CPUs together in their node."""
+"""Checks that ranks fit where they are placed: each in its device, and those on CPUs together in their node."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,15 @@ from placement.planning.memory import Footprint, format_bytes, size_setting
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A rank on its device, and what it takes there.
+    """A rank on its device, and the memory that it takes there.
 
     Attributes:
-        num_blocks: KV blocks it sets aside.
-        smallest_kv_bytes: the KV bytes that would do.
-        setting_bytes: KV bytes of the rank of its replica that has most: what ``serving.kv_cache`` comes to.
+        node, device: the machine and its device that the rank is placed on.
+        part: the part of the model that it holds.
+        num_blocks: KV blocks that it allocates.
+        need: the bytes that it needs.
+        smallest_kv_bytes: the fewest KV bytes that would be enough.
+        setting_bytes: the KV bytes of the rank of its replica that has most, which ``serving.kv_cache`` sets.
     """
 
     node: NodeSpec
@@ -29,14 +32,14 @@ class Placed:
 
 
 def check_memory(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> None:
-    """Whether all ranks fit.
+    """Checks that all ranks fit.
 
     Args:
         unmeasured: (node, device) pairs whose memory is not known.
 
     Raises:
-        NotEnoughMemory: of ``serving.kv_cache`` where smaller KV caches would fit, else of ``model.path``; it names
-            what would.
+        NotEnoughMemory: its field is ``serving.kv_cache`` where smaller KV caches would fit, else ``model.path``. It
+            names what would fit.
     """
     known = [rank for rank in ranks if (rank.node.name, rank.device.name) not in unmeasured]
     for rank in known:
@@ -44,8 +47,8 @@ def check_memory(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]
         _check_fits([rank], rank.device.memory_bytes, where)
     on_cpu = [rank for rank in known if rank.device.kind == "cpu"]
     for node in {rank.node.name: rank.node for rank in on_cpu}.values():
-        there = [rank for rank in on_cpu if rank.node.name == node.name]
-        _check_fits(there, node.memory_bytes, f"node {node.name}")
+        neighbours = [rank for rank in on_cpu if rank.node.name == node.name]
+        _check_fits(neighbours, node.memory_bytes, f"node {node.name}")
 
 
 def _check_fits(ranks: Sequence[Placed], memory_bytes: int, where: str) -> None:
@@ -55,7 +58,7 @@ def _check_fits(ranks: Sequence[Placed], memory_bytes: int, where: str) -> None:
         return
     problem = f"{_needed(needs, total)}, and {where} has {format_bytes(memory_bytes)}"
     kv_bytes = sum(need.kv_bytes for need in needs)
-    # What there is room for; all KV caches are scaled by the one setting.
+    # The room that is left for KV. One setting scales all KV caches.
     kv_room = memory_bytes - (total - kv_bytes)
     if kv_room > 0 and all(kv_room * rank.need.kv_bytes >= kv_bytes * rank.smallest_kv_bytes for rank in ranks):
         enough = min(rank.setting_bytes * kv_room // kv_bytes for rank in ranks if rank.need.kv_bytes)

@@ -1,4 +1,4 @@
-"""Which devices make up which replica, and what each of them is to hold. Owns the refusal of what cannot be cut so."""
+"""Decides what each device of a replica holds, given the replica's layout. Owns the refusal of what cannot be cut."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ class StageLayout:
     """A stage as it is asked for.
 
     Attributes:
-        devices: places of its devices among those of the cluster, in the order of nodes and devices.
-        weights: the share of each, as numbers of any scale; 0 for none.
-        split: what they are shares of: of every layer's heads and columns, or of every sequence's tokens.
-        num_layers: None: dealt out among the stages that say nothing, by ``speed``.
-        speed: of the stage as a whole, on the scale of the others.
+        devices: the places of its devices among those of the cluster, in the order of nodes and devices.
+        weights: the share of each device, on any scale; a share of 0 is nothing.
+        split: what the devices share: every layer's heads and columns, or every sequence's tokens.
+        num_layers: the number of layers; None: the stages that do not say share the rest by ``speed``.
+        speed: the speed of the whole stage, on the scale of the other stages.
     """
 
     devices: tuple[int, ...]
@@ -45,12 +45,12 @@ class ReplicaLayout:
 
     @property
     def devices(self) -> tuple[int, ...]:
-        """Those of all stages, in the order of ranks."""
+        """Lists the devices of all stages in the order of ranks."""
         return tuple(device for stage in self.stages for device in stage.devices)
 
 
 def one_each(cluster: ClusterSpec) -> tuple[ReplicaLayout, ...]:
-    """Every device of the cluster a replica of its own."""
+    """Lays a replica on every device of the cluster."""
     num_devices = sum(len(node.devices) for node in cluster.nodes)
     return tuple(
         ReplicaLayout(stages=(StageLayout(devices=(device,), weights=(1.0,)),)) for device in range(num_devices)
@@ -65,15 +65,16 @@ def cut(
     block_size: int = 1,
     field: str,
 ) -> tuple[tuple[Part, ...], ...]:
-    """What every rank of every stage holds.
+    """Cuts the model: it returns the part of every rank of every stage.
 
     Args:
-        linear: how the weights of linear layers are held.
+        linear: the format of linear layers.
         block_size: slots of a KV block, which ranks share where they share sequences.
-        field: where the layout is in the configuration.
+        field: the name of the layout in the configuration, for errors.
 
     Raises:
-        InvalidConfig: the layers are not as many as the model's, or a dim cannot be dealt out so; it is named.
+        InvalidConfig: the layers of the stages are not as many as the model's, or a dim, which is named, cannot be
+            dealt out in these shares.
     """
     layers = _cut_layers(model, layout.stages, field)
     if model.ladder and len(layout.stages) > 1:
@@ -85,36 +86,37 @@ def cut(
             fix = "Use one stage, or tensor_split."
             raise _refusal(f"{field}.stages[{index}].sequence_split", list(stage.weights), problem, fix)
     return tuple(
-        _cut_sequences(model, stage, its_layers, linear, block_size, field=f"{field}.stages[{index}]")
+        _cut_sequences(model, stage, stage_layers, linear, block_size, field=f"{field}.stages[{index}]")
         if stage.split == "sequence"
-        else _cut_stage(model, stage, its_layers, linear, field=f"{field}.stages[{index}]")
-        for index, (stage, its_layers) in enumerate(zip(layout.stages, layers, strict=True))
+        else _cut_stage(model, stage, stage_layers, linear, field=f"{field}.stages[{index}]")
+        for index, (stage, stage_layers) in enumerate(zip(layout.stages, layers, strict=True))
     )
 
 
 def _cut_layers(model: ModelSpec, stages: Sequence[StageLayout], field: str) -> tuple[Span, ...]:
+    """Deals the layers out to the stages."""
     if len(stages) > model.num_layers:
         problem = f"are more than the model's {model.num_layers} layers"
         raise _refusal(f"{field}.stages", len(stages), problem, "Use fewer stages.")
-    said = [stage.num_layers or 0 for stage in stages]
+    counts = [stage.num_layers or 0 for stage in stages]
     free = [index for index, stage in enumerate(stages) if stage.num_layers is None]
-    left = model.num_layers - sum(said) - len(free)
+    left = model.num_layers - sum(counts) - len(free)
     if left < 0 or (left and not free):
         problem = f"do not add up to the model's {model.num_layers} layers"
         if free:
             problem += f", with at least one for each of {len(free)} stages that do not say"
         fix = f"Make layers add up to {model.num_layers}, or leave them out."
-        raise _refusal(f"{field}.stages: layers", sum(said), problem, fix)
+        raise _refusal(f"{field}.stages: layers", sum(counts), problem, fix)
     if free:
         # The first stage computes the output head too, as if it had some layers more.
         before = [1.0 + (_head_layers(model) if index == 0 else 0.0) for index in free]
         for index, count in zip(free, deal(left, [stages[i].speed for i in free], before), strict=True):
-            said[index] = 1 + count
-    return spans(Dimension(name="layers", size=model.num_layers), said)
+            counts[index] = 1 + count
+    return spans(Dimension(name="layers", size=model.num_layers), counts)
 
 
 def _head_layers(model: ModelSpec) -> float:
-    """The work of the output head, in layers: parameters read by each token's step."""
+    """Returns the output head's cost in layers: the ratio of the parameters that a step reads of both."""
     whole = Part.whole(model)
     slices = shard_tensors(model, whole)
     ends = (EMBEDDING, FINAL_NORM, HEAD)
@@ -125,6 +127,7 @@ def _head_layers(model: ModelSpec) -> float:
 def _cut_stage(
     model: ModelSpec, stage: StageLayout, layers: Span, linear: LinearFormat | None, *, field: str
 ) -> tuple[Part, ...]:
+    """Gives each rank of a stage its share of every layer's KV heads and columns, and of the vocabulary."""
     num_ranks = len(stage.devices)
     assert num_ranks == len(stage.weights) > 0, stage
     if not any(stage.weights):
@@ -160,7 +163,7 @@ def _cut_sequences(
     *,
     field: str,
 ) -> tuple[Part, ...]:
-    """Each rank has its layers whole, its share of every KV block, and of the output head."""
+    """Gives each rank of a stage its layers whole, and its share of every KV block and of the output head."""
     field = f"{field}.sequence_split"
     if not any(stage.weights):
         raise _refusal(field, list(stage.weights), "gives nobody anything", "Give at least one rank a share.")

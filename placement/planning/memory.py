@@ -1,35 +1,38 @@
-"""How many bytes things take: KV blocks, the workspace of a step, a whole rank. Owns the words for a size.
+"""Reckons how many bytes KV blocks, the workspace of a step, and a whole rank take. Owns how sizes are written.
 
-Shapes: T token budget, S most sequences, E hidden size, F feed-forward size, H query heads, K KV heads,
-D head dimension, V vocabulary; F, H and K those of the rank's part.
+    E  hidden size            H  query heads, K  KV heads
+    F  feed-forward size      D  head dimension
+    V  vocabulary
+
+F, H and K are those of the rank's part.
 """
 
 import math
 from dataclasses import dataclass
 
-from placement.model.part import Part
+from placement.model.part import Part, kept_states
 from placement.model.quantization import LinearFormat, loaded_bytes
 from placement.model.specs import DType, ModelSpec
 from placement.model.striping import WHOLE_TOKENS, Stripe
 from placement.model.weights import shard_tensors
 
 CPU_PROCESS_BYTES = 384 * 2**20
-"""A worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
+"""The memory of a worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
 SCORED_ROWS = 32
-"""Positions of a prompt that are scored at once."""
+"""The positions of a prompt that are scored at once."""
 SAMPLED_ON_CPU, SAMPLED_ON_GPU = 1 << 19, 1 << 23
-"""Logits that sampling looks at together: what it makes of them stays in a CPU's caches, or keeps a GPU busy."""
+"""The logits that sampling works on at once, so that its data stay in a CPU's caches, or keep a GPU busy."""
 MOST_GRAPHED = 256
-"""Decodes of the largest CUDA graph."""
+"""The decodes of the largest CUDA graph."""
 WIDENED_BYTES = 128 * 2**20
-"""Of a rounded weight's part that a GPU widens at once (kernels.linear)."""
+"""The bytes of a rounded weight that a GPU widens at once (kernels.linear)."""
 CUDA_PROCESS_BYTES = 640 * 2**20
-"""What a CUDA context, its libraries and the caching allocator's slack take of a GPU."""
+"""The memory that a CUDA context, its libraries and the caching allocator's slack take of a GPU."""
 
 _SAMPLING_CHUNK, _SORTED = 256, 1024
 _GRAPHED_TOKENS = 1 << 21
 _PART = 256
-# Of graphs: cuBLAS's workspace for their stream (32 MiB), the driver's copies of their nodes, the pool's rounding.
+# For graphs: cuBLAS's workspace for their stream (32 MiB), the driver's copies of their nodes, the pool's rounding.
 _GRAPH_SLACK_BYTES = 128 * 2**20
 
 
@@ -44,7 +47,7 @@ class Footprint:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Adds all of it up."""
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes + self.process_bytes
 
     def __str__(self) -> str:
@@ -70,17 +73,14 @@ def footprint(
     num_ranks: int = 1,
     leads: bool = True,
 ) -> Footprint:
-    """What a rank needs.
+    """Reckons the bytes that a rank needs.
 
     Args:
-        kv_bytes: of its KV blocks.
-        linear: how the weights of its linear layers are held.
-        num_ranks: of its stage.
-        leads: it is the leader, which samples.
+        kv_bytes: bytes of its KV blocks.
+        linear: the format of its linear layers.
+        num_ranks: the number of ranks of its stage.
+        leads: whether it is the leader, which samples.
     """
-    slices = shard_tensors(model, part)
-    has_plain_head = linear is None or linear.head_bits is None
-    head_bytes = packed_head_bytes(model, part, dtype) if on_cpu and has_plain_head else 0
     workspace = workspace_bytes(
         model,
         part,
@@ -96,15 +96,22 @@ def footprint(
         workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs) if part == Part.whole(model) else 0
         workspace += 0 if linear is None else 2 * WIDENED_BYTES  # of a step, and in the graphs
     return Footprint(
-        weight_bytes=loaded_bytes(slices, dtype, linear) + head_bytes,
+        weight_bytes=_weight_bytes(model, part, dtype, linear, on_cpu=on_cpu),
         kv_bytes=kv_bytes,
         workspace_bytes=workspace,
         process_bytes=CPU_PROCESS_BYTES if on_cpu else CUDA_PROCESS_BYTES,
     )
 
 
-def packed_head_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
-    """What a tied head takes beside the embedding: packed for the product, it is no longer a table of rows.
+def _weight_bytes(model: ModelSpec, part: Part, dtype: DType, linear: LinearFormat | None, *, on_cpu: bool) -> int:
+    """Counts the bytes of a rank's weights as they are held on its device."""
+    has_plain_head = linear is None or linear.head_bits is None
+    head_bytes = _packed_head_bytes(model, part, dtype) if on_cpu and has_plain_head else 0
+    return loaded_bytes(shard_tensors(model, part), dtype, linear) + head_bytes
+
+
+def _packed_head_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
+    """Counts what a tied head takes beside the embedding: packed for the product, it is no longer a table of rows.
 
     Only bfloat16 is packed (kernels.linear).
     """
@@ -114,18 +121,19 @@ def packed_head_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
 
 
 def kv_bytes_per_block(model: ModelSpec, part: Part, *, dtype: DType, block_size: int) -> int:
-    """Bytes of one block on a rank: keys and values, [layers, slots of the block, KV heads, D] each."""
+    """Counts the bytes of one block on a rank: what its layers keep of each of the block's slots that it holds."""
     num_slots = block_size if part.stripe is None else part.stripe.width
-    return 2 * len(part.layers) * num_slots * len(part.kv_heads) * model.head_dim * dtype.itemsize
+    states = kept_states(model, part.layers, part.kv_heads)
+    return num_slots * dtype.itemsize * sum(state.elements_per_token for state in states)
 
 
 def num_blocks_for(kv_cache_bytes: int, *, bytes_per_block: int) -> int:
-    """Whole blocks that fit in ``kv_cache_bytes``."""
+    """Counts the whole blocks that fit in ``kv_cache_bytes``."""
     return kv_cache_bytes // bytes_per_block
 
 
 def num_blocks_of(num_tokens: int, *, block_size: int) -> int:
-    """Blocks that a sequence of ``num_tokens`` takes."""
+    """Counts the blocks that a sequence of ``num_tokens`` takes."""
     return -(-num_tokens // block_size)
 
 
@@ -140,13 +148,17 @@ def workspace_bytes(
     num_ranks: int = 1,
     leads: bool = True,
 ) -> int:
-    """An upper estimate of what one step allocates at once, but for attention's partial results.
+    """Estimates the most bytes that one step allocates at once, without attention's partial results.
 
-    Per token of the budget see :func:`_token_bytes`; and what other ranks send of it (E each), with a float32 sum of
-    three or more. With a stripe, of the budget only :func:`most_own_tokens`, and what :func:`exchange_bytes` says.
-    Per sequence a row of logits in ``dtype``, as for the rows of a prompt that are scored at once: those of the rank's
-    part, but at the leader of a cut vocabulary all of them, once as they come and once side by side. At the leader also
-    what sampling makes of those rows that it looks at together.
+    It adds up:
+
+    - for every token of the budget, :func:`_token_bytes`, and what each other rank sends of it (E), with a float32 sum
+      where there are three ranks or more. A rank with a stripe computes :func:`most_own_tokens` of the budget instead,
+      and exchanges :func:`exchange_bytes`;
+    - for every sequence, or for the rows of a prompt that are scored at once, a row of logits in ``dtype``. A rank has
+      the columns of its part; the leader of a cut vocabulary has all of them, once as they arrive and once side by
+      side;
+    - at the leader, :func:`sampling_bytes`.
     """
     rows = max(max_num_seqs, SCORED_ROWS)
     is_cut = len(part.vocab_rows) < model.vocab_size
@@ -164,8 +176,10 @@ def workspace_bytes(
 
 
 def most_own_tokens(stripe: Stripe, *, max_num_seqs: int, token_budget: int) -> int:
-    """Tokens of a step that a rank with a stripe computes, at most: its share, and of every sequence's ends as many as
-    it has slots of a block; or all of chunks that all ranks compute.
+    """Counts the most tokens of a step that a rank with a stripe computes.
+
+    They are its share of the budget, and for the ends of every sequence up to as many as it has slots of a block, or
+    the whole of a chunk that all ranks compute.
     """
     most_ends = max_num_seqs * max(WHOLE_TOKENS, stripe.width)
     return min(token_budget, math.ceil(stripe.share * token_budget) + most_ends)
@@ -174,11 +188,11 @@ def most_own_tokens(stripe: Stripe, *, max_num_seqs: int, token_budget: int) -> 
 def exchange_bytes(
     model: ModelSpec, stripe: Stripe, dtype: DType, *, num_ranks: int, num_own: int, token_budget: int
 ) -> int:
-    """What ranks that attend to sequences together give each other in a layer.
+    """Counts the bytes that a rank that shares sequences allocates for the exchange of a layer.
 
-    Where queries move, those of all other ranks and what this one answers them with; where KV moves, no more is let
-    move at once than that (:func:`most_kv_tokens`). What a rank gives itself is copied: the KV twice. And what each
-    rank's KV gives for its own ``num_own`` queries, with the float32 merge of it.
+    Where queries move, they are those of all other ranks, and this rank's answers. Where KV moves, it takes no more
+    than that, since :func:`most_kv_tokens` limits it. A rank's part for itself is copied; its KV is copied twice. The
+    answers of every rank to its own ``num_own`` queries come on top, with the float32 buffers that merge them.
     """
     width = model.num_heads * model.head_dim
     moved = token_budget * 2 * width * dtype.itemsize
@@ -187,16 +201,22 @@ def exchange_bytes(
 
 
 def most_kv_tokens(model: ModelSpec, token_budget: int) -> int:
-    """Tokens whose KV ranks may give each other in one layer: as many as take what the budget's queries, and what they
-    are answered with, do.
+    """Counts the tokens whose KV ranks may exchange in one layer.
+
+    That KV takes as many bytes as the queries of the budget and their answers.
     """
     return token_budget * model.queries_per_kv_head
 
 
 def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
-    """Per token of a step: embedding, residual, its normed copy, block output and result (5E), queries, keys and
-    values ((H + 2K) D), turned queries and attention output (2HD), gate, up and what they give (3F), and the input of
-    a product in tiles (E or F), in ``dtype``; of a ladder one more block output (E).
+    """Counts the bytes of a step for each token, all in ``dtype``:
+
+    5 E         embedding, residual, its normed copy, output of an attention or feed-forward, result
+    E           one more such output, in a ladder-residual model
+    (H + 2K) D  queries, keys and values
+    2 H D       rotated queries, and output of attention
+    3 F         gate, up, and their product
+    max(E, F)   input of a product, in tiles
     """
     num_kv_heads, ffn_size = len(part.kv_heads), len(part.ffn_columns)
     attention = (3 * model.queries_per_kv_head + 2) * num_kv_heads * model.head_dim
@@ -205,11 +225,11 @@ def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
 
 
 def sampling_bytes(num_rows: int, vocab_size: int, *, on_cpu: bool) -> int:
-    """The most that sampling, or log-probabilities, of ``num_rows`` rows of logits allocates beside them.
+    """Counts the most bytes that sampling ``num_rows`` rows of logits, or their log-probabilities, takes beside them.
 
-    Per logit at most 14 numbers of 4 bytes: where top-k and top-p are searched for in all tokens, a float32 copy and
-    its weights, both again for the rows that need it, the search's flags, and sums in float64. Per row as much again
-    for the first tokens in order, and 16 bytes more, where those are sorted. See workers.sampling.draw.
+    A logit takes at most 14 numbers of 4 bytes, where top-k and top-p are searched for in all tokens: a float32 copy
+    and its weights, both again for the rows that need the search, its flags, and sums in float64. The first tokens of
+    each row that are sorted take as much again, and 16 bytes more each. See workers.sampling.draw.
     """
     padded = -(-vocab_size // _SAMPLING_CHUNK) * _SAMPLING_CHUNK
     at_once = max(1, (SAMPLED_ON_CPU if on_cpu else SAMPLED_ON_GPU) // vocab_size)
@@ -217,21 +237,26 @@ def sampling_bytes(num_rows: int, vocab_size: int, *, on_cpu: bool) -> int:
 
 
 def graphed_tokens(max_num_seqs: int, max_context_tokens: int) -> int:
-    """Tokens that the sequences of a step may have together, shared ones counted for each, for a CUDA graph to run it.
+    """Counts the most tokens that the sequences of a step may have together for a CUDA graph to run it.
 
-    Reading the KV of more takes a GPU longer than launching the kernels one by one takes its host.
+    A token that sequences share counts for each of them. Where there are more, reading their KV takes the GPU longer
+    than its host takes to launch the kernels one by one, so a graph gains nothing.
     """
     return min(min(max_num_seqs, MOST_GRAPHED) * max_context_tokens, _GRAPHED_TOKENS)
 
 
 def graph_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int) -> int:
-    """What CUDA graphs of up to ``max_num_seqs`` decodes, or MOST_GRAPHED, hold on to from warm-up on.
+    """Counts the bytes that CUDA graphs of up to ``max_num_seqs`` decodes, or MOST_GRAPHED, hold from warm-up on.
 
-    The graphs share a pool, so that of the largest counts: per decode what a token of any step takes, and its logits
-    twice, as they are computed and as they are kept. The steps' tables, for each window: 4 bytes a token, 32 for each
-    part of a decode and half as much where parts are shared, 48 a decode, and 24 a decode for all windows. Partial
-    results, H (D + 1) float32 for each part, in the pool and again for steps that no graph takes. See
-    kernels.cuda.plan.
+    The graphs share a pool of memory, so the largest of them counts. They hold:
+
+    - for every decode, what a token of any step takes, and its logits twice: as they are computed, and as they are
+      kept;
+    - for each window, the tables of the attention plan: 4 bytes a token, 32 for each part of a decode and half as much
+      where parts are shared, and 48 a decode; and 24 bytes a decode for all windows together;
+    - partial results of attention, H (D + 1) float32 for each part, in the pool and again for steps without a graph.
+
+    See kernels.cuda.plan.
     """
     decodes = min(max_num_seqs, MOST_GRAPHED)
     tokens = graphed_tokens(max_num_seqs, model.max_context_tokens)
@@ -243,7 +268,7 @@ def graph_bytes(model: ModelSpec, *, dtype: DType, max_num_seqs: int) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """For people: ``512 B``, ``1.5 KiB``, ``256 MiB``, ``2.25 GiB``. Three digits are kept."""
+    """Writes a size for people with three digits: ``512 B``, ``1.5 KiB``, ``256 MiB``, ``2.25 GiB``."""
     if size < 1024:
         return f"{size} B"
     value = float(size)
@@ -255,6 +280,6 @@ def format_bytes(size: int) -> str:
 
 
 def size_setting(size: int, *, round_up: bool) -> str:
-    """A size as it is written in the cluster YAML, at most (or, rounded up, at least) ``size``."""
+    """Writes a size as the cluster YAML does. It is at most ``size`` or, rounded up, at least that."""
     unit, name = (2**20, "MiB") if size >= 2**20 else (2**10, "KiB")
     return f"{-(-size // unit) if round_up else size // unit}{name}"

@@ -1,4 +1,4 @@
-"""The plan: who holds what. A plan holds replicas, a replica stages, a stage shards, one shard a rank."""
+"""Describes who holds what: a plan has replicas, a replica has stages, and a stage has shards, one for each rank."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,14 @@ class Shard:
     """What one rank holds, and where the rank runs.
 
     Attributes:
-        rank: number within the replica, leader 0.
-        node: name of the node it runs on.
-        part: of the model.
-        num_blocks: KV blocks it sets aside.
+        rank: the number of the rank within its replica; the leader is 0.
+        node: the name of the node that it runs on.
+        device: the device that it computes on.
+        part: the part of the model that it holds.
+        num_blocks: KV blocks that it allocates.
         weight_bytes: bytes of its weights, as loaded.
         kv_bytes: bytes of its KV blocks.
-        workspace_bytes: the most that a step of it allocates.
+        workspace_bytes: the most bytes that a step allocates.
     """
 
     rank: int
@@ -47,23 +48,23 @@ class Replica:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """All shards, in rank order."""
+        """Lists all shards in the order of ranks."""
         return tuple(shard for stage in self.stages for shard in stage.shards)
 
     @property
     def leader(self) -> Shard:
-        """The shard of rank 0."""
+        """Returns the shard of rank 0. Routing between prefill and decode replicas needs it; today only tests ask."""
         return self.shards[0]
 
     @property
     def num_blocks(self) -> int:
-        """KV blocks a sequence can use: the fewest that any rank holds."""
+        """Counts the KV blocks that sequences can use: the fewest that any rank holds."""
         return min(shard.num_blocks for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Who holds what."""
+    """All replicas of a deployment, and the model that they serve."""
 
     model: ModelSpec
     dtype: DType

@@ -1,17 +1,18 @@
-"""Where weights go. Owns the plan, and the proof that it fits in memory."""
+"""Plans where weights go, and proves that they fit in memory."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from placement.errors import InvalidConfig, NotEnoughMemory
-from placement.model.part import Part, Span
+from placement.model.part import Part
 from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.model.weights import shard_tensors
 from placement.planning.fitting import Placed, check_memory
 from placement.planning.layout import ReplicaLayout, cut, one_each
 from placement.planning.memory import (
+    Footprint,
     footprint,
     format_bytes,
     kv_bytes_per_block,
@@ -28,7 +29,7 @@ _Parts = tuple[tuple[Part, ...], ...]  # of a replica, by stage and rank
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """What all ranks are sized by: see :func:`plan_replicas`."""
+    """The settings that decide how large every rank is: see :func:`plan_replicas`."""
 
     model: ModelSpec
     dtype: DType
@@ -39,16 +40,31 @@ class _Sizes:
     linear: LinearFormat | None
 
     def block_bytes(self, part: Part) -> int:
-        """Of one KV block on a rank."""
+        """Counts the bytes of one KV block on a rank."""
         return kv_bytes_per_block(self.model, part, dtype=self.dtype, block_size=self.block_size)
 
     def num_blocks(self, parts: _Parts) -> int:
-        """KV blocks of a replica: as many as the rank with the largest ones has room for."""
+        """Counts the KV blocks of a replica: as many as the rank with the largest ones has room for."""
         return num_blocks_for(self.kv_cache_bytes, bytes_per_block=self.largest_block_bytes(parts))
 
     def largest_block_bytes(self, parts: _Parts) -> int:
-        """Of the rank that a block takes most of."""
+        """Returns the bytes of a block on the rank where it takes most."""
         return max(self.block_bytes(part) for stage in parts for part in stage)
+
+    def footprint(self, part: Part, *, num_blocks: int, on_cpu: bool, num_ranks: int, leads: bool) -> Footprint:
+        """Reckons what a rank needs, one of the ``num_ranks`` of its stage."""
+        return footprint(
+            self.model,
+            part,
+            dtype=self.dtype,
+            kv_bytes=num_blocks * self.block_bytes(part),
+            max_num_seqs=self.max_num_seqs,
+            token_budget=self.token_budget,
+            on_cpu=on_cpu,
+            linear=self.linear,
+            num_ranks=num_ranks,
+            leads=leads,
+        )
 
 
 def plan_replicas(
@@ -65,24 +81,25 @@ def plan_replicas(
     linear: LinearFormat | None = None,
     layouts: Sequence[ReplicaLayout] | None = None,
 ) -> Plan:
-    """The replicas ``replica-0`` onwards, as ``layouts`` say; None: one on each device, in the order of nodes and
-    devices.
+    """Plans the replicas ``replica-0`` onwards.
 
-    ``plan.model.max_context_tokens`` is the context that is served: ``max_context_tokens`` where it is given.
-    Where it is None, the model's own, or what the KV blocks hold where that is less: a small cache then
-    serves shorter requests instead of none, as long as it holds one block.
+    ``plan.model.max_context_tokens`` is the context that is served: ``max_context_tokens`` where it is given. Where it
+    is None, the context is the model's own, or what the KV blocks hold where that is less. So a small cache serves
+    shorter requests instead of none, as long as it holds one block.
 
     Args:
-        kv_cache_bytes: the most memory for KV blocks on a rank; whole blocks of it are used. The ranks of a replica
-            have as many blocks each, and those with fewer layers or KV heads take less memory for them.
-        unmeasured: (node, device) pairs whose memory is not known yet, and so is not checked here: the worker
-            checks when it loads.
-        linear: how the weights of linear layers are held; None: as all else, in ``dtype``.
+        kv_cache_bytes: the most memory for KV blocks on a rank; whole blocks of it are used. All ranks of a replica
+            have the same number of blocks, which take less memory on those with fewer layers or KV heads.
+        unmeasured: (node, device) pairs whose memory is not known yet. It is not checked here: the worker checks it
+            when it loads.
+        linear: the format of linear layers; None: they are held in ``dtype``, as all else.
+        layouts: the devices of each replica and their shares; None: each device has a replica, in the order of nodes
+            and devices.
 
     Raises:
         InvalidConfig: ``max_context_tokens`` is more than the model knows, its layers cannot be rounded, or it cannot
             be cut as a layout says.
-        InvalidModel: the sizes of a GPTQ checkpoint contradict each other, or it cannot be cut so.
+        InvalidModel: the sizes of a GPTQ checkpoint contradict each other, or it cannot be cut as a layout says.
         NotEnoughMemory: the KV blocks hold too little, a rank does not fit in its device, or the ranks of a
             node together do not fit in the node.
     """
@@ -95,27 +112,36 @@ def plan_replicas(
         token_budget=token_budget,
         linear=linear,
     )
-    check_linear_format(shard_tensors(model, Part.whole(model)), linear)
     asked = one_each(cluster) if layouts is None else layouts
-    devices = [(node, device) for node in cluster.nodes for device in node.devices]
-    parts = [
-        cut(model, layout, linear, block_size=block_size, field=f"{LAYOUTS_FIELD}[{i}]")
-        for i, layout in enumerate(asked)
-    ]
-    for its_parts in parts:
-        for part in (part for stage in its_parts for part in stage):
-            check_linear_format(shard_tensors(model, part), linear)
+    parts = _cut_all(sizes, asked)
     context = _context(sizes, parts, max_context_tokens)
     smallest = num_blocks_of(context if max_context_tokens else 1, block_size=block_size)
-    placed = [_place(sizes, layout, its, devices, smallest) for layout, its in zip(asked, parts, strict=True)]
+    devices = [(node, device) for node in cluster.nodes for device in node.devices]
+    placed = [
+        _place(sizes, layout, replica_parts, devices, smallest)
+        for layout, replica_parts in zip(asked, parts, strict=True)
+    ]
     check_memory([rank for replica in placed for stage in replica for rank in stage], unmeasured)
     replicas = tuple(_replica(index, stages) for index, stages in enumerate(placed))
     served = dataclasses.replace(model, max_context_tokens=context)
     return Plan(model=served, dtype=dtype, block_size=block_size, replicas=replicas)
 
 
+def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
+    """Cuts the model for every replica, and checks that the parts can be held in the format of linear layers."""
+    model, linear = sizes.model, sizes.linear
+    check_linear_format(shard_tensors(model, Part.whole(model)), linear)
+    parts = [
+        cut(model, layout, linear, block_size=sizes.block_size, field=f"{LAYOUTS_FIELD}[{index}]")
+        for index, layout in enumerate(layouts)
+    ]
+    for part in (part for replica_parts in parts for stage in replica_parts for part in stage):
+        check_linear_format(shard_tensors(model, part), linear)
+    return parts
+
+
 def _context(sizes: _Sizes, parts: Sequence[_Parts], asked: int | None) -> int:
-    """The context that every replica serves."""
+    """Returns the context that every replica can serve."""
     model, block_size = sizes.model, sizes.block_size
     if asked is not None and asked > model.max_context_tokens:
         raise InvalidConfig(
@@ -124,7 +150,7 @@ def _context(sizes: _Sizes, parts: Sequence[_Parts], asked: int | None) -> int:
             problem=f"is more than the {model.max_context_tokens} tokens that the model was made for",
             fix=f"Set it to {model.max_context_tokens} or less.",
         )
-    block_bytes = max(sizes.largest_block_bytes(its) for its in parts)
+    block_bytes = max(sizes.largest_block_bytes(replica_parts) for replica_parts in parts)
     num_tokens = num_blocks_for(sizes.kv_cache_bytes, bytes_per_block=block_bytes) * block_size
     wanted = asked or min(model.max_context_tokens, max(num_tokens, 1))
     if num_tokens >= wanted:
@@ -149,40 +175,30 @@ def _place(
     devices: Sequence[tuple[NodeSpec, DeviceSpec]],
     smallest_blocks: int,
 ) -> list[list[Placed]]:
-    """The ranks of a replica on their devices, by stage."""
+    """Puts the ranks of a replica on their devices, by stage."""
     num_blocks = sizes.num_blocks(parts)
+    setting_bytes = num_blocks * sizes.largest_block_bytes(parts)
 
-    def rank(device: int, part: Part, num_ranks: int, leads: bool) -> Placed:
+    def place(device: int, part: Part, *, num_ranks: int, leads: bool) -> Placed:
         node, spec = devices[device]
-        need = footprint(
-            sizes.model,
-            part,
-            dtype=sizes.dtype,
-            kv_bytes=num_blocks * sizes.block_bytes(part),
-            max_num_seqs=sizes.max_num_seqs,
-            token_budget=sizes.token_budget,
-            on_cpu=spec.kind == "cpu",
-            linear=sizes.linear,
-            num_ranks=num_ranks,
-            leads=leads,
-        )
-        smallest = smallest_blocks * sizes.block_bytes(part)
         return Placed(
             node=node,
             device=spec,
             part=part,
             num_blocks=num_blocks,
-            need=need,
-            smallest_kv_bytes=smallest,
-            setting_bytes=num_blocks * sizes.largest_block_bytes(parts),
+            need=sizes.footprint(
+                part, num_blocks=num_blocks, on_cpu=spec.kind == "cpu", num_ranks=num_ranks, leads=leads
+            ),
+            smallest_kv_bytes=smallest_blocks * sizes.block_bytes(part),
+            setting_bytes=setting_bytes,
         )
 
     return [
         [
-            rank(device, part, len(its_parts), leads=stage_index == at == 0)
-            for at, (device, part) in enumerate(zip(stage.devices, its_parts, strict=True))
+            place(device, part, num_ranks=len(stage_parts), leads=stage_index == index == 0)
+            for index, (device, part) in enumerate(zip(stage.devices, stage_parts, strict=True))
         ]
-        for stage_index, (stage, its_parts) in enumerate(zip(layout.stages, parts, strict=True))
+        for stage_index, (stage, stage_parts) in enumerate(zip(layout.stages, parts, strict=True))
     ]
 
 
@@ -190,12 +206,9 @@ def _replica(index: int, placed: Sequence[Sequence[Placed]]) -> Replica:
     stages: list[Stage] = []
     rank = 0
     for ranks in placed:
-        shards: list[Shard] = []
-        for one in ranks:
-            shards.append(_shard(rank, one))
-            rank += 1
-        layers: Span = ranks[0].part.layers
-        stages.append(Stage(layers=layers, shards=tuple(shards)))
+        shards = tuple(_shard(rank + index, shard) for index, shard in enumerate(ranks))
+        stages.append(Stage(layers=ranks[0].part.layers, shards=shards))
+        rank += len(shards)
     return Replica(name=f"replica-{index}", stages=tuple(stages))
 
 

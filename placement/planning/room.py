@@ -1,22 +1,23 @@
-"""Shares within what memory holds: where one has more than fits, the others take what is over, as fast as each is."""
+"""Keeps shares within memory: where a device's share does not fit, the others take the rest by their weights."""
 
 import math
 from collections.abc import Callable, Sequence
 
-# Each round lowers shares that do not fit in proportion; what does not scale with them, such as the process, is in the
-# way, so that it takes some. Rounded units (KV heads) may take some more.
+# Each round lowers the shares that do not fit in proportion. A few are needed, since some of the memory does not scale
+# with the share, such as that of the process; rounding to whole units (KV heads) may need some more.
 _ROUNDS = 24
 _MARGIN = 0.99
 
 
 def fit(weights: Sequence[float], fullness: Callable[[Sequence[float]], Sequence[float]]) -> tuple[float, ...]:
-    """The weights where they fit, else with those lowered that do not fit and the others raised in proportion.
+    """Lowers the weights of devices where they do not fit, and raises the others in proportion.
 
-    Where nothing fits it is what was tried last: whoever makes a plan of it is told why.
+    Where nothing fits, it returns the weights that were tried last; the plan that is made of them says why not.
 
     Args:
-        weights: of each device, above 0.
-        fullness: of such weights, what each device would need over what it has; 0 where that is not known.
+        weights: the weight of each device, above 0.
+        fullness: a function that gives, for such weights, the memory that each device would need over the memory that
+            it has; 0 where that is not known.
     """
     total = sum(weights)
     caps = [math.inf] * len(weights)
@@ -34,12 +35,14 @@ def fit(weights: Sequence[float], fullness: Callable[[Sequence[float]], Sequence
 
 
 def fill(weights: Sequence[float], caps: Sequence[float], total: float) -> tuple[float, ...] | None:
-    """So much for each, in sum ``total``, that none has more than its cap and the greatest quotient of what it has and
-    its weight is the least there can be; None where the caps do not hold as much.
+    """Divides ``total`` so that nobody gets more than their cap, and minimises the greatest ratio of amount to weight.
 
     Args:
-        weights: above 0 each.
-        caps: 0 or more each, infinite for none.
+        weights: a weight above 0 for each.
+        caps: the most that each may get; infinite where there is no limit.
+
+    Returns:
+        The amount of each, or None where the caps together are less than ``total``.
     """
     if sum(caps) < total:
         return None

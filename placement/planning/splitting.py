@@ -1,9 +1,9 @@
-"""How a dim of the model is dealt out to unequal ranks. Owns the rounding of shares.
+"""Deals the dims of a model out to unequal ranks. Owns the rounding of shares to whole units.
 
-Every rank of a stage waits for the slowest at each collective, so what counts is the most that any rank has for its
-weight, not how near all are to theirs. The method of Jefferson and D'Hondt gives the least such maximum of all ways to
-deal whole units out (Balinski and Young 1982, *Fair Representation*): 4 KV heads at 5:2:1 are 3, 1 and 0, where the
-nearest integers, 2, 1 and 1, would have the last rank take 1.6 times as long.
+Every rank of a stage waits for the slowest at each collective. So the greatest ratio of units to weight is what counts,
+and not how near all ranks are to their exact shares. The method of Jefferson and D'Hondt minimises that ratio
+(Balinski and Young 1982, *Fair Representation*). At 5:2:1, for example, it deals 4 KV heads out as 3, 1 and 0; with the
+nearest integers, 2, 1 and 1, the last rank would take 1.6 times as long.
 """
 
 import heapq
@@ -15,20 +15,20 @@ from placement.model.part import Span
 from placement.model.quantization import LinearFormat
 from placement.model.specs import ModelSpec
 
-# Columns and rows that the kernels compute at once: cuts between these waste nothing of a vector.
+# The kernels compute this many columns and rows at once, so cuts at multiples of them waste nothing of a vector.
 _COLUMNS, _ROWS = 32, 16
-# Units a rank is to have at least, before they are made smaller: else small models could only be dealt out coarsely.
+# Units are made smaller where there are fewer of them for each rank, since small models could only be cut coarsely.
 _UNITS_A_RANK = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimension:
-    """Something that can be dealt out.
+    """A dim of the model that can be dealt out.
 
     Attributes:
-        name: for people.
-        size: how much of it there is.
-        unit: it is cut at multiples of this alone; what is left over at the end belongs to the last unit.
+        name: the name that people are shown.
+        size: the number of heads, columns, rows or layers.
+        unit: the dim is cut only at multiples of this; the last unit may be smaller.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Dimension:
 
     @property
     def num_units(self) -> int:
-        """Units, the last of which may be a part of one."""
+        """Counts the units, of which the last may be smaller."""
         return -(-self.size // self.unit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimensions:
-    """What tensor parallelism cuts."""
+    """The dims that tensor parallelism cuts."""
 
     kv_heads: Dimension
     ffn_columns: Dimension
@@ -54,16 +54,16 @@ class Dimensions:
 
     @property
     def all(self) -> tuple[Dimension, ...]:
-        """The three of them."""
+        """Lists the three dims."""
         return self.kv_heads, self.ffn_columns, self.vocab_rows
 
 
 def dimensions(model: ModelSpec, num_ranks: int, linear: LinearFormat | None = None) -> Dimensions:
-    """The dims of ``model``, in units that suit the kernels, and the groups of columns of rounded weights.
+    """Finds the dims of ``model``, in units that suit the kernels and the groups of columns of rounded weights.
 
     Args:
-        num_ranks: among which they are dealt out; where there would be few units for each, units are smaller.
-        linear: how the weights of linear layers are held.
+        num_ranks: the number of ranks that share the dims; units are smaller where there would be few for each.
+        linear: the format of linear layers.
     """
     query_width = model.queries_per_kv_head * model.head_dim
     attention_group = ffn_group = 1
@@ -95,28 +95,28 @@ def _unit(size: int, largest: int, num_ranks: int) -> int:
 
 
 def deal(num_units: int, weights: Sequence[float], before: Sequence[float] | None = None) -> tuple[int, ...]:
-    """So many units for each weight that the greatest quotient of units and weight is the least there can be.
+    """Deals units out, and minimises the greatest ratio of units to weight.
 
-    Equal quotients go to the first. A weight of 0 gets nothing.
+    Of equal ratios, the first gets the unit. A weight of 0 gets nothing.
 
     Args:
-        weights: at least 0 each, and finite; one of them more.
-        before: what each has beforehand, in units.
+        weights: the weight of each, at least 0 and finite, and not all 0.
+        before: the units that each has beforehand.
     """
     assert all(weight >= 0 and math.isfinite(weight) for weight in weights) and any(weights), weights
-    has = [0.0] * len(weights) if before is None else before
+    had = [0.0] * len(weights) if before is None else before
     dealt = [0] * len(weights)
-    queue = [((has[i] + 1) / weight, i) for i, weight in enumerate(weights) if weight]
+    queue = [((had[i] + 1) / weight, i) for i, weight in enumerate(weights) if weight]
     heapq.heapify(queue)
     for _ in range(num_units):
         i = queue[0][1]
         dealt[i] += 1
-        heapq.heapreplace(queue, ((has[i] + dealt[i] + 1) / weights[i], i))
+        heapq.heapreplace(queue, ((had[i] + dealt[i] + 1) / weights[i], i))
     return tuple(dealt)
 
 
 def spans(dimension: Dimension, num_units: Sequence[int]) -> tuple[Span, ...]:
-    """Neighbouring spans of as many units each, all of the dimension together."""
+    """Cuts the dimension into neighbouring spans of ``num_units`` each, which together are all of it."""
     assert sum(num_units) == dimension.num_units, (dimension, num_units)
     result: list[Span] = []
     start = 0

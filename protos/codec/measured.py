@@ -3,7 +3,7 @@
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
 from placement.measured.measurements import StageMeasurements
-from placement.measured.overlap import MeasuredLanes
+from placement.measured.overlap import MeasuredOverlap
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 
@@ -13,9 +13,14 @@ def read_measurements(message: pb.StageMeasurements) -> StageMeasurements:
         sums=tuple(
             MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s) for it in message.sums
         ),
-        lanes=tuple(
-            MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
-            for it in message.lanes
+        overlap=tuple(
+            MeasuredOverlap(
+                num_tokens=step.num_tokens,
+                alone_s=step.alone_s,
+                overlapped_s=step.woven_s,
+                is_overlapped=step.is_woven,
+            )
+            for step in message.lanes
         ),
         exchange=_exchange(message.exchange) if message.HasField("exchange") else None,
     )
@@ -44,8 +49,13 @@ def measured_message(measured: StageMeasurements) -> pb.StageMeasurements:
             for it in measured.sums
         ],
         lanes=[
-            pb.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
-            for it in measured.lanes
+            pb.MeasuredLanes(
+                num_tokens=step.num_tokens,
+                alone_s=step.alone_s,
+                woven_s=step.overlapped_s,
+                is_woven=step.is_overlapped,
+            )
+            for step in measured.overlap
         ],
         exchange=None if measured.exchange is None else _exchange_message(measured.exchange),
     )

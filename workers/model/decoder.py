@@ -23,8 +23,8 @@ from kernels.protocol import Kernels
 from placement.model.specs import ModelSpec, RopeSpec
 from workers.model.decoder_weights import DecoderWeights, Ends, Layer, attention_scale
 from workers.model.group import Group
+from workers.model.overlapped import Layers
 from workers.model.residual import Residual
-from workers.model.weaving import Layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

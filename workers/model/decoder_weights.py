@@ -1,4 +1,4 @@
-"""The weights of a decoder, or of a rank's part of it, put together from the tensors of a checkpoint.
+"""Puts the weights of a decoder, or of a rank's part of it, together from the tensors of a checkpoint.
 
     V  vocabulary        H  query heads, K  KV heads
     E  hidden size       D  head dimension
@@ -19,6 +19,7 @@ from kernels.cpu.layers.fused import FusedLayers, fuse
 from kernels.linear import Linear
 from kernels.protocol import Kernels
 from kernels.select import pack_rounded
+from placement.model.layers import LayerSpec
 from placement.model.part import Part
 from placement.model.specs import ModelSpec, RopeSpec
 from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD
@@ -28,9 +29,9 @@ from workers.model.rounded import take_rounded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One layer. Projections that read the same input are one matrix; norms are as ``rms_norm`` takes them.
+    """The weights of one layer. Projections that read the same input are one matrix; ``rms_norm`` takes the norms.
 
-    A rank without heads has no ``qkv`` and ``output``, one without columns no ``gate_up`` and ``down``.
+    A rank without heads has no ``qkv`` and ``output``; one without columns has no ``gate_up`` and ``down``.
     """
 
     window: Window
@@ -47,10 +48,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """What comes before the first layer and after the last: the first stage has it.
+    """The weights before the first layer and after the last, all of which the first stage has.
 
     Attributes:
-        first_row: of the vocabulary, that ``embedding`` has.
+        first_row: the row of the vocabulary that is the first of ``embedding``.
     """
 
     embedding: Tensor  # [V, E]
@@ -61,7 +62,7 @@ class Ends:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    """A decoder, or a rank's part of it."""
+    """The weights of a decoder, or of a rank's part of it."""
 
     dtype: torch.dtype
     ends: Ends | None
@@ -71,18 +72,17 @@ class DecoderWeights:
 
 
 def assemble(model: ModelSpec, part: Part, tensors: dict[str, Tensor], kernels: Kernels) -> DecoderWeights:
-    """Checkpoint tensors of ``part`` by Hugging Face name as a decoder. Takes them out of ``tensors``.
+    """Makes a decoder of the checkpoint's tensors for ``part``, which it takes out of ``tensors``.
 
-    Matrices are copied as they are fused and packed; the parts are let go layer by layer, so that at most one
+    Matrices are copied when they are fused and packed. The tensors are released layer by layer, so that at most one
     layer exists twice.
     """
-    a_norm = tensors[f"model.layers.{part.layers.start}.input_layernorm.weight"]
-    dtype, device = a_norm.dtype, a_norm.device
-    indices = range(part.layers.start, part.layers.stop)
+    first_norm = tensors[f"model.layers.{part.layers.start}.input_layernorm.weight"]
+    dtype, device = first_norm.dtype, first_norm.device
     layers = []
-    for index in indices:
-        layers.append(_assemble_layer(model, tensors, index, kernels, dtype))
-        return_freed()  # else what is let go piles up: 7 MiB a layer of 88
+    for index, spec in list(enumerate(model.layers))[part.layers.start : part.layers.stop]:
+        layers.append(_assemble_layer(model, spec, tensors, index, kernels, dtype))
+        return_freed()  # else freed memory piles up: 7 MiB a layer of 88
     windows = dict.fromkeys(layer.window for layer in layers)
     return DecoderWeights(
         dtype=dtype,
@@ -101,7 +101,7 @@ def assemble(model: ModelSpec, part: Part, tensors: dict[str, Tensor], kernels: 
 
 
 def _assemble_layer(
-    model: ModelSpec, tensors: dict[str, Tensor], index: int, kernels: Kernels, dtype: torch.dtype
+    model: ModelSpec, spec: LayerSpec, tensors: dict[str, Tensor], index: int, kernels: Kernels, dtype: torch.dtype
 ) -> Layer:
     prefix = f"model.layers.{index}"
 
@@ -120,9 +120,11 @@ def _assemble_layer(
     def norm(name: str) -> Tensor:
         return _norm(model, tensors, f"{prefix}.{name}.weight")
 
-    after_attention = norm("post_attention_layernorm")  # with post norms what it says, else before the feed-forward
+    after_attention = norm(
+        "post_attention_layernorm"
+    )  # a model without post norms norms the feed-forward's input by it
     return Layer(
-        window=model.window_of(index),
+        window=spec.attention.window,
         attention_norm=norm("input_layernorm"),
         qk_norm=_qk_norm(model, tensors, f"{prefix}.self_attn") if model.qk_norm else None,
         qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -159,13 +161,13 @@ def _head(tensors: dict[str, Tensor], embedding: Tensor, kernels: Kernels) -> Li
 
 
 def _norm(model: ModelSpec, tensors: dict[str, Tensor], name: str) -> Tensor:
-    """A norm's weight, as :func:`kernels.reference.rms_norm` takes it."""
+    """Takes a norm's weight, in the form that :func:`kernels.reference.rms_norm` takes."""
     weight = tensors.pop(name)
     return 1.0 + weight.float() if model.unit_offset_norms else weight
 
 
 def _qk_norm(model: ModelSpec, tensors: dict[str, Tensor], prefix: str) -> Tensor:
-    """The norms of query and key [D], written out for each head: [H + K, D]."""
+    """Takes the norms of query and key [D], and repeats them for each head: [H + K, D]."""
     form = "codes" if f"{prefix}.q_proj.codes" in tensors else "weight"
     names = (f"{prefix}.{name}_proj.{form}" for name in ("q", "k"))
     num_heads, num_kv_heads = (len(tensors[name]) // model.head_dim if name in tensors else 0 for name in names)
@@ -175,7 +177,7 @@ def _qk_norm(model: ModelSpec, tensors: dict[str, Tensor], prefix: str) -> Tenso
 
 
 def frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """Angle per position of each rotated pair, [D / 2] in float32."""
+    """Computes the angle per position of each rotated pair, [D / 2] in float32."""
     plain = reference.rope_frequencies(head_dim, rope.theta)
     match rope.kind:
         case "default":
@@ -203,5 +205,5 @@ def frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
 
 
 def attention_scale(model: ModelSpec) -> float:
-    """Factor of the attention scores."""
+    """Returns the factor of the attention scores."""
     return model.head_dim**-0.5 if model.attention_scale is None else model.attention_scale

@@ -127,7 +127,7 @@ class Membership:
         num_slots: int,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
-        """Then measures how its ranks share sequences best, or which steps they weave. As :meth:`get_ready`.
+        """Then measures how its ranks share sequences best, or which steps they overlap. As :meth:`get_ready`.
 
         Args:
             runner: of this rank, whose cache has ``num_slots``.
@@ -140,10 +140,10 @@ class Membership:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)
             logger.info("sequence_sharing %s", sharing.speeds)
-        elif self.group.sums and runner.can_weave:
+        elif self.group.sums and runner.can_overlap:
             self.group.agree_on_strips(runner.is_program)
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
-            self._measured = replace(self._measured, lanes=runner.overlap.measured)
+            self._measured = replace(self._measured, overlap=runner.overlap.measured)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
         self._everyone.meet(go_on)  # who is done first must not wait for the others with a deadline
 

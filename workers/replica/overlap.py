@@ -1,4 +1,4 @@
-"""Measures, when the ranks of a stage start, which steps are faster in two lanes.
+"""Measures, when the ranks of a stage start, which steps are faster in two micro-batches.
 
 See :mod:`placement.measured.overlap`.
 """
@@ -13,7 +13,7 @@ from placement.measured.overlap import OverlapTable, measured_sizes
 from workers.collectives.algorithms import direct
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import slowest
-from workers.model.weaving import run_alone, run_woven
+from workers.model.overlapped import run_alone, run_overlapped
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
 
@@ -39,15 +39,15 @@ def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: in
         measured.append(took_s)
         if took_s.max() > _LONG_S:
             break
-    alone_s, woven_s = ([float(took_s[which]) for took_s in measured] for which in range(2))
-    return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), woven_s=tuple(woven_s))
+    alone_s, overlapped_s = ([float(took_s[which]) for took_s in measured] for which in range(2))
+    return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), overlapped_s=tuple(overlapped_s))
 
 
 def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[float, float]:
-    """Seconds of a step in one lane, and in two: the best of a few, which take turns."""
+    """Seconds of a step in one micro-batch, and in two: the best of a few, which take turns."""
     sequence = SequenceInput(token_ids=[0] * num_tokens, start=0, runs=((0, num_tokens),))
     batch = Batch(sequences=(sequence,))
-    alone, woven = runner.lay_out(batch), runner.lay_out_woven(batch)
+    alone, overlapped = runner.lay_out(batch), runner.lay_out_overlapped(batch)
     x = torch.ones(num_tokens, runner.hidden_size, dtype=runner.dtype, device=alone.inputs.token_ids.device)
     best_s = [float("inf")] * 2
     for number in range(1 + _RUNS):
@@ -55,7 +55,7 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
             lambda: run_alone(
                 runner.run_layers(alone.inputs, x, in_program=True, num_layers=_NUM_LAYERS), group.reduce
             ),
-            lambda: run_woven(runner.lanes(woven, x, _NUM_LAYERS), group.begin_reduce),
+            lambda: run_overlapped(runner.micro_batches(overlapped, x, _NUM_LAYERS), group.begin_reduce),
         )
         for which, run in enumerate(runs):
             group.run(direct, torch.zeros(1))  # all begin together

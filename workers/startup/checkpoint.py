@@ -1,9 +1,8 @@
-"""Reads a rank's slices of a checkpoint. Owns the trust in its files: safetensors only, never a pickle.
+"""Reads a rank's slices of a checkpoint, from safetensors files only and never from a pickle.
 
-A checkpoint is ``model.safetensors``, or shards named by ``model.safetensors.index.json``.
+:mod:`placement.model.checkpoint_files` says which files a checkpoint consists of.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,17 @@ from torch import Tensor
 from kernels import gptq
 from kernels.rounded import RoundedWeight, round_weight
 from placement.errors import InvalidModel
+from placement.model.checkpoint_files import (
+    FIX_AGAIN,
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    SINGLE_FILE,
+    leads_outside,
+    missing_file,
+    no_weights,
+    parse_index,
+    too_large,
+)
 from placement.model.quantization import (
     LinearFormat,
     checkpoint_tensors,
@@ -29,13 +39,8 @@ from placement.model.weights import HEAD, TensorSlice
 from workers.host.device import TORCH_DTYPES
 from workers.model.rounded import FIX_GPTQ, rounded_parts
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_MAX_INDEX_BYTES = 64 << 20
-_MOST_MAPPED = 16 << 20  # numbers of a checkpoint
+_MOST_MAPPED = 16 << 20  # elements that are read of a file before its mapping is given back
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
-_FIX_COPY = "Copy the model's files again."
 
 
 def load_weights(
@@ -46,19 +51,22 @@ def load_weights(
     progress: Callable[[int, int], None],
     linear: LinearFormat | None = None,
 ) -> dict[str, Tensor]:
-    """The slices, by tensor name, converted to ``dtype`` on ``device``; no other bytes are read.
+    """Loads the slices, converts them to ``dtype`` on ``device``, and reads no other bytes.
 
-    In place of ``NAME.weight``, a linear layer that ``linear`` holds in fewer bits has what :func:`take_rounded` takes
-    for NAME; a tied head that it rounds is there beside the embedding. Tensors are rounded one by one, so that no
-    more than one of them is there in full.
+    Tensors are rounded one by one, so that at most one of them exists in full.
 
     Args:
         path: the model's directory.
-        slices: what to read.
-        dtype: number type of the result; float32, bfloat16 and float16 files are converted.
-        device: where the result goes.
-        progress: called after every tensor with the bytes loaded so far and in all, counted as they are held.
-        linear: how the weights of linear layers are held; None: in ``dtype``.
+        slices: the parts of tensors to read.
+        dtype: the number type of the result; float32, bfloat16 and float16 files are converted.
+        device: the device that the result goes to.
+        progress: a function that is called after every tensor with the bytes loaded so far and in all, counted as they
+            are held.
+        linear: the format of linear layers; None: they are held in ``dtype``.
+
+    Returns:
+        The tensors by name. A linear layer that ``linear`` holds in fewer bits has, in place of ``NAME.weight``, the
+        tensors that :func:`take_rounded` takes for NAME; a tied head that it rounds is there beside the embedding.
 
     Raises:
         InvalidModel: a file or tensor is missing, damaged, not safetensors, or of the wrong shape or type.
@@ -77,17 +85,17 @@ def load_weights(
 def _read_all(
     path: Path, sources: Mapping[TensorSlice, Mapping[TensorSlice, Sequence[str]]], device: torch.device
 ) -> Iterator[tuple[TensorSlice, dict[str, Tensor]]]:
-    """Every slice with the checkpoint's tensors for it, as they are stored, once all of them are read.
+    """Yields every slice with the checkpoint's tensors for it, as they are stored, once all of them are read.
 
     Args:
-        sources: the tensors of each slice, each with the number types that it may have.
+        sources: the checkpoint's tensors for each slice, each with the number types that it may have.
     """
     wholes = {part.name: slice_ for slice_, parts in sources.items() for part in parts}
     read: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     located = _locate(path, [part for parts in sources.values() for part in parts])
-    for file, wanted in ((file, some) for file, parts in located.items() for some in _few(parts)):
+    for file, wanted in ((file, group) for file, parts in located.items() for group in _groups(parts)):
         try:
-            # Context left soon: what was read of a file stays mapped, and counts as this process's memory, until then.
+            # The pages that were read stay mapped, and count as this process's memory, until the context is left.
             with safe_open(file, framework="pt") as reader:
                 names = frozenset(reader.keys())
                 for part in wanted:
@@ -98,19 +106,19 @@ def _read_all(
                         yield slice_, read.pop(slice_.name)
         except (SafetensorError, OSError) as error:
             problem = f"cannot be read as safetensors ({error})"
-            raise _refusal(file.name, str(file), problem, _FIX_COPY) from error
+            raise _refusal(file.name, str(file), problem, FIX_AGAIN) from error
 
 
-def _few(parts: Sequence[TensorSlice]) -> Iterator[Sequence[TensorSlice]]:
-    """Neighbours among the parts of a file, of not too many numbers together."""
-    some: list[TensorSlice] = []
+def _groups(parts: Sequence[TensorSlice]) -> Iterator[Sequence[TensorSlice]]:
+    """Groups neighbours among the parts of a file, so that a group has not too many elements."""
+    group: list[TensorSlice] = []
     for part in parts:
-        if some and sum(one.num_elements for one in some) + part.num_elements > _MOST_MAPPED:
-            yield some
-            some = []
-        some.append(part)
-    if some:
-        yield some
+        if group and sum(member.num_elements for member in group) + part.num_elements > _MOST_MAPPED:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
 
 
 def _held(
@@ -121,7 +129,7 @@ def _held(
     *,
     head: TensorSlice | None,
 ) -> dict[str, Tensor]:
-    """What is kept of a slice, given the checkpoint's tensors for it."""
+    """Makes the tensors that are kept of a slice, given the checkpoint's tensors for it."""
     if linear is not None and is_layer_weight(slice_):
         unpack = _round if linear.gptq is None else _unpack
         return rounded_parts(slice_.name, unpack(slice_, read, linear))
@@ -160,62 +168,32 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
 
 
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
-    """Which file holds which slice."""
+    """Finds the file that holds each slice."""
     if (path / SINGLE_FILE).is_file():
-        _check_inside(path / SINGLE_FILE)
-        return {path / SINGLE_FILE: slices}
+        return {_inside(path, SINGLE_FILE): slices}
     if not (path / INDEX_FILE).is_file():
-        raise _nothing_to_load(path)
-    weight_map = _read_weight_map(path / INDEX_FILE)
+        raise no_weights(file.name for file in path.glob("*"))
+    index = _inside(path, INDEX_FILE)
+    num_bytes = index.stat().st_size
+    if num_bytes > MAX_INDEX_BYTES:
+        raise too_large(INDEX_FILE, num_bytes, limit_bytes=MAX_INDEX_BYTES)
+    names = parse_index(index.read_bytes())
     located: defaultdict[Path, list[TensorSlice]] = defaultdict(list)
     for slice_ in slices:
-        if slice_.name not in weight_map:
-            raise _refusal(INDEX_FILE, slice_.name, "does not list a tensor of the model", _FIX_COPY)
-        located[path / _plain_name(weight_map[slice_.name])].append(slice_)
-    for file in located:
-        if not file.is_file():
-            raise _refusal(INDEX_FILE, file.name, "names a file that is missing", _FIX_COPY)
-        _check_inside(file)
+        if slice_.name not in names:
+            raise _refusal(INDEX_FILE, slice_.name, "lacks a tensor", FIX_AGAIN)
+        located[_inside(path, names[slice_.name])].append(slice_)
     return located
 
 
-def _check_inside(file: Path) -> None:
-    """A link may not lead out of the model's directory."""
-    if not file.resolve().is_relative_to(file.parent.resolve()):
-        raise _refusal(file.name, str(file), "is a link out of the model's directory", _FIX_COPY)
-
-
-def _read_weight_map(index: Path) -> Mapping[str, object]:
-    """The ``weight_map`` of the index: file name by tensor name, unchecked."""
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise _refusal(index.name, index.stat().st_size, f"is over {_MAX_INDEX_BYTES} bytes", _FIX_COPY)
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _refusal(index.name, str(index), "is not JSON", _FIX_COPY) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        raise _refusal(index.name, weight_map, "has no object weight_map", _FIX_COPY)
-    return weight_map
-
-
-def _plain_name(name: object) -> str:
-    """``name`` if it is that of a safetensors file beside the index, and leads nowhere else."""
-    if not isinstance(name, str) or Path(name).name != name or "\\" in name or "\0" in name:
-        raise _refusal(INDEX_FILE, name, "names a file outside the model's directory", _FIX_COPY)
-    if not name.endswith(".safetensors"):
-        fix = "Only safetensors files are read: save the model with safe_serialization=True."
-        raise _refusal(INDEX_FILE, name, "names a file that is not safetensors", fix)
-    return name
-
-
-def _nothing_to_load(path: Path) -> InvalidModel:
-    if any(path.glob("*.bin")) or any(path.glob("*.pth")) or any(path.glob("*.pt")):
-        problem = "holds pickled weights only, which could run code and are never read"
-        fix = f"Convert them to {SINGLE_FILE} with transformers: save_pretrained(safe_serialization=True)."
-        return _refusal(SINGLE_FILE, str(path), problem, fix)
-    fix = f"Give a directory with {SINGLE_FILE}, or {INDEX_FILE} and its files."
-    return _refusal(SINGLE_FILE, str(path), "is missing from the directory", fix)
+def _inside(path: Path, name: str) -> Path:
+    """Returns the path of a file of the directory ``path``. Raises InvalidModel where it is missing or leads out."""
+    file = path / name
+    if not file.is_file():
+        raise missing_file(name)
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise leads_outside(name)
+    return file
 
 
 def _read(
@@ -225,7 +203,7 @@ def _read(
     slice_: TensorSlice,
     accepted: Sequence[str],
 ) -> Tensor:
-    """One slice out of an open file, as it is stored, checked against the shape that config.json promises."""
+    """Reads one slice of an open file as it is stored, and checks it against the shape that config.json promises."""
     field = f"{file.name}: {slice_.name}"
     if slice_.name not in names:
         raise _refusal(field, slice_.name, "is missing from the file", "Use the config.json of this checkpoint.")

@@ -1,10 +1,10 @@
-"""What a load is checked for before anything is read: the model's files, the request's sizes, the memory there is."""
+"""Checks a load before any weight is read: the model's configuration, the request's sizes, the memory there is."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
+from placement.model.checkpoint_files import MAX_CONFIG_BYTES, parse_object, too_large
 from placement.model.hf import read_model_spec
 from placement.model.quantization import LinearFormat, linear_format
 from placement.model.specs import DType, ModelSpec
@@ -13,17 +13,15 @@ from protos.codec.formats import read_quantization
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.replica.roster import Roster
 
-_MAX_CONFIG_BYTES = 1 << 20
-
 
 def read_model(path: Path) -> ModelSpec:
-    """The model's specification from its directory. Raises InvalidModel."""
+    """Reads the model's specification from its directory. Raises InvalidModel."""
     generation = path / "generation_config.json"
     return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
 
 
 def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
-    """How the model's linear layers are to be held.
+    """Reads the format in which the model's linear layers are to be held.
 
     Raises:
         InvalidRequest: the request's quantization is not known.
@@ -36,30 +34,22 @@ def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
 
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise InvalidModel(
-                field=path.name,
-                value=path.stat().st_size,
-                problem="is too large",
-                fix="At most 1 MiB is read.",
-            )
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
         raise InvalidModel(
             field=path.name,
             value=str(path),
             problem=f"cannot be read ({type(error).__name__})",
             fix="Give a directory in the Hugging Face layout that this node can read.",
         ) from error
-    if not isinstance(content, dict):
-        raise InvalidModel(
-            field=path.name, value=type(content).__name__, problem="is not an object", fix="Export it again."
-        )
-    return content
+    if len(data) > MAX_CONFIG_BYTES:
+        raise too_large(path.name, path.stat().st_size, limit_bytes=MAX_CONFIG_BYTES)
+    return parse_object(path.name, data)
 
 
 def check_request(request: pb.LoadRequest, model: ModelSpec) -> None:
-    """Refuse sizes that cannot work. Raises InvalidRequest."""
+    """Refuses sizes that cannot work. Raises InvalidRequest."""
     for field in ("block_size", "num_blocks", "token_budget", "max_num_seqs", "max_context_tokens"):
         if getattr(request, field) < 1:
             raise InvalidRequest(
@@ -83,7 +73,7 @@ def reckon(
     *,
     on_cpu: bool,
 ) -> Footprint:
-    """What this process has yet to allocate: it stands already, so its own bytes are left out."""
+    """Reckons what this process has yet to allocate. It runs already, so its own bytes are left out."""
     block_bytes = kv_bytes_per_block(model, roster.part, dtype=dtype, block_size=request.block_size)
     need = footprint(
         model,
@@ -101,14 +91,14 @@ def reckon(
 
 
 def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share: float = 1.0) -> None:
-    """Refuse what does not fit in ``available_bytes``; the error names the setting that would help.
+    """Refuses a load that does not fit in ``available_bytes``; the error names the setting that would help.
 
     Args:
-        kv_share: KV bytes of this rank, as a part of those of the rank of its replica that has most.
+        kv_share: the KV bytes of this rank over those of the rank of its replica that has most.
 
     Raises:
-        NotEnoughMemory: of ``serving.kv_cache`` where fewer KV blocks would fit, else of ``serving.token_budget``
-            where smaller steps would, else of ``model.path``.
+        NotEnoughMemory: its field is ``serving.kv_cache`` where fewer KV blocks would fit, ``serving.token_budget``
+            where smaller steps would, and ``model.path`` otherwise.
     """
     if need.total_bytes <= available_bytes:
         return
@@ -127,7 +117,7 @@ def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share:
 
 
 def kv_share(model: ModelSpec, roster: Roster, *, block_size: int) -> float:
-    """KV bytes of the rank, as a part of those of the rank that has most: both have as many blocks."""
-    dtype = DType.BFLOAT16  # whichever: it is a ratio
+    """Returns the KV bytes of the rank over those of the rank that has most; all ranks have as many blocks."""
+    dtype = DType.BFLOAT16  # any would do: the result is a ratio
     sizes = [kv_bytes_per_block(model, part, dtype=dtype, block_size=block_size) for part in roster.parts]
     return sizes[roster.rank] / max(sizes) or 1.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import Attend, SequenceSpan, SharedSpan, Window, split_runs
 from kernels.protocol import Kernels
-from placement.measured.overlap import LANE_TOKENS, first_lane
+from placement.measured.overlap import MICRO_BATCH_TOKENS, first_micro_batch
 from workers.host.device import use_device
 from workers.model.kv_cache import KVCache
 from workers.sampling.sampling import SamplerState
@@ -36,7 +36,7 @@ class Prepared:
         needed: the hidden states that give logits: those that tokens are sampled after, then those of each of
             ``scored``.
         attend: attends to KV that other ranks hold too, where ranks share sequences.
-        lanes: ``inputs``, in two parts that are computed in turn, where the step is woven.
+        micro_batches: ``inputs``, in two parts that are computed in turn, where the step is overlapped.
     """
 
     batch: Batch
@@ -49,7 +49,7 @@ class Prepared:
     scored: tuple[tuple[int, ScoredPrompt], ...]
     needed: "NeededRows"
     attend: Attend | None = None
-    lanes: tuple[StepInputs, ...] = ()
+    micro_batches: tuple[StepInputs, ...] = ()
 
 
 class NeededRows(Protocol):
@@ -110,8 +110,8 @@ class SideBySide:
         self._device = device
 
     @torch.inference_mode()
-    def lay_out(self, batch: Batch, *, is_woven: bool = False) -> Prepared:
-        """As :class:`StepLayout` says; in two lanes, where the batch :func:`can_weave`."""
+    def lay_out(self, batch: Batch, *, is_overlapped: bool = False) -> Prepared:
+        """As :class:`StepLayout` says; in two micro-batches, where the batch :func:`can_overlap`."""
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         spans = _spans(batch)
         last = [span.query_start + span.num_queries - 1 for span in spans]
@@ -123,11 +123,11 @@ class SideBySide:
                 first = span.query_start + s.scored.first_index - 1 - s.start
                 needed += range(first, first + len(s.scored.token_ids))
         awaiting_rows = [row for s, _, row in placed if s.awaits_token]
-        inputs = self._flatten(batch, spans, plans=not is_woven)
+        inputs = self._flatten(batch, spans, plans=not is_overlapped)
         return Prepared(
             batch=batch,
             inputs=inputs,
-            lanes=self._lanes(batch, spans, inputs) if is_woven else (),
+            micro_batches=self._micro_batches(batch, spans, inputs) if is_overlapped else (),
             awaiting=awaiting_samplers(batch),
             awaited=tuple(range(len(awaiting_rows))),
             awaiting_rows=send_integers(awaiting_rows, self._device),
@@ -137,16 +137,16 @@ class SideBySide:
             needed=OwnRows(send_integers(needed, self._device)),
         )
 
-    def _lanes(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
+    def _micro_batches(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
         """The first tokens and the others, on the memory of ``inputs``."""
-        assert can_weave(batch), batch
-        middle = first_lane(batch.num_tokens)
-        lanes = []
+        assert can_overlap(batch), batch
+        middle = first_micro_batch(batch.num_tokens)
+        micro_batches = []
         for start, stop in ((0, middle), (middle, batch.num_tokens)):
             its_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
             shared = _within(batch.shared, spans, start, stop)
             rows = slice(start, stop)
-            lanes.append(
+            micro_batches.append(
                 StepInputs(
                     token_ids=inputs.token_ids[rows],
                     positions=inputs.positions[rows],
@@ -154,7 +154,7 @@ class SideBySide:
                     attention={w: self._kernels.plan(its_spans, window=w, shared=shared) for w in self._windows},
                 )
             )
-        return tuple(lanes)
+        return tuple(micro_batches)
 
     def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan], *, plans: bool) -> StepInputs:
         """The batch's tokens, side by side; one that is awaited is 0."""
@@ -178,9 +178,9 @@ class SideBySide:
         )
 
 
-def can_weave(batch: Batch) -> bool:
-    """Whether two lanes can share the batch: both have enough tokens."""
-    return batch.num_tokens - first_lane(batch.num_tokens) >= LANE_TOKENS
+def can_overlap(batch: Batch) -> bool:
+    """Whether two micro-batches can share the batch: both have enough tokens."""
+    return batch.num_tokens - first_micro_batch(batch.num_tokens) >= MICRO_BATCH_TOKENS
 
 
 def _within(
@@ -188,7 +188,7 @@ def _within(
 ) -> tuple[SharedSpan, ...]:
     """What sequences of rows ``[start, stop)`` have in common, numbered from the first that has a row there.
 
-    Members compute a single token each, so that all of theirs is in one lane.
+    Members compute a single token each, so that all of theirs is in one micro-batch.
     """
     before = sum(span.query_start + span.num_queries <= start for span in spans)
     found = []

@@ -18,11 +18,11 @@ from workers.model import decoder
 from workers.model.decoder_weights import assemble
 from workers.model.group import Alone, Group
 from workers.model.kv_cache import KVCache
-from workers.model.weaving import Layers, run_alone, run_ladder, run_woven
+from workers.model.overlapped import Layers, run_alone, run_ladder, run_overlapped
 from workers.sampling.grammar import GrammarState, prefetch
 from workers.sampling.sampling import SamplerState, sample
 from workers.step.graphs import Capture, DecodeGraphs, StepInputs, StepMemory, graph_sizes
-from workers.step.layout import Prepared, Sharing, SideBySide, StepLayout, can_weave, send_integers
+from workers.step.layout import Prepared, Sharing, SideBySide, StepLayout, can_overlap, send_integers
 from workers.step.scoring import PromptScores, score
 from workers.step.types import Batch, NoTeam, SequenceInput, StepResult, Team
 
@@ -31,7 +31,7 @@ class ModelRunner:
     """A model on one device, or a rank's part of it.
 
     Attributes:
-        overlap: which steps the ranks of the stage weave: at first none.
+        overlap: which steps the ranks of the stage overlap: at first none.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class ModelRunner:
         return self._model.vocab_size
 
     @property
-    def can_weave(self) -> bool:
-        """Whether steps may be computed in lanes: the sums of a ladder hide without."""
+    def can_overlap(self) -> bool:
+        """Whether steps may be computed in micro-batches: the sums of a ladder hide without."""
         return not self._model.ladder
 
     @property
@@ -131,15 +131,15 @@ class ModelRunner:
     def lay_out(self, batch: Batch) -> Prepared:
         """Lays the sequences' chunks side by side. May run while another step executes.
 
-        In two lanes, where that was measured to be faster: all ranks of a stage have measured the same.
+        In two micro-batches, where that was measured to be faster: all ranks of a stage have measured the same.
         """
-        if self.overlap.pays(batch.num_tokens) and can_weave(batch):
-            return self.lay_out_woven(batch)
+        if self.overlap.pays(batch.num_tokens) and can_overlap(batch):
+            return self.lay_out_overlapped(batch)
         return self._layout.lay_out(batch)
 
-    def lay_out_woven(self, batch: Batch) -> Prepared:
-        """In two lanes, which the batch :func:`workers.step.layout.can_weave`. Not where ranks share sequences."""
-        return self._side_by_side.lay_out(batch, is_woven=True)
+    def lay_out_overlapped(self, batch: Batch) -> Prepared:
+        """Lays the batch out in two micro-batches, for which it has enough tokens. Not where ranks share sequences."""
+        return self._side_by_side.lay_out(batch, is_overlapped=True)
 
     @torch.inference_mode()
     def _execute(self, number: int, prepared: Prepared) -> StepResult:
@@ -206,7 +206,11 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """The output [T, E] of this rank's layers, of their input [T, E]; None: of the tokens. Writes the step's KV."""
-        y = self._hidden_woven(prepared, x) if prepared.lanes else self._hidden(prepared.inputs, x, prepared.attend)
+        y = (
+            self._hidden_overlapped(prepared, x)
+            if prepared.micro_batches
+            else self._hidden(prepared.inputs, x, prepared.attend)
+        )
         self._group.settle()
         return y
 
@@ -244,25 +248,25 @@ class ModelRunner:
             return run_ladder(layers, self._group.begin_reduce)
         return run_alone(layers, self._group.reduce)
 
-    def _hidden_woven(self, prepared: Prepared, x: Tensor | None) -> Tensor:
-        """The last layer's output [T, E], in two lanes."""
+    def _hidden_overlapped(self, prepared: Prepared, x: Tensor | None) -> Tensor:
+        """The last layer's output [T, E], in two micro-batches."""
         if x is None:
             x = self._embed(prepared.inputs)
-        return torch.cat(run_woven(self.lanes(prepared, x), self._group.begin_reduce))
+        return torch.cat(run_overlapped(self.micro_batches(prepared, x), self._group.begin_reduce))
 
     def _embed(self, inputs: StepInputs) -> Tensor:
         assert self._weights.ends is not None, "only the first stage has the embedding"
         return decoder.embed(self._model, self._weights.ends, self._kernels, self._group, inputs.token_ids)
 
-    def lanes(self, prepared: Prepared, x: Tensor, num_layers: int | None = None) -> list[Layers]:
-        """Each lane of a woven step of input ``x`` [T, E], not yet begun."""
-        first, second = (len(lane.token_ids) for lane in prepared.lanes)
+    def micro_batches(self, prepared: Prepared, x: Tensor, num_layers: int | None = None) -> list[Layers]:
+        """Each micro-batch of an overlapped step of input ``x`` [T, E], not yet begun."""
+        first, second = (len(micro_batch.token_ids) for micro_batch in prepared.micro_batches)
         behind = first + SPARE_ROWS
         if self._weights.fused is not None:
             self._weights.fused.reserve(behind + second)
         return [
-            self.run_layers(prepared.lanes[0], x[:first], num_layers=num_layers),
-            self.run_layers(prepared.lanes[1], x[first:], first_row=behind, num_layers=num_layers),
+            self.run_layers(prepared.micro_batches[0], x[:first], num_layers=num_layers),
+            self.run_layers(prepared.micro_batches[1], x[first:], first_row=behind, num_layers=num_layers),
         ]
 
     def run_layers(

@@ -10,7 +10,7 @@ from orchestrator.controller.wire import deployment, device_speed
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
-from placement.measured.overlap import MeasuredLanes
+from placement.measured.overlap import MeasuredOverlap
 from placement.measured.speed import DeviceSpeed
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
@@ -23,9 +23,9 @@ MEASURED = StageMeasurements(
         MeasuredSum(num_bytes=1024, algorithm="direct", duration_s=5e-5),
         MeasuredSum(num_bytes=4096, algorithm="scatter", duration_s=1.5),
     ),
-    lanes=(
-        MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=2e-3, is_woven=False),
-        MeasuredLanes(num_tokens=128, alone_s=3e-3, woven_s=2.5e-3, is_woven=True),
+    overlap=(
+        MeasuredOverlap(num_tokens=64, alone_s=1e-3, overlapped_s=2e-3, is_overlapped=False),
+        MeasuredOverlap(num_tokens=128, alone_s=3e-3, overlapped_s=2.5e-3, is_overlapped=True),
     ),
     exchange=MeasuredExchange(
         speeds=ExchangeSpeeds(latency_s=1e-3, bytes_per_s=1e8, pairs_per_s=(2e8, 1e8), call_s=1e-4),

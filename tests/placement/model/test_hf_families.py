@@ -142,7 +142,7 @@ def test_mistral_has_a_window_in_every_layer() -> None:
 def test_a_newer_mistral_has_none() -> None:
     model = read_model_spec(MISTRAL_V1 | {"sliding_window": None, "head_dim": 160})
     assert traits(model) == {}
-    assert (model.head_dim, model.distinct_windows, model.window_of(3)) == (160, (None,), None)
+    assert (model.head_dim, model.distinct_windows, model.layers[3].attention.window) == (160, (None,), None)
 
 
 def test_a_mistral_that_leaves_the_window_out_has_that_of_transformers() -> None:

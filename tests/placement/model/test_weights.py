@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from placement.model.hf import read_model_spec
 from placement.model.part import Part, Span
+from placement.model.quantization import loaded_bytes
 from placement.model.specs import DType, ModelSpec, RopeSpec
-from placement.model.weights import TensorSlice, num_parameters, shard_tensors, weight_bytes, whole_model
+from placement.model.weights import TensorSlice, num_parameters, shard_tensors, whole_model
 
 MODEL = ModelSpec(
     architecture="llama",
@@ -82,8 +83,8 @@ def test_the_whole_model_is_what_transformers_writes(
 
 def test_bytes_follow_the_number_type() -> None:
     slices = whole_model(MODEL)
-    assert weight_bytes(slices, DType.FLOAT32) == 4 * num_parameters(MODEL)
-    assert weight_bytes(slices, DType.BFLOAT16) == 2 * num_parameters(MODEL)
+    assert loaded_bytes(slices, DType.FLOAT32, None) == 4 * num_parameters(MODEL)
+    assert loaded_bytes(slices, DType.BFLOAT16, None) == 2 * num_parameters(MODEL)
 
 
 def test_a_shard_reads_its_heads_and_columns() -> None:

@@ -18,14 +18,14 @@ TOKEN_IDS = [i * 31 % 509 for i in range(150)]
 RUNS = ((7, 157),)
 PROMPTS = [TOKEN_IDS[:1], TOKEN_IDS[3:20], TOKEN_IDS[30:100]]
 LAYOUTS: dict[str, tuple[tuple[int, ...], ...]] = {"3:1": ((3, 1),), "5:2:1": ((5, 2, 1),), "stages": ((2, 1), (1, 1))}
-WOVEN = OverlapTable(num_tokens=(1, 1 << 20), alone_s=(1.0, 1.0), woven_s=(0.5, 0.5))
+OVERLAPPED = OverlapTable(num_tokens=(1, 1 << 20), alone_s=(1.0, 1.0), overlapped_s=(0.5, 0.5))
 
 
-def sums_by(cut: Ranks, name: str, *, woven: bool = False) -> Ranks:
+def sums_by(cut: Ranks, name: str, *, overlapped: bool = False) -> Ranks:
     """The same ranks, which sum all sizes in one way from now on."""
     for rank in range(cut.num_ranks):
         cut.membership(rank).group.table = AllReduceTable(sizes=(1,), names=(name,))
-        cut.runner(rank).overlap = WOVEN if woven and cut.membership(rank).group.sums else OverlapTable()
+        cut.runner(rank).overlap = OVERLAPPED if overlapped and cut.membership(rank).group.sums else OverlapTable()
     return cut
 
 
@@ -58,28 +58,28 @@ def num_finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("woven", [False, True])
+@pytest.mark.parametrize("overlapped", [False, True])
 def test_every_family_computes_what_transformers_does(
-    cut: Ranks, path: Path, num_finished: list[int], woven: bool
+    cut: Ranks, path: Path, num_finished: list[int], overlapped: bool
 ) -> None:
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    sums_by(cut, "scatter", woven=woven)
+    sums_by(cut, "scatter", overlapped=overlapped)
     found = cut.log_probs(TOKEN_IDS, RUNS)
     expected = oracle_logits(oracle, TOKEN_IDS).log_softmax(dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     answers = [greedy(oracle, prompt, 8) for prompt in PROMPTS]
     assert continue_greedily(cut, PROMPTS, 16, 8) == answers
-    assert set(num_finished) >= ({64, 86} if woven else {len(TOKEN_IDS)})
+    assert set(num_finished) >= ({64, 86} if overlapped else {len(TOKEN_IDS)})
 
 
-@pytest.mark.parametrize("woven", [False, True])
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("shares", [(3, 1), (2, 1, 1)])
 def test_layers_that_run_as_one_program_give_the_same_bits(
     llama_checkpoint: Callable[..., Path],
     make_runner: Callable[..., ModelRunner],
     num_finished: list[int],
     shares: tuple[int, ...],
-    woven: bool,
+    overlapped: bool,
 ) -> None:
     path = llama_checkpoint(**WIDE)
     if make_runner(path, torch.bfloat16)._weights.fused is None:
@@ -88,7 +88,7 @@ def test_layers_that_run_as_one_program_give_the_same_bits(
     with ranks(path, shares, dtype=torch.bfloat16) as cut:
         found = []
         for name in ("direct", "scatter"):
-            sums_by(cut, name, woven=woven)
+            sums_by(cut, name, overlapped=overlapped)
             found.append([cut.log_probs(TOKEN_IDS[:count], ((7, 7 + count),)) for count in lengths])
     assert num_finished
     for whole, scattered in zip(*found, strict=True):

@@ -17,7 +17,7 @@ def test_the_first_rank_tells_what_is_chosen_for_chunks_that_the_context_holds(
     with ranks(llama_checkpoint(max_position_embeddings=context), (3, 1), split="sequence") as cut:
         measured = cut.membership(0).measured
         assert cut.membership(1).measured == NOTHING_MEASURED
-    assert measured.exchange is not None and not measured.sums and not measured.lanes
+    assert measured.exchange is not None and not measured.sums and not measured.overlap
     assert len(measured.exchange.speeds.pairs_per_s) == 2
     chunks = measured.exchange.expected
     assert [(chunk.num_tokens, chunk.num_before) for chunk in chunks] == [(TYPICAL_TOKENS, at) for at in befores]

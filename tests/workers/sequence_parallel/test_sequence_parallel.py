@@ -95,13 +95,13 @@ def test_all_exchanges_give_the_same_bits_in_layers_that_run_as_one_program(
 def test_a_rank_that_is_lost_in_the_midst_of_a_step_ends_it(
     llama_checkpoint: Callable[..., Path], split: Split, way: Exchange | None
 ) -> None:
-    """Of a model whose steps take a while; and where every layer is shared, of woven steps."""
+    """Of a model whose steps take a while; and where every layer is shared, of overlapped steps."""
     prompt = SequenceInput(token_ids=[7] * 960, start=0, runs=((0, 960),))
     path = llama_checkpoint(num_hidden_layers=24, max_position_embeddings=1024)
     with ranks(path, (1, 1), split=split, way=way, checks=False) as cut:
         if split == "tensor":
             for rank in range(2):
-                cut.runner(rank).overlap = OverlapTable(num_tokens=(1,), alone_s=(2.0,), woven_s=(1.0,))
+                cut.runner(rank).overlap = OverlapTable(num_tokens=(1,), alone_s=(2.0,), overlapped_s=(1.0,))
         cut.prepare(Batch(sequences=(prompt,)))()
         losing = threading.Timer(0.1, cut.membership(1).leave, ["it is lost"])
         losing.start()

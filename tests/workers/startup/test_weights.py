@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from placement.errors import InvalidModel
+from placement.model.checkpoint_files import INDEX_FILE, MAX_INDEX_BYTES, SINGLE_FILE
 from placement.model.hf import read_model_spec
 from placement.model.part import Part, Span
 from placement.model.specs import ModelSpec
 from placement.model.weights import TensorSlice, shard_tensors, whole_model
-from workers.startup.checkpoint import INDEX_FILE, SINGLE_FILE, load_weights
+from workers.startup.checkpoint import load_weights
 
 CPU = torch.device("cpu")
 NAME = "model.norm.weight"
@@ -98,13 +99,15 @@ def test_weights_outlive_their_file(tmp_path: Path) -> None:
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04.")
     error = refusal(tmp_path)
+    assert (error.field, error.value) == ("model.path", name)
     assert "pickle" in error.problem
     assert "safetensors" in error.fix
 
 
 @pytest.mark.parametrize("where", ["", "nowhere"])
 def test_a_directory_without_weights_is_refused(tmp_path: Path, where: str) -> None:
-    assert refusal(tmp_path / where).field == SINGLE_FILE
+    error = refusal(tmp_path / where)
+    assert (error.field, error.value, error.problem) == ("model.path", SINGLE_FILE, "lacks a file")
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -177,25 +180,33 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         "..\\x.safetensors",
         "x\0.safetensors",
         ".",
-        7,
-        None,
     ],
 )
-def test_an_index_cannot_lead_out_of_the_directory(tmp_path: Path, name: object) -> None:
+def test_an_index_cannot_lead_out_of_the_directory(tmp_path: Path, name: str) -> None:
     inside = tmp_path / "model"
     inside.mkdir()
     save_file({NAME: torch.zeros(4, 6)}, tmp_path / "secret.safetensors")
     write_index(inside, {"weight_map": {NAME: name}})
     error = refusal(inside)
-    assert error.field == INDEX_FILE
-    assert "outside" in error.problem
+    assert (error.field, error.value) == (INDEX_FILE, name)
+    assert error.problem == "names a file that is not right in the model directory"
+
+
+@pytest.mark.parametrize("name", [7, None])
+def test_an_index_names_files_by_text(tmp_path: Path, name: object) -> None:
+    save_file({NAME: torch.zeros(4, 6)}, tmp_path / "a.safetensors")
+    write_index(tmp_path, {"weight_map": {NAME: name}})
+    error = refusal(tmp_path)
+    assert (error.field, error.value) == (f"{INDEX_FILE}: weight_map", {NAME: name})
 
 
 @pytest.mark.parametrize("name", ["a.bin", "", ".."])
 def test_an_index_of_other_files_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"\x80\x04.")
     write_index(tmp_path, {"weight_map": {NAME: name}})
-    assert "not safetensors" in refusal(tmp_path).problem
+    error = refusal(tmp_path)
+    assert (error.value, error.problem) == (name, "names a file of another kind")
+    assert "safetensors" in error.fix
 
 
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -208,10 +219,22 @@ def test_an_index_without_the_tensor_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path).value == NAME
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '{"weight_map": []}', "{}", "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("content", ["{", "[]", "3", "[" * 100_000, "\xff"])
 def test_a_corrupt_index_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content.encode("latin-1"))
     assert refusal(tmp_path).field == INDEX_FILE
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": []}', "{}"])
+def test_an_index_without_a_map_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / INDEX_FILE).write_text(content)
+    assert refusal(tmp_path).field == f"{INDEX_FILE}: weight_map"
+
+
+def test_a_huge_index_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / INDEX_FILE).open("wb") as file:
+        file.truncate(MAX_INDEX_BYTES + 1)
+    assert refusal(tmp_path).problem == f"is larger than {MAX_INDEX_BYTES} bytes"
 
 
 def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
@@ -219,4 +242,14 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
     inside.mkdir()
     save_file({WHOLE.name: torch.zeros(WHOLE.shape)}, tmp_path / "elsewhere.safetensors")
     (inside / SINGLE_FILE).symlink_to(tmp_path / "elsewhere.safetensors")
-    assert "link" in refusal(inside).problem
+    error = refusal(inside)
+    assert (error.field, error.problem) == (SINGLE_FILE, "leads out of the model directory")
+
+
+def test_an_index_that_is_a_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+    inside = tmp_path / "model"
+    inside.mkdir()
+    write_index(tmp_path, {"weight_map": {}})
+    (inside / INDEX_FILE).symlink_to(tmp_path / INDEX_FILE)
+    error = refusal(inside)
+    assert (error.field, error.problem) == (INDEX_FILE, "leads out of the model directory")

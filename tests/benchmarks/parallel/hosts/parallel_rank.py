@@ -25,7 +25,7 @@ from tests.benchmarks.parallel.parallel_sums import Sums, join_gloo
 from workers.transport.mesh import listen
 
 # A table by which two lanes pay for every step that can have them.
-_ALWAYS = OverlapTable(num_tokens=(1, 1 << 40), alone_s=(1.0, 1.0), woven_s=(0.5, 0.5))
+_ALWAYS = OverlapTable(num_tokens=(1, 1 << 40), alone_s=(1.0, 1.0), overlapped_s=(0.5, 0.5))
 
 
 class Ranks:
@@ -91,7 +91,7 @@ class Ranks:
         if rank.sharing is not None:
             rank.sharing.forced = None
         chosen = rank.runner.choose(next(batches(run.workload, rank.block_size)))
-        return {"exchange": chosen.exchange.value, "is_woven": bool(rank.runner.lay_out(chosen).lanes)}
+        return {"exchange": chosen.exchange.value, "is_woven": bool(rank.runner.lay_out(chosen).micro_batches)}
 
     def lanes(self, key: str, lanes: Lanes) -> dict[str, Any]:
         """In how many lanes steps are computed from now on: all ranks must be told."""
