@@ -16,6 +16,7 @@ from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
+from placement.planning.seating import need_of
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +227,6 @@ class RayLauncher:
 
 
 def _resources(shard: Shard) -> dict[str, float]:
-    if shard.device.kind == "cpu":
-        return {"CPU": shard.device.num_threads}
-    return {"CPU": 1, "GPU": 1}
+    need = need_of(shard.device, {})
+    resources: dict[str, float] = {"CPU": need.num_cpus}
+    return resources | {"GPU": need.num_gpus} if need.num_gpus else resources
