@@ -1,8 +1,5 @@
 """The errors a user may see. Each names the field, the value and the fix."""
 
-PEER_LOST_EXIT_CODE = 3
-"""Of a worker that ended because another rank of its replica was lost, whose own end says more."""
-
 
 class HeterodyneError(Exception):
     """Base of every error meant for a user."""

@@ -18,7 +18,7 @@ from orchestrator.controller import events, wire
 from orchestrator.controller import state as machine
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.agent import Started
-from orchestrator.launcher.process import PEER_LOST, WorkerFailed
+from orchestrator.launcher.process import HowEnded, WorkerEnd, WorkerFailed
 from placement.errors import cause_of
 from placement.planning.plan import Shard
 from protos.codec.measured import read_measurements
@@ -27,7 +27,6 @@ from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
-_STOPPED = "stopped"
 _EXIT_SEEN_S = 0.3
 _CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
 
@@ -37,7 +36,7 @@ class Launcher(Protocol):
 
     async def reserve(self, shards: Mapping[tuple[str, int], Shard]) -> None: ...
     async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started: ...
-    async def wait(self, key: tuple[str, int]) -> str: ...
+    async def wait(self, key: tuple[str, int]) -> WorkerEnd: ...
     async def stop(self, key: tuple[str, int]) -> None: ...
     async def close(self) -> None: ...
 
@@ -202,16 +201,15 @@ class ControllerShell:
     async def _follow(self, key: tuple[str, int], epoch: int) -> None:
         """Wait for the process to end and say so."""
         replica, rank = key
-        cause = await self._launcher.wait(key)
-        if cause == _STOPPED:
+        end = await self._launcher.wait(key)
+        # When all ranks are told to end, those that end first are lost to the others.
+        drained = end.how is HowEnded.PEER_LOST and self._state.phase is machine.Phase.DRAINING
+        if end.how is HowEnded.STOPPED or drained:
             await self.dispatch(events.RankStopped(replica=replica, epoch=epoch, rank=rank))
             return
-        if cause.startswith(PEER_LOST) and self._state.phase is machine.Phase.DRAINING:
-            await self.dispatch(events.RankStopped(replica=replica, epoch=epoch, rank=rank))
-            return
-        if cause.startswith(PEER_LOST):
+        if end.how is HowEnded.PEER_LOST:
             await asyncio.sleep(_EXIT_SEEN_S)  # the other rank's own end may be seen after this
-        await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
+        await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=end.cause))
 
     async def _load(self, command: events.LoadRank) -> None:
         token = hmac.digest(self._secret, f"{command.replica} {command.epoch}".encode(), "sha256")

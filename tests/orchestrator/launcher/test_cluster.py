@@ -11,7 +11,7 @@ import ray
 
 from orchestrator.launcher.cluster import LaunchSettings, RankKey, RayLauncher, beside_driver, disconnect
 from orchestrator.launcher.hosts import find_hosts
-from orchestrator.launcher.process import WorkerFailed
+from orchestrator.launcher.process import HowEnded, WorkerFailed
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
 from placement.planning.plan import Shard
@@ -75,8 +75,9 @@ async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
     small = shard(0, DeviceSpec(kind="cpu", memory_bytes=0))
     await under_test.reserve({("a", 0): small})
     ray.kill(under_test._agent(("a", 0), small))
-    cause = await under_test.wait(("a", 0))
-    assert cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in cause
+    end = await under_test.wait(("a", 0))
+    assert end.how is HowEnded.FAILED
+    assert end.cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in end.cause
     await under_test.stop(("a", 0))  # an actor that is gone already is no error
     await under_test.close()
 
