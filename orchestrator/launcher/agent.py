@@ -6,7 +6,6 @@ All methods are coroutines, so Ray runs them on one event loop in one long-lived
 parent-death signal follows the thread that started the process.
 """
 
-import os
 import socket
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,6 @@ class Probe:
     """What a node has to give."""
 
     node: str
-    num_cpus: int
     available_bytes: int
 
 
@@ -59,11 +57,7 @@ class NodeAgent:
 
     async def probe(self) -> Probe:
         """Returns what this node has to give now."""
-        return Probe(
-            node=socket.gethostname(),
-            num_cpus=os.cpu_count() or 1,
-            available_bytes=available_memory_bytes(),
-        )
+        return Probe(node=socket.gethostname(), available_bytes=available_memory_bytes())
 
     async def start(self, args: WorkerArgs, timeout_s: float) -> Started | NotStarted:
         """Starts the worker and waits until it listens."""

@@ -151,7 +151,11 @@ class LinkSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSpec:
-    """The machines there are."""
+    """The machines there are.
+
+    Attributes:
+        links: nothing fills or reads them yet; the cost model that plans for slow links (issue 18) does both.
+    """
 
     nodes: tuple[NodeSpec, ...]
     links: tuple[LinkSpec, ...] = field(default=())
