@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import grpc
 
+from orchestrator.controller.events import RankKey
+from orchestrator.controller.loading import open_channel
 from orchestrator.controller.settings import DeploymentSettings
-from orchestrator.controller.shell import Launcher, new_epoch, open_channel
+from orchestrator.controller.shell import Launcher, new_epoch
 from orchestrator.controller.wire import device_speed
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerEnd, WorkerFailed
@@ -15,8 +17,6 @@ from placement.errors import cause_of
 from placement.measured.speed import DeviceSpeed, NotMeasured
 from placement.planning.plan import Shard
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
-
-RankKey = tuple[str, int]
 
 MEASURE_TIMEOUT_S = 20.0
 """A measurement takes about a second; more where code has to be compiled, or a GPU opened, on a busy machine."""
