@@ -1,8 +1,5 @@
 """Defines the errors that a user may see. Each names the field, the value and the fix."""
 
-PEER_LOST_EXIT_CODE = 3
-"""The exit code of a worker that ended because another rank of its replica was lost. That rank's end says more."""
-
 
 class HeterodyneError(Exception):
     """The base of every error that is meant for a user."""

@@ -7,9 +7,7 @@ way then is answered, and some seconds later the process has ended, be it by for
 
 import argparse
 import asyncio
-import ctypes
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -19,7 +17,8 @@ import threading
 
 import grpc
 
-from placement.errors import PEER_LOST_EXIT_CODE, FieldError, InvalidConfig, cause_of
+from placement.errors import FieldError, InvalidConfig, cause_of
+from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening, die_with_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import open_device
 from workers.service.server import WorkerService
@@ -28,7 +27,6 @@ from workers.transport.mesh import listen
 
 logger = logging.getLogger("workers")
 
-_PR_SET_PDEATHSIG = 1
 _WATCH_S = 0.25
 # Until all that is under way is answered; until the streams, whose last messages that is, are through.
 _ANSWER_S = 1.0
@@ -56,13 +54,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
     return parser.parse_args(argv)
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux), and end now if it already has."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("the parent process is gone")
 
 
 def end_within(timeout_s: float) -> None:
@@ -120,8 +111,8 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listening = {"address": f"{host}:{port}", "ranks_port": listener.getsockname()[1], "pid": os.getpid()}
-    print(json.dumps({"event": "listening"} | listening), flush=True)
+    listening = Listening(address=f"{host}:{port}", ranks_port=listener.getsockname()[1], pid=os.getpid())
+    print(listening.line(), flush=True)
     code = await _watch(service, stop, args.parent_pid)
     end_within(_END_S)
     failure = service.failure

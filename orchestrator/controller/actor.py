@@ -17,12 +17,12 @@ from orchestrator.controller.control import start_control_server
 from orchestrator.controller.early import MEASURE_TIMEOUT_S, EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
-from orchestrator.launcher.agent import node_ip
+from orchestrator.launcher.agent import NotStarted, node_ip
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, ray_cause
 from orchestrator.launcher.node import advertised_host
 from orchestrator.launcher.process import WorkerFailed
 from placement.errors import HeterodyneError
-from placement.measured.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed, NotMeasured
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
 
 # Of each worker, or why it is not known.
-Speeds = tuple[DeviceSpeed | str, ...]
+Speeds = tuple[DeviceSpeed | NotMeasured, ...]
 
 
 class ControllerFailed(HeterodyneError):
@@ -57,13 +57,13 @@ class Controller:
         self._shell: ControllerShell | None = None
         self._server: grpc.aio.Server | None = None
 
-    async def measure(self, settings: DeploymentSettings, launch: LaunchSettings) -> Speeds | str:
+    async def measure(self, settings: DeploymentSettings, launch: LaunchSettings) -> Speeds | NotStarted:
         """Start the workers and measure them; a failure comes back as its cause: Ray would wrap an exception."""
         self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
         try:
             return await self._workers.measure(settings)
         except WorkerFailed as error:
-            return str(error)
+            return NotStarted(cause=str(error))
 
     async def start(self, settings: DeploymentSettings, launch: LaunchSettings) -> str:
         """Begin the launch, with the workers that were measured where there are any; returns the address of the control
@@ -115,11 +115,11 @@ class ControllerHandle:
             if time.monotonic() > deadline:
                 raise ControllerFailed("the controller did not answer while workers were measured")
         try:
-            found: Speeds | str = ray.get(answer)
+            found: Speeds | NotStarted = ray.get(answer)
         except ray.exceptions.RayError as error:
             raise ControllerFailed(f"the controller failed to measure workers: {ray_cause(error)}") from error
-        if isinstance(found, str):
-            raise ControllerFailed(found)
+        if isinstance(found, NotStarted):
+            raise ControllerFailed(found.cause)
         return found
 
     def start(self, settings: DeploymentSettings) -> str:

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import grpc
 
+from orchestrator.controller.events import RankKey
+from orchestrator.controller.loading import open_channel
 from orchestrator.controller.settings import DeploymentSettings
-from orchestrator.controller.shell import Launcher, new_epoch, open_channel
+from orchestrator.controller.shell import Launcher, new_epoch
 from orchestrator.controller.wire import device_speed
 from orchestrator.launcher.agent import Started
-from orchestrator.launcher.process import WorkerFailed
+from orchestrator.launcher.process import WorkerEnd, WorkerFailed
 from placement.errors import cause_of
-from placement.measured.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed, NotMeasured
 from placement.planning.plan import Shard
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
-
-RankKey = tuple[str, int]
 
 MEASURE_TIMEOUT_S = 20.0
 """A measurement takes about a second; more where code has to be compiled, or a GPU opened, on a busy machine."""
@@ -31,10 +31,10 @@ class EarlyWorkers:
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self._started: dict[RankKey, Started] = {}
-        self._measuring: asyncio.Task[tuple[DeviceSpeed | str, ...]] | None = None
+        self._measuring: asyncio.Task[tuple[DeviceSpeed | NotMeasured, ...]] | None = None
         self.epoch = new_epoch()
 
-    async def measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | str, ...]:
+    async def measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | NotMeasured, ...]:
         """Start all workers of the plan, then measure them all at once; in the order of its ranks.
 
         A worker that could not be measured has the cause in place of a speed.
@@ -45,7 +45,7 @@ class EarlyWorkers:
         self._measuring = asyncio.create_task(self._measure(settings))
         return await self._measuring
 
-    async def _measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | str, ...]:
+    async def _measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | NotMeasured, ...]:
         shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
         await self._launcher.reserve(shards)
         await self._start_all(shards)
@@ -82,7 +82,7 @@ class EarlyWorkers:
         """The worker that was started early, or a new one."""
         return self._started.get(key) or await self._launcher.start(key, epoch=epoch, shard=shard)
 
-    async def wait(self, key: RankKey) -> str:
+    async def wait(self, key: RankKey) -> WorkerEnd:
         """As the launcher does."""
         return await self._launcher.wait(key)
 
@@ -112,7 +112,7 @@ class _Meeting:
             self.all_there.set()
 
 
-async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _Meeting) -> DeviceSpeed | str:
+async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _Meeting) -> DeviceSpeed | NotMeasured:
     """How fast a worker is, or why that is not known."""
 
     async def requests() -> AsyncIterator[worker_pb2.MeasureSpeedRequest]:
@@ -132,7 +132,7 @@ async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _
             measured = await anext(answers, None)
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"was not measured within {MEASURE_TIMEOUT_S:g} s"
-        return f"{error.details() or cause_of(error)} ({error.code().name})"
+            return NotMeasured(cause=f"was not measured within {MEASURE_TIMEOUT_S:g} s")
+        return NotMeasured(cause=f"{error.details() or cause_of(error)} ({error.code().name})")
     speed = None if measured is None else device_speed(measured)
-    return speed or "measured no speed that a device can have"
+    return speed or NotMeasured(cause="measured no speed that a device can have")

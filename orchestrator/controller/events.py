@@ -1,4 +1,4 @@
-"""What the controller's state machine takes, events, and what it gives, commands."""
+"""Owns the events that change the controller's state, and the commands that follow from the state."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from placement.planning.plan import Plan, Shard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """Run this plan. Every replica begins at ``epoch``."""
+    """This plan is to run, and every replica begins at ``epoch``."""
 
     plan: Plan
     epoch: int
@@ -18,7 +18,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankEvent:
-    """Something about one rank of one incarnation of a replica."""
+    """Something happened to one rank of one incarnation of a replica."""
 
     replica: str
     epoch: int
@@ -27,7 +27,7 @@ class RankEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStarted(RankEvent):
-    """The process listens."""
+    """The rank's process listens."""
 
     node: str
     address: str
@@ -37,39 +37,54 @@ class RankStarted(RankEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProgress(RankEvent):
-    """Weights were read."""
+    """The rank has read this much of its weights."""
 
     loaded_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLoaded(RankEvent):
-    """The rank can run steps. ``measured``: of its stage, by the first rank of several there."""
+    """The rank can run steps.
+
+    Attributes:
+        measured: what the ranks of its stage measured; told by the first of several ranks there.
+    """
 
     measured: StageMeasurements = NOTHING_MEASURED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFailed(RankEvent):
-    """The process ended, froze, or could not start or load. ``cause`` is one line for the user."""
+    """The rank's process ended, froze, or could not start or load; ``cause`` is one line for the user."""
 
     cause: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStopped(RankEvent):
-    """The process ended because we asked."""
+    """The rank's process ended because it was told to, or there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
-    """Stop everything; the gateway has drained."""
+    """Everything is to end; the gateway has drained."""
 
 
 Event = Launch | RankStarted | RankProgress | RankLoaded | RankFailed | RankStopped | Shutdown
 
 
 # -- commands: what to do -------------------------------------------------------------------------------------
+
+RankKey = tuple[str, int]
+"""Names a rank: (replica, rank)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reserve:
+    """Reserve the nodes' resources for all of these shards together."""
+
+    epoch: int
+    shards: tuple[tuple[RankKey, Shard], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,10 +95,15 @@ class StartRank:
     epoch: int
     shard: Shard
 
+    @property
+    def rank(self) -> int:
+        """The rank that is to be started."""
+        return self.shard.rank
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A rank of a replica of several, as the others are told of it: where it listens for them, and what it holds."""
+    """What the other ranks of a replica are told of one: where it listens for them, and what it holds."""
 
     address: str
     ranks_port: int
@@ -95,7 +115,7 @@ class LoadRank:
     """Have the worker at ``address`` load its shard.
 
     Attributes:
-        members: all ranks of the replica, in their order; none where it has one alone.
+        members: all ranks of the replica, in their order; empty where there is one alone.
     """
 
     replica: str
@@ -103,6 +123,11 @@ class LoadRank:
     shard: Shard
     address: str
     members: tuple[Member, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The rank that is to load."""
+        return self.shard.rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,4 +139,5 @@ class StopRank:
     rank: int
 
 
-Command = StartRank | LoadRank | StopRank
+RankCommand = StartRank | LoadRank | StopRank
+Command = Reserve | RankCommand

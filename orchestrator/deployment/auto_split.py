@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from orchestrator.deployment.preflight import Checked, by_speed
 from orchestrator.key_values import key_values
-from placement.measured.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed, NotMeasured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,7 @@ class Settled:
     line: str
 
 
-def settle(provisional: Checked, measured: Sequence[DeviceSpeed | str]) -> Settled:
+def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) -> Settled:
     """The cut by measured speed; where a worker could not be measured, the provisional one, and why.
 
     No speed is made up for a worker that has none: threads, or memory, are then what is known of all of them.
@@ -33,7 +33,7 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | str]) -> Settl
     places = [provisional.workers[replica.name, rank] for rank in range(len(measured))]
     by_place = dict(zip(places, measured, strict=True))
     speeds = [speed for _, speed in sorted(by_place.items()) if isinstance(speed, DeviceSpeed)]
-    failures = [f"{names[place]} {cause}" for place, cause in by_place.items() if isinstance(cause, str)]
+    failures = [f"{names[place]} {it.cause}" for place, it in by_place.items() if isinstance(it, NotMeasured)]
     if failures:
         return Settled(checked=provisional, line=split_line(provisional, cause="; ".join(failures)))
     checked = by_speed(provisional, speeds)

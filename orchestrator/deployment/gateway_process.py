@@ -1,6 +1,5 @@
-"""The gateway as a child process of ``serve``: started, listened to, drained."""
+"""Owns the gateway as a child process of ``serve``: starts it, reads what it prints, drains it."""
 
-import json
 import os
 import queue
 import signal
@@ -10,31 +9,35 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
 from orchestrator.launcher.process import environment
+from protos.codec.child_process import Listening
 
 _POLL_S = 0.2
 _GATEWAY_START_S = 30.0
 # Beyond the grace period: closing streams and exporters.
 _GATEWAY_STOP_S = 10.0
+_LONGEST_LINE = 1 << 16
 
 
 class GatewayProcess:
-    """The gateway process."""
+    """The gateway process, and the address it listens on."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", address: str) -> None:
         self.process = process
         self.address = address
 
     def ended(self) -> bool:
+        """Whether the process is no more."""
         return self.process.poll() is not None
 
     def stop(self, *, grace_s: float, stop: StopRequest) -> int:
-        """Drain it, at once when the user insists; kill it when even that takes too long. Returns its exit code."""
+        """Drains it, at once when the user insists; kills it when even that takes too long. Returns its exit code."""
         self.process.terminate()
         deadline = time.monotonic() + grace_s + _GATEWAY_STOP_S
         cut = False
@@ -54,7 +57,7 @@ class GatewayProcess:
 def gateway_process(
     path: Path, overrides: Sequence[str], checked: Checked, control_address: str, stop: StopRequest
 ) -> Iterator[GatewayProcess]:
-    """Start the gateway and wait until it listens; at the end of the block nothing of it is left.
+    """Starts the gateway and waits until it listens; at the end of the block nothing of it is left.
 
     Raises:
         LaunchFailed: it ended, or did not listen in time.
@@ -71,28 +74,60 @@ def gateway_process(
         # A terminal's Ctrl-C is for this process, which drains the gateway in order.
         start_new_session=True,
     )  # fmt: skip
+    output = _Output(process)
     try:
-        yield GatewayProcess(process, _listening(process, stop))
+        yield GatewayProcess(process, _listening(output, stop))
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+        output.close()
 
 
-def _listening(process: "subprocess.Popen[bytes]", stop: StopRequest) -> str:
-    """The address that the gateway says it listens on. Raises LaunchFailed."""
-    assert process.stdout is not None
-    lines: queue.Queue[bytes] = queue.Queue()
-    threading.Thread(target=lambda out: lines.put(out.readline()), args=(process.stdout,), daemon=True).start()
+def _listening(output: "_Output", stop: StopRequest) -> str:
+    """Returns the address that the gateway says it listens on. Raises LaunchFailed."""
     deadline = time.monotonic() + _GATEWAY_START_S
     while time.monotonic() < deadline and not stop.asked.is_set():
         try:
-            line = lines.get(timeout=_POLL_S)
+            listening = output.first.get(timeout=_POLL_S)
         except queue.Empty:
             continue
-        if not line:
-            raise LaunchFailed(f"the gateway ended at its start with exit code {process.wait()}; its words are above")
-        return str(json.loads(line)["address"])
+        if listening is None:
+            code = output.process.wait()
+            raise LaunchFailed(f"the gateway ended at its start with exit code {code}; its words are above")
+        return listening.address
     raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
+
+
+class _Output:
+    """Reads the standard output of a child process until it ends, and passes it on to standard error.
+
+    Attributes:
+        first: gets where the child listens, once it says so; None when its output ends before.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        self.process = process
+        self.first: queue.Queue[Listening | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._read, name="gateway-output", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        listens = False
+        for line in iter(partial(self.process.stdout.readline, _LONGEST_LINE), b""):
+            text = line.decode(errors="replace").rstrip()
+            listening = None if listens else Listening.read(text)
+            if listening is None:  # a library's words
+                print(text, file=sys.stderr, flush=True)
+            else:
+                listens = True
+                self.first.put(listening)
+        self.first.put(None)
+
+    def close(self) -> None:
+        """Reads what is left of a child that has ended, and closes the pipe."""
+        self._thread.join(timeout=_POLL_S)
+        if not self._thread.is_alive():  # else a child of the gateway's still holds the other end
+            assert self.process.stdout is not None
+            self.process.stdout.close()

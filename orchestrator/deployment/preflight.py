@@ -4,7 +4,6 @@ Whether a GPU that was asked for exists is checked by the worker on its node.
 """
 
 import errno
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,32 +11,24 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from orchestrator.config.document import Config, WorkerConfig
+from orchestrator.config.document import Config
 from orchestrator.config.parallelism import ParallelismConfig, StageConfig
 from orchestrator.config.types import Address
-from orchestrator.launcher.node import available_memory_bytes
+from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
 from orchestrator.model_dir.files import ModelFiles, read_model_files
-from placement.errors import InvalidConfig
+from placement.errors import HeterodyneError, InvalidConfig
 from placement.measured.speed import DeviceSpeed
 from placement.model.hf import saved_dtype
 from placement.model.quantization import Quantization, linear_format
-from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
+from placement.model.specs import DType, ModelSpec
 from placement.model.weights import num_parameters
 from placement.planning.auto import Choice, Layouts, SplitBy, first_that_fits
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
+from placement.planning.seating import Host
 
-LOCAL_NODE = "local"
 _PORTS_TRIED = 100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What this machine has to give."""
-
-    memory_bytes: int
-    num_cores: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +36,12 @@ class Checked:
     """A configuration that can be launched.
 
     Attributes:
-        model: as the checkpoint describes it; ``plan.model`` has the context length that is served.
-        plan: in a cluster that is not local its nodes are placeholders, ``node-i`` for worker i, until Ray has chosen.
-        workers: the place in ``config.cluster.each_worker`` of every rank, by the replica's name and the rank.
+        model: describes the checkpoint; ``plan.model`` has the context length that is served.
+        plan: where the workers' machines are not known its nodes are placeholders, such as ``node-0``.
+        workers: place in ``config.cluster.each_worker`` of every rank, by the replica's name and the rank.
         split_by: what the shares of workers are by; None: they are as asked for, or each worker has all of the model.
         machine: what this machine had to give.
+        hosts: the machine of each worker in a cluster that was joined; None where that is not known.
         checkpoint_bytes: size of the safetensors files.
     """
 
@@ -59,6 +51,7 @@ class Checked:
     workers: Mapping[tuple[str, int], int]
     split_by: SplitBy | None
     machine: Machine
+    hosts: tuple[Host, ...] | None
     num_parameters: int
     checkpoint_bytes: int
 
@@ -68,13 +61,15 @@ def preflight(
     *,
     machine: Machine | None = None,
     listens: bool = True,
+    hosts: tuple[Host, ...] | None = None,
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Checked:
-    """Everything that can be checked without starting anything. Reads headers, no weights.
+    """Checks everything that can be checked without starting anything. Reads headers, no weights.
 
     Args:
         machine: what this machine has; measured when None.
         listens: whether servers are to listen here now, so that ports must be free.
+        hosts: the machine of each worker in a cluster that was joined; None where that is not known.
         speeds: of all workers, in their order, where they were measured.
 
     Raises:
@@ -85,7 +80,7 @@ def preflight(
     _check_environment()
     files = read_model_files(Path(config.model.path))
     machine = machine or measure_machine()
-    choice = _choose(config, files, machine, speeds)
+    cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_listening(config)
     return Checked(
@@ -93,33 +88,58 @@ def preflight(
         model=files.spec,
         plan=choice.plan,
         workers={
-            (replica.name, rank): device
+            (replica.name, rank): cluster.workers[device]
             for replica, layout in zip(choice.plan.replicas, choice.layouts, strict=True)
             for rank, device in enumerate(layout.devices)
         },
         split_by=choice.split_by,
         machine=machine,
+        hosts=hosts,
         num_parameters=num_parameters(files.spec),
         checkpoint_bytes=files.checkpoint_bytes,
     )
 
 
+def on_hosts(checked: Checked, hosts: tuple[Host, ...]) -> Checked:
+    """Checks the same configuration again, once the machines of its workers are known.
+
+    Raises:
+        InvalidConfig, InvalidModel, NotEnoughMemory: the machines cannot serve it; or the model directory was changed.
+    """
+    return preflight(checked.config, machine=checked.machine, listens=False, hosts=hosts)
+
+
 def by_speed(checked: Checked, speeds: Sequence[DeviceSpeed]) -> Checked:
-    """The same configuration on the same machine, once its workers, which run by now, were measured.
+    """Checks the same configuration on the same machines again, once its workers, which run by now, were measured.
 
     Raises:
         InvalidConfig, InvalidModel, NotEnoughMemory: the model directory was changed in between.
     """
-    return preflight(checked.config, machine=checked.machine, listens=False, speeds=speeds)
+    return preflight(checked.config, machine=checked.machine, listens=False, hosts=checked.hosts, speeds=speeds)
 
 
-def _choose(config: Config, files: ModelFiles, machine: Machine, speeds: Sequence[DeviceSpeed] | None) -> Choice:
-    """The layouts that are asked for, or those that suit, and their plan."""
-    cluster, unmeasured = _cluster(config, machine)
+def _choose(
+    config: Config, files: ModelFiles, clusters: Sequence[KnownCluster], speeds: Sequence[DeviceSpeed] | None
+) -> tuple[KnownCluster, Choice]:
+    """Returns the first cluster that a plan fits, and the plan; raises what was wrong with the first of them."""
+    refusals: list[HeterodyneError] = []
+    for cluster in clusters:
+        try:
+            return cluster, _choose_layouts(config, files, cluster, speeds)
+        except HeterodyneError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _choose_layouts(
+    config: Config, files: ModelFiles, cluster: KnownCluster, speeds: Sequence[DeviceSpeed] | None
+) -> Choice:
+    """Returns the layouts that are asked for, or those that suit, and their plan."""
+    spec = cluster.spec
     make_plan = partial(
         plan_replicas,
         files.spec,
-        cluster,
+        spec,
         dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
         block_size=config.serving.block_size,
         kv_cache_bytes=config.serving.kv_cache,
@@ -130,26 +150,23 @@ def _choose(config: Config, files: ModelFiles, machine: Machine, speeds: Sequenc
     )
 
     def plan(layouts: Layouts) -> Plan:
-        return make_plan(layouts=layouts, unmeasured=unmeasured)
+        return make_plan(layouts=layouts, unmeasured=cluster.unmeasured)
 
     def draft(layouts: Layouts) -> Plan:
-        every = {(node.name, device.name) for node in cluster.nodes for device in node.devices}
+        every = {(node.name, device.name) for node in spec.nodes for device in node.devices}
         return make_plan(layouts=layouts, unmeasured=every)
 
     if config.serving.parallelism is None:
-        return first_that_fits(cluster, plan, draft=draft, unmeasured=unmeasured, speeds=speeds)
-    layouts = _layouts(config, config.serving.parallelism)
+        its_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
+        return first_that_fits(spec, plan, draft=draft, unmeasured=cluster.unmeasured, speeds=its_speeds)
+    layouts = _layouts(config, config.serving.parallelism, cluster)
     return Choice(layouts=layouts, plan=plan(layouts))
 
 
-def measure_machine() -> Machine:
-    """Memory that is free now, within the container's limit, and the cores this process may use."""
-    return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
-
-
-def _layouts(config: Config, parallelism: ParallelismConfig) -> tuple[ReplicaLayout, ...]:
-    """The replicas as they are asked for. Workers and the cluster's devices are in the same order."""
-    places = {name: place for place, name in enumerate(config.cluster.worker_names)}
+def _layouts(config: Config, parallelism: ParallelismConfig, cluster: KnownCluster) -> tuple[ReplicaLayout, ...]:
+    """Returns the replicas as they are asked for, with the devices of ``cluster`` for the names of workers."""
+    names = config.cluster.worker_names
+    places = {names[worker]: device for device, worker in enumerate(cluster.workers)}
     return tuple(
         ReplicaLayout(stages=tuple(_stage_layout(stage, places) for stage in replica.stages))
         for replica in parallelism.replicas
@@ -162,38 +179,6 @@ def _stage_layout(stage: StageConfig, places: Mapping[str, int]) -> StageLayout:
         weights=stage.sequence_split or stage.tensor_split or (1.0,) * len(stage.workers),
         split="tensor" if stage.sequence_split is None else "sequence",
         num_layers=stage.layers,
-    )
-
-
-def _cluster(config: Config, machine: Machine) -> tuple[ClusterSpec, set[tuple[str, str]]]:
-    """The cluster as far as it is known, and the (node, device) pairs whose memory is not."""
-    workers = config.cluster.each_worker
-    host = config.cluster.bind_host
-    num_cpu = sum(worker.device == "cpu" for worker in workers)
-    threads = max(1, machine.num_cores // max(1, num_cpu))
-    if config.cluster.is_local:
-        devices = tuple(_device(worker, machine.memory_bytes, threads) for worker in workers)
-        unknown = {(LOCAL_NODE, w.device) for w in workers if w.device != "cpu" and w.memory is None}
-        node = NodeSpec(name=LOCAL_NODE, host=host, memory_bytes=machine.memory_bytes, devices=devices)
-        return ClusterSpec(nodes=(node,)), unknown
-    nodes: list[NodeSpec] = []
-    unknown = set()
-    for index, worker in enumerate(workers):
-        device = _device(worker, worker.memory or 0, 1)
-        name = f"node-{index}"
-        nodes.append(NodeSpec(name=name, host=host, memory_bytes=device.memory_bytes, devices=(device,)))
-        if worker.memory is None:
-            unknown.add((name, worker.device))
-    return ClusterSpec(nodes=tuple(nodes)), unknown
-
-
-def _device(worker: WorkerConfig, memory_bytes: int, num_threads: int) -> DeviceSpec:
-    kind, _, index = worker.device.partition(":")
-    return DeviceSpec(
-        kind="cuda" if kind == "cuda" else "cpu",
-        index=int(index or 0),
-        memory_bytes=worker.memory or memory_bytes,
-        num_threads=worker.threads or num_threads,
     )
 
 

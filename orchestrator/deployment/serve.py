@@ -22,7 +22,8 @@ from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_lines
-from orchestrator.deployment.preflight import Checked, preflight
+from orchestrator.deployment.preflight import Checked, on_hosts, preflight
+from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.key_values import key_values
@@ -50,10 +51,9 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     stop = StopRequest()
     stop.install()
     address = config.cluster.ray_address or "local"
-    devices = [shard.device for replica in checked.plan.replicas for shard in replica.shards]
-    num_gpus = sum(device.kind == "cuda" for device in devices)
-    num_cpus = num_gpus + sum(device.num_threads for device in devices if device.kind == "cpu")
-    if checked.split_by is None:
+    needs = worker_needs(checked)
+    num_cpus, num_gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
+    if checked.split_by is None and config.cluster.is_local:
         _print(console, plan_lines(checked))
     _say(console, event="connect", ray_address=address)
     connect(address, num_cpus=num_cpus)
@@ -61,6 +61,13 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
         stop.install()
         _warn_of_strangers(address, console)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
+        if not config.cluster.is_local:
+            hosts = find_seats(needs)
+            if hosts is None:
+                _say(console, event="hosts", cause="no room for all workers is free now; Ray places them")
+            else:
+                checked = on_hosts(checked, hosts)
+            _print(console, plan_lines(checked) if checked.split_by is None else ())
         with (
             _controller(checked, stop, console) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
@@ -95,18 +102,16 @@ class _Launched:
 def _controller(checked: Checked, stop: StopRequest, console: Console) -> Iterator[_Launched]:
     """A controller that has begun the launch; where a model was cut without being asked, by measured speed."""
     config = checked.config
-    workers = config.cluster.each_worker
-    labels = {rank: workers[worker].node_labels for rank, worker in checked.workers.items()}
     handle = ControllerHandle(
         LaunchSettings(
             bind_host=config.cluster.bind_host,
             start_timeout_s=config.launch.start_timeout_s,
-            labels=labels,
+            labels=rank_labels(checked),
         )
     )
     try:
         if checked.split_by is not None:
-            _say(console, event="measure", workers=len(workers))
+            _say(console, event="measure", workers=len(checked.workers))
             settled = settle(checked, _measure(handle, checked, stop))
             checked = settled.checked
             _print(console, [settled.line, *plan_lines(checked)])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from orchestrator.config.document import load_config
 from orchestrator.gateway.server import GatewaySettings, run
-from orchestrator.launcher.parent import die_with_parent
 from placement.errors import HeterodyneError
 from placement.model.specs import DType
+from protos.codec.child_process import die_with_parent
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from orchestrator.telemetry.requests import Telemetry
 from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
 from placement.model.specs import DType
+from protos.codec.child_process import Listening
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -254,7 +254,7 @@ async def run(settings: GatewaySettings) -> int:
     # Modules and classes stay for good: looking through them for garbage would hold every stream up for some 20 ms.
     gc.collect()
     gc.freeze()
-    print(json.dumps({"event": "listening", "address": address, "pid": os.getpid()}), flush=True)
+    print(Listening(address=address, pid=os.getpid()).line(), flush=True)
     await stop.wait()
     finished = await gateway.drain(cut)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,25 +1,23 @@
-"""The Ray actor that keeps one worker process: it sets the environment, watches, and takes the worker with it.
+"""Owns the Ray actor that keeps one worker process: it starts the worker, watches it, and takes it with it.
 
-The controller's actor owns it: when the controller is lost, Ray ends this actor, and the worker ends too.
+The controller's actor owns this one: when the controller is lost, Ray ends this actor, and the worker ends too.
 
 All methods are coroutines, so Ray runs them on one event loop in one long-lived thread. That matters: the kernel's
 parent-death signal follows the thread that started the process.
 """
 
-import os
 import socket
 from dataclasses import dataclass, replace
 
 from orchestrator.launcher.node import advertised_host, available_memory_bytes
-from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
+from orchestrator.launcher.process import WorkerArgs, WorkerEnd, WorkerFailed, WorkerProcess
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a node has."""
+    """What a node has to give."""
 
     node: str
-    num_cpus: int
     available_bytes: int
 
 
@@ -37,8 +35,15 @@ class Started:
     pid: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotStarted:
+    """A worker that did not come up. Takes an exception's place in an actor's answer: Ray would wrap the exception."""
+
+    cause: str
+
+
 def node_ip() -> str:
-    """The address that Ray knows this node by."""
+    """Returns the address that Ray knows this node by."""
     import ray  # here, for this module is also used where Ray is not
 
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -51,20 +56,16 @@ class NodeAgent:
         self._worker: WorkerProcess | None = None
 
     async def probe(self) -> Probe:
-        """What this node has, now."""
-        return Probe(
-            node=socket.gethostname(),
-            num_cpus=os.cpu_count() or 1,
-            available_bytes=available_memory_bytes(),
-        )
+        """Returns what this node has to give now."""
+        return Probe(node=socket.gethostname(), available_bytes=available_memory_bytes())
 
-    async def start(self, args: WorkerArgs, timeout_s: float) -> Started | str:
-        """Start the worker. A failure comes back as its cause, since Ray would wrap an exception in its own."""
+    async def start(self, args: WorkerArgs, timeout_s: float) -> Started | NotStarted:
+        """Starts the worker and waits until it listens."""
         args = replace(args, advertise_host=advertised_host(args.bind_host, node_ip()))
         try:
             self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
         except WorkerFailed as error:
-            return str(error)
+            return NotStarted(cause=str(error))
         return Started(
             node=socket.gethostname(),
             address=self._worker.address,
@@ -72,12 +73,12 @@ class NodeAgent:
             pid=self._worker.pid,
         )
 
-    async def wait(self) -> str:
-        """Wait for the worker's end; says how it came."""
+    async def wait(self) -> WorkerEnd:
+        """Waits for the worker's end and says how it came."""
         assert self._worker is not None
         return await self._worker.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """End the worker."""
+        """Ends the worker."""
         if self._worker is not None:
             await self._worker.stop(grace_s=grace_s)

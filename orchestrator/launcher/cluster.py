@@ -11,12 +11,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from orchestrator.launcher.agent import NodeAgent, Probe, Started
-from orchestrator.launcher.process import WorkerArgs, WorkerFailed, started_late
+from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
+from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
 from orchestrator.launcher.ray_access import start_own_ray
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
+from placement.planning.seating import need_of
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +158,9 @@ class RayLauncher:
             epoch=epoch,
         )
         timeout_s = self._settings.start_timeout_s
-        started: Started | str = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
-        if isinstance(started, str):
-            raise WorkerFailed(started)
+        started: Started | NotStarted = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
+        if isinstance(started, NotStarted):
+            raise WorkerFailed(started.cause)
         return started
 
     async def _answer(self, call: Awaitable[T], timeout_s: float) -> T:
@@ -191,13 +192,14 @@ class RayLauncher:
                 f"{format_bytes(probe.available_bytes)} are free. Lower serving.kv_cache or choose another node"
             )
 
-    async def wait(self, key: RankKey) -> str:
-        """Wait for a worker's end and say how it came; a lost agent counts as one."""
+    async def wait(self, key: RankKey) -> WorkerEnd:
+        """Waits for a worker's end and says how it came; the loss of its agent counts as one."""
         try:
-            cause: str = await self._agents[key].wait.remote()
+            end: WorkerEnd = await self._agents[key].wait.remote()
         except ray.exceptions.RayError as error:
-            return f"its node or its Ray actor was lost ({ray_cause(error)})"
-        return cause
+            cause = f"its node or its Ray actor was lost ({ray_cause(error)})"
+            return WorkerEnd(how=HowEnded.FAILED, cause=cause)
+        return end
 
     async def stop(self, key: RankKey) -> None:
         """End a worker and its actor, by force if it must be."""
@@ -221,6 +223,6 @@ class RayLauncher:
 
 
 def _resources(shard: Shard) -> dict[str, float]:
-    if shard.device.kind == "cpu":
-        return {"CPU": shard.device.num_threads}
-    return {"CPU": 1, "GPU": 1}
+    need = need_of(shard.device, {})
+    resources: dict[str, float] = {"CPU": need.num_cpus}
+    return resources | {"GPU": need.num_gpus} if need.num_gpus else resources

@@ -1,29 +1,48 @@
-"""One worker process: started, listened to, ended. No Ray here, so it is tested without any."""
+"""Starts one worker process, listens to it, and ends it. No Ray here, so it is tested without any."""
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 from collections import deque
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from orchestrator.launcher.node import host_port
-from placement.errors import PEER_LOST_EXIT_CODE, HeterodyneError
+from placement.errors import HeterodyneError
+from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_LINES = 20
 # Whoever has it runs code in Ray.
 _RAY_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-PEER_LOST = "another rank of its replica was lost"
-"""How the cause begins of a worker that ended because another did: the other's own cause says more."""
 
 
 class WorkerFailed(HeterodyneError):
-    """The worker process did not start, or ended by itself; the text is its cause, one line."""
+    """A worker process did not start, or ended by itself; the text is the cause, in one line."""
+
+
+class HowEnded(Enum):
+    """Why a worker process is no more."""
+
+    STOPPED = "stopped"
+    """It was asked to end."""
+    PEER_LOST = "peer lost"
+    """It ended because another rank of its replica was lost, whose own end says more."""
+    FAILED = "failed"
+    """It ended by itself, was killed, or its node was lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEnd:
+    """The end of a worker process; ``cause`` is one line for the user."""
+
+    how: HowEnded
+    cause: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +50,7 @@ class WorkerArgs:
     """How to start a worker.
 
     Attributes:
-        advertise_host: where others reach it, if not at ``bind_host``.
+        advertise_host: where others reach the worker, if not at ``bind_host``.
     """
 
     bind_host: str
@@ -41,14 +60,14 @@ class WorkerArgs:
     advertise_host: str | None = None
 
     def argv(self) -> list[str]:
-        """The command line."""
+        """Returns the command line."""
         return [
             sys.executable, "-m", "workers", "--bind", host_port(self.bind_host, 0), "--device", self.device,
             "--threads", str(self.num_threads), "--epoch", str(self.epoch), "--parent-pid", str(os.getpid()),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """What a worker runs with: the thread counts count from before torch is imported."""
+        """Returns the environment of a worker. Thread counts must be in it, as torch reads them when it is imported."""
         threads = str(self.num_threads)
         # OpenMP's threads wait for work by spinning, by default so long that on a machine which also does other work
         # they take each other's cores; this is long enough to bridge the gap between two operations of a step.
@@ -63,12 +82,12 @@ class WorkerArgs:
 
 
 def started_late(timeout_s: float) -> str:
-    """The cause of a worker that did not come up in time."""
+    """Returns the cause to tell of a worker that did not come up in time."""
     return f"did not start within launch.start_timeout_s = {timeout_s:g} s; raise it, or look at the node's load"
 
 
 def environment(*, ray_token: bool = False) -> dict[str, str]:
-    """This process's environment, with the directory of our packages first on the path.
+    """Returns this process's environment, with the directory of our packages first on Python's path.
 
     Args:
         ray_token: whether Ray's token goes along, which only a process gets that connects to Ray.
@@ -79,28 +98,32 @@ def environment(*, ray_token: bool = False) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """A worker under watch. It dies with the process that started it."""
+    """A worker process under watch. It dies with the process that started it.
+
+    Everything it prints is read until it ends, and passed on to standard error.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process, host: str) -> None:
         self._process = process
         self._host = host
+        self._listening: asyncio.Future[Listening | None] = asyncio.get_running_loop().create_future()
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
-        self._pump = asyncio.create_task(self._read_stderr())
+        self._readers = [asyncio.create_task(read()) for read in (self._read_stdout, self._read_stderr)]
         self._stopping = False
         self.address = ""
         self.ranks_port = 0
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The id of the process."""
         return self._process.pid
 
     @classmethod
     async def start(cls, args: WorkerArgs, *, timeout_s: float) -> "WorkerProcess":
-        """Start it and wait until it listens.
+        """Starts a worker and waits until it listens.
 
         Raises:
-            WorkerFailed: it ended, or said nothing within ``timeout_s``.
+            WorkerFailed: it ended, or did not listen within ``timeout_s``.
         """
         process = await asyncio.create_subprocess_exec(
             *args.argv(),
@@ -123,42 +146,45 @@ class WorkerProcess:
         return worker
 
     async def _listen(self) -> None:
+        listening = await self._listening
+        if listening is None:
+            raise WorkerFailed((await self.wait()).cause)
+        self.address = host_port(self._host, int(listening.address.rpartition(":")[2]))
+        self.ranks_port = listening.ranks_port
+
+    async def _read_stdout(self) -> None:
         assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise WorkerFailed(await self.wait())
-        said = json.loads(line)
-        self.address = host_port(self._host, int(said["address"].rpartition(":")[2]))
-        self.ranks_port = int(said["ranks_port"])
+        async for line in _lines(self._process.stdout):
+            listening = None if self._listening.done() else Listening.read(line)
+            if listening is None:  # a library's words
+                print(line, file=sys.stderr, flush=True)
+            else:
+                self._listening.set_result(listening)
+        if not self._listening.done():
+            self._listening.set_result(None)
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
-        while True:
-            try:
-                line = await self._process.stderr.readline()
-            except ValueError:  # longer than the reader's buffer: what was read of it is dropped
-                continue
-            if not line:
-                return
-            text = line.decode(errors="replace").rstrip()
-            self._stderr.append(text)
-            print(text, file=sys.stderr, flush=True)
+        async for line in _lines(self._process.stderr):
+            self._stderr.append(line)
+            print(line, file=sys.stderr, flush=True)
 
-    async def wait(self) -> str:
-        """Wait for the end and say, in one line, how it came."""
+    async def wait(self) -> WorkerEnd:
+        """Waits for the end of the process and says how it came."""
         code = await self._process.wait()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._pump, 1.0)
+        await asyncio.wait(self._readers, timeout=1.0)
         if self._stopping:
-            return "stopped"
+            return WorkerEnd(how=HowEnded.STOPPED, cause="stopped")
         last = next((line for line in reversed(self._stderr) if line.strip()), "")
         if code == PEER_LOST_EXIT_CODE:
-            return f"{PEER_LOST}: {last.removeprefix('lost ')}"
+            cause = f"another rank of its replica was lost: {last.removeprefix('lost ')}"
+            return WorkerEnd(how=HowEnded.PEER_LOST, cause=cause)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        return f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")
+        cause = f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")
+        return WorkerEnd(how=HowEnded.FAILED, cause=cause)
 
     async def stop(self, *, grace_s: float) -> None:
-        """SIGTERM, then SIGKILL after ``grace_s`` (at once when 0)."""
+        """Ends the process with SIGTERM, and with SIGKILL after ``grace_s`` (at once when 0)."""
         self._stopping = True
         if self._process.returncode is None and grace_s > 0:
             with contextlib.suppress(ProcessLookupError):
@@ -169,3 +195,15 @@ class WorkerProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Yields the lines of a stream until it ends, but for those longer than the reader's buffer."""
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:  # too long: what was read of it is dropped
+            continue
+        if not line:
+            return
+        yield line.decode(errors="replace").rstrip()

@@ -24,6 +24,13 @@ class DeviceSpeed:
         assert all(0 < rate < math.inf for rate in (self.weight_bytes_per_s, self.flops_per_s)), self
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotMeasured:
+    """The speed of a device is not known; ``cause`` is one line for the user."""
+
+    cause: str
+
+
 def shares_by_speed(speeds: Sequence[DeviceSpeed]) -> tuple[float, ...]:
     """Returns the shares of a model's weights, of any scale, with which all devices read theirs in the same time.
 

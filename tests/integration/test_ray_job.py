@@ -48,6 +48,13 @@ def submit(cluster: str, *args: str) -> Command:
     return Command([*shlex.split(command), *args], env=ENV)
 
 
+def stop(cluster: str, name: str, job: Command) -> None:
+    """Stop a job as the README says, and wait until its logs have ended."""
+    with Command([str(BIN / "ray"), "job", "stop", "--address", cluster, name], env=ENV) as command:
+        assert command.process.wait(timeout=2 * PATIENCE_S) == 0, command.output()
+    job.process.wait(timeout=2 * PATIENCE_S)
+
+
 def test_a_job_serves_streams_its_logs_and_stops_when_told(cluster: str) -> None:
     address = f"127.0.0.1:{free_port()}"
     job = submit(
@@ -63,9 +70,7 @@ def test_a_job_serves_streams_its_logs_and_stops_when_told(cluster: str) -> None
         )
         assert result.finished.usage.completion_tokens == 16
         worker = psutil.Process(fetch_status(address).replicas[0].ranks[0].pid)
-        with Command([str(BIN / "ray"), "job", "stop", "--address", cluster, name], env=ENV) as stop:
-            assert stop.process.wait(timeout=2 * PATIENCE_S) == 0, stop.output()
-        job.process.wait(timeout=2 * PATIENCE_S)
+        stop(cluster, name, job)
         assert re.search("event=drained", job.output()), job.output()
         psutil.wait_procs([worker], timeout=PATIENCE_S)
         assert not worker.is_running()
@@ -77,6 +82,25 @@ def test_a_job_that_cannot_start_exits_with_1_and_says_why(cluster: str) -> None
     with submit(cluster, "serve", "deploy/local.yaml", "--set=serving.blok_size=16") as job:
         assert job.process.wait(timeout=2 * PATIENCE_S) == 1
         assert "serving.blok_size" in job.output() and "block_size" in job.output()
+
+
+def test_workers_of_one_machine_share_every_layer_of_a_model_that_is_too_large_for_each(cluster: str) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    workers = "[{threads: 1, memory: 411MiB}, {threads: 1, memory: 411MiB}]"
+    job = submit(
+        cluster, "serve", "deploy/local.yaml", f"--set=gateway.address={address}",
+        "--set=telemetry.prometheus_address=null", f"--set=cluster.workers={workers}",
+        "--set=model.max_context_tokens=1024", "--set=serving.kv_cache=4MiB", "--set=serving.token_budget=64",
+        "--set=serving.max_num_seqs=4",
+    )  # fmt: skip
+    with job:
+        name = job.wait_for(r"Job '(raysubmit_\w+)' submitted")[1]
+        job.wait_for(rf"event=serving model=demo address={address}")
+        plan = re.findall(r"event=plan replica=replica-0 stage=(\d+) rank=(\d+)", job.output())
+        assert plan == [("0", "0"), ("0", "1")], job.output()
+        result = stream_generate(address, pb.GenerateRequest(prompt="And", max_tokens=4), timeout_s=PATIENCE_S)
+        assert result.finished.usage.completion_tokens == 4
+        stop(cluster, name, job)
 
 
 def test_the_repository_travels_without_its_virtual_environment() -> None:

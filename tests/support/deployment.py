@@ -19,7 +19,7 @@ from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
-from orchestrator.launcher.process import WorkerArgs, WorkerProcess
+from orchestrator.launcher.process import WorkerArgs, WorkerEnd, WorkerProcess
 from placement.model.quantization import Quantization
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.plan import Shard
@@ -41,7 +41,7 @@ class LocalLauncher:
         worker = self.workers[key] = await WorkerProcess.start(args, timeout_s=START_S)
         return Started(node="here", address=worker.address, ranks_port=worker.ranks_port, pid=worker.pid)
 
-    async def wait(self, key: tuple[str, int]) -> str:
+    async def wait(self, key: tuple[str, int]) -> WorkerEnd:
         return await self.workers[key].wait()
 
     async def stop(self, key: tuple[str, int]) -> None:

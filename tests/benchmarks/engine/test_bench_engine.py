@@ -17,10 +17,11 @@ def run(cwd: Path, *options: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.integration
-def test_bench_engine_measures_us_another_checkout_and_the_bound_and_leaves_out_peers_that_are_not_installed(tmp_path: Path) -> None:
+def test_bench_engine_measures_us_another_checkout_and_the_bound_and_leaves_out_missing_peers(tmp_path: Path) -> None:
     cases = ("prefill_128x1", "decode_b1", "decode_b8")
     sizes = ["--shape=tiny", f"--cases={','.join(cases)}", "--repeats=2", "--steps=4", "--context=16", "--threads=1"]
-    done = run(tmp_path, *sizes, "--engines=heterodyne,linears,vllm", f"--before={REPOSITORY}", "--set=serving.kv_cache=16MiB")
+    engines = ["--engines=heterodyne,linears,vllm", f"--before={REPOSITORY}"]
+    done = run(tmp_path, *sizes, *engines, "--set=serving.kv_cache=16MiB")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "build/bench/engine.json").read_text())
     expected = {f"{what}_{case}" for case in cases for what in ("heterodyne", "before", "before_ratio")}

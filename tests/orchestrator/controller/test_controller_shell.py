@@ -3,8 +3,9 @@
 import asyncio
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -16,10 +17,12 @@ from orchestrator.controller.shell import ControllerShell
 from orchestrator.controller.state import Phase
 from orchestrator.deployment.preflight import preflight
 from orchestrator.launcher.agent import Started
+from orchestrator.launcher.process import WorkerEnd, WorkerFailed
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.plan import Shard
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc
+from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
 from tests.support.deployment import LocalLauncher, make_config, two_ranks
 
@@ -161,6 +164,71 @@ async def test_a_rank_whose_stop_raises_counts_as_stopped(
         await shell.shutdown(2 * PATIENCE_S)
     assert shell.state.phase is Phase.STOPPED
     assert "the node is gone" in caplog.text
+
+
+class Late(FakeLauncher):
+    """Rank 1 does not start, and rank 0 comes up once it is let, whether it is still wanted or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = asyncio.Event()
+
+    async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started:
+        if key[1]:
+            raise WorkerFailed("no such device")
+        await self.let.wait()
+        self.calls.append("up")
+        return Started(node="here", address="127.0.0.1:1", ranks_port=1, pid=0)
+
+    async def wait(self, key: tuple[str, int]) -> WorkerEnd:
+        await asyncio.sleep(3600.0)
+        raise AssertionError
+
+
+async def test_a_worker_that_comes_up_after_it_was_stopped_is_stopped_again(
+    served_checkpoint: Path, tmp_path: Path
+) -> None:
+    launcher = Late()
+    shell, _ = make_shell(tmp_path, served_checkpoint, launcher=launcher, **two_ranks())
+    await shell.launch()
+    await until(lambda: shell.state.phase is Phase.FAILED and launcher.calls == ["stop", "stop"])
+    launcher.let.set()
+    await until(lambda: launcher.calls == ["stop", "stop", "up", "stop"])
+    assert shell.state.cause == "rank 1 of replica-0 on local: no such device"
+    await shell.shutdown(10.0)
+
+
+class Silent(FakeLauncher, worker_pb2_grpc.WorkerServicer):
+    """Its worker answers a request to load with nothing."""
+
+    address = ""
+
+    async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started:
+        return Started(node="here", address=self.address, ranks_port=1, pid=0)
+
+    async def wait(self, key: tuple[str, int]) -> WorkerEnd:
+        await asyncio.sleep(3600.0)
+        raise AssertionError
+
+    async def Load(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.LoadResponse]:
+        for _ in ():
+            yield worker_pb2.LoadResponse()
+
+
+async def test_a_worker_that_ends_its_answer_before_it_has_loaded_has_failed(
+    served_checkpoint: Path, tmp_path: Path
+) -> None:
+    launcher = Silent()
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_WorkerServicer_to_server(launcher, server)
+    launcher.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    shell, _ = make_shell(tmp_path, served_checkpoint, launcher=launcher)
+    await shell.launch()
+    await until(lambda: shell.state.phase is Phase.FAILED)
+    assert shell.state.cause.endswith("ended its answer before it had loaded")
+    await shell.shutdown(10.0)
+    await server.stop(0.1)
 
 
 async def test_a_load_that_takes_too_long_names_its_limit(served_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The controller's state machine: events in, commands out."""
+"""The controller's decisions: events change the state, and commands follow from it."""
 
 import itertools
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.controller import state as machine
 from orchestrator.controller.events import (
     Command,
     Event,
@@ -17,11 +18,13 @@ from orchestrator.controller.events import (
     RankProgress,
     RankStarted,
     RankStopped,
+    Reserve,
     Shutdown,
     StartRank,
     StopRank,
 )
-from orchestrator.controller.state import Phase, State, apply
+from orchestrator.controller.state import Phase, State
+from orchestrator.controller.supervision import Observed, plan
 from placement.measured.collectives import MeasuredSum
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.part import Part, Span
@@ -43,6 +46,20 @@ MODEL = ModelSpec(
     rope=RopeSpec(),
     tied_embeddings=True,
 )
+
+
+# Everything is reserved, and every rank may have a process.
+ALL = Observed(reserved=True, processes=frozenset((f"replica-{i}", rank) for i in range(2) for rank in range(3)))
+
+
+def apply(state: State, event: Event) -> tuple[State, tuple[Command, ...]]:
+    """The state after an event, and the commands that were not planned before it."""
+    after = machine.apply(state, event)
+    return after, tuple(command for command in plan(after, ALL) if command not in plan(state, ALL))
+
+
+def stops(state: State, observed: Observed = ALL) -> set[tuple[str, int]]:
+    return {(c.replica, c.rank) for c in plan(state, observed) if isinstance(c, StopRank)}
 
 
 def make_plan(num_replicas: int, num_ranks: int) -> Plan:
@@ -263,15 +280,47 @@ def check(before: State, state: State, commands: tuple[Command, ...]) -> None:
         if new.phase is Phase.FAILED:
             assert new.cause
             assert any(rank.phase is Phase.FAILED for rank in new.ranks)
-        if old.phase is not Phase.FAILED and new.phase is Phase.FAILED:
             alive = {(new.name, rank.shard.rank) for rank in new.ranks if not rank.phase.ended}
-            assert alive <= {(c.replica, c.rank) for c in commands if isinstance(c, StopRank)}
+            assert alive <= stops(state, Observed(reserved=True)), "until they have ended, whatever was lost"
+        if state.phase in (Phase.FAILED, Phase.DRAINING) and not (state.launched and state.phase is Phase.FAILED):
+            assert {(new.name, rank.shard.rank) for rank in new.ranks} == stops(state) & {(new.name, 0), (new.name, 1)}
+    assert not {
+        c for c in plan(state, ALL) if isinstance(c, StartRank | LoadRank) and (c.replica, c.rank) in stops(state)
+    }
     assert len(commands) == len(set(map(repr, commands)))
     if state.phase is Phase.STOPPED:
         assert all(rank.phase.ended for replica in state.replicas for rank in replica.ranks)
 
 
 def test_the_shard_of_a_command_is_that_of_the_plan() -> None:
-    plan = make_plan(1, 2)
-    _, commands = apply(State(), Launch(plan=plan, epoch=EPOCH))
-    assert [c.shard for c in commands if isinstance(c, StartRank)] == list(plan.replicas[0].shards)
+    wanted = make_plan(1, 2)
+    _, commands = apply(State(), Launch(plan=wanted, epoch=EPOCH))
+    assert [c.shard for c in commands if isinstance(c, StartRank)] == list(wanted.replicas[0].shards)
+
+
+def test_nothing_is_started_before_all_of_it_is_reserved() -> None:
+    state = machine.apply(State(), Launch(plan=make_plan(2, 2), epoch=EPOCH))
+    (reserve,) = plan(state, Observed())
+    assert isinstance(reserve, Reserve)
+    assert [key for key, _ in reserve.shards] == [(f"replica-{i}", rank) for i in range(2) for rank in range(2)]
+
+
+def test_what_is_to_be_done_follows_from_where_things_are_and_not_from_what_was_heard() -> None:
+    """A command stays planned until its effect is seen."""
+    state = machine.apply(State(), Launch(plan=make_plan(1, 2), epoch=EPOCH))
+    state = machine.apply(state, started("replica-0", 0))
+    assert [(type(c), c.rank) for c in plan(state, ALL) if isinstance(c, StartRank)] == [(StartRank, 1)]
+    state = machine.apply(state, started("replica-0", 1))
+    state = machine.apply(state, loaded("replica-0", 0))
+    assert [(type(c), c.rank) for c in plan(state, ALL) if isinstance(c, LoadRank)] == [(LoadRank, 1)]
+    state = machine.apply(state, loaded("replica-0", 1))
+    assert plan(state, ALL) == ()
+
+
+def test_what_has_ended_is_stopped_for_as_long_as_it_may_have_a_process() -> None:
+    state = machine.apply(launched(num_replicas=1), failed("replica-0", 0))
+    state = machine.apply(state, RankStopped(replica="replica-0", epoch=EPOCH, rank=1))
+    both = frozenset({("replica-0", 0), ("replica-0", 1)})
+    assert stops(state, Observed(reserved=True, processes=both)) == both
+    assert stops(state, Observed(reserved=True, processes=both - {("replica-0", 1)})) == {("replica-0", 0)}
+    assert plan(state, Observed(reserved=True)) == ()

@@ -18,7 +18,7 @@ from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import preflight
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProcess
-from placement.measured.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed, NotMeasured
 from placement.planning.plan import Shard
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
@@ -102,7 +102,7 @@ async def test_a_worker_that_cannot_be_measured_leaves_the_cut_by_threads_and_is
         measured = await early.measure(settings_of(checked))
     finally:
         await early.close()
-    assert isinstance(measured[0], DeviceSpeed) and isinstance(measured[1], str)
+    assert isinstance(measured[0], DeviceSpeed) and isinstance(measured[1], NotMeasured)
     settled = settle(checked, measured)
     assert settled.checked is checked and settled.checked.split_by == "threads"
     assert settled.line.startswith('event=auto_split by=threads cause="w1 ') and "UNAVAILABLE" in settled.line

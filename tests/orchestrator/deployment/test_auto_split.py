@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import Checked, preflight
-from placement.measured.speed import DeviceSpeed
+from placement.measured.speed import DeviceSpeed, NotMeasured
 from tests.support.deployment import make_config, too_large_for_each
 
 
@@ -34,7 +34,7 @@ def test_shares_are_those_of_the_measured_speeds_and_the_line_says_them(provisio
 
 
 def test_where_one_is_unknown_nothing_is_made_up(provisional: Checked) -> None:
-    settled = settle(provisional, [speed(20), "was not measured within 20 s"])
+    settled = settle(provisional, [speed(20), NotMeasured(cause="was not measured within 20 s")])
     assert settled.checked is provisional
     assert settled.line == 'event=auto_split by=threads cause="w1 was not measured within 20 s"'
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from orchestrator.config.document import Config, load_config
-from orchestrator.deployment.preflight import Checked, Machine, measure_machine, preflight
+from orchestrator.deployment.known_cluster import Machine, measure_machine
+from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.model_dir.files import read_model_files
 from placement.errors import FieldError, InvalidConfig, InvalidModel, NotEnoughMemory
 from placement.model.hf import read_model_spec

@@ -12,7 +12,8 @@ from tokenizers.models import WordLevel
 
 from orchestrator.config.document import Config, load_config
 from orchestrator.controller.settings import DeploymentSettings
-from orchestrator.deployment.preflight import Checked, Machine, preflight
+from orchestrator.deployment.known_cluster import Machine
+from orchestrator.deployment.preflight import Checked, preflight
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.quantization import Quantization, checkpoint_tensors, linear_format, loaded_bytes

@@ -1,18 +1,22 @@
 """The launcher on a Ray of its own, whose GPUs are numbers only."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import ray
 
-from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, disconnect
-from orchestrator.launcher.process import WorkerFailed
+from orchestrator.launcher.cluster import LaunchSettings, RankKey, RayLauncher, beside_driver, disconnect
+from orchestrator.launcher.hosts import find_hosts
+from orchestrator.launcher.process import HowEnded, WorkerFailed
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
 from placement.planning.plan import Shard
-from tests.support.clocks import PATIENCE_S
+from placement.planning.seating import NODE_ID_LABEL
+from tests.support.clocks import PATIENCE_S, until
 
 pytestmark = pytest.mark.integration
 
@@ -38,8 +42,8 @@ def shard(rank: int, device: DeviceSpec, weight_bytes: int = 1) -> Shard:
     )
 
 
-def launcher(start_timeout_s: float = PATIENCE_S) -> RayLauncher:
-    settings = LaunchSettings(bind_host="127.0.0.1", start_timeout_s=start_timeout_s, labels={})
+def launcher(start_timeout_s: float = PATIENCE_S, labels: Mapping[RankKey, Mapping[str, str]] = {}) -> RayLauncher:
+    settings = LaunchSettings(bind_host="127.0.0.1", start_timeout_s=start_timeout_s, labels=labels)
     return RayLauncher(settings, lambda shard: shard.weight_bytes + shard.kv_bytes)
 
 
@@ -71,10 +75,24 @@ async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
     small = shard(0, DeviceSpec(kind="cpu", memory_bytes=0))
     await under_test.reserve({("a", 0): small})
     ray.kill(under_test._agent(("a", 0), small))
-    cause = await under_test.wait(("a", 0))
-    assert cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in cause
+    end = await under_test.wait(("a", 0))
+    assert end.how is HowEnded.FAILED
+    assert end.cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in end.cause
     await under_test.stop(("a", 0))  # an actor that is gone already is no error
     await under_test.close()
+
+
+async def test_a_clusters_machine_is_found_with_what_is_free_and_can_be_asked_for(cluster: None) -> None:
+    await until(lambda: [(host.num_cpus, host.num_gpus) for host in find_hosts()] == [(2, 2)])
+    (host,) = find_hosts()
+    assert host.name == socket.gethostname()
+    assert host.labels[NODE_ID_LABEL] == host.host_id and (host.memory_bytes or 0) > 2**20
+    device = DeviceSpec(kind="cuda", memory_bytes=0)
+    for place, found in ((host.host_id, True), ("f" * len(host.host_id), False)):
+        under_test = launcher(PATIENCE_S if found else 2.0, {("a", 0): {NODE_ID_LABEL: place}})
+        with contextlib.nullcontext() if found else pytest.raises(WorkerFailed, match="could not place"):
+            await under_test.reserve({("a", 0): shard(0, device)})
+        await under_test.close()
 
 
 class Somewhere:

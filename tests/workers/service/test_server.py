@@ -220,9 +220,10 @@ async def test_a_worker_on_all_interfaces_is_reached_where_it_is_advertised() ->
 
 async def test_a_line_of_any_length_on_stderr_does_not_hide_the_last() -> None:
     code = "import sys; sys.stderr.write('x' * 500_000 + chr(10) + 'the cause'); sys.exit(4)"
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stderr=asyncio.subprocess.PIPE)
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=pipe, stderr=pipe)
     worker = WorkerProcess(process, "127.0.0.1")
-    assert (await asyncio.wait_for(worker.wait(), 30.0)).endswith("exited with code 4: the cause")
+    assert (await asyncio.wait_for(worker.wait(), 30.0)).cause.endswith("exited with code 4: the cause")
 
 
 async def test_a_worker_that_is_late_says_which_limit_it_missed() -> None:

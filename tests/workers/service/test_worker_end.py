@@ -51,14 +51,14 @@ async def test_a_failed_engine_ends_its_sequences_its_streams_and_its_process(
             status = await status_of(stream)
             assert status.code() is grpc.StatusCode.INTERNAL
             assert status.details() == "the engine failed: RuntimeError: the device is on fire"
-        end = await asyncio.wait_for(worker.wait(), END_S)
+        end = (await asyncio.wait_for(worker.wait(), END_S)).cause
         assert end.endswith("exited with code 1: engine failed: RuntimeError: the device is on fire")
 
 
 async def test_sigterm_ends_a_worker_in_order() -> None:
     async with running() as (worker, _):
         os.kill(worker.pid, signal.SIGTERM)
-        assert "exited with code 0" in await asyncio.wait_for(worker.wait(), END_S)
+        assert "exited with code 0" in (await asyncio.wait_for(worker.wait(), END_S)).cause
 
 
 async def test_sigterm_answers_what_is_under_way(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ async def test_sigterm_answers_what_is_under_way(llama_checkpoint: Any, monkeypa
         for stream in (call, idle):
             status = await status_of(stream)
             assert (status.code(), status.details()) == (grpc.StatusCode.UNAVAILABLE, "this worker stops")
-        assert "exited with code 0" in await asyncio.wait_for(worker.wait(), END_S)
+        assert "exited with code 0" in (await asyncio.wait_for(worker.wait(), END_S)).cause
 
 
 async def stopped_in_an_accident(worker: Any, stub: Any, checkpoint: Path) -> Any:
@@ -102,7 +102,7 @@ async def test_a_step_that_hangs_does_not_outlive_sigterm(
         answers = await collect(call, lambda answers: 1 in answers)
         assert answers[1].reason == pb.END_REASON_FAILED
         assert (await status_of(call)).code() is grpc.StatusCode.UNAVAILABLE
-        end = await asyncio.wait_for(worker.wait(), END_S)
+        end = (await asyncio.wait_for(worker.wait(), END_S)).cause
         assert "exited with code 1: error: not ended 4 s after it was to stop" in end
         assert "runner_0" in end, "the thread that hangs is named"
 
@@ -116,7 +116,7 @@ async def test_a_step_that_keeps_the_interpreters_lock_does_not_outlive_sigterm(
     have_accident(monkeypatch, keeps)
     async with running() as (worker, stub):
         await stopped_in_an_accident(worker, stub, llama_checkpoint())
-        assert (await asyncio.wait_for(worker.wait(), END_S)).endswith("was killed by SIGALRM")
+        assert (await asyncio.wait_for(worker.wait(), END_S)).cause.endswith("was killed by SIGALRM")
 
 
 async def test_a_worker_dies_with_its_parent() -> None:

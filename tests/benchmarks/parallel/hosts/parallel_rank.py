@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from orchestrator.launcher.parent import die_with_parent
 from placement.measured.exchange import Exchange
 from placement.measured.overlap import OverlapTable
+from protos.codec.child_process import die_with_parent
 from tests.benchmarks.parallel.hosts.parallel_wire import Lanes, Opening, Run
 from tests.benchmarks.parallel.parallel_open import OpenRank, open_rank
 from tests.benchmarks.parallel.parallel_steps import batches, most_ahead, time_steps

@@ -1,0 +1,128 @@
+"""Owns the cluster as far as it is known: which worker is on which machine, and how much memory each of them has.
+
+On one machine everything is known. A Ray cluster that was there before is known once it is joined; until then a worker
+shares a machine with another only where their labels name the same Ray node.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.config.document import Config, WorkerConfig
+from orchestrator.launcher.node import available_memory_bytes
+from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
+from placement.planning.seating import NODE_ID_LABEL, Host
+
+LOCAL_NODE = "local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What this machine has to give."""
+
+    memory_bytes: int
+    num_cores: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownCluster:
+    """The cluster that a plan is made for.
+
+    Attributes:
+        unmeasured: (node, device) pairs whose memory is not known.
+        workers: place in ``config.cluster.each_worker`` of each device's worker, in the order of nodes and devices.
+    """
+
+    spec: ClusterSpec
+    unmeasured: frozenset[tuple[str, str]]
+    workers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Node:
+    """A machine and the places of its workers. ``memory_bytes``: None where it is not known."""
+
+    name: str
+    memory_bytes: int | None
+    workers: tuple[int, ...]
+
+
+def measure_machine() -> Machine:
+    """Returns the memory that is free now, within the container's limit, and the cores this process may use."""
+    return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
+
+
+def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | None = None) -> tuple[KnownCluster, ...]:
+    """Returns what the cluster may be, the likeliest first; a plan that fits one of them is not refused.
+
+    Args:
+        hosts: the machine of each worker in a cluster that was joined; None where that is not known.
+    """
+    workers = config.cluster.each_worker
+    everyone = tuple(range(len(workers)))
+    if config.cluster.is_local:
+        return (_known(config, machine, [_Node(name=LOCAL_NODE, memory_bytes=machine.memory_bytes, workers=everyone)]),)
+    if hosts is not None:
+        return (_known(config, machine, _nodes_of(hosts)),)
+    apart = _known(config, machine, _labelled(workers))
+    together = _known(config, machine, [_Node(name="node-0", memory_bytes=None, workers=everyone)])
+    # Beside each other, devices of one name could not be told apart where the memory of some only is known.
+    is_uniform = len({worker.memory is None for worker in workers}) == 1
+    return (apart, together) if is_uniform and len(apart.spec.nodes) > 1 else (apart,)
+
+
+def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
+    by_id = {host.host_id: host for host in hosts}
+    names = [host.name for host in by_id.values()]
+    return [
+        _Node(
+            name=host.name if names.count(host.name) == 1 else f"{host.name}-{host.host_id}",
+            memory_bytes=host.memory_bytes,
+            workers=tuple(worker for worker, its in enumerate(hosts) if its.host_id == host.host_id),
+        )
+        for host in by_id.values()
+    ]
+
+
+def _labelled(workers: Sequence[WorkerConfig]) -> list[_Node]:
+    """Each worker has a machine of its own, but those whose labels name the same Ray node."""
+    groups: dict[str, list[int]] = {}
+    for place, worker in enumerate(workers):
+        groups.setdefault(worker.node_labels.get(NODE_ID_LABEL, f"worker {place}"), []).append(place)
+    return [_Node(name=f"node-{places[0]}", memory_bytes=None, workers=tuple(places)) for places in groups.values()]
+
+
+def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownCluster:
+    workers = config.cluster.each_worker
+    threads = max(1, machine.num_cores // max(1, sum(worker.device == "cpu" for worker in workers)))
+    specs: list[NodeSpec] = []
+    unmeasured: set[tuple[str, str]] = set()
+    for node in nodes:
+        memory_of = {place: _memory(workers[place], node.memory_bytes) for place in node.workers}
+        devices = tuple(
+            _device(workers[place], memory or node.memory_bytes or 0, threads) for place, memory in memory_of.items()
+        )
+        unmeasured |= {(node.name, workers[place].device) for place, memory in memory_of.items() if memory is None}
+        memory_bytes = node.memory_bytes or sum(device.memory_bytes for device in devices if device.kind == "cpu")
+        spec = NodeSpec(name=node.name, host=config.cluster.bind_host, memory_bytes=memory_bytes, devices=devices)
+        specs.append(spec)
+    return KnownCluster(
+        spec=ClusterSpec(nodes=tuple(specs)),
+        unmeasured=frozenset(unmeasured),
+        workers=tuple(place for node in nodes for place in node.workers),
+    )
+
+
+def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
+    """The memory that a worker may use; None where it is not known, as that of a GPU is before its worker runs."""
+    return worker.memory or (node_bytes if worker.device == "cpu" else None)
+
+
+def _device(worker: WorkerConfig, memory_bytes: int, num_threads: int) -> DeviceSpec:
+    kind, _, index = worker.device.partition(":")
+    return DeviceSpec(
+        kind="cuda" if kind == "cuda" else "cpu",
+        index=int(index or 0),
+        memory_bytes=memory_bytes,
+        num_threads=worker.threads or num_threads,
+    )

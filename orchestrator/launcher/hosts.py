@@ -1,0 +1,57 @@
+"""Asks a Ray cluster that was joined for its machines, and each machine for its free memory."""
+
+import logging
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.launcher.node import available_memory_bytes
+from placement.planning.seating import Host
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_S = 20.0
+
+
+def find_hosts() -> tuple[Host, ...]:
+    """Returns the machines of the cluster that live, by name.
+
+    A machine that does not answer within 20 s is returned without its memory.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    memory = _available_memory([node["NodeID"] for node in nodes])
+    hosts = [
+        Host(
+            host_id=node["NodeID"],
+            name=node["NodeManagerHostname"],
+            labels=node["Labels"],
+            num_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
+            num_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
+            memory_bytes=memory.get(node["NodeID"]),
+        )
+        for node in nodes
+    ]
+    return tuple(sorted(hosts, key=lambda host: (host.name, host.host_id)))
+
+
+def _available_memory(host_ids: list[str]) -> dict[str, int]:
+    """Asks all machines at once; one that is lost, or cannot run our code, is left out."""
+    probe = ray.remote(num_cpus=0, max_retries=0)(available_memory_bytes)
+    answers: dict[Any, str] = {}
+    for host_id in host_ids:
+        there = NodeAffinitySchedulingStrategy(host_id, soft=False)
+        answers[probe.options(scheduling_strategy=there).remote()] = host_id
+    done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_S)
+    memory: dict[str, int] = {}
+    for answer in done:
+        try:
+            memory[answers[answer]] = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            logger.warning("host_memory_unknown node=%s cause=%s", answers[answer], type(error).__name__)
+    for answer in late:
+        logger.warning("host_memory_unknown node=%s cause=no answer within %g s", answers[answer], _ANSWER_S)
+        ray.cancel(answer, force=True)
+    return memory

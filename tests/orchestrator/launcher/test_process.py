@@ -1,0 +1,68 @@
+"""A worker process under watch, whatever it prints and however it ends."""
+
+import asyncio
+import dataclasses
+import os
+import sys
+
+import pytest
+
+from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess
+from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
+from tests.support.clocks import PATIENCE_S
+
+# More than any pipe holds; a million of it is one line.
+CHATTER = "print('NCCL INFO ring 0', *['x' * 80] * 50_000, sep=chr(10)); print('y' * 1_000_000);"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Child(WorkerArgs):
+    """A process that is no worker."""
+
+    code: str
+
+    def argv(self) -> list[str]:
+        return [sys.executable, "-c", self.code]
+
+
+async def start(code: str) -> WorkerProcess:
+    args = Child(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=1, code=code)
+    return await WorkerProcess.start(args, timeout_s=PATIENCE_S)
+
+
+def says(address: str = "0.0.0.0:7000") -> str:
+    return f"print({Listening(address=address, ranks_port=7001, pid=os.getpid()).line()!r}, flush=True);"
+
+
+async def test_what_a_library_prints_before_and_after_never_stops_a_worker(capfd: pytest.CaptureFixture[str]) -> None:
+    worker = await start(f"{CHATTER} {says()} {CHATTER} print('the last', flush=True); raise SystemExit(5)")
+    assert (worker.address, worker.ranks_port) == ("127.0.0.1:7000", 7001)
+    end = await asyncio.wait_for(worker.wait(), PATIENCE_S)
+    assert end.how is HowEnded.FAILED and end.cause.endswith("exited with code 5")
+    logged = capfd.readouterr().err
+    assert logged.count("NCCL INFO ring 0") == 2 and logged.endswith("the last\n")
+    assert "listening" not in logged
+
+
+async def test_a_second_worker_line_is_only_words() -> None:
+    worker = await start(f"{says()} {says('127.0.0.1:9')}")
+    await asyncio.wait_for(worker.wait(), PATIENCE_S)
+    assert worker.address == "127.0.0.1:7000"
+
+
+async def test_who_ends_before_it_listens_has_failed_with_its_last_words() -> None:
+    with pytest.raises(WorkerFailed, match=r"exited with code 1: no such device$"):
+        await start("import sys; print('hello'); print('no such device', file=sys.stderr); sys.exit(1)")
+
+
+async def test_how_it_ended_is_no_matter_of_words() -> None:
+    lost = await start(
+        f"{says()} import sys; sys.stderr.write('lost rank 1: stopped'); sys.exit({PEER_LOST_EXIT_CODE})"
+    )
+    end = await asyncio.wait_for(lost.wait(), PATIENCE_S)
+    assert (end.how, end.cause) == (HowEnded.PEER_LOST, "another rank of its replica was lost: rank 1: stopped")
+    stopped = await start(f"{says()} import time; time.sleep(600)")
+    await stopped.stop(grace_s=PATIENCE_S)
+    assert (await stopped.wait()).how is HowEnded.STOPPED
+    says_stopped = await start(f"{says()} import sys; sys.stderr.write('stopped'); sys.exit(1)")
+    assert (await asyncio.wait_for(says_stopped.wait(), PATIENCE_S)).how is HowEnded.FAILED
