@@ -84,7 +84,7 @@ class Generator:
         self._sequence_ids = itertools.count(1)
         self._detokenizer = Detokenizer(model.tokenizer)
         self._grammars = GrammarProbe(model)
-        self.prompts = Prompts(model)
+        self._prompts = Prompts(model)
         self.journal = Journal()
 
     async def generate(self, message: pb.GenerateRequest, context: Context) -> None:
@@ -125,7 +125,7 @@ class Generator:
         request = check_request(
             message,
             self._model,
-            prompt_ids=await self.prompts.read(message, remaining_s=arrival.remaining_s),
+            prompt_ids=await self._prompts.read(message, remaining_s=arrival.remaining_s),
             new_seed=lambda: secrets.randbits(63),
             new_id=lambda: uuid.uuid4().hex,
         )

@@ -12,6 +12,7 @@ from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.request import check_model
+from orchestrator.gateway.request.text_work import TextWork
 from orchestrator.gateway.status import abort
 from orchestrator.gateway.timeline import Timeline
 from placement.errors import HeterodyneError, InvalidRequest
@@ -22,7 +23,8 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_TOKENIZE_S = 30.0
+# How long Tokenize and Detokenize may wait and take.
+_CONVERSION_S = 30.0
 
 _STATES = {
     control_pb2.PHASE_STARTING: admin_pb2.REPLICA_STATE_STARTING,
@@ -40,6 +42,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, *, model: ServedModel, generator: Generator) -> None:
         self._model = model
         self._generator = generator
+        self._conversions = TextWork(model)
 
     # The stubs know handlers of streams as generators only; gRPC takes coroutines that write as well, and those end
     # in order when a client goes.
@@ -52,9 +55,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             check_model(request.model, self._model)
             special = not request.skip_special_tokens
-            ids = await self._generator.prompts.tokenize(
-                request.text, field="text", special=special, timeout_s=_TOKENIZE_S
-            )
+            ids = await self._conversions.tokenize(request.text, field="text", special=special, timeout_s=_CONVERSION_S)
         except HeterodyneError as error:
             await abort(context, error)
         return pb.TokenizeResponse(ids=ids)
@@ -64,10 +65,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             check_model(request.model, self._model)
             _check_ids(request, self._model)
+            skip = not request.keep_special_tokens
+            text = await self._conversions.detokenize(request.ids, skip_special=skip, timeout_s=_CONVERSION_S)
         except HeterodyneError as error:
             await abort(context, error)
-        decode, skip = self._model.tokenizer.decode_batch, not request.keep_special_tokens
-        (text,) = await asyncio.to_thread(decode, [list(request.ids)], skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
