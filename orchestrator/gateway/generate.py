@@ -160,11 +160,7 @@ class Generator:
         answer, inbox = self._open(request, leader), Inbox(limit=MAX_WAITING * request.num_choices)
         try:
             submitted_s = arrival.age_s()
-            for index, choice in enumerate(answer.choices):
-                # The later ones find the prompt's KV where the first one put it.
-                first = index == 0
-                message = submit_message(request, choice.entry, judge_prompt=first and request.echo)
-                leader.submit(message, inbox, num_new_tokens=len(request.prompt_ids) if first else 0)
+            leader.submit(submit_message(request, [choice.entry for choice in answer.choices]), inbox)
             await self._talk(answer, leader, inbox, context, arrival, submitted_s)
         finally:
             for choice in answer.choices:

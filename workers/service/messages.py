@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
-from workers.sampling.grammar import Grammar, GrammarSpec
+from workers.sampling.grammar import GrammarSpec
 from workers.sampling.sampling import SamplingParams
 from workers.step.scoring import PromptScores
 from workers.transport.errors import PeerFailed
@@ -55,26 +56,34 @@ def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
     raise InvalidRequest(field="grammar", value="", problem="has no format that is known", fix="Set one.")
 
 
-def submission(message: pb.Submit, *, vocab_size: int, grammar: Grammar | None = None) -> Submission:
-    """What the gateway submitted; ``grammar`` is its grammar, compiled.
+def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submission]]:
+    """Returns each fork's sequence id and what is to be computed, without the grammar; all share one prompt.
 
     Raises:
-        InvalidRequest: a sampling parameter is out of its range.
+        InvalidRequest: a parameter is out of its range.
     """
-    return Submission(
-        prompt_ids=tuple(message.prompt_ids),
-        sampling=_sampling(message, vocab_size),
-        max_tokens=message.max_tokens,
-        stop_token_ids=frozenset(message.stop_token_ids),
-        priority=message.priority,
-        min_tokens=message.min_tokens,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-        cache_salt=message.cache_salt,
-        grammar=grammar,
-    )
+    prompt_ids, stop_token_ids = tuple(message.prompt_ids), frozenset(message.stop_token_ids)
+    sampling = _sampling(message, vocab_size)
+    return [
+        (
+            fork.sequence_id,
+            Submission(
+                prompt_ids=prompt_ids,
+                sampling=replace(sampling, seed=fork.seed),
+                max_tokens=message.max_tokens,
+                stop_token_ids=stop_token_ids,
+                priority=message.priority,
+                min_tokens=message.min_tokens,
+                prompt_logprobs=fork.prompt_logprobs if fork.HasField("prompt_logprobs") else None,
+                cache_salt=message.cache_salt,
+            ),
+        )
+        for fork in message.forks
+    ]
 
 
 def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
+    """The parameters that all forks share."""
     sampling = message.sampling
     # Written so that a NaN is out of range too.
     for field, value, fits in (
@@ -93,7 +102,7 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
             len(set(sampling.bias_ids)) == len(sampling.bias_ids) == len(sampling.biases),
         ),
         ("logprobs", message.logprobs, message.logprobs >= 0),
-        ("prompt_logprobs", message.prompt_logprobs, message.prompt_logprobs >= 0),
+        *(("prompt_logprobs", fork.prompt_logprobs, fork.prompt_logprobs >= 0) for fork in message.forks),
         ("min_tokens", message.min_tokens, message.min_tokens >= 0),
     ):
         if not fits:
@@ -109,7 +118,6 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
-        seed=sampling.seed,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
 

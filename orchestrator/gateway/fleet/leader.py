@@ -79,17 +79,14 @@ class Leader:
 
     # -- sequences --------------------------------------------------------------------------------------------
 
-    def submit(self, message: pb.Submit, inbox: Inbox, *, num_new_tokens: int) -> None:
-        """Hand a sequence over; its events arrive in ``inbox``, the last one says so.
-
-        Args:
-            num_new_tokens: of the prompt, those that no sequence submitted with it shares.
-        """
+    def submit(self, message: pb.Submit, inbox: Inbox) -> None:
+        """Hands sequences over. Their events arrive in ``inbox``; the last one of each says so."""
         if self.lost is not None:
             inbox.put_now(self.lost)
             return
-        self._inboxes[message.sequence_id] = inbox
-        self._unreported_tokens += num_new_tokens
+        for fork in message.forks:
+            self._inboxes[fork.sequence_id] = inbox
+        self._unreported_tokens += len(message.prompt_ids)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:

@@ -1,6 +1,6 @@
-"""From a checked request to what is remembered of its sequences, and to what a replica is told of them. Pure."""
+"""Makes a checked request's journal entries and the message that submits it to a replica. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from orchestrator.gateway.fleet.journal import JournalEntry, Sampling
@@ -11,7 +11,7 @@ _SEEDS = 2**64
 
 
 def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterator[int]) -> list[JournalEntry]:
-    """A sequence for each choice: choice i as a request of its own would draw it with the seed plus i.
+    """Returns a sequence for each choice. Choice i draws what a request of its own with the seed plus i would.
 
     All of them hold the request's one tuple of prompt ids.
 
@@ -36,25 +36,27 @@ def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterato
     ]
 
 
-def submit_message(request: Request, entry: JournalEntry, *, judge_prompt: bool) -> worker_pb2.Submit:
-    """What a replica is told of a sequence.
+def submit_message(request: Request, sequences: Sequence[JournalEntry]) -> worker_pb2.Submit:
+    """Returns what a replica is told of a request: the prompt once, and a fork for each sequence of ``entries``.
 
-    Args:
-        judge_prompt: whether this sequence reports the log-probabilities of the prompt; one of a request's does.
+    The first fork alone reports the log-probabilities of the prompt, where the client sees them.
     """
-    return worker_pb2.Submit(
-        sequence_id=entry.sequence_id,
-        prompt_ids=entry.prompt_ids,
-        sampling=_sampling(entry.sampling),
-        max_tokens=entry.max_tokens,
-        stop_token_ids=entry.stop_token_ids,
-        priority=entry.priority,
+    first = sequences[0]
+    message = worker_pb2.Submit(
+        forks=[worker_pb2.Fork(sequence_id=entry.sequence_id, seed=entry.sampling.seed) for entry in sequences],
+        prompt_ids=first.prompt_ids,
+        sampling=_sampling(first.sampling),
+        max_tokens=first.max_tokens,
+        stop_token_ids=first.stop_token_ids,
+        priority=first.priority,
         logprobs=request.logprobs,
-        min_tokens=entry.min_tokens,
-        prompt_logprobs=request.logprobs if judge_prompt else None,
-        cache_salt=entry.cache_salt,
-        grammar=entry.grammar,
+        min_tokens=first.min_tokens,
+        cache_salt=first.cache_salt,
+        grammar=first.grammar,
     )
+    if request.echo and request.logprobs is not None:
+        message.forks[0].prompt_logprobs = request.logprobs
+    return message
 
 
 def _sampling(sampling: Sampling) -> worker_pb2.Sampling:
@@ -62,7 +64,6 @@ def _sampling(sampling: Sampling) -> worker_pb2.Sampling:
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        seed=sampling.seed,
         min_p=sampling.min_p,
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,

@@ -77,12 +77,14 @@ class StubWorker(worker_pb2_grpc.WorkerServicer):
     replies: asyncio.Queue[pb.LeadResponse] = field(default_factory=asyncio.Queue)
     submits: asyncio.Queue[pb.Submit] = field(default_factory=asyncio.Queue)
     cancels: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    submitted_bytes: int = 0
 
     async def Lead(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.LeadResponse]:
         async def listen() -> None:
             async for request in request_iterator:
                 match request.WhichOneof("command"):
                     case "submit":
+                        self.submitted_bytes += request.ByteSize()
                         self.submits.put_nowait(request.submit)
                     case "cancel":
                         self.cancels.put_nowait(request.cancel.sequence_id)
