@@ -225,7 +225,7 @@ class Generator:
             request_id=request.request_id,
             model=self._model.name,
             prompt_tokens=len(request.prompt_ids),
-            seed=request.sampling.seed,
+            seed=request.seed,
         )
 
     def _record(self, request: Request, answer: Answer, arrival: _Arrival) -> RequestRecord:

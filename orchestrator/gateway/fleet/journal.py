@@ -11,35 +11,17 @@ from enum import Enum, auto
 from protos.heterodyne.worker.v1 import worker_pb2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen, defaults filled in.
-
-    A token is a pure function of the logits, these fields, the prompt and the tokens before it: together with the
-    emitted tokens they are the whole sampling state.
-
-    Attributes:
-        logit_bias: (token id, bias) pairs, each token once.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class JournalEntry:
     """One unfinished sequence: a choice of a request.
 
+    A token is a pure function of the logits, the prompt, the tokens before it, ``sampling`` and ``seed``. Together with
+    the emitted tokens these are the whole state of sampling.
+
     Attributes:
-        replica: who computes it, in its incarnation ``epoch``.
-        min_tokens: before so many, no stop id is drawn.
+        replica: the replica that computes the sequence, in its incarnation ``epoch``.
+        sampling: how tokens are chosen. All choices of a request hold the same message; nobody changes it.
+        min_tokens: no stop id is drawn before this many tokens.
         cache_salt: sequences of the same salt share the KV of equal prefixes.
         grammar: what the answer must match; its state follows from the emitted tokens.
         emitted_ids: the answer so far. Only the journal changes it.
@@ -50,7 +32,8 @@ class JournalEntry:
     replica: str
     epoch: int
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: worker_pb2.Sampling
+    seed: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     priority: int

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.errors import UnknownModel
-from orchestrator.gateway.fleet.journal import Sampling
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.sampling import bounds, check_sampling
 from orchestrator.gateway.request.shown import shown
@@ -28,7 +27,9 @@ class Request:
     """What a user asked, every field within its bounds and every default filled in.
 
     Attributes:
-        max_tokens: most tokens of each choice; 0 with ``echo`` only.
+        sampling: how tokens are chosen, every default filled in; nobody changes it.
+        seed: the seed of the first choice.
+        max_tokens: the most tokens of each choice; 0 with ``echo`` only.
         num_choices: how many continuations are drawn.
         echo: whether the prompt's tokens are returned.
         cache_salt: a digest of the client's; empty where it gave none.
@@ -37,7 +38,8 @@ class Request:
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: worker_pb2.Sampling
+    seed: int
     max_tokens: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -104,7 +106,8 @@ def check_request(
     return Request(
         request_id=message.request_id or new_id(),
         prompt_ids=tuple(prompt_ids),
-        sampling=check_sampling(message.sampling, model, new_seed),
+        sampling=check_sampling(message.sampling, model),
+        seed=message.sampling.seed if message.sampling.HasField("seed") else new_seed(),
         max_tokens=max_tokens,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids) + (() if message.ignore_eos else model.spec.eos_token_ids),

@@ -1,13 +1,12 @@
 """Makes a checked request's journal entries and the message that submits it to a replica. Pure."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-from orchestrator.gateway.fleet.journal import JournalEntry, Sampling
+from orchestrator.gateway.fleet.journal import JournalEntry
 from orchestrator.gateway.request.request import Request
 from protos.heterodyne.worker.v1 import worker_pb2
 
-_SEEDS = 2**64
+_NUM_SEEDS = 2**64
 
 
 def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterator[int]) -> list[JournalEntry]:
@@ -24,7 +23,8 @@ def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterato
             replica=replica,
             epoch=epoch,
             prompt_ids=request.prompt_ids,
-            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % _SEEDS),
+            sampling=request.sampling,
+            seed=(request.seed + index) % _NUM_SEEDS,
             max_tokens=max(1, request.max_tokens),
             stop_token_ids=request.stop_token_ids,
             priority=request.priority,
@@ -43,9 +43,9 @@ def submit_message(request: Request, sequences: Sequence[JournalEntry]) -> worke
     """
     first = sequences[0]
     message = worker_pb2.Submit(
-        forks=[worker_pb2.Fork(sequence_id=entry.sequence_id, seed=entry.sampling.seed) for entry in sequences],
+        forks=[worker_pb2.Fork(sequence_id=entry.sequence_id, seed=entry.seed) for entry in sequences],
         prompt_ids=first.prompt_ids,
-        sampling=_sampling(first.sampling),
+        sampling=first.sampling,
         max_tokens=first.max_tokens,
         stop_token_ids=first.stop_token_ids,
         priority=first.priority,
@@ -57,17 +57,3 @@ def submit_message(request: Request, sequences: Sequence[JournalEntry]) -> worke
     if request.echo and request.logprobs is not None:
         message.forks[0].prompt_logprobs = request.logprobs
     return message
-
-
-def _sampling(sampling: Sampling) -> worker_pb2.Sampling:
-    return worker_pb2.Sampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        bias_ids=[token_id for token_id, _ in sampling.logit_bias],
-        biases=[bias for _, bias in sampling.logit_bias],
-    )

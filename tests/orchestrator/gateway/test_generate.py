@@ -152,14 +152,15 @@ async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_to
         assert len({fork.sequence_id for fork in submit.forks}) == 3
         assert list(submit.prompt_ids) == [0, 1, 2] and len(submit.cache_salt) == 32
         assert gateway.admission.in_flight == 3, "a slot for each choice"
-        prompts = [entry.prompt_ids for entry in gateway.generator.journal.on_replica("replica-0", EPOCH)]
-        assert all(prompt is prompts[0] for prompt in prompts), "the prompt is held once"
+        entries = gateway.generator.journal.on_replica("replica-0", EPOCH)
+        assert all(entry.prompt_ids is entries[0].prompt_ids for entry in entries), "the prompt is held once"
         assert len(gateway.generator.journal) == 3
         one, two, three = submit.forks
         gateway.worker.step(token(one, 0, 3), token(two, 0, 23), token(three, 0, 5, end=STOP))
         gateway.worker.step(token(one, 1, 4), token(two, 1, 24))
         assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == two.sequence_id, "at once"
         assert not answer.done()
+        assert all(entry.sampling == submit.sampling for entry in entries), "the state of sampling does not change"
         gateway.worker.step(token(one, 2, 5, end=LENGTH))
         responses, code = await answer
         assert code is grpc.StatusCode.OK

@@ -17,7 +17,7 @@ from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.answer.text import TextStream
 from orchestrator.gateway.errors import DeadlineExceeded
 from orchestrator.gateway.fleet.inbox import Lost
-from orchestrator.gateway.fleet.journal import Journal, Sampling
+from orchestrator.gateway.fleet.journal import Journal
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.submission import entries
 from orchestrator.gateway.status import code_of
@@ -26,7 +26,7 @@ from protos.heterodyne.v1 import inference_pb2 as public
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 EPOCH = 3
-SAMPLING = Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=1)
+SAMPLING = pb.Sampling(top_p=1.0, repetition_penalty=1.0)
 
 
 def letters() -> Tokenizer:
@@ -57,6 +57,7 @@ def make_answer(
         request_id="r",
         prompt_ids=prompt_ids,
         sampling=SAMPLING,
+        seed=1,
         max_tokens=max_tokens,
         stop=stop,
         stop_token_ids=(),
@@ -290,10 +291,11 @@ def test_one_choice_that_fails_fails_the_request_and_leaves_the_others_to_be_can
 
 def test_seeds_follow_each_other_and_wrap() -> None:
     request = make_answer(num_choices=3)[0].request
-    request = replace(request, sampling=replace(SAMPLING, seed=2**64 - 2))
+    request = replace(request, seed=2**64 - 2)
     sequences = entries(request, replica="a", epoch=1, sequence_ids=itertools.count(5))
-    assert [entry.sampling.seed for entry in sequences] == [2**64 - 2, 2**64 - 1, 0]
+    assert [entry.seed for entry in sequences] == [2**64 - 2, 2**64 - 1, 0]
     assert [entry.sequence_id for entry in sequences] == [5, 6, 7]
+    assert all(entry.sampling is request.sampling for entry in sequences)
 
 
 # -- echo -----------------------------------------------------------------------------------------------------
