@@ -130,7 +130,7 @@ class LeaderStream:
             self._send(pb.LeadResponse(step=wire.step_output(stats, outputs)))
 
     def _send_refusal(self, sequence_id: int, error: HeterodyneError) -> None:
-        self._refuse(sequence_id, wire.error_code(error), str(error))
+        self._send(pb.LeadResponse(rejected=wire.rejected(sequence_id, error)))
 
     def _refuse(self, sequence_id: int, code: int, message: str) -> None:
         self._send(pb.LeadResponse(rejected=pb.Rejected(sequence_id=sequence_id, code=code, message=message)))

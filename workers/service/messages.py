@@ -7,7 +7,7 @@ from dataclasses import replace
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Draining, EndReason, LoadSnapshot, Output, StepStats, Stopping, Submission
-from workers.sampling.grammar import GrammarSpec
+from workers.sampling.grammar import GrammarSpec, InvalidGrammar
 from workers.sampling.sampling import SamplingParams
 from workers.step.scoring import PromptScores
 from workers.transport.errors import PeerFailed
@@ -38,11 +38,21 @@ def error_code(error: HeterodyneError) -> int:
             return FAILED_PRECONDITION
 
 
+def rejected(sequence_id: int, error: HeterodyneError) -> pb.Rejected:
+    """Returns a refusal as the gateway is told it."""
+    return pb.Rejected(
+        sequence_id=sequence_id,
+        code=error_code(error),
+        message=str(error),
+        grammar_problem=error.problem if isinstance(error, InvalidGrammar) else None,
+    )
+
+
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
     """What the answer must match, where anything is asked.
 
     Raises:
-        InvalidRequest: a grammar of a kind that this worker does not know.
+        InvalidGrammar: the grammar is of a kind that this worker does not know.
     """
     if not message.HasField("grammar"):
         return None
@@ -53,7 +63,7 @@ def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
             return GrammarSpec(kind="regex", source=message.grammar.regex)
         case "lark":
             return GrammarSpec(kind="lark", source=message.grammar.lark)
-    raise InvalidRequest(field="grammar", value="", problem="has no format that is known", fix="Set one.")
+    raise InvalidGrammar(field="grammar", value="", problem="has no format that is known", fix="Set one.")
 
 
 def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submission]]:

@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 # In one message: with 20 alternatives to each some 200 kB, far below what a client takes.
 MAX_CHUNK_TOKENS = 1024
 _NOT_NOW = (code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED)
-# A worker's refusal names the field of Submit first; this one holds nothing but what the client wrote.
-_GRAMMAR = "grammar:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +163,12 @@ class Answer:
         if event.code in _NOT_NOW:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar
-        if grammar is not None and event.code == code_pb2.INVALID_ARGUMENT and event.message.startswith(_GRAMMAR):
+        if grammar is not None and event.HasField("grammar_problem"):
             kind = grammar.WhichOneof("format")
             return InvalidRequest(
                 field="structured_output",
                 value=shown(getattr(grammar, kind)) if kind else "",
-                problem=f"cannot be followed: {brief(event.message.removeprefix(_GRAMMAR))}",
+                problem=f"cannot be followed: {brief(event.grammar_problem)}",
                 fix="Send a simpler or a corrected one.",
             )
         return ReplicaFault(f"{self._replica} refused the request")

@@ -8,11 +8,9 @@ from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_schema import normalize_schema
 from placement.errors import InvalidRequest
+from placement.serving.grammar import MAX_SOURCE_BYTES
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
-
-# As workers/sampling/grammar.py has it.
-MAX_SOURCE_BYTES = 64 * 1024
 
 
 def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker_pb2.Grammar | None:

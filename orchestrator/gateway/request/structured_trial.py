@@ -15,14 +15,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from orchestrator.brief import brief
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
+from placement.serving.grammar import JSON_OPTIONS
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
@@ -33,17 +31,6 @@ _MAX_MORE_BYTES = 256 * 1024**2
 # Where the system does not say how much that is.
 _MAX_ADDRESS_BYTES = 8 * 1024**3
 _STATM = "/proc/self/statm"
-# As workers/sampling/grammar.py compiles: what is tried is what is then used.
-SCHEMA_OPTIONS: "JsonCompileOptions" = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
-    "coerce_one_of": False,
-    "lenient": False,
-    "json_allowed_escapes": None,
-    "json_allow_general_unicode_escapes": False,
-}
 _NUM_WALKS, _NUM_STEPS = 2, 24
 
 
@@ -90,7 +77,7 @@ def problem_of(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 def _source(trial: Trial) -> str:
     if trial["kind"] == "json_schema":
         # With an option the text is parsed; without, it would be pasted into a larger one.
-        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=SCHEMA_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
     if trial["kind"] == "regex":
         return LLMatcher.grammar_from_regex(trial["source"])
     return LLMatcher.grammar_from_lark(trial["source"])

@@ -287,7 +287,8 @@ async def test_what_an_answer_must_match_reaches_the_replica_of_every_choice() -
         answer = ask(stub, structured_output={"regex": "a|b"}, num_choices=2)
         submit = await told(gateway.worker)
         assert len(submit.forks) == 2 and submit.grammar.regex == "a|b"
-        gateway.worker.reject(submit.forks[0].sequence_id, code_pb2.INVALID_ARGUMENT, "grammar: is too much for it")
+        sequence_id, problem = submit.forks[0].sequence_id, "is too much for it"
+        gateway.worker.reject(sequence_id, code_pb2.INVALID_ARGUMENT, problem, grammar_problem=problem)
         responses, code = await answer
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert responses[-1].finished.error.message.startswith("structured_output: ")

@@ -100,9 +100,9 @@ class StubWorker(worker_pb2_grpc.WorkerServicer):
         """One step with these outputs."""
         self.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(sequences=outputs)))
 
-    def reject(self, sequence_id: int, code: int, message: str) -> None:
+    def reject(self, sequence_id: int, code: int, message: str, **fields: str) -> None:
         """Do not take a submission."""
-        rejected = pb.Rejected(sequence_id=sequence_id, code=code, message=message)
+        rejected = pb.Rejected(sequence_id=sequence_id, code=code, message=message, **fields)
         self.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, rejected=rejected))
 
 

@@ -89,6 +89,8 @@ async def test_a_refusal_names_every_fork(
         await gateway.until(lambda: len(gateway.answers) == 3)
         for answer in gateway.answers.values():
             assert isinstance(answer, pb.Rejected) and answer.code == code.value[0]
+            assert answer.HasField("grammar_problem") == ("grammar" in fields), "the fault is the grammar's or another"
+            assert answer.grammar_problem in answer.message
     parts.idle()
 
 

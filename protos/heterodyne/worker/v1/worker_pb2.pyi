@@ -1271,21 +1271,27 @@ class Rejected(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_PROBLEM_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     code: _builtins.int
     """A google.rpc.Code number."""
     message: _builtins.str
+    grammar_problem: _builtins.str
+    """Set where the grammar is at fault, and nothing else: what is wrong with it."""
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
         code: _builtins.int = ...,
         message: _builtins.str = ...,
+        grammar_problem: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "grammar_problem", b"grammar_problem"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "code", b"code", "grammar_problem", b"grammar_problem", "message", b"message", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__grammar_problem: _TypeAlias = _typing.Literal["grammar_problem"]  # noqa: Y015
+    _WhichOneofArgType__grammar_problem: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar_problem) -> _WhichOneofReturnType__grammar_problem | None: ...
 
 Global___Rejected: _TypeAlias = Rejected  # noqa: Y015

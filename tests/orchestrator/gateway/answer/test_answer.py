@@ -90,6 +90,10 @@ def ending(reason: pb.EndReason.ValueType, *, choice: int = 0, detail: str = "")
     return pb.SequenceOutput(sequence_id=FIRST + choice, end=pb.End(reason=reason, detail=detail))
 
 
+def refusal(**fields: str) -> pb.Rejected:
+    return pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, **fields)
+
+
 def take_all(answer: Answer, *events: Any, now_s: float = 1.0) -> list[public.GenerateResponse]:
     return answer.take(list(events), submitted_s=0.25, now_s=now_s)
 
@@ -192,23 +196,23 @@ def test_a_failure_of_the_replica_has_its_code_and_tells_no_secrets(event: Any, 
 
 def test_a_grammar_that_the_replica_cannot_follow_is_the_requests_fault() -> None:
     answer, _ = make_answer(grammar=pb.Grammar(regex="(a"))
-    take(answer, pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, message="grammar: is unbalanced"))
+    take(answer, refusal(grammar_problem="is unbalanced"))
     last = finished(answer)
     assert last.error.code == code_pb2.INVALID_ARGUMENT
     assert last.error.message.startswith("structured_output: ")
     assert "is unbalanced" in last.error.message and "(a" in last.error.message
     other, _ = make_answer(grammar=pb.Grammar(regex="a"))
-    take(other, pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, message="/secret/path"))
-    assert finished(other).error.code == code_pb2.INTERNAL, "another field is not the client's doing"
+    take(other, refusal(message="grammar: /secret/path"))
+    assert finished(other).error.code == code_pb2.INTERNAL, "another field is not the client's doing, whatever it says"
 
 
 def test_a_grammar_quoted_by_the_replica_reaches_neither_log_nor_status_in_full(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     source = "(secret\x1b[31m\n" * 100
-    refusal = f"grammar: cannot be used: '{source}': unclosed group"
+    problem = f"cannot be used: '{source}': unclosed group"
     answer, _ = make_answer(grammar=pb.Grammar(regex=source))
-    take(answer, pb.Rejected(sequence_id=FIRST, code=code_pb2.INVALID_ARGUMENT, message=refusal))
+    take(answer, refusal(message=f"grammar: {problem}", grammar_problem=problem))
     failed, _ = make_answer()
     take(failed, ending(pb.END_REASON_FAILED, detail=f"GrammarFailed: {source}"))
     said = finished(answer).error.message

@@ -16,13 +16,14 @@ import workers.sampling.grammar
 from orchestrator.gateway.errors import Overloaded, ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request import structured_probe, structured_trial
-from orchestrator.gateway.request.structured import MAX_SOURCE_BYTES, check_structured
+from orchestrator.gateway.request.structured import check_structured
 from orchestrator.gateway.request.structured_probe import GrammarProbe
 from orchestrator.gateway.request.structured_schema import MAX_INTEGER
 from orchestrator.model_dir.default_sampling import DefaultSampling
 from placement.errors import InvalidRequest
 from placement.model.hf import read_model_spec
 from placement.model.specs import DType
+from placement.serving.grammar import MAX_SOURCE_BYTES
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
