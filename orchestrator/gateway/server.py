@@ -24,6 +24,7 @@ from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import LeaderLimits
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import AdminService, InferenceService
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.model_dir.files import read_model_files
@@ -94,20 +95,21 @@ class Gateway:
         self._timeline = Timeline(model=model.name)
         self._vllm = self._vllm_metrics(model) if config.telemetry.vllm_metrics else None
         self._telemetry = self._make_telemetry()
-        self.generator = Generator(
-            model=model,
-            fleet=self.fleet,
-            admission=self.admission,
-            telemetry=self._telemetry,
-            request_timeout_s=config.gateway.request_timeout_s,
-        )
+        self._requests = RequestReader(model=model, admission=self.admission)
+        self.generator = Generator(model=model, fleet=self.fleet, admission=self.admission, telemetry=self._telemetry)
         self._health = health_aio.HealthServicer()
         self._server = self._make_server(model)
         self._background = BackgroundTasks()
 
     def _make_server(self, model: ServedModel) -> grpc.aio.Server:
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        inference = InferenceService(model=model, generator=self.generator)
+        inference = InferenceService(
+            model=model,
+            requests=self._requests,
+            generator=self.generator,
+            telemetry=self._telemetry,
+            request_timeout_s=self._config.gateway.request_timeout_s,
+        )
         admin = AdminService(model=model, fleet=self.fleet, admission=self.admission, timeline=self._timeline)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
@@ -190,7 +192,7 @@ class Gateway:
             await self.admission.wait_idle(_LAST_WORDS_S)
         self.fleet.drain()
         await self._server.stop(_LAST_WORDS_S)
-        await self.generator.close()
+        await self._requests.close()
         await self._background.close()
         await self.fleet.close()
         await asyncio.to_thread(self._telemetry.close)

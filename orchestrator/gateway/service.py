@@ -1,25 +1,33 @@
 """The public services, thin: Inference and Admin over the parts that do the work."""
 
 import asyncio
+import logging
 import time
 from typing import Any
 
 import grpc
+from google.rpc import code_pb2
 
 from orchestrator.gateway import measured
+from orchestrator.gateway.errors import ReplicaFault
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.grpc_client import grpc_client
 from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.request.request import check_model
 from orchestrator.gateway.request.text_work import TextWork
-from orchestrator.gateway.status import abort
+from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
+from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -39,16 +47,38 @@ _STATES = {
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """heterodyne.v1.Inference."""
 
-    def __init__(self, *, model: ServedModel, generator: Generator) -> None:
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        requests: RequestReader,
+        generator: Generator,
+        telemetry: Telemetry,
+        request_timeout_s: float,
+    ) -> None:
         self._model = model
+        self._requests = requests
         self._generator = generator
+        self._telemetry = telemetry
+        self._request_timeout_s = request_timeout_s
         self._conversions = TextWork(model)
 
     # The stubs know handlers of streams as generators only; gRPC takes coroutines that write as well, and those end
     # in order when a client goes.
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams an answer."""
-        await self._generator.generate(request, context)
+        """Streams an answer. Before acceptance an error is a status; after it, the last message holds it too."""
+        client = grpc_client(context, max_timeout_s=self._request_timeout_s)
+        try:
+            outcome = await self._generator.generate(await self._requests.read(request, client), client)
+        except HeterodyneError as error:
+            self._telemetry.refused(code_pb2.Code.Name(code_of(error)))
+            await abort(context, error)
+        except Exception:
+            # What gRPC would tell the client by itself may hold anything; this holds nothing.
+            logger.exception("request_failed")
+            await abort(context, ReplicaFault("the service failed; its log says how"))
+        if isinstance(outcome, HeterodyneError):
+            await abort(context, outcome)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         """Text to ids."""

@@ -15,6 +15,7 @@ from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import InferenceService
 from orchestrator.model_dir.chat import ChatTemplate
 from orchestrator.model_dir.default_sampling import DefaultSampling
@@ -140,15 +141,17 @@ async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -
     worker.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(total_blocks=8, free_blocks=8)))
     admission = Admission(64, 64)
     telemetry = Telemetry(TelemetryConfig())
-    generator = Generator(
+    fleet = cast(Fleet, OneLeader(leader))
+    generator = Generator(model=model, fleet=fleet, admission=admission, telemetry=telemetry)
+    requests = RequestReader(model=model, admission=admission)
+    server = grpc.aio.server()
+    service = InferenceService(
         model=model,
-        fleet=cast(Fleet, OneLeader(leader)),
-        admission=admission,
+        requests=requests,
+        generator=generator,
         telemetry=telemetry,
         request_timeout_s=request_timeout_s,
     )
-    server = grpc.aio.server()
-    service = InferenceService(model=model, generator=generator)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -157,7 +160,7 @@ async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -
         yield StubGateway(address=address, worker=worker, leader=leader, generator=generator, admission=admission)
     finally:
         await server.stop(0.0)
-        await generator.close()
+        await requests.close()
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await worker_server.stop(0.0)

@@ -15,9 +15,11 @@ from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.detokenizer import Detokenizer
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.client import FinishReason
 from orchestrator.gateway.errors import DeadlineExceeded
 from orchestrator.gateway.fleet.inbox import Lost
 from orchestrator.gateway.fleet.journal import Journal
+from orchestrator.gateway.grpc_client import response_of
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.submission import entries
 from orchestrator.gateway.status import code_of
@@ -95,7 +97,8 @@ def refusal(**fields: str) -> pb.Rejected:
 
 
 def take_all(answer: Answer, *events: Any, now_s: float = 1.0) -> list[public.GenerateResponse]:
-    return answer.take(list(events), submitted_s=0.25, now_s=now_s)
+    """What the client is sent, as the public service writes it."""
+    return [response_of(event) for event in answer.take(list(events), submitted_s=0.25, now_s=now_s)]
 
 
 def take(answer: Answer, *events: Any, now_s: float = 1.0) -> public.Chunk | None:
@@ -105,7 +108,11 @@ def take(answer: Answer, *events: Any, now_s: float = 1.0) -> public.Chunk | Non
 
 
 def finished(answer: Answer) -> public.Finished:
-    return answer.finished(total_s=3.0)
+    return response_of(answer.finished(total_s=3.0)).finished
+
+
+def opening(answer: Answer) -> list[public.GenerateResponse]:
+    return [response_of(event) for event in answer.opening()]
 
 
 def test_several_tokens_make_one_chunk_and_the_end_its_reason() -> None:
@@ -273,7 +280,7 @@ def test_choices_have_chunks_and_ends_of_their_own() -> None:
 def test_all_choices_that_stop_make_the_request_stop() -> None:
     answer, _ = make_answer(num_choices=2)
     take_all(answer, *(token(0, 1, choice=choice, end=pb.END_REASON_STOP) for choice in range(2)))
-    assert answer.outcome == public.FINISH_REASON_STOP
+    assert answer.outcome is FinishReason.STOP
 
 
 @pytest.mark.parametrize(
@@ -317,7 +324,7 @@ def judged(first_index: int, count: int, *, choice: int = 0, num_top: int = 1, *
 
 def test_the_prompt_is_echoed_at_once_where_no_logprobs_are_asked_for() -> None:
     answer, _ = make_answer(echo=True)
-    (response,) = answer.opening()
+    (response,) = opening(answer)
     assert [item.id for item in response.echo.tokens] == list(PROMPT)
     assert not any(item.HasField("logprob") for item in response.echo.tokens)
     assert (response.echo.first_index, response.echo.text) == (0, "hijk")
@@ -325,12 +332,12 @@ def test_the_prompt_is_echoed_at_once_where_no_logprobs_are_asked_for() -> None:
 
 
 def test_without_echo_nothing_precedes_the_answer() -> None:
-    assert list(make_answer()[0].opening()) == []
+    assert opening(make_answer()[0]) == []
 
 
 def test_a_judged_prompt_comes_as_it_is_computed_and_before_the_answer() -> None:
     answer, _ = make_answer(echo=True, logprobs=2)
-    assert list(answer.opening()) == []
+    assert opening(answer) == []
     (one,) = take_all(answer, judged(1, 2, num_top=2))
     assert (one.echo.first_index, one.echo.text, len(one.echo.tokens)) == (0, "hij", 3)
     first, second, third = one.echo.tokens
@@ -380,7 +387,7 @@ def test_an_echo_with_gaps_or_too_much_or_too_late_is_the_replicas_fault(events:
 
 def test_a_prompt_of_one_token_has_nothing_to_be_judged() -> None:
     answer, _ = make_answer(echo=True, logprobs=3, prompt_ids=(4,))
-    (response,) = answer.opening()
+    (response,) = opening(answer)
     assert list(response.echo.tokens) == [public.Token(id=4)]
     assert take(answer, token(0, 3)) is not None
 
@@ -390,7 +397,7 @@ def test_a_prompt_of_one_token_has_nothing_to_be_judged() -> None:
 def test_an_echo_has_every_token_once_in_messages_of_bounded_size(length: int, data: st.DataObject) -> None:
     prompt_ids = tuple(index % 26 for index in range(length))
     answer, _ = make_answer(echo=True, logprobs=1, prompt_ids=prompt_ids)
-    responses, position = list(answer.opening()), 1
+    responses, position = opening(answer), 1
     while position < length:
         count = data.draw(st.integers(1, length - position))
         responses += take_all(answer, judged(position, count))
@@ -408,7 +415,7 @@ def test_an_echo_has_every_token_once_in_messages_of_bounded_size(length: int, d
 @pytest.mark.parametrize("reason", [pb.END_REASON_LENGTH, pb.END_REASON_STOP])
 def test_looking_at_the_prompt_only_shows_no_token(reason: "pb.EndReason.ValueType") -> None:
     answer, _ = make_answer(echo=True, max_tokens=0)
-    assert [len(response.echo.tokens) for response in answer.opening()] == [4]
+    assert [len(response.echo.tokens) for response in opening(answer)] == [4]
     assert answer.choices[0].entry.max_tokens == 1, "a replica computes a prompt to draw a token"
     chunk = take(answer, token(0, 3, end=reason, queue_s=0.5, cached_tokens=1))
     assert chunk is not None and not chunk.tokens and not chunk.text
@@ -447,5 +454,5 @@ def test_however_choices_interleave_each_is_whole_and_ends_once(data: st.DataObj
         assert "".join(chunk.text for chunk in mine) == chr(ord("a") + choice) * length
         assert [chunk.HasField("end") for chunk in mine] == [False] * (len(mine) - 1) + [True]
         assert mine[-1].end.completion_tokens == length
-    assert answer.outcome == public.FINISH_REASON_STOP
+    assert answer.outcome is FinishReason.STOP
     assert finished(answer).usage.completion_tokens == sum(lengths)
