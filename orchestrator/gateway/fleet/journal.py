@@ -118,7 +118,10 @@ class Journal:
         del self._entries[sequence_id].emitted_ids[num_tokens:]
 
     def move(self, sequence_id: int, *, replica: str, epoch: int) -> JournalEntry:
-        """Makes another replica, or another epoch, the owner; tokens of the old one are fenced."""
+        """Makes another replica, or another epoch, the owner; tokens of the old one are fenced.
+
+        Recovery onto another replica needs this.
+        """
         entry = self._entries[sequence_id]
         entry.replica, entry.epoch = replica, epoch
         return entry
@@ -128,5 +131,8 @@ class Journal:
         return self._entries.pop(sequence_id, None)
 
     def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:
-        """The sequences that an incarnation of a replica owns, in the order in which they were opened."""
+        """Returns the sequences that an incarnation of a replica owns, in the order in which they were opened.
+
+        Recovery onto another replica needs this.
+        """
         return [entry for entry in self._entries.values() if (entry.replica, entry.epoch) == (replica, epoch)]

@@ -44,8 +44,8 @@ class _Waited:
 class GrammarProbe:
     """Asks whether grammars compile for the served model's tokenizer, remembering the answers. For one event loop.
 
-    The process starts with the first grammar, unless it was started before, and again where it is lost. A trial that
-    has begun keeps its place until its end, whether anybody still waits for it or not; equal grammars share one.
+    The process starts with the first grammar, and again where it is lost. A trial that has begun keeps its place until
+    its end, whether anybody still waits for it or not; equal grammars share one.
     """
 
     def __init__(self, model: ServedModel) -> None:
@@ -89,10 +89,6 @@ class GrammarProbe:
                 problem=problem,
                 fix="Correct it, or send a simpler one.",
             )
-
-    async def start(self) -> None:
-        """Starts the process ahead, so that the first grammar does not wait for it to read the tokenizer."""
-        await self._running()
 
     async def close(self) -> None:
         """Ends the process; who still waits is told that it was lost."""

@@ -252,7 +252,6 @@ async def test_the_process_reads_the_tokenizer_by_itself(model: ServedModel) -> 
 
 
 async def test_grammars_that_compile_pass(probe: GrammarProbe) -> None:
-    await probe.start()
     for grammar in (
         schema_of({}),
         schema_of({"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}),
@@ -351,7 +350,7 @@ async def test_a_request_that_leaves_frees_no_place_while_its_trial_goes_on(prob
 
 
 async def test_equal_grammars_at_once_share_one_trial(probe: GrammarProbe) -> None:
-    await probe.start()
+    await probe.check(worker_pb2.Grammar(regex="a"))  # the process has read the tokenizer
     # More than places and queue together.
     problems = await asyncio.gather(*(problem_of(probe, worker_pb2.Grammar(regex="(")) for _ in range(200)))
     assert len(set(problems)) == 1 and problems[0] is not None
