@@ -113,7 +113,7 @@ class Generator:
                 while answer.outcome is None:
                     said = await inbox.take()
                     events = answer.take(said, submitted_s=submitted_s, now_s=client.age_s())
-                    for sequence_id in answer.let_go():
+                    for sequence_id in answer.take_released():
                         leader.release(sequence_id, cancel=True)
                     for event in events:
                         await client.send(event)

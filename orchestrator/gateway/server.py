@@ -1,4 +1,4 @@
-"""The gateway process: builds the parts, serves, and drains when it is told to stop."""
+"""Runs the gateway process: builds its parts, serves, and drains when it is told to stop."""
 
 import asyncio
 import contextlib
@@ -54,11 +54,11 @@ STOPPING = "the service is stopping"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """What the gateway is started with.
+    """Holds what the gateway is started with.
 
     Attributes:
-        max_context_tokens: what the plan gives, at most the model's own.
-        dtype: what the plan computes in.
+        max_context_tokens: the context that the plan gives, at most the model's own.
+        dtype: the number type that the plan computes in.
     """
 
     config: Config
@@ -68,7 +68,7 @@ class GatewaySettings:
 
 
 class Gateway:
-    """The public front of one deployment. Lives on one event loop.
+    """Serves the public services of one deployment. Lives on one event loop.
 
     Attributes:
         fleet: the replicas as it knows them.
@@ -150,7 +150,7 @@ class Gateway:
             self._vllm.stepped(replica, step)
 
     async def start(self) -> str:
-        """Listen and follow the controller. Returns the address.
+        """Listens and follows the controller; returns the address.
 
         Raises:
             InvalidConfig: the address cannot be listened on.
@@ -171,9 +171,9 @@ class Gateway:
         return str(replace(address, port=port))
 
     async def drain(self, cut: asyncio.Event | None = None) -> bool:
-        """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished.
+        """Reports NOT_SERVING, waits a grace period for what is in flight, then ends; returns whether all finished.
 
-        Called again it does nothing, and is True.
+        Called again it does nothing and returns True.
 
         Args:
             cut: ends the grace period when it is set.
@@ -221,7 +221,7 @@ class Gateway:
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:
-    """The served model, from its directory. Raises InvalidModel."""
+    """Reads the served model from its directory. Raises InvalidModel."""
     config = settings.config
     directory = Path(config.model.path)
     files = read_model_files(directory)
@@ -239,19 +239,19 @@ def load_model(settings: GatewaySettings) -> ServedModel:
 
 
 async def run(settings: GatewaySettings) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Says where it listens in one JSON line on standard output."""
+    """Serves until SIGTERM or SIGINT, then drains. Says where it listens in one JSON line on standard output."""
     gateway = Gateway(settings)
     stop, cut = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def ask(number: int, _frame: FrameType | None) -> None:
+    def request_stop(number: int, _frame: FrameType | None) -> None:
         # Not the loop's own handlers: those fall away when it closes, and a second signal then kills what has drained.
         event = cut if stop.is_set() and number == signal.SIGINT else stop
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(event.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+        signal.signal(number, request_stop)
     address = await gateway.start()
     # Modules and classes stay for good: looking through them for garbage would hold every stream up for some 20 ms.
     gc.collect()

@@ -1,4 +1,4 @@
-"""The public services, thin: Inference and Admin over the parts that do the work."""
+"""Serves the public gRPC services, Inference and Admin, over the parts that do the work."""
 
 import asyncio
 import logging
@@ -45,7 +45,7 @@ _STATES = {
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """heterodyne.v1.Inference."""
+    """Serves heterodyne.v1.Inference."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await abort(context, outcome)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        """Text to ids."""
+        """Converts text to token ids."""
         try:
             check_model(request.model, self._model)
             special = not request.skip_special_tokens
@@ -91,7 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.TokenizeResponse(ids=ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        """Ids to text."""
+        """Converts token ids to text."""
         try:
             check_model(request.model, self._model)
             _check_ids(request, self._model)
@@ -102,11 +102,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """The one model."""
+        """Lists the one model."""
         return pb.ListModelsResponse(models=[self._model.message()])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        """The one model, by name."""
+        """Describes the one model, by name."""
         try:
             check_model(request.name, self._model)
         except HeterodyneError as error:
@@ -133,7 +133,7 @@ def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """heterodyne.v1.Admin."""
+    """Serves heterodyne.v1.Admin."""
 
     def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission, timeline: Timeline) -> None:
         self._model = model
@@ -144,7 +144,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._started_s = time.monotonic()
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
-        """Who holds what, in which state, under which load."""
+        """Says who holds what, in which state and under which load."""
         admission = self._admission
         return admin_pb2.GetStatusResponse(
             model=self._model.name,
@@ -164,7 +164,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def GetTimeline(
         self, request: admin_pb2.GetTimelineRequest, context: Context
     ) -> admin_pb2.GetTimelineResponse:
-        """When the latest requests and steps happened."""
+        """Says when the latest requests and steps happened."""
         async with self._building:
             try:
                 snapshot = self._timeline.snapshot(request.last_s if request.HasField("last_s") else None)

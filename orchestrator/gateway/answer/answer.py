@@ -40,7 +40,7 @@ class Answer:
         self._replica = self.choices[0].entry.replica
         self._echo = echo
         self._num_going_on = len(self.choices)
-        self._let_go: list[Choice] = []
+        self._released: list[Choice] = []
         # Outputs of other choices that came before the echo was complete: no delta precedes it.
         self._held: list[worker_pb2.SequenceOutput] = []
 
@@ -118,7 +118,7 @@ class Answer:
             self.fail(choice.failure)
             return
         if choice.at_replica:
-            self._let_go.append(choice)
+            self._released.append(choice)
         self._num_going_on -= 1
         if not self._num_going_on:
             self.outcome = self._finish_reason()
@@ -161,9 +161,9 @@ class Answer:
         if self.outcome is None:
             self.outcome = error
 
-    def let_go(self) -> list[int]:
+    def take_released(self) -> list[int]:
         """Returns, once each, the sequences that ended here while the replica goes on with them: to be cancelled."""
-        choices, self._let_go = self._let_go, []
+        choices, self._released = self._released, []
         for choice in choices:
             choice.at_replica = False
         return [choice.entry.sequence_id for choice in choices]

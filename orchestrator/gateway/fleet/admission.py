@@ -1,7 +1,7 @@
-"""How many requests are served at once, and who waits: the gateway's bounded front door.
+"""Decides how many requests are served at once, and which of the others wait.
 
-A request that cannot be served soon is refused at once with a hint when to come back, which keeps the latency
-of the accepted ones bounded under any load.
+A request that cannot be served soon is refused at once with a hint when to come back. This bounds the latency of the
+accepted ones under any load.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ class _Waiter:
 
 
 class Admission:
-    """Slots for requests in flight and a bounded queue for them. For one event loop.
+    """Hands out slots for requests in flight, with a bounded queue. Lives on one event loop.
 
-    Slots that are left pass straight to the head of the queue, so there is no moment at which a newcomer could take
-    them. While anybody waits, fewer slots are free than the head of the queue needs: nobody overtakes it, however many
-    those are.
+    Slots that are given back pass straight to the head of the queue, so that no newcomer can take them in between.
+    While anybody waits, fewer slots are free than the head of the queue needs: nobody overtakes it, however many it
+    needs.
     """
 
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
@@ -50,17 +50,17 @@ class Admission:
 
     @property
     def in_flight(self) -> int:
-        """Slots that are held."""
+        """Counts the slots that are held."""
         return self._in_flight
 
     @property
     def queued(self) -> int:
-        """Requests that wait for one."""
+        """Counts the requests that wait."""
         return sum(not waiter.given.done() for waiter in self._queue)
 
     @property
     def draining(self) -> bool:
-        """Whether new requests are refused for good."""
+        """Says whether new requests are refused for good."""
         return self._draining
 
     @asynccontextmanager
@@ -124,7 +124,7 @@ class Admission:
         self._draining = True
 
     async def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until nothing is in flight or queued; False when it takes longer than ``timeout_s``."""
+        """Waits until nothing is in flight or queued; returns False when that takes longer than ``timeout_s``."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._in_flight:

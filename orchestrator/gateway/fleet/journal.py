@@ -1,8 +1,8 @@
-"""What the gateway remembers of every unfinished sequence: enough to finish it elsewhere, token for token.
+"""Remembers every unfinished sequence: enough to finish it elsewhere, token for token.
 
-A client must see each token once and in order, whatever happens to the replica that computes them. The
-journal is where that is decided: it takes a token only from the current incarnation of the sequence's
-replica, only at the next position, and tells repeats from contradictions.
+A client must see each token once and in order, whatever happens to the replica that computes them. The journal decides
+that: it takes a token only from the current incarnation of the sequence's replica and only at the next position, and
+it tells repeats from contradictions.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class JournalEntry:
-    """One unfinished sequence: a choice of a request.
+    """Describes one unfinished sequence, which is a choice of a request.
 
     A token is a pure function of the logits, the prompt, the tokens before it, ``sampling`` and ``seed``. Together with
     the emitted tokens these are the whole state of sampling.
@@ -44,7 +44,7 @@ class JournalEntry:
 
 
 class Recorded(Enum):
-    """What became of a token."""
+    """Says what became of a token."""
 
     NEW = auto()  # kept: pass it on to the client
     DUPLICATE = auto()  # had it already, the same
@@ -53,7 +53,7 @@ class Recorded(Enum):
 
 
 class JournalError(Exception):
-    """A replica broke the order of tokens. Internal: the request is moved or fails, nothing is passed on."""
+    """A replica broke the order of tokens. The request is moved or fails; the client does not see this error."""
 
 
 class TokenGap(JournalError):
@@ -76,7 +76,7 @@ class TokenConflict(JournalError):
 
 
 class Journal:
-    """The unfinished sequences of a gateway, by sequence id."""
+    """Holds the unfinished sequences of a gateway, by sequence id."""
 
     def __init__(self) -> None:
         self._entries: dict[int, JournalEntry] = {}
@@ -127,7 +127,7 @@ class Journal:
         return entry
 
     def close(self, sequence_id: int) -> JournalEntry | None:
-        """Forgets a sequence that ended. None where it was closed already, as when a cancel meets the end."""
+        """Forgets a sequence that ended. Returns None where it was closed already, as when a cancel meets the end."""
         return self._entries.pop(sequence_id, None)
 
     def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:

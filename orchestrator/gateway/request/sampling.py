@@ -38,8 +38,8 @@ def check_sampling(message: pb.SamplingParams, model: ServedModel) -> worker_pb2
         bias_ids=[item.token_id for item in filled.logit_bias],
         biases=[item.bias for item in filled.logit_bias],
     )
-    bounds("sampling.temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
-    bounds("sampling.top_k", sampling.top_k, 0, MAX_TOP_K)
+    check_bounds("sampling.temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
+    check_bounds("sampling.top_k", sampling.top_k, 0, MAX_TOP_K)
     if not 0.0 < sampling.top_p <= 1.0:
         raise InvalidRequest(
             field="sampling.top_p",
@@ -47,10 +47,12 @@ def check_sampling(message: pb.SamplingParams, model: ServedModel) -> worker_pb2
             problem="is out of range",
             fix="Use a value above 0, at most 1.",
         )
-    bounds("sampling.min_p", sampling.min_p, 0.0, 1.0)
-    bounds("sampling.repetition_penalty", sampling.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
-    bounds("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
-    bounds("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    check_bounds("sampling.min_p", sampling.min_p, 0.0, 1.0)
+    check_bounds(
+        "sampling.repetition_penalty", sampling.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+    )
+    check_bounds("sampling.presence_penalty", sampling.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    check_bounds("sampling.frequency_penalty", sampling.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     return sampling
 
 
@@ -65,8 +67,8 @@ def _check_biases(message: Sequence[pb.LogitBias], vocab_size: int) -> None:
     seen: set[int] = set()
     for index, item in enumerate(message):
         field = f"sampling.logit_bias[{index}]"
-        bounds(f"{field}.token_id", item.token_id, 0, vocab_size - 1)
-        bounds(f"{field}.bias", item.bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        check_bounds(f"{field}.token_id", item.token_id, 0, vocab_size - 1)
+        check_bounds(f"{field}.bias", item.bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
         if item.token_id in seen:
             raise InvalidRequest(
                 field=f"{field}.token_id",
@@ -77,7 +79,7 @@ def _check_biases(message: Sequence[pb.LogitBias], vocab_size: int) -> None:
         seen.add(item.token_id)
 
 
-def bounds(field: str, value: float, low: float, high: float) -> None:
+def check_bounds(field: str, value: float, low: float, high: float) -> None:
     """Raises InvalidRequest unless ``value`` is within [low, high]."""
     # Written so that a NaN is out of range too.
     if not low <= value <= high:

@@ -1,7 +1,7 @@
-"""A client's structured_output, checked as far as that needs no grammar compiler. Pure.
+"""Checks a client's structured_output, as far as that needs no grammar compiler. Pure.
 
-A grammar is a program of the client's, and the library that compiles it can be made to hang or to crash by one. So
-what is left to find out is tried in a process of its own (structured_probe), never in the gateway's.
+A grammar is a program that the client wrote, and it can make the library that compiles it hang or crash. What else must
+be found out is therefore tried in a process of its own (structured_probe), never in the gateway's.
 """
 
 from orchestrator.gateway.model import ServedModel
@@ -14,7 +14,7 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 
 def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker_pb2.Grammar | None:
-    """What ``message`` asks of the answer, as workers are told it; None where it asks nothing.
+    """Returns what ``message`` asks of the answer, as workers are told it, or None where it asks nothing.
 
     A JSON Schema is sent on as JSON text of one form: ``{}`` is any JSON value, ``{"type": "object"}`` any object.
 

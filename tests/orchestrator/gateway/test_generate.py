@@ -1,86 +1,22 @@
 """Generate at the seam of the leader stream: what a replica is told, and what clients see of what it says."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import code_pb2
 
-from orchestrator.gateway import generate
-from orchestrator.gateway.fleet import inbox
 from protos.heterodyne.v1 import inference_pb2 as pb
-from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.gateway.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway
+from tests.support.gateway.generating import LENGTH, STOP, ask, collect, serving, submitted, texts, token, told
+from tests.support.gateway.stub_gateway import BOS, EOS, EPOCH
 
 CHATML = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-
-
-@asynccontextmanager
-async def serving(*, request_timeout_s: float = 2 * PATIENCE_S, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
-    async with (
-        stub_gateway(served_model(**model), request_timeout_s=request_timeout_s) as gateway,
-        grpc.aio.insecure_channel(gateway.address) as channel,
-    ):
-        yield gateway, inference_pb2_grpc.InferenceStub(channel)
-        await until(lambda: gateway.admission.in_flight == 0)
-        assert len(gateway.generator.journal) == 0
-
-
-async def collect(call: Any) -> tuple[list[pb.GenerateResponse], grpc.StatusCode]:
-    responses = []
-    try:
-        async for response in call:
-            responses.append(response)
-    except grpc.aio.AioRpcError:
-        pass
-    return responses, await call.code()
-
-
-def ask(stub: Any, **fields: Any) -> "asyncio.Task[tuple[list[pb.GenerateResponse], grpc.StatusCode]]":
-    return asyncio.create_task(
-        collect(stub.Generate(pb.GenerateRequest(**({"prompt": "abc"} | fields)), timeout=PATIENCE_S))
-    )
-
-
-async def told(worker: StubWorker) -> worker_pb2.Submit:
-    return await asyncio.wait_for(worker.submits.get(), PATIENCE_S)
-
-
-async def submitted(worker: StubWorker, count: int = 1) -> list[worker_pb2.Fork]:
-    """The sequences that the replica is handed next, of one request or several."""
-    forks: list[worker_pb2.Fork] = []
-    while len(forks) < count:
-        forks += (await told(worker)).forks
-    assert len(forks) == count
-    return forks
-
-
-def token(
-    fork: worker_pb2.Fork, index: int, token_id: int, *, end: Any = None, **fields: Any
-) -> worker_pb2.SequenceOutput:
-    output = worker_pb2.SequenceOutput(sequence_id=fork.sequence_id, index=index, token_id=token_id, **fields)
-    if end is not None:
-        output.end.reason = end
-    return output
-
-
-LENGTH, STOP = worker_pb2.END_REASON_LENGTH, worker_pb2.END_REASON_STOP
-
-
-def texts(responses: list[pb.GenerateResponse]) -> dict[int, str]:
-    result: dict[int, str] = {}
-    for response in responses:
-        if response.HasField("chunk"):
-            result[response.chunk.choice] = result.get(response.chunk.choice, "") + response.chunk.text
-    return result
 
 
 async def test_a_plain_request_is_submitted_with_every_field_that_changes_nothing() -> None:
@@ -341,20 +277,6 @@ async def test_a_request_out_of_time_ends_with_its_last_message_and_is_cancelled
         assert sorted(cancelled) == [fork.sequence_id for fork in forks]
 
 
-async def test_a_client_that_never_reads_loses_its_slot_soon_after_its_time() -> None:
-    async with serving(request_timeout_s=0.5, context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            # Far more than the windows of the connection hold.
-            ids = {"ids": [1] * 500_000}
-            request = pb.GenerateRequest(prompt_ids=ids, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
-            (fork,) = await submitted(gateway.worker)
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == fork.sequence_id
-            await until(lambda: gateway.admission.in_flight == 0)
-            call.cancel()
-
-
 async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_theirs() -> None:
     async with serving() as (gateway, stub):
         async with gateway.admission.slot(weight=60):
@@ -368,57 +290,3 @@ async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_
             await stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=5)).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         gateway.admission.max_in_flight = 64
-
-
-async def test_a_client_that_does_not_read_is_given_up_long_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "MAX_WAITING", 100)
-    async with serving(context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            # The echo alone is more than the windows of the connection hold; what follows can but wait.
-            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 500_000}, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
-            (fork,) = await submitted(gateway.worker)
-            for index in range(101):
-                gateway.worker.step(token(fork, index, 3))
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == fork.sequence_id
-            await until(lambda: gateway.admission.in_flight == 0)
-            call.cancel()
-
-
-async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(generate, "_LAST_WORD_S", 0.2)
-    async with serving(context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 300_000}, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=PATIENCE_S)
-            (fork,) = await submitted(gateway.worker)
-            gateway.worker.step(token(fork, 0, 3, end=STOP))
-            await asyncio.sleep(0.7)  # longer than others have
-            responses, code = await collect(call)
-            assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
-
-
-async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Steps come far apart here where the machine is busy; the pause after a round is made longer than that.
-    monkeypatch.setattr(inbox, "_PAUSE", 100.0)
-    monkeypatch.setattr(inbox, "_MOST_PAUSE_S", 0.5)
-    async with serving(context=2**16) as (gateway, stub):
-        num_streams, num_steps = 16, 400
-        answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
-        forks = await submitted(gateway.worker, num_streams)
-        for index in range(num_steps):
-            end = LENGTH if index == num_steps - 1 else None
-            gateway.worker.step(*(token(fork, index, index % 26, end=end) for fork in forks))
-        for answer in answers:
-            responses, code = await answer
-            assert code is grpc.StatusCode.OK
-            ids = [item.id for response in responses for item in response.chunk.tokens]
-            assert ids == [index % 26 for index in range(num_steps)]
-            # Without rounds nothing is sent together.
-            assert len(responses) < 0.5 * num_steps
