@@ -1,1 +1,1 @@
-"""The front of the service: admits requests, routes them, streams text, remembers what is unfinished."""
+"""The front of the service. Admits requests, routes them, streams text and remembers what is unfinished."""

@@ -1,4 +1,4 @@
-"""``python -m orchestrator.gateway``: the gateway process, started by ``serve``. No Ray: a lost head stops nothing."""
+"""Runs the gateway process: ``python -m orchestrator.gateway``, started by ``serve``. It does not use Ray."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ from protos.codec.child_process import die_with_parent
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.gateway", description="The public gRPC front.")
     parser.add_argument("config", type=Path, help="the cluster YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value")
@@ -26,7 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the gateway."""
+    """Runs the gateway; returns the exit code."""
     args = parse()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s")
     if args.parent_pid is not None:

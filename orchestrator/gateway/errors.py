@@ -1,4 +1,4 @@
-"""What the gateway refuses or ends a request with. How each travels: :mod:`orchestrator.gateway.status`."""
+"""Defines the errors that refuse or end a request. :mod:`orchestrator.gateway.status` says how each travels."""
 
 from placement.errors import HeterodyneError, InvalidRequest
 

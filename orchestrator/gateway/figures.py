@@ -1,4 +1,4 @@
-"""The figures of the gateway and of the replicas' load reports, read whenever metrics are collected."""
+"""Reports the figures of the gateway and of its replicas, read whenever metrics are collected."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -11,7 +11,7 @@ _Figures = Iterable[tuple[float, Mapping[str, str]]]
 
 
 def load_reports(fleet: Fleet) -> Iterator[tuple[str, worker_pb2.LoadReport]]:
-    """The last report of every replica that lives, by name. For any thread."""
+    """Yields the name and the last report of every replica that lives. May be called on any thread."""
     # A deployment is replaced as a whole, so that a thread may go through the one that it found.
     for replica in fleet.deployment.replicas:
         leader = fleet.leader(replica.name, replica.epoch)
@@ -20,7 +20,7 @@ def load_reports(fleet: Fleet) -> Iterator[tuple[str, worker_pb2.LoadReport]]:
 
 
 def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None:
-    """Report them from now on."""
+    """Registers the figures with ``telemetry``, which reads them from now on."""
 
     def requests() -> _Figures:
         yield admission.in_flight, {"state": "in_flight"}

@@ -1,27 +1,29 @@
-"""What the ranks of a stage measured, from the control protocol's messages to those of the Admin service. Pure."""
+"""Writes what the ranks of a stage measured as messages of the Admin service. Pure."""
 
 from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.worker.v1 import worker_pb2
 
 
 def sums(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredSum]:
-    """How they sum tensors."""
+    """Returns how long the ranks take to sum tensors."""
     return [
-        admin_pb2.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
-        for it in measured.sums
+        admin_pb2.MeasuredSum(num_bytes=item.num_bytes, algorithm=item.algorithm, duration_s=item.duration_s)
+        for item in measured.sums
     ]
 
 
 def lanes(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredLanes]:
-    """Which steps they compute in two lanes."""
+    """Returns which steps the ranks compute in two lanes."""
     return [
-        admin_pb2.MeasuredLanes(num_tokens=it.num_tokens, alone_s=it.alone_s, woven_s=it.woven_s, is_woven=it.is_woven)
-        for it in measured.lanes
+        admin_pb2.MeasuredLanes(
+            num_tokens=item.num_tokens, alone_s=item.alone_s, woven_s=item.woven_s, is_woven=item.is_woven
+        )
+        for item in measured.lanes
     ]
 
 
 def exchange(measured: worker_pb2.StageMeasurements) -> admin_pb2.MeasuredExchange | None:
-    """How they share sequences, where they do."""
+    """Returns how the ranks share sequences, or None where they do not."""
     if not measured.HasField("exchange"):
         return None
     message = measured.exchange
@@ -32,8 +34,8 @@ def exchange(measured: worker_pb2.StageMeasurements) -> admin_pb2.MeasuredExchan
         call_s=message.call_s,
         expected=[
             admin_pb2.ExpectedExchange(
-                num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s
+                num_tokens=item.num_tokens, num_before=item.num_before, way=item.way, layer_s=item.layer_s
             )
-            for it in message.expected
+            for item in message.expected
         ],
     )

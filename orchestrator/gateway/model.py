@@ -1,4 +1,4 @@
-"""The served model as the gateway sees it: its name, limits, defaults and tokenizer."""
+"""Describes the served model: its name, limits, defaults and tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """Everything the gateway knows of the model.
+    """Holds everything the gateway knows of the model.
 
     Attributes:
         tokenizer_file: where ``tokenizer`` was read from; None where it was made in memory.
@@ -32,7 +32,7 @@ class ServedModel:
     tokenizer_file: Path | None = None
 
     def message(self) -> pb.Model:
-        """The model as clients see it."""
+        """Returns the model as clients see it."""
         return pb.Model(
             name=self.name,
             architecture=self.spec.architecture,
@@ -46,5 +46,5 @@ class ServedModel:
 
 
 def longest_token_bytes(tokenizer: Tokenizer) -> int:
-    """Bytes of UTF-8 that the longest token can stand for: bounds the tokens of a text from below."""
+    """Returns the bytes of UTF-8 that the longest token stands for, which bounds the tokens of a text from below."""
     return max((len(token.encode()) for token in tokenizer.get_vocab(with_added_tokens=True)), default=1)

@@ -1,4 +1,4 @@
-"""The gateway process: builds the parts, serves, and drains when it is told to stop."""
+"""Runs the gateway process: builds its parts, serves, and drains when it is told to stop."""
 
 import asyncio
 import contextlib
@@ -23,6 +23,7 @@ from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import LeaderLimits
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import AdminService, InferenceService
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.model_dir.files import read_model_files
@@ -53,11 +54,11 @@ STOPPING = "the service is stopping"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """What the gateway is started with.
+    """Holds what the gateway is started with.
 
     Attributes:
-        max_context_tokens: what the plan gives, at most the model's own.
-        dtype: what the plan computes in.
+        max_context_tokens: the context that the plan gives, at most the model's own.
+        dtype: the number type that the plan computes in.
     """
 
     config: Config
@@ -67,7 +68,7 @@ class GatewaySettings:
 
 
 class Gateway:
-    """The public front of one deployment. Lives on one event loop.
+    """Serves the public services of one deployment. Lives on one event loop.
 
     Attributes:
         fleet: the replicas as it knows them.
@@ -94,20 +95,21 @@ class Gateway:
         self._timeline = Timeline(model=model.name)
         self._vllm = self._vllm_metrics(model) if config.telemetry.vllm_metrics else None
         self._telemetry = self._make_telemetry()
-        self.generator = Generator(
-            model=model,
-            fleet=self.fleet,
-            admission=self.admission,
-            telemetry=self._telemetry,
-            request_timeout_s=config.gateway.request_timeout_s,
-        )
+        self._requests = RequestReader(model=model, admission=self.admission)
+        self.generator = Generator(model=model, fleet=self.fleet, admission=self.admission, telemetry=self._telemetry)
         self._health = health_aio.HealthServicer()
         self._server = self._make_server(model)
         self._background = BackgroundTasks()
 
     def _make_server(self, model: ServedModel) -> grpc.aio.Server:
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        inference = InferenceService(model=model, generator=self.generator)
+        inference = InferenceService(
+            model=model,
+            requests=self._requests,
+            generator=self.generator,
+            telemetry=self._telemetry,
+            request_timeout_s=self._config.gateway.request_timeout_s,
+        )
         admin = AdminService(model=model, fleet=self.fleet, admission=self.admission, timeline=self._timeline)
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
@@ -148,7 +150,7 @@ class Gateway:
             self._vllm.stepped(replica, step)
 
     async def start(self) -> str:
-        """Listen and follow the controller. Returns the address.
+        """Listens and follows the controller; returns the address.
 
         Raises:
             InvalidConfig: the address cannot be listened on.
@@ -169,9 +171,9 @@ class Gateway:
         return str(replace(address, port=port))
 
     async def drain(self, cut: asyncio.Event | None = None) -> bool:
-        """NOT_SERVING first, then a grace period for what is in flight, then the end. True if all finished.
+        """Reports NOT_SERVING, waits a grace period for what is in flight, then ends; returns whether all finished.
 
-        Called again it does nothing, and is True.
+        Called again it does nothing and returns True.
 
         Args:
             cut: ends the grace period when it is set.
@@ -190,7 +192,7 @@ class Gateway:
             await self.admission.wait_idle(_LAST_WORDS_S)
         self.fleet.drain()
         await self._server.stop(_LAST_WORDS_S)
-        await self.generator.close()
+        await self._requests.close()
         await self._background.close()
         await self.fleet.close()
         await asyncio.to_thread(self._telemetry.close)
@@ -219,7 +221,7 @@ class Gateway:
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:
-    """The served model, from its directory. Raises InvalidModel."""
+    """Reads the served model from its directory. Raises InvalidModel."""
     config = settings.config
     directory = Path(config.model.path)
     files = read_model_files(directory)
@@ -237,19 +239,19 @@ def load_model(settings: GatewaySettings) -> ServedModel:
 
 
 async def run(settings: GatewaySettings) -> int:
-    """Serve until SIGTERM or SIGINT, then drain. Says where it listens in one JSON line on standard output."""
+    """Serves until SIGTERM or SIGINT, then drains. Says where it listens in one JSON line on standard output."""
     gateway = Gateway(settings)
     stop, cut = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def ask(number: int, _frame: FrameType | None) -> None:
+    def request_stop(number: int, _frame: FrameType | None) -> None:
         # Not the loop's own handlers: those fall away when it closes, and a second signal then kills what has drained.
         event = cut if stop.is_set() and number == signal.SIGINT else stop
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(event.set)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, ask)
+        signal.signal(number, request_stop)
     address = await gateway.start()
     # Modules and classes stay for good: looking through them for garbage would hold every stream up for some 20 ms.
     gc.collect()

@@ -1,28 +1,38 @@
-"""The public services, thin: Inference and Admin over the parts that do the work."""
+"""Serves the public gRPC services, Inference and Admin, over the parts that do the work."""
 
 import asyncio
+import logging
 import time
 from typing import Any
 
 import grpc
+from google.rpc import code_pb2
 
 from orchestrator.gateway import measured
+from orchestrator.gateway.errors import ReplicaFault
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.grpc_client import grpc_client
 from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.request.request import check_model
-from orchestrator.gateway.status import abort
+from orchestrator.gateway.request.text_work import TextWork
+from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
+from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
+logger = logging.getLogger(__name__)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_TOKENIZE_S = 30.0
+# How long Tokenize and Detokenize may wait and take.
+_CONVERSION_S = 30.0
 
 _STATES = {
     control_pb2.PHASE_STARTING: admin_pb2.REPLICA_STATE_STARTING,
@@ -35,47 +45,68 @@ _STATES = {
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """heterodyne.v1.Inference."""
+    """Serves heterodyne.v1.Inference."""
 
-    def __init__(self, *, model: ServedModel, generator: Generator) -> None:
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        requests: RequestReader,
+        generator: Generator,
+        telemetry: Telemetry,
+        request_timeout_s: float,
+    ) -> None:
         self._model = model
+        self._requests = requests
         self._generator = generator
+        self._telemetry = telemetry
+        self._request_timeout_s = request_timeout_s
+        self._conversions = TextWork(model)
 
     # The stubs know handlers of streams as generators only; gRPC takes coroutines that write as well, and those end
     # in order when a client goes.
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams an answer."""
-        await self._generator.generate(request, context)
+        """Streams an answer. Before acceptance an error is a status; after it, the last message holds it too."""
+        client = grpc_client(context, max_timeout_s=self._request_timeout_s)
+        try:
+            outcome = await self._generator.generate(await self._requests.read(request, client), client)
+        except HeterodyneError as error:
+            self._telemetry.refused(code_pb2.Code.Name(code_of(error)))
+            await abort(context, error)
+        except Exception:
+            # What gRPC would tell the client by itself may hold anything; this holds nothing.
+            logger.exception("request_failed")
+            await abort(context, ReplicaFault("the service failed; its log says how"))
+        if isinstance(outcome, HeterodyneError):
+            await abort(context, outcome)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        """Text to ids."""
+        """Converts text to token ids."""
         try:
             check_model(request.model, self._model)
             special = not request.skip_special_tokens
-            ids = await self._generator.prompts.tokenize(
-                request.text, field="text", special=special, timeout_s=_TOKENIZE_S
-            )
+            ids = await self._conversions.tokenize(request.text, field="text", special=special, timeout_s=_CONVERSION_S)
         except HeterodyneError as error:
             await abort(context, error)
         return pb.TokenizeResponse(ids=ids)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        """Ids to text."""
+        """Converts token ids to text."""
         try:
             check_model(request.model, self._model)
             _check_ids(request, self._model)
+            skip = not request.keep_special_tokens
+            text = await self._conversions.detokenize(request.ids, skip_special=skip, timeout_s=_CONVERSION_S)
         except HeterodyneError as error:
             await abort(context, error)
-        decode, skip = self._model.tokenizer.decode_batch, not request.keep_special_tokens
-        (text,) = await asyncio.to_thread(decode, [list(request.ids)], skip_special_tokens=skip)
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
-        """The one model."""
+        """Lists the one model."""
         return pb.ListModelsResponse(models=[self._model.message()])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        """The one model, by name."""
+        """Describes the one model, by name."""
         try:
             check_model(request.name, self._model)
         except HeterodyneError as error:
@@ -102,7 +133,7 @@ def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
-    """heterodyne.v1.Admin."""
+    """Serves heterodyne.v1.Admin."""
 
     def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission, timeline: Timeline) -> None:
         self._model = model
@@ -113,7 +144,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self._started_s = time.monotonic()
 
     async def GetStatus(self, request: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.GetStatusResponse:
-        """Who holds what, in which state, under which load."""
+        """Says who holds what, in which state and under which load."""
         admission = self._admission
         return admin_pb2.GetStatusResponse(
             model=self._model.name,
@@ -133,7 +164,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def GetTimeline(
         self, request: admin_pb2.GetTimelineRequest, context: Context
     ) -> admin_pb2.GetTimelineResponse:
-        """When the latest requests and steps happened."""
+        """Says when the latest requests and steps happened."""
         async with self._building:
             try:
                 snapshot = self._timeline.snapshot(request.last_s if request.HasField("last_s") else None)

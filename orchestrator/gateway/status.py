@@ -1,4 +1,4 @@
-"""Our errors as gRPC statuses, with google.rpc details where a client can act on them."""
+"""Turns errors into gRPC statuses, with google.rpc details where a client can act on them."""
 
 import math
 from typing import Any, NoReturn
@@ -34,12 +34,12 @@ _CODES: tuple[tuple[type[HeterodyneError], int], ...] = (
 
 
 def code_of(error: HeterodyneError) -> int:
-    """The google.rpc.Code of an error."""
+    """Returns the google.rpc.Code of an error."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), code_pb2.INTERNAL)
 
 
 def status_of(error: HeterodyneError) -> status_pb2.Status:
-    """The google.rpc.Status of an error: BadRequest names the field, RetryInfo says when to come back."""
+    """Returns the google.rpc.Status of an error: BadRequest names the field, RetryInfo says when to come back."""
     details = []
     if isinstance(error, FieldError):
         violation = error_details_pb2.BadRequest.FieldViolation(
@@ -59,6 +59,6 @@ def _any(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) ->
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HeterodyneError) -> NoReturn:
-    """End the call with the error's status."""
+    """Ends the call with the error's status."""
     await context.abort_with_status(rpc_status.to_status(status_of(error)))
     raise AssertionError("abort returned")

@@ -1,4 +1,4 @@
-"""What the gateway remembers for a timeline: the latest requests and steps, in bounded room. Never text."""
+"""Remembers the latest requests and steps for a timeline, in bounded memory. Never their text."""
 
 import time
 from collections import deque
@@ -18,11 +18,11 @@ _MAX_LAST_S = 1e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimelineSnapshot:
-    """What was remembered at one moment. For any thread.
+    """Holds what was remembered at one moment. May be read on any thread.
 
     Attributes:
-        since_ns: what ended before is not asked for; ns since 1970.
-        num_requests: how many ever ended, those that are forgotten included; ``num_steps`` likewise.
+        since_ns: what ended before this is left out, in ns since 1970.
+        num_requests: how many requests ever ended, with those that are forgotten; ``num_steps`` likewise.
     """
 
     model: str
@@ -33,7 +33,7 @@ class TimelineSnapshot:
     num_steps: int
 
     def message(self) -> admin_pb2.GetTimelineResponse:
-        """The answer to who asked; some 10 ms where as much is remembered as may be."""
+        """Returns the snapshot as a message. This takes some 10 ms where the memory is full."""
         since_ns = self.since_ns
         return admin_pb2.GetTimelineResponse(
             model=self.model,
@@ -45,10 +45,10 @@ class TimelineSnapshot:
 
 
 class Timeline:
-    """The latest requests that ended and steps that were run. Lives on one event loop.
+    """Remembers the latest requests that ended and steps that were run. Lives on one event loop.
 
     Args:
-        now_ns: nanoseconds since 1970, on the clock of ``RequestRecord.arrived_ns``.
+        now_ns: returns the nanoseconds since 1970, on the clock of ``RequestRecord.arrived_ns``.
     """
 
     def __init__(self, *, model: str, now_ns: Callable[[], int] = time.time_ns) -> None:
@@ -60,7 +60,7 @@ class Timeline:
         self._num_steps = 0
 
     def finished(self, record: RequestRecord) -> None:
-        """An accepted request ended."""
+        """Remembers an accepted request that ended."""
         self._num_requests += 1
         self._requests.append(
             admin_pb2.RequestTiming(
@@ -80,7 +80,7 @@ class Timeline:
         )
 
     def stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
-        """A replica finished a step."""
+        """Remembers a step that a replica finished."""
         self._num_steps += 1
         self._steps.append(
             admin_pb2.StepTiming(
@@ -94,7 +94,7 @@ class Timeline:
         )
 
     def snapshot(self, last_s: float | None = None) -> TimelineSnapshot:
-        """Everything that is remembered, or of that what ended within the last ``last_s`` seconds.
+        """Returns everything that is remembered, or what of it ended within the last ``last_s`` seconds.
 
         Raises:
             InvalidRequest: ``last_s`` is no length of time.

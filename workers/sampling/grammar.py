@@ -18,6 +18,7 @@ from pathlib import Path
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from placement.errors import InvalidRequest, cause_of
+from placement.serving.grammar import JSON_OPTIONS, MAX_SOURCE_BYTES
 from workers.sampling.grammar_state import (
     Grammar,
     GrammarFailed,
@@ -28,14 +29,25 @@ from workers.sampling.grammar_state import (
     problem_of,
 )
 
-__all__ = ["Grammar", "GrammarFactory", "GrammarFailed", "GrammarSpec", "GrammarState", "fill_all", "prefetch"]
+__all__ = [
+    "Grammar",
+    "GrammarFactory",
+    "GrammarFailed",
+    "GrammarSpec",
+    "GrammarState",
+    "InvalidGrammar",
+    "fill_all",
+    "prefetch",
+]
 
 logger = logging.getLogger(__name__)
 
-MAX_SOURCE_BYTES = 64 * 1024
-MAX_WHITESPACE = 32
 # Grammars that are kept compiled, about 0.1 MB each where nothing is unusual.
 _MAX_CACHED = 32
+
+
+class InvalidGrammar(InvalidRequest):
+    """A grammar that no answer can be held to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +92,7 @@ class GrammarFactory:
         Compiling takes a millisecond for a common schema and can take 100s, without the interpreter's lock.
 
         Raises:
-            InvalidRequest: the source is no such grammar, matches nothing, or is too large; or the model's tokenizer
+            InvalidGrammar: the source is no such grammar, matches nothing, or is too large; or the model's tokenizer
                 cannot be followed.
         """
         if len(spec.source.encode()) > MAX_SOURCE_BYTES:
@@ -141,21 +153,8 @@ def _llguidance_source(spec: GrammarSpec) -> str:
     """Raises ValueError for a JSON Schema that is not a JSON object."""
     match spec.kind:
         case "json_schema":
-            # With options the text is parsed; without, it would be pasted into a larger one. They go before what the
-            # schema says in "x-guidance", so that the answer is JSON which fits the schema whatever is there.
-            return LLMatcher.grammar_from_json_schema(
-                spec.source,
-                overrides={
-                    "item_separator": ",",
-                    "key_separator": ":",
-                    "whitespace_flexible": True,
-                    "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}",
-                    "coerce_one_of": False,
-                    "lenient": False,
-                    "json_allowed_escapes": None,
-                    "json_allow_general_unicode_escapes": False,
-                },
-            )
+            # With options the text is parsed; without, it would be pasted into a larger one.
+            return LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)
         case "lark":
@@ -169,6 +168,6 @@ def _stuck(origin: LLMatcher) -> str:
     return problem_of(matcher.get_error()) if matcher.is_error() else ""
 
 
-def _refusal(spec: GrammarSpec, problem: str, fix: str) -> InvalidRequest:
+def _refusal(spec: GrammarSpec, problem: str, fix: str) -> InvalidGrammar:
     value = f"{spec.kind} of {len(spec.source)} characters"
-    return InvalidRequest(field="grammar", value=value, problem=problem, fix=fix)
+    return InvalidGrammar(field="grammar", value=value, problem=problem, fix=fix)

@@ -4,16 +4,17 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import grpc
 
-from placement.errors import FieldError, HeterodyneError, cause_of
+from placement.errors import HeterodyneError, cause_of
 from placement.serving.admission import repeated
 from placement.serving.events import EndReason
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
-from workers.engine.types import Output, StepStats
-from workers.sampling.grammar import Grammar, GrammarSpec
+from workers.engine.types import Output, StepStats, Submission
+from workers.sampling.grammar import GrammarSpec
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
 from workers.service.outbox import Outbox
@@ -131,7 +132,7 @@ class LeaderStream:
             self._send(pb.LeadResponse(step=wire.step_output(stats, outputs)))
 
     def _send_refusal(self, sequence_id: int, error: HeterodyneError) -> None:
-        self._refuse(sequence_id, wire.error_code(error), str(error))
+        self._send(pb.LeadResponse(rejected=wire.rejected(sequence_id, error)))
 
     def _refuse(self, sequence_id: int, code: int, message: str) -> None:
         self._send(pb.LeadResponse(rejected=pb.Rejected(sequence_id=sequence_id, code=code, message=message)))
@@ -166,11 +167,9 @@ class LeaderStream:
         if request.epoch != self._epoch:
             self.fenced_messages += 1
             if command == "submit":
-                self._refuse(
-                    request.submit.sequence_id,
-                    wire.FAILED_PRECONDITION,
-                    f"epoch {request.epoch} is fenced: this replica is at epoch {self._epoch}",
-                )
+                fenced = f"epoch {request.epoch} is fenced: this replica is at epoch {self._epoch}"
+                for fork in request.submit.forks:
+                    self._refuse(fork.sequence_id, wire.FAILED_PRECONDITION, fenced)
         elif command == "submit":
             self._submit(request.submit)
         elif command == "cancel":
@@ -181,38 +180,39 @@ class LeaderStream:
             self.end(grpc.StatusCode.INVALID_ARGUMENT, "a message holds no command that this worker knows")
 
     def _submit(self, message: pb.Submit) -> None:
-        """Hand a sequence to the engine; one with a grammar once that is compiled, while others go on."""
-        sequence_id = message.sequence_id
+        """Hand each fork to the engine; where there is a grammar, once that is compiled, while others go on."""
+        if not message.forks:
+            self.end(grpc.StatusCode.INVALID_ARGUMENT, "a Submit holds no fork")
+            return
         try:
             self._engine.admit()
             spec = wire.grammar_spec(message)
+            submissions = wire.submissions(message, vocab_size=self._engine.limits.vocab_size)
+        except HeterodyneError as error:
+            for fork in message.forks:
+                self._send_refusal(fork.sequence_id, error)
+            return
+        for sequence_id, submission in submissions:
+            if not self._is_open:  # a refusal was one too many: what is submitted now would be computed for nobody
+                return
             if sequence_id in self._compiling:
-                raise repeated(sequence_id)
+                self._send_refusal(sequence_id, repeated(sequence_id))
+            elif spec is None:
+                self._engine.submit(self, sequence_id, submission)
+            else:
+                compiling = self._compile(sequence_id, submission, spec)
+                self._compiling[sequence_id] = self._loop.create_task(compiling)
+
+    async def _compile(self, sequence_id: int, submission: Submission, spec: GrammarSpec) -> None:
+        try:
+            grammar = await self._grammars.compile(spec)
+            self._engine.submit(self, sequence_id, replace(submission, grammar=grammar))
         except HeterodyneError as error:
             self._send_refusal(sequence_id, error)
-            return
-        if spec is None:
-            self._hand_over(message, None)
-            return
-        self._compiling[sequence_id] = self._loop.create_task(self._compile(message, spec))
-
-    async def _compile(self, message: pb.Submit, spec: GrammarSpec) -> None:
-        try:
-            self._hand_over(message, await self._grammars.compile(spec))
-        except HeterodyneError as error:
-            self._send_refusal(message.sequence_id, error)
         except Exception as error:  # the border of the task: whatever it was, the gateway must hear of it
             logger.exception("grammar_not_compiled")
-            self._refuse(message.sequence_id, wire.UNAVAILABLE, cause_of(error))
-        del self._compiling[message.sequence_id]
-
-    def _hand_over(self, message: pb.Submit, grammar: Grammar | None) -> None:
-        try:
-            submission = wire.submission(message, vocab_size=self._engine.limits.vocab_size, grammar=grammar)
-        except FieldError as error:
-            self._send_refusal(message.sequence_id, error)
-        else:
-            self._engine.submit(self, message.sequence_id, submission)
+            self._refuse(sequence_id, wire.UNAVAILABLE, cause_of(error))
+        del self._compiling[sequence_id]
 
     def _cancel(self, sequence_id: int) -> None:
         compiling = self._compiling.pop(sequence_id, None)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason, LoadSnapshot
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Output, StepStats, Stopping, Submission
-from workers.sampling.grammar import Grammar, GrammarSpec
+from workers.sampling.grammar import GrammarSpec, InvalidGrammar
 from workers.sampling.sampling import SamplingParams
 from workers.step.scoring import PromptScores
 from workers.transport.errors import PeerFailed
@@ -39,11 +40,21 @@ def error_code(error: HeterodyneError) -> int:
             return FAILED_PRECONDITION
 
 
+def rejected(sequence_id: int, error: HeterodyneError) -> pb.Rejected:
+    """Returns a refusal as the gateway is told it."""
+    return pb.Rejected(
+        sequence_id=sequence_id,
+        code=error_code(error),
+        message=str(error),
+        grammar_problem=error.problem if isinstance(error, InvalidGrammar) else None,
+    )
+
+
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
     """What the answer must match, where anything is asked.
 
     Raises:
-        InvalidRequest: a grammar of a kind that this worker does not know.
+        InvalidGrammar: the grammar is of a kind that this worker does not know.
     """
     if not message.HasField("grammar"):
         return None
@@ -54,29 +65,37 @@ def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
             return GrammarSpec(kind="regex", source=message.grammar.regex)
         case "lark":
             return GrammarSpec(kind="lark", source=message.grammar.lark)
-    raise InvalidRequest(field="grammar", value="", problem="has no format that is known", fix="Set one.")
+    raise InvalidGrammar(field="grammar", value="", problem="has no format that is known", fix="Set one.")
 
 
-def submission(message: pb.Submit, *, vocab_size: int, grammar: Grammar | None = None) -> Submission:
-    """What the gateway submitted; ``grammar`` is its grammar, compiled.
+def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submission]]:
+    """Returns each fork's sequence id and what is to be computed, without the grammar; all share one prompt.
 
     Raises:
-        InvalidRequest: a sampling parameter is out of its range.
+        InvalidRequest: a parameter is out of its range.
     """
-    return Submission(
-        prompt_ids=tuple(message.prompt_ids),
-        sampling=_sampling(message, vocab_size),
-        max_tokens=message.max_tokens,
-        stop_token_ids=frozenset(message.stop_token_ids),
-        priority=message.priority,
-        min_tokens=message.min_tokens,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-        cache_salt=message.cache_salt,
-        grammar=grammar,
-    )
+    prompt_ids, stop_token_ids = tuple(message.prompt_ids), frozenset(message.stop_token_ids)
+    sampling = _sampling(message, vocab_size)
+    return [
+        (
+            fork.sequence_id,
+            Submission(
+                prompt_ids=prompt_ids,
+                sampling=replace(sampling, seed=fork.seed),
+                max_tokens=message.max_tokens,
+                stop_token_ids=stop_token_ids,
+                priority=message.priority,
+                min_tokens=message.min_tokens,
+                prompt_logprobs=fork.prompt_logprobs if fork.HasField("prompt_logprobs") else None,
+                cache_salt=message.cache_salt,
+            ),
+        )
+        for fork in message.forks
+    ]
 
 
 def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
+    """The parameters that all forks share."""
     sampling = message.sampling
     # Written so that a NaN is out of range too.
     for field, value, fits in (
@@ -95,7 +114,7 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
             len(set(sampling.bias_ids)) == len(sampling.bias_ids) == len(sampling.biases),
         ),
         ("logprobs", message.logprobs, message.logprobs >= 0),
-        ("prompt_logprobs", message.prompt_logprobs, message.prompt_logprobs >= 0),
+        *(("prompt_logprobs", fork.prompt_logprobs, fork.prompt_logprobs >= 0) for fork in message.forks),
         ("min_tokens", message.min_tokens, message.min_tokens >= 0),
     ):
         if not fits:
@@ -111,7 +130,6 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
-        seed=sampling.seed,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
     )
 

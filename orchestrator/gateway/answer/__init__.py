@@ -1,1 +1,1 @@
-"""Turns what a replica computes into the client's messages."""
+"""Turns what a replica computes into the events that a client is sent."""

@@ -1,105 +1,86 @@
-"""One accepted request: replicas' events go in, the client's messages come out. Decides, sends nothing."""
+"""One accepted request: what the replica says goes in, the client's events come out. Decides, sends nothing."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from google.rpc import code_pb2
 
 from orchestrator.brief import brief
 from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.echo import Echo
+from orchestrator.gateway.client import AnswerTimes, Delta, Echoed, Finished, FinishReason, Outcome
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.inbox import Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.shown import shown
-from orchestrator.gateway.status import code_of
 from placement.errors import HeterodyneError, InvalidRequest
-from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
-# In one message: with 20 alternatives to each some 200 kB, far below what a client takes.
-MAX_CHUNK_TOKENS = 1024
+# In one event. With 20 alternatives to each, its message takes some 200 kB, far below what a client takes.
+MAX_DELTA_TOKENS = 1024
 _NOT_NOW = (code_pb2.FAILED_PRECONDITION, code_pb2.UNAVAILABLE, code_pb2.RESOURCE_EXHAUSTED)
-# A worker's refusal names the field of Submit first; this one holds nothing but what the client wrote.
-_GRAMMAR = "grammar:"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerTimes:
-    """Where the time of an answer went, in seconds since the request arrived. None means not reached.
-
-    Attributes:
-        queue_s: until the first choice was first scheduled.
-        first_token_s: until the first token of any choice was there.
-        per_token_s: mean time between the later tokens of a choice, over all choices.
-    """
-
-    queue_s: float | None
-    first_token_s: float | None
-    per_token_s: float | None
 
 
 class Answer:
-    """The state of one accepted request: its choices, and its echo where one was asked for.
+    """Holds the state of one accepted request: its choices, and its echo where one was asked for.
 
     Attributes:
         choices: in order; the sequence of the first one judges the prompt for the echo.
-        outcome: set when it has ended, by a finish reason or an error.
+        outcome: set when the request has ended.
     """
 
     def __init__(self, *, request: Request, choices: Sequence[Choice], echo: Echo | None) -> None:
         self.request = request
         self.choices = tuple(choices)
-        self.outcome: pb.FinishReason.ValueType | HeterodyneError | None = None
+        self.outcome: Outcome | None = None
         self._by_sequence = {choice.entry.sequence_id: choice for choice in choices}
         self._replica = self.choices[0].entry.replica
         self._echo = echo
         self._num_going_on = len(self.choices)
-        self._let_go: list[Choice] = []
-        # Outputs of other choices that came before the echo was complete: no chunk precedes it.
+        self._released: list[Choice] = []
+        # Outputs of other choices that came before the echo was complete: no delta precedes it.
         self._held: list[worker_pb2.SequenceOutput] = []
 
-    def opening(self) -> Iterator[pb.GenerateResponse]:
-        """What the client should see after acceptance, before a replica has said anything."""
+    def opening(self) -> Iterator[Echoed]:
+        """Yields what the client is sent after acceptance, before a replica has said anything."""
         return iter(()) if self._echo is None else self._echo.opening()
 
-    def take(self, events: Iterable[SequenceEvent], *, submitted_s: float, now_s: float) -> list[pb.GenerateResponse]:
-        """Take what the replica said, or what ends the request; returns what the client should see of it.
+    def take(self, said: Iterable[SequenceEvent], *, submitted_s: float, now_s: float) -> list[Echoed | Delta]:
+        """Takes what the replica said, or what ends the request; returns what the client is sent of it.
 
         Args:
             submitted_s: when the sequences went to the replica, in seconds since the request arrived.
             now_s: the present, likewise.
         """
-        responses: list[pb.GenerateResponse] = []
+        events: list[Echoed | Delta] = []
         outputs: list[worker_pb2.SequenceOutput] = []
         failures: list[worker_pb2.Rejected | Lost | HeterodyneError] = []
-        for event in events:
-            if isinstance(event, worker_pb2.SequenceOutput):
-                outputs.append(event)
+        for item in said:
+            if isinstance(item, worker_pb2.SequenceOutput):
+                outputs.append(item)
             else:
-                failures.append(event)
+                failures.append(item)
         if self._echo is not None and not self._echo.done:
-            outputs = self._take_echo(outputs, responses)
+            outputs = self._take_echo(outputs, events)
         for choice, run in self._runs(outputs):
             if self.outcome is not None or choice.over:
                 continue
-            response = choice.take(run, submitted_s=submitted_s, now_s=now_s)
-            if response is not None:
-                responses.append(response)
+            delta = choice.take(run, submitted_s=submitted_s, now_s=now_s)
+            if delta is not None:
+                events.append(delta)
             if choice.end is not None or choice.failure is not None:
                 self._note_end(choice)
         for failure in failures:
             self._take_failure(failure)
-        return responses
+        return events
 
     def _take_echo(
-        self, outputs: list[worker_pb2.SequenceOutput], responses: list[pb.GenerateResponse]
+        self, outputs: list[worker_pb2.SequenceOutput], events: list[Echoed | Delta]
     ) -> list[worker_pb2.SequenceOutput]:
-        """Take the prompt's log-probabilities; returns the outputs whose turn it is now."""
+        """Takes the prompt's log-probabilities; returns the outputs whose turn it is now."""
         assert self._echo is not None
         first = self.choices[0].entry.sequence_id
         mine = [output for output in outputs if output.sequence_id == first]
@@ -107,7 +88,7 @@ class Answer:
         try:
             for output in mine:
                 if output.HasField("prompt"):
-                    responses += self._echo.take(output.prompt)
+                    events += self._echo.take(output.prompt)
         except JournalError as error:
             self.fail(ReplicaFault(str(error)))
         if self._echo.done:
@@ -120,16 +101,16 @@ class Answer:
     def _runs(
         self, outputs: list[worker_pb2.SequenceOutput]
     ) -> Iterable[tuple[Choice, Sequence[worker_pb2.SequenceOutput]]]:
-        """The outputs by choice, in order; each run is short enough for one message."""
-        if len(self.choices) == 1 and len(outputs) <= MAX_CHUNK_TOKENS:
+        """Returns the outputs by choice, in order; each run is short enough for one event."""
+        if len(self.choices) == 1 and len(outputs) <= MAX_DELTA_TOKENS:
             return ((self.choices[0], outputs),) if outputs else ()
         runs: dict[int, list[worker_pb2.SequenceOutput]] = {}
         for output in outputs:
             runs.setdefault(output.sequence_id, []).append(output)
         return [
-            (self._by_sequence[sequence_id], run[start : start + MAX_CHUNK_TOKENS])
+            (self._by_sequence[sequence_id], run[start : start + MAX_DELTA_TOKENS])
             for sequence_id, run in runs.items()
-            for start in range(0, len(run), MAX_CHUNK_TOKENS)
+            for start in range(0, len(run), MAX_DELTA_TOKENS)
         ]
 
     def _note_end(self, choice: Choice) -> None:
@@ -137,14 +118,14 @@ class Answer:
             self.fail(choice.failure)
             return
         if choice.at_replica:
-            self._let_go.append(choice)
+            self._released.append(choice)
         self._num_going_on -= 1
         if not self._num_going_on:
             self.outcome = self._finish_reason()
 
-    def _finish_reason(self) -> pb.FinishReason.ValueType:
+    def _finish_reason(self) -> FinishReason:
         reasons = {choice.end.finish_reason for choice in self.choices if choice.end is not None}
-        return pb.FINISH_REASON_LENGTH if pb.FINISH_REASON_LENGTH in reasons else pb.FINISH_REASON_STOP
+        return FinishReason.LENGTH if FinishReason.LENGTH in reasons else FinishReason.STOP
 
     def _take_failure(self, event: worker_pb2.Rejected | Lost | HeterodyneError) -> None:
         match event:
@@ -160,40 +141,40 @@ class Answer:
                 self.fail(event)
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
-        """A refusal that another replica, or a later time, could mend is not the request's fault."""
+        """Returns the error for a refusal. What another replica, or a later time, could mend is not the request's."""
         logger.warning('sequence_refused replica=%s message="%s"', self._replica, brief(event.message))
         if event.code in _NOT_NOW:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar
-        if grammar is not None and event.code == code_pb2.INVALID_ARGUMENT and event.message.startswith(_GRAMMAR):
+        if grammar is not None and event.HasField("grammar_problem"):
             kind = grammar.WhichOneof("format")
             return InvalidRequest(
                 field="structured_output",
                 value=shown(getattr(grammar, kind)) if kind else "",
-                problem=f"cannot be followed: {brief(event.message.removeprefix(_GRAMMAR))}",
+                problem=f"cannot be followed: {brief(event.grammar_problem)}",
                 fix="Send a simpler or a corrected one.",
             )
         return ReplicaFault(f"{self._replica} refused the request")
 
     def fail(self, error: HeterodyneError) -> None:
-        """End all of it, unless it has ended."""
+        """Ends the whole request, unless it has ended."""
         if self.outcome is None:
             self.outcome = error
 
-    def let_go(self) -> list[int]:
-        """Sequences that ended here while the replica goes on with them, each told once: to be cancelled."""
-        choices, self._let_go = self._let_go, []
+    def take_released(self) -> list[int]:
+        """Returns, once each, the sequences that ended here while the replica goes on with them: to be cancelled."""
+        choices, self._released = self._released, []
         for choice in choices:
             choice.at_replica = False
         return [choice.entry.sequence_id for choice in choices]
 
     @property
     def completion_tokens(self) -> int:
-        """Of all choices."""
+        """Counts the tokens of all choices."""
         return sum(len(choice.entry.emitted_ids) for choice in self.choices)
 
     def times(self) -> AnswerTimes:
-        """Where the time went, so far."""
+        """Says where the time went, so far."""
         clocks = [choice.clock for choice in self.choices]
         spans = [
             (choice.clock.last_token_s - choice.clock.first_token_s, len(choice.entry.emitted_ids) - 1)
@@ -209,29 +190,18 @@ class Answer:
             per_token_s=sum(span_s for span_s, _ in spans) / num_gaps if num_gaps else None,
         )
 
-    def finished(self, total_s: float) -> pb.Finished:
-        """The terminal message. Only once ``outcome`` is set."""
+    def finished(self, total_s: float) -> Finished:
+        """Returns the last event. Called only once ``outcome`` is set."""
         assert self.outcome is not None
-        times = self.times()
-        message = pb.Finished(
-            usage=pb.Usage(
-                prompt_tokens=len(self.request.prompt_ids),
-                completion_tokens=self.completion_tokens,
-                cached_prompt_tokens=self.choices[0].cached_tokens,
-            ),
-            timings=pb.Timings(
-                queue_s=times.queue_s,
-                time_to_first_token_s=times.first_token_s,
-                time_per_output_token_s=times.per_token_s,
-                total_s=total_s,
-            ),
+        end = self.choices[0].end
+        ended_well = isinstance(self.outcome, FinishReason)
+        return Finished(
+            outcome=self.outcome,
+            prompt_tokens=len(self.request.prompt_ids),
+            completion_tokens=self.completion_tokens,
+            cached_prompt_tokens=self.choices[0].cached_tokens,
+            times=self.times(),
+            total_s=total_s,
+            matched_stop=end.matched_stop if ended_well and len(self.choices) == 1 and end is not None else None,
             replica=self._replica,
         )
-        if isinstance(self.outcome, HeterodyneError):
-            message.error.CopyFrom(pb.Error(code=code_of(self.outcome), message=str(self.outcome)))
-            return message
-        message.finish_reason = self.outcome
-        end = self.choices[0].end
-        if len(self.choices) == 1 and end is not None and end.HasField("matched_stop"):
-            message.matched_stop = end.matched_stop
-        return message

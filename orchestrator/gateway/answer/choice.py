@@ -1,4 +1,4 @@
-"""One choice of a request: the outputs of its sequence go in, its part of the client's chunks comes out. Pure."""
+"""One choice of a request: the outputs of its sequence go in, what the client is sent of them comes out. Pure."""
 
 import logging
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from orchestrator.brief import brief
 from orchestrator.gateway.answer.text import TextStream
+from orchestrator.gateway.client import ChoiceEnd, Delta, FinishReason, TokenScore
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.journal import Journal, JournalEntry, JournalError, Recorded
 from placement.errors import HeterodyneError
-from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 _DETAIL_CHARACTERS = 500
 
 _REASONS = {
-    worker_pb2.END_REASON_STOP: pb.FINISH_REASON_STOP,
-    worker_pb2.END_REASON_LENGTH: pb.FINISH_REASON_LENGTH,
+    worker_pb2.END_REASON_STOP: FinishReason.STOP,
+    worker_pb2.END_REASON_LENGTH: FinishReason.LENGTH,
 }
 
 
 @dataclass(slots=True, kw_only=True)
 class ChoiceClock:
-    """When things happened to a choice, in seconds since the request arrived. None means not yet."""
+    """Notes when things happened to a choice, in seconds since the request arrived. None means not yet."""
 
     queue_s: float | None = None
     first_token_s: float | None = None
@@ -33,11 +33,12 @@ class ChoiceClock:
 
 
 class Choice:
-    """The state of one choice.
+    """Holds the state of one choice.
 
     Args:
-        index: which of the request's choices, from 0.
-        epoch: of the incarnation whose outputs it is given; they are fenced once the journal has moved the sequence on.
+        index: which of the request's choices this is, from 0.
+        epoch: the incarnation whose outputs are given to it; once the journal has moved the sequence on, they are
+            fenced.
         max_tokens: 0 where only the prompt was asked about; the one token that comes then is dropped.
 
     Attributes:
@@ -53,7 +54,7 @@ class Choice:
     ) -> None:
         self.entry = entry
         self.clock = ChoiceClock()
-        self.end: pb.ChoiceEnd | None = None
+        self.end: ChoiceEnd | None = None
         self.failure: HeterodyneError | None = None
         self.at_replica = True
         self.cached_tokens: int | None = None
@@ -65,24 +66,22 @@ class Choice:
 
     @property
     def over(self) -> bool:
-        """Whether it ended, well or not."""
+        """Says whether it ended, well or not."""
         return self.end is not None or self.failure is not None
 
-    def take(
-        self, outputs: Sequence[worker_pb2.SequenceOutput], *, submitted_s: float, now_s: float
-    ) -> pb.GenerateResponse | None:
-        """Take what the replica computed; returns what the client should see of it. None where that is nothing.
+    def take(self, outputs: Sequence[worker_pb2.SequenceOutput], *, submitted_s: float, now_s: float) -> Delta | None:
+        """Takes what the replica computed; returns what the client is sent of it, None where that is nothing.
 
-        Not to be called once it is over. This is done for every token of every stream: it is as short as it can be.
+        It is not called again once the choice is over. This runs for every token of every stream: it is as short as it
+        can be.
 
         Args:
             submitted_s: when the sequence went to the replica, in seconds since the request arrived.
             now_s: the present, likewise.
         """
-        response = pb.GenerateResponse()
-        chunk = response.chunk
-        chunk.choice, chunk.first_index = self._index, len(self.entry.emitted_ids)
+        first_index, text = len(self.entry.emitted_ids), ""
         token_ids: list[int] = []
+        scores: dict[int, TokenScore] = {}
         last: worker_pb2.End | None = None
         error: JournalError | None = None
         for output in outputs:
@@ -90,21 +89,23 @@ class Choice:
                 self._note_start(output, submitted_s)
             if output.HasField("index") and self._max_tokens:
                 try:
-                    self._take_token(output, chunk, token_ids)
+                    self._take_token(output, token_ids, scores)
                 except JournalError as broken:
                     error = broken
                     break
             if output.HasField("end"):
                 self.at_replica, last = False, output.end
         if token_ids:
-            self._push(token_ids, chunk, now_s)
+            text = self._push(token_ids, now_s)
         if self.end is None and error is not None:
             self.failure = ReplicaFault(str(error))
         elif self.end is None and last is not None:
-            self._finish(last, chunk)
-        if self.end is not None:
-            chunk.end.CopyFrom(self.end)
-        return response if token_ids or self.end is not None else None
+            text += self._finish(last)
+        if not token_ids and self.end is None:
+            return None
+        return Delta(
+            choice=self._index, first_index=first_index, token_ids=token_ids, scores=scores, text=text, end=self.end
+        )
 
     def _note_start(self, output: worker_pb2.SequenceOutput, submitted_s: float) -> None:
         if output.HasField("queue_s"):
@@ -112,38 +113,40 @@ class Choice:
         if output.HasField("cached_tokens"):
             self.cached_tokens = output.cached_tokens
 
-    def _take_token(self, output: worker_pb2.SequenceOutput, chunk: pb.Chunk, token_ids: list[int]) -> None:
+    def _take_token(
+        self, output: worker_pb2.SequenceOutput, token_ids: list[int], scores: dict[int, TokenScore]
+    ) -> None:
         """Raises JournalError where the replica broke the order of tokens."""
         token_id = output.token_id
         if self._journal.record(self.entry.sequence_id, self._epoch, output.index, token_id) is not Recorded.NEW:
             return
-        token_ids.append(token_id)
-        token = chunk.tokens.add(id=token_id)
         if output.HasField("logprob"):
-            token.logprob = output.logprob
-            for top_id, logprob in zip(output.top_ids, output.top_logprobs, strict=True):
-                token.top.add(token_id=top_id, logprob=logprob)
+            top = tuple(zip(output.top_ids, output.top_logprobs, strict=True))
+            scores[len(token_ids)] = TokenScore(logprob=output.logprob, top=top)
+        token_ids.append(token_id)
 
-    def _push(self, token_ids: list[int], chunk: pb.Chunk, now_s: float) -> None:
-        """Turn the new tokens into text; a stop string ends it, and what came after it was never there."""
+    def _push(self, token_ids: list[int], now_s: float) -> str:
+        """Returns the text of new tokens. A stop string ends it; tokens after it are taken out of ``token_ids``."""
         if self.clock.first_token_s is None:
             self.clock.first_token_s = now_s
         self.clock.last_token_s = now_s
         delta = self._text.push(*token_ids)
-        chunk.text = delta.text
         if delta.matched_stop is not None:
             if num_beyond := len(token_ids) - delta.num_tokens:
-                del chunk.tokens[delta.num_tokens :]
+                del token_ids[delta.num_tokens :]
                 self._journal.trim(self.entry.sequence_id, len(self.entry.emitted_ids) - num_beyond)
-            self._end(pb.FINISH_REASON_STOP, delta.matched_stop)
+            self._end(FinishReason.STOP, delta.matched_stop)
+        return delta.text
 
-    def _finish(self, end: worker_pb2.End, chunk: pb.Chunk) -> None:
-        if end.reason in _REASONS and not self._max_tokens:
-            self._end(pb.FINISH_REASON_LENGTH, None)
-        elif end.reason in _REASONS:
+    def _finish(self, end: worker_pb2.End) -> str:
+        """Ends the choice as the replica did; returns the text that was held back."""
+        reason = _REASONS.get(end.reason)
+        if reason is not None and not self._max_tokens:
+            self._end(FinishReason.LENGTH, None)
+        elif reason is not None:
             rest = self._text.finish()
-            chunk.text += rest.text
-            self._end(pb.FINISH_REASON_STOP if rest.matched_stop else _REASONS[end.reason], rest.matched_stop)
+            self._end(FinishReason.STOP if rest.matched_stop else reason, rest.matched_stop)
+            return rest.text
         elif end.reason == worker_pb2.END_REASON_FAILED:
             # The detail is for the operator: it may name files, and clients are not to see those.
             logger.error(
@@ -152,8 +155,9 @@ class Choice:
             self.failure = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
         else:
             self.failure = ReplicaFault("the replica ended the sequence without being asked")
+        return ""
 
-    def _end(self, reason: pb.FinishReason.ValueType, matched_stop: str | None) -> None:
-        self.end = pb.ChoiceEnd(
+    def _end(self, reason: FinishReason, matched_stop: str | None) -> None:
+        self.end = ChoiceEnd(
             finish_reason=reason, matched_stop=matched_stop, completion_tokens=len(self.entry.emitted_ids)
         )

@@ -1,11 +1,10 @@
-"""Token ids become text as they arrive, whole characters only.
+"""Turns token ids into text as they arrive, whole characters only.
 
-Byte-level tokenizers, which most models have, are followed byte by byte: a token always stands for the same bytes. Of
-others a short window is decoded again and again, for a token's text may depend on its neighbours.
+Byte-level tokenizers, which most models have, are followed byte by byte: a token always stands for the same bytes. With
+others a short window is decoded again and again, because a token's text may depend on its neighbours.
 
-``tokenizers.decoders.DecodeStream`` is not used: it cannot be flushed, it returns the prompt's text where the
-prompt ends within a character, and with byte-fallback decoders one invalid byte makes it raise on every
-later token.
+``tokenizers.decoders.DecodeStream`` is not used. It cannot be flushed, it returns the prompt's text where the prompt
+ends within a character, and with byte-fallback decoders one invalid byte makes it raise on every later token.
 """
 
 from codecs import utf_8_decode
@@ -23,7 +22,7 @@ MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes, a token at le
 
 
 class Decoder(Protocol):
-    """One answer's way from ids to text. May be copied at any time with ``copy.copy``."""
+    """Decodes one answer. It may be copied at any time with ``copy.copy``."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Takes the next tokens; returns the text that is now certain."""
@@ -33,14 +32,14 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """Makes decoders for answers in a tokenizer's ids. One for each model: they share what they learn of its tokens."""
+    """Makes the decoders of one model's answers, which share what they learn of its tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, ByteLevel) else None
 
     def decoder(self, prompt_ids: Sequence[int]) -> Decoder:
-        """A fresh one, special tokens skipped.
+        """Returns a decoder for a new answer. It skips special tokens.
 
         Args:
             prompt_ids: what the answer continues; some tokenizers write the first word of a text without its space.
@@ -51,9 +50,10 @@ class Detokenizer:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The characters in which byte-level vocabularies write bytes: printable ones for themselves, the rest from 256 on.
+    """Maps the characters in which byte-level vocabularies write bytes to those bytes.
 
-    As ``bytes_to_unicode`` of GPT-2's encoder has it.
+    Printable characters stand for themselves, those from 256 on for the rest, as in ``bytes_to_unicode`` of GPT-2's
+    encoder.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -64,7 +64,7 @@ _BYTE_CHARACTERS = _byte_characters()
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes of each token of a byte-level tokenizer, found when first asked for; none of special tokens."""
+    """Maps each token of a byte-level tokenizer to its bytes, found at first use. Special tokens have none."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def _bytes_of(token: str) -> bytes:
 
 
 class ByteDecoder:
-    """Joins the bytes of tokens; those of an unfinished character wait."""
+    """Joins the bytes of tokens, and keeps those of an unfinished character back."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
@@ -106,7 +106,7 @@ class ByteDecoder:
 
 
 class WindowDecoder:
-    """Decodes a short window: tokens whose text is given out, as context, and those since. Its lists never change."""
+    """Decodes a short window: some tokens whose text is given out already, and those since. Its lists never change."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -153,7 +153,7 @@ class WindowDecoder:
         return self._decode(self._pending)
 
     def _widen(self, window: str) -> None:
-        """Makes all pending tokens context; ``window`` is the text of the context then."""
+        """Makes all pending tokens context, whose text is then ``window``."""
         if len(self._context) + len(self._pending) <= MAX_CONTEXT_TOKENS:
             self._context, self._context_text = self._context + self._pending, window
         else:

@@ -1,4 +1,4 @@
-"""An answer's text as its tokens arrive: nothing past a stop string."""
+"""Makes an answer's text as its tokens arrive, and ends it before a stop string."""
 
 import copy
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from orchestrator.gateway.answer.detokenizer import Detokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text that is now certain.
+    """Holds text that is now certain.
 
     Attributes:
         matched_stop: the stop string that ended the text here.
@@ -22,14 +22,13 @@ class TextDelta:
 
 
 class TextStream:
-    """The text of one answer, token by token.
+    """Makes the text of one answer, token by token.
 
-    The deltas, joined, are what the tokenizer makes of all ids (special tokens skipped), cut before the first
-    stop string. Of several in the text the one that starts first counts, among those the longest there so
-    far.
+    The deltas, joined, are what the tokenizer makes of all ids (special tokens skipped), cut before the first stop
+    string. Of several stop strings in the text the one that starts first counts, and of those the longest so far.
 
     Args:
-        stop: stop strings, none empty.
+        stop: the stop strings, none of them empty.
         prompt_ids: what the answer continues; some decoders write the first word of a text without its space.
     """
 
@@ -41,7 +40,7 @@ class TextStream:
         self._ended = False
 
     def push(self, *token_ids: int) -> TextDelta:
-        """Takes the next tokens, at least one. Not to be called again after a stop string has matched."""
+        """Takes the next tokens, at least one. It is not called again after a stop string has matched."""
         assert not self._ended, "the text has ended"
         before = (copy.copy(self._decoder), self._held) if self._stop and len(token_ids) > 1 else None
         delta = self._advance(self._decoder.push(token_ids), len(token_ids))
@@ -62,7 +61,7 @@ class TextStream:
         return TextDelta(text, None, len(token_ids))
 
     def finish(self) -> TextDelta:
-        """Lets go of what was held back, unfinished characters as U+FFFD. Empty after a match."""
+        """Returns what was held back, unfinished characters as U+FFFD. After a match that is nothing."""
         if self._ended:
             return TextDelta("")
         delta = self._advance(self._decoder.flush(), 0, final=True)
@@ -84,7 +83,7 @@ class TextStream:
         return TextDelta(certain, None, num_tokens)
 
     def _begun(self) -> int:
-        """Where the first stop string begins that the text ends in or within; the end where none does."""
+        """Returns where the first stop string begins that the text ends in or within, or the end where none does."""
         length = len(self._held)
         for start in range(max(0, length - len(self._stop[0]) + 1), length):
             tail = self._held[start:]

@@ -1,7 +1,7 @@
-"""How many requests are served at once, and who waits: the gateway's bounded front door.
+"""Decides how many requests are served at once, and which of the others wait.
 
-A request that cannot be served soon is refused at once with a hint when to come back, which keeps the latency
-of the accepted ones bounded under any load.
+A request that cannot be served soon is refused at once with a hint when to come back. This bounds the latency of the
+accepted ones under any load.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ class _Waiter:
 
 
 class Admission:
-    """Slots for requests in flight and a bounded queue for them. For one event loop.
+    """Hands out slots for requests in flight, with a bounded queue. Lives on one event loop.
 
-    Slots that are left pass straight to the head of the queue, so there is no moment at which a newcomer could take
-    them. While anybody waits, fewer slots are free than the head of the queue needs: nobody overtakes it, however many
-    those are.
+    Slots that are given back pass straight to the head of the queue, so that no newcomer can take them in between.
+    While anybody waits, fewer slots are free than the head of the queue needs: nobody overtakes it, however many it
+    needs.
     """
 
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
@@ -50,26 +50,34 @@ class Admission:
 
     @property
     def in_flight(self) -> int:
-        """Slots that are held."""
+        """Counts the slots that are held."""
         return self._in_flight
 
     @property
     def queued(self) -> int:
-        """Requests that wait for one."""
+        """Counts the requests that wait."""
         return sum(not waiter.given.done() for waiter in self._queue)
 
     @property
     def draining(self) -> bool:
-        """Whether new requests are refused for good."""
+        """Says whether new requests are refused for good."""
         return self._draining
 
     @asynccontextmanager
     async def slot(self, *, priority: int = 0, timeout_s: float | None = None, weight: int = 1) -> AsyncIterator[None]:
-        """Holds ``weight`` slots for the length of the block; waits by priority, then in order of arrival.
+        """Holds ``weight`` slots for the length of the block. Waits and raises as ``acquire`` does."""
+        await self.acquire(priority=priority, timeout_s=timeout_s, weight=weight)
+        try:
+            yield
+        finally:
+            self.release(weight)
+
+    async def acquire(self, *, priority: int = 0, timeout_s: float | None = None, weight: int = 1) -> None:
+        """Takes ``weight`` slots, which ``release`` gives back. Waits by priority, then in order of arrival.
 
         Args:
-            timeout_s: longest wait; absent, as long as it takes.
-            weight: 1 to ``max_in_flight``.
+            timeout_s: the longest wait; without it the wait has no end.
+            weight: from 1 to ``max_in_flight``.
 
         Raises:
             Draining: nothing new is taken any more.
@@ -77,27 +85,6 @@ class Admission:
             QueueTimeout: too few slots came free in time.
         """
         assert 1 <= weight <= self.max_in_flight, weight
-        await self._enter(priority, timeout_s, weight)
-        try:
-            yield
-        finally:
-            self._leave(weight)
-
-    def start_drain(self) -> None:
-        """Refuses what comes from now on. What is in flight or queued goes on."""
-        self._draining = True
-
-    async def wait_idle(self, timeout_s: float) -> bool:
-        """Waits until nothing is in flight or queued; False when it takes longer than ``timeout_s``."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while self._in_flight:
-                    await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def _enter(self, priority: int, timeout_s: float | None, weight: int) -> None:
         if self._draining:
             raise Draining("the service is stopping")
         num_queued = self.queued
@@ -116,7 +103,7 @@ class Admission:
         except asyncio.CancelledError:
             # The slots may have been given in the very iteration of the loop in which the task was cancelled.
             if waiter.given.done() and not waiter.given.cancelled() and waiter.given.exception() is None:
-                self._leave(weight)
+                self.release(weight)
             raise
         finally:
             if timer is not None:
@@ -125,16 +112,30 @@ class Admission:
                 self._queue.remove(waiter)
                 self._hand_out()  # those behind it may need fewer
 
-    def _take(self, weight: int) -> None:
-        self._in_flight += weight
-        self._idle.clear()
-
-    def _leave(self, weight: int) -> None:
-        """Gives the slots to the first that still wait, or back."""
+    def release(self, weight: int = 1) -> None:
+        """Gives ``weight`` slots to the first that still wait, or back."""
         self._in_flight -= weight
         self._hand_out()
         if not self._in_flight:
             self._idle.set()
+
+    def start_drain(self) -> None:
+        """Refuses what comes from now on. What is in flight or queued goes on."""
+        self._draining = True
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until nothing is in flight or queued; returns False when that takes longer than ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._in_flight:
+                    await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _take(self, weight: int) -> None:
+        self._in_flight += weight
+        self._idle.clear()
 
     def _hand_out(self) -> None:
         while self._queue:

@@ -1,4 +1,4 @@
-"""The replicas as the gateway knows them: it follows the controller and keeps a leader stream to each that is ready.
+"""Knows the replicas: follows the controller and keeps a leader stream to each replica that is ready.
 
 A controller that cannot be reached changes nothing: the last deployment it told of stays in force.
 """
@@ -25,11 +25,11 @@ _REPORT_TIMEOUT_S = 2.0
 
 
 class Fleet:
-    """Every replica there is, and a route to one of them. Lives on one event loop.
+    """Holds every replica and routes requests to them. Lives on one event loop.
 
     Attributes:
-        deployment: what the controller last said.
-        controller_connected: whether it still can be heard.
+        deployment: the deployment that the controller last told of.
+        controller_connected: whether the controller can still be heard.
     """
 
     def __init__(
@@ -52,27 +52,27 @@ class Fleet:
 
     @property
     def accepting(self) -> bool:
-        """Whether any replica takes requests."""
+        """Says whether any replica takes requests."""
         return any(leader.accepting for leader in self._leaders.values())
 
     @property
     def fenced_messages(self) -> int:
-        """Messages refused from passed epochs, on either side of the leader streams."""
+        """Counts messages refused from passed epochs, on either side of the leader streams."""
         return sum(
             leader.fenced_messages + (leader.load.fenced_messages if leader.load else 0)
             for leader in self._leaders.values()
         )
 
     def loads(self) -> list[ReplicaLoad]:
-        """The last load of every replica that lives."""
+        """Returns the last load of every replica that lives."""
         return [leader.replica_load() for leader in self._leaders.values() if leader.accepting]
 
     def leader(self, name: str, epoch: int) -> Leader | None:
-        """The leader of that incarnation, if it was ever ready."""
+        """Returns the leader of that incarnation, if it was ever ready."""
         return self._leaders.get((name, epoch))
 
     def route(self, num_new_tokens: int) -> tuple[Leader, Route]:
-        """The leader that should serve a request.
+        """Returns the leader that should serve a request.
 
         Raises:
             ReplicaUnavailable: no replica is ready.
@@ -84,7 +84,7 @@ class Fleet:
         return live[route.replica], route
 
     async def follow(self) -> None:
-        """Follow the controller for as long as the gateway lives."""
+        """Follows the controller for as long as the gateway lives."""
         while True:
             try:
                 async with grpc.aio.insecure_channel(self._control_address, options=_CHANNEL_OPTIONS) as channel:
@@ -102,7 +102,7 @@ class Fleet:
             await asyncio.sleep(_RECONNECT_S)
 
     def _update(self, deployment: pb.WatchResponse) -> None:
-        """Open streams to replicas that became ready; give up those that no longer are."""
+        """Opens streams to replicas that became ready; gives up those that no longer are."""
         self.deployment = deployment
         for replica in deployment.replicas:
             key = (replica.name, replica.epoch)
@@ -123,7 +123,7 @@ class Fleet:
         self._tasks[key] = self._background.spawn(self._keep(leader))
 
     async def _keep(self, leader: Leader) -> None:
-        """Follow a leader to its loss, then see to it that the controller knows."""
+        """Follows a leader to its loss, then tells the controller until it knows."""
         await leader.run(self._on_change)
         assert leader.lost is not None
         report = pb.ReportLostRequest(replica=leader.name, epoch=leader.epoch, cause=leader.lost.cause)
@@ -142,15 +142,15 @@ class Fleet:
         )
 
     def drain(self) -> None:
-        """Tell every replica to take nothing more. For when the last request has been submitted."""
+        """Tells every replica to take nothing more. Called when the last request has been submitted."""
         for leader in self._leaders.values():
             leader.drain()
 
     def give_up(self, cause: str) -> None:
-        """End every sequence of every replica with that cause: the service stops now."""
+        """Ends every sequence of every replica with that cause: the service stops now."""
         for leader in self._leaders.values():
             leader.give_up(cause, expected=True)
 
     async def close(self) -> None:
-        """Close every leader stream."""
+        """Closes every leader stream."""
         await self._background.close()

@@ -1,9 +1,9 @@
-"""What replicas say of a request waits here for its task; and when tasks are woken to pass it on.
+"""Keeps what replicas say of a request until its task takes it, and decides when tasks are woken.
 
 To send a message to a client costs more than everything else that is done for a token. Tasks are therefore woken in
-rounds, and the next round waits until as much time again has gone by as half of the last one took, 50 ms at most. At
-rest that is over long before the next step comes, and no token waits. Under load, steps are read in the meantime, and
-each message to a client carries the tokens of several.
+rounds, and the next round waits for half as long as the last one took, 50 ms at most. With few requests that is over
+long before the next step comes, and no token waits. Under load, steps are read in the meantime, and each message to a
+client carries the tokens of several.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ MAX_WAITING = 8192
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
-    """The replica is gone; its sequences end here."""
+    """Says that the replica is gone; its sequences end here."""
 
     cause: str
 
@@ -34,17 +34,17 @@ SequenceEvent = worker_pb2.SequenceOutput | worker_pb2.Rejected | Lost | Heterod
 
 
 class Inbox:
-    """The events of one request, in order, at most ``limit``. For one event loop and one reader.
+    """Keeps the events of one request in order, at most ``limit``. It has one event loop and one reader.
 
-    Where more come than that, the reader is too slow: nothing is kept from then on, and the request is to be ended.
+    Where more events come, the reader is too slow: nothing is kept from then on, and the request is to be ended.
 
     Args:
         limit: ``MAX_WAITING`` for each choice of the request: 40 s of an answer of 200 tokens a second, beyond what the
             buffers of the connection hold.
 
     Attributes:
-        full: whether more came.
-        on_full: called once, when that happens. Must raise nothing.
+        full: whether more events came.
+        on_full: is called once, when that happens. It must raise nothing.
     """
 
     def __init__(self, *, limit: int = MAX_WAITING) -> None:
@@ -56,7 +56,7 @@ class Inbox:
         self._waiting: asyncio.Future[None] | None = None
 
     def put(self, event: SequenceEvent) -> None:
-        """Keeps an event, for when the reader is woken; drops it where it is one too many."""
+        """Keeps an event until the reader is woken; drops it where it is one too many."""
         if not self.full and len(self._events) >= self._limit:
             self.full = True
             self.on_full()
@@ -64,22 +64,22 @@ class Inbox:
             self._events.append(event)
 
     def silence(self) -> None:
-        """``on_full`` is called no more."""
+        """Stops ``on_full`` from being called."""
         self.on_full = _nothing
 
     def wake(self) -> None:
-        """Has the reader take what is there: now if it waits, or as soon as it comes back."""
+        """Makes the reader take what is there: now if it waits, or as soon as it comes back."""
         self._woken = True
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
     def put_now(self, event: SequenceEvent) -> None:
-        """Keeps an event, one of those that end it all, whatever there is, and wakes the reader."""
+        """Keeps an event that ends the request, whatever the limit, and wakes the reader."""
         self._events.append(event)
         self.wake()
 
     async def take(self) -> list[SequenceEvent]:
-        """All events there are, once it is woken."""
+        """Waits to be woken; returns all events there are."""
         if not self._woken:
             self._waiting = asyncio.get_running_loop().create_future()
             try:
@@ -96,7 +96,7 @@ def _nothing() -> None:
 
 
 class Rounds:
-    """Wakes the readers of inboxes that got something, together. For one event loop, that of its maker."""
+    """Wakes the readers of inboxes that got something, together. Lives on the event loop it is made on."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -105,7 +105,7 @@ class Rounds:
         self._timer: asyncio.TimerHandle | None = None
 
     def wake(self, inboxes: Iterable[Inbox]) -> None:
-        """Wake their readers, now or when the pause is over."""
+        """Wakes the readers of ``inboxes``, now or when the pause is over."""
         self._inboxes.update(inboxes)
         pause_s = self._open_s - self._loop.time()
         if pause_s < _LEAST_PAUSE_S:

@@ -1,8 +1,8 @@
-"""What the gateway remembers of every unfinished sequence: enough to finish it elsewhere, token for token.
+"""Remembers every unfinished sequence: enough to finish it elsewhere, token for token.
 
-A client must see each token once and in order, whatever happens to the replica that computes them. The
-journal is where that is decided: it takes a token only from the current incarnation of the sequence's
-replica, only at the next position, and tells repeats from contradictions.
+A client must see each token once and in order, whatever happens to the replica that computes them. The journal decides
+that: it takes a token only from the current incarnation of the sequence's replica and only at the next position, and
+it tells repeats from contradictions.
 """
 
 from dataclasses import dataclass, field
@@ -11,35 +11,17 @@ from enum import Enum, auto
 from protos.heterodyne.worker.v1 import worker_pb2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen, defaults filled in.
-
-    A token is a pure function of the logits, these fields, the prompt and the tokens before it: together with the
-    emitted tokens they are the whole sampling state.
-
-    Attributes:
-        logit_bias: (token id, bias) pairs, each token once.
-    """
-
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class JournalEntry:
-    """One unfinished sequence: a choice of a request.
+    """Describes one unfinished sequence, which is a choice of a request.
+
+    A token is a pure function of the logits, the prompt, the tokens before it, ``sampling`` and ``seed``. Together with
+    the emitted tokens these are the whole state of sampling.
 
     Attributes:
-        replica: who computes it, in its incarnation ``epoch``.
-        min_tokens: before so many, no stop id is drawn.
+        replica: the replica that computes the sequence, in its incarnation ``epoch``.
+        sampling: how tokens are chosen. All choices of a request hold the same message; nobody changes it.
+        min_tokens: no stop id is drawn before this many tokens.
         cache_salt: sequences of the same salt share the KV of equal prefixes.
         grammar: what the answer must match; its state follows from the emitted tokens.
         emitted_ids: the answer so far. Only the journal changes it.
@@ -50,7 +32,8 @@ class JournalEntry:
     replica: str
     epoch: int
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: worker_pb2.Sampling
+    seed: int
     max_tokens: int
     stop_token_ids: tuple[int, ...]
     priority: int
@@ -61,7 +44,7 @@ class JournalEntry:
 
 
 class Recorded(Enum):
-    """What became of a token."""
+    """Says what became of a token."""
 
     NEW = auto()  # kept: pass it on to the client
     DUPLICATE = auto()  # had it already, the same
@@ -70,7 +53,7 @@ class Recorded(Enum):
 
 
 class JournalError(Exception):
-    """A replica broke the order of tokens. Internal: the request is moved or fails, nothing is passed on."""
+    """A replica broke the order of tokens. The request is moved or fails; the client does not see this error."""
 
 
 class TokenGap(JournalError):
@@ -93,7 +76,7 @@ class TokenConflict(JournalError):
 
 
 class Journal:
-    """The unfinished sequences of a gateway, by sequence id."""
+    """Holds the unfinished sequences of a gateway, by sequence id."""
 
     def __init__(self) -> None:
         self._entries: dict[int, JournalEntry] = {}
@@ -135,15 +118,21 @@ class Journal:
         del self._entries[sequence_id].emitted_ids[num_tokens:]
 
     def move(self, sequence_id: int, *, replica: str, epoch: int) -> JournalEntry:
-        """Makes another replica, or another epoch, the owner; tokens of the old one are fenced."""
+        """Makes another replica, or another epoch, the owner; tokens of the old one are fenced.
+
+        Recovery onto another replica needs this.
+        """
         entry = self._entries[sequence_id]
         entry.replica, entry.epoch = replica, epoch
         return entry
 
     def close(self, sequence_id: int) -> JournalEntry | None:
-        """Forgets a sequence that ended. None where it was closed already, as when a cancel meets the end."""
+        """Forgets a sequence that ended. Returns None where it was closed already, as when a cancel meets the end."""
         return self._entries.pop(sequence_id, None)
 
     def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:
-        """The sequences that an incarnation of a replica owns, in the order in which they were opened."""
+        """Returns the sequences that an incarnation of a replica owns, in the order in which they were opened.
+
+        Recovery onto another replica needs this.
+        """
         return [entry for entry in self._entries.values() if (entry.replica, entry.epoch) == (replica, epoch)]

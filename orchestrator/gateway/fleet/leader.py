@@ -1,4 +1,4 @@
-"""The gateway's end of the leader stream: one long-lived stream to the leader of one incarnation of a replica."""
+"""Keeps the gateway's end of a leader stream: one long-lived stream to the leader of an incarnation of a replica."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ _CHANNEL_OPTIONS = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaderLimits:
-    """When a leader counts as lost.
+    """Says when a leader counts as lost.
 
     Attributes:
         heartbeat_timeout_s: after this long without any message.
@@ -45,11 +45,11 @@ LeadCall = grpc.aio.StreamStreamCall[pb.LeadRequest, pb.LeadResponse]
 
 
 class Leader:
-    """One replica's leader, from connection to loss. Lives on one event loop.
+    """Speaks with one replica's leader, from connection to loss. Lives on one event loop.
 
     Args:
-        on_step: told of every step that computed something and is not fenced, prefill that goes on included, after its
-            tokens went on their way. Must be quick and raise nothing.
+        on_step: is told of every step that computed something and is not fenced, after its tokens went on their way.
+            It must be quick and raise nothing.
 
     Attributes:
         load: its last report, None before the first.
@@ -79,26 +79,23 @@ class Leader:
 
     # -- sequences --------------------------------------------------------------------------------------------
 
-    def submit(self, message: pb.Submit, inbox: Inbox, *, num_new_tokens: int) -> None:
-        """Hand a sequence over; its events arrive in ``inbox``, the last one says so.
-
-        Args:
-            num_new_tokens: of the prompt, those that no sequence submitted with it shares.
-        """
+    def submit(self, message: pb.Submit, inbox: Inbox) -> None:
+        """Hands sequences over. Their events arrive in ``inbox``; the last one of each says so."""
         if self.lost is not None:
             inbox.put_now(self.lost)
             return
-        self._inboxes[message.sequence_id] = inbox
-        self._unreported_tokens += num_new_tokens
+        for fork in message.forks:
+            self._inboxes[fork.sequence_id] = inbox
+        self._unreported_tokens += len(message.prompt_ids)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:
-        """The gateway has done with a sequence; ``cancel`` where the replica still computes it."""
+        """Forgets a sequence; ``cancel`` tells the replica to, where it still computes it."""
         if self._inboxes.pop(sequence_id, None) is not None and cancel and self.lost is None:
             self._send(pb.LeadRequest(cancel=pb.Cancel(sequence_id=sequence_id)))
 
     def drain(self) -> None:
-        """Tell the replica to finish what it has and to take nothing more."""
+        """Tells the replica to finish what it has and to take nothing more."""
         if self.lost is None:
             self._send(pb.LeadRequest(drain=pb.Drain()))
 
@@ -110,16 +107,16 @@ class Leader:
 
     @property
     def accepting(self) -> bool:
-        """Whether it can be given sequences: it has reported and is not lost."""
+        """Says whether the replica can be given sequences: it has reported and is not lost."""
         return self.load is not None and self.lost is None
 
     @property
     def report_age_s(self) -> float:
-        """Age of the last load report."""
+        """Returns the age of the last load report."""
         return time.monotonic() - self._reported_s
 
     def replica_load(self) -> ReplicaLoad:
-        """Its load for routing: the last report, and what was submitted since."""
+        """Returns the load for routing: the last report, and what was submitted since."""
         load = self.load or pb.LoadReport()
         return ReplicaLoad(
             name=self.name,
@@ -134,10 +131,10 @@ class Leader:
     # -- the stream -------------------------------------------------------------------------------------------
 
     async def run(self, on_change: Callable[[], None]) -> None:
-        """Keep the stream until it breaks or falls silent; returns with ``lost`` set.
+        """Keeps the stream until it breaks or falls silent; returns with ``lost`` set.
 
         Args:
-            on_change: called when it begins to accept and when it is lost.
+            on_change: is called when the replica begins to accept and when it is lost.
         """
         try:
             cause = await self._follow(on_change)
@@ -154,7 +151,7 @@ class Leader:
         on_change()
 
     async def _follow(self, on_change: Callable[[], None]) -> str:
-        """Read and watch side by side; returns why one of them ended."""
+        """Reads and watches side by side; returns why one of them ended."""
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
             stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(channel)
             call = stub.Lead(self._requests())
@@ -176,7 +173,7 @@ class Leader:
         return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
 
     async def _watch(self) -> str:
-        """Wait until the leader has been silent for too long, or has stopped making progress.
+        """Waits until the leader is silent for too long, or makes no progress; returns which.
 
         Time is counted in small sleeps, each for no more than it asked: when this very process was held up, what the
         leader said meanwhile has yet to be read, and the leader is not to blame.
@@ -235,7 +232,7 @@ class Leader:
             on_change()
 
     def give_up(self, cause: str, *, expected: bool = False) -> None:
-        """End every sequence of this incarnation; the first cause stays."""
+        """Ends every sequence of this incarnation; the first cause stays."""
         if self.lost is None:
             self.lost = Lost(cause=cause)
             logger.log(

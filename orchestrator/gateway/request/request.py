@@ -1,13 +1,12 @@
-"""A client's GenerateRequest, checked and filled in. Pure, but for the tokenizer it is given."""
+"""Checks a client's GenerateRequest and fills in its defaults. Pure."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.errors import UnknownModel
-from orchestrator.gateway.fleet.journal import Sampling
 from orchestrator.gateway.model import ServedModel
-from orchestrator.gateway.request.sampling import bounds, check_sampling
+from orchestrator.gateway.request.sampling import check_bounds, check_sampling
 from orchestrator.gateway.request.shown import shown
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -25,19 +24,22 @@ MAX_CACHE_SALT = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a user asked, every field within its bounds and every default filled in.
+    """Holds what a user asked, every field within its bounds and every default filled in.
 
     Attributes:
-        max_tokens: most tokens of each choice; 0 with ``echo`` only.
+        sampling: how tokens are chosen, every default filled in; nobody changes it.
+        seed: the seed of the first choice.
+        max_tokens: the most tokens of each choice; 0 with ``echo`` only.
         num_choices: how many continuations are drawn.
         echo: whether the prompt's tokens are returned.
-        cache_salt: a digest of the client's; empty where it gave none.
+        cache_salt: a digest of the client's salt; empty where it gave none.
         grammar: what each choice must match.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
-    sampling: Sampling
+    sampling: worker_pb2.Sampling
+    seed: int
     max_tokens: int
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -51,7 +53,7 @@ class Request:
 
 
 def check_model(name: str, model: ServedModel) -> None:
-    """Raises UnknownModel unless ``name`` is the served model's, or empty."""
+    """Raises UnknownModel unless ``name`` is the served model's or empty."""
     if name not in ("", model.name):
         raise UnknownModel(
             field="model",
@@ -62,7 +64,7 @@ def check_model(name: str, model: ServedModel) -> None:
 
 
 def check_text(text: str, model: ServedModel, *, field: str) -> None:
-    """Refuse a text that cannot fit the context before any work is spent on tokenizing it."""
+    """Refuses a text that cannot fit the context before any work is spent on tokenizing it."""
     check_size(len(text), model, field=field)
 
 
@@ -85,7 +87,7 @@ def check_request(
     new_seed: Callable[[], int],
     new_id: Callable[[], str],
 ) -> Request:
-    """The request behind ``message``, but for its grammar.
+    """Returns the request that ``message`` holds, but for its grammar.
 
     Args:
         prompt_ids: the prompt's tokens, from the message or the tokenizer.
@@ -99,12 +101,13 @@ def check_request(
     _check_stops(message, model)
     _check_rest(message, model)
     max_tokens = _max_tokens(message, len(prompt_ids), model)
-    bounds("min_tokens", message.min_tokens, 0, max_tokens)
+    check_bounds("min_tokens", message.min_tokens, 0, max_tokens)
     _check_together(message, max_tokens)
     return Request(
         request_id=message.request_id or new_id(),
         prompt_ids=tuple(prompt_ids),
-        sampling=check_sampling(message.sampling, model, new_seed),
+        sampling=check_sampling(message.sampling, model),
+        seed=message.sampling.seed if message.sampling.HasField("seed") else new_seed(),
         max_tokens=max_tokens,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids) + (() if message.ignore_eos else model.spec.eos_token_ids),
@@ -118,11 +121,11 @@ def check_request(
 
 
 def _check_rest(message: pb.GenerateRequest, model: ServedModel) -> None:
-    bounds("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    check_bounds("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if message.HasField("logprobs"):
-        bounds("logprobs", message.logprobs, 0, min(MAX_LOGPROBS, model.spec.vocab_size))
+        check_bounds("logprobs", message.logprobs, 0, min(MAX_LOGPROBS, model.spec.vocab_size))
     if message.HasField("num_choices"):
-        bounds("num_choices", message.num_choices, 1, MAX_CHOICES)
+        check_bounds("num_choices", message.num_choices, 1, MAX_CHOICES)
     _check_length_of("request_id", message.request_id, MAX_REQUEST_ID)
     _check_length_of("cache_salt", message.cache_salt, MAX_CACHE_SALT)
     if not message.request_id.isprintable():
@@ -135,7 +138,7 @@ def _check_rest(message: pb.GenerateRequest, model: ServedModel) -> None:
 
 
 def _check_together(message: pb.GenerateRequest, max_tokens: int) -> None:
-    """What is allowed alone, and has no meaning together."""
+    """Refuses fields that are allowed alone and have no meaning together."""
     if message.min_tokens and message.structured_output.WhichOneof("format") is not None:
         # A grammar may allow nothing but the end, which min_tokens forbids.
         raise InvalidRequest(
@@ -207,7 +210,7 @@ def _check_stops(message: pb.GenerateRequest, model: ServedModel) -> None:
                 fix=f"Use 1 to {MAX_STOP_CHARACTERS} characters.",
             )
     for index, token_id in enumerate(message.stop_token_ids):
-        bounds(f"stop_token_ids[{index}]", token_id, 0, model.spec.vocab_size - 1)
+        check_bounds(f"stop_token_ids[{index}]", token_id, 0, model.spec.vocab_size - 1)
 
 
 def _max_tokens(message: pb.GenerateRequest, num_prompt_tokens: int, model: ServedModel) -> int:

@@ -1,22 +1,20 @@
-"""A client's structured_output, checked as far as that needs no grammar compiler. Pure.
+"""Checks a client's structured_output, as far as that needs no grammar compiler. Pure.
 
-A grammar is a program of the client's, and the library that compiles it can be made to hang or to crash by one. So
-what is left to find out is tried in a process of its own (structured_probe), never in the gateway's.
+A grammar is a program that the client wrote, and it can make the library that compiles it hang or crash. What else must
+be found out is therefore tried in a process of its own (structured_probe), never in the gateway's.
 """
 
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_schema import normalize_schema
 from placement.errors import InvalidRequest
+from placement.serving.grammar import MAX_SOURCE_BYTES
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
-# As workers/sampling/grammar.py has it.
-MAX_SOURCE_BYTES = 64 * 1024
-
 
 def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker_pb2.Grammar | None:
-    """What ``message`` asks of the answer, as workers are told it; None where it asks nothing.
+    """Returns what ``message`` asks of the answer, as workers are told it, or None where it asks nothing.
 
     A JSON Schema is sent on as JSON text of one form: ``{}`` is any JSON value, ``{"type": "object"}`` any object.
 

@@ -1,4 +1,4 @@
-"""Has clients' grammars tried in a process of its own, before anything is started for their requests."""
+"""Tries clients' grammars in a process of its own, before anything is started for their requests."""
 
 import asyncio
 import contextlib
@@ -34,18 +34,18 @@ _START_S = _PATIENCE_S + 60.0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Waited:
-    """A trial, and how many requests wait for its verdict."""
+class _SharedTrial:
+    """Holds a trial and how many requests wait for its verdict."""
 
     task: asyncio.Task[str | None]
     num_waiting: int = 0
 
 
 class GrammarProbe:
-    """Asks whether grammars compile for the served model's tokenizer, remembering the answers. For one event loop.
+    """Finds out which grammars compile for the model's tokenizer, and remembers it. Lives on one event loop.
 
-    The process starts with the first grammar, unless it was started before, and again where it is lost. A trial that
-    has begun keeps its place until its end, whether anybody still waits for it or not; equal grammars share one.
+    The process starts with the first grammar, and again where it is lost. A trial that has begun keeps its place until
+    its end, whether anybody still waits for it or not; equal grammars share one.
     """
 
     def __init__(self, model: ServedModel) -> None:
@@ -58,18 +58,18 @@ class GrammarProbe:
         self._num_useless = 0  # processes in a row that ended before their first verdict
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
-        self._trials: dict[bytes, _Waited] = {}
+        self._trials: dict[bytes, _SharedTrial] = {}
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
 
     async def check(self, grammar: worker_pb2.Grammar) -> None:
-        """Returns where ``grammar``, of ``check_structured``, compiles.
+        """Returns if ``grammar``, which ``check_structured`` made, compiles; raises otherwise.
 
-        Some 10 ms for a new grammar, nothing for one that was asked for before; the first one also waits for the
-        process to read the tokenizer.
+        A new grammar takes some 10 ms, one that was asked for before no time. The first one also waits for the process
+        to read the tokenizer.
 
         Raises:
-            InvalidRequest: it does not compile, or takes more time or memory than is good for those it shares with.
-            NotAdmitted: too many grammars wait for the same.
+            InvalidRequest: the grammar does not compile, or takes more time or memory than one request may.
+            NotAdmitted: too many grammars wait to be tried.
             ReplicaUnavailable: the process was lost.
             ReplicaFault: the process ends whenever it is started.
         """
@@ -90,12 +90,8 @@ class GrammarProbe:
                 fix="Correct it, or send a simpler one.",
             )
 
-    async def start(self) -> None:
-        """Starts the process ahead, so that the first grammar does not wait for it to read the tokenizer."""
-        await self._running()
-
     async def close(self) -> None:
-        """Ends the process; who still waits is told that it was lost."""
+        """Ends the process. Requests that still wait for it are told that it was lost."""
         tasks = [trial.task for trial in self._trials.values()]
         for task in tasks:
             task.cancel()
@@ -104,10 +100,10 @@ class GrammarProbe:
         await asyncio.gather(*tasks, *([] if self._reader is None else [self._reader]), return_exceptions=True)
 
     async def _share(self, key: bytes, kind: str, source: str) -> str | None:
-        """The verdict of the grammar's one trial, which outlives whoever waits for it."""
+        """Returns the verdict of the grammar's one trial, which goes on even where nobody waits for it any more."""
         trial = self._trials.get(key)
         if trial is None:
-            trial = _Waited(task=asyncio.create_task(self._try(key, kind, source)))
+            trial = _SharedTrial(task=asyncio.create_task(self._try(key, kind, source)))
             trial.task.add_done_callback(lambda task: self._end(key, task))
             self._trials[key] = trial
         trial.num_waiting += 1
@@ -188,7 +184,7 @@ class GrammarProbe:
 
 
 def _setup(model: ServedModel) -> bytes:
-    """The first line for the process, which reads the tokenizer by itself where there is a file.
+    """Returns the first line for the process, which reads the tokenizer by itself where there is a file.
 
     A tokenizer is megabytes of JSON: written out here, it would hold every stream up for some tenths of a second.
     """
@@ -203,7 +199,7 @@ def _setup(model: ServedModel) -> bytes:
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
-    """Its trials with it."""
+    """Kills the process and its trials."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """Reads a client's JSON Schema and refuses what would not be enforced, instead of ignoring it. Pure.
 
-A JSON Schema may hold any keyword, and one that is not known means nothing: a misspelt ``requierd`` would silently
-ask for less. Here a keyword is one that answers are held to, a note of a kind that is in common use, or a note that
-says so by the prefix ``x-``.
+A JSON Schema may hold any keyword, and an unknown one means nothing: a misspelt ``requierd`` would silently ask for
+less. Here every keyword must be one that answers are held to, a note of a kind in common use, or a note with the
+prefix ``x-``.
 """
 
 import json
@@ -18,9 +18,9 @@ MAX_DEPTH = 50
 
 _FIELD = "structured_output.json_schema"
 _PROBLEM_CHARACTERS = 400  # the way to a schema deep within is long
-_ONE = frozenset({"items", "additionalItems", "additionalProperties"})
-_SEVERAL = frozenset({"items", "prefixItems", "anyOf", "oneOf", "allOf"})
-_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_ONE_SCHEMA = frozenset({"items", "additionalItems", "additionalProperties"})
+_SCHEMA_LISTS = frozenset({"items", "prefixItems", "anyOf", "oneOf", "allOf"})
+_NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES = frozenset({"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 _OTHERS = frozenset(
     {"$ref", "type", "required", "pattern", "format", "minLength", "maxLength", "minItems", "maxItems"}
@@ -30,11 +30,11 @@ _NOTES = frozenset(
     {"$schema", "$id", "id", "$anchor", "$comment", "title", "description", "default", "example", "examples"}
     | {"readOnly", "writeOnly", "deprecated", "contentEncoding", "contentMediaType", "contentSchema", "discriminator"}
 )
-_KNOWN = _ONE | _SEVERAL | _NAMED | _VALUES | _OTHERS | _NOTES
+_KNOWN = _ONE_SCHEMA | _SCHEMA_LISTS | _NAMED_SCHEMAS | _VALUES | _OTHERS | _NOTES
 
 
 def normalize_schema(text: str) -> str:
-    """The schema, checked, as JSON text of one form; ``true``, which allows everything, is ``{}``.
+    """Returns the schema, checked, as JSON text of one form; ``true``, which allows everything, becomes ``{}``.
 
     Raises:
         InvalidRequest: the text is not JSON, or no schema, or says what answers would not be held to.
@@ -67,7 +67,7 @@ def _constant(name: str) -> object:
 
 
 def _check(schema: dict[str, object]) -> None:
-    """Looks at every schema within ``schema``, itself first, with a list in place of recursion."""
+    """Checks every schema within ``schema``, itself first, with a list in place of recursion."""
     left: list[tuple[str, int, object]] = [("#", 1, schema)]
     while left:
         path, depth, current = left.pop()
@@ -95,18 +95,18 @@ def _check_keyword(path: str, keyword: str) -> None:
 
 
 def _subschemas(path: str, keyword: str, value: object) -> Iterator[tuple[str, object]]:
-    if keyword in _NAMED and isinstance(value, dict):
+    if keyword in _NAMED_SCHEMAS and isinstance(value, dict):
         yield from ((f"{path}/{keyword}/{name[:40]}", inner) for name, inner in value.items())
-    elif keyword in _SEVERAL and isinstance(value, list):
+    elif keyword in _SCHEMA_LISTS and isinstance(value, list):
         yield from ((f"{path}/{keyword}/{index}", inner) for index, inner in enumerate(value))
-    elif keyword in _ONE:
+    elif keyword in _ONE_SCHEMA:
         yield f"{path}/{keyword}", value
-    elif keyword in _NAMED or keyword in _SEVERAL:
+    elif keyword in _NAMED_SCHEMAS or keyword in _SCHEMA_LISTS:
         raise _refusal(value, f"has a value at {path}/{keyword} of the wrong type", "Correct it.")
 
 
 def _check_numbers(path: str, value: object) -> None:
-    """Numbers in ``value``, however deep, must be exact and finite."""
+    """Refuses numbers in ``value``, however deep, that are not finite or too large to be exact."""
     left = [value]
     while left:
         current = left.pop()

@@ -1,10 +1,10 @@
-"""``python -m orchestrator.gateway.request.structured_trial``: compiles clients' grammars where they can do no harm.
+"""Compiles clients' grammars where they can do no harm: ``python -m orchestrator.gateway.request.structured_trial``.
 
-Reads lines of JSON from standard input: first the tokenizer, then grammars. Each grammar is compiled, and followed
-for a few tokens, in a process forked for it alone, with limits of time and memory; a second one waits for it, so that
-there is a verdict even where the first is gone. Writes a line for each: its id, and its problem or null.
+The process reads lines of JSON from standard input: first the tokenizer, then grammars. Each grammar is compiled, and
+followed for a few tokens, in a process forked for it alone, with limits of time and memory. A second process waits for
+that one, so that there is a verdict even where it crashed. A line is written for each: its id, and its problem or null.
 
-An own process, so that it may fork: it has one thread, and the tokenizer is read once.
+This is a process of its own so that it can fork: it has one thread, and reads the tokenizer once.
 """
 
 import json
@@ -15,14 +15,12 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from orchestrator.brief import brief
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
+from placement.serving.grammar import JSON_OPTIONS
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
@@ -33,22 +31,11 @@ _MAX_MORE_BYTES = 256 * 1024**2
 # Where the system does not say how much that is.
 _MAX_ADDRESS_BYTES = 8 * 1024**3
 _STATM = "/proc/self/statm"
-# As workers/sampling/grammar.py compiles: what is tried is what is then used.
-SCHEMA_OPTIONS: "JsonCompileOptions" = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,32}",
-    "coerce_one_of": False,
-    "lenient": False,
-    "json_allowed_escapes": None,
-    "json_allow_general_unicode_escapes": False,
-}
 _NUM_WALKS, _NUM_STEPS = 2, 24
 
 
 class Setup(TypedDict):
-    """The first line. ``tokenizer`` is the JSON of one that is in no file."""
+    """The first line. ``tokenizer`` holds the JSON of a tokenizer that is in no file."""
 
     tokenizer_file: str | None
     tokenizer: str
@@ -57,7 +44,7 @@ class Setup(TypedDict):
 
 
 class Trial(TypedDict):
-    """Every other line; ``kind`` as the fields of worker.v1.Grammar."""
+    """Every other line. ``kind`` is the name of a field of worker.v1.Grammar."""
 
     id: int
     kind: str
@@ -65,14 +52,14 @@ class Trial(TypedDict):
 
 
 class Verdict(TypedDict):
-    """What is written for each of them."""
+    """The line that is written for each trial."""
 
     id: int
     problem: str | None
 
 
 def problem_of(trial: Trial, tokenizer: LLTokenizer) -> str | None:
-    """Why the grammar cannot be used, in a clause; None where it can."""
+    """Returns why the grammar cannot be used, in a clause, or None where it can."""
     before = _peak_bytes()
     try:
         matcher = LLMatcher(tokenizer, _source(trial), log_level=0, limits=LLParserLimits(verbose_errors=False))
@@ -90,14 +77,14 @@ def problem_of(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 def _source(trial: Trial) -> str:
     if trial["kind"] == "json_schema":
         # With an option the text is parsed; without, it would be pasted into a larger one.
-        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=SCHEMA_OPTIONS)
+        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
     if trial["kind"] == "regex":
         return LLMatcher.grammar_from_regex(trial["source"])
     return LLMatcher.grammar_from_lark(trial["source"])
 
 
 def _walk(matcher: LLMatcher, choice: random.Random, eos_token_ids: set[int]) -> str | None:
-    """Follows the grammar for some tokens; why it cannot be, or None."""
+    """Follows the grammar for some tokens; returns why that fails, or None."""
     for _ in range(_NUM_STEPS):
         if matcher.is_stopped():
             return None
@@ -114,7 +101,7 @@ def _walk(matcher: LLMatcher, choice: random.Random, eos_token_ids: set[int]) ->
 
 
 def _pick(mask: int, choice: random.Random) -> int:
-    """A token of the mask: the first one that is allowed from anywhere on."""
+    """Returns the first token that the mask allows, counted from a random place."""
     start = choice.randrange(mask.bit_length())
     rest = mask >> start
     return start + (rest & -rest).bit_length() - 1
@@ -135,15 +122,15 @@ def _peak_bytes() -> int:
 
 
 def _address_bytes() -> int:
-    """How much memory this process may map: some more than it has."""
+    """Returns how much memory this process may map: some more than it has mapped."""
     if not os.path.exists(_STATM):
         return _MAX_ADDRESS_BYTES
     with open(_STATM) as statm:
         return int(statm.read().split()[0]) * resource.getpagesize() + _MAX_MORE_BYTES
 
 
-def _try(trial: Trial, tokenizer: LLTokenizer, out: int) -> None:
-    """In the process that may be lost."""
+def _run_trial(trial: Trial, tokenizer: LLTokenizer, out: int) -> None:
+    """Runs the trial, in the process that may be lost, and writes the problem to ``out``."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a crash says much, and some of it is the client's
     os.nice(5)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -153,14 +140,14 @@ def _try(trial: Trial, tokenizer: LLTokenizer, out: int) -> None:
     os.write(out, json.dumps(problem_of(trial, tokenizer)).encode())
 
 
-def _judge(trial: Trial, tokenizer: LLTokenizer) -> str | None:
-    """In the process that waits for it."""
+def _supervise(trial: Trial, tokenizer: LLTokenizer) -> str | None:
+    """Runs the trial in a process of its own and waits for it; returns the problem, or None."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            _try(trial, tokenizer, writing)
+            _run_trial(trial, tokenizer, writing)
         finally:
             os._exit(0)
     os.close(writing)
@@ -176,7 +163,7 @@ def _judge(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 
 def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
-    """None for a tokenizer that the library cannot follow."""
+    """Returns the tokenizer, or None where the library cannot follow it."""
     path = setup["tokenizer_file"]
     try:
         source = setup["tokenizer"] if path is None else Path(path).read_text(encoding="utf-8")
@@ -187,14 +174,16 @@ def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
 
 
 def main() -> int:
-    """Serves until standard input ends."""
+    """Serves until standard input ends; returns the exit code."""
     tokenizer = _read_tokenizer(json.loads(sys.stdin.buffer.readline()))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who judge
     for line in sys.stdin.buffer:
         if os.fork() == 0:
             try:
                 trial: Trial = json.loads(line)
-                problem = _judge(trial, tokenizer) if tokenizer else "cannot be followed with this model's tokenizer"
+                problem = (
+                    _supervise(trial, tokenizer) if tokenizer else "cannot be followed with this model's tokenizer"
+                )
                 # Written at once, and so arrives whole: a problem is brief, and this far below 4096 bytes.
                 os.write(1, json.dumps(Verdict(id=trial["id"], problem=problem)).encode() + b"\n")
             finally:

@@ -1,17 +1,16 @@
-"""From a checked request to what is remembered of its sequences, and to what a replica is told of them. Pure."""
+"""Makes a checked request's journal entries and the message that submits it to a replica. Pure."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 
-from orchestrator.gateway.fleet.journal import JournalEntry, Sampling
+from orchestrator.gateway.fleet.journal import JournalEntry
 from orchestrator.gateway.request.request import Request
 from protos.heterodyne.worker.v1 import worker_pb2
 
-_SEEDS = 2**64
+_NUM_SEEDS = 2**64
 
 
 def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterator[int]) -> list[JournalEntry]:
-    """A sequence for each choice: choice i as a request of its own would draw it with the seed plus i.
+    """Returns a sequence for each choice. Choice i draws what a request of its own with the seed plus i would.
 
     All of them hold the request's one tuple of prompt ids.
 
@@ -24,7 +23,8 @@ def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterato
             replica=replica,
             epoch=epoch,
             prompt_ids=request.prompt_ids,
-            sampling=replace(request.sampling, seed=(request.sampling.seed + index) % _SEEDS),
+            sampling=request.sampling,
+            seed=(request.seed + index) % _NUM_SEEDS,
             max_tokens=max(1, request.max_tokens),
             stop_token_ids=request.stop_token_ids,
             priority=request.priority,
@@ -36,37 +36,24 @@ def entries(request: Request, *, replica: str, epoch: int, sequence_ids: Iterato
     ]
 
 
-def submit_message(request: Request, entry: JournalEntry, *, judge_prompt: bool) -> worker_pb2.Submit:
-    """What a replica is told of a sequence.
+def submit_message(request: Request, sequences: Sequence[JournalEntry]) -> worker_pb2.Submit:
+    """Returns what a replica is told of a request: the prompt once, and a fork for each sequence of ``entries``.
 
-    Args:
-        judge_prompt: whether this sequence reports the log-probabilities of the prompt; one of a request's does.
+    The first fork alone reports the log-probabilities of the prompt, where the client sees them.
     """
-    return worker_pb2.Submit(
-        sequence_id=entry.sequence_id,
-        prompt_ids=entry.prompt_ids,
-        sampling=_sampling(entry.sampling),
-        max_tokens=entry.max_tokens,
-        stop_token_ids=entry.stop_token_ids,
-        priority=entry.priority,
+    first = sequences[0]
+    message = worker_pb2.Submit(
+        forks=[worker_pb2.Fork(sequence_id=entry.sequence_id, seed=entry.seed) for entry in sequences],
+        prompt_ids=first.prompt_ids,
+        sampling=first.sampling,
+        max_tokens=first.max_tokens,
+        stop_token_ids=first.stop_token_ids,
+        priority=first.priority,
         logprobs=request.logprobs,
-        min_tokens=entry.min_tokens,
-        prompt_logprobs=request.logprobs if judge_prompt else None,
-        cache_salt=entry.cache_salt,
-        grammar=entry.grammar,
+        min_tokens=first.min_tokens,
+        cache_salt=first.cache_salt,
+        grammar=first.grammar,
     )
-
-
-def _sampling(sampling: Sampling) -> worker_pb2.Sampling:
-    return worker_pb2.Sampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        bias_ids=[token_id for token_id, _ in sampling.logit_bias],
-        biases=[bias for _, bias in sampling.logit_bias],
-    )
+    if request.echo and request.logprobs is not None:
+        message.forks[0].prompt_logprobs = request.logprobs
+    return message

@@ -1,21 +1,17 @@
 """Generate at the seam of the leader stream: what a replica is told, and what clients see of what it says."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import code_pb2
 
-from orchestrator.gateway import generate
-from orchestrator.gateway.fleet import inbox
 from protos.heterodyne.v1 import inference_pb2 as pb
-from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.gateway.stub_gateway import BOS, EOS, EPOCH, StubGateway, StubWorker, served_model, stub_gateway
+from tests.support.gateway.generating import LENGTH, STOP, ask, collect, serving, submitted, texts, token, told
+from tests.support.gateway.stub_gateway import BOS, EOS, EPOCH
 
 CHATML = (
     "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
@@ -23,70 +19,20 @@ CHATML = (
 )
 
 
-@asynccontextmanager
-async def serving(*, request_timeout_s: float = 2 * PATIENCE_S, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
-    async with (
-        stub_gateway(served_model(**model), request_timeout_s=request_timeout_s) as gateway,
-        grpc.aio.insecure_channel(gateway.address) as channel,
-    ):
-        yield gateway, inference_pb2_grpc.InferenceStub(channel)
-        await until(lambda: gateway.admission.in_flight == 0)
-        assert len(gateway.generator.journal) == 0
-
-
-async def collect(call: Any) -> tuple[list[pb.GenerateResponse], grpc.StatusCode]:
-    responses = []
-    try:
-        async for response in call:
-            responses.append(response)
-    except grpc.aio.AioRpcError:
-        pass
-    return responses, await call.code()
-
-
-def ask(stub: Any, **fields: Any) -> "asyncio.Task[tuple[list[pb.GenerateResponse], grpc.StatusCode]]":
-    return asyncio.create_task(
-        collect(stub.Generate(pb.GenerateRequest(**({"prompt": "abc"} | fields)), timeout=PATIENCE_S))
-    )
-
-
-async def submitted(worker: StubWorker, count: int = 1) -> list[worker_pb2.Submit]:
-    return [await asyncio.wait_for(worker.submits.get(), PATIENCE_S) for _ in range(count)]
-
-
-def token(
-    submit: worker_pb2.Submit, index: int, token_id: int, *, end: Any = None, **fields: Any
-) -> worker_pb2.SequenceOutput:
-    output = worker_pb2.SequenceOutput(sequence_id=submit.sequence_id, index=index, token_id=token_id, **fields)
-    if end is not None:
-        output.end.reason = end
-    return output
-
-
-LENGTH, STOP = worker_pb2.END_REASON_LENGTH, worker_pb2.END_REASON_STOP
-
-
-def texts(responses: list[pb.GenerateResponse]) -> dict[int, str]:
-    result: dict[int, str] = {}
-    for response in responses:
-        if response.HasField("chunk"):
-            result[response.chunk.choice] = result.get(response.chunk.choice, "") + response.chunk.text
-    return result
-
-
 async def test_a_plain_request_is_submitted_with_every_field_that_changes_nothing() -> None:
     async with serving() as (gateway, stub):
         answer = ask(stub, max_tokens=4)
-        (submit,) = await submitted(gateway.worker)
+        submit = await told(gateway.worker)
+        (fork,) = submit.forks
         assert list(submit.prompt_ids) == [0, 1, 2]
         sampling = submit.sampling
         assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.0, 0, 1.0, 0.0)
         assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
         assert not sampling.bias_ids and not sampling.biases
         assert (submit.max_tokens, submit.min_tokens, list(submit.stop_token_ids)) == (4, 0, [EOS])
-        assert not submit.HasField("logprobs") and not submit.HasField("prompt_logprobs")
+        assert not submit.HasField("logprobs") and not fork.HasField("prompt_logprobs")
         assert submit.cache_salt == b"" and not submit.HasField("grammar")
-        gateway.worker.step(token(submit, 0, 3, end=LENGTH, cached_tokens=2))
+        gateway.worker.step(token(fork, 0, 3, end=LENGTH, cached_tokens=2))
         responses, code = await answer
         assert code is grpc.StatusCode.OK
         assert [response.WhichOneof("event") for response in responses] == ["accepted", "chunk", "finished"]
@@ -113,11 +59,12 @@ async def test_everything_that_was_asked_reaches_the_replica() -> None:
             priority=7,
             cache_salt="tenant",
         )
-        (submit,) = await submitted(gateway.worker)
+        submit = await told(gateway.worker)
+        (fork,) = submit.forks
+        assert fork.seed == 5
         assert submit.sampling == worker_pb2.Sampling(
             temperature=0.5,
             top_p=1.0,
-            seed=5,
             min_p=0.25,
             repetition_penalty=1.5,
             presence_penalty=-0.5,
@@ -127,27 +74,29 @@ async def test_everything_that_was_asked_reaches_the_replica() -> None:
         )
         assert (submit.max_tokens, submit.min_tokens, submit.logprobs, submit.priority) == (9, 3, 2, 7)
         assert len(submit.cache_salt) == 32
-        assert not submit.HasField("prompt_logprobs"), "without echo nobody sees them"
-        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        assert not fork.HasField("prompt_logprobs"), "without echo nobody sees them"
+        gateway.worker.step(token(fork, 0, 3, end=STOP))
         await answer
 
 
 async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_together() -> None:
     async with serving() as (gateway, stub):
         answer = ask(stub, num_choices=3, sampling={"temperature": 1.0, "seed": 2**64 - 1}, cache_salt="t", stop=["xy"])
-        submits = await submitted(gateway.worker, 3)
-        assert [submit.sampling.seed for submit in submits] == [2**64 - 1, 0, 1]
-        assert len({submit.sequence_id for submit in submits}) == 3
-        assert len({(tuple(submit.prompt_ids), submit.cache_salt) for submit in submits}) == 1
+        submit = await told(gateway.worker)
+        assert gateway.worker.submits.empty(), "one message for all of them"
+        assert [fork.seed for fork in submit.forks] == [2**64 - 1, 0, 1]
+        assert len({fork.sequence_id for fork in submit.forks}) == 3
+        assert list(submit.prompt_ids) == [0, 1, 2] and len(submit.cache_salt) == 32
         assert gateway.admission.in_flight == 3, "a slot for each choice"
-        prompts = [entry.prompt_ids for entry in gateway.generator.journal.on_replica("replica-0", EPOCH)]
-        assert all(prompt is prompts[0] for prompt in prompts), "the prompt is held once"
+        entries = gateway.generator.journal.on_replica("replica-0", EPOCH)
+        assert all(entry.prompt_ids is entries[0].prompt_ids for entry in entries), "the prompt is held once"
         assert len(gateway.generator.journal) == 3
-        one, two, three = submits
+        one, two, three = submit.forks
         gateway.worker.step(token(one, 0, 3), token(two, 0, 23), token(three, 0, 5, end=STOP))
         gateway.worker.step(token(one, 1, 4), token(two, 1, 24))
         assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == two.sequence_id, "at once"
         assert not answer.done()
+        assert all(entry.sampling == submit.sampling for entry in entries), "the state of sampling does not change"
         gateway.worker.step(token(one, 2, 5, end=LENGTH))
         responses, code = await answer
         assert code is grpc.StatusCode.OK
@@ -159,6 +108,20 @@ async def test_choices_are_sequences_of_their_own_with_seeds_in_a_row_and_end_to
         assert finished.finish_reason == pb.FINISH_REASON_LENGTH
         assert finished.usage.completion_tokens == 6
         assert gateway.worker.cancels.empty()
+
+
+async def test_the_prompt_travels_once_however_many_choices_there_are() -> None:
+    async with serving(context=2**13) as (gateway, stub):
+        sizes: dict[int, int] = {}
+        for num_choices in (1, 8):
+            seed = {"temperature": 1.0, "seed": 2**63 + 1}  # as long as a seed can be
+            answer = ask(stub, prompt="a" * 4096, num_choices=num_choices, sampling=seed)
+            forks = await submitted(gateway.worker, num_choices)
+            gateway.worker.step(*(token(fork, 0, 3, end=STOP) for fork in forks))
+            assert (await answer)[1] is grpc.StatusCode.OK
+            sizes[num_choices] = gateway.worker.submitted_bytes - sum(sizes.values())
+        assert sizes[1] > 4096
+        assert sizes[8] < 1.1 * sizes[1]
 
 
 async def test_one_choice_refused_fails_the_request_once_and_cancels_the_others() -> None:
@@ -178,11 +141,11 @@ async def test_one_choice_refused_fails_the_request_once_and_cancels_the_others(
 async def test_a_client_that_goes_cancels_every_choice() -> None:
     async with serving() as (gateway, stub):
         call = stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=4))
-        submits = await submitted(gateway.worker, 4)
+        forks = await submitted(gateway.worker, 4)
         await call.read()
         call.cancel()
-        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in submits]
-        assert sorted(cancelled) == [submit.sequence_id for submit in submits]
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in forks]
+        assert sorted(cancelled) == [fork.sequence_id for fork in forks]
 
 
 async def test_an_echo_without_logprobs_waits_for_nobody() -> None:
@@ -191,9 +154,9 @@ async def test_an_echo_without_logprobs_waits_for_nobody() -> None:
         assert (await anext(responses)).HasField("accepted")
         echo = (await asyncio.wait_for(anext(responses), PATIENCE_S)).echo
         assert ([item.id for item in echo.tokens], echo.text) == ([0, 1, 2], "abc")
-        (submit,) = await submitted(gateway.worker)
-        assert not submit.HasField("prompt_logprobs")
-        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        (fork,) = await submitted(gateway.worker)
+        assert not fork.HasField("prompt_logprobs")
+        gateway.worker.step(token(fork, 0, 3, end=STOP))
         assert texts([response async for response in responses]) == {0: "d"}
 
 
@@ -220,9 +183,9 @@ async def test_a_judged_echo_precedes_every_chunk_and_only_the_first_choice_is_a
 async def test_nothing_but_the_prompt_may_be_asked_for() -> None:
     async with serving() as (gateway, stub):
         answer = ask(stub, echo=True, max_tokens=0)
-        (submit,) = await submitted(gateway.worker)
+        submit = await told(gateway.worker)
         assert submit.max_tokens == 1
-        gateway.worker.step(token(submit, 0, 8, end=LENGTH))
+        gateway.worker.step(token(submit.forks[0], 0, 8, end=LENGTH))
         responses, code = await answer
         assert code is grpc.StatusCode.OK
         assert not any(response.chunk.tokens for response in responses)
@@ -233,10 +196,10 @@ async def test_nothing_but_the_prompt_may_be_asked_for() -> None:
 async def test_a_step_without_tokens_says_nothing_to_anybody() -> None:
     async with serving() as (gateway, stub):
         answer = ask(stub)
-        (submit,) = await submitted(gateway.worker)
+        (fork,) = await submitted(gateway.worker)
         gateway.worker.step()
-        gateway.worker.step(worker_pb2.SequenceOutput(sequence_id=submit.sequence_id))
-        gateway.worker.step(token(submit, 0, 3, end=STOP))
+        gateway.worker.step(worker_pb2.SequenceOutput(sequence_id=fork.sequence_id))
+        gateway.worker.step(token(fork, 0, 3, end=STOP))
         responses, _ = await answer
         assert [response.WhichOneof("event") for response in responses] == ["accepted", "chunk", "finished"]
 
@@ -248,9 +211,9 @@ async def test_a_conversation_is_written_by_the_template_and_tokenized_as_it_is(
             chat = {"messages": messages, "skip_generation_prompt": skip}
             message = pb.GenerateRequest(chat=chat, echo=True)
             answer = asyncio.create_task(collect(stub.Generate(message)))
-            (submit,) = await submitted(gateway.worker)
+            submit = await told(gateway.worker)
             assert BOS not in submit.prompt_ids
-            gateway.worker.step(token(submit, 0, 3, end=STOP))
+            gateway.worker.step(token(submit.forks[0], 0, 3, end=STOP))
             responses, _ = await answer
             assert responses[1].echo.text == expected
 
@@ -258,9 +221,10 @@ async def test_a_conversation_is_written_by_the_template_and_tokenized_as_it_is(
 async def test_what_an_answer_must_match_reaches_the_replica_of_every_choice() -> None:
     async with serving() as (gateway, stub):
         answer = ask(stub, structured_output={"regex": "a|b"}, num_choices=2)
-        submits = await submitted(gateway.worker, 2)
-        assert [submit.grammar.regex for submit in submits] == ["a|b"] * 2
-        gateway.worker.reject(submits[0].sequence_id, code_pb2.INVALID_ARGUMENT, "grammar: is too much for it")
+        submit = await told(gateway.worker)
+        assert len(submit.forks) == 2 and submit.grammar.regex == "a|b"
+        sequence_id, problem = submit.forks[0].sequence_id, "is too much for it"
+        gateway.worker.reject(sequence_id, code_pb2.INVALID_ARGUMENT, problem, grammar_problem=problem)
         responses, code = await answer
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert responses[-1].finished.error.message.startswith("structured_output: ")
@@ -305,26 +269,12 @@ async def test_a_conversation_that_cannot_be_is_refused_with_a_fix(
 async def test_a_request_out_of_time_ends_with_its_last_message_and_is_cancelled() -> None:
     async with serving(request_timeout_s=0.2) as (gateway, stub):
         answer = ask(stub, num_choices=2)
-        submits = await submitted(gateway.worker, 2)
+        forks = await submitted(gateway.worker, 2)
         responses, code = await answer
         assert code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert responses[-1].finished.error.code == code_pb2.DEADLINE_EXCEEDED
-        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in submits]
-        assert sorted(cancelled) == [submit.sequence_id for submit in submits]
-
-
-async def test_a_client_that_never_reads_loses_its_slot_soon_after_its_time() -> None:
-    async with serving(request_timeout_s=0.5, context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            # Far more than the windows of the connection hold.
-            ids = {"ids": [1] * 500_000}
-            request = pb.GenerateRequest(prompt_ids=ids, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
-            (submit,) = await submitted(gateway.worker)
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == submit.sequence_id
-            await until(lambda: gateway.admission.in_flight == 0)
-            call.cancel()
+        cancelled = [await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) for _ in forks]
+        assert sorted(cancelled) == [fork.sequence_id for fork in forks]
 
 
 async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_theirs() -> None:
@@ -332,65 +282,11 @@ async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_
         async with gateway.admission.slot(weight=60):
             answer = ask(stub, num_choices=5)
             await until(lambda: gateway.admission.queued == 1)
-        submits = await submitted(gateway.worker, 5)
-        gateway.worker.step(*(token(submit, 0, 3, end=STOP) for submit in submits))
+        forks = await submitted(gateway.worker, 5)
+        gateway.worker.step(*(token(fork, 0, 3, end=STOP) for fork in forks))
         assert (await answer)[1] is grpc.StatusCode.OK
         gateway.admission.max_in_flight = 4
         with pytest.raises(grpc.aio.AioRpcError, match="at most 4") as caught:
             await stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=5)).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         gateway.admission.max_in_flight = 64
-
-
-async def test_a_client_that_does_not_read_is_given_up_long_before_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "MAX_WAITING", 100)
-    async with serving(context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            # The echo alone is more than the windows of the connection hold; what follows can but wait.
-            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 500_000}, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
-            (submit,) = await submitted(gateway.worker)
-            for index in range(101):
-                gateway.worker.step(token(submit, index, 3))
-            assert await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S) == submit.sequence_id
-            await until(lambda: gateway.admission.in_flight == 0)
-            call.cancel()
-
-
-async def test_a_client_that_is_slow_to_read_has_until_its_deadline_for_the_last_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(generate, "_LAST_WORD_S", 0.2)
-    async with serving(context=2**20) as (gateway, _):
-        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(gateway.address, options=options) as channel:
-            request = pb.GenerateRequest(prompt_ids={"ids": [1] * 300_000}, echo=True)
-            call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=PATIENCE_S)
-            (submit,) = await submitted(gateway.worker)
-            gateway.worker.step(token(submit, 0, 3, end=STOP))
-            await asyncio.sleep(0.7)  # longer than others have
-            responses, code = await collect(call)
-            assert code is grpc.StatusCode.OK and responses[-1].HasField("finished")
-
-
-async def test_tokens_that_come_faster_than_they_can_be_sent_are_sent_together_and_none_is_lost(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Steps come far apart here where the machine is busy; the pause after a round is made longer than that.
-    monkeypatch.setattr(inbox, "_PAUSE", 100.0)
-    monkeypatch.setattr(inbox, "_MOST_PAUSE_S", 0.5)
-    async with serving(context=2**16) as (gateway, stub):
-        num_streams, num_steps = 16, 400
-        answers = [ask(stub, max_tokens=num_steps) for _ in range(num_streams)]
-        submits = await submitted(gateway.worker, num_streams)
-        for index in range(num_steps):
-            end = LENGTH if index == num_steps - 1 else None
-            gateway.worker.step(*(token(submit, index, index % 26, end=end) for submit in submits))
-        for answer in answers:
-            responses, code = await answer
-            assert code is grpc.StatusCode.OK
-            ids = [item.id for response in responses for item in response.chunk.tokens]
-            assert ids == [index % 26 for index in range(num_steps)]
-            # Without rounds nothing is sent together.
-            assert len(responses) < 0.5 * num_steps

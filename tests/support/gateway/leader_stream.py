@@ -17,9 +17,15 @@ WAIT_S = 60.0
 
 
 def submit(sequence_id: int = 1, *, epoch: int = EPOCH, **fields: Any) -> pb.LeadRequest:
-    """Greedy, unless ``fields`` say otherwise."""
+    """One sequence, greedy, unless ``fields`` say otherwise."""
+    fork = {"sequence_id": sequence_id} | {name: fields.pop(name) for name in ("prompt_logprobs",) if name in fields}
+    return submit_forks(pb.Fork(**fork), epoch=epoch, **fields)
+
+
+def submit_forks(*forks: pb.Fork, epoch: int = EPOCH, **fields: Any) -> pb.LeadRequest:
+    """Sequences of one prompt, greedy, unless ``fields`` say otherwise."""
     base: dict[str, Any] = {
-        "sequence_id": sequence_id,
+        "forks": forks,
         "prompt_ids": [3, 4, 5],
         "sampling": pb.Sampling(repetition_penalty=1.0, top_p=1.0),
         "max_tokens": 4,

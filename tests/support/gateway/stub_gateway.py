@@ -15,6 +15,7 @@ from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
+from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import InferenceService
 from orchestrator.model_dir.chat import ChatTemplate
 from orchestrator.model_dir.default_sampling import DefaultSampling
@@ -77,12 +78,14 @@ class StubWorker(worker_pb2_grpc.WorkerServicer):
     replies: asyncio.Queue[pb.LeadResponse] = field(default_factory=asyncio.Queue)
     submits: asyncio.Queue[pb.Submit] = field(default_factory=asyncio.Queue)
     cancels: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    submitted_bytes: int = 0
 
     async def Lead(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.LeadResponse]:
         async def listen() -> None:
             async for request in request_iterator:
                 match request.WhichOneof("command"):
                     case "submit":
+                        self.submitted_bytes += request.ByteSize()
                         self.submits.put_nowait(request.submit)
                     case "cancel":
                         self.cancels.put_nowait(request.cancel.sequence_id)
@@ -98,9 +101,9 @@ class StubWorker(worker_pb2_grpc.WorkerServicer):
         """One step with these outputs."""
         self.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(sequences=outputs)))
 
-    def reject(self, sequence_id: int, code: int, message: str) -> None:
+    def reject(self, sequence_id: int, code: int, message: str, **fields: str) -> None:
         """Do not take a submission."""
-        rejected = pb.Rejected(sequence_id=sequence_id, code=code, message=message)
+        rejected = pb.Rejected(sequence_id=sequence_id, code=code, message=message, **fields)
         self.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, rejected=rejected))
 
 
@@ -138,15 +141,17 @@ async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -
     worker.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(total_blocks=8, free_blocks=8)))
     admission = Admission(64, 64)
     telemetry = Telemetry(TelemetryConfig())
-    generator = Generator(
+    fleet = cast(Fleet, OneLeader(leader))
+    generator = Generator(model=model, fleet=fleet, admission=admission, telemetry=telemetry)
+    requests = RequestReader(model=model, admission=admission)
+    server = grpc.aio.server()
+    service = InferenceService(
         model=model,
-        fleet=cast(Fleet, OneLeader(leader)),
-        admission=admission,
+        requests=requests,
+        generator=generator,
         telemetry=telemetry,
         request_timeout_s=request_timeout_s,
     )
-    server = grpc.aio.server()
-    service = InferenceService(model=model, generator=generator)
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -155,7 +160,7 @@ async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -
         yield StubGateway(address=address, worker=worker, leader=leader, generator=generator, admission=admission)
     finally:
         await server.stop(0.0)
-        await generator.close()
+        await requests.close()
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await worker_server.stop(0.0)

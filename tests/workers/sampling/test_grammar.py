@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from placement.errors import InvalidRequest
+from placement.serving.grammar import MAX_SOURCE_BYTES, MAX_WHITESPACE
 from tests.support.grammars import (
     DEMO,
     EOS,
@@ -33,8 +34,6 @@ from tests.support.grammars import (
     regex,
 )
 from workers.sampling.grammar import (
-    MAX_SOURCE_BYTES,
-    MAX_WHITESPACE,
     Grammar,
     GrammarFactory,
     GrammarFailed,

@@ -770,11 +770,11 @@ Global___LeadRequest: _TypeAlias = LeadRequest  # noqa: Y015
 
 @_typing.final
 class Submit(_message.Message):
-    """Hands a sequence to the replica."""
+    """Hands sequences to the replica that continue one prompt. Each is taken, refused and cancelled on its own."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    FORKS_FIELD_NUMBER: _builtins.int
     PROMPT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
@@ -782,21 +782,20 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
-    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
-    sequence_id: _builtins.int
-    """Chosen by the gateway, never used twice within a stream."""
     max_tokens: _builtins.int
     priority: _builtins.int
     logprobs: _builtins.int
     """Top alternatives wanted with each token; absent means no log-probabilities."""
     min_tokens: _builtins.int
     """No stop id before this many tokens."""
-    prompt_logprobs: _builtins.int
-    """Top alternatives wanted with each token of the prompt; absent means no log-probabilities of the prompt."""
     cache_salt: _builtins.bytes
     """KV is shared among sequences of equal salt."""
+    @_builtins.property
+    def forks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fork]:
+        """At least one."""
+
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -805,12 +804,12 @@ class Submit(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def grammar(self) -> Global___Grammar:
-        """What the answer must match; absent means anything."""
+        """What each answer must match; absent means anything."""
 
     def __init__(
         self,
         *,
-        sequence_id: _builtins.int = ...,
+        forks: _abc.Iterable[Global___Fork] | None = ...,
         prompt_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         max_tokens: _builtins.int = ...,
@@ -818,28 +817,54 @@ class Submit(_message.Message):
         priority: _builtins.int = ...,
         logprobs: _builtins.int | None = ...,
         min_tokens: _builtins.int = ...,
-        prompt_logprobs: _builtins.int | None = ...,
         cache_salt: _builtins.bytes = ...,
         grammar: Global___Grammar | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "cache_salt", b"cache_salt", "grammar", b"grammar", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "sequence_id", b"sequence_id", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "cache_salt", b"cache_salt", "forks", b"forks", "grammar", b"grammar", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
     _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
-    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
-    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Fork(_message.Message):
+    """One sequence of a Submit: what is its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.int
+    """Chosen by the gateway, never used twice within a stream."""
+    seed: _builtins.int
+    prompt_logprobs: _builtins.int
+    """Top alternatives wanted with each token of the prompt; absent means no log-probabilities of the prompt."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs", "prompt_logprobs", b"prompt_logprobs", "seed", b"seed", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+
+Global___Fork: _TypeAlias = Fork  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):
@@ -872,14 +897,15 @@ Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """Every field is set: the gateway has filled in the defaults."""
+    """How tokens are chosen, but for the seed, which each Fork has. Every field is set: the gateway fills in the defaults.
+    With the seed, the prompt and the tokens so far this is the whole state of sampling.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
     MIN_P_FIELD_NUMBER: _builtins.int
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
@@ -889,7 +915,6 @@ class Sampling(_message.Message):
     temperature: _builtins.float
     top_k: _builtins.int
     top_p: _builtins.float
-    seed: _builtins.int
     min_p: _builtins.float
     repetition_penalty: _builtins.float
     """1 changes nothing."""
@@ -907,7 +932,6 @@ class Sampling(_message.Message):
         temperature: _builtins.float = ...,
         top_k: _builtins.int = ...,
         top_p: _builtins.float = ...,
-        seed: _builtins.int = ...,
         min_p: _builtins.float = ...,
         repetition_penalty: _builtins.float = ...,
         presence_penalty: _builtins.float = ...,
@@ -917,7 +941,7 @@ class Sampling(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_ids", b"bias_ids", "biases", b"biases", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_ids", b"bias_ids", "biases", b"biases", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1252,28 +1276,34 @@ Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
 
 @_typing.final
 class Rejected(_message.Message):
-    """A Submit that was not taken."""
+    """A Fork that was not taken."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    GRAMMAR_PROBLEM_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     code: _builtins.int
     """A google.rpc.Code number."""
     message: _builtins.str
+    grammar_problem: _builtins.str
+    """Set where the grammar is at fault, and nothing else: what is wrong with it."""
     def __init__(
         self,
         *,
         sequence_id: _builtins.int = ...,
         code: _builtins.int = ...,
         message: _builtins.str = ...,
+        grammar_problem: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "grammar_problem", b"grammar_problem"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "code", b"code", "grammar_problem", b"grammar_problem", "message", b"message", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__grammar_problem: _TypeAlias = _typing.Literal["grammar_problem"]  # noqa: Y015
+    _WhichOneofArgType__grammar_problem: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar_problem) -> _WhichOneofReturnType__grammar_problem | None: ...
 
 Global___Rejected: _TypeAlias = Rejected  # noqa: Y015

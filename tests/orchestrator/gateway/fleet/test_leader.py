@@ -63,9 +63,10 @@ def token(index: int, *, epoch: int = EPOCH, sequence_id: int = 1) -> pb.LeadRes
     return pb.LeadResponse(epoch=epoch, step=pb.StepOutput(step=index + 1, sequences=[output]))
 
 
-def submit(leader: Leader, message: pb.Submit) -> Inbox:
+def submit(leader: Leader, *sequence_ids: int, num_prompt_tokens: int = 3) -> Inbox:
     inbox = Inbox()
-    leader.submit(message, inbox, num_new_tokens=len(message.prompt_ids))
+    forks = [pb.Fork(sequence_id=sequence_id) for sequence_id in sequence_ids]
+    leader.submit(pb.Submit(forks=forks, prompt_ids=[1] * num_prompt_tokens), inbox)
     return inbox
 
 
@@ -89,9 +90,9 @@ async def said(leader: Leader, script: Script, *messages: pb.LeadResponse) -> No
 
 async def test_commands_carry_the_epoch_and_outputs_reach_their_inbox() -> None:
     async with connected() as (leader, script):
-        inbox = submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1, 2, 3]))
+        inbox = submit(leader, 1)
         heard = await asyncio.wait_for(script.heard.get(), PATIENCE_S)
-        assert (heard.epoch, heard.submit.sequence_id) == (EPOCH, 1)
+        assert (heard.epoch, heard.submit.forks[0].sequence_id) == (EPOCH, 1)
         script.say.put_nowait(token(0))
         (output,) = await taken(inbox)
         assert isinstance(output, pb.SequenceOutput) and output.index == 0
@@ -102,7 +103,7 @@ async def test_commands_carry_the_epoch_and_outputs_reach_their_inbox() -> None:
 
 async def test_a_late_message_of_an_old_epoch_is_refused_and_counted() -> None:
     async with connected() as (leader, script):
-        inbox = submit(leader, pb.Submit(sequence_id=1))
+        inbox = submit(leader, 1)
         script.say.put_nowait(token(0, epoch=EPOCH - 1))
         script.say.put_nowait(token(0))
         assert await taken(inbox) == list(token(0).step.sequences)
@@ -111,7 +112,7 @@ async def test_a_late_message_of_an_old_epoch_is_refused_and_counted() -> None:
 
 async def test_silence_is_a_loss_that_every_sequence_hears_of(clock: LoopClock) -> None:
     async with connected(heartbeat_timeout_s=0.3) as (leader, _):
-        inboxes = [submit(leader, pb.Submit(sequence_id=number)) for number in range(3)]
+        inboxes = [submit(leader, number) for number in range(3)]
         await ticks(clock, 9, of=0.3)
         assert leader.accepting
         await ticks(clock, 2, of=0.3)
@@ -119,7 +120,7 @@ async def test_silence_is_a_loss_that_every_sequence_hears_of(clock: LoopClock) 
             (event,) = await taken(inbox)
             assert isinstance(event, Lost) and event.cause == "no heartbeat for 0.3 s"
         assert not leader.accepting
-        late = submit(leader, pb.Submit(sequence_id=9))
+        late = submit(leader, 9)
         (event,) = await taken(late)
         assert isinstance(event, Lost)
 
@@ -142,7 +143,7 @@ async def test_a_stream_that_ends_is_a_loss() -> None:
 async def test_what_was_submitted_since_the_last_report_counts_as_pending() -> None:
     async with connected() as (leader, script):
         assert leader.replica_load().pending_tokens == 5
-        submit(leader, pb.Submit(sequence_id=1, prompt_ids=[1] * 40))
+        submit(leader, 1, num_prompt_tokens=40)
         assert leader.replica_load().pending_tokens == 45
         await said(leader, script, LOAD)
         assert leader.replica_load().pending_tokens == 45, "the report may be older than the submission"
@@ -177,9 +178,7 @@ async def test_a_pause_of_this_process_is_not_blamed_on_the_leader(clock: LoopCl
 
 async def test_sequences_of_one_request_share_an_inbox_and_hear_of_a_loss_once() -> None:
     async with connected() as (leader, script):
-        inbox = Inbox()
-        for sequence_id in (1, 2):
-            leader.submit(pb.Submit(sequence_id=sequence_id, prompt_ids=[1] * 40), inbox, num_new_tokens=20)
+        inbox = submit(leader, 1, 2, num_prompt_tokens=40)
         assert leader.replica_load().pending_tokens == 45, "a shared prompt is computed once"
         script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, rejected=pb.Rejected(sequence_id=2, message="no")))
         (refused,) = await taken(inbox)

@@ -28,9 +28,10 @@ def check(*, prompt_ids: Sequence[int] = (1, 2, 3), model: Any = MODEL, **fields
 def test_what_is_absent_is_the_models_default() -> None:
     request = check(model=served_model(defaults=SAMPLER))
     sampling = request.sampling
-    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 5, 0.75, 99)
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, request.seed) == (0.5, 5, 0.75, 99)
     assert (sampling.min_p, sampling.repetition_penalty) == (0.125, 1.5)
-    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (0.0, 0.0, ())
+    assert (sampling.presence_penalty, sampling.frequency_penalty, list(sampling.biases)) == (0.0, 0.0, [])
+    assert list(sampling.bias_ids) == []
     assert (request.num_choices, request.min_tokens, request.max_tokens) == (1, 0, CONTEXT - 3)
     assert (request.cache_salt, request.echo, request.grammar, request.logprobs) == (b"", False, None, None)
     assert (request.request_id, request.stop_token_ids) == ("made", (EOS,))
@@ -38,8 +39,9 @@ def test_what_is_absent_is_the_models_default() -> None:
 
 def test_what_is_said_counts_before_the_default_even_where_it_says_nothing_changes() -> None:
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
-    given = check(model=served_model(defaults=SAMPLER), sampling=sampling).sampling
-    assert (given.temperature, given.top_k, given.top_p, given.seed) == (0.0, 0, 1.0, 0)
+    request = check(model=served_model(defaults=SAMPLER), sampling=sampling)
+    given = request.sampling
+    assert (given.temperature, given.top_k, given.top_p, request.seed) == (0.0, 0, 1.0, 0)
     assert (given.min_p, given.repetition_penalty) == (0.0, 1.0)
 
 
@@ -62,7 +64,7 @@ def test_everything_that_was_asked_is_kept() -> None:
     sampling = request.sampling
     assert (sampling.min_p, sampling.repetition_penalty) == (0.25, 100.0)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2.0, 2.0)
-    assert sampling.logit_bias == ((31, -100.0), (0, 100.0))
+    assert (list(sampling.bias_ids), list(sampling.biases)) == ([31, 0], [-100.0, 100.0])
     assert (request.num_choices, request.min_tokens, request.echo, request.logprobs) == (64, 5, True, 20)
     assert request.cache_salt == hashlib.sha256(b"tenant").digest()
 

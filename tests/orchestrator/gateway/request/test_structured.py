@@ -16,13 +16,14 @@ import workers.sampling.grammar
 from orchestrator.gateway.errors import Overloaded, ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request import structured_probe, structured_trial
-from orchestrator.gateway.request.structured import MAX_SOURCE_BYTES, check_structured
+from orchestrator.gateway.request.structured import check_structured
 from orchestrator.gateway.request.structured_probe import GrammarProbe
 from orchestrator.gateway.request.structured_schema import MAX_INTEGER
 from orchestrator.model_dir.default_sampling import DefaultSampling
 from placement.errors import InvalidRequest
 from placement.model.hf import read_model_spec
 from placement.model.specs import DType
+from placement.serving.grammar import MAX_SOURCE_BYTES
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
@@ -251,7 +252,6 @@ async def test_the_process_reads_the_tokenizer_by_itself(model: ServedModel) -> 
 
 
 async def test_grammars_that_compile_pass(probe: GrammarProbe) -> None:
-    await probe.start()
     for grammar in (
         schema_of({}),
         schema_of({"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}),
@@ -350,7 +350,7 @@ async def test_a_request_that_leaves_frees_no_place_while_its_trial_goes_on(prob
 
 
 async def test_equal_grammars_at_once_share_one_trial(probe: GrammarProbe) -> None:
-    await probe.start()
+    await probe.check(worker_pb2.Grammar(regex="a"))  # the process has read the tokenizer
     # More than places and queue together.
     problems = await asyncio.gather(*(problem_of(probe, worker_pb2.Grammar(regex="(")) for _ in range(200)))
     assert len(set(problems)) == 1 and problems[0] is not None

@@ -1,0 +1,33 @@
+"""How grammars are compiled, for those who try a client's grammar and those who then follow it: both must agree."""
+
+from typing import TypedDict
+
+MAX_SOURCE_BYTES = 64 * 1024
+# The most white space between two tokens of JSON. Without a limit a weak model fills the rest of its context with it.
+MAX_WHITESPACE = 32
+
+
+class JsonOptions(TypedDict, total=False):
+    """The options of llguidance for JSON Schemas, as ``llguidance.JsonCompileOptions`` has them."""
+
+    item_separator: str | None
+    key_separator: str | None
+    whitespace_pattern: str | None
+    whitespace_flexible: bool | None
+    coerce_one_of: bool | None
+    lenient: bool | None
+    json_allowed_escapes: str | None
+    json_allow_general_unicode_escapes: bool | None
+
+
+# Given as overrides, they go before what a schema says in "x-guidance", so that every answer is JSON that fits it.
+JSON_OPTIONS: JsonOptions = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}",
+    "coerce_one_of": False,
+    "lenient": False,
+    "json_allowed_escapes": None,
+    "json_allow_general_unicode_escapes": False,
+}
