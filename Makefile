@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PROTO_OUT ?= protos
+TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -35,8 +36,9 @@ types: setup
 contracts: setup
 	$(BIN)/lint-imports
 
+# Everything in one process: `.venv/bin/python -m pytest`.
 unit: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.run_suite --workers $(TEST_WORKERS)
 
 protos: setup  ## Generate the gRPC code again from the .proto files
 	mkdir -p $(PROTO_OUT)
