@@ -30,9 +30,14 @@ _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
 _HUGE_PAGE = 2 << 20
 
 
+def can_run() -> bool:
+    """Whether this CPU has the instructions of the code."""
+    return "avx512bf16" in machine_code.cpu_features()
+
+
 def is_supported() -> bool:
-    """Whether this CPU can run the code, and has no matrix unit (AMX), which libraries use and this does not."""
-    return "avx512bf16" in machine_code.cpu_features() and "amx-bf16" not in machine_code.cpu_features()
+    """Whether the code is chosen: where the CPU has a matrix unit (AMX), libraries use that and are faster."""
+    return can_run() and "amx-bf16" not in machine_code.cpu_features()
 
 
 class PackedWeight:
