@@ -1,7 +1,7 @@
 """A sequence that a replica has not ended yet: what was asked, and its tokens as far as they are known."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.serving.events import Advance, EndReason, SequenceSpec, Tell
 from placement.serving.prefix import chain_hashes
@@ -39,43 +39,36 @@ class LiveSequence:
 
     def known(self, chunk: Chunk) -> Seq[int]:
         """The tokens of a chunk, as far as they are known."""
-        assert len(self.token_ids) >= chunk.stop - 1, "only the newest token can be unknown"
-        return self.token_ids[chunk.start : chunk.stop]
-
-    def schedule(self, now_s: float) -> None:
-        """Notes when it was first scheduled."""
-        if self.scheduled_s is None:
-            self.scheduled_s = now_s
+        stop = chunk.start + chunk.num_tokens
+        assert len(self.token_ids) >= stop - 1, "only the newest token can be unknown"
+        return self.token_ids[chunk.start : stop]
 
     def accept(self, advance: Advance) -> tuple[tuple[int, ...], EndReason | None]:
         """The tokens that the answer takes of those given, up to its end, and why it ends with them, if it does."""
+        given = advance.token_ids
         room = self.spec.max_tokens - self.num_outputs
-        for index, token_id in enumerate(advance.token_ids[:room], start=1):
+        for index, token_id in enumerate(given[:room], start=1):
             if token_id in self.spec.stop_token_ids:
-                return advance.token_ids[:index], EndReason.STOP
-        token_ids = advance.token_ids[:room]
-        if token_ids and advance.is_complete and len(token_ids) == len(advance.token_ids):
-            return token_ids, EndReason.STOP
-        return token_ids, EndReason.LENGTH if len(token_ids) == room else None
+                return given[:index], EndReason.STOP
+        if given and advance.is_complete and len(given) <= room:
+            return given, EndReason.STOP
+        return given[:room], EndReason.LENGTH if len(given) >= room else None
 
     def tell(self, place: int | None, token_ids: tuple[int, ...], now_s: float) -> Tell:
         """What is said of tokens before they are part of the answer."""
-        sequence = self.sequence
-        if self.num_told:
-            return Tell(
-                sequence_id=sequence.sequence_id,
-                place=place,
-                first_index=self.num_outputs,
-                token_ids=token_ids,
-                num_preemptions=sequence.num_preemptions,
-            )
-        assert self.scheduled_s is not None, self
-        return Tell(
+        sequence, first_index = self.sequence, self.num_outputs
+        tell = Tell(
             sequence_id=sequence.sequence_id,
             place=place,
-            first_index=self.num_outputs,
+            first_index=first_index,
             token_ids=token_ids,
             num_preemptions=sequence.num_preemptions,
+        )
+        if first_index > self.num_emitted:
+            return tell
+        assert self.scheduled_s is not None, self
+        return replace(
+            tell,
             queue_s=self.scheduled_s - self.submitted_s,
             prefill_s=now_s - self.scheduled_s,
             cached_tokens=sequence.num_cached_tokens,

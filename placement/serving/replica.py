@@ -252,7 +252,8 @@ class ReplicaCore:
         )
         self._in_flight.append(plan)
         for live in planned:
-            live.schedule(now_s)
+            if live.scheduled_s is None:
+                live.scheduled_s = now_s
         self._count_early(plan)
         return commands
 
@@ -261,7 +262,7 @@ class ReplicaCore:
 
         In a pipeline the chunks that sample are counted when their step has ended.
         """
-        early = [chunk for chunk in plan.chunks if not (self._is_pipeline and chunk.samples)]
+        early = [chunk for chunk in plan.chunks if not chunk.samples] if self._is_pipeline else plan.chunks
         self.scheduler.complete(early)
         for chunk in early:
             if chunk.samples:
@@ -372,7 +373,8 @@ class ReplicaCore:
         live = None if transfer is None else self._live.get(transfer.sequence_id)
         if live is None:
             return []
-        live.schedule(now_s)
+        if live.scheduled_s is None:
+            live.scheduled_s = now_s
         live.sequence.num_output_tokens += len(live.accept(event.advance)[0])
         self.scheduler.arrive(live.sequence.sequence_id, event.num_tokens)
         return self._advance(live, None, event.advance, now_s)

@@ -16,7 +16,8 @@ from placement.serving.prefix import PrefixCache
 from placement.serving.sequence import Phase, Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
 
-_COMPUTING = frozenset({Phase.RUNNING, Phase.REPLAY})
+# Looked up for every sequence in every step, where a class's attribute is slow.
+_LEAVING, _REPLAY = Phase.LEAVING, Phase.REPLAY
 
 
 @dataclass(slots=True)
@@ -29,14 +30,14 @@ class _Draft:
     preempted: list[int] = field(default_factory=list)
     reserved: list[int] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, num_tokens: int) -> None:
+    def add(self, sequence: Sequence, num_tokens: int, *, is_decode: bool) -> None:
         assert 1 <= num_tokens <= self.budget and sequence.step is None, sequence
         chunk = Chunk(
             sequence_id=sequence.sequence_id,
             start=sequence.num_computed_tokens,
             num_tokens=num_tokens,
             samples=num_tokens == sequence.num_uncomputed_tokens,
-            is_decode=sequence.is_decode,
+            is_decode=is_decode,
         )
         self.chunks.append(chunk)
         self.budget -= num_tokens
@@ -107,9 +108,7 @@ class Scheduler:
     def pending_tokens(self) -> int:
         """Tokens known and not yet computed, of all sequences; those in flight count until they complete."""
         return sum(
-            sequence.num_uncomputed_tokens
-            for sequence in self._sequences.values()
-            if sequence.phase is not Phase.LEAVING
+            sequence.num_uncomputed_tokens for sequence in self._sequences.values() if sequence.phase is not _LEAVING
         )
 
     def sequence(self, sequence_id: int) -> Sequence:
@@ -201,9 +200,9 @@ class Scheduler:
             sequence.step = None
             sequence.num_computed_tokens += chunk.num_tokens
             self._prefixes.register(sequence)
-            if sequence.phase is Phase.LEAVING:
+            if sequence.phase is _LEAVING:
                 self._forget(sequence)
-            elif sequence.phase is Phase.REPLAY and sequence.num_uncomputed_tokens <= 1:
+            elif sequence.phase is _REPLAY and sequence.num_uncomputed_tokens <= 1:
                 sequence.enter(Phase.RUNNING)
 
     def register(self, sequence_id: int) -> None:
@@ -234,7 +233,7 @@ class Scheduler:
         is_leaving = sequence.phase is Phase.LEAVING
         assert isinstance(sequence.hold.owner, StepOwner if is_leaving else SequenceOwner), sequence
         assert sequence.step is not None or not is_leaving, sequence
-        assert sequence.step is None or sequence.phase in _COMPUTING or is_leaving, sequence
+        assert sequence.step is None or sequence.is_computed or is_leaving, sequence
         slots = len(sequence.block_table) * self._pool.block_size
         assert 0 <= sequence.num_computed_tokens <= min(slots, sequence.num_tokens), sequence
         assert sequence.num_output_tokens <= sequence.max_tokens, sequence
@@ -256,7 +255,7 @@ class Scheduler:
 
         Where several steps are in flight at once, each gets its share of the decodes.
         """
-        decodes = [sequence for sequence in self._running if sequence.is_decode and sequence.phase in _COMPUTING]
+        decodes = [sequence for sequence in self._running if sequence.is_decode]
         most = -(-len(decodes) // self._limits.num_batches)
         for sequence in decodes:
             if len(draft.chunks) == most:
@@ -264,7 +263,7 @@ class Scheduler:
             if sequence.step is not None or not sequence.is_decode:
                 continue  # preempted a moment ago is no decode either
             if self._find_room(sequence, draft):
-                draft.add(sequence, 1)
+                draft.add(sequence, 1, is_decode=True)
 
     def _schedule_prefills(self, draft: _Draft) -> None:
         """Goes on with prompts begun earlier, whose blocks were allocated at admission, and with sequences that were
@@ -273,11 +272,11 @@ class Scheduler:
         for sequence in list(self._running):
             if not draft.budget:
                 return
-            if sequence.step is not None or sequence.phase not in _COMPUTING or sequence.is_decode:
+            if sequence.step is not None or sequence.is_decode or not sequence.is_computed:
                 continue
             num_tokens = min(sequence.num_next_tokens, draft.budget)
             if num_tokens and self._find_room(sequence, draft):
-                draft.add(sequence, num_tokens)
+                draft.add(sequence, num_tokens, is_decode=False)
 
     def _admit(self, draft: _Draft) -> None:
         """Starts waiting sequences, in order: only one that awaits what is being computed lets others pass.
@@ -303,7 +302,8 @@ class Scheduler:
             if sequence.phase is Phase.AWAITS_KV:
                 draft.reserved.append(sequence.sequence_id)
             else:
-                draft.add(sequence, min(sequence.num_next_tokens, draft.budget))
+                num_tokens = min(sequence.num_next_tokens, draft.budget)
+                draft.add(sequence, num_tokens, is_decode=sequence.is_decode)
 
     def _start(self, sequence: Sequence, found: list[int], count: int) -> None:
         """Gives a waiting sequence the computed blocks that it starts with and ``count`` of its own."""
@@ -365,4 +365,4 @@ def _first_phase(sequence: Sequence) -> Phase:
 
 
 def _can_be_preempted(sequence: Sequence) -> bool:
-    return sequence.phase in _COMPUTING and sequence.num_uncomputed_tokens > 0
+    return sequence.is_computed and sequence.num_uncomputed_tokens > 0

@@ -35,6 +35,10 @@ TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
 """The phases that may follow each phase. A sequence may also be forgotten in any of them."""
 
 
+# Looked up for every sequence in every step, where a class's attribute is slow.
+_RUNNING, _REPLAY = Phase.RUNNING, Phase.REPLAY
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """The progress of one request.
@@ -90,6 +94,11 @@ class Sequence:
         return [] if self.hold is None else self.hold.blocks
 
     @property
+    def is_computed(self) -> bool:
+        """Whether steps compute it."""
+        return self.phase is _RUNNING or self.phase is _REPLAY
+
+    @property
     def in_flight(self) -> bool:
         """Whether a step computes some of its tokens and is not completed."""
         return self.step is not None
@@ -117,7 +126,7 @@ class Sequence:
     @property
     def num_next_tokens(self) -> int:
         """The most tokens that the next step may compute of it: a replayed answer comes one by one."""
-        if self.phase is not Phase.REPLAY:
+        if self.phase is not _REPLAY:
             return self.num_uncomputed_tokens
         rest = self.num_prompt_tokens - self.num_computed_tokens
         return rest if rest > 0 else min(1, self.num_uncomputed_tokens)
@@ -129,6 +138,7 @@ class Sequence:
         After a preemption nothing is computed and the prompt has at least one token, so the sequence is a prefill
         again. It is a decode from the moment when one token is left, however that came: the work is the same.
         """
-        if self.phase is Phase.REPLAY:
-            return self.num_computed_tokens >= self.num_prompt_tokens and self.num_uncomputed_tokens > 0
-        return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+        if self.phase is _RUNNING:
+            return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1
+        is_replayed = self.phase is _REPLAY and self.num_computed_tokens >= self.num_prompt_tokens
+        return is_replayed and self.num_uncomputed_tokens > 0

@@ -29,7 +29,7 @@ def _advance(token: SampledToken | SamplingFailed | None, is_complete: bool) -> 
 
 
 def outputs(
-    commands: Iterable[Tell | Ended], works: Mapping[int, Work], plan: StepPlan, result: StepResult
+    commands: Seq[Tell | Ended], works: Mapping[int, Work], plan: StepPlan, result: StepResult
 ) -> dict[Sink, list[Output]]:
     """What every sink is told of a step, in the order of its sequences. Scores of a prompt come before its answer."""
     told: dict[Sink, list[Output]] = {}
@@ -45,9 +45,10 @@ def outputs(
             said.append(_token(work.sequence_id, command, result))
         else:
             _say_end(said, work.sequence_id, command)
-    for work in (works.get(chunk.sequence_id) for chunk in plan.chunks):
-        if work is not None:  # a sink hears of every step that computed for it
-            told.setdefault(work.sink, [])
+    if len(commands) < len(plan.chunks):  # a sink hears of every step that computed for it
+        for chunk in plan.chunks:
+            if chunk.sequence_id in works:
+                told.setdefault(works[chunk.sequence_id].sink, [])
     return told
 
 

@@ -35,14 +35,15 @@ class Work:
             token_ids: the tokens of the chunk, as far as they are known.
             table: the sequence's KV blocks.
         """
+        stop = chunk.start + chunk.num_tokens
         return SequenceInput(
             token_ids=token_ids,
             start=chunk.start,
-            runs=self.runs.first(table, chunk.stop),
+            runs=self.runs.first(table, stop),
             awaits_token=len(token_ids) < chunk.num_tokens,
             sampler=self.sampler,
             samples=chunk.samples,
-            scored=self._scored(chunk.stop),
+            scored=None if self.submission.prompt_logprobs is None else self._scored(stop),
         )
 
     def _scored(self, stop: int) -> ScoredPrompt | None:

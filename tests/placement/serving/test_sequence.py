@@ -1,11 +1,12 @@
 import pytest
 
-from placement.serving.sequence import Sequence
+from placement.serving.sequence import Phase, Sequence
 
 
 def make(**fields: int) -> Sequence:
+    """A sequence that runs."""
     defaults = {"sequence_id": 1, "num_prompt_tokens": 3, "max_tokens": 8, "arrival": 0}
-    return Sequence(**{**defaults, **fields})  # type: ignore[arg-type]
+    return Sequence(**{**defaults, **fields}, phase=Phase.RUNNING)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
