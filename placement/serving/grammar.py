@@ -1,6 +1,9 @@
 """How grammars are compiled, for those who try a client's grammar and those who then follow it: both must agree."""
 
-from typing import TypedDict
+from typing import Literal, TypedDict
+
+GrammarKind = Literal["json_schema", "regex", "lark"]
+"""How a grammar is written: a field of worker.v1.Grammar."""
 
 MAX_SOURCE_BYTES = 64 * 1024
 # The most white space between two tokens of JSON. Without a limit a weak model fills the rest of its context with it.

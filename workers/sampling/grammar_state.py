@@ -5,13 +5,13 @@ Shapes: V token ids, with those that pad the vocabulary; W = ceil(V / 32) words 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from llguidance import LLExecutor, LLMatcher
 from torch import Tensor
 
 from placement.errors import HeterodyneError
+from placement.serving.grammar import GrammarKind
 
 _MAX_PROBLEM = 200
 
@@ -28,7 +28,7 @@ class GrammarSpec:
         source: a JSON Schema as JSON text, a regular expression (Rust's syntax), or a grammar in llguidance's Lark.
     """
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: GrammarKind
     source: str
 
 

@@ -19,10 +19,13 @@ from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_trial import MAX_COMPILE_S, Setup, Trial, Verdict
 from orchestrator.launcher.process import environment
 from placement.errors import InvalidRequest
+from placement.serving.grammar import GrammarKind
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
+# The fields of StructuredOutput, as clients know them.
+_PUBLIC_NAMES: dict[GrammarKind, str] = {"json_schema": "json_schema", "regex": "regex", "lark": "grammar"}
 _MAX_TRIALS, _MAX_QUEUED = 2, 64
 # The machine, not a grammar, is to blame for as many in a row.
 _MAX_USELESS = 5
@@ -84,7 +87,7 @@ class GrammarProbe:
             problem = await self._share(key, kind, source)
         if problem is not None:
             raise InvalidRequest(
-                field=f"structured_output.{'grammar' if kind == 'lark' else kind}",
+                field=f"structured_output.{_PUBLIC_NAMES[kind]}",
                 value=shown(source),
                 problem=problem,
                 fix="Correct it, or send a simpler one.",
@@ -99,7 +102,7 @@ class GrammarProbe:
             _kill(self._process)
         await asyncio.gather(*tasks, *([] if self._reader is None else [self._reader]), return_exceptions=True)
 
-    async def _share(self, key: bytes, kind: str, source: str) -> str | None:
+    async def _share(self, key: bytes, kind: GrammarKind, source: str) -> str | None:
         """Returns the verdict of the grammar's one trial, which goes on even where nobody waits for it any more."""
         trial = self._trials.get(key)
         if trial is None:
@@ -123,7 +126,7 @@ class GrammarProbe:
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
 
-    async def _try(self, key: bytes, kind: str, source: str) -> str | None:
+    async def _try(self, key: bytes, kind: GrammarKind, source: str) -> str | None:
         async with self._places.slot():
             if not self._trials[key].num_waiting:
                 raise _lost()  # everybody left before it began

@@ -20,7 +20,7 @@ from typing import TypedDict
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from orchestrator.brief import brief
-from placement.serving.grammar import JSON_OPTIONS
+from placement.serving.grammar import JSON_OPTIONS, GrammarKind
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
@@ -44,10 +44,10 @@ class Setup(TypedDict):
 
 
 class Trial(TypedDict):
-    """Every other line. ``kind`` is the name of a field of worker.v1.Grammar."""
+    """Every other line."""
 
     id: int
-    kind: str
+    kind: GrammarKind
     source: str
 
 
@@ -75,12 +75,14 @@ def problem_of(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 
 def _source(trial: Trial) -> str:
-    if trial["kind"] == "json_schema":
-        # With an option the text is parsed; without, it would be pasted into a larger one.
-        return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
-    if trial["kind"] == "regex":
-        return LLMatcher.grammar_from_regex(trial["source"])
-    return LLMatcher.grammar_from_lark(trial["source"])
+    match trial["kind"]:
+        case "json_schema":
+            # With an option the text is parsed; without, it would be pasted into a larger one.
+            return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
+        case "regex":
+            return LLMatcher.grammar_from_regex(trial["source"])
+        case "lark":
+            return LLMatcher.grammar_from_lark(trial["source"])
 
 
 def _walk(matcher: LLMatcher, choice: random.Random, eos_token_ids: set[int]) -> str | None:
