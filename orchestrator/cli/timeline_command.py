@@ -17,7 +17,7 @@ def write_timeline(address: str, output: Path, *, last_s: float | None = None, t
     """Writes the trace to ``output``. Returns what it holds, in one line for the user.
 
     Args:
-        last_s: only what ended within so many seconds.
+        last_s: how long ago requests and steps may have ended; None: as long as the service remembers.
 
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
@@ -34,7 +34,7 @@ def write_timeline(address: str, output: Path, *, last_s: float | None = None, t
 def fetch_timeline(
     address: str, *, last_s: float | None = None, timeout_s: float = 10.0
 ) -> admin_pb2.GetTimelineResponse:
-    """The latest requests and steps of a service.
+    """Asks a service for its latest requests and steps.
 
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.

@@ -78,7 +78,7 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
         _Node(
             name=host.name if names.count(host.name) == 1 else f"{host.name}-{host.host_id}",
             memory_bytes=host.memory_bytes,
-            workers=tuple(worker for worker, its in enumerate(hosts) if its.host_id == host.host_id),
+            workers=tuple(worker for worker, there in enumerate(hosts) if there.host_id == host.host_id),
         )
         for host in by_id.values()
     ]

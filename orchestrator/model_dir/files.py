@@ -1,4 +1,4 @@
-"""Owns the reading of a model directory in the Hugging Face layout, as far as headers go: no weight is read.
+"""Reads a model directory in the Hugging Face layout, but of the weights only headers.
 
 Every file is opened below the directory only; a symlink or an index that leads out of it is refused.
 """
@@ -36,11 +36,11 @@ class ModelFiles:
     """A model directory that was found sound.
 
     Attributes:
-        config: its config.json.
+        config: the content of config.json.
         tokenizer_file: what ``tokenizer`` was read from.
-        defaults: what its generation_config.json says of sampling.
-        chat_template: None where it has none, as base models do.
-        checkpoint_bytes: size of its safetensors files.
+        defaults: what generation_config.json says of sampling.
+        chat_template: None where there is none, as in base models.
+        checkpoint_bytes: size of the safetensors files.
     """
 
     config: Mapping[str, Any]
@@ -59,10 +59,10 @@ class _Tensor:
 
 
 def read_model_files(directory: Path) -> ModelFiles:
-    """What the directory holds, once everything in it was found to fit together.
+    """Returns what the directory holds, once everything in it was found to fit together.
 
     Raises:
-        InvalidConfig: ``directory`` is none.
+        InvalidConfig: ``directory`` is no directory.
         InvalidModel: a file is missing, damaged, too large, outside the directory, or contradicts another.
     """
     if not directory.is_dir():
@@ -90,7 +90,7 @@ def read_model_files(directory: Path) -> ModelFiles:
 
 
 def _owners(directory: Path) -> dict[str, str]:
-    """Which file holds each tensor. Where there is a single file it is the one, as for transformers and the workers."""
+    """Returns the file that holds each tensor. A single file goes before an index, as for transformers and workers."""
     if (directory / SINGLE).exists():
         return dict.fromkeys(_read_header(directory, SINGLE), SINGLE)
     if not (directory / INDEX).exists():
@@ -122,7 +122,7 @@ def _check_shard_name(name: str) -> None:
 
 
 def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
-    """The tensors of one safetensors file; the library checks sizes, overlaps and the file's length."""
+    """Returns the tensors of one safetensors file; the library checks sizes, overlaps and the file's length."""
     path = _inside(directory, name)
     try:
         with safe_open(path, framework="numpy") as file:
@@ -139,7 +139,7 @@ def _check_tensors(
     owners: Mapping[str, str],
     headers: Mapping[str, Mapping[str, _Tensor]],
 ) -> None:
-    """Whether the files have the tensors, each of one of its number types. Raises InvalidModel."""
+    """Raises InvalidModel unless the files have the tensors, each in one of its number types."""
     for wanted, dtypes in tensors:
         file = owners.get(wanted.name, SINGLE if SINGLE in headers else INDEX)
         found = headers.get(file, {}).get(wanted.name)
@@ -162,7 +162,7 @@ def _check_tensors(
 
 
 def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
-    """The tokenizer, once its ids were found to fit the model."""
+    """Returns the tokenizer, once its ids were found to fit the model."""
     name = TOKENIZER
     _check_vocabulary(_read_json(directory, name, MAX_TOKENIZER_BYTES), spec)
     try:
@@ -174,7 +174,7 @@ def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
 
 
 def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
-    """The tokenizer must not make an id that the embedding has no row for."""
+    """Refuses a tokenizer that makes an id for which the embedding has no row."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
@@ -200,7 +200,7 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _read_chat_template(directory: Path) -> ChatTemplate | None:
-    """The template in chat_template.jinja, else the one in tokenizer_config.json: the order of transformers."""
+    """Returns the template in chat_template.jinja, else the one in tokenizer_config.json, as transformers does."""
     file, config = "chat_template.jinja", "tokenizer_config.json"
     values = _read_json_if_there(directory, config, MAX_TOKENIZER_CONFIG_BYTES)
     special_tokens = read_special_tokens(
@@ -250,7 +250,7 @@ def _read_bytes(directory: Path, name: str, limit_bytes: int) -> bytes:
 
 
 def _inside(directory: Path, name: str) -> Path:
-    """The real path of a file of the directory."""
+    """Returns the real path of a file of the directory."""
     path = (directory / name).resolve()
     if not path.is_relative_to(directory):
         raise InvalidModel(

@@ -1,8 +1,9 @@
-"""Which layout to use where none is asked for: the first of a few simple ones that fits in memory.
+"""Chooses a layout where none is asked for: the first of a few simple ones that fits in memory.
 
-A replica on each device, or, of a model that is too large for that, one over all devices. How much each of them holds
-is by measured speed, as far as its memory goes; where nothing was measured by threads, and where that fails by memory.
-The planner, which weighs layouts against each other by measured speed, is to take its place.
+The first is a replica on each device; the second, for a model that is too large for that, one replica over all devices.
+How much each device holds follows its measured speed, as far as its memory goes; where nothing was measured it follows
+threads, and where that fails memory. The planner, which weighs layouts against each other by measured speed, is to take
+its place.
 """
 
 import math
@@ -24,7 +25,7 @@ SplitBy = Literal["speed", "threads", "memory"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What was chosen.
+    """The layouts that were chosen, and their plan.
 
     Attributes:
         split_by: what the shares of devices are by; None: each device has a replica.
@@ -43,7 +44,7 @@ def first_that_fits(
     unmeasured: Collection[tuple[str, str]] = (),
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Choice:
-    """A replica on each device, or, where the model is too large for that, one over all of them.
+    """Plans a replica on each device, or, where the model is too large for that, one replica over all of them.
 
     Args:
         plan: makes the plan of layouts; raises NotEnoughMemory where it does not fit.
@@ -78,7 +79,7 @@ def first_that_fits(
 
 
 def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
-    """What to tell of a model that fits neither whole on each device nor cut over all: what fewer changes mend."""
+    """Returns the refusal that is easier to mend, of a model that fits neither whole nor cut."""
     if whole.field != "model.path" or cut.field == "model.path":
         return whole
     problem = f"cut over all workers, of which none has room for the whole, {cut.problem}"
@@ -88,7 +89,7 @@ def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
 def shares(
     cluster: ClusterSpec, speeds: Sequence[DeviceSpeed] | None = None
 ) -> Iterator[tuple[SplitBy, tuple[float, ...]]]:
-    """Shares of all devices, of any scale, the best first, and what they are by. None where there is one device."""
+    """Yields shares of all devices and what they follow, the best first; nothing where there is one device."""
     devices = [device for node in cluster.nodes for device in node.devices]
     if len(devices) == 1:
         return
@@ -102,19 +103,19 @@ def shares(
 
 
 def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
-    """One replica over all devices: those of a node share every layer, nodes share the layers."""
+    """Returns one replica over all devices: those of a node share every layer, and nodes share the layers."""
     stages: list[StageLayout] = []
     place = 0
     for node in cluster.nodes:
         places = range(place, place + len(node.devices))
-        its = tuple(weights[device] for device in places)
-        stages.append(StageLayout(devices=tuple(places), weights=its, speed=sum(its)))
+        of_node = tuple(weights[device] for device in places)
+        stages.append(StageLayout(devices=tuple(places), weights=of_node, speed=sum(of_node)))
         place += len(places)
     return (ReplicaLayout(stages=tuple(stages)),)
 
 
 def _fullness(shard: Shard, unmeasured: Collection[tuple[str, str]]) -> float:
-    """What a rank needs beside its process, over what its device has beside that; 0 where that is not known."""
+    """Returns a rank's need over its device's memory, both without the process itself; 0 where memory is not known."""
     device = shard.device
     if (shard.node, device.name) in unmeasured or not device.memory_bytes:
         return 0.0
