@@ -71,7 +71,7 @@ def stream_generate(
     Raises:
         ServiceError: refused, failed, not done within ``timeout_s``, or answered against the protocol.
     """
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
         return _Reader(request, on_text).read(call)
@@ -83,7 +83,7 @@ def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatus
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
     """
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
 
 
@@ -96,7 +96,7 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
     """
     deadline, last_seen = time.monotonic() + timeout_s, "unreachable"
     request = health_pb2.HealthCheckRequest(service=service)
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         stub = health_pb2_grpc.HealthStub(channel)
         while (left_s := deadline - time.monotonic()) > 0:
             try:
@@ -206,12 +206,14 @@ def _code_name(number: int) -> str:
     return names.get(number, f"status {number}")
 
 
-def _channel(address: str) -> grpc.Channel:
+def open_channel(address: str) -> grpc.Channel:
+    """Opens a channel to the service, past any proxy."""
     return grpc.insecure_channel(address, options=_OPTIONS)
 
 
 @contextmanager
-def _one_line_errors(address: str) -> Iterator[None]:
+def one_line_errors(address: str) -> Iterator[None]:
+    """Raises a ServiceError in place of each error of gRPC."""
     try:
         yield
     except grpc.RpcError as error:

@@ -134,7 +134,6 @@ class NodeSpec:
     """One machine."""
 
     name: str
-    host: str
     memory_bytes: int
     devices: tuple[DeviceSpec, ...]
 
