@@ -1,4 +1,4 @@
-"""Tasks that run beside whoever started them: kept from being collected, heard when they fail, ended together."""
+"""Runs tasks beside their owner: keeps them from being collected, logs their failures, ends them together."""
 
 import asyncio
 import logging
@@ -14,9 +14,9 @@ class BackgroundTasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task. If it raises, that is logged with its traceback: nobody awaits it."""
-        task = asyncio.get_running_loop().create_task(work)
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Starts a task. If it raises, that is logged with its traceback, as nobody awaits it."""
+        task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -27,7 +27,7 @@ class BackgroundTasks:
             logger.error("background_task_failed", exc_info=error)
 
     async def close(self) -> None:
-        """Cancel what still runs and wait for its end."""
+        """Cancels what still runs and waits for its end."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -1,11 +1,11 @@
-"""How much of another program's own words is passed on: they may quote what a client wrote, all of it."""
+"""Shortens another program's words before they are passed on, as they may quote all that a client wrote."""
 
 MAX_CHARACTERS = 160
 _CUT = " … "
 
 
 def brief(words: str, limit: int = MAX_CHARACTERS) -> str:
-    """``words`` in one line of at most ``limit`` characters, all of them printable.
+    """Returns ``words`` in one line of at most ``limit`` characters, all of them printable.
 
     What is too long loses its middle: compilers quote there, and say what is wrong before or after it. Line breaks,
     escape codes and characters that turn the direction of writing become blanks.

@@ -1,4 +1,4 @@
-"""Owns the errors that only the orchestrator raises: many refusals at once, and a service that said no."""
+"""Owns the errors that only the orchestrator raises, such as many refusals at once, or a service that said no."""
 
 from collections.abc import Sequence
 

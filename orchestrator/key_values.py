@@ -1,8 +1,8 @@
-"""Lines of ``key=value`` pairs, for people and for other programs."""
+"""Writes lines of ``key=value`` pairs, for people and for other programs."""
 
 
 def key_values(**pairs: object) -> str:
-    """``a=1 b="two words"``: values that are empty are left out, those with spaces or quotes are quoted."""
+    """Writes ``a=1 b="two words"``. Empty values are left out; those with spaces or quotes are quoted."""
     return " ".join(f"{key}={_quoted(str(value))}" for key, value in pairs.items() if str(value))
 
 
@@ -14,5 +14,5 @@ def _quoted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """What a worker says may hold line breaks and escape codes: they are shown, not obeyed."""
+    """Escapes line breaks and control codes, which a worker's words may hold, so that they are shown and not obeyed."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""The command line: serve, generate, plan, status, timeline, schema, demo. Parses and prints; others do the work."""
+"""Parses the command line and prints; other modules do the work of its commands."""
 
 import logging
 import sys
@@ -38,7 +38,7 @@ ServiceAddress = Annotated[str, typer.Option("--address", envvar="HETERODYNE_ADD
 
 @contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """What a user did, or a service said, is no traceback."""
+    """Prints an error that is meant for the user as one line, without a traceback, and exits with 1."""
     try:
         yield
     except HeterodyneError as error:
@@ -103,7 +103,7 @@ def generate(
 
 
 def _ask(address: str, request: pb.GenerateRequest, *, timeout_s: float) -> None:
-    """Send it, show the answer as it comes and then the rest."""
+    """Sends a request, shows its answer as it comes, and then the rest."""
     with _errors_in_one_line():
         check_address(address)
         result = stream_generate(address, request, timeout_s=timeout_s, on_text=_write)
@@ -111,7 +111,7 @@ def _ask(address: str, request: pb.GenerateRequest, *, timeout_s: float) -> None
 
 
 def _show(result: GenerateResult, *, logprobs: bool) -> None:
-    """What has not been shown while it came."""
+    """Shows what was not shown while the answer came."""
     lines = choice_blocks(result) if len(result.choices) > 1 else iter(("",))
     for line in (*lines, *(logprob_lines(result) if logprobs else ())):
         _write(f"{line}\n")
@@ -136,7 +136,7 @@ def _write(text: str) -> None:
 
 
 def figures(result: GenerateResult) -> str:
-    """What a request took, in one line."""
+    """Says in one line what a request took."""
     finished, usage, timings = result.finished, result.finished.usage, result.finished.timings
     per_token_s, num_choices = timings.time_per_output_token_s, len(result.choices)
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""

@@ -1,4 +1,4 @@
-"""Owns the client's side of the public service, as the command line uses it: blocking, errors in one line."""
+"""Calls the public service for the command line; calls block, and errors are one line each."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class GenerateResult:
     """A finished answer.
 
     Attributes:
-        choices: as many as were asked for.
+        choices: the choices, as many as were asked for.
         ends: how each of them ended.
         echo: the prompt, where it was asked for.
     """
@@ -51,7 +51,7 @@ class GenerateResult:
 
     @property
     def text(self) -> str:
-        """Of the first choice."""
+        """The text of the first choice."""
         return self.choices[0].text
 
 
@@ -71,19 +71,19 @@ def stream_generate(
     Raises:
         ServiceError: refused, failed, not done within ``timeout_s``, or answered against the protocol.
     """
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
         return _Reader(request, on_text).read(call)
 
 
 def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatusResponse:
-    """Who holds what, in which state.
+    """Asks a service who holds what, and in which state.
 
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
     """
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
 
 
@@ -96,7 +96,7 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
     """
     deadline, last_seen = time.monotonic() + timeout_s, "unreachable"
     request = health_pb2.HealthCheckRequest(service=service)
-    with _channel(address) as channel, _one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address):
         stub = health_pb2_grpc.HealthStub(channel)
         while (left_s := deadline - time.monotonic()) > 0:
             try:
@@ -114,7 +114,7 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
 
 
 class _Received:
-    """What has come of the prompt's echo, or of one choice."""
+    """Collects what has come of the prompt's echo, or of one choice."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -122,7 +122,7 @@ class _Received:
         self.end: inference_pb2.ChoiceEnd | None = None
 
     def take(self, part: inference_pb2.Echo | inference_pb2.Chunk) -> None:
-        """Adds what follows without gap or repeat."""
+        """Adds a part, which must follow without gap or repeat."""
         if part.first_index != len(self.tokens):
             raise _broken(f"token {len(self.tokens)} was due and token {part.first_index} came")
         self.tokens += part.tokens
@@ -133,7 +133,10 @@ class _Received:
 
 
 class _Reader:
-    """Accepted, the echo, chunks of choices without gap or repeat, Finished: anything else is an error."""
+    """Reads the messages of an answer in their order: Accepted, the echo, the chunks of choices, Finished.
+
+    Any other order is an error, as is a gap or a repeat.
+    """
 
     def __init__(self, request: inference_pb2.GenerateRequest, on_text: Callable[[str], None]) -> None:
         self._choices = [_Received() for _ in range(max(1, request.num_choices))]
@@ -142,7 +145,7 @@ class _Reader:
         self._accepted: inference_pb2.Accepted | None = None
 
     def read(self, call: Iterator[inference_pb2.GenerateResponse]) -> GenerateResult:
-        """The whole answer."""
+        """Returns the whole answer."""
         for response in call:
             event = response.WhichOneof("event")
             if event == "accepted" and self._accepted is None:
@@ -203,12 +206,14 @@ def _code_name(number: int) -> str:
     return names.get(number, f"status {number}")
 
 
-def _channel(address: str) -> grpc.Channel:
+def open_channel(address: str) -> grpc.Channel:
+    """Opens a channel to the service, past any proxy."""
     return grpc.insecure_channel(address, options=_OPTIONS)
 
 
 @contextmanager
-def _one_line_errors(address: str) -> Iterator[None]:
+def one_line_errors(address: str) -> Iterator[None]:
+    """Raises a ServiceError in place of each error of gRPC."""
     try:
         yield
     except grpc.RpcError as error:
@@ -216,7 +221,7 @@ def _one_line_errors(address: str) -> Iterator[None]:
 
 
 def _service_error(error: grpc.RpcError, address: str) -> ServiceError:
-    """The status and its google.rpc details: field violations, and when to try again."""
+    """Returns the error of a gRPC status with its details: field violations, and when to try again."""
     code, message = error.code(), error.details() or "no reason was given"
     if code is grpc.StatusCode.UNAVAILABLE and message.startswith("failed to connect"):
         message = f"nothing answers at {address}"

@@ -1,4 +1,4 @@
-"""``demo``: the whole service once, as a user would run it: serve, ask, look, stop, and see that nothing is left."""
+"""Runs the whole service once for ``demo``, as a user would: serve, ask, look, stop, and see that nothing is left."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class DemoFailed(HeterodyneError):
 
 
 def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
-    """Run the demo.
+    """Runs the demo.
 
     Raises:
         HeterodyneError: a mistake in the configuration, a service that did not come up, or a process left over.
@@ -98,7 +98,7 @@ def _ask(address: str, console: Console) -> None:
 
 
 def measurements(finished: pb.Finished) -> Table:
-    """What the answer took, a line each; an answer of one token has no time between tokens."""
+    """Yields what the answer took, in lines; an answer of one token has no time between tokens."""
     usage, timings = finished.usage, finished.timings
     table = Table.grid(padding=(0, 1))
     table.add_column()
@@ -116,7 +116,7 @@ def measurements(finished: pb.Finished) -> Table:
 
 
 class WrappedText:
-    """Text that comes in pieces, broken between words at the width of the console."""
+    """Shows text that comes in pieces, broken between words at the width of the console."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -126,13 +126,13 @@ class WrappedText:
         self._word = ""
 
     def write(self, text: str) -> None:
-        """Show every word that is known to be whole."""
+        """Shows every word that is known to be whole."""
         *whole, self._word = re.split(r"(\s)", self._word + text)
         for piece in whole:
             self._put(piece)
 
     def end(self) -> None:
-        """Show the last word and end the line."""
+        """Shows the last word and ends the line."""
         self._put(self._word)
         self._console.print()
 
@@ -147,7 +147,7 @@ class WrappedText:
 
 
 def _settled_status(address: str) -> admin_pb2.GetStatusResponse:
-    """The status once the replicas have reported that the answer is done, or after a moment."""
+    """Returns the status once the replicas have reported that the answer is done, or after a moment."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         status = fetch_status(address)
@@ -168,20 +168,20 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 class Family:
-    """Every process that descended from one, also those whose parent has gone since."""
+    """Knows every process that descended from one, also those whose parent has gone since."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self.seen: set[psutil.Process] = {self._root}
 
     def look(self) -> None:
-        """Note who is there now."""
+        """Notes which processes there are now."""
         try:
             self.seen.update(self._root.children(recursive=True))
         except psutil.NoSuchProcess:
             return
 
     def alive(self) -> list[str]:
-        """Those that still run, given a moment to end."""
+        """Returns the processes that still run after a moment to end."""
         _, alive = psutil.wait_procs(self.seen - {psutil.Process(os.getpid())}, timeout=5.0)
         return [f"{process.pid} {process.name()}" for process in alive if process.status() != psutil.STATUS_ZOMBIE]

@@ -1,4 +1,4 @@
-"""The options of ``generate``: how each is written, and what its value becomes in the request."""
+"""Owns the options of ``generate``: how each is written, and what its value becomes in the request."""
 
 import errno
 import sys
@@ -40,14 +40,14 @@ TimeoutS = Annotated[float, typer.Option("--timeout", min=0.001, max=86400.0, he
 
 
 def checked_max_tokens(max_tokens: int | None, *, echo: bool) -> int | None:
-    """``max_tokens``, unless nothing at all is asked for."""
+    """Returns ``max_tokens``; refuses a request that asks for nothing at all."""
     if max_tokens == 0 and not echo:
         raise typer.BadParameter("0 is for --echo, which shows the prompt.", param_hint="--max-tokens")
     return max_tokens
 
 
 def set_input(request: pb.GenerateRequest, prompt: str, *, chat: bool, system: str | None) -> None:
-    """What is continued: text, standard input for ``-``, or either as what a user says."""
+    """Sets what the request continues: text, standard input for ``-``, or either as what a user says."""
     text = _standard_input() if prompt == "-" else prompt
     if system is not None and not chat:
         raise typer.BadParameter("It goes with --chat.", param_hint="--system")
@@ -68,7 +68,7 @@ def _standard_input() -> str:
 
 
 def biases(texts: Iterable[str]) -> list[pb.LogitBias]:
-    """Each of them is ID=VALUE."""
+    """Reads biases that are written as ID=VALUE each."""
     return [_bias(text) for text in texts]
 
 
@@ -82,7 +82,7 @@ def _bias(text: str) -> pb.LogitBias:
 
 
 def structured(json_schema: str | None, regex: str | None, grammar: str | None) -> pb.StructuredOutput | None:
-    """What the answer must match: at most one of them."""
+    """Returns what the answer must match; at most one of the three may be given."""
     given = {"--json-schema": json_schema, "--regex": regex, "--grammar": grammar}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
@@ -95,7 +95,7 @@ def structured(json_schema: str | None, regex: str | None, grammar: str | None) 
 
 
 def _file_or_text(value: str, option: str, *, mark: str) -> str:
-    """What the file of that name holds, where there is one; else the value itself, which has ``mark`` in it."""
+    """Returns what the file named ``value`` holds; where there is none, ``value`` itself, which must hold ``mark``."""
     try:
         if Path(value).is_file():
             return Path(value).read_text(encoding="utf-8")

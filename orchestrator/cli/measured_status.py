@@ -1,4 +1,4 @@
-"""What the ranks of a stage measured when they started, as ``status`` says it: as tables, and as pairs for programs."""
+"""Shows what the ranks of a stage measured when they started, as tables for people and as pairs for programs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from protos.heterodyne.v1 import admin_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A table: what its rows have in each of the columns."""
+    """A table, with what its rows have in each of the columns."""
 
     title: str
     columns: Sequence[str]
@@ -23,7 +23,7 @@ _EXPECTED_COLUMNS = ("replica", "stage", "tokens", "before", "exchange", "a laye
 
 
 def measured_tables(status: admin_pb2.GetStatusResponse) -> Iterator[Shown]:
-    """A table of each kind that some stage measured."""
+    """Yields a table for each kind of measurement that some stage made."""
     for title, columns, rows in (
         ("sums within a stage", _SUM_COLUMNS, _sum_rows(status)),
         ("some layers of a step, in one lane and in two", _LANE_COLUMNS, _lane_rows(status)),
@@ -36,7 +36,7 @@ def measured_tables(status: admin_pb2.GetStatusResponse) -> Iterator[Shown]:
 
 
 def measured_pairs(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, object]]:
-    """What a line for each measurement says; ``event`` says what was measured. Numbers are plain."""
+    """Yields the pairs of a line for each measurement; ``event`` says what was measured. Numbers are plain."""
     for pairs_of in (_sum_pairs, _lane_pairs, _exchange_pairs):
         for where, rank in _stages(status):
             for event, pairs in pairs_of(rank):
@@ -74,7 +74,7 @@ def _exchange_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str,
 
 
 def _stages(status: admin_pb2.GetStatusResponse) -> Iterator[tuple[dict[str, str], admin_pb2.RankStatus]]:
-    """Every rank, with its replica and its stage, counted from 0, whose first rank knows what was measured there."""
+    """Yields every rank with its replica and stage. The first rank of a stage knows what was measured there."""
     for replica in status.replicas:
         starts = sorted({rank.first_layer for rank in replica.ranks})  # a stage is who has the same layers
         for rank in replica.ranks:

@@ -1,4 +1,4 @@
-"""Owns the files that commands write for their user."""
+"""Writes the files that commands make for their user."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Owns the command ``plan``: what ``serve`` would do, without doing it, in words and as a picture."""
+"""Owns the command ``plan``, which shows in words and as a picture what ``serve`` would do, without doing it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from orchestrator.deployment.preflight import preflight
 
 
 def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> Iterator[str]:
-    """The lines of the plan for a cluster file; writes ``picture``, where one is asked for. Starts nothing.
+    """Yields the lines of the plan for a cluster file, and writes ``picture`` where one is asked for. Starts nothing.
 
     Raises:
         HeterodyneError: a mistake in the input.

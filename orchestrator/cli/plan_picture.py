@@ -20,7 +20,7 @@ _SVG = "http://www.w3.org/2000/svg"
 
 
 def plan_svg(plan: Plan) -> str:
-    """The picture, as the text of an SVG file."""
+    """Returns the picture as the text of an SVG file."""
     heights = [_height(replica, plan.model) for replica in plan.replicas]
     height = _TITLE + sum(heights) + _GAP * len(heights) + _MARGIN
     root = ElementTree.Element("svg", {"xmlns": _SVG, "viewBox": f"0 0 {_WIDTH} {height}", "font-family": "sans-serif"})
@@ -72,7 +72,7 @@ def _draw_stage(root: ElementTree.Element, plan: Plan, stage: Stage, top: int, h
 
 
 def shares(stage: Stage) -> tuple[float, ...]:
-    """The part that each rank has of what is dealt out: of the stage's weights, or of the tokens."""
+    """Returns the part that each rank has of the stage's weights, or, where ranks share sequences, of the tokens."""
     stripes = [shard.part.stripe for shard in stage.shards if shard.part.stripe is not None]
     if stripes:
         return tuple(stripe.share for stripe in stripes)
@@ -81,7 +81,7 @@ def shares(stage: Stage) -> tuple[float, ...]:
 
 
 def describe(shard: Shard, model: ModelSpec) -> Sequence[str]:
-    """What a rank holds, in a few lines."""
+    """Says in a few lines what a rank holds."""
     part = shard.part
     lines = [
         f"rank {shard.rank}: {shard.device.name} of {shard.node}",

@@ -1,4 +1,4 @@
-"""Owns how a deployment's status is shown, a table on a terminal, plain lines elsewhere; and an answer's parts."""
+"""Shows a deployment's status, as a table on a terminal and as plain lines elsewhere, and the parts of an answer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -35,7 +35,7 @@ _RIGHT = (
 
 
 def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
-    """Tables where ``console`` is a terminal, else ``key=value`` lines, for other programs."""
+    """Prints tables where ``console`` is a terminal, else ``key=value`` lines, for other programs."""
     if console.is_terminal:
         console.print(status_table(console, status))
         return
@@ -44,9 +44,9 @@ def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
 
 
 def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
-    """One row a rank, then why some failed, tables of what was measured, and a line on the gateway.
+    """Returns a row for each rank, then why some failed, tables of what was measured, and a line on the gateway.
 
-    A replica's own figures stand in its first row. As many columns as fit ``console``.
+    A replica's own figures stand in its first row. There are as many columns as ``console`` has room for.
     """
     title = f"model {status.model}"
     rows = list(_rows(status))
@@ -74,7 +74,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
 
 
 def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
-    """``key=value`` pairs: a line on the gateway, one a rank, one a measurement. What is unknown is left out."""
+    """Yields lines of ``key=value`` pairs on the gateway, each rank and each measurement, without what is unknown."""
     gateway = status.gateway
     yield key_values(
         event="gateway",
@@ -124,7 +124,7 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
 
 
 def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
-    """What the leader last reported; nothing before it did."""
+    """Returns what the leader reported last; nothing before it has reported."""
     if not replica.HasField("load"):
         return {}
     load = replica.load
@@ -156,14 +156,14 @@ def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
 
 
 def ending(end: inference_pb2.Finished | inference_pb2.ChoiceEnd) -> str:
-    """Why an answer ended, in words."""
+    """Says in words why an answer ended."""
     if end.HasField("matched_stop"):
         return f"stop string {end.matched_stop!r}"
     return "its length" if end.finish_reason == inference_pb2.FINISH_REASON_LENGTH else "end of text"
 
 
 def choice_blocks(result: GenerateResult) -> Iterator[str]:
-    """The lines of several choices: each under a heading of its own, the prompt first where it was echoed."""
+    """Yields the lines of several choices, each under a heading of its own, after the prompt where it was echoed."""
     if result.echo is not None:
         yield f"== prompt: {len(result.echo.tokens)} tokens"
         yield result.echo.text
@@ -173,7 +173,7 @@ def choice_blocks(result: GenerateResult) -> Iterator[str]:
 
 
 def logprob_lines(result: GenerateResult) -> Iterator[str]:
-    """The lines of a table of tokens and their log-probabilities, columns apart by tabs."""
+    """Yields the lines of a table of tokens and their log-probabilities, with tabs between the columns."""
     yield "\t".join(("part", "position", "token", "logprob", "alternatives"))
     parts = [] if result.echo is None else [("prompt", result.echo)]
     parts += [(f"choice {index}", choice) for index, choice in enumerate(result.choices)]

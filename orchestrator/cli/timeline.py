@@ -1,4 +1,4 @@
-"""Owns the timeline as a trace: JSON of Chrome's Trace Event Format, which ui.perfetto.dev opens.
+"""Writes the timeline as a trace in Chrome's Trace Event Format (JSON), which ui.perfetto.dev opens.
 
 The process ``requests`` has a track for each request that was under way at once, and in it the request with its phases
 inside. Each replica is a process too, with its steps on one track and the tokens of their batches as a counter. The
@@ -18,7 +18,7 @@ _STEPS_TID = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Track:
-    """Where an event is drawn, and the moment at which the trace begins (ns since 1970)."""
+    """The track that events are drawn on, and the moment at which the trace begins (ns since 1970)."""
 
     pid: int
     tid: int
@@ -28,7 +28,7 @@ class _Track:
         return (at_ns - self.origin_ns) / 1000
 
     def span(self, name: str, category: str, start_ns: int, stop_ns: int, args: dict[str, object]) -> Event:
-        """A complete event."""
+        """Returns an event with a beginning and a duration."""
         return {
             "ph": "X", "name": name, "cat": category, "pid": self.pid, "tid": self.tid,
             "ts": self.us(start_ns), "dur": (stop_ns - start_ns) / 1000, "args": args,
@@ -38,7 +38,7 @@ class _Track:
         return {"ph": "C", "name": name, "pid": self.pid, "tid": self.tid, "ts": self.us(at_ns), "args": values}
 
     def named(self, process: str, thread: str) -> list[Event]:
-        """Metadata: what process and thread are called, and that they are shown in the order of their numbers."""
+        """Returns the metadata that names process and thread, and shows them in the order of their numbers."""
         names: list[tuple[str, str, object]] = [
             ("process_name", "name", process), ("process_sort_index", "sort_index", self.pid),
             ("thread_name", "name", thread), ("thread_sort_index", "sort_index", self.tid),
@@ -50,7 +50,7 @@ class _Track:
 
 
 def trace(timeline: admin_pb2.GetTimelineResponse) -> dict[str, object]:
-    """The whole file, to be written as JSON."""
+    """Returns the whole file, to be written as JSON."""
     other = {
         "model": timeline.model,
         "began_ns": str(_origin_ns(timeline)),
@@ -61,7 +61,7 @@ def trace(timeline: admin_pb2.GetTimelineResponse) -> dict[str, object]:
 
 
 def trace_events(timeline: admin_pb2.GetTimelineResponse) -> list[Event]:
-    """The events, times in microseconds from the earliest. On a track they follow each other, or lie within each other.
+    """Returns the events, with times in microseconds from the earliest. Those of a track follow or contain each other.
 
     A step cannot end after the gateway heard of it, nor begin before the one before it was heard of: where several
     were heard of at once they are drawn as short as that makes them, and ``duration_ms`` says how long they took.
@@ -87,7 +87,7 @@ def _ns(seconds: float) -> int:
 
 
 def _request_events(requests: Iterable[admin_pb2.RequestTiming], origin_ns: int) -> Iterator[Event]:
-    """Each request goes to the first track that is free when it arrives."""
+    """Draws each request on the first track that is free when it arrives."""
     free_ns: list[int] = []
     for request in sorted(requests, key=lambda request: request.arrived_ns):
         index = next((i for i, end_ns in enumerate(free_ns) if end_ns <= request.arrived_ns), len(free_ns))
@@ -100,7 +100,7 @@ def _request_events(requests: Iterable[admin_pb2.RequestTiming], origin_ns: int)
 
 
 def _one_request(request: admin_pb2.RequestTiming, track: _Track) -> Iterator[Event]:
-    """The request, and within it queue, prefill and decode; one that was not reached is left out."""
+    """Draws a request, and within it queue, prefill and decode, without those that were not reached."""
     start_ns, stop_ns = request.arrived_ns, request.arrived_ns + _ns(request.total_s)
     args: dict[str, object] = {
         "replica": request.replica,
@@ -125,7 +125,7 @@ def _one_request(request: admin_pb2.RequestTiming, track: _Track) -> Iterator[Ev
 
 
 def _step_events(steps: Iterable[admin_pb2.StepTiming], track: _Track) -> Iterator[Event]:
-    """The steps of a replica, and how many tokens it computes at each moment."""
+    """Draws the steps of a replica, and how many tokens it computes at each moment."""
     before_ns: int | None = None
     for step in steps:
         # Not before the last one, should the clock have been set back.
@@ -152,7 +152,7 @@ def _batch_tokens(track: _Track, at_ns: int, num_prefill: int, num_decode: int) 
 
 
 def _kind(step: admin_pb2.StepTiming) -> str:
-    """What Perfetto colours steps by."""
+    """Returns the name of a step, by which Perfetto colours it."""
     if step.num_decodes == step.num_tokens:
         return "decode"
     return "mixed" if step.num_decodes else "prefill"

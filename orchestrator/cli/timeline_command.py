@@ -3,21 +3,17 @@
 import json
 from pathlib import Path
 
-import grpc
-
+from orchestrator.cli.client import one_line_errors, open_channel
 from orchestrator.cli.output_file import write_output
 from orchestrator.cli.timeline import trace
-from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
-
-_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 * 2**20))
 
 
 def write_timeline(address: str, output: Path, *, last_s: float | None = None, timeout_s: float = 10.0) -> str:
     """Writes the trace to ``output``. Returns what it holds, in one line for the user.
 
     Args:
-        last_s: only what ended within so many seconds.
+        last_s: how long ago requests and steps may have ended; None: as long as the service remembers.
 
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
@@ -34,17 +30,11 @@ def write_timeline(address: str, output: Path, *, last_s: float | None = None, t
 def fetch_timeline(
     address: str, *, last_s: float | None = None, timeout_s: float = 10.0
 ) -> admin_pb2.GetTimelineResponse:
-    """The latest requests and steps of a service.
+    """Asks a service for its latest requests and steps.
 
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
     """
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-        try:
-            request = admin_pb2.GetTimelineRequest(last_s=last_s)
-            return admin_pb2_grpc.AdminStub(channel).GetTimeline(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            code, message = error.code(), error.details() or "no reason was given"
-            if code is grpc.StatusCode.UNAVAILABLE and message.startswith("failed to connect"):
-                message = f"nothing answers at {address}"
-            raise ServiceError(code=code.name, message=message) from None
+    with open_channel(address) as channel, one_line_errors(address):
+        request = admin_pb2.GetTimelineRequest(last_s=last_s)
+        return admin_pb2_grpc.AdminStub(channel).GetTimeline(request, timeout=timeout_s)

@@ -44,7 +44,7 @@ class ModelConfig:
 
     @property
     def directory(self) -> Path:
-        """``path`` as a Path; absolute once loaded."""
+        """Returns ``path`` as a Path, which is absolute once loaded."""
         return Path(self.path)
 
 
@@ -90,12 +90,12 @@ class ClusterConfig:
 
     @property
     def each_worker(self) -> tuple[WorkerConfig, ...]:
-        """One entry a worker, counts expanded."""
+        """Returns an entry for each worker, with counts expanded."""
         return tuple(worker for worker in self.workers for _ in range(worker.count))
 
     @property
     def worker_names(self) -> tuple[str, ...]:
-        """The name of each worker, counts expanded."""
+        """Returns the name of each worker, with counts expanded."""
         names: list[str] = []
         for worker in self.workers:
             for number in range(worker.count):
@@ -105,7 +105,7 @@ class ClusterConfig:
 
 
 def _or_auto(schema: dict[str, JsonValue]) -> None:
-    """``auto`` stands for None: see :func:`_expand_auto`."""
+    """Adds ``auto`` to a schema, where it stands for None: see :func:`_expand_auto`."""
     either = schema["anyOf"]
     assert isinstance(either, list), schema
     either.append({"const": "auto"})
@@ -202,7 +202,7 @@ ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
 
 def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration in ``path``, changed by the environment and by ``overrides``.
+    """Reads the configuration in ``path``, changed by the environment and by ``overrides``.
 
     Args:
         overrides: ``section.key=value`` each, as ``--set`` takes them; ``cluster.workers.0.device=cpu``
@@ -231,7 +231,7 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
 
 
 def _expand_auto(layers: Layers) -> None:
-    """The word for no parallelism of one's own, as the value that stands for it."""
+    """Replaces the word ``auto`` for parallelism by None, which stands for it."""
     serving = layers.values.get("serving")
     if not isinstance(serving, dict) or not isinstance(said := serving.get("parallelism"), str):
         return
@@ -253,7 +253,7 @@ def _resolve(config: Config, path: Path, layers: Layers) -> Config:
 
 
 def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
-    """Values that are fine alone but not together."""
+    """Returns a refusal for each value that is fine alone but contradicts another."""
     errors = []
     serving = config.serving
     if serving.token_budget < serving.max_num_seqs:

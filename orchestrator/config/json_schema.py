@@ -10,7 +10,7 @@ from orchestrator.config.types import Address
 
 
 class _Schema(GenerateJsonSchema):
-    """Writes addresses as the YAML does, and no titles: they would repeat the keys."""
+    """Writes addresses as the YAML does, and no titles, as they would repeat the keys."""
 
     def encode_default(self, dft: Any) -> Any:
         return str(dft) if isinstance(dft, Address) else super().encode_default(dft)
@@ -20,7 +20,7 @@ class _Schema(GenerateJsonSchema):
 
 
 def schema_text() -> str:
-    """The schema as it is committed in ``deploy/heterodyne.schema.json``: the same text for the same code."""
+    """Returns the schema as it is committed in ``deploy/heterodyne.schema.json``: the same text for the same code."""
     schema = ADAPTER.json_schema(schema_generator=_Schema)
     schema = {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "Heterodyne cluster YAML"}
     return json.dumps(schema, indent=2) + "\n"

@@ -56,11 +56,11 @@ class ParallelismConfig:
 def check_parallelism(
     parallelism: ParallelismConfig | None, names: Sequence[str], layers: Layers
 ) -> list[InvalidConfig]:
-    """Names of workers that are not there, or used twice, or not at all; shares that are not theirs.
+    """Returns a refusal for each name of a worker that is unknown, used twice or not used, and for wrong shares.
 
     Args:
-        parallelism: None: there is none to check but the names.
-        names: of all workers.
+        parallelism: what was asked for; where it is None only the names are checked.
+        names: the names of all workers.
     """
     errors: list[InvalidConfig] = []
     for name in sorted({name for name in names if names.count(name) > 1}):

@@ -22,7 +22,7 @@ Key = tuple[str | int, ...]
 
 @dataclass(slots=True, kw_only=True)
 class Layers:
-    """Merged values, not yet validated.
+    """Holds merged values that are not validated yet.
 
     Attributes:
         values: what the sections hold.
@@ -38,21 +38,21 @@ class Layers:
     errors: list[InvalidConfig] = field(default_factory=list)
 
     def source(self, key: Key) -> str:
-        """Where the value, or else the nearest one above it, came from, in words that follow the problem."""
+        """Says where the value, or else the nearest one above it, came from, in words that follow the problem."""
         found = (self.sources[key[:end]] for end in range(len(key), -1, -1) if key[:end] in self.sources)
         return next(found, f"in {self.file}")
 
     def is_from_file(self, key: Key) -> bool:
-        """Whether neither the environment nor the command line gave the value."""
+        """Tells whether neither the environment nor the command line gave the value."""
         return all(key[:end] not in self.changed for end in range(len(key) + 1))
 
     def refusal(self, key: Key, value: object, problem: str, fix: str) -> InvalidConfig:
-        """The error for a value, with its source named."""
+        """Returns the error for a value, with its source named."""
         dotted = ".".join(map(str, key)) or self.file
         return InvalidConfig(field=dotted, value=value, problem=f"{problem}, {self.source(key)}", fix=fix)
 
     def put(self, dotted: str, text: str, source: str) -> None:
-        """Sets one value over what is there. A number in the key is the index of an old or new entry."""
+        """Replaces one value. A number in the key is the index of an old or new entry of a list."""
         key = tuple(int(part) if _INDEX.fullmatch(part) else part for part in dotted.split("."))
         changed = _with(self.values, key, _parse_value(text))
         if changed is None:
@@ -68,7 +68,7 @@ class Layers:
 
 
 def read_layers(path: Path, *, overrides: Sequence[str], environ: Mapping[str, str]) -> Layers:
-    """The file, under the environment, under the command line.
+    """Merges the file, the environment and the command line; each counts more than those before it.
 
     Raises:
         InvalidConfig: the file cannot be read or is no YAML mapping.
@@ -126,7 +126,7 @@ def _read_text(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load's loader without aliases, whose expansion has no bound."""
+    """Loads as yaml.safe_load does, but refuses aliases, whose expansion has no bound."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -168,7 +168,7 @@ def _not_yaml(path: Path, error: Exception) -> InvalidConfig:
 
 
 def _parse_value(text: str) -> Any:
-    """YAML where it is; else the text itself, so that ``[::1]:50051`` needs no quotes."""
+    """Reads a value as YAML; what is none is taken as it is, so that ``[::1]:50051`` needs no quotes."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -176,7 +176,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _with(holder: Any, key: Key, value: Any) -> Any | None:
-    """A copy of ``holder`` with ``value`` under ``key``; None where there is no such place."""
+    """Returns a copy of ``holder`` with ``value`` under ``key``; None where there is no such place."""
     if not key:
         return value
     part, rest = key[0], key[1:]

@@ -20,7 +20,7 @@ _DEVICE_PATTERN = r"^(cpu|cuda:[0-9]{1,3})$"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens. Port 0 stands for any free port."""
+    """An address to listen on. Port 0 stands for any free port."""
 
     host: str
     port: int
@@ -30,7 +30,7 @@ class Address:
 
 
 def parse_bytes(value: object) -> object:
-    """``"256MiB"`` or ``"2GB"`` as a number of bytes; whole numbers pass through."""
+    """Returns the number of bytes of ``"256MiB"`` or ``"2GB"``; whole numbers pass through."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
@@ -40,7 +40,7 @@ def parse_bytes(value: object) -> object:
 
 
 def parse_address(value: object) -> Address:
-    """``host:port`` or ``[ipv6]:port``."""
+    """Reads ``host:port`` or ``[ipv6]:port``."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[3]) > 65535:
         _refuse("is not host:port", _ADDRESS_FIX)
@@ -73,7 +73,7 @@ def _check_endpoint(value: str) -> str:
 
 
 def _refuse(problem: str, fix: str) -> NoReturn:
-    """Raised inside a validator; pydantic collects it with the others."""
+    """Refuses a value inside a validator; pydantic collects the refusal with the others."""
     raise PydanticCustomError("refused", "{problem}", {"problem": problem, "fix": fix})
 
 

@@ -32,7 +32,7 @@ _KINDS = {
 def collect(
     adapter: TypeAdapter[T], root: type[T], layers: Layers
 ) -> tuple[T, list[InvalidConfig]] | tuple[None, list[InvalidConfig]]:
-    """The validated configuration, or every violation in it. ``root`` is the dataclass of ``adapter``."""
+    """Returns the validated configuration, or every violation in it. ``root`` is the dataclass of ``adapter``."""
     try:
         # JSON mode: the strict mode in which lists may become tuples and mappings dataclasses.
         return adapter.validate_json(json.dumps(layers.values, default=str)), []
@@ -42,7 +42,7 @@ def collect(
 
 
 def _is_echo(detail: ErrorDetails) -> bool:
-    """A list that is too short only because its entries were refused."""
+    """Tells whether a list is too short only because its entries were refused."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
@@ -84,7 +84,7 @@ def _nearest_word(value: object, expected: str) -> str:
 
 
 def _nearest_key(root: type, key: Key) -> str:
-    """Which key was meant: the closest one of the same section, else the same name in another section."""
+    """Says which key was meant: the closest one of the same section, else the same name in another section."""
     name, siblings = str(key[-1]), [item.name for item in fields(_section(root, key[:-1]))]
     near = get_close_matches(name, siblings, n=1)
     elsewhere = [dotted for dotted in _dotted_keys(root) if dotted.rpartition(".")[2] == name]
@@ -94,7 +94,7 @@ def _nearest_key(root: type, key: Key) -> str:
 
 
 def _section(root: type, key: Key) -> type:
-    """The dataclass that holds the keys under ``key``."""
+    """Returns the dataclass that holds the keys under ``key``."""
     for part in key:
         if isinstance(part, str):
             hint = get_type_hints(root)[part]

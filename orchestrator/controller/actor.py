@@ -1,4 +1,4 @@
-"""The controller as a Ray actor, and the handle the command line holds on it.
+"""Runs the controller as a Ray actor, and gives the command line a handle on it.
 
 The controller owns the actors that keep the workers: if it is lost, the workers end with it, and the gateway sees its
 leaders go. It runs on the node of the command line and the gateway. Starting it again is not built yet.
@@ -34,16 +34,16 @@ _POLL_S = 0.2
 _LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
 
 
-# Of each worker, or why it is not known.
+# The speed of each worker, or why it is not known.
 Speeds = tuple[DeviceSpeed | NotMeasured, ...]
 
 
 class ControllerFailed(HeterodyneError):
-    """The controller actor did not come up, or the workers did not that it was to measure; the text is the cause."""
+    """The controller actor, or a worker that it was to measure, did not come up; the text is the cause."""
 
 
 class Controller:
-    """The actor. All coroutines, so one event loop and no locks."""
+    """The actor. All its methods are coroutines, so they share one event loop and need no locks."""
 
     def __init__(self) -> None:
         # What it does is told to whoever watches; only what went wrong is also logged, through Ray, to the driver.
@@ -58,7 +58,7 @@ class Controller:
         self._server: grpc.aio.Server | None = None
 
     async def measure(self, settings: DeploymentSettings, launch: LaunchSettings) -> Speeds | NotStarted:
-        """Start the workers and measure them; a failure comes back as its cause: Ray would wrap an exception."""
+        """Starts the workers and measures how fast each is, in the order of ranks."""
         self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
         try:
             return await self._workers.measure(settings)
@@ -66,8 +66,10 @@ class Controller:
             return NotStarted(cause=str(error))
 
     async def start(self, settings: DeploymentSettings, launch: LaunchSettings) -> str:
-        """Begin the launch, with the workers that were measured where there are any; returns the address of the control
-        service, where its course can be watched.
+        """Begins the launch, with the workers that were measured where there are any.
+
+        Returns:
+            The address of the control service, where the course of the launch can be watched.
         """
         if self._workers is None:
             self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
@@ -79,10 +81,10 @@ class Controller:
         return address
 
     async def ping(self) -> None:
-        """Answers, while it lives."""
+        """Answers as long as the actor lives."""
 
     async def stop(self) -> None:
-        """Stop every worker, give the resources back, close the control service."""
+        """Stops every worker, gives the resources back, closes the control service."""
         if self._shell is not None:
             await self._shell.shutdown(_STOP_TIMEOUT_S)
         elif self._workers is not None:
@@ -92,16 +94,16 @@ class Controller:
 
 
 class ControllerHandle:
-    """The command line's hold on the controller actor."""
+    """Holds the controller actor for the command line."""
 
     def __init__(self, launch: LaunchSettings) -> None:
-        """Create the actor. Needs Ray to be connected."""
+        """Creates the actor. Ray must be connected."""
         self._launch = launch
         # Ray's own types cannot follow its remote calls.
         self._actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver()).remote()
 
     def measure(self, settings: DeploymentSettings, stop: threading.Event) -> Speeds:
-        """Start the workers of a provisional plan, and measure how fast each is; in the order of its ranks.
+        """Starts the workers of a provisional plan and measures how fast each is, in the order of ranks.
 
         Raises:
             ControllerFailed: a worker did not start, the controller was lost, or ``stop`` was set before the end.
@@ -123,7 +125,7 @@ class ControllerHandle:
         return found
 
     def start(self, settings: DeploymentSettings) -> str:
-        """Begin the launch; returns the address where its course can be watched."""
+        """Begins the launch and returns the address where its course can be watched."""
         try:
             address: str = ray.get(self._actor.start.remote(settings, self._launch), timeout=_START_TIMEOUT_S)
         except ray.exceptions.RayError as error:
@@ -131,7 +133,7 @@ class ControllerHandle:
         return address
 
     def stop(self) -> None:
-        """Stop the deployment; the actor goes with it."""
+        """Stops the deployment and ends the actor."""
         try:
             # A signal to the whole process group ends a local Ray as well: then there is nobody to wait for.
             ray.get(self._actor.ping.remote(), timeout=_PING_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Workers that are started before there is a plan for them, to be measured for it. Knows no Ray, like the shell."""
+"""Starts workers before there is a plan for them, and measures them for it. Knows no Ray, like the shell."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -19,13 +19,13 @@ from placement.planning.plan import Shard
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 
 MEASURE_TIMEOUT_S = 20.0
-"""A measurement takes about a second; more where code has to be compiled, or a GPU opened, on a busy machine."""
+"""Limit of a measurement, which takes about a second, and more where code is compiled or a GPU is opened."""
 
 
 class EarlyWorkers:
-    """A launcher whose workers may be started early: who is measured is who serves, on the same node and cores.
+    """A launcher that may start its workers early, so that the processes that were measured are those that serve.
 
-    A plan that comes later gives them other shards, but the same devices.
+    A plan that comes later gives them other shards, but the same devices, nodes and cores.
     """
 
     def __init__(self, launcher: Launcher) -> None:
@@ -35,9 +35,10 @@ class EarlyWorkers:
         self.epoch = new_epoch()
 
     async def measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | NotMeasured, ...]:
-        """Start all workers of the plan, then measure them all at once; in the order of its ranks.
+        """Starts all workers of the plan, then measures all of them at the same time.
 
-        A worker that could not be measured has the cause in place of a speed.
+        Returns:
+            The speed of each rank of the plan in order, or why it is not known.
 
         Raises:
             WorkerFailed: they could not be placed, or one of them did not start.
@@ -49,8 +50,8 @@ class EarlyWorkers:
         shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
         await self._launcher.reserve(shards)
         await self._start_all(shards)
-        request, meeting = settings.speed_request(epoch=self.epoch), _Meeting(len(shards))
-        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request, meeting) for key in shards)))
+        request, barrier = settings.speed_request(epoch=self.epoch), _Barrier(len(shards))
+        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request, barrier) for key in shards)))
 
     async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
         starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]
@@ -72,52 +73,52 @@ class EarlyWorkers:
     # -- the launcher's seam ----------------------------------------------------------------------------------
 
     async def reserve(self, shards: Mapping[RankKey, Shard]) -> None:
-        """Nothing, where workers were started early: they are those of ``shards``."""
+        """Does nothing where workers were started early, as those are the ones of ``shards``."""
         if not self._started:
             await self._launcher.reserve(shards)
             return
         assert shards.keys() == self._started.keys(), (shards.keys(), self._started.keys())
 
     async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
-        """The worker that was started early, or a new one."""
+        """Returns the worker that was started early, or starts one."""
         return self._started.get(key) or await self._launcher.start(key, epoch=epoch, shard=shard)
 
     async def wait(self, key: RankKey) -> WorkerEnd:
-        """As the launcher does."""
+        """Waits as the launcher does."""
         return await self._launcher.wait(key)
 
     async def stop(self, key: RankKey) -> None:
-        """As the launcher does."""
+        """Stops as the launcher does."""
         await self._launcher.stop(key)
 
     async def close(self) -> None:
-        """End a measurement that is under way; then as the launcher does."""
+        """Ends a measurement that is under way, then closes the launcher."""
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.wait([self._measuring])
         await self._launcher.close()
 
 
-class _Meeting:
-    """Until so many have arrived."""
+class _Barrier:
+    """Opens once all who are expected have arrived."""
 
     def __init__(self, num_expected: int) -> None:
         self._num_missing = num_expected
-        self.all_there = asyncio.Event()
+        self.is_open = asyncio.Event()
 
     def arrive(self) -> None:
-        """Once each."""
+        """Is called once by each of them."""
         self._num_missing -= 1
         if not self._num_missing:
-            self.all_there.set()
+            self.is_open.set()
 
 
-async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _Meeting) -> DeviceSpeed | NotMeasured:
-    """How fast a worker is, or why that is not known."""
+async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, barrier: _Barrier) -> DeviceSpeed | NotMeasured:
+    """Asks a worker how fast it is; it measures once all others are ready to, as they share memory when they serve."""
 
     async def requests() -> AsyncIterator[worker_pb2.MeasureSpeedRequest]:
         yield request
-        await meeting.all_there.wait()
+        await barrier.is_open.wait()
         yield request
 
     measured = None
@@ -128,7 +129,7 @@ async def _ask(address: str, request: worker_pb2.MeasureSpeedRequest, meeting: _
             try:
                 await anext(answers, None)  # it is ready
             finally:  # one that cannot be measured keeps none of the others waiting
-                meeting.arrive()
+                barrier.arrive()
             measured = await anext(answers, None)
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:

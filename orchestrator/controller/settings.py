@@ -1,4 +1,4 @@
-"""What the controller is told at its start: the plan, and how ranks load it."""
+"""Owns what the controller is told at its start: the plan, and how ranks load it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentSettings:
-    """The plan and the sizes every rank loads with."""
+    """The plan, and the sizes that every rank loads with."""
 
     plan: Plan
     model_path: str
@@ -25,11 +25,11 @@ class DeploymentSettings:
     quantization: Quantization = Quantization.NONE
 
     def needed_bytes(self, shard: Shard) -> int:
-        """All that the rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
+        """Returns all that a rank's process takes on a CPU node: weights, KV blocks, workspace, the process itself."""
         return shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes + CPU_PROCESS_BYTES
 
     def speed_request(self, *, epoch: int) -> worker_pb2.MeasureSpeedRequest:
-        """What a rank is asked to measure: products with weights as they will be held."""
+        """Returns the request that has a rank measure its speed, with weights as it will hold them."""
         return worker_pb2.MeasureSpeedRequest(
             epoch=epoch, dtype=dtype_message(self.plan.dtype), quantization=quantization_message(self.quantization)
         )
@@ -37,7 +37,11 @@ class DeploymentSettings:
     def load_request(
         self, shard: Shard, *, epoch: int, members: Sequence[worker_pb2.Member] = (), token: bytes = b""
     ) -> worker_pb2.LoadRequest:
-        """What a rank is asked to load: with all ``members`` of its replica, who know each other by ``token``."""
+        """Returns the request that has a rank load its shard.
+
+        Args:
+            members: all ranks of its replica, which know each other by ``token``; empty where there is one alone.
+        """
         return worker_pb2.LoadRequest(
             epoch=epoch,
             model_path=self.model_path,

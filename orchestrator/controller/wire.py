@@ -1,4 +1,4 @@
-"""The controller's state as the control protocol's messages. Pure."""
+"""Writes the controller's state as the control protocol's messages. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _PHASES = {
 
 
 def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
-    """The ranks of a replica, as each of them is told of the others."""
+    """Returns what each rank of a replica is told of the others."""
     return [
         worker_pb2.Member(
             host=rank.address.rpartition(":")[0].strip("[]"),
@@ -34,7 +34,7 @@ def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
 
 
 def device_speed(message: worker_pb2.MeasureSpeedResponse) -> DeviceSpeed | None:
-    """What a worker measured of its device; None where no device can be so."""
+    """Returns the speed that a worker measured; None where no device can have it."""
     rates = message.weight_bytes_per_s, message.flops_per_s
     if not all(0 < rate < math.inf for rate in rates):
         return None
@@ -71,7 +71,7 @@ def _replica(replica: ReplicaState) -> pb.Replica:
 
 
 def deployment(state: State, *, version: int) -> pb.WatchResponse:
-    """The whole deployment."""
+    """Returns the message of the whole deployment."""
     return pb.WatchResponse(
         version=version,
         phase=_PHASES[state.phase],

@@ -1,4 +1,4 @@
-"""Owns how a model that was cut without being asked is cut anew by measured speed, and what is said of it. Pure."""
+"""Cuts a model anew by measured speed, where ``auto`` had cut it provisionally, and says so. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from placement.measured.speed import DeviceSpeed, NotMeasured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """What is served, and the line that explains how it was cut."""
+    """The plan that is served, and the line that explains how the model was cut."""
 
     checked: Checked
     line: str
 
 
 def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) -> Settled:
-    """The cut by measured speed; where a worker could not be measured, the provisional one, and why.
+    """Returns the cut by measured speed, or, where a worker could not be measured, the provisional one and why.
 
-    No speed is made up for a worker that has none: threads, or memory, are then what is known of all of them.
+    No speed is made up for a worker that has none. Threads, or memory, are then what is known of all of them.
 
     Args:
         provisional: one replica over all workers.
-        measured: of each of its ranks, the speed, or why it is not known.
+        measured: the speed of each of its ranks, or why it is not known.
 
     Raises:
         HeterodyneError: the model directory was changed since it was first looked at.
@@ -49,7 +49,7 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) 
 
 
 def split_line(checked: Checked, **more: str) -> str:
-    """By what a model was cut that some worker has not the memory for."""
+    """Returns the line that says by what a model was cut."""
     return key_values(event="auto_split", by=checked.split_by, **more)
 
 

@@ -78,7 +78,7 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
         _Node(
             name=host.name if names.count(host.name) == 1 else f"{host.name}-{host.host_id}",
             memory_bytes=host.memory_bytes,
-            workers=tuple(worker for worker, its in enumerate(hosts) if its.host_id == host.host_id),
+            workers=tuple(worker for worker, there in enumerate(hosts) if there.host_id == host.host_id),
         )
         for host in by_id.values()
     ]
@@ -104,7 +104,7 @@ def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownClu
         )
         unmeasured |= {(node.name, workers[place].device) for place, memory in memory_of.items() if memory is None}
         memory_bytes = node.memory_bytes or sum(device.memory_bytes for device in devices if device.kind == "cpu")
-        spec = NodeSpec(name=node.name, host=config.cluster.bind_host, memory_bytes=memory_bytes, devices=devices)
+        spec = NodeSpec(name=node.name, memory_bytes=memory_bytes, devices=devices)
         specs.append(spec)
     return KnownCluster(
         spec=ClusterSpec(nodes=tuple(specs)),

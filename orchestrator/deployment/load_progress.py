@@ -1,6 +1,6 @@
-"""Owns how loading is shown, from what the controller streams: bars on a terminal, log lines elsewhere.
+"""Shows how loading goes on, from what the controller streams: bars on a terminal, log lines elsewhere.
 
-Fed with each WatchResponse; ``tick`` is called now and then between them, so that a stall shows too.
+Every WatchResponse is given to it, and ``tick`` is called now and then between them, so that a stall shows too.
 """
 
 import time
@@ -31,7 +31,7 @@ _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 @dataclass(slots=True, kw_only=True)
 class _RankLoad:
-    """How far one rank of one epoch is. Times are readings of the clock."""
+    """How far one rank of one epoch has loaded. Times are readings of the clock."""
 
     replica: str
     epoch: int
@@ -55,7 +55,7 @@ class _RankLoad:
 
 
 class LoadProgress:
-    """Shows the loading of a deployment on ``console``. A context manager: leaving it ends the bars."""
+    """Shows the loading of a deployment on ``console``. It is a context manager whose end ends the bars."""
 
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
@@ -89,7 +89,7 @@ class LoadProgress:
         self.tick()
 
     def tick(self) -> None:
-        """Reports each rank that has not loaded a byte for :data:`STALL_S`, once a stall."""
+        """Reports each rank that has loaded nothing for :data:`STALL_S`, once for each stall."""
         now_s = self._clock()
         for load in self._ranks.values():
             if load.is_loading and not load.stall_shown and now_s - load.moved_s >= STALL_S:
@@ -104,7 +104,7 @@ class LoadProgress:
                 )
 
     def _rank_load(self, replica: control_pb2.Replica, rank: int, now_s: float) -> _RankLoad:
-        """The rank's record; a new epoch starts a new one."""
+        """Returns the rank's record; a new epoch starts a new one."""
         known = self._ranks.get((replica.name, rank))
         if known is not None and known.epoch == replica.epoch:
             return known
@@ -152,7 +152,7 @@ class LoadProgress:
 
 
 class _Loaded(ProgressColumn):
-    """How much, how fast and how long still, as far as it is known."""
+    """A column that says how much was loaded, how fast, and how long it will still take, as far as that is known."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:

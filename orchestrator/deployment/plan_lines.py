@@ -1,4 +1,4 @@
-"""A plan in words: who holds what, one line a rank."""
+"""Puts a plan into words: who holds what, in a line for each rank."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from placement.planning.memory import format_bytes
 
 
 def plan_lines(checked: Checked) -> Iterator[str]:
-    """Who will hold what, one line a rank."""
+    """Yields a line for each rank that says what it will hold."""
     plan, names = checked.plan, checked.config.cluster.worker_names
     ranks = [
         (replica, stage, shard)
         for replica in plan.replicas
-        for stage, its in enumerate(replica.stages)
-        for shard in its.shards
+        for stage, ranks_of_stage in enumerate(replica.stages)
+        for shard in ranks_of_stage.shards
     ]
     for replica, stage, shard in ranks:
         part = shard.part

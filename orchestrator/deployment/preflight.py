@@ -1,4 +1,4 @@
-"""Owns the checks before any process starts, so that a mistake costs a second and not a failed launch.
+"""Checks a configuration before any process starts, so that a mistake costs a second and not a failed launch.
 
 Whether a GPU that was asked for exists is checked by the worker on its node.
 """
@@ -87,17 +87,22 @@ def preflight(
         config=config,
         model=files.spec,
         plan=choice.plan,
-        workers={
-            (replica.name, rank): cluster.workers[device]
-            for replica, layout in zip(choice.plan.replicas, choice.layouts, strict=True)
-            for rank, device in enumerate(layout.devices)
-        },
+        workers=_workers(cluster, choice),
         split_by=choice.split_by,
         machine=machine,
         hosts=hosts,
         num_parameters=num_parameters(files.spec),
         checkpoint_bytes=files.checkpoint_bytes,
     )
+
+
+def _workers(cluster: KnownCluster, choice: Choice) -> dict[tuple[str, int], int]:
+    """Returns which worker each rank is."""
+    return {
+        (replica.name, rank): cluster.workers[device]
+        for replica, layout in zip(choice.plan.replicas, choice.layouts, strict=True)
+        for rank, device in enumerate(layout.devices)
+    }
 
 
 def on_hosts(checked: Checked, hosts: tuple[Host, ...]) -> Checked:
@@ -157,8 +162,8 @@ def _choose_layouts(
         return make_plan(layouts=layouts, unmeasured=every)
 
     if config.serving.parallelism is None:
-        its_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
-        return first_that_fits(spec, plan, draft=draft, unmeasured=cluster.unmeasured, speeds=its_speeds)
+        device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
+        return first_that_fits(spec, plan, draft=draft, unmeasured=cluster.unmeasured, speeds=device_speeds)
     layouts = _layouts(config, config.serving.parallelism, cluster)
     return Choice(layouts=layouts, plan=plan(layouts))
 
@@ -183,7 +188,7 @@ def _stage_layout(stage: StageConfig, places: Mapping[str, int]) -> StageLayout:
 
 
 def _check_environment() -> None:
-    """Another distribution that brings a top-level package ``kernels`` would shadow ours, or be shadowed."""
+    """Refuses another distribution with a top-level package ``kernels``, which would shadow ours, or be shadowed."""
     try:
         version = metadata.version("kernels")
     except metadata.PackageNotFoundError:
@@ -233,7 +238,7 @@ def _check_bind_host(host: str) -> None:
 
 
 def _free_address(address: Address) -> Address | None:
-    """The next free port after the one in use."""
+    """Returns the address with the next free port after the one in use."""
     ports = range(address.port + 1, min(address.port + _PORTS_TRIED, 65536))
     candidates = (Address(address.host, port) for port in ports)
     return next((candidate for candidate in candidates if _bind_error(candidate) is None), None)

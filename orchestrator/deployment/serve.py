@@ -1,4 +1,4 @@
-"""``serve``: one deployment from preflight to the last process's end.
+"""Runs one deployment for ``serve``, from preflight to the end of the last process.
 
 This process is the Ray driver and the parent of the gateway. The order of starting is controller, gateway, workers;
 of stopping gateway (drained), workers, Ray. Whatever fails first is the message that the user sees.
@@ -40,7 +40,7 @@ _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
-    """Serve until stopped. Returns 0 when every accepted request finished, 1 when the drain had to be cut.
+    """Serves until stopped. Returns 0 when every accepted request finished, 1 when the drain had to be cut.
 
     Raises:
         HeterodyneError: a mistake in the input, before anything was started; a launch that failed; or a part
@@ -92,7 +92,7 @@ def _warn_of_strangers(ray_address: str, console: Console) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Launched:
-    """What is being launched, and where its course can be watched."""
+    """The deployment that is being launched, and where its course can be watched."""
 
     checked: Checked
     control_address: str
@@ -100,7 +100,7 @@ class _Launched:
 
 @contextmanager
 def _controller(checked: Checked, stop: StopRequest, console: Console) -> Iterator[_Launched]:
-    """A controller that has begun the launch; where a model was cut without being asked, by measured speed."""
+    """Starts a controller, measures the workers where ``auto`` cuts the model, and begins the launch."""
     config = checked.config
     handle = ControllerHandle(
         LaunchSettings(
@@ -121,7 +121,7 @@ def _controller(checked: Checked, stop: StopRequest, console: Console) -> Iterat
 
 
 def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> Speeds:
-    """How fast each worker is. Raises LaunchFailed where one did not start."""
+    """Returns how fast each worker is. Raises LaunchFailed where one did not start."""
     try:
         return handle.measure(_settings(checked), stop.asked)
     except ControllerFailed as error:
@@ -143,7 +143,7 @@ def _settings(checked: Checked) -> DeploymentSettings:
 
 
 def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: StopRequest, console: Console) -> int:
-    """Follow the launch, then serve until asked to stop, then drain."""
+    """Follows the launch, then serves until asked to stop, then drains. Returns the exit code."""
     with _watch(control_address) as states:
         with LoadProgress(console) as progress:
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
@@ -161,7 +161,7 @@ def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: St
 
 
 class _ControllerLost(Exception):
-    """The controller's stream ended. Raised once; there are no further states after it."""
+    """The controller's stream ended. Raised once, after the last state."""
 
 
 States = Callable[[], control_pb2.WatchResponse | None]
@@ -169,9 +169,9 @@ States = Callable[[], control_pb2.WatchResponse | None]
 
 @contextmanager
 def _watch(control_address: str) -> Iterator[States]:
-    """The controller's stream, read in a thread.
+    """Reads the controller's stream in a thread.
 
-    The function yielded gives the next state, or None after a while without one; it raises _ControllerLost.
+    Yields a function that returns the next state, or None after a while without one; it raises _ControllerLost.
     """
     states: queue.Queue[control_pb2.WatchResponse | _ControllerLost] = queue.Queue()
     with grpc.insecure_channel(control_address, options=_CHANNEL_OPTIONS) as channel:
@@ -205,14 +205,14 @@ def _watch(control_address: str) -> Iterator[States]:
 
 
 def _launch_limit_s(config: Config) -> float:
-    """Reserving, reaching and starting the workers each take start_timeout_s at most; then they load."""
+    """Returns the longest a launch may take: start_timeout_s each to reserve, reach and start workers, then loading."""
     return 3 * config.launch.start_timeout_s + config.launch.load_timeout_s + _LAUNCH_SLACK_S
 
 
 def _launch(
     states: States, gateway: GatewayProcess, stop: StopRequest, progress: LoadProgress, *, timeout_s: float
 ) -> bool:
-    """Wait until the deployment is ready; False when asked to stop before.
+    """Waits until the deployment is ready. Returns False when asked to stop before.
 
     Raises:
         LaunchFailed: the first failing rank's cause; the controller or the gateway was lost; or ``timeout_s`` passed.
@@ -239,7 +239,7 @@ def _launch(
 
 
 def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, console: Console) -> None:
-    """Say what changes until asked to stop. A lost controller is only said: the gateway goes on without it.
+    """Says what changes until asked to stop. The gateway goes on without a controller, so its loss is only said.
 
     Raises:
         ServiceEnded: the gateway ended by itself.

@@ -1,4 +1,4 @@
-"""How a user or a supervisor asks ``serve`` to stop."""
+"""Hears when a user or a supervisor asks ``serve`` to stop."""
 
 import signal
 import threading
@@ -6,9 +6,9 @@ from types import FrameType
 
 
 class StopRequest:
-    """SIGINT and SIGTERM: the first asks for a drain; a second Ctrl-C cuts it short.
+    """Listens to SIGINT and SIGTERM: the first of them asks for a drain, and a Ctrl-C after it cuts the drain short.
 
-    A second SIGTERM does not: supervisors repeat it, to a process and to its group.
+    A second SIGTERM does not, as supervisors repeat it, to a process and to its group.
     """
 
     def __init__(self) -> None:
@@ -16,16 +16,20 @@ class StopRequest:
         self.forced = threading.Event()
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
+        """Notes a signal."""
         if number == signal.SIGINT and self.asked.is_set():
             self.forced.set()
         self.asked.set()
 
     def install(self) -> None:
-        """Ray sets handlers of its own when it connects, so this is called again after."""
+        """Takes the signals. Ray takes them when it connects, so this is called again after."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def ignore(self) -> None:
-        """For the way out: the interpreter resets ``handle`` there, and a late signal would spoil the exit code."""
+        """Ignores the signals from now on.
+
+        The interpreter drops handlers on its way out, where a late signal would spoil the exit code.
+        """
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Ray itself: joined or started for the command line, and the placement group that ranks run in."""
+"""Joins or starts Ray for the command line, and owns the placement group that ranks run in."""
 
 import asyncio
 import logging
@@ -48,7 +48,7 @@ def connect(address: str, *, num_cpus: int) -> None:
 
 
 def check_resources(*, num_cpus: int, num_gpus: int) -> None:
-    """Refuse what the whole cluster could never place, before anything is launched on it.
+    """Refuses what the whole cluster could never place, before anything is launched on it.
 
     Raises:
         InvalidConfig: the cluster has fewer CPUs or GPUs than the workers ask for.
@@ -68,7 +68,7 @@ def check_resources(*, num_cpus: int, num_gpus: int) -> None:
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:
-    """Where the driver is: what would be of no use without it must not be lost with any other node."""
+    """Returns the strategy that places an actor on the driver's node, so that no other node's loss ends it."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
@@ -78,13 +78,13 @@ def disconnect() -> None:
 
 
 def ray_cause(error: ray.exceptions.RayError) -> str:
-    """What went wrong, in one line: Ray's own texts are tracebacks and lists."""
+    """Returns what went wrong in one line, as Ray's own texts are tracebacks and lists."""
     return cause_of(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchSettings:
-    """How workers are started.
+    """How the launcher starts workers.
 
     Attributes:
         labels: Ray node labels that a rank's node must carry, by rank.
@@ -120,7 +120,7 @@ class RayLauncher:
         self._agents: dict[RankKey, Any] = {}
 
     async def reserve(self, shards: Mapping[RankKey, Shard]) -> None:
-        """Reserve what all ranks need, in one placement group.
+        """Reserves what all ranks need, in one placement group.
 
         Raises:
             WorkerFailed: the cluster cannot give it within the start timeout.
@@ -143,7 +143,7 @@ class RayLauncher:
             ) from None
 
     async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
-        """Start a worker.
+        """Starts a worker.
 
         Raises:
             WorkerFailed: the node has not the memory, or the worker did not come up.
@@ -164,7 +164,7 @@ class RayLauncher:
         return started
 
     async def _answer(self, call: Awaitable[T], timeout_s: float) -> T:
-        """An agent's answer. Raises WorkerFailed where none comes."""
+        """Returns an agent's answer. Raises WorkerFailed where none comes."""
         try:
             return await asyncio.wait_for(call, timeout_s)
         except TimeoutError:
@@ -202,7 +202,7 @@ class RayLauncher:
         return end
 
     async def stop(self, key: RankKey) -> None:
-        """End a worker and its actor, by force if it must be."""
+        """Ends a worker and its actor, by force where they do not end by themselves."""
         agent = self._agents.pop(key, None)
         if agent is None:
             return
@@ -215,7 +215,7 @@ class RayLauncher:
             ray.kill(agent)
 
     async def close(self) -> None:
-        """End every worker and give the placement group back."""
+        """Ends every worker and gives the placement group back."""
         await asyncio.gather(*(self.stop(key) for key in list(self._agents)))
         if self._group is not None:
             remove_placement_group(self._group)

@@ -1,4 +1,4 @@
-"""This node: the memory it has left, and where others reach what listens on it. No Ray here."""
+"""Tells the free memory of this node, and where others reach what listens on it. No Ray here."""
 
 import ipaddress
 from pathlib import Path
@@ -9,7 +9,7 @@ from placement.measured.cgroup import container_available
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be allocated now, within the container's limit."""
+    """Returns the memory that can be allocated now, within the container's limit."""
     free = psutil.virtual_memory().available
     limit = container_available(_read)
     return free if limit is None else min(free, limit)
@@ -23,7 +23,7 @@ def _read(path: str) -> str | None:
 
 
 def advertised_host(bind_host: str, node_ip: str) -> str:
-    """Where others reach a server on ``bind_host``: the node itself for a wildcard (0.0.0.0, ::)."""
+    """Returns where others reach a server on ``bind_host``: at the node itself for a wildcard (0.0.0.0, ::)."""
     try:
         return node_ip if ipaddress.ip_address(bind_host).is_unspecified else bind_host
     except ValueError:  # a name
@@ -31,5 +31,5 @@ def advertised_host(bind_host: str, node_ip: str) -> str:
 
 
 def host_port(host: str, port: int) -> str:
-    """``host:port``, with the brackets that an IPv6 address needs."""
+    """Returns ``host:port``, with the brackets that an IPv6 address needs."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

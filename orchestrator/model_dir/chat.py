@@ -58,7 +58,7 @@ class ChatTemplate:
             raise _not_a_template(field, source, cause_of(error)) from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as the model's prompt, special tokens written out: tokenize it without adding any.
+        """Returns the conversation as the model's prompt. Special tokens are written out: tokenizing must add none.
 
         Computes for about ``MAX_RENDER_S`` at most, and some 0.1 ms where the conversation is short.
 
@@ -110,7 +110,7 @@ def _refusal(error: Exception, num_messages: int) -> InvalidRequest:
 
 
 def read_special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that templates know by name, as transformers finds them.
+    """Returns the special tokens that templates know by name, as transformers finds them.
 
     Args:
         tokenizer_config: tokenizer_config.json.
@@ -132,7 +132,7 @@ def read_special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map:
 
 
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The template inside tokenizer_config.json: the only one, or of several the one named ``default``.
+    """Returns the template inside tokenizer_config.json: the only one, or of several the one named ``default``.
 
     Raises:
         InvalidModel: ``chat_template`` is something else.

@@ -28,7 +28,7 @@ _MAX_BITS = 4096
 
 
 def compile_template(source: str, *, now: Callable[[], datetime]) -> Template:
-    """The template, to be rendered with ``DEADLINE`` among its variables.
+    """Compiles a template, which is to be rendered with ``DEADLINE`` among its variables.
 
     Args:
         now: the clock of ``strftime_now``.
@@ -67,10 +67,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, callee, *args, **values)
 
     def tick(self) -> None:
-        """What each turn of a loop calls; being called is all it is for."""
+        """Is called in each turn of a loop, so that the call looks at the deadline."""
 
     def join_texts(self, *values: object) -> str:
-        """The operator ``~``."""
+        """Computes the operator ``~``."""
         texts = [str(value) for value in values]
         check_size(sum(map(len, texts)))
         return "".join(texts)
@@ -93,7 +93,7 @@ def _check_power(base: object, exponent: object) -> None:
 
 
 class _Bounding(NodeTransformer):
-    """Puts loops and the operator ``~`` within the bounds of :class:`_Sandbox`."""
+    """Keeps loops and the operator ``~`` within the bounds of :class:`_Sandbox`."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -110,7 +110,7 @@ def _own(method: str, args: list[nodes.Expr]) -> nodes.Call:
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks, up to ``{% endgeneration %}``, what an assistant said. That is for training."""
+    """Reads ``{% generation %}``, which marks for training what an assistant said, up to ``{% endgeneration %}``."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -121,7 +121,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """``namespace(...)``, whose attributes must not begin with an underscore: Python's own do."""
+    """Is ``namespace(...)``. Its attributes must not begin with an underscore, as Python's own do."""
 
     def __init__(*args: Any, **values: Any) -> None:  # so that ``self`` may be the name of an attribute
         attributes = dict(*args[1:], **values)
@@ -146,7 +146,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without the HTML escapes of Jinja's own filter: models were trained without."""
+    """Writes JSON without the HTML escapes of Jinja's own filter, as models were trained without them."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

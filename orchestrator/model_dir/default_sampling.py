@@ -1,4 +1,4 @@
-"""What absent sampling fields mean, as the generation_config.json of a model says."""
+"""Reads from a model's generation_config.json what sampling fields mean that a request leaves out."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _TEMPERATURE, _TOP_K, _TOP_P = 1.0, 50, 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DefaultSampling:
-    """What absent sampling fields mean: the model's generation_config.json, else greedy."""
+    """The values of sampling fields that a request leaves out: those of generation_config.json, else greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -27,7 +27,7 @@ class DefaultSampling:
     repetition_penalty: float = 1.0
 
     def message(self) -> pb.SamplingParams:
-        """The defaults as clients see them."""
+        """Returns the message by which clients see the defaults."""
         return pb.SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -38,7 +38,7 @@ class DefaultSampling:
 
 
 def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling:
-    """The defaults that generation_config.json sets; greedy unless it says ``do_sample``.
+    """Returns the defaults that generation_config.json sets; greedy unless it says ``do_sample``.
 
     A ``null`` turns a filter off; so does ``top_k`` -1. ``temperature`` 0 is greedy. ``repetition_penalty`` holds for
     greedy decoding too.
@@ -66,7 +66,7 @@ def default_sampling(generation_config: Mapping[str, object]) -> DefaultSampling
 
 
 def _filters(generation_config: Mapping[str, object]) -> DefaultSampling:
-    """The filters of a file that samples."""
+    """Returns the filters of a file that says ``do_sample``."""
     top_k = _number(generation_config, "top_k", absent=_TOP_K, null=0)
     top_p = _number(generation_config, "top_p", absent=_TOP_P, null=1.0)
     min_p = _number(generation_config, "min_p", absent=0.0, null=0.0)

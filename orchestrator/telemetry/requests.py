@@ -1,4 +1,7 @@
-"""Traces and metrics, through OpenTelemetry, under the names of its GenAI conventions. Never prompt or answer text."""
+"""Reports requests as traces and metrics, under the names of OpenTelemetry's GenAI conventions.
+
+Never reports the text of a prompt or an answer.
+"""
 
 import logging
 import threading
@@ -43,10 +46,10 @@ Figures = Callable[[], Iterable[tuple[float, Mapping[str, str]]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """What is reported of one request, once it has ended.
+    """A request that has ended, as far as it is reported.
 
     Attributes:
-        completion_tokens: of all choices.
+        completion_tokens: the tokens of all choices together.
         arrived_ns: wall clock, ns since 1970. Durations count from there.
         outcome: a finish reason (``stop``, ``length``), or the name of the gRPC status that ended it.
         failed: whether ``outcome`` is a status.
@@ -74,11 +77,11 @@ class RequestRecord:
 
 
 class Telemetry:
-    """The service's instruments. Where nothing is configured they cost nothing and go nowhere.
+    """Owns the service's instruments. Where nothing is configured they cost nothing and report nowhere.
 
     Args:
-        observers: told of every request that ends, beside the instruments.
-        collectors: what Prometheus finds beside them.
+        observers: are told of every request that ends, beside the instruments.
+        collectors: are scraped by Prometheus, beside the instruments.
     """
 
     def __init__(
@@ -157,19 +160,19 @@ class Telemetry:
         )
 
     def gauge(self, name: str, unit: str, description: str, read: Figures) -> None:
-        """A figure that is read whenever metrics are collected."""
+        """Adds a figure that is read whenever metrics are collected."""
         self._meter.create_observable_gauge(name, [_observing(read)], unit, description)
 
     def counter(self, name: str, unit: str, description: str, read: Figures) -> None:
-        """A sum that is read whenever metrics are collected, and only grows until it begins anew."""
+        """Adds a sum that is read whenever metrics are collected, and only grows until it begins anew."""
         self._meter.create_observable_counter(name, [_observing(read)], unit, description)
 
     def refused(self, code: str) -> None:
-        """A request ended before it was accepted."""
+        """Counts a request that ended before it was accepted."""
         self._refused.add(1, {"error.type": code})
 
     def finished(self, record: RequestRecord) -> None:
-        """An accepted request ended: its metrics and its spans."""
+        """Reports the metrics and spans of an accepted request that has ended."""
         attributes = {
             "gen_ai.operation.name": _OPERATION,
             "gen_ai.provider.name": _SYSTEM,
@@ -189,7 +192,7 @@ class Telemetry:
             observer(record)
 
     def _trace(self, record: RequestRecord, attributes: dict[str, str]) -> None:
-        """request -> queue, prefill, decode; a phase that was not reached has no span."""
+        """Writes the span of a request, and in it those of queue, prefill and decode, as far as these were reached."""
         start, stop = record.arrived_ns, record.arrived_ns + int(record.total_s * _NS)
         request = self._tracer.start_span(
             f"{_OPERATION} {record.model}",
@@ -221,7 +224,7 @@ class Telemetry:
         self._tracer.start_span(name, context=context, start_time=start).end(max(start, stop))
 
     def close(self, timeout_s: float = 3.0) -> None:
-        """Send what is still held and stop listening; returns within ``timeout_s``. Blocks: not for an event loop.
+        """Sends what is still held and stops listening, within ``timeout_s``. Blocks, so it is not for an event loop.
 
         What a receiver has not taken by then is lost.
         """
@@ -237,7 +240,7 @@ class Telemetry:
 
 
 def _registry(collectors: Sequence[Collector]) -> CollectorRegistry:
-    """A registry of our own, so that two services in one process do not share their figures."""
+    """Returns a registry of our own, so that two services in one process do not share their figures."""
     registry = CollectorRegistry()
     for collect in (ProcessCollector, PlatformCollector, GCCollector):
         collect(registry=registry)

@@ -1,8 +1,8 @@
-"""Owns the metrics of vLLM's Prometheus endpoint, with its names, labels and buckets, told of our replicas.
+"""Reports our replicas under the names, labels and buckets of vLLM's Prometheus endpoint.
 
-For dashboards, autoscalers and inference gateways that know those names. ``engine`` is the name of a replica; what
-waits in the gateway for a replica counts as waiting at the engine ``gateway``. A request is told of when it has ended,
-its first token included; the gap between two tokens is the one that the gateway sees.
+They are for dashboards, autoscalers and inference gateways that know those names. ``engine`` is the name of a replica;
+what waits in the gateway for a replica counts as waiting at the engine ``gateway``. A request is counted when it has
+ended, its first token included; the gap between two tokens is the one that the gateway sees.
 """
 
 import time
@@ -65,7 +65,7 @@ Reports = Callable[[], Iterable[tuple[str, worker_pb2.LoadReport]]]
 
 
 class VllmMetrics(Collector):
-    """A collector for the registry that Prometheus scrapes. Told of requests and steps on the gateway's event loop.
+    """A collector for the registry that Prometheus scrapes. It hears of requests and steps on the gateway's event loop.
 
     Args:
         block_size: tokens of a KV block.
@@ -96,13 +96,13 @@ class VllmMetrics(Collector):
         self._last_token_s: dict[tuple[str, int], float] = {}
 
     def finished(self, record: RequestRecord) -> None:
-        """An accepted request ended."""
+        """Counts an accepted request that has ended."""
         self._ended[record.replica][_reason(record)] += 1
         for name, value in _figures(record):
             self._histograms[name].add(record.replica, value)
 
     def stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
-        """A replica finished a step."""
+        """Counts a step that a replica has finished."""
         now_s = self._clock()
         self._histograms["vllm:iteration_tokens_total"].add(replica, step.num_tokens)
         # Most had their last token in the same step as each other: they are counted together.
@@ -124,7 +124,7 @@ class VllmMetrics(Collector):
             del last_token_s[next(iter(last_token_s))]
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, as it is now. Called from the thread that answers Prometheus."""
+        """Yields all metrics as they are now. The thread that answers Prometheus calls it."""
         reports = list(self._reports())
         yield from self._gauges(reports)
         yield from self._counters(reports)
@@ -162,7 +162,7 @@ class VllmMetrics(Collector):
 
 
 class _Histogram:
-    """Counts by engine and bucket. Added to by one thread and read by another, which may miss the latest value."""
+    """Counts values by engine and bucket. One thread adds and another reads, which may miss the latest value."""
 
     def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
         self._name = name
@@ -177,7 +177,7 @@ class _Histogram:
         self._sums[engine] = self._sums.get(engine, 0.0) + value * times
 
     def family(self, model: str) -> HistogramMetricFamily:
-        """As Prometheus has it: the count of a bucket holds those of all smaller ones."""
+        """Returns the metric as Prometheus has it: the count of a bucket holds those of all smaller ones."""
         family = HistogramMetricFamily(self._name, self._text, labels=("model_name", "engine"))
         edges = [*map(str, self._buckets), "+Inf"]
         for engine, total in list(self._sums.items()):
@@ -187,7 +187,7 @@ class _Histogram:
 
 
 def _figures(record: RequestRecord) -> Iterator[tuple[str, float]]:
-    """What the histograms are told of a request; a phase that was not reached is left out."""
+    """Yields what the histograms are told of a request, without phases that were not reached."""
     queue_s, first_s, total_s = record.queue_s, record.first_token_s, record.total_s
     yield "vllm:e2e_request_latency_seconds", total_s
     yield "vllm:request_prompt_tokens", record.prompt_tokens
@@ -208,13 +208,13 @@ def _figures(record: RequestRecord) -> Iterator[tuple[str, float]]:
 
 
 def _reason(record: RequestRecord) -> str:
-    """How vLLM would say that it ended."""
+    """Returns vLLM's word for how a request ended."""
     if not record.failed:
         return record.outcome
     return "abort" if record.outcome in _ABORTED else "error"
 
 
 def _one_two_five(largest: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, ... up to ``largest``."""
+    """Returns 1, 2, 5, 10, 20, ... up to ``largest``."""
     steps = (float(first * 10**exponent) for exponent in range(len(str(largest))) for first in (1, 2, 5))
     return tuple(step for step in steps if step <= largest)

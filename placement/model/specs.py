@@ -149,7 +149,6 @@ class NodeSpec:
     """A machine and its devices."""
 
     name: str
-    host: str
     memory_bytes: int
     devices: tuple[DeviceSpec, ...]
 

@@ -116,22 +116,12 @@ def test_standard_input_that_is_no_text_is_refused_in_a_line() -> None:
 
 
 def test_every_option_reaches_the_service(service: Service) -> None:
-    generate(
-        service,
-        "once",
-        *(
-            "--max-tokens=9",
-            "--min-tokens=2",
-            "--n=3",
-            "--temperature=0.5",
-            "--top-k=4",
-            "--top-p=0.75",
-            "--min-p=0.25",
-        ),
-        *("--repetition-penalty=1.5", "--presence-penalty=-0.5", "--frequency-penalty=0.5", "--seed=6"),
-        *("--logit-bias=4=-2", "--logit-bias=5=1.5", "--stop=x", "--stop=y", "--regex=a+", "--echo", "--logprobs=2"),
-        "--cache-salt=tenant",
+    options = (
+        "--max-tokens=9 --min-tokens=2 --n=3 --temperature=0.5 --top-k=4 --top-p=0.75 --min-p=0.25 --seed=6 "
+        "--repetition-penalty=1.5 --presence-penalty=-0.5 --frequency-penalty=0.5 --logit-bias=4=-2 --logit-bias=5=1.5 "
+        "--stop=x --stop=y --regex=a+ --echo --logprobs=2 --cache-salt=tenant"
     )
+    generate(service, "once", *options.split())
     assert service.asked == [
         pb.GenerateRequest(
             prompt="once",

@@ -19,7 +19,7 @@ from tests.support.shapes import LLAMA_8B
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
 CLUSTER = ClusterSpec(
-    nodes=tuple(NodeSpec(name=name, host=name, memory_bytes=2**40, devices=(DEVICE,)) for name in ("a", "b", "c", "d"))
+    nodes=tuple(NodeSpec(name=name, memory_bytes=2**40, devices=(DEVICE,)) for name in ("a", "b", "c", "d"))
 )
 SVG = "{http://www.w3.org/2000/svg}"
 FREE = ["gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null"]

@@ -3,80 +3,23 @@
 import json
 import os
 import socket
-import struct
-import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
-from orchestrator.config.document import Config, load_config
-from orchestrator.deployment.known_cluster import Machine, measure_machine
-from orchestrator.deployment.preflight import Checked, preflight
-from orchestrator.model_dir.files import read_model_files
-from placement.errors import FieldError, InvalidConfig, InvalidModel, NotEnoughMemory
-from placement.model.hf import read_model_spec
+from orchestrator.deployment.known_cluster import measure_machine
+from placement.errors import InvalidConfig, InvalidModel, NotEnoughMemory
 from placement.model.specs import DType
-from placement.model.weights import num_parameters, whole_model
-
-AGAIN = "Download or export the model again."
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 20,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-}
-MACHINE = Machine(memory_bytes=2**36, num_cores=8)
+from placement.model.weights import num_parameters
+from tests.support.preflight import CONFIG, check, make_model, refused, tensors
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    directory = tmp_path / "model"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    save_words(directory, {"a": 0, "b": 19})
-    save_file(tensors(), directory / "model.safetensors")
-    return directory
-
-
-def save_words(directory: Path, vocab: dict[str, int]) -> None:
-    Tokenizer(WordLevel(vocab, unk_token="a")).save(str(directory / "tokenizer.json"))
-
-
-def tensors(**changes: Any) -> dict[str, np.ndarray]:
-    wanted = whole_model(read_model_spec(CONFIG))
-    return {item.name: np.zeros(item.shape, np.float32) for item in wanted} | changes
-
-
-def configured(directory: Path, **sections: Any) -> Config:
-    file = directory.parent / "cluster.yaml"
-    sections = {"gateway": {"address": "127.0.0.1:0"}} | sections
-    file.write_text(json.dumps({"model": {"path": str(directory)}} | sections))
-    return load_config(file, environ={})
-
-
-def check(directory: Path, **sections: Any) -> Checked:
-    return preflight(configured(directory, **sections), machine=MACHINE)
-
-
-def refused(kind: type[FieldError], act: Callable[[], object]) -> FieldError:
-    with pytest.raises(kind) as caught:
-        act()
-    assert type(caught.value) is kind
-    return caught.value
+    return make_model(tmp_path)
 
 
 def test_sound_model_is_planned(model: Path) -> None:
@@ -104,206 +47,11 @@ def test_float16_weights_are_served_as_the_dtype_asked_for_and_only_so(model: Pa
     assert error.fix.startswith("Set model.dtype to bfloat16 or float32 in the cluster file")
 
 
-def test_single_file_wins_over_an_index_as_it_does_for_the_workers(model: Path) -> None:
-    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
-    assert check(model).checkpoint_bytes == (model / "model.safetensors").stat().st_size
-
-
-def test_bfloat16_shards_with_an_index_are_read(model: Path) -> None:
-    names = list(tensors())
-    write_raw(model / "a.safetensors", {name: ("BF16", shape_of(name)) for name in names[:5]})
-    write_raw(model / "b.safetensors", {name: ("BF16", shape_of(name)) for name in names[5:]})
-    (model / "model.safetensors").unlink()
-    owners = {name: "a.safetensors" if name in names[:5] else "b.safetensors" for name in names}
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owners}))
-    sizes = [(model / name).stat().st_size for name in ("a.safetensors", "b.safetensors")]
-    assert read_model_files(model).checkpoint_bytes == sum(sizes)
-
-
 def test_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     error = refused(InvalidConfig, lambda: check(tmp_path / "none"))
     assert (error.field, error.value) == ("model.path", str(tmp_path / "none"))
     assert error.problem == "does not exist"
     assert error.fix == "Give the directory that holds config.json and the safetensors files."
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_missing_file_is_named(model: Path, name: str) -> None:
-    (model / name).unlink()
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem, error.fix) == ("model.path", name, "lacks a file", AGAIN)
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("{", "is not valid JSON: "),
-        ("[]", "is not a JSON object"),
-        ("[" * 100_000, "is not valid JSON: "),
-        ("\udcff", "is not valid JSON: "),
-    ],
-)
-def test_damaged_json_is_refused(model: Path, name: str, text: str, problem: str) -> None:
-    (model / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.fix) == (name, AGAIN)
-    assert error.problem.startswith(problem)
-
-
-def test_huge_json_is_not_read(model: Path) -> None:
-    (model / "config.json").write_bytes(b" " * (2**20 + 1))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem) == (
-        "config.json", 2**20 + 1, "is larger than 1048576 bytes",
-    )  # fmt: skip
-
-
-def test_symlink_out_of_the_directory_is_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
-    (model / "model.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors", "model.safetensors")
-    assert error.problem == "leads out of the model directory"
-    assert error.fix == "Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does."
-
-
-def test_symlink_of_an_index_out_of_the_directory_is_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
-    (model / "part.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
-    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "part.safetensors"}}')
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.problem) == ("part.safetensors", "leads out of the model directory")
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a\0b", "sub/x.safetensors", "a\\b"])
-def test_index_takes_plain_file_names_only(model: Path, name: str) -> None:
-    (model / "sub").mkdir()
-    (model / "model.safetensors").rename(model / "sub" / "x.safetensors")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors.index.json", name)
-    assert error.problem == "names a file that is not right in the model directory"
-
-
-def test_index_of_another_kind_of_file_is_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "w.bin")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "w.bin"}}))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors.index.json", "w.bin")
-    assert error.fix == "Only safetensors files are loaded; save the model as such."
-
-
-def test_index_without_a_map_is_refused(model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": 3}}')
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors.index.json: weight_map", {"x": 3})
-
-
-def test_pickled_weights_are_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.path", "pytorch_model.bin")
-    assert error.problem == "holds weights as pickles only, which can run code and are never loaded"
-    assert error.fix == ("Save the model as safetensors: model.save_pretrained(path, safe_serialization=True).")
-
-
-def truncate(data: bytes) -> bytes:
-    return data[:-100]
-
-
-def overlap(data: bytes) -> bytes:
-    return raw({"a": ("F32", [4], [0, 16]), "b": ("F32", [4], [8, 24])}, 24)
-
-
-def overflow(data: bytes) -> bytes:
-    return raw({"a": ("F32", [2**62, 4], [0, 16])}, 16)
-
-
-def negative(data: bytes) -> bytes:
-    return raw({"a": ("F32", [-4], [0, 16])}, 16)
-
-
-def unbounded_header(data: bytes) -> bytes:
-    return struct.pack("<Q", 2**62) + data[8:]
-
-
-def empty(data: bytes) -> bytes:
-    return b""
-
-
-def noise(data: bytes) -> bytes:
-    return bytes(range(256))
-
-
-@pytest.mark.parametrize("damage", [truncate, overlap, overflow, negative, unbounded_header, empty, noise])
-def test_damaged_safetensors_file_is_refused(model: Path, damage: Callable[[bytes], bytes]) -> None:
-    file = model / "model.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.fix) == ("model.safetensors", file.stat().st_size, AGAIN)
-    assert error.problem.startswith("is damaged or truncated: ")
-
-
-def test_missing_tensor_is_named(model: Path) -> None:
-    weights = tensors()
-    del weights["model.norm.weight"]
-    save_file(weights, model / "model.safetensors")
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem) == (
-        "model.safetensors", "model.norm.weight", "lacks a tensor",
-    )  # fmt: skip
-
-
-def test_tensor_of_another_shape_is_refused(model: Path) -> None:
-    save_file(tensors(**{"model.norm.weight": np.zeros(8, np.float32)}), model / "model.safetensors")
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors: model.norm.weight", [8])
-    assert error.problem == "has another shape than config.json says, which is [16]"
-    assert error.fix == "Use the config.json that was saved with these weights."
-
-
-def test_tensor_of_another_number_type_is_refused(model: Path) -> None:
-    save_file(tensors(**{"model.norm.weight": np.zeros(16, np.int8)}), model / "model.safetensors")
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors: model.norm.weight", "I8")
-    assert error.fix == "Save the model as one of F32, F16, BF16."
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "value", "problem"),
-    [
-        (
-            {"model": {"vocab": {"a": 20}}},
-            20, "has a token id that is not below vocab_size = 20 of config.json",
-        ),
-        (
-            {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 31}]},
-            31, "has a token id that is not below vocab_size = 20 of config.json",
-        ),
-        (
-            {"model": {"vocab": [["a", 0.0]] * 21}},
-            20, "has a token id that is not below vocab_size = 20 of config.json",
-        ),
-        ({"model": {"vocab": {"a": "0"}}}, None, "has a token whose id is not a number"),
-        ({"model": None}, None, "has no model.vocab"),
-    ],
-)  # fmt: skip
-def test_tokenizer_that_does_not_fit_the_model_is_refused(
-    model: Path, tokenizer: object, value: object, problem: str
-) -> None:
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem) == ("tokenizer.json", value, problem)
-
-
-def test_tokenizer_that_the_library_cannot_read_is_refused(model: Path) -> None:
-    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "Nothing", "vocab": {"a": 0}}}))
-    error = refused(InvalidModel, lambda: check(model))
-    assert error.field == "tokenizer.json"
-    assert error.problem.startswith("cannot be read as a tokenizer: ")
-    assert error.fix == "Save the tokenizer again as a fast one: tokenizer.save_pretrained(path)."
 
 
 def test_sampling_defaults_that_no_sampler_could_use_are_refused(model: Path) -> None:
@@ -374,40 +122,3 @@ def test_machine_is_measured() -> None:
     machine = measure_machine()
     assert machine.memory_bytes > 2**20
     assert 1 <= machine.num_cores <= (os.cpu_count() or 1)
-
-
-def test_headers_of_a_large_checkpoint_are_read_in_well_under_a_second(model: Path) -> None:
-    config = CONFIG | {"num_hidden_layers": 126, "hidden_size": 16384, "intermediate_size": 53248}
-    config |= {"num_attention_heads": 128, "num_key_value_heads": 8, "vocab_size": 128256}
-    (model / "config.json").write_text(json.dumps(config))
-    wanted = {item.name: ("BF16", item.shape) for item in whole_model(read_model_spec(config))}
-    write_raw(model / "model.safetensors", wanted)  # sparse: 756 GiB that take no room
-    started = time.process_time()
-    assert read_model_files(model).checkpoint_bytes > 7 * 10**11
-    assert time.process_time() - started < 1.0
-
-
-def shape_of(name: str) -> tuple[int, ...]:
-    return next(item.shape for item in whole_model(read_model_spec(CONFIG)) if item.name == name)
-
-
-def raw(entries: dict[str, tuple[str, list[int], list[int]]], num_bytes: int) -> bytes:
-    header = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        for name, (dtype, shape, offsets) in entries.items()
-    }
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(num_bytes)
-
-
-def write_raw(file: Path, entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-    """A safetensors file of 2-byte elements, its data a hole."""
-    offset, placed = 0, {}
-    for name, (dtype, shape) in entries.items():
-        stop = offset + 2 * int(np.prod(shape, dtype=np.int64))
-        placed[name] = (dtype, list(shape), [offset, stop])
-        offset = stop
-    header = raw(placed, 0)
-    with file.open("wb") as out:
-        out.write(header)
-        out.truncate(len(header) + offset)

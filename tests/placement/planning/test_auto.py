@@ -18,7 +18,7 @@ GIB = 2**30
 def node(*devices: tuple[int, int], name: str = "a") -> NodeSpec:
     """Of CPUs with so many threads, and so much memory in GiB."""
     specs = tuple(DeviceSpec(kind="cpu", num_threads=threads, memory_bytes=size * GIB) for threads, size in devices)
-    return NodeSpec(name=name, host=name, memory_bytes=sum(size for _, size in devices) * GIB, devices=specs)
+    return NodeSpec(name=name, memory_bytes=sum(size for _, size in devices) * GIB, devices=specs)
 
 
 def speeds(*gb_per_s: float) -> list[DeviceSpeed]:
@@ -140,6 +140,6 @@ def test_what_is_wrong_whatever_the_layout_is_said_at_once() -> None:
 def test_threads_are_not_compared_with_gpus() -> None:
     gpu = DeviceSpec(kind="cuda", num_threads=1, memory_bytes=80 * GIB)
     cpu = DeviceSpec(kind="cpu", num_threads=64, memory_bytes=40 * GIB)
-    cluster = ClusterSpec(nodes=(NodeSpec(name="a", host="a", memory_bytes=40 * GIB, devices=(gpu, cpu)),))
+    cluster = ClusterSpec(nodes=(NodeSpec(name="a", memory_bytes=40 * GIB, devices=(gpu, cpu)),))
     assert list(shares(cluster)) == [("memory", (80.0 * GIB, 40.0 * GIB))]
     assert next(shares(cluster, speeds(3000, 50))) == ("speed", (3000e9, 50e9))

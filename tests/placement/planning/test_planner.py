@@ -49,7 +49,7 @@ def cpu(memory_bytes: int) -> DeviceSpec:
 
 
 def node(*devices: DeviceSpec, memory_bytes: int, name: str = "local") -> NodeSpec:
-    return NodeSpec(name=name, host="127.0.0.1", memory_bytes=memory_bytes, devices=devices)
+    return NodeSpec(name=name, memory_bytes=memory_bytes, devices=devices)
 
 
 def plan(*nodes: NodeSpec, **changes: Any) -> Plan:
