@@ -80,12 +80,12 @@ class DecodeGraphs:
         # The largest first, so that the smaller find their memory in the pool.
         self._replays = {size: capture(partial(self._run, size)) for size in reversed(self._sizes)}
 
-    def takes(self, step: StepInputs) -> bool:
+    def can_run(self, step: StepInputs) -> bool:
         """Tells whether the step has decodes alone, and a graph has room for it."""
         return len(step.token_ids) <= self._sizes[-1] and self._inputs.can_hold(step)
 
     def __call__(self, step: StepInputs) -> Tensor:
-        """Computes the logits [T, V] of a step that :meth:`takes` accepts. They last until the next step."""
+        """Computes the logits [T, V] of a step for which :meth:`can_run` holds. They last until the next step."""
         num_tokens = len(step.token_ids)
         size = next_size(num_tokens, self._sizes)
         self._inputs.put(step)

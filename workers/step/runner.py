@@ -163,7 +163,7 @@ class ModelRunner(Forward):
     def compute(self, prepared: Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
         """Computes all of a step but the sampling, and returns what :meth:`finish` returns."""
         inputs, num_sampled = prepared.inputs, prepared.num_sampled
-        if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.takes(inputs):
+        if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.can_run(inputs):
             logits = self._graphs(inputs)
             return (logits if num_sampled == len(logits) else prepared.needed.take(logits)), {}
         return self.finish(prepared, prepared.needed.take(self.forward(prepared)))
