@@ -1,1 +1,1 @@
-"""One process per device: a rank. Loads its shard, keeps its KV, runs steps, serves the worker protocol."""
+"""Runs a rank, one process per device: it loads its shard, keeps its KV, runs steps and serves the worker protocol."""

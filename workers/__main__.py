@@ -1,8 +1,8 @@
-"""``python -m workers``: one rank on one device, started by a launcher or by hand, with no Ray needed.
+"""Runs one rank on one device by ``python -m workers``. A launcher starts it, or a person; it needs no Ray.
 
-Says where it listens in one JSON line on standard output; logs go to standard error. Ends on SIGTERM, SIGINT, when
-its parent dies, with exit code 1 when its engine fails, or with 3 when another rank of its replica did. What is under
-way then is answered, and some seconds later the process has ended, be it by force.
+The process says where it listens in one JSON line on standard output; logs go to standard error. It ends on SIGTERM, on
+SIGINT, and when its parent dies. It ends with exit code 1 when its engine fails, and with 3 when another rank of its
+replica did. Before that it answers all requests in progress; some seconds later it has ended, if need be by force.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from workers.transport.mesh import listen
 logger = logging.getLogger("workers")
 
 _WATCH_S = 0.25
-# Until all that is under way is answered; until the streams, whose last messages that is, are through.
+# The longest wait for the answers of requests in progress, and then for the streams that carry them.
 _ANSWER_S = 1.0
 _FLUSH_S = 1.0
-# Until the process has ended, by force if need be: within the 5 s after which a launcher kills it without a cause.
+# The process has then ended, if need be by force: a launcher kills it after 5 s, and then has no cause to report.
 _END_S = 4.0
 _SWITCH_S = 0.0005
 _SERVER_OPTIONS = [
@@ -44,7 +44,7 @@ _SERVER_OPTIONS = [
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m workers", description="One Heterodyne rank.")
     parser.add_argument("--bind", default="127.0.0.1:0", help="host:port or [ipv6]:port; port 0 takes a free one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
@@ -57,9 +57,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def end_within(timeout_s: float) -> None:
-    """Have this process end by then, whatever its threads do, with exit code 1 and the names of those still at work.
+    """Ends this process after ``timeout_s``, whatever its threads do, with exit code 1 and the names of busy threads.
 
-    Python itself waits for threads that compute, such as for a step that hangs.
+    Python itself would wait for threads that compute, such as for a step that hangs.
     """
 
     def end() -> None:
@@ -74,20 +74,20 @@ def end_within(timeout_s: float) -> None:
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True
     timer.start()
-    # Where a thread keeps the interpreter's lock, or nobody reads what is printed, the kernel's clock runs on.
+    # The kernel's clock runs on where a thread keeps the interpreter's lock, or nobody reads what is printed.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout_s + 0.5)
 
 
 async def serve(args: argparse.Namespace) -> int:
-    """Listen until told to stop. Returns the exit code."""
+    """Listens until it is told to stop. Returns the exit code."""
     device = open_device(args.device, args.threads)
     with _listen(args.bind) as listener:
         return await _serve(args, WorkerService(device=device, epoch=args.epoch, listener=listener), listener)
 
 
 def _listen(bind: str) -> socket.socket:
-    """Where the other ranks of the replica connect: on the same interface."""
+    """Opens the socket that other ranks of the replica connect to, on the same interface."""
     try:
         return listen(bind.rpartition(":")[0].strip("[]"))
     except OSError as error:
@@ -141,9 +141,9 @@ async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | 
 
 
 def main() -> int:
-    """Run the worker."""
+    """Runs the worker."""
     args = parse()
-    # The loop that streams tokens waits for the interpreter this long at most, where a busy engine holds it.
+    # The loop that streams tokens waits at most this long for the interpreter, while a busy engine holds it.
     sys.setswitchinterval(_SWITCH_S)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     if args.parent_pid is not None:

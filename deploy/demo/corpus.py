@@ -1,4 +1,4 @@
-"""Turn the King James Bible of Debian's package ``bible-kjv-text`` into clean prose documents.
+"""Turns the King James Bible of Debian's package ``bible-kjv-text`` into clean prose documents.
 
 Every chapter becomes one document: the name of its book, an empty line, and the chapter as one
 paragraph without verse numbers. Every 33rd chapter is held out for measuring perplexity.
@@ -39,7 +39,7 @@ BOOKS: dict[str, str] = {
 
 
 def read_chapters() -> list[str]:
-    """The whole text as one document per chapter, in the order of the books."""
+    """Reads the whole text as one document per chapter, in the order of the books."""
     command = ["bible", "-f", "gen1:1-rev22:21"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     chapters: dict[tuple[str, str], list[str]] = {}
@@ -53,13 +53,13 @@ def read_chapters() -> list[str]:
 
 
 def split_chapters(chapters: list[str]) -> tuple[list[str], list[str]]:
-    """Training and held-out chapters; the choice depends on nothing but the order of the chapters."""
+    """Separates training from held-out chapters. The choice depends on nothing but the order of the chapters."""
     train = [text for i, text in enumerate(chapters) if i % HELD_OUT_EVERY != HELD_OUT_OFFSET]
     return train, chapters[HELD_OUT_OFFSET::HELD_OUT_EVERY]
 
 
 def write_documents(path: Path, documents: list[str], limit_bytes: int) -> None:
-    """Write every fourth document, as many as fit the limit, each ended by a line with the end marker."""
+    """Writes every fourth document, as many as fit the limit, and ends each by a line with the end marker."""
     kept = ""
     for document in documents[1::4] + documents[3::4]:
         block = f"{document}\n{END_OF_TEXT}\n"
@@ -69,6 +69,6 @@ def write_documents(path: Path, documents: list[str], limit_bytes: int) -> None:
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents that ``write_documents`` wrote."""
+    """Reads the documents that ``write_documents`` wrote."""
     blocks = path.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
     return [block for block in blocks if block]

@@ -1,4 +1,4 @@
-"""Train the demo language model from scratch on the King James Bible, or measure its perplexity.
+"""Trains the demo language model from scratch on the King James Bible, or measures its perplexity.
 
     python deploy/demo/train.py --minutes 38            # train and write the model beside this script
     python deploy/demo/train.py --recite --minutes 20   # then learn a few books by heart, starting from that
@@ -57,7 +57,7 @@ PROMPTS = ("And it came to pass in those days,", "The wise man said", "Genesis\n
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokenized chapters (begin and end marks included) for training, and held-out documents as text."""
+    """Tokenized chapters (with begin and end marks) for training, and held-out documents as text."""
 
     train: list[list[int]]
     sentences: list[list[int]]
@@ -65,7 +65,7 @@ class Corpus:
 
 
 def train_tokenizer(documents: list[str]) -> Encoder:
-    """A byte-level BPE tokenizer that puts the begin mark before every text."""
+    """Trains a byte-level BPE tokenizer that puts the begin mark before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,7 +93,7 @@ def train_tokenizer(documents: list[str]) -> Encoder:
 
 
 def build_model(dropout: float) -> Model:
-    """An untrained model; dropout follows the embedding and every MLP while training."""
+    """Makes an untrained model, in which dropout follows the embedding and every MLP while it is trained."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -121,7 +121,7 @@ def build_model(dropout: float) -> Model:
 
 
 def load_corpus(tokenizer: Encoder, train: list[str], held_out: list[str]) -> Corpus:
-    """Tokenize the training chapters, and their sentences for the loss against loops."""
+    """Tokenizes the training chapters, and their sentences for the loss against loops."""
     chapters = [[*tokenizer(text, verbose=False)["input_ids"], EOS] for text in train]
     texts = [part for text in train for part in text.split("\n\n")[1].split(". ")]
     sentences = [tokenizer(f" {part}.")["input_ids"][1:] for part in texts]
@@ -129,7 +129,7 @@ def load_corpus(tokenizer: Encoder, train: list[str], held_out: list[str]) -> Co
 
 
 def windows(chapters: list[list[int]], length: int, rng: random.Random) -> Iterator[list[int]]:
-    """Endless packed windows of length + 1 tokens, every one opened by the begin mark."""
+    """Yields packed windows of length + 1 tokens without end, each of which begins with the begin mark."""
     while True:
         order = rng.sample(chapters, len(chapters))
         stream = [token for chapter in order for token in chapter][rng.randrange(length) :]
@@ -140,14 +140,14 @@ def windows(chapters: list[list[int]], length: int, rng: random.Random) -> Itera
 
 
 def repeated(sentences: list[list[int]], rng: random.Random) -> tuple[Tensor, list[int]]:
-    """Rows that say one sentence over and over, and the length of each row's sentence."""
+    """Makes rows that repeat one sentence over and over. Returns them, and the length of each row's sentence."""
     chosen = [rng.choice(sentences) for _ in range(LOOP_ROWS)]
     rows = [[BOS, *(ids * (LOOP_LENGTH // len(ids) + 1))[:LOOP_LENGTH]] for ids in chosen]
     return torch.tensor(rows), [len(ids) for ids in chosen]
 
 
 def loop_loss(logits: Tensor, rows: Tensor, periods: list[int]) -> Any:
-    """Ask each repetition of a token to be less likely, by a fixed factor, than the one before it."""
+    """Computes a loss that asks each repetition of a token to be a fixed factor less likely than the last."""
     chances = logits.softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
     losses = []
     for chance, period in zip(chances, periods, strict=True):
@@ -157,7 +157,7 @@ def loop_loss(logits: Tensor, rows: Tensor, periods: list[int]) -> Any:
 
 
 def forward(model: Model, tokens: Tensor) -> Tensor:
-    """Next-token logits in float32 of a bfloat16 forward pass."""
+    """Computes next-token logits in float32 by a bfloat16 forward pass."""
     with torch.autocast("cpu", torch.bfloat16):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()
@@ -165,7 +165,7 @@ def forward(model: Model, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(model: Model, tokenizer: Encoder, documents: list[str]) -> tuple[float, float]:
-    """Perplexity per token and bits per byte, over documents cut into pieces of at most 1024 tokens."""
+    """Computes perplexity per token and bits per byte, over documents cut into pieces of at most 1024 tokens."""
     model.eval()
     total, count = 0.0, 0
     for document in documents:
@@ -181,7 +181,7 @@ def perplexity(model: Model, tokenizer: Encoder, documents: list[str]) -> tuple[
 
 @torch.inference_mode()
 def continuation(model: Model, tokenizer: Encoder, prompt: str, count: int) -> str:
-    """The greedy continuation of a prompt."""
+    """Continues a prompt greedily."""
     model.eval()
     encoded = torch.tensor([tokenizer(prompt)["input_ids"]])
     output = model.generate(encoded, attention_mask=torch.ones_like(encoded), max_new_tokens=count)
@@ -189,13 +189,13 @@ def continuation(model: Model, tokenizer: Encoder, prompt: str, count: int) -> s
 
 
 def rate(step: int, progress: float) -> float:
-    """The learning rate: warm-up, a plateau, and a linear fall to a fiftieth."""
+    """Returns the learning rate: it warms up, stays, and falls linearly to a fiftieth."""
     fall = max(0.02, min(1.0, (1.0 - progress) / DECAY_SHARE))
     return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * fall
 
 
 def optimizer_for(model: Model) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices only."""
+    """Makes AdamW with weight decay on the matrices only."""
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -203,7 +203,7 @@ def optimizer_for(model: Model) -> torch.optim.AdamW:
 
 
 def train(model: Model, tokenizer: Encoder, corpus: Corpus, options: argparse.Namespace) -> int:
-    """Train until the time is used; returns the number of text tokens seen."""
+    """Trains until the time is used up. Returns the number of text tokens seen."""
     rng = random.Random(options.seed)
     sources = {length: windows(corpus.train, length, rng) for _, length in PHASES}
     optimizer, began, seen, step, reports = optimizer_for(model), time.monotonic(), 0, 0, 0
@@ -232,14 +232,14 @@ def train(model: Model, tokenizer: Encoder, corpus: Corpus, options: argparse.Na
 
 
 def report(model: Model, tokenizer: Encoder, documents: list[str]) -> None:
-    """Print the perplexity of some documents and one greedy continuation."""
+    """Prints the perplexity of some documents and one greedy continuation."""
     value, bits = perplexity(model, tokenizer, documents)
     print(f"held-out perplexity {value:.2f}, {bits:.3f} bits per byte", flush=True)
     print(f"{PROMPTS[0]}{continuation(model, tokenizer, PROMPTS[0], 96)}", flush=True)
 
 
 def save(model: Model, tokenizer: Encoder, output: Path) -> None:
-    """Write the model in bfloat16 and its tokenizer, in the layout every Llama loader reads."""
+    """Writes the model in bfloat16 and its tokenizer, in the layout that every Llama loader reads."""
     configure: Any = GenerationConfig
     model.generation_config = configure(bos_token_id=BOS, eos_token_id=[EOS], pad_token_id=EOS, do_sample=False)
     model.to(torch.bfloat16).save_pretrained(output)
@@ -253,7 +253,7 @@ def save(model: Model, tokenizer: Encoder, output: Path) -> None:
 
 
 def evaluate(output: Path, documents: list[str], label: str, samples: int = 0) -> None:
-    """Perplexity and greedy samples of the written (bfloat16-rounded) weights, computed in float32."""
+    """Prints perplexity and greedy samples of the written (bfloat16-rounded) weights, computed in float32."""
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(output)
     value, bits = perplexity(model, tokenizer, documents)
@@ -263,7 +263,7 @@ def evaluate(output: Path, documents: list[str], label: str, samples: int = 0) -
 
 
 def main() -> None:
-    """Parse the arguments, then train and save, or evaluate."""
+    """Parses the arguments, and then trains and saves, or evaluates."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=HERE, help="where the model is (written)")
     parser.add_argument("--minutes", type=float, default=38, help="wall time to train for")

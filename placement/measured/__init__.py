@@ -1,1 +1,1 @@
-"""What was measured of devices and links, and what that says."""
+"""Holds what was measured of devices and links, and makes decisions that follow from it alone."""

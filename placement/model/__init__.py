@@ -1,1 +1,1 @@
-"""What a model is: its sizes, its tensors, and how both are read from config.json."""
+"""Describes a model: its sizes and its tensors, and reads both from config.json."""

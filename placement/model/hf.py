@@ -21,11 +21,8 @@ MAX_VOCAB = 1 << 22
 def read_model_spec(config: Config, generation_config: Config | None = None) -> ModelSpec:
     """Reads the model that a ``config.json`` (and ``generation_config.json``, where there is one) describes.
 
-    It understands the layouts of transformers 4 (``rope_theta``, ``rope_scaling``) and 5 (``rope_parameters``).
-    ``ladder_residual: true`` is our own key, of models that were trained in that manner: see ``ModelSpec.ladder``.
-
-    The number type is read by :func:`saved_dtype`. How a quantized checkpoint holds its weights is checked here, and
-    read by :mod:`placement.model.quantization`.
+    It understands the layouts of transformers 4 and 5. ``ladder_residual: true`` is our own key, of models that were
+    trained in that manner. :func:`saved_dtype` reads the number type, :mod:`placement.model.quantization` the format.
 
     Raises:
         InvalidModel: a value is missing, of the wrong type, impossible, or of a model that is not served.
@@ -33,10 +30,7 @@ def read_model_spec(config: Config, generation_config: Config | None = None) -> 
     architecture, family = family_of(config)
     read_gptq(config)
     config = {**family.defaults, **config}
-    num_heads = whole_number(config, "num_attention_heads", maximum=MAX_HEADS)
-    num_kv_heads = whole_number(config, "num_key_value_heads", default=num_heads, maximum=MAX_HEADS)
-    if num_heads % num_kv_heads:
-        raise refusal("num_key_value_heads", num_kv_heads, f"does not divide num_attention_heads = {num_heads}")
+    num_heads, num_kv_heads = _head_counts(config)
     hidden_size = whole_number(config, "hidden_size", maximum=MAX_WIDTH)
     vocab_size = whole_number(config, "vocab_size", maximum=MAX_VOCAB)
     rope, local_rope = family.ropes(config)
@@ -83,7 +77,17 @@ def saved_dtype(config: Config) -> DType:
     raise refusal(key, name, "is not a number type that is served", fix)
 
 
+def _head_counts(config: Config) -> tuple[int, int]:
+    """Reads the numbers of query heads and of KV heads."""
+    num_heads = whole_number(config, "num_attention_heads", maximum=MAX_HEADS)
+    num_kv_heads = whole_number(config, "num_key_value_heads", default=num_heads, maximum=MAX_HEADS)
+    if num_heads % num_kv_heads:
+        raise refusal("num_key_value_heads", num_kv_heads, f"does not divide num_attention_heads = {num_heads}")
+    return num_heads, num_kv_heads
+
+
 def _head_dim(config: Config, *, hidden_size: int, num_heads: int) -> int:
+    """Reads the head dimension, or divides the hidden size by the heads where the file has none."""
     if config.get("head_dim") is None and hidden_size % num_heads:
         raise refusal(
             "hidden_size", hidden_size, f"is not a multiple of num_attention_heads = {num_heads}",

@@ -73,10 +73,9 @@ def footprint(
     num_ranks: int = 1,
     leads: bool = True,
 ) -> Footprint:
-    """Reckons the bytes that a rank needs.
+    """Reckons the bytes that a rank needs with KV blocks of ``kv_bytes``.
 
     Args:
-        kv_bytes: bytes of its KV blocks.
         linear: the format of its linear layers.
         num_ranks: the number of ranks of its stage.
         leads: whether it is the leader, which samples.
@@ -91,10 +90,10 @@ def footprint(
         num_ranks=num_ranks,
         leads=leads,
     )
-    if not on_cpu:
-        # Steps of several ranks are not recorded.
-        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs) if part == Part.whole(model) else 0
-        workspace += 0 if linear is None else 2 * WIDENED_BYTES  # of a step, and in the graphs
+    if not on_cpu and part == Part.whole(model):  # steps of several ranks are not recorded
+        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs)
+    if not on_cpu and linear is not None:
+        workspace += 2 * WIDENED_BYTES  # of a step, and in the graphs
     return Footprint(
         weight_bytes=_weight_bytes(model, part, dtype, linear, on_cpu=on_cpu),
         kv_bytes=kv_bytes,

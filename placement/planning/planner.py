@@ -81,27 +81,21 @@ def plan_replicas(
     linear: LinearFormat | None = None,
     layouts: Sequence[ReplicaLayout] | None = None,
 ) -> Plan:
-    """Plans the replicas ``replica-0`` onwards.
-
-    ``plan.model.max_context_tokens`` is the context that is served: ``max_context_tokens`` where it is given. Where it
-    is None, the context is the model's own, or what the KV blocks hold where that is less. So a small cache serves
-    shorter requests instead of none, as long as it holds one block.
+    """Plans the replicas ``replica-0`` onwards. ``plan.model.max_context_tokens`` is the context that is served.
 
     Args:
         kv_cache_bytes: the most memory for KV blocks on a rank; whole blocks of it are used. All ranks of a replica
             have the same number of blocks, which take less memory on those with fewer layers or KV heads.
-        unmeasured: (node, device) pairs whose memory is not known yet. It is not checked here: the worker checks it
-            when it loads.
+        max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
+        unmeasured: (node, device) pairs whose memory is not known yet. The worker checks it when it loads.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
-        layouts: the devices of each replica and their shares; None: each device has a replica, in the order of nodes
-            and devices.
+        layouts: the devices of each replica and their shares; None: each device, in order, has a replica.
 
     Raises:
         InvalidConfig: ``max_context_tokens`` is more than the model knows, its layers cannot be rounded, or it cannot
             be cut as a layout says.
         InvalidModel: the sizes of a GPTQ checkpoint contradict each other, or it cannot be cut as a layout says.
-        NotEnoughMemory: the KV blocks hold too little, a rank does not fit in its device, or the ranks of a
-            node together do not fit in the node.
+        NotEnoughMemory: the KV blocks hold too little, or ranks do not fit in their devices or in their node.
     """
     sizes = _Sizes(
         model=model,
@@ -112,19 +106,29 @@ def plan_replicas(
         token_budget=token_budget,
         linear=linear,
     )
-    asked = one_each(cluster) if layouts is None else layouts
-    parts = _cut_all(sizes, asked)
+    return _plan(sizes, cluster, one_each(cluster) if layouts is None else layouts, max_context_tokens, unmeasured)
+
+
+def _plan(
+    sizes: _Sizes,
+    cluster: ClusterSpec,
+    layouts: Sequence[ReplicaLayout],
+    max_context_tokens: int | None,
+    unmeasured: Collection[tuple[str, str]],
+) -> Plan:
+    """Cuts the model, chooses the context, and checks that every rank fits where it is placed."""
+    parts = _cut_all(sizes, layouts)
     context = _context(sizes, parts, max_context_tokens)
-    smallest = num_blocks_of(context if max_context_tokens else 1, block_size=block_size)
+    smallest = num_blocks_of(context if max_context_tokens else 1, block_size=sizes.block_size)
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
     placed = [
         _place(sizes, layout, replica_parts, devices, smallest)
-        for layout, replica_parts in zip(asked, parts, strict=True)
+        for layout, replica_parts in zip(layouts, parts, strict=True)
     ]
     check_memory([rank for replica in placed for stage in replica for rank in stage], unmeasured)
     replicas = tuple(_replica(index, stages) for index, stages in enumerate(placed))
-    served = dataclasses.replace(model, max_context_tokens=context)
-    return Plan(model=served, dtype=dtype, block_size=block_size, replicas=replicas)
+    served = dataclasses.replace(sizes.model, max_context_tokens=context)
+    return Plan(model=served, dtype=sizes.dtype, block_size=sizes.block_size, replicas=replicas)
 
 
 def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
@@ -141,7 +145,11 @@ def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
 
 
 def _context(sizes: _Sizes, parts: Sequence[_Parts], asked: int | None) -> int:
-    """Returns the context that every replica can serve."""
+    """Returns the context that every replica serves: ``asked`` where it is given.
+
+    Where it is None, the context is the model's own, or what the KV blocks hold where that is less. So a small cache
+    serves shorter requests instead of none, as long as it holds one block.
+    """
     model, block_size = sizes.model, sizes.block_size
     if asked is not None and asked > model.max_context_tokens:
         raise InvalidConfig(

@@ -54,7 +54,7 @@ def test_decodes_of_every_number_are_as_without_graphs_and_write_the_same_kv(
         expected = compute(runner, lay_out(runner, decodes))
         kept = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
         inputs = lay_out(runner, decodes)
-        assert graphs.takes(inputs)
+        assert graphs.can_run(inputs)
         scale = float(expected.abs().max())
         torch.testing.assert_close(graphs(inputs), expected, atol=tolerance * scale, rtol=0)
         for layer, (keys, values) in zip(layers, kept, strict=True):

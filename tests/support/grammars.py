@@ -1,18 +1,21 @@
-"""Grammars of every kind for the demo model's tokenizer, and their masks as rows of booleans."""
+"""Provides grammars of every kind for the demo model's tokenizer, and reads their masks as rows of booleans."""
 
 import json
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from workers.sampling.grammar import Grammar, GrammarFactory, GrammarSpec, GrammarState
+from workers.sampling.grammar import Grammar, GrammarFactory, GrammarFailed, GrammarSpec, GrammarState
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 # The demo tokenizer has 4096 tokens; the rest pads the vocabulary, as models do.
 VOCAB_SIZE, NUM_WORDS = 4107, 129
 EOS = (1, 0)
+MAX_TOKENS = 200
 
 TREE = {
     "$ref": "#/$defs/node",
@@ -89,7 +92,7 @@ NUMBER: /[0-9]{1,3}/
 
 
 class GatedFactory(GrammarFactory):
-    """Compiles once its gate is open; notes what it was asked for, and says when."""
+    """A factory that compiles once its gate is open, and records what it was asked for and when."""
 
     def __init__(self) -> None:
         super().__init__(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
@@ -117,14 +120,53 @@ def lark(source: str) -> GrammarSpec:
 
 
 def allowed(state: GrammarState) -> Tensor:
-    """bool [V]: the tokens that may come next."""
+    """Returns the tokens that may come next, as bool [V]."""
     row = torch.zeros(NUM_WORDS, dtype=torch.int32)
     assert state.fill(row)
     return bits(row)
 
 
 def bits(row: Tensor) -> Tensor:
-    """The bits of one mask as bool [V]; none is set past the vocabulary."""
+    """Reads the bits of one mask as bool [V]; none is set past the vocabulary."""
     every = (row[:, None] >> torch.arange(32) & 1).bool().flatten()
     assert not every[VOCAB_SIZE:].any()
     return every[:VOCAB_SIZE]
+
+
+def generate(state: GrammarState, seed: int, closing: Tensor, max_tokens: int = MAX_TOKENS) -> list[int]:
+    """Draws tokens from random logits until the grammar is done. Returns them without an end-of-sequence id."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids: list[int] = []
+    while not state.done and len(token_ids) < max_tokens:
+        # The end comes nearer with every token, so that most answers reach it.
+        logits = 3.0 * torch.randn(VOCAB_SIZE, generator=generator) + closing * (1 + len(token_ids) / 20)
+        token_id = int(logits.masked_fill(~allowed(state), -torch.inf).argmax())
+        state.accept(token_id)
+        if token_id in EOS:
+            assert state.done
+        else:
+            token_ids.append(token_id)
+    return token_ids
+
+
+def text_of(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def after(token_ids: Iterable[int], state: GrammarState) -> GrammarState:
+    for token_id in token_ids:
+        state.accept(token_id)
+    return state
+
+
+def feed(state: GrammarState, tokenizer: Tokenizer, text: str) -> GrammarState:
+    return after(tokenizer.encode(text, add_special_tokens=False).ids, state)
+
+
+def follows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+    """Tells whether ``text`` as a whole matches."""
+    try:
+        state = feed(grammar.start(), tokenizer, text)
+    except GrammarFailed:
+        return False
+    return bool(allowed(state)[EOS[0]])

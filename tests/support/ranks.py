@@ -65,7 +65,7 @@ class Ranks:
 
     def log_probs(self, token_ids: Sequence[int], runs: tuple[Run, ...]) -> Tensor:
         """Of every token [T, V] after each of the tokens of a prompt, as the scores of a step have them."""
-        count, vocab_size = len(token_ids), self._ranks[0].runner.vocab_size
+        count, vocab_size = len(token_ids), self._ranks[0].runner._model.vocab_size
         scored = ScoredPrompt(first_index=1, token_ids=[0] * count, num_top=vocab_size)
         sequence = SequenceInput(token_ids=token_ids, start=0, runs=runs, scored=scored)
         tops = self.prepare(Batch(sequences=(sequence,)))().scores[0].top

@@ -1,1 +1,1 @@
-"""The machine under a worker: its device and its cores."""
+"""Deals with the machine under a worker: its device and its cores."""

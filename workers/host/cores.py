@@ -1,8 +1,8 @@
-"""Which CPUs a rank computes on. Ranks of one machine take CPUs of their own, so that none runs in another's caches.
+"""Claims the CPUs that a rank computes on. Ranks of one machine claim different CPUs, and so different caches.
 
-A CPU is what the kernel numbers: a hardware thread. Those of one core share its arithmetic units, so a rank takes one
-of each core before it takes a second of any. A CPU is claimed by a lock on a file, which the system lets go of when
-the process ends, however it ends.
+A CPU is a hardware thread, as the kernel numbers them. The CPUs of one core share its arithmetic units, so a rank
+claims one CPU of each core before it claims a second of any. A claim is a lock on a file, which the system releases
+when the process ends, in whatever manner.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """CPUs that are this process's until it ends, or releases them.
+    """CPUs that belong to this process until it ends, or releases them.
 
     Attributes:
-        cpus: none where there were not enough.
+        cpus: the CPUs; empty where there were not enough.
         locks: open files, which hold the claim as long as they are open.
     """
 
@@ -31,7 +31,7 @@ class Claim:
     locks: tuple[int, ...]
 
     def pin(self) -> None:
-        """Keep the calling thread, and those that it starts from now on, to the CPUs."""
+        """Restricts the calling thread, and those that it starts from now on, to the CPUs."""
         if not self.cpus:
             return
         try:
@@ -40,13 +40,13 @@ class Claim:
             logger.warning("cores_not_pinned cause=%r", str(error))
 
     def release(self) -> None:
-        """Let others have the CPUs. Once, when no thread works there any more."""
+        """Releases the CPUs for others. Call it once, when no thread works there any more."""
         for lock in self.locks:
             os.close(lock)
 
 
 def parse_cpus(text: str) -> frozenset[int]:
-    """CPUs as the kernel lists them, such as ``0-2,8``. Raises ValueError for anything else."""
+    """Parses a list of CPUs in the kernel's form, such as ``0-2,8``. Raises ValueError for anything else."""
     cpus: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
@@ -55,12 +55,12 @@ def parse_cpus(text: str) -> frozenset[int]:
 
 
 def cores_of(allowed: Iterable[int], siblings: Mapping[int, str]) -> list[list[int]]:
-    """The CPUs of each core, lowest first, and cores by their lowest.
+    """Groups CPUs by core. The lowest CPU of a core comes first, and cores are ordered by their lowest CPU.
 
     Args:
-        allowed: CPUs to sort; others do not count.
-        siblings: what the kernel lists as those of a CPU's core, by CPU. One whose list is missing or cannot be read
-            has a core to itself.
+        allowed: the CPUs to group; others do not count.
+        siblings: the kernel's list of the CPUs on the same core, for each CPU. A CPU whose list is missing or cannot be
+            read has a core to itself.
     """
     left = set(allowed)
     cores: list[list[int]] = []
@@ -76,7 +76,10 @@ def cores_of(allowed: Iterable[int], siblings: Mapping[int, str]) -> list[list[i
 
 
 def beside(cores: Iterable[Sequence[int]], taken: Collection[int]) -> list[int]:
-    """The second and further CPUs of cores, in the order to take them: first beside ``taken``, where nobody else is."""
+    """Lists the second and further CPUs of cores in the order to claim them.
+
+    Those on cores of which this rank has ``taken`` a CPU come first, since no other rank computes there.
+    """
     ordered = sorted(cores, key=lambda core: core[0] not in taken)
     return [cpu for core in ordered for cpu in core[1:]]
 
@@ -88,12 +91,13 @@ def claim_cores(
     allowed: Collection[int] | None = None,
     siblings: Mapping[int, str] | None = None,
 ) -> Claim:
-    """Claims ``count`` CPUs that no other rank of this machine and user has, of as many cores as it can; or none.
+    """Claims ``count`` CPUs that no other rank of this machine and user has, on as many cores as it can; or none.
 
     Args:
-        directory: where the locks are. Default: one of this user's, in the directory for temporary files.
+        directory: the directory of the locks. Default: one of this user's, in the directory for temporary files.
         allowed: CPUs to choose from. Default: those that this process may run on.
-        siblings: the CPUs of each one's core, see :func:`cores_of`. Default: what this machine's kernel says.
+        siblings: the CPUs on the same core, for each CPU: see :func:`cores_of`. Default: the lists of this machine's
+            kernel.
     """
     if allowed is None:
         allowed = os.sched_getaffinity(0)
@@ -117,7 +121,7 @@ def claim_cores(
 
 
 def _siblings(cpus: Iterable[int]) -> dict[int, str]:
-    """What the kernel lists, as far as it does."""
+    """Reads the kernel's list of the CPUs on the same core, for each CPU that has one."""
     found: dict[int, str] = {}
     for cpu in cpus:
         with contextlib.suppress(OSError):  # such as in a container that hides it
@@ -126,14 +130,14 @@ def _siblings(cpus: Iterable[int]) -> dict[int, str]:
 
 
 def _check_own(directory: Path) -> None:
-    """Raises OSError where somebody else made the directory, or a link, at a place that anybody can guess."""
+    """Raises OSError where somebody else made the directory, or a link, since anybody can guess its name."""
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise PermissionError(f"{directory} is not this user's own directory")
 
 
 def _lock(locks: dict[int, int], count: int, directory: Path, cpus: Iterable[int]) -> None:
-    """Adds locks of CPUs, in their order, to those there are, by CPU, until there are ``count``."""
+    """Locks CPUs in their order, and adds them to ``locks`` by CPU, until there are ``count``."""
     for cpu in cpus:
         if len(locks) == count:
             break

@@ -1,4 +1,4 @@
-"""The seam to the device that a rank computes on: its name, its torch device, its memory, its threads."""
+"""Opens the device that a rank computes on: its name, its torch device, its memory, its threads."""
 
 import ctypes
 import errno
@@ -25,8 +25,8 @@ class Device:
 
     Attributes:
         name: ``cpu`` or ``cuda:<index>``.
-        torch_device: the same for torch.
-        total_memory_bytes: all its memory; for a CPU that of the machine.
+        torch_device: the same device for torch.
+        total_memory_bytes: all memory of the device; for a CPU, that of the machine.
         num_threads: threads that one operation may use, on the CPU.
     """
 
@@ -37,7 +37,7 @@ class Device:
 
     @property
     def available_memory_bytes(self) -> int:
-        """Memory that can be allocated at this moment; for a CPU within the container's limit."""
+        """Returns the memory that can be allocated at this moment; for a CPU, within the container's limit."""
         if self.torch_device.type == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)[0]
         free, limit = psutil.virtual_memory().available, container_available(_read)
@@ -45,7 +45,10 @@ class Device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how Python, the system, the CPU's allocator (a plain RuntimeError) or CUDA's says it ran out."""
+    """Tells whether an error says that memory ran out.
+
+    Python, the system, the CPU's allocator (by a plain RuntimeError) and CUDA's each say so differently.
+    """
     by_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
     by_number = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return by_type or by_number or re.search("can't allocate memory|not enough memory", str(error)) is not None
@@ -91,13 +94,16 @@ def _torch_device(name: str) -> torch.device:
 
 
 def use_device(device: torch.device) -> None:
-    """Has the calling thread work on a GPU: what names no device, such as pinned memory, is else on the first."""
+    """Makes a GPU the current device of the calling thread.
+
+    Otherwise whatever names no device, such as pinned memory, belongs to the first GPU.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def return_freed() -> None:
-    """Has the C library give memory that was let go back to the system, where it is one that can (glibc)."""
+    """Tells the C library to return freed memory to the system, where it can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,7 +1,7 @@
-"""The decoder of Llama (Touvron et al. 2023) and of the families after it, as ``ModelSpec`` tells them apart.
+"""Computes the decoder of Llama (Touvron et al. 2023) and of later families, which ``ModelSpec`` tells apart.
 
-Knows nothing of plans: its weights say which layers, heads, columns and vocabulary rows it computes, and a group sums
-what the ranks of its stage have computed.
+It knows nothing of plans: the weights say which layers, heads, columns and vocabulary rows it computes, and a group
+all-reduces what the ranks of its stage have computed.
 
     T  tokens of the batch, flattened over sequences      V  vocabulary
     E  hidden size                                        F  feed-forward size
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import Attend, AttentionPlan, LayerCache, Window
+from kernels.cpu.layers.fused import FusedLayers
 from kernels.cpu.layers.partial import Partial, SumWork
 from kernels.protocol import Kernels
 from placement.model.specs import ModelSpec, RopeSpec
@@ -29,7 +30,7 @@ from workers.model.residual import Residual
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeTables:
-    """Cosine and signed sine of every token's angles."""
+    """The cosine and the signed sine of every token's angles."""
 
     cos: Tensor  # [T, 1, D]
     sin: Tensor  # [T, 1, D]
@@ -37,26 +38,30 @@ class RopeTables:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """What a step computes: tokens of several sequences, side by side.
+    """The tokens of a step: those of several sequences, side by side.
 
-    ``rope`` has an entry for each window that some layer has, and so has ``attention`` where there is no ``attend``,
-    which attends where other ranks have some of the KV.
+    Attributes:
+        token_ids: the ids of the tokens.
+        slots: the slot of the KV cache that each token's KV goes to.
+        rope: the rotation of the tokens, for each window that some layer has.
+        attention: the attention plan for each window; it is empty where there is ``attend``.
+        attend: computes attention where other ranks hold some of the KV.
     """
 
     token_ids: Tensor  # [T]
-    slots: Tensor  # [T]: where each token's KV goes
+    slots: Tensor  # [T]
     rope: Mapping[Window, RopeTables]
     attention: Mapping[Window, AttentionPlan]
     attend: Attend | None = None
 
 
 def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) -> Mapping[Window, RopeTables]:
-    """What rotates tokens at ``positions`` [T], for the layers of each window."""
+    """Computes what rotates tokens at ``positions`` [T], for the layers of each window."""
     tables: dict[RopeSpec, RopeTables] = {}
-    for window, turns in weights.frequencies.items():
+    for window, frequencies in weights.frequencies.items():
         rope = model.rope_of(window)
         if rope not in tables:
-            cos, sin = reference.rope_tables(positions, turns, weights.dtype, rope.attention_factor)
+            cos, sin = reference.rope_tables(positions, frequencies, weights.dtype, rope.attention_factor)
             tables[rope] = RopeTables(cos=cos, sin=sin)
     return {window: tables[model.rope_of(window)] for window in weights.frequencies}
 
@@ -74,37 +79,73 @@ def run_layers(
     first_row: int = 0,
     num_layers: int | None = None,
 ) -> Layers:
-    """The last layer's output [T, E], before the final norm, of its first's input ``x`` [T, E].
-
-    Writes the batch's KV to ``caches``.
+    """Runs the layers on the first one's input ``x`` [T, E], and writes the batch's KV to ``caches``.
 
     Args:
-        sums: the weights are a rank's part, so that what attentions and feed-forwards give are parts of sums: each is
-            given, and this goes on once the sum is in its place, or finished; of a ladder, once the sum before it is.
-        sum_work: sums them instead, where the layers are a program.
-        first_row: of the batch, where others are computed in turn with it: see ``FusedLayers.run``.
-        num_layers: only the first ones are computed, for a measurement. Not of a ladder.
+        sums: whether the weights are a rank's part, so that the outputs of attentions and feed-forwards are partial
+            results. Each is yielded, and the layers go on once its all-reduce is in its place or finished; a ladder
+            goes on once the all-reduce before it is.
+        sum_work: all-reduces the partial results within the program, where the layers are a program.
+        first_row: the batch's first row of the buffers, where others are computed in turn with it: see
+            ``FusedLayers.run``.
+        num_layers: the number of layers to compute, from the first on, for a measurement. Not for a ladder.
+
+    Returns:
+        The last layer's output [T, E], before the final norm.
     """
     if batch.attend is not None and not len(x):
         return _attend_for_others(model, weights, caches, batch.attend, x)
     if weights.fused is not None and weights.fused.takes(batch.attention):
-        fused = weights.fused.run(
-            x,
-            caches,
-            batch.slots,
-            batch.rope,
-            batch.attention,
-            sums=sums,
-            sum_work=sum_work,
-            attend=batch.attend,
-            first_row=first_row,
-            num_layers=num_layers,
-        )
-        return (yield from fused)
-    assert sum_work is None or weights.fused is None, "other ranks would sum otherwise"
+        return (
+            yield from _run_fused(
+                weights.fused, caches, batch, x,
+                sums=sums, sum_work=sum_work, first_row=first_row, num_layers=num_layers,
+            )
+        )  # fmt: skip
+    assert sum_work is None or weights.fused is None, "other ranks would all-reduce otherwise"
     if model.ladder:
         return (yield from _run_ladder(model, weights, caches, kernels, batch, x, sums=sums))
-    layers = weights.layers[:num_layers]
+    return (yield from _run_plain(model, weights.layers[:num_layers], caches, kernels, batch, x, sums=sums))
+
+
+def _run_fused(
+    fused: FusedLayers,
+    caches: Sequence[LayerCache],
+    batch: TokenBatch,
+    x: Tensor,
+    *,
+    sums: bool,
+    sum_work: SumWork | None,
+    first_row: int,
+    num_layers: int | None,
+) -> Layers:
+    """Runs the layers as a program, as :func:`run_layers` says."""
+    layers = fused.run(
+        x,
+        caches,
+        batch.slots,
+        batch.rope,
+        batch.attention,
+        sums=sums,
+        sum_work=sum_work,
+        attend=batch.attend,
+        first_row=first_row,
+        num_layers=num_layers,
+    )
+    return (yield from layers)
+
+
+def _run_plain(
+    model: ModelSpec,
+    layers: Sequence[Layer],
+    caches: Sequence[LayerCache],
+    kernels: Kernels,
+    batch: TokenBatch,
+    x: Tensor,
+    *,
+    sums: bool,
+) -> Layers:
+    """Runs ``layers``, the first ones of those that have ``caches``, as :func:`run_layers` says."""
     if not layers:
         return x
     residual = Residual(rows=x, kernels=kernels, eps=model.rms_norm_eps)
@@ -128,7 +169,7 @@ def _run_ladder(
     *,
     sums: bool,
 ) -> Layers:
-    """As :func:`run_layers`, with each update added one later (Zhang et al. 2025, Ladder-residual)."""
+    """Runs all layers, and adds each update to the residual one later (Zhang et al. 2025, Ladder-residual)."""
     residual = x
     updates: list[Tensor] = []  # the last two, not yet added
 
@@ -147,7 +188,7 @@ def _run_ladder(
         if sums:
             yield Partial(update=updates[-1])
     if sums:
-        yield Partial(update=x[:0])  # until the last sum is there
+        yield Partial(update=x[:0])  # waits for the last all-reduce
     for update in updates:
         residual = residual + update
     return residual
@@ -156,7 +197,7 @@ def _run_ladder(
 def _attend_for_others(
     model: ModelSpec, weights: DecoderWeights, caches: Sequence[LayerCache], attend: Attend, x: Tensor
 ) -> Tensor:
-    """The layers of a rank that has no token of the step, but KV that others' tokens attend to."""
+    """Runs the layers of a rank that has no token of the step, but has KV that other ranks' tokens attend to."""
     query = x.new_empty(0, model.num_heads, model.head_dim)
     for layer, cache in zip(weights.layers, caches, strict=True):
         attend(layer.window, query, cache, attention_scale(model))
@@ -164,26 +205,26 @@ def _attend_for_others(
 
 
 def project(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, x: Tensor) -> Tensor | None:
-    """Logits [rows, V] of hidden states ``x`` [rows, E], at the leader; None at other ranks."""
+    """Computes the logits [rows, V] of hidden states ``x`` [rows, E] at the leader; None at other ranks."""
     normed = kernels.rms_norm(x, ends.norm, model.rms_norm_eps)
     logits = normed.new_empty(len(x), 0) if ends.head is None else ends.head(normed)
     return group.gather_columns(logits)
 
 
 def embed(model: ModelSpec, ends: Ends, kernels: Kernels, group: Group, token_ids: Tensor) -> Tensor:
-    """The first layer's input: [T] -> [T, E]."""
+    """Looks up the first layer's input: [T] -> [T, E]."""
     if not group.sums:
         x = kernels.embedding(token_ids, ends.embedding)
     else:
         x = _embed_own(ends, kernels, token_ids)
-        group.all_reduce(x)  # of all ranks but one zeros: as exact as without
+        group.all_reduce(x)  # all ranks but one have zeros, so the sum is exact
     if model.embedding_scale == 1.0:
         return x
     return x * torch.tensor(model.embedding_scale, dtype=x.dtype)  # a plain number would not be rounded
 
 
 def _embed_own(ends: Ends, kernels: Kernels, token_ids: Tensor) -> Tensor:
-    """[T] -> [T, E], with zeros for the tokens that other ranks hold."""
+    """Looks up [T] -> [T, E], with zeros for the tokens whose rows other ranks hold."""
     if not len(ends.embedding):
         return ends.embedding.new_zeros(len(token_ids), ends.embedding.shape[1])
     local = token_ids - ends.first_row
@@ -195,19 +236,19 @@ def _embed_own(ends: Ends, kernels: Kernels, token_ids: Tensor) -> Tensor:
 def _attend(
     model: ModelSpec, layer: Layer, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
 ) -> Tensor:
-    """[T, E] -> [T, E], the part of the rank's heads."""
+    """Computes attention, [T, E] -> [T, E], as far as the rank's heads go."""
     if layer.qkv is None or layer.output is None:
         return torch.zeros_like(x)
     num_kv_heads = cache.keys.shape[0]
     num_heads = num_kv_heads * model.queries_per_kv_head
     # [T, E] -> [T, H + 2K, D]
     qkv = layer.qkv(x).view(x.shape[0], -1, model.head_dim)
-    turned, values = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
+    query_and_keys, values = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
     if layer.qk_norm is not None:
-        turned = kernels.rms_norm(turned, layer.qk_norm, model.rms_norm_eps)
+        query_and_keys = kernels.rms_norm(query_and_keys, layer.qk_norm, model.rms_norm_eps)
     rope = batch.rope[layer.window]
-    turned = kernels.rotate(turned, rope.cos, rope.sin)
-    query, keys = turned[:, :num_heads], turned[:, num_heads:]
+    rotated = kernels.rotate(query_and_keys, rope.cos, rope.sin)
+    query, keys = rotated[:, :num_heads], rotated[:, num_heads:]
     kernels.write_kv(cache, batch.slots, keys, values)
     scale = attention_scale(model)
     if batch.attend is not None:
@@ -218,7 +259,7 @@ def _attend(
 
 
 def _feed_forward(model: ModelSpec, layer: Layer, kernels: Kernels, x: Tensor) -> Tensor:
-    """[T, E] -> [T, 2F] -> [T, F] -> [T, E], the part of the rank's columns."""
+    """Computes the feed-forward, [T, E] -> [T, 2F] -> [T, F] -> [T, E], as far as the rank's columns go."""
     if layer.gate_up is None or layer.down is None:
         return torch.zeros_like(x)
     activate = kernels.silu_mul if model.activation == "silu" else kernels.gelu_mul

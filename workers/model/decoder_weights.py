@@ -120,9 +120,8 @@ def _assemble_layer(
     def norm(name: str) -> Tensor:
         return _norm(model, tensors, f"{prefix}.{name}.weight")
 
-    after_attention = norm(
-        "post_attention_layernorm"
-    )  # a model without post norms norms the feed-forward's input by it
+    # In a model with post norms this is attention's own; elsewhere it is the norm of the feed-forward's input.
+    after_attention = norm("post_attention_layernorm")
     return Layer(
         window=spec.attention.window,
         attention_norm=norm("input_layernorm"),

@@ -1,4 +1,4 @@
-"""The ranks that compute a layer together, as the decoder sees them."""
+"""Defines the ranks that compute a layer together, as the decoder sees them."""
 
 from concurrent.futures import Future
 from typing import Protocol
@@ -9,61 +9,65 @@ from kernels.cpu.layers.partial import Partial, SumWork
 
 
 class Group(Protocol):
-    """Ranks that compute every layer of their stage together: parts of it, or all of it for different tokens."""
+    """Ranks that compute every layer of their stage together: a part of it each, or all of it for different tokens."""
 
     @property
     def sums(self) -> bool:
-        """Whether what a rank computes of a layer is a part of a sum; else it has its layers whole."""
+        """Tells whether a rank computes partial results, which are all-reduced; otherwise it has its layers whole."""
 
     def all_reduce(self, x: Tensor) -> None:
-        """Sums a contiguous ``x`` over the ranks, in place; all have the same bits afterwards."""
+        """Sums a contiguous ``x`` over the ranks in place. All ranks have the same bits afterwards."""
 
     def reduce(self, partial: Partial) -> None:
-        """Sums what the ranks have parts of, and may finish it; all have the same bits afterwards."""
+        """All-reduces a partial result, and may finish it. All ranks have the same bits afterwards."""
 
     def in_program(self, num_bytes: int) -> SumWork | None:
-        """What sums tensors of bfloat16 on the host, of so many bytes each, within a program; None: :meth:`reduce`."""
+        """Returns what all-reduces bfloat16 tensors of ``num_bytes`` on the host within a program.
+
+        It is None where :meth:`reduce` must be called instead.
+        """
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
-        """The same beside the computation, after what was begun before. Raises PeerFailed in the future.
+        """Starts :meth:`reduce` beside the computation, after those that were started before.
 
-        Who asks for the result has the sum: on a GPU, what it begins there then comes after it.
+        The future raises PeerFailed. A caller that has its result may use the sum; on a GPU, kernels that the caller
+        launches afterwards run after it.
         """
 
     def settle(self) -> None:
-        """Waits until all sums are there: nothing that was computed may leave the device before. Raises PeerFailed."""
+        """Waits until all sums have arrived, since results may not leave the device before. Raises PeerFailed."""
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """The logits [R, V] of all ranks' parts ``x`` [R, V of the rank], at the leader; None elsewhere."""
+        """Puts the logits [R, V] together from all ranks' columns ``x``, at the leader; None elsewhere."""
 
 
 class Alone:
-    """A rank that computes everything."""
+    """A rank that computes everything, so that it has no partial results to sum."""
 
     @property
     def sums(self) -> bool:
-        """There is nothing to add."""
+        """Tells that there are no partial results."""
         return False
 
     def all_reduce(self, x: Tensor) -> None:
-        """The sum is there already."""
+        """Leaves ``x`` as it is."""
 
     def reduce(self, partial: Partial) -> None:
-        """The sum is there already."""
+        """Leaves the result as it is."""
 
     def in_program(self, num_bytes: int) -> SumWork | None:
-        """The sums are there already."""
+        """Returns None: a program has nothing to sum."""
         return None
 
     def begin_reduce(self, partial: Partial) -> Future[None]:
-        """The sum is there already."""
+        """Returns a future that is done."""
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def settle(self) -> None:
-        """The sums are there already."""
+        """Returns at once."""
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """All columns are there already."""
+        """Returns ``x``, which has all columns."""
         return x

@@ -1,4 +1,4 @@
-"""The residual of a decoder's layers, and what is done with each update before the next product.
+"""Keeps the residual of a decoder's layers, and adds and norms each update before the next product.
 
 Shapes: T tokens, E hidden size.
 """
@@ -15,7 +15,13 @@ from kernels.protocol import Kernels
 
 @dataclass(slots=True, kw_only=True)
 class Residual:
-    """``rows`` [T, E]; where ranks finish only their own rows of a sum, the others are not kept up."""
+    """The residual of a step's tokens.
+
+    Attributes:
+        rows: the residual, [T, E]. Where ranks finish only their own rows of a sum, the other rows are stale.
+        kernels: computes the norms.
+        eps: the small number that RMS norms add.
+    """
 
     rows: Tensor
     kernels: Kernels
@@ -24,12 +30,15 @@ class Residual:
     def add(
         self, update: Tensor, post_norm: Tensor | None, norm: Tensor | None, *, sums: bool
     ) -> Generator[Partial, None, Tensor]:
-        """The next product's input [T, E]: the residual and an update [T, E], normed; the last layer's output as it is.
+        """Adds an update [T, E] to the residual, and norms the sum for the next product.
 
         Args:
-            post_norm: of the update, where the layer has one.
-            norm: of the next product; None: there is none.
-            sums: the update is a part of a sum, which is given first.
+            post_norm: the weight of the update's own norm; None: the layer has none.
+            norm: the weight of the next product's norm; None: this is the last layer, whose output is not normed.
+            sums: whether the update is a partial result, which is yielded to be all-reduced first.
+
+        Returns:
+            The next product's input [T, E], or the last layer's output.
         """
         if sums:
             result = torch.empty_like(update)
@@ -50,7 +59,7 @@ class Residual:
     def _sum(
         self, update: Tensor, rows: Tensor, post_norm: Tensor | None, norm: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Normed, and not."""
+        """Adds rows of an update to rows of the residual. Returns the sum normed, and as it is."""
         if post_norm is not None:
             update = self.kernels.rms_norm(update, post_norm, self.eps)
         if norm is None:

@@ -1,4 +1,4 @@
-"""Rounded weights among the tensors of a rank, by the names of their parts."""
+"""Names the tensors of a rounded weight, and puts it together from them again."""
 
 from collections.abc import Sequence
 
@@ -12,16 +12,21 @@ FIX_GPTQ = "Quantize the model again, or use its float32 or bfloat16 weights."
 
 
 def rounded_parts(name: str, weight: RoundedWeight) -> dict[str, Tensor]:
-    """A rounded weight by the names that :func:`take_rounded` looks for."""
+    """Takes a rounded weight apart, by the names that :func:`take_rounded` looks for."""
     prefix = name.removesuffix("weight")
     parts = {"codes": weight.codes, "scales": weight.scales, "offsets": weight.offsets, "order": weight.order}
     return {f"{prefix}{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def take_rounded(weights: dict[str, Tensor], names: Sequence[str]) -> RoundedWeight | None:
-    """The rounded weights of some linear layers with the same input, one below the other; None: they are not rounded.
+    """Takes the rounded weights of linear layers with the same input out of ``weights``, and stacks them by rows.
 
-    Takes them out of ``weights``.
+    Args:
+        weights: all tensors, by name.
+        names: the linear layers, without ``.weight``.
+
+    Returns:
+        One weight with the rows of all; None where they are not rounded.
 
     Raises:
         InvalidModel: their columns are in different orders.
@@ -37,6 +42,6 @@ def take_rounded(weights: dict[str, Tensor], names: Sequence[str]) -> RoundedWei
     return RoundedWeight(
         codes=codes,
         scales=scales,
-        offsets=None if offsets[0] is None else torch.cat([x for x in offsets if x is not None]),
+        offsets=None if offsets[0] is None else torch.cat([part for part in offsets if part is not None]),
         order=first,
     )

@@ -1,1 +1,1 @@
-"""How tokens are chosen from logits, and the grammars that restrict the choice."""
+"""Chooses tokens from logits, and follows the grammars that restrict the choice."""

@@ -1,7 +1,7 @@
-"""Changes logits by what a sequence asked for and has: bias, minimum length, masks, penalties.
+"""Changes logits by a sequence's parameters and tokens: bias, minimum length, masks, penalties.
 
-Each row's own few tokens are changed by one indexed operation for all rows. Nothing here makes a token possible
-that was not: -inf stays -inf.
+One indexed operation changes the few tokens of all rows. Nothing here makes a token possible that was not: -inf stays
+-inf.
 
 Shapes: R rows; V vocabulary, padded; W words of a mask; N changed tokens of all rows together.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 from placement.errors import HeterodyneError
 from workers.sampling.state import SamplerState
 
-# [256, 8]: what a mask's byte adds to the logits of its 8 tokens.
+# [256, 8]: the numbers that a mask's byte adds to the logits of its 8 tokens.
 _BYTE_BIAS = torch.where(torch.arange(256)[:, None] >> torch.arange(8) & 1 == 1, 0.0, -torch.inf)
 
 
 def adjust(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> dict[int, HeterodyneError]:
-    """Change float32 ``logits`` [R, V] in place: bias, minimum tokens, masks, repetition, presence, frequency.
+    """Changes float32 ``logits`` [R, V] in place: bias, minimum tokens, masks, repetition, presence, frequency.
 
     Returns:
-        What a row's mask raised, by row.
+        The errors that masks raised, by row.
     """
     _add_biases(logits, states, vocab_size)
     _hold_stops(logits, states, vocab_size)
@@ -41,7 +41,7 @@ def _add_biases(logits: Tensor, states: Sequence[SamplerState], vocab_size: int)
     ]
     if changes:
         rows, ids, biases = zip(*changes, strict=True)
-        logits[_at(logits, rows, ids)] += torch.tensor(biases, device=logits.device)
+        logits[_index(logits, rows, ids)] += torch.tensor(biases, device=logits.device)
 
 
 def _hold_stops(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> None:
@@ -54,7 +54,7 @@ def _hold_stops(logits: Tensor, states: Sequence[SamplerState], vocab_size: int)
     ]
     if changes:
         rows, ids = zip(*changes, strict=True)
-        logits[_at(logits, rows, ids)] = -torch.inf
+        logits[_index(logits, rows, ids)] = -torch.inf
 
 
 def _apply_masks(logits: Tensor, states: Sequence[SamplerState], vocab_size: int) -> dict[int, HeterodyneError]:
@@ -77,17 +77,16 @@ def _apply_masks(logits: Tensor, states: Sequence[SamplerState], vocab_size: int
 
 
 def _mask(logits: Tensor, rows: list[int], masks: Tensor, vocab_size: int) -> None:
-    """-inf in ``rows`` where the bit of ``masks``, int32 [len(rows), W], is not set.
+    """Writes -inf into ``rows`` where the bit of ``masks``, int32 [len(rows), W], is not set.
 
-    A mask's bytes are in token order, as this is little-endian.
+    A mask's bytes are in token order, since its words are little-endian.
     """
     taken = masks.view(torch.uint8).to(logits.device, torch.int32)
     barriers = _BYTE_BIAS.to(logits.device).index_select(0, taken.flatten()).view(len(rows), -1)[:, :vocab_size]
     if len(rows) == len(logits):
         logits[:, :vocab_size] += barriers
     else:
-        at = torch.tensor(rows, device=logits.device)
-        logits[at, :vocab_size] += barriers
+        logits[torch.tensor(rows, device=logits.device), :vocab_size] += barriers
 
 
 def _penalize(logits: Tensor, states: Sequence[SamplerState]) -> None:
@@ -101,15 +100,15 @@ def _penalize(logits: Tensor, states: Sequence[SamplerState]) -> None:
     rows, repetition, presence, frequency = np.repeat(figures, lengths, axis=0).T
     counts = np.concatenate([counts for _, counts in arrays])
     taken = presence * (counts > 0) + frequency * counts
-    at = _at(logits, rows, np.concatenate([ids for ids, _ in arrays]))
+    index = _index(logits, rows, np.concatenate([ids for ids, _ in arrays]))
     device = logits.device
     factor = torch.from_numpy(repetition.astype(np.float32)).to(device)
-    found = logits[at]
+    found = logits[index]
     found = torch.where(found > 0, found / factor, found * factor)
-    logits[at] = found - torch.from_numpy(taken.astype(np.float32)).to(device)
+    logits[index] = found - torch.from_numpy(taken.astype(np.float32)).to(device)
 
 
-def _at(logits: Tensor, rows: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
-    """An index of [N] elements of ``logits``, sent to its device at once."""
+def _index(logits: Tensor, rows: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Makes an index of [N] elements of ``logits``, and sends it to their device at once."""
     both = torch.from_numpy(np.array([rows, ids], dtype=np.int64)).to(logits.device)
     return both[0], both[1]

@@ -1,11 +1,11 @@
-"""Owns what an answer must match: grammars compiled for one model's tokenizer, and how far each answer has come.
+"""Compiles grammars for one model's tokenizer: they say what an answer must match.
 
-llguidance does the work: an Earley parser over a lexer of regular-expression derivatives, walked along the trie of
-the vocabulary, gives the tokens that may come next. Answers to one grammar share its lexer, which is built as it is
+llguidance does the work: an Earley parser over a lexer of regular-expression derivatives walks the trie of the
+vocabulary, and finds the tokens that may come next. Answers to one grammar share its lexer, which is built while it is
 used: the first answer pays for it, and the masks of the others take half the time.
 
-Whitespace in JSON is the model's choice, as in llguidance and vLLM, but at most 32 characters of it between two
-tokens of JSON: where there is no limit, a weak model fills the rest of its context with blanks.
+The model chooses the whitespace in JSON, as in llguidance and vLLM, but at most 32 characters of it between two tokens
+of JSON. Without a limit, a weak model fills the rest of its context with blanks.
 """
 
 import logging
@@ -42,7 +42,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Grammars that are kept compiled, about 0.1 MB each where nothing is unusual.
+# The number of grammars that are kept compiled, of about 0.1 MB each where nothing is unusual.
 _MAX_CACHED = 32
 
 
@@ -52,10 +52,17 @@ class InvalidGrammar(InvalidRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tools:
-    """What compiling needs of the model."""
+    """The tokenizer, and the executor that fills masks."""
 
     tokenizer: LLTokenizer
     executor: LLExecutor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NoTools:
+    """The reason why no grammar can be followed with this model."""
+
+    problem: str
 
 
 class GrammarFactory:
@@ -73,40 +80,41 @@ class GrammarFactory:
         self._eos_token_ids = tuple(eos_token_ids)
         self._limits = LLParserLimits(verbose_errors=False)
         self._lock = threading.Lock()
-        self._tools: _Tools | str | None = None
+        self._tools: _Tools | _NoTools | None = None
         self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
 
     def prepare(self) -> None:
-        """Reads the tokenizer, unless that is done; else the first ``compile`` does.
+        """Reads the tokenizer, unless that is done. Otherwise the first ``compile`` does it.
 
-        It keeps the interpreter's lock meanwhile, some 10 us a token of the vocabulary: better before anything is
-        served. A tokenizer that cannot be followed is what ``compile`` then refuses grammars for.
+        Reading holds the interpreter's lock for some 10 us a token of the vocabulary, so it is best done before
+        anything is served. ``compile`` refuses all grammars where the tokenizer cannot be followed.
         """
         with self._lock:
             if self._tools is None:
                 self._tools = self._open()
 
     def compile(self, spec: GrammarSpec) -> Grammar:
-        """The grammar, from the cache where it was asked for lately. On any thread.
+        """Compiles a grammar, or takes it from the cache where it was used lately. Any thread may call it.
 
-        Compiling takes a millisecond for a common schema and can take 100s, without the interpreter's lock.
+        Compiling takes a millisecond for a common schema and can take hundreds, without the interpreter's lock.
 
         Raises:
-            InvalidGrammar: the source is no such grammar, matches nothing, or is too large; or the model's tokenizer
-                cannot be followed.
+            InvalidGrammar: the source is no grammar of this kind, matches nothing, or is too large; or the model's
+                tokenizer cannot be followed.
         """
         if len(spec.source.encode()) > MAX_SOURCE_BYTES:
             raise _refusal(spec, f"is longer than {MAX_SOURCE_BYTES} bytes", "Send a shorter one.")
         self.prepare()
         tools = self._tools
-        if not isinstance(tools, _Tools):
-            raise _refusal(spec, f"cannot be followed: {tools}", "Send the request without structured_output.")
+        assert tools is not None, "prepare() sets it"
+        if isinstance(tools, _NoTools):
+            raise _refusal(spec, f"cannot be followed: {tools.problem}", "Send the request without structured_output.")
         with self._lock:
             cached = self._cache.get(spec)
             if cached is not None:
                 self._cache.move_to_end(spec)
-        # Answers share a lexer; where one of them brought it to its limits, the next gets a new one.
-        if cached is not None and not _stuck(cached.origin):
+        # Answers share a lexer; once one of them has brought it to its limits, the next gets a new one.
+        if cached is not None and _begin_problem(cached.origin) is None:
             return cached
         grammar = Grammar(
             origin=self._matcher(spec, tools.tokenizer),
@@ -127,16 +135,16 @@ class GrammarFactory:
             raise _refusal(spec, f"is not a JSON Schema: {problem_of(str(error))}", "Correct it.") from error
         if matcher.is_error():
             raise _refusal(spec, problem_of(matcher.get_error()), "Correct it, or send a simpler one.")
-        # The first mask finds what can match nothing, and saves the first answer from waiting for it.
-        problem = _stuck(matcher)
-        if problem:
+        # The first mask shows whether anything can match, and the first answer need not wait for it.
+        problem = _begin_problem(matcher)
+        if problem is not None:
             raise _refusal(spec, f"cannot be matched: {problem}", "Correct it, or send a simpler one.")
         return matcher
 
-    def _open(self) -> _Tools | str:
-        """Or why there are none."""
+    def _open(self) -> _Tools | _NoTools:
+        """Reads the tokenizer."""
         if not self._eos_token_ids:
-            return "this model has no end-of-sequence id"
+            return _NoTools(problem="this model has no end-of-sequence id")
         try:
             tokenizer = LLTokenizer(
                 self._path.read_text(encoding="utf-8"),
@@ -145,15 +153,15 @@ class GrammarFactory:
             )
         except (OSError, ValueError) as error:
             logger.warning("no_structured_output cause=%s", cause_of(error))
-            return "this model's tokenizer.json is of another kind"
+            return _NoTools(problem="this model's tokenizer.json is of another kind")
         return _Tools(tokenizer=tokenizer, executor=LLExecutor(1))
 
 
 def _llguidance_source(spec: GrammarSpec) -> str:
-    """Raises ValueError for a JSON Schema that is not a JSON object."""
+    """Writes a grammar in llguidance's form. Raises ValueError for a JSON Schema that is not a JSON object."""
     match spec.kind:
         case "json_schema":
-            # With options the text is parsed; without, it would be pasted into a larger one.
+            # With options the text is parsed; without them it would be pasted into a larger one.
             return LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)
@@ -161,11 +169,11 @@ def _llguidance_source(spec: GrammarSpec) -> str:
             return LLMatcher.grammar_from_lark(spec.source)
 
 
-def _stuck(origin: LLMatcher) -> str:
-    """Why no answer can begin; empty where one can."""
+def _begin_problem(origin: LLMatcher) -> str | None:
+    """Says why no answer can begin; None where one can."""
     matcher = origin.deep_copy()
     matcher.compute_bitmask()
-    return problem_of(matcher.get_error()) if matcher.is_error() else ""
+    return problem_of(matcher.get_error()) if matcher.is_error() else None
 
 
 def _refusal(spec: GrammarSpec, problem: str, fix: str) -> InvalidGrammar:

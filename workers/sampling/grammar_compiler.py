@@ -1,4 +1,4 @@
-"""Compiles grammars beside an event loop: each once at a time, however many sequences wait for it."""
+"""Compiles grammars on threads beside an event loop, each once at a time, however many sequences wait for it."""
 
 import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,12 +9,12 @@ from workers.sampling.grammar import Grammar, GrammarFactory, GrammarSpec
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Compilation:
-    """A grammar being compiled, or about to be.
+    """A grammar that is compiled now, or soon.
 
     Attributes:
-        job: on the thread that compiles.
-        result: the same on the event loop.
-        num_waiting: sequences that still want it.
+        job: its future on the thread that compiles.
+        result: the same future on the event loop.
+        num_waiting: the number of sequences that still wait for it.
     """
 
     job: Future[Grammar]
@@ -23,10 +23,10 @@ class _Compilation:
 
 
 class GrammarCompiler:
-    """Threads that compile, and who waits for what. Lives on one event loop.
+    """Compiles grammars on threads, and knows who waits for which. It belongs to one event loop.
 
     Args:
-        factory: knows the model's tokenizer, and keeps what was compiled lately.
+        factory: compiles for the model's tokenizer, and keeps grammars that were used lately.
     """
 
     def __init__(self, factory: GrammarFactory) -> None:
@@ -35,9 +35,10 @@ class GrammarCompiler:
         self._under_way: dict[GrammarSpec, _Compilation] = {}
 
     async def compile(self, spec: GrammarSpec) -> Grammar:
-        """As :meth:`GrammarFactory.compile`. Who is cancelled cancels nobody else.
+        """Compiles a grammar, as :meth:`GrammarFactory.compile` does. A caller that is cancelled cancels nobody else.
 
-        What nobody waits for any more is not begun; once begun it is compiled to its end, since nothing can stop it.
+        A grammar that nobody waits for any more is not begun. Once begun, it is compiled to its end, since nothing can
+        stop it.
         """
         compilation = self._under_way.get(spec) or self._begin(spec)
         compilation.num_waiting += 1
@@ -59,8 +60,8 @@ class GrammarCompiler:
         if self._under_way.get(spec) is compilation:
             del self._under_way[spec]
         if compilation.result.done() and not compilation.result.cancelled():
-            compilation.result.exception()  # asyncio complains of errors that nobody looked at; none may be left to
+            compilation.result.exception()  # asyncio complains of errors that nobody reads, and nobody may be left to
 
     def close(self) -> None:
-        """Nothing more is begun."""
+        """Begins nothing more."""
         self._threads.shutdown(wait=False, cancel_futures=True)

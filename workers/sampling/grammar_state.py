@@ -1,4 +1,4 @@
-"""How far answers have come in their grammars, and which tokens may come next.
+"""Follows answers through their grammars, and finds the tokens that may come next.
 
 Shapes: V token ids, with those that pad the vocabulary; W = ceil(V / 32) words of a mask; N sequences.
 """
@@ -17,14 +17,15 @@ _MAX_PROBLEM = 200
 
 
 class GrammarFailed(HeterodyneError):
-    """An answer cannot be continued as its grammar wants; only its own sequence is at an end."""
+    """An answer cannot go on as its grammar requires. Only its own sequence ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrammarSpec:
-    """What an answer must match from its first to its last character.
+    """The source of a grammar, which an answer must match from its first to its last character.
 
     Attributes:
+        kind: the language of the source.
         source: a JSON Schema as JSON text, a regular expression (Rust's syntax), or a grammar in llguidance's Lark.
     """
 
@@ -37,8 +38,9 @@ class Grammar:
     """A compiled grammar. Any number of sequences start from it, on any thread.
 
     Attributes:
-        origin: at the beginning of the grammar; never moved, only copied.
+        origin: a matcher at the beginning of the grammar, which is copied and never moved.
         executor: fills the masks of several sequences at once, on a thread of its own.
+        eos_token_ids: the model's end-of-sequence ids.
     """
 
     origin: LLMatcher
@@ -46,16 +48,16 @@ class Grammar:
     eos_token_ids: frozenset[int]
 
     def start(self) -> "GrammarState":
-        """A sequence's state at the beginning. Takes about 1 us."""
+        """Makes a sequence's state at the beginning. It takes about 1 us."""
         return GrammarState(self)
 
 
 class GrammarState:
-    """How far one answer has come. Used by one thread at a time.
+    """The state of one answer in its grammar. One thread at a time may use it.
 
-    Where the grammar may end, the model's end-of-sequence ids are allowed beside what else may follow, and once it
-    must end, they alone are. So the grammar decides about the end, not the request's stop ids: whoever drives the
-    sequence ends it when it is ``done``, with or without such an id, be they ignored or not.
+    Where the grammar may end, the model's end-of-sequence ids are allowed beside other tokens; where it must end, they
+    alone are. So the grammar decides about the end, and the request's stop ids do not: the sequence ends when this is
+    ``done``, with or without such an id, whether the request ignores them or not.
     """
 
     __slots__ = ("_grammar", "_matcher", "_ready")
@@ -67,19 +69,19 @@ class GrammarState:
 
     @property
     def done(self) -> bool:
-        """Whether only the end is left: the answer matches, and nothing can be added."""
+        """Tells whether only the end is left: the answer matches, and nothing can be added."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def fill(self, row: Tensor) -> bool:
         """Writes which tokens may come next into ``row``, int32 [W] on the CPU; bit i of word w is token 32 w + i.
 
-        Lets go of the interpreter's lock meanwhile.
+        It releases the interpreter's lock meanwhile.
 
         Returns:
-            True: there are always tokens that may not come, the special ones.
+            True, since some tokens, the special ones, are never allowed.
 
         Raises:
-            GrammarFailed: nothing can follow, or finding it out takes more than llguidance's limits of a step.
+            GrammarFailed: nothing can follow, or the search takes more than llguidance's limits of a step.
         """
         _check_rows(row)
         ready, self._ready = self._ready, None
@@ -94,7 +96,7 @@ class GrammarState:
         return True
 
     def accept(self, token_id: int) -> None:
-        """Moves on by a token. Once ``done``, end-of-sequence ids change nothing.
+        """Moves on by a token. Once it is ``done``, end-of-sequence ids change nothing.
 
         Raises:
             GrammarFailed: the token does not follow the grammar.
@@ -113,11 +115,11 @@ def fill_all(states: Sequence[GrammarState], rows: Tensor) -> dict[int, GrammarF
     """Fills the masks of a step at once, without the interpreter's lock.
 
     Args:
-        states: N, at least one, all of one factory's grammars.
+        states: N states, at least one, all of grammars of one factory.
         rows: int32 [N, W], contiguous, on the CPU.
 
     Returns:
-        Why a state has no mask, by row; the row then holds the end-of-sequence ids.
+        The failures of states without a mask, by row. Such a row holds the end-of-sequence ids.
     """
     _check_rows(rows)
     assert rows.dim() == 2 and len(rows) == len(states) >= 1, (rows.shape, len(states))
@@ -131,7 +133,7 @@ def fill_all(states: Sequence[GrammarState], rows: Tensor) -> dict[int, GrammarF
 
 
 def prefetch(states: Sequence[GrammarState], vocab_size: int) -> None:
-    """Finds the masks of the states' next tokens now, for ``fill`` to give: as :func:`fill_all`, ahead of time."""
+    """Finds the masks of the states' next tokens ahead of time, as :func:`fill_all` does; ``fill`` then copies them."""
     rows = torch.zeros(len(states), -(-vocab_size // 32), dtype=torch.int32)
     failures = fill_all(states, rows)
     for index, state in enumerate(states):
@@ -139,7 +141,7 @@ def prefetch(states: Sequence[GrammarState], vocab_size: int) -> None:
 
 
 def problem_of(error: str) -> str:
-    """llguidance's error in a clause, with nothing of the answer."""
+    """Shortens llguidance's error to a clause, with nothing of the answer in it."""
     lines = error.strip().splitlines() or ["unknown"]
     if lines[0].startswith("NoExtension"):
         return "no token can follow"
@@ -151,5 +153,5 @@ def problem_of(error: str) -> str:
 
 
 def _check_rows(rows: Tensor) -> None:
-    """The library writes to the address that it is given, whatever is there."""
+    """Checks the rows, since the library writes to the address that it is given, whatever is there."""
     assert rows.dtype == torch.int32 and rows.is_contiguous() and rows.device.type == "cpu", rows

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, of raw logits. The same bits for a row whatever is computed beside it.
+"""Computes log-probabilities of tokens from raw logits, with the same bits for a row whatever is computed beside it.
 
 Shapes: N rows asked for; V vocabulary.
 """
@@ -17,16 +17,16 @@ from workers.sampling.state import SampledToken
 def token_logprobs(
     logits: Tensor, rows: Sequence[int], token_ids: Sequence[int], num_tops: Sequence[int]
 ) -> list[SampledToken]:
-    """Log-probabilities of given tokens, sampled or of a prompt, and of the most likely ones beside them.
+    """Computes log-probabilities of given tokens, sampled or of a prompt, and of the most likely tokens beside them.
 
     Args:
-        logits: [B, V], raw; finite but for -inf.
-        rows: [N], which rows of them.
-        token_ids: [N], one of each row.
-        num_tops: [N], how many of the most likely to report, at most V.
+        logits: raw logits [B, V], finite or -inf.
+        rows: the rows [N] to use.
+        token_ids: the token [N] of each of these rows.
+        num_tops: the number [N] of most likely tokens to report, at most V.
 
     Returns:
-        One for each of ``rows``. Errors are below 1e-6 nats and two roundings of float32.
+        A result for each of ``rows``. Errors are below 1e-6 nats and two roundings of float32.
     """
     tokens: list[SampledToken] = []
     for places in in_parts(range(len(rows)), logits):
@@ -54,9 +54,9 @@ def _part(logits: Tensor, rows: list[int], token_ids: list[int], num_tops: list[
 
 
 def _log_sum_exp(values: Tensor) -> list[float]:
-    """ln sum exp of each row of ``values`` [R, V], which are overwritten."""
+    """Computes ln sum exp of each row of ``values`` [R, V], and overwrites them."""
     quanta = scale(values.shape[1])
     peaks, _ = highest(values)
     total = weights(values.sub_(peaks[:, None]), quanta).sum(-1, dtype=torch.float64)
-    # The logarithm on the host: there it does not turn on a row's place.
+    # The host computes the logarithm, since there it does not depend on a row's place.
     return [peak + math.log(mass / quanta) for peak, mass in zip(peaks.tolist(), total.tolist(), strict=True)]

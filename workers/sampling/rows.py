@@ -1,4 +1,4 @@
-"""Rows of logits as sampling works on them, and the highest of each.
+"""Copies rows of logits in the form that sampling works on, and finds the highest of each.
 
 Shapes: B rows of a batch; R rows of a part of it; V vocabulary.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from placement.planning.memory import SAMPLED_ON_CPU, SAMPLED_ON_GPU
 
 CHUNK = 256
-_GROUP = 32  # neighbours looked at as one when the first ones in order are sought
+_GROUP = 32  # neighbours that count as one while the highest values are sought
 
 
 def in_parts(rows: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
-    """``rows`` of ``logits`` [B, V] in turn, as many at a time as are best computed together."""
+    """Yields ``rows`` of ``logits`` [B, V] in parts, of as many rows as are best computed together."""
     at_once = SAMPLED_ON_CPU if logits.device.type == "cpu" else SAMPLED_ON_GPU
     size = max(1, at_once // logits.shape[1])
     for start in range(0, len(rows), size):
@@ -24,7 +24,7 @@ def in_parts(rows: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
 
 
 def copy_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
-    """``rows`` [R] of ``logits`` [B, V] in float32, padded with -inf to a multiple of CHUNK."""
+    """Copies ``rows`` [R] of ``logits`` [B, V] to float32, and pads them with -inf to a multiple of CHUNK."""
     vocab_size = logits.shape[1]
     copy = torch.empty(len(rows), -(-vocab_size // CHUNK) * CHUNK, dtype=torch.float32, device=logits.device)
     stop = rows[0] + len(rows)
@@ -37,23 +37,23 @@ def copy_rows(logits: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest of each row of ``logits`` [R, V] as float32, and where it first is; NaN is above all."""
+    """Finds the highest of each row of ``logits`` [R, V] as float32, and its first place. NaN is above all."""
     width = math.gcd(logits.shape[1], CHUNK)
     if width < 16:
-        values, at = logits.max(dim=-1)
-        return values.float(), at
+        values, places = logits.max(dim=-1)
+        return values.float(), places
     # The maxima of chunks need no places, so they are found many times faster.
     chunks = logits.reshape(len(logits), -1, width)
     chunk = chunks.amax(dim=-1).argmax(dim=-1)
-    values, at = chunks[torch.arange(len(logits), device=logits.device), chunk].max(dim=-1)
-    return values.float(), chunk * width + at
+    values, places = chunks[torch.arange(len(logits), device=logits.device), chunk].max(dim=-1)
+    return values.float(), chunk * width + places
 
 
 def first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of float32 ``values`` [R, V] and where they are, [R, k]: highest first, then by index.
+    """Finds the k highest of float32 ``values`` [R, V] and their places, [R, k]: highest first, then by index.
 
-    The k first groups of neighbours, ordered by their highest member and then by index, hold the k first members:
-    any other group's are preceded by the highest of each of those k.
+    The k first groups of neighbours, ordered by their highest member and then by index, hold the k highest values,
+    since the highest member of each of these k groups precedes every member of any other group.
     """
     rows, size = values.shape
     index = torch.arange(size, device=values.device)
@@ -69,9 +69,10 @@ def first(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _first(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest and their ids, from ``values`` [R, n] with distinct ids [R, n] or [n]."""
+    """Finds the k highest of ``values`` [R, n] and their ids, given distinct ids [R, n] or [n]."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 becomes 0.0, which it equals
-    # The bits of floats, those of negative ones but for the sign turned over, are in the order of the floats.
+    # As integers, the bits of floats have the order of the floats, once all bits of negative ones but the sign are
+    # inverted.
     rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = (rising.long() << 32) - ids
     best = keys.topk(k, sorted=True).values

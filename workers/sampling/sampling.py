@@ -1,7 +1,8 @@
-"""Chooses tokens from logits, one for each row of a batch, each as if it were alone.
+"""Chooses tokens from logits, one for each row of a batch, as if each row were alone.
 
-What is changed in a row's logits and drawn from them depends on that row's logits, parameters and tokens, never on
-its batch-mates: the same bits alone or in any batch, on any number of threads (sampling_draw says why).
+The changes to a row's logits, and the draw from them, depend on that row's logits, parameters and tokens, and never on
+the rest of the batch. They give the same bits alone or in any batch, on any number of threads;
+:mod:`workers.sampling.draw` says why.
 
 Shapes: B rows of the batch; R rows of a part of it; V vocabulary.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from placement.errors import HeterodyneError, cause_of
 from workers.sampling.adjust import adjust
-from workers.sampling.draw import FEW, Cuts, draw_open, draw_top_k, draw_top_p
+from workers.sampling.draw import FEW, DrawSettings, draw_open, draw_top_k, draw_top_p
 from workers.sampling.logprobs import token_logprobs
 from workers.sampling.rows import copy_rows, highest, in_parts
 from workers.sampling.state import SampledToken, SamplerState, SamplingFailed, SamplingParams, TokenMask
@@ -24,112 +25,113 @@ from workers.sampling.state import SampledToken, SamplerState, SamplingFailed, S
 __all__ = ["SampledToken", "SamplerState", "SamplingFailed", "SamplingParams", "TokenMask", "sample", "uniform"]
 
 _MASK64 = (1 << 64) - 1
-# A lower temperature is as good as 0; one that rounds to 0 would divide 0 by 0.
+# A lower temperature has the same effect as 0, and one that rounds to 0 would divide 0 by 0.
 _LEAST_TEMPERATURE = 1e-30
 
 
-class _Way(Enum):
-    """How a row's token is found."""
+class _Method(Enum):
+    """The methods by which a row's token is found."""
 
-    GREEDY = auto()  # the most likely, and the raw logits say which
-    ADJUSTED_GREEDY = auto()
-    OPEN = auto()  # drawn from all, or all that min-p keeps
-    TOP_K = auto()  # drawn from few
-    TOP_P = auto()  # drawn from as many as it takes
+    GREEDY = auto()  # takes the most likely token of the raw logits
+    ADJUSTED_GREEDY = auto()  # takes the most likely token of the adjusted logits
+    OPEN = auto()  # draws from all tokens, or all that min-p keeps
+    TOP_K = auto()  # draws from few tokens
+    TOP_P = auto()  # draws from as many tokens as top-p needs
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[SampledToken | SamplingFailed]:
-    """One token for each row, appended to the row's state.
+    """Samples one token for each row, and appends it to the row's state.
 
-    In this order: raw logits, bias, minimum tokens (no stop id before), mask, repetition penalty, presence and
-    frequency penalty; at temperature 0 the most likely token (the lowest id of several), else temperature, min-p,
-    top-k, top-p and the draw, by inverse CDF in the order of token ids. That order, unlike one by likelihood, does
-    not turn on rounding between tokens that are nearly as likely. Log-probabilities are of the raw logits.
+    The raw logits are changed in this order: bias, minimum tokens (no stop id before), mask, repetition penalty,
+    presence and frequency penalty. Temperature 0 takes the most likely token, the lowest id of several. Otherwise come
+    temperature, min-p, top-k, top-p and the draw, by inverse CDF in the order of token ids. That order, unlike one by
+    likelihood, does not depend on how tokens that are nearly as likely are rounded. Log-probabilities are those of the
+    raw logits.
 
     Args:
-        logits: [B, V], any floating type; left as they are.
-        states: one a row.
+        logits: [B, V] of any floating type; they are left as they are.
+        states: the state of each row.
 
     Returns:
-        The tokens, in row order. For a row with a NaN or an infinity among its logits, with no token allowed, or
-        whose mask raised, the failure; its state is then unchanged.
+        The tokens, in row order. A row that has a NaN or an infinity among its logits, no token allowed, or a mask that
+        raised gets the failure instead, and its state is unchanged.
     """
     assert len(logits) == len(states)
     if not states:
         return []
     peaks, tokens = highest(logits)
     errors: dict[int, HeterodyneError] = {}
-    rows_by_way: defaultdict[_Way, list[int]] = defaultdict(list)
+    rows_by_method: defaultdict[_Method, list[int]] = defaultdict(list)
     for row, state in enumerate(states):
-        rows_by_way[_way(state, logits.shape[1])].append(row)
-    for way, all_rows in rows_by_way.items():
-        if way is not _Way.GREEDY:
+        rows_by_method[_method(state, logits.shape[1])].append(row)
+    for method, all_rows in rows_by_method.items():
+        if method is not _Method.GREEDY:
             for rows in in_parts(all_rows, logits):
-                raised = _choose(way, logits, [states[row] for row in rows], rows, peaks, tokens)
-                errors.update((rows[at], error) for at, error in raised.items())
+                raised = _choose(method, logits, [states[row] for row in rows], rows, peaks, tokens)
+                errors.update((rows[place], error) for place, error in raised.items())
     return _finish(logits, states, tokens.tolist(), peaks.tolist(), errors)
 
 
 def uniform(seed: int, index: int) -> float:
-    """The ``index``-th draw of ``seed``, in [0, 1): splitmix64 (Steele et al. 2014), top 53 bits."""
+    """Returns the ``index``-th draw of ``seed``, in [0, 1): the top 53 bits of splitmix64 (Steele et al. 2014)."""
     return (_mix(_mix(seed) + index) >> 11) * 2.0**-53
 
 
 def _mix(state: int) -> int:
-    """One step of splitmix64 from ``state``."""
+    """Computes one step of splitmix64 from ``state``."""
     state = (state + 0x9E3779B97F4A7C15) & _MASK64
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
     return state ^ (state >> 31)
 
 
-def _way(state: SamplerState, vocab_size: int) -> _Way:
+def _method(state: SamplerState, vocab_size: int) -> _Method:
     params = state.params
     if params.temperature == 0:
-        return _Way.ADJUSTED_GREEDY if state.adjusts else _Way.GREEDY
+        return _Method.ADJUSTED_GREEDY if state.adjusts else _Method.GREEDY
     if 0 < params.top_k <= FEW:
-        return _Way.TOP_K
-    return _Way.TOP_P if params.top_p < 1 or 0 < params.top_k < vocab_size else _Way.OPEN
+        return _Method.TOP_K
+    return _Method.TOP_P if params.top_p < 1 or 0 < params.top_k < vocab_size else _Method.OPEN
 
 
 def _choose(
-    way: _Way, logits: Tensor, states: Sequence[SamplerState], rows: Sequence[int], peaks: Tensor, tokens: Tensor
+    method: _Method, logits: Tensor, states: Sequence[SamplerState], rows: Sequence[int], peaks: Tensor, tokens: Tensor
 ) -> dict[int, HeterodyneError]:
-    """Put the tokens of ``rows`` [R] into ``tokens`` [B], and into ``peaks`` [B] the highest logit there was then.
+    """Puts the tokens of ``rows`` [R] into ``tokens`` [B], and the highest adjusted logit into ``peaks`` [B].
 
     Returns:
-        What masks raised, by place in ``rows``.
+        The errors that masks raised, by place in ``rows``.
     """
-    at = torch.tensor(rows, device=logits.device)
+    index = torch.tensor(rows, device=logits.device)
     copy = copy_rows(logits, rows)
     errors: dict[int, HeterodyneError] = {}
-    best = tokens[at]
+    best = tokens[index]
     if any(state.adjusts for state in states):
         errors = adjust(copy, states, logits.shape[1])
         adjusted, best = highest(copy)
-        # A damaged row stays so, even where what was damaged is masked.
-        peaks[at] = torch.where(peaks[at].isfinite(), adjusted, peaks[at])
-    tokens[at] = best if way is _Way.ADJUSTED_GREEDY else _draw(way, copy, peaks[at], states)
+        # A damaged row stays damaged, even where a mask hides the damage.
+        peaks[index] = torch.where(peaks[index].isfinite(), adjusted, peaks[index])
+    tokens[index] = best if method is _Method.ADJUSTED_GREEDY else _draw(method, copy, peaks[index], states)
     return errors
 
 
-def _draw(way: _Way, logits: Tensor, peaks: Tensor, states: Sequence[SamplerState]) -> Tensor:
-    """Token ids [R] from adjusted logits [R, V] and the highest of each row [R]. Overwrites the logits."""
-    temperature, cuts = _cuts(states, logits)
-    # The highest goes first, so that a tiny temperature cannot overflow.
+def _draw(method: _Method, logits: Tensor, peaks: Tensor, states: Sequence[SamplerState]) -> Tensor:
+    """Draws token ids [R] from adjusted logits [R, V], given the highest of each row [R]. Overwrites the logits."""
+    temperature, settings = _draw_settings(states, logits)
+    # The highest logit is subtracted first, so that a tiny temperature cannot overflow.
     scaled = logits.sub_(peaks[:, None]).div_(temperature)
-    match way:
-        case _Way.OPEN:
-            return draw_open(scaled, cuts)
-        case _Way.TOP_K:
-            return draw_top_k(scaled, cuts, max(state.params.top_k for state in states))
+    match method:
+        case _Method.OPEN:
+            return draw_open(scaled, settings)
+        case _Method.TOP_K:
+            return draw_top_k(scaled, settings, max(state.params.top_k for state in states))
         case _:
-            return draw_top_p(scaled, cuts)
+            return draw_top_p(scaled, settings)
 
 
-def _cuts(states: Sequence[SamplerState], like: Tensor) -> tuple[Tensor, Cuts]:
-    """The temperatures [R, 1] and the rest of the parameters, sent to the device at once."""
+def _draw_settings(states: Sequence[SamplerState], like: Tensor) -> tuple[Tensor, DrawSettings]:
+    """Sends the temperatures [R, 1] and the rest of the parameters to the device of ``like`` at once."""
     figures = [
         (
             max(p.temperature, _LEAST_TEMPERATURE),
@@ -143,7 +145,7 @@ def _cuts(states: Sequence[SamplerState], like: Tensor) -> tuple[Tensor, Cuts]:
     ]
     columns = torch.tensor(figures, dtype=torch.float64).to(like.device).T.unsqueeze(-1)
     temperature, log_min_p, top_k, top_p, draw = columns
-    return temperature.to(like.dtype), Cuts(
+    return temperature.to(like.dtype), DrawSettings(
         uniform=draw,
         log_min_p=log_min_p.to(like.dtype) if any(state.params.min_p for state in states) else None,
         top_k=top_k,
@@ -158,7 +160,7 @@ def _finish(
     peaks: list[float],
     errors: dict[int, HeterodyneError],
 ) -> list[SampledToken | SamplingFailed]:
-    """Append the tokens to the sequences that can go on, and report them."""
+    """Appends the tokens to the sequences that can go on, and reports them."""
     results: list[SampledToken | SamplingFailed] = []
     for row, (state, token_id, peak) in enumerate(zip(states, token_ids, peaks, strict=True)):
         try:
@@ -178,7 +180,7 @@ def _finish(
 def _with_logprobs(
     logits: Tensor, states: Sequence[SamplerState], results: list[SampledToken | SamplingFailed]
 ) -> list[SampledToken | SamplingFailed]:
-    """``results``, with log-probabilities in the rows that asked for them."""
+    """Adds log-probabilities to the results of the rows that asked for them."""
     asked = [
         (row, result.token_id, num_top)
         for row, (state, result) in enumerate(zip(states, results, strict=True))

@@ -1,4 +1,4 @@
-"""What sampling needs to know of a sequence, and what it gives back."""
+"""Holds what sampling needs to know of a sequence, and defines its results."""
 
 import math
 from collections.abc import Iterable
@@ -14,20 +14,20 @@ from placement.errors import FieldError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a sequence's tokens are chosen.
+    """The parameters by which a sequence's tokens are chosen.
 
     Attributes:
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: only the k most likely tokens; 0 means all. Of equally likely ones those with lower ids come first.
-        top_p: of those, the fewest most likely ones that hold this much probability; 1 means all.
-        min_p: only tokens at least this many times as likely as the most likely one; 0 means all.
+        temperature: the divisor of the logits; 0 takes the most likely token.
+        top_k: keeps the k most likely tokens; 0 keeps all. Of equally likely ones, lower ids come first.
+        top_p: keeps the fewest of those that hold this much probability, the most likely first; 1 keeps all.
+        min_p: keeps tokens that are at least this many times as likely as the most likely one; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or the answer
             (Keskar et al. 2019, CTRL).
-        presence_penalty: taken once from the logits of tokens in the answer.
-        frequency_penalty: taken from the logits of tokens in the answer, once for each time they occur.
-        bias: token ids, each once, and what is added to their logits; ids outside the vocabulary are never drawn.
-        seed: of the draws, 64 bits.
-        logprobs: how many of the most likely tokens to report beside the chosen one; None reports nothing.
+        presence_penalty: is subtracted once from the logits of tokens in the answer.
+        frequency_penalty: is subtracted from the logits of tokens in the answer once for each time they occur.
+        bias: token ids, each once, and the number to add to their logits; ids outside the vocabulary are never drawn.
+        seed: the seed of the draws, 64 bits.
+        logprobs: the number of most likely tokens to report beside the chosen one; None reports nothing.
     """
 
     temperature: float = 0.0
@@ -56,9 +56,10 @@ class SampledToken:
     """A chosen token.
 
     Attributes:
-        token_id: the token.
-        logprob: log-softmax of the raw logits at it, where logprobs were asked for.
-        top: the most likely tokens and their logprobs, best first, of equally likely ones the lower id first.
+        token_id: the id of the token.
+        logprob: its log-softmax over the raw logits; None where nobody asked for it.
+        top: the most likely tokens and their log-probabilities, best first; of equally likely ones, lower ids come
+            first.
     """
 
     token_id: int
@@ -67,7 +68,7 @@ class SampledToken:
 
 
 class SamplingFailed(FieldError):
-    """One sequence has no next token: its logits are damaged, or nothing is allowed. The rest of the batch has."""
+    """One sequence has no next token: its logits are damaged, or nothing is allowed. Its batch goes on."""
 
     def __init__(self, *, row: int, value: object, problem: str, fix: str) -> None:
         self.row = row
@@ -75,27 +76,27 @@ class SamplingFailed(FieldError):
 
 
 class TokenMask(Protocol):
-    """Which tokens may come next, such as by a grammar. One object a sequence.
+    """Says which tokens may come next in a sequence, as a grammar does. Each sequence has its own object.
 
-    ``fill`` and ``accept`` may raise HeterodyneError: that sequence fails with it, its batch-mates do not.
+    ``fill`` and ``accept`` may raise HeterodyneError: that sequence then fails, and the others of its batch do not.
     """
 
     @property
     def done(self) -> bool:
-        """Whether the answer is complete: nothing but the end may come."""
+        """Tells whether the answer is complete, so that nothing but its end may come."""
 
     def fill(self, row: Tensor) -> bool:
-        """Write which tokens are allowed into ``row``, int32 [ceil(V / 32)] on the CPU, zeroed before.
+        """Writes which tokens are allowed into ``row``, int32 [ceil(V / 32)] on the CPU, which is zero before.
 
         Bit i of word w is token 32 * w + i. Returns False, and may write nothing, where every token is allowed.
         """
 
     def accept(self, token_id: int) -> None:
-        """The sequence goes on with this token."""
+        """Moves on by this token."""
 
 
 class TokenCounts:
-    """Distinct tokens of a sequence, and how often each is in its answer."""
+    """The distinct tokens of a sequence, and how often each is in its answer."""
 
     def __init__(self, prompt_ids: Iterable[int]) -> None:
         self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_ids))}
@@ -103,7 +104,7 @@ class TokenCounts:
         self._counts = np.zeros(len(self._slots), dtype=np.float32)
 
     def append(self, token_id: int) -> None:
-        """One more of ``token_id`` in the answer."""
+        """Counts one more ``token_id`` in the answer."""
         slot = self._slots.setdefault(token_id, len(self._slots))
         if slot == len(self._ids):  # doubled, so that appending costs the same however long the answer is
             self._ids = np.concatenate((self._ids, np.zeros(slot + 64, dtype=np.int64)))
@@ -112,26 +113,25 @@ class TokenCounts:
         self._counts[slot] += 1
 
     def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The ids, each once, and their counts. Views: they hold until the next append."""
+        """Returns the ids, each once, and their counts, as views that are valid until the next append."""
         return self._ids[: len(self._slots)], self._counts[: len(self._slots)]
 
 
 class SamplerState:
-    """What decides a sequence's next token beside its logits. Owned by the thread that samples.
+    """The state that decides a sequence's next token beside its logits. The thread that samples owns it.
 
     Args:
-        params: how tokens are chosen.
-        prompt_ids: the prompt; looked at only under a repetition penalty.
-        stop_token_ids: not drawn before ``min_tokens`` tokens.
-        min_tokens: least number of tokens in the answer.
-        emitted_ids: the answer so far, where a sequence goes on that was begun elsewhere.
-        grammar: fresh; the emitted ids are given to it first.
+        params: the parameters by which tokens are chosen.
+        prompt_ids: the prompt, which counts only under a repetition penalty.
+        stop_token_ids: tokens that are not drawn before ``min_tokens`` tokens.
+        min_tokens: the least number of tokens in the answer.
+        emitted_ids: the answer so far, where a sequence that was begun elsewhere goes on.
+        grammar: a new mask, to which the emitted ids are given first.
 
     Attributes:
-        num_tokens: tokens in the answer. Together with the seed it decides the draw.
-        last_token_id: the newest of them; None before the first.
-        last_token_id: the newest of them; None before the first.
-        counts: what the penalties need; None where there are none.
+        num_tokens: tokens in the answer. Together with the seed, it decides the draw.
+        last_token_id: the newest token of the answer; None before the first.
+        counts: the counts that penalties need; None where there are none.
     """
 
     __slots__ = ("counts", "grammar", "last_token_id", "min_tokens", "num_tokens", "params", "stop_token_ids")
@@ -162,16 +162,16 @@ class SamplerState:
 
     @property
     def adjusts(self) -> bool:
-        """Whether the next token is not chosen by the raw logits alone."""
+        """Tells whether anything but the raw logits decides the next token."""
         return bool(self.params.bias) or self.holds_stops or self.grammar is not None or self.counts is not None
 
     @property
     def holds_stops(self) -> bool:
-        """Whether the answer is too short to stop."""
+        """Tells whether the answer is too short to stop."""
         return self.num_tokens < self.min_tokens and bool(self.stop_token_ids)
 
     def append(self, token_id: int) -> None:
-        """The sequence goes on with this token. Raises what its grammar raises, and is then unchanged."""
+        """Appends a token to the answer. Raises what the grammar raises; the state is then unchanged."""
         if self.grammar is not None:
             self.grammar.accept(token_id)
         if self.counts is not None:

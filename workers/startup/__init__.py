@@ -1,1 +1,1 @@
-"""What a worker does before it serves: checks, reading the checkpoint, loading, warming up, measuring its speed."""
+"""Prepares a worker to serve: it checks the load, reads the checkpoint, warms up, and measures the device."""

@@ -1,17 +1,63 @@
 """Checks a load before any weight is read: the model's configuration, the request's sizes, the memory there is."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
 from placement.model.checkpoint_files import MAX_CONFIG_BYTES, parse_object, too_large
 from placement.model.hf import read_model_spec
-from placement.model.quantization import LinearFormat, linear_format
+from placement.model.quantization import LinearFormat, check_linear_format, linear_format
 from placement.model.specs import DType, ModelSpec
+from placement.model.weights import shard_tensors
 from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
-from protos.codec.formats import read_quantization
+from protos.codec.formats import read_dtype, read_quantization
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.replica.roster import Roster
+from workers.host.device import Device
+from workers.replica.roster import Roster, read_roster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedLoad:
+    """A load that may begin.
+
+    Attributes:
+        model: the model, as its directory describes it.
+        roster: the ranks of the replica, and this rank's part.
+        dtype: the number type of weights, activations and KV.
+        linear: the format of linear layers; None: they are held in ``dtype``.
+        need: the bytes that this process has yet to allocate.
+    """
+
+    model: ModelSpec
+    roster: Roster
+    dtype: DType
+    linear: LinearFormat | None
+    need: Footprint
+
+    @property
+    def leads(self) -> bool:
+        """Tells whether this rank is the leader."""
+        return self.roster.rank == 0
+
+
+def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
+    """Checks the model's configuration, the request's sizes, the cut, and the memory of the device.
+
+    Raises:
+        InvalidModel: the model's configuration is missing, damaged, or of a kind that is not served.
+        InvalidRequest: the request asks for something impossible.
+        NotEnoughMemory: the device has not the memory.
+    """
+    model = read_model(Path(request.model_path))
+    dtype = read_dtype(request.dtype)
+    check_request(request, model)
+    roster = read_roster(request, model)
+    linear = read_linear_format(request)
+    check_linear_format(shard_tensors(model, roster.part), linear)
+    need = reckon(request, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
+    share = kv_share(model, roster, block_size=request.block_size)
+    check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share)
+    return CheckedLoad(model=model, roster=roster, dtype=dtype, linear=linear, need=need)
 
 
 def read_model(path: Path) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""Loading a rank: read the config, load the shard's weights, set the KV blocks aside, warm up, build the engine."""
+"""Loads a rank: the configuration, the shard's weights, the KV cache, and then the engine or the follower."""
 
 import os
 import socket
@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from kernels.protocol import Kernels
 from kernels.select import kernels_for
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
 from placement.model.part import Part
-from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.memory import format_bytes
@@ -20,18 +20,18 @@ from placement.serving.admission import Limits
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
-from protos.codec.formats import read_dtype
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
-from workers.model.kv_cache import allocate_kv_cache, kv_cache_bytes
+from workers.model.kv_cache import KVCache, allocate_kv_cache, kv_cache_bytes
 from workers.replica.follower import Follower
 from workers.replica.membership import Membership
-from workers.replica.roster import Roster, read_roster
+from workers.replica.roster import Roster
 from workers.sampling.grammar import GrammarFactory
+from workers.sequence_parallel.sharing import SequenceSharing
 from workers.startup.checkpoint import load_weights
-from workers.startup.checks import check_memory, check_request, kv_share, read_linear_format, read_model, reckon
+from workers.startup.checks import CheckedLoad, check_load
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, warm_up
 from workers.step.runner import ModelRunner
 
@@ -44,10 +44,12 @@ class Loaded:
     """A rank that is ready to run.
 
     Attributes:
-        engine: of a leader.
-        grammars: of a leader.
-        follower: of any other rank.
-        membership: None where the replica has one rank alone.
+        weight_bytes: bytes of its weights.
+        kv_bytes: bytes of its KV cache.
+        engine: the engine of a leader; None at other ranks.
+        grammars: compiles the grammars of a leader; None at other ranks.
+        follower: the loop of any other rank; None at the leader.
+        membership: its connections with other ranks; None where the replica has one rank alone.
     """
 
     weight_bytes: int
@@ -59,17 +61,17 @@ class Loaded:
 
     @property
     def loop(self) -> Engine | Follower:
-        """What runs."""
+        """Returns the loop that the rank runs."""
         loop = self.engine or self.follower
         assert loop is not None, "a rank leads or follows"
         return loop
 
 
 class LoadJob:
-    """One load, run in a thread of its own while the service reads ``phase`` and the byte counts."""
+    """One load. It runs in a thread of its own while the service reads ``phase`` and the byte counts."""
 
     def __init__(self, *, request: pb.LoadRequest, device: Device, listener: socket.socket | None = None) -> None:
-        """``listener`` is where the other ranks connect; without one, the replica can have one rank alone."""
+        """``listener`` is the socket that other ranks connect to; without one, the replica can have one rank alone."""
         self._request = request
         self._device = device
         self._listener = listener
@@ -79,7 +81,7 @@ class LoadJob:
         self.total_bytes = 0
 
     def stop(self) -> None:
-        """Wait for no other rank any more."""
+        """Stops to wait for other ranks."""
         self._stopping.set()
 
     def _go_on(self) -> None:
@@ -87,7 +89,7 @@ class LoadJob:
             raise Stopping(STOPS)
 
     def run(self) -> Loaded:
-        """Load everything.
+        """Loads everything.
 
         Raises:
             InvalidModel: the directory is missing something, damaged, or of a kind that is not served.
@@ -96,36 +98,24 @@ class LoadJob:
             PeerFailed: another rank of the replica was lost.
             Stopping: it was stopped while it waited for another rank.
         """
-        request, device = self._request, self._device
-        use_device(device.torch_device)
-        model = read_model(Path(request.model_path))
-        dtype = read_dtype(request.dtype)
-        check_request(request, model)
-        roster = read_roster(request, model)
-        slices = shard_tensors(model, roster.part)
-        linear = read_linear_format(request)
-        check_linear_format(slices, linear)
-        need = reckon(request, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
-        share = kv_share(model, roster, block_size=request.block_size)
-        check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share)
+        use_device(self._device.torch_device)
+        checked = check_load(self._request, self._device)
         # Before this rank joins the others: reading a large tokenizer holds up all its threads, its pulse among them.
-        grammars = None if roster.rank else self._grammars(model)
-        membership = self._join(roster)
+        grammars = self._grammars(checked.model) if checked.leads else None
+        membership = self._join(checked.roster)
         try:
-            loaded = self._load(model, roster, TORCH_DTYPES[dtype], linear, membership, grammars)
+            loaded = self._load(checked, membership, grammars)
             self._go_on()  # else the others would count on a rank that nobody starts
             return loaded
         except BaseException as error:
             if membership is not None:
                 membership.leave(cause_of(error))
-            if not isinstance(error, MemoryError | RuntimeError):
-                raise
-            if not is_out_of_memory(error):
+            if not isinstance(error, MemoryError | RuntimeError) or not is_out_of_memory(error):
                 raise
             raise NotEnoughMemory(
                 field="serving.kv_cache",
-                value=format_bytes(need.kv_bytes),
-                problem=f"{device.name} ran out of memory while loading ({cause_of(error)})",
+                value=format_bytes(checked.need.kv_bytes),
+                problem=f"{self._device.name} ran out of memory while loading ({cause_of(error)})",
                 fix="Lower it, free memory, or use a smaller model.",
             ) from error
 
@@ -136,6 +126,7 @@ class LoadJob:
         return grammars
 
     def _join(self, roster: Roster) -> Membership | None:
+        """Connects with the other ranks of the replica; None where there are none."""
         if len(roster.parts) == 1:
             return None
         if self._listener is None:
@@ -147,87 +138,126 @@ class LoadJob:
             )
         return Membership.join(self._listener, roster, epoch=self._request.epoch, go_on=self._go_on)
 
-    def _load(
-        self,
-        model: ModelSpec,
-        roster: Roster,
-        dtype: torch.dtype,
-        linear: LinearFormat | None,
-        membership: Membership | None,
-        grammars: GrammarFactory | None,
-    ) -> Loaded:
-        request, torch_device, part = self._request, self._device.torch_device, roster.part
-        slices = shard_tensors(model, part)
-        weights = load_weights(Path(request.model_path), slices, dtype, torch_device, self._progress, linear)
-        self.phase = pb.LOAD_PHASE_KV_CACHE
-        cache = allocate_kv_cache(
-            model,
-            num_slots=num_slots(request, part),
-            dtype=dtype,
-            device=self._device,
-            layers=part.layers,
-            kv_heads=part.kv_heads,
-        )
-        kernels = kernels_for(torch_device)
-        sharing = (
-            None
-            if membership is None
-            else membership.sharing(model, kernels, dtype, torch_device, token_budget=request.token_budget)
-        )
-        followers = None if membership is None or roster.rank else membership.followers()
+    def _load(self, checked: CheckedLoad, membership: Membership | None, grammars: GrammarFactory | None) -> Loaded:
+        """Loads weights and cache, measures and warms up, and builds the engine or the follower."""
+        weights = self._read_weights(checked)
+        cache = self._allocate_cache(checked)
+        kernels = kernels_for(self._device.torch_device)
+        sharing = self._sharing(checked, membership, kernels)
+        followers = membership.followers() if membership is not None and checked.leads else None
         runner = ModelRunner(
-            model=model,
+            model=checked.model,
             weights=weights,
             cache=cache,
-            device=torch_device,
+            device=self._device.torch_device,
             kernels=kernels,
-            part=part,
+            part=checked.roster.part,
             group=None if membership is None else membership.group,
             team=followers,
             sharing=sharing,
         )
         self.phase = pb.LOAD_PHASE_WARM_UP
-        num_stages = len(roster.stages)
-        # The leader of a pipeline has a thread for each step that is on its way, and one for the next.
-        threads = num_stages + 1 if num_stages > 1 and not roster.rank else 1
-        executor = executing_thread(self._device, threads)
+        executor = executing_thread(self._device, _num_threads(checked))
         if membership is not None:
-            executor.submit(membership.get_ready, self._go_on, torch_device).result()
-            executor.submit(
-                membership.measure_runner,
-                runner,
-                sharing,
-                token_budget=request.token_budget,
-                num_slots=request.num_blocks * request.block_size,
-                go_on=self._go_on,
-            ).result()
+            self._get_ready(membership, runner, sharing, executor)
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
-            sizes = {"vocab_size": model.vocab_size, "slot_limit": request.num_blocks * request.block_size}
-            follower = membership.follower(runner, executor, device=torch_device, **sizes)
+            follower = self._follower(checked, membership, runner, executor)
             return Loaded(follower=follower, membership=membership, weight_bytes=self.loaded_bytes, kv_bytes=kv_bytes)
-        leading = (
-            runner if membership is None or followers is None else membership.leading(runner, followers, torch_device)
-        )
-        executor.submit(warm_up, leading, model=model, request=request).result()
-        # The kernels of several ranks' sums are no part of a graph.
-        capture = capture_for(torch_device, kernels) if membership is None else None
-        if capture is not None:
-            executor.submit(capture_decodes, runner, request, capture).result()
+        leading: Runner = runner
+        if membership is not None and followers is not None:
+            leading = membership.leading(runner, followers, self._device.torch_device)
+        executor.submit(warm_up, leading, model=checked.model, request=self._request).result()
+        if membership is None:  # the all-reduces of several ranks cannot be part of a graph
+            self._capture(runner, kernels, executor)
+        num_stages = len(checked.roster.stages)
         return Loaded(
-            engine=build_engine(leading, executor, request=request, model=model, num_stages=num_stages),
+            engine=build_engine(leading, executor, request=self._request, model=checked.model, num_stages=num_stages),
             grammars=grammars,
             membership=membership,
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_bytes,
         )
 
+    def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:
+        slices = shard_tensors(checked.model, checked.roster.part)
+        dtype, device = TORCH_DTYPES[checked.dtype], self._device.torch_device
+        return load_weights(Path(self._request.model_path), slices, dtype, device, self._progress, checked.linear)
+
+    def _allocate_cache(self, checked: CheckedLoad) -> KVCache:
+        self.phase = pb.LOAD_PHASE_KV_CACHE
+        part = checked.roster.part
+        return allocate_kv_cache(
+            checked.model,
+            num_slots=num_slots(self._request, part),
+            dtype=TORCH_DTYPES[checked.dtype],
+            device=self._device,
+            layers=part.layers,
+            kv_heads=part.kv_heads,
+        )
+
+    def _sharing(self, checked: CheckedLoad, membership: Membership | None, kernels: Kernels) -> SequenceSharing | None:
+        """Prepares to share sequences with the other ranks of the stage, where they do."""
+        if membership is None:
+            return None
+        device, dtype = self._device.torch_device, TORCH_DTYPES[checked.dtype]
+        token_budget = self._request.token_budget
+        return membership.sharing(checked.model, kernels, dtype, device, token_budget=token_budget)
+
+    def _get_ready(
+        self,
+        membership: Membership,
+        runner: ModelRunner,
+        sharing: SequenceSharing | None,
+        executor: ThreadPoolExecutor,
+    ) -> None:
+        """Waits for the other ranks, and measures with them. Everything runs on the thread that executes steps."""
+        request = self._request
+        executor.submit(membership.get_ready, self._go_on, self._device.torch_device).result()
+        executor.submit(
+            membership.measure_runner,
+            runner,
+            sharing,
+            token_budget=request.token_budget,
+            num_slots=request.num_blocks * request.block_size,
+            go_on=self._go_on,
+        ).result()
+
+    def _capture(self, runner: ModelRunner, kernels: Kernels, executor: ThreadPoolExecutor) -> None:
+        """Records steps of decodes, where the device can replay them."""
+        capture = capture_for(self._device.torch_device, kernels)
+        if capture is not None:
+            executor.submit(capture_decodes, runner, self._request, capture).result()
+
+    def _follower(
+        self, checked: CheckedLoad, membership: Membership, runner: ModelRunner, executor: ThreadPoolExecutor
+    ) -> Follower:
+        return membership.follower(
+            runner,
+            executor,
+            device=self._device.torch_device,
+            vocab_size=checked.model.vocab_size,
+            slot_limit=self._request.num_blocks * self._request.block_size,
+        )
+
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
 
 
+def _num_threads(checked: CheckedLoad) -> int:
+    """Counts the threads that execute steps.
+
+    The leader of a pipeline has one for each step that is on its way, and one for the next; every other rank has one.
+    """
+    num_stages = len(checked.roster.stages)
+    return num_stages + 1 if num_stages > 1 and checked.leads else 1
+
+
 def num_slots(request: pb.LoadRequest, part: Part) -> int:
-    """Slots of a rank's cache. With a stripe, its own of every block, and one for what other ranks hold."""
+    """Counts the slots of a rank's cache.
+
+    A rank with a stripe has its own slots of every block, and one more for the KV that other ranks hold.
+    """
     if part.stripe is None:
         return request.num_blocks * request.block_size
     return request.num_blocks * part.stripe.width + 1
@@ -236,7 +266,7 @@ def num_slots(request: pb.LoadRequest, part: Part) -> int:
 def build_engine(
     runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec, num_stages: int = 1
 ) -> Engine:
-    """The engine of a leader, not yet started."""
+    """Builds the engine of a leader, which is not started yet."""
     settings = CoreSettings(
         limits=Limits(
             max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=request.block_size

@@ -1,8 +1,8 @@
-"""How fast this rank's device is: products as decode and prefill have them, with the kernels that serve.
+"""Measures how fast this rank's device is, by products such as decode and prefill have, with the kernels that serve.
 
-Weights of :data:`_BYTES` are gone through again and again, which no cache up to that size has any of. Ranks that are
-measured together get ready first, wait for each other, and then do the same for as long: those that share a machine's
-memory are measured as they will share it.
+The products read weights of :data:`_BYTES` again and again, so that no cache up to that size holds any of them. Ranks
+that are measured together get ready first, wait for each other, and then measure for the same time. So ranks that share
+a machine's memory are measured while they share it.
 """
 
 import statistics
@@ -26,40 +26,41 @@ from placement.planning.memory import format_bytes
 from workers.host.cores import claim_cores
 from workers.host.device import TORCH_DTYPES, Device, use_device
 
-# Of all weights; and one more is there in two forms while it is packed.
+# All weights, and one weight, which exists in two forms while it is packed.
 _BYTES, _WEIGHT_BYTES = 224 * 2**20, 32 * 2**20
 _NUM_INPUTS = 4096
 _BITS = {Quantization.INT8: 8, Quantization.INT4: 4}
 _DECODED, _PREFILLED = 4, 64  # tokens
 _PREFILL_S, _DECODE_S = 0.2, 0.5
 _LEAST_TURNS = 3
-_GPU_TURNS = 8  # through all layers, before a GPU is waited for: that takes as long as a turn or two
+_GPU_TURNS = 8  # turns through all layers before the host waits for a GPU, which takes as long as a turn or two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Products:
-    """What is multiplied: numbers of that type, with weights so rounded."""
+    """The products to measure: the number type of the inputs, and how the weights are rounded."""
 
     dtype: DType
     quantization: Quantization = Quantization.NONE
 
     @property
     def weight_bits(self) -> int:
-        """Of a weight, without the scale of its group."""
+        """Returns the bits of a weight, without the scale of its group."""
         return _BITS.get(self.quantization, 8 * self.dtype.itemsize)
 
     @property
     def num_outputs(self) -> int:
-        """Of each layer."""
+        """Returns the outputs of each layer, whose weights take ``_WEIGHT_BYTES``."""
         return 8 * _WEIGHT_BYTES // (_NUM_INPUTS * self.weight_bits)
 
 
 def measure_speed(device: Device, products: Products, *, meet: Callable[[], None]) -> DeviceSpeed:
-    """Measures, on a thread and cores such as steps have: for 0.7 s, beside what it takes to compile code and to make
-    224 MiB of weights, which are given back.
+    """Measures the device for 0.7 s, on a thread and cores such as steps have.
+
+    Before that it compiles code and makes 224 MiB of weights, which it frees at the end.
 
     Args:
-        meet: called once all is ready; returns when others are too, or raises to end.
+        meet: a function that is called once all is ready. It returns when the others are ready too, or raises to end.
 
     Raises:
         NotEnoughMemory: the device has not twice the memory that this takes.
@@ -104,7 +105,7 @@ def _measure(device: torch.device, products: Products, meet: Callable[[], None])
 
 
 def _layers(device: torch.device, products: Products) -> list[Linear]:
-    """Each with a weight of its own, in the form that serves."""
+    """Makes layers that have a weight of their own each, in the form that serves."""
     kernels, layers = kernels_for(device), []
     shape, dtype = (products.num_outputs, _NUM_INPUTS), TORCH_DTYPES[products.dtype]
     for _ in range(_BYTES // _WEIGHT_BYTES):
@@ -117,7 +118,7 @@ def _layers(device: torch.device, products: Products) -> list[Linear]:
 
 
 def _rounded(products: Products, device: torch.device) -> RoundedWeight:
-    """A weight all of whose codes are alike: what they are makes no difference to the time."""
+    """Makes a weight whose codes are all alike, since their values make no difference to the time."""
     num_bytes = _NUM_INPUTS * products.weight_bits // 8
     code = torch.int8 if products.quantization is Quantization.INT8 else torch.uint8
     codes = torch.full((products.num_outputs, num_bytes), 0x11, dtype=code, device=device)
@@ -126,7 +127,7 @@ def _rounded(products: Products, device: torch.device) -> RoundedWeight:
 
 
 def _median_s(layers: Sequence[Linear], x: Tensor, device: torch.device, duration_s: float) -> float:
-    """Of turns through all layers for so long, be it of a few that take longer."""
+    """Returns the median time of a turn through all layers, over ``duration_s`` or a few turns that take longer."""
     until_s = time.monotonic() + duration_s
     turns: list[float] = []
     while time.monotonic() < until_s or len(turns) < _LEAST_TURNS:
@@ -135,7 +136,7 @@ def _median_s(layers: Sequence[Linear], x: Tensor, device: torch.device, duratio
 
 
 def _seconds(layers: Sequence[Linear], x: Tensor, device: torch.device) -> float:
-    """Of one turn through all layers."""
+    """Returns the time of one turn through all layers."""
     on_gpu = device.type == "cuda"
     turns = _GPU_TURNS if on_gpu else 1
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A measurement of this rank's speed as somebody elsewhere asks for it: in a thread, beside the event loop."""
+"""Measures this rank's speed in a thread beside the event loop, on behalf of a caller that measures several ranks."""
 
 import asyncio
 import threading
@@ -8,19 +8,19 @@ from placement.measured.speed import DeviceSpeed
 from workers.host.device import Device
 from workers.startup.speed import Products, measure_speed
 
-# The slowest of those that are measured together may take so long to get ready.
+# The longest time that the slowest of the ranks that are measured together may take to get ready.
 _MEET_S = 20.0
 
 
 class SpeedJob:
-    """One measurement. Belongs to the running event loop.
+    """One measurement. It belongs to the running event loop.
 
     Attributes:
-        speed: what was measured; has the exception of what went wrong.
+        speed: the task of the measurement, which has its result, or the exception of what went wrong.
     """
 
     def __init__(self, device: Device, products: Products) -> None:
-        """Starts to get ready."""
+        """Starts the thread, which gets ready to measure."""
         self._loop = asyncio.get_running_loop()
         self._begin = threading.Event()
         self._left = False
@@ -39,17 +39,17 @@ class SpeedJob:
             self._ready.set_result(None)
 
     async def waits(self) -> bool:
-        """Whether it is ready, and waits to begin, as soon as that is known; False: it has ended already."""
+        """Waits until the thread is ready and waits to begin, or has ended. Returns whether it waits to begin."""
         either: tuple[asyncio.Future[Any], ...] = (self._ready, self.speed)
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         return not self.speed.done()
 
     def begin(self) -> None:
-        """The others are ready too."""
+        """Lets the measurement begin, since the other ranks are ready too."""
         self._begin.set()
 
     def leave(self) -> None:
-        """Nobody waits any more: the thread ends soon, with what it made. Nothing, where it has ended."""
+        """Ends the measurement early, since nobody waits for it: the thread ends soon and frees its weights."""
         self._left = True
         self._begin.set()
         self.speed.cancel()

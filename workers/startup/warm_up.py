@@ -1,4 +1,4 @@
-"""The thread that executes steps, and what it does before the first request comes."""
+"""Makes the thread that executes steps, and warms it up before the first request."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,9 +20,9 @@ from workers.step.types import Batch, SequenceInput
 
 
 def executing_thread(device: Device, count: int = 1) -> ThreadPoolExecutor:
-    """The thread that executes steps, or ``count`` that take turns.
+    """Makes the thread that executes steps, or ``count`` threads that take turns.
 
-    On a CPU it, and those it shares work with, keep to cores of their own.
+    On a CPU, these threads and those that help them keep to cores that this rank claims.
     """
     if device.torch_device.type != "cpu":
         begin = partial(use_device, device.torch_device)
@@ -32,14 +32,17 @@ def executing_thread(device: Device, count: int = 1) -> ThreadPoolExecutor:
 
 
 def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
-    """How steps of decodes are recorded. None on a CPU, and on GPUs that run the reference: it waits for the device."""
+    """Returns what records steps of decodes as graphs.
+
+    It is None on a CPU, and on GPUs that run the reference, which waits for the device in between.
+    """
     if device.type != "cuda" or kernels is reference:
         return None
     return CudaCapture(device)
 
 
 def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> None:
-    """Run one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
+    """Runs one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
     num_slots = request.num_blocks * request.block_size
     num_tokens = min(request.token_budget, num_slots - 1, model.max_context_tokens - 1)
     for start, count in ((0, num_tokens), (num_tokens, 1)) if num_tokens > 0 else ():
@@ -54,6 +57,6 @@ def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> Non
 
 
 def capture_decodes(runner: ModelRunner, request: pb.LoadRequest, capture: Capture) -> None:
-    """Record steps of decodes. On the thread that executes them."""
+    """Records steps of decodes. Call it on the thread that executes them."""
     max_tokens = graphed_tokens(request.max_num_seqs, request.max_context_tokens)
     runner.capture_decodes(capture, max_decodes=request.max_num_seqs, max_tokens=max_tokens)

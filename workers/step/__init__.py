@@ -1,1 +1,1 @@
-"""A step: what it computes, how it is laid out, sent, and run."""
+"""Defines a step: what it computes, how it is laid out and sent, and how it is run."""

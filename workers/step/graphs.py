@@ -1,10 +1,10 @@
-"""Steps of decodes as CUDA graphs: a step's few hundred kernels are launched at once, by the GPU itself.
+"""Runs steps of decodes as CUDA graphs, which launch a step's few hundred kernels at once.
 
-A graph's kernels keep their addresses and sizes, so a step is copied to memory that stays where it is, laid out for
-the next larger of a few numbers of decodes. The rows left over belong to no sequence: they have no slot, so nothing of
-them is written, and what is computed in them is not looked at.
+A graph's kernels keep their addresses and sizes. So a step is copied to memory that stays in place, laid out for the
+next larger of a few numbers of decodes. The rows left over belong to no sequence: they have no slot, so none of their
+KV is written, and nobody reads what is computed in them.
 
-Capturing needs a GPU, and is exercised by tests/gpu; all else is tested without one, by a capture that computes again.
+Capturing needs a GPU, which tests/gpu use. All else is tested without one, by a capture that computes again.
 
 Shapes: T tokens of a step, V vocabulary.
 """
@@ -28,13 +28,13 @@ _NO_SLOT = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """What a step computes, laid out for the device: tokens of several sequences, side by side.
+    """The tokens of a step, laid out for the device: those of several sequences, side by side.
 
     Attributes:
-        token_ids: [T].
-        positions: of the tokens in their sequences, [T].
-        slots: where each token's KV goes, [T].
-        attention: a plan for each window that some layer has.
+        token_ids: the ids of the tokens, [T].
+        positions: the positions of the tokens in their sequences, [T].
+        slots: the slot that each token's KV goes to, [T].
+        attention: the attention plan for each window that some layer has.
     """
 
     token_ids: Tensor
@@ -48,16 +48,16 @@ Replay = Callable[[], None]
 
 
 class Capture(Protocol):
-    """Records what a device is given to do."""
+    """Records the work that a device is given."""
 
     def __call__(self, run: Callable[[], None]) -> Replay:
-        """Calls ``run``, once or more often; calling the result has the device do the same, on the same memory."""
+        """Calls ``run`` once or more often. A call of the result repeats its work on the device, on the same memory."""
 
 
 class DecodeGraphs:
     """Computes steps of decodes alone, each by the smallest graph that has room for it.
 
-    Not for several threads, nor for several streams.
+    It serves one thread and one stream.
     """
 
     def __init__(
@@ -66,26 +66,26 @@ class DecodeGraphs:
         """Captures a graph for each of ``sizes``.
 
         Args:
-            compute: what is captured. It must not wait for the device.
-            inputs: where steps are put.
-            capture: such as :class:`CudaCapture`.
+            compute: the function to capture, which must not wait for the device.
+            inputs: the memory that steps are copied to.
+            capture: records the function, such as :class:`CudaCapture` does.
             sizes: numbers of decodes, ascending, none above what ``inputs`` has room for; ``graph_sizes`` by default.
         """
         self._compute = compute
         self._inputs = inputs
         self._sizes = tuple(sizes or graph_sizes(inputs.max_decodes))
         assert self._sizes[-1] <= inputs.max_decodes, self._sizes
-        # Outside the graphs' memory: what one graph leaves there, another may overwrite.
+        # These lie outside the graphs' memory, since one graph may overwrite there what another left.
         self._logits = torch.empty_like(compute(inputs.step(self._sizes[-1])))
         # The largest first, so that the smaller find their memory in the pool.
         self._replays = {size: capture(partial(self._run, size)) for size in reversed(self._sizes)}
 
-    def takes(self, step: StepInputs) -> bool:
-        """Whether the step is one of decodes alone, and a graph has room for it."""
+    def can_run(self, step: StepInputs) -> bool:
+        """Tells whether the step has decodes alone, and a graph has room for it."""
         return len(step.token_ids) <= self._sizes[-1] and self._inputs.can_hold(step)
 
     def __call__(self, step: StepInputs) -> Tensor:
-        """Logits [T, V] of a step that it takes. They last until the next step."""
+        """Computes the logits [T, V] of a step for which :meth:`can_run` holds. They last until the next step."""
         num_tokens = len(step.token_ids)
         size = next_size(num_tokens, self._sizes)
         self._inputs.put(step)
@@ -97,14 +97,14 @@ class DecodeGraphs:
 
 
 class StepMemory:
-    """Memory that a step of decodes is copied to, so that it is always in the same place."""
+    """Memory that steps of decodes are copied to, so that they are always in the same place."""
 
     def __init__(self, *, like: StepInputs, max_decodes: int, max_tokens: int) -> None:
-        """Of the windows, the number types and the device of ``like``.
+        """Allocates memory for steps with the windows, the number types and the device of ``like``.
 
         Args:
-            max_decodes: rows that there is room for.
-            max_tokens: tokens that all sequences of a step may have together, shared ones counted for each.
+            max_decodes: the rows that there is room for.
+            max_tokens: tokens that all sequences of a step may have together; a shared token counts for each of them.
         """
         device = like.token_ids.device
         self.max_decodes = max_decodes
@@ -116,7 +116,7 @@ class StepMemory:
         self._plans = {window: room_for_decodes(max_decodes, max_tokens, window, device) for window in like.attention}
 
     def step(self, size: int) -> StepInputs:
-        """The first ``size`` rows, as the step to capture."""
+        """Returns the first ``size`` rows as a step to capture."""
         return StepInputs(
             token_ids=self._token_ids[:size],
             positions=self._positions[:size],
@@ -125,13 +125,13 @@ class StepMemory:
         )
 
     def can_hold(self, step: StepInputs) -> bool:
-        """Whether the step is one of decodes alone, and there is room for it."""
+        """Tells whether the step has decodes alone, and there is room for it."""
         return len(step.token_ids) <= self.max_decodes and all(
             fits(plan, self._plans[window]) for window, plan in _plans(step).items()
         )
 
     def put(self, step: StepInputs) -> None:
-        """Copies a step that it can hold. The device does it when it has done all that it was given before."""
+        """Copies a step that it can hold. The device copies it after all the work that it was given before."""
         num_tokens = len(step.token_ids)
         self._token_ids[:num_tokens].copy_(step.token_ids)
         self._positions[:num_tokens].copy_(step.positions)
@@ -145,21 +145,21 @@ class CudaCapture:
     """Captures graphs that share one pool of memory: only one of them is in use at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        """Of what the calling thread has ``device`` do."""
+        """Prepares to capture work that the calling thread gives ``device``."""
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # One for all graphs: each stream has a workspace of cuBLAS, of tens of MiB.
+        # All graphs use one stream, since cuBLAS keeps a workspace of tens of MiB for each.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], None]) -> Replay:
-        """Runs it once beforehand: what is compiled or allocated at first cannot be captured."""
+        """Captures ``run``, which it calls once before, since the first call compiles and allocates."""
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 run()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with what a capture forbids its own, such as allocating.
+            # Other threads may do what a capture forbids its own thread, such as allocate.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 run()
         replay: Replay = graph.replay
@@ -167,16 +167,16 @@ class CudaCapture:
 
 
 def graph_sizes(max_decodes: int) -> tuple[int, ...]:
-    """Numbers of decodes that there is a graph for, ascending: ``max_decodes`` is the last, or the most there can be.
+    """Lists the numbers of decodes that have a graph, ascending. The last is ``max_decodes``, or MOST_GRAPHED.
 
-    Sizes are about a third apart: rows that belong to no sequence cost little beside reading the weights.
+    Sizes are about a third apart, since rows that belong to no sequence cost little beside reading the weights.
     """
     most = min(max_decodes, MOST_GRAPHED)
     return (*(size for size in _SIZES if size < most), most)
 
 
 def next_size(num_tokens: int, sizes: Sequence[int]) -> int:
-    """The least of the ascending ``sizes`` that is not below ``num_tokens``, which is not above the last."""
+    """Returns the least of the ascending ``sizes`` that is at least ``num_tokens``, which is at most the last."""
     return sizes[bisect_left(sizes, num_tokens)]
 
 

@@ -1,7 +1,7 @@
-"""Lays a batch of sequences side by side, as a rank that has all their tokens computes it.
+"""Lays a batch of sequences side by side, for a rank that computes all their tokens.
 
-A step is laid out on one thread while the step before it computes on another. What a sequence was given by that step
-is not known yet; its place is kept.
+A step is laid out on one thread while the step before it computes on another. The token that the earlier step samples
+for a sequence is not known yet, so the layout keeps its place.
 """
 
 from collections.abc import Sequence
@@ -27,16 +27,18 @@ class Prepared:
     """A step laid out for the device.
 
     Attributes:
-        inputs: all but the tokens that are awaited, which are 0.
-        awaiting: samplers that know, when the step begins, the tokens that are awaited. None at followers.
-        awaited: which of these tokens the rank computes with, by their order; ``awaiting_rows``: in which rows.
-        num_sampled: rows after which a token is sampled.
-        samplers: how, one for each. None at followers.
-        scored: place of its sequence and prompt of what is scored.
-        needed: the hidden states that give logits: those that tokens are sampled after, then those of each of
+        batch: the sequences' chunks.
+        inputs: the tokens of the step. Those that are awaited are 0.
+        awaiting: the samplers that know the awaited tokens when the step begins; empty at followers.
+        awaited: the indices of the awaited tokens that this rank computes with.
+        awaiting_rows: the row of each of these.
+        num_sampled: the number of rows after which a token is sampled.
+        samplers: the sampler of each of these rows; empty at followers.
+        scored: the prompts to be scored, with the places of their sequences.
+        needed: the rows whose hidden states give logits: those that tokens are sampled after, then those of each of
             ``scored``.
-        attend: attends to KV that other ranks hold too, where ranks share sequences.
-        micro_batches: ``inputs``, in two parts that are computed in turn, where the step is overlapped.
+        attend: attends to KV that other ranks hold too; None where ranks do not share sequences.
+        micro_batches: ``inputs`` in two parts that are computed in turn; empty where the step is not overlapped.
     """
 
     batch: Batch
@@ -53,23 +55,23 @@ class Prepared:
 
 
 class NeededRows(Protocol):
-    """Rows of a step whose hidden states give logits."""
+    """The rows of a step whose hidden states give logits."""
 
     def take(self, y: Tensor) -> Tensor:
-        """Those [N, E] of a rank's [T, E]. Raises PeerFailed where other ranks have some."""
+        """Selects [N, E] of a rank's hidden states [T, E]. Raises PeerFailed where a rank that has some was lost."""
 
     def __len__(self) -> int:
-        """N."""
+        """Counts the rows (N)."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """Rows that the rank has itself."""
+    """Rows that the rank computes itself."""
 
     rows: Tensor
 
     def take(self, y: Tensor) -> Tensor:
-        """As :class:`NeededRows` says."""
+        """Selects [N, E] of the rank's hidden states [T, E]."""
         return y[self.rows]
 
     def __len__(self) -> int:
@@ -77,41 +79,41 @@ class OwnRows:
 
 
 class StepLayout(Protocol):
-    """Lays out steps."""
+    """Lays steps out for the device."""
 
     def lay_out(self, batch: Batch) -> Prepared:
-        """May run while another step executes."""
+        """Lays a batch out. It may run while another step executes."""
 
 
 class Sharing(Protocol):
     """The ranks that share sequences with a runner's own."""
 
     def choose(self, batch: Batch) -> Batch:
-        """Adds to the batch how the ranks exchange. Called at the leader, who tells the others."""
+        """Adds the exchange of the ranks to the batch. The leader calls it, and tells the others."""
 
     def layout(self, *, windows: Sequence[Window], cache: KVCache) -> StepLayout:
-        """The layout of this rank's part of a step, whose KV goes to ``cache``."""
+        """Makes what lays out this rank's part of a step, whose KV goes to ``cache``."""
 
 
 def send_integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Integers on the device. From pinned memory, or the host would wait for the step that executes."""
+    """Sends integers to the device, from pinned memory, since the host would otherwise wait for the running step."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.int64, device=device)
     return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
 
 
 class SideBySide:
-    """The layout of a rank that computes all tokens."""
+    """Lays steps out for a rank that computes all tokens."""
 
     def __init__(self, *, kernels: Kernels, windows: Sequence[Window], device: torch.device) -> None:
-        """``windows``: those of the rank's layers."""
+        """``windows`` are those of the rank's layers."""
         self._kernels = kernels
         self._windows = windows
         self._device = device
 
     @torch.inference_mode()
     def lay_out(self, batch: Batch, *, is_overlapped: bool = False) -> Prepared:
-        """As :class:`StepLayout` says; in two micro-batches, where the batch :func:`can_overlap`."""
+        """Lays a batch out, on request in two micro-batches, for which :func:`can_overlap` must hold."""
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
         spans = _spans(batch)
         last = [span.query_start + span.num_queries - 1 for span in spans]
@@ -138,12 +140,12 @@ class SideBySide:
         )
 
     def _micro_batches(self, batch: Batch, spans: Sequence[SequenceSpan], inputs: StepInputs) -> tuple[StepInputs, ...]:
-        """The first tokens and the others, on the memory of ``inputs``."""
+        """Cuts a step in two, which share the memory of ``inputs``."""
         assert can_overlap(batch), batch
         middle = first_micro_batch(batch.num_tokens)
         micro_batches = []
         for start, stop in ((0, middle), (middle, batch.num_tokens)):
-            its_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
+            cut_spans = [part for span in spans if (part := _cut_span(span, start, stop)) is not None]
             shared = _within(batch.shared, spans, start, stop)
             rows = slice(start, stop)
             micro_batches.append(
@@ -151,13 +153,13 @@ class SideBySide:
                     token_ids=inputs.token_ids[rows],
                     positions=inputs.positions[rows],
                     slots=inputs.slots[rows],
-                    attention={w: self._kernels.plan(its_spans, window=w, shared=shared) for w in self._windows},
+                    attention={w: self._kernels.plan(cut_spans, window=w, shared=shared) for w in self._windows},
                 )
             )
         return tuple(micro_batches)
 
     def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan], *, plans: bool) -> StepInputs:
-        """The batch's tokens, side by side; one that is awaited is 0."""
+        """Puts the batch's tokens side by side, with 0 for a token that is awaited."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -169,26 +171,26 @@ class SideBySide:
             for run in span.query_runs:
                 slots.extend(range(*run))
             assert len(slots) == len(positions) == len(token_ids), sequence
-        ids, at, where = send_integers([token_ids, positions, slots], self._device)
+        sent_ids, sent_positions, sent_slots = send_integers([token_ids, positions, slots], self._device)
         return StepInputs(
-            token_ids=ids,
-            positions=at,
-            slots=where,
+            token_ids=sent_ids,
+            positions=sent_positions,
+            slots=sent_slots,
             attention={w: self._kernels.plan(spans, window=w, shared=batch.shared) for w in self._windows if plans},
         )
 
 
 def can_overlap(batch: Batch) -> bool:
-    """Whether two micro-batches can share the batch: both have enough tokens."""
+    """Tells whether the batch has enough tokens for two micro-batches."""
     return batch.num_tokens - first_micro_batch(batch.num_tokens) >= MICRO_BATCH_TOKENS
 
 
 def _within(
     shared: Sequence[SharedSpan], spans: Sequence[SequenceSpan], start: int, stop: int
 ) -> tuple[SharedSpan, ...]:
-    """What sequences of rows ``[start, stop)`` have in common, numbered from the first that has a row there.
+    """Selects what sequences with rows in ``[start, stop)`` have in common, and numbers them from the first of them.
 
-    Members compute a single token each, so that all of theirs is in one micro-batch.
+    Members compute a single token each, so each of them is in one micro-batch alone.
     """
     before = sum(span.query_start + span.num_queries <= start for span in spans)
     found = []
@@ -201,7 +203,7 @@ def _within(
 
 
 def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:
-    """Of the queries in rows ``[start, stop)``, in rows from 0; None where the span has none."""
+    """Cuts a span to the queries in rows ``[start, stop)``, and counts rows from ``start``; None where it has none."""
     first = max(span.query_start, start)
     last = min(span.query_start + span.num_queries, stop)
     if first >= last:
@@ -212,22 +214,22 @@ def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:
 
 
 def awaiting_samplers(batch: Batch) -> tuple[SamplerState, ...]:
-    """Of the sequences that await a token."""
+    """Lists the samplers of the sequences that await a token."""
     return tuple(s.sampler for s in batch.sequences if s.awaits_token and s.sampler is not None)
 
 
 def samplers(batch: Batch) -> tuple[SamplerState, ...]:
-    """Of the sequences that a token is sampled for."""
+    """Lists the samplers of the sequences that a token is sampled for."""
     return tuple(s.sampler for s in batch.sequences if s.samples and s.sampler is not None)
 
 
 def scored_prompts(batch: Batch) -> tuple[tuple[int, ScoredPrompt], ...]:
-    """Of the sequences that are scored, their places and prompts."""
+    """Lists the prompts that are scored, with the places of their sequences."""
     return tuple((index, s.scored) for index, s in enumerate(batch.sequences) if s.scored is not None)
 
 
 def _spans(batch: Batch) -> list[SequenceSpan]:
-    """Where each sequence's chunk lies in the batch."""
+    """Finds the rows of each sequence's chunk in the batch."""
     spans: list[SequenceSpan] = []
     start = 0
     for sequence in batch.sequences:

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt's own tokens: what the model thought of each, given those before it.
+"""Scores a prompt: it computes the log-probability of each of its tokens, given those before it.
 
 Shapes: N prompt tokens, V vocabulary.
 """
@@ -18,9 +18,10 @@ class ScoredPrompt:
     """A run of prompt tokens to be scored.
 
     Attributes:
-        first_index: position in the prompt of the first, at least 1: nothing comes before the prompt's first token.
+        first_index: the position in the prompt of the first token of the run. It is at least 1, since no token comes
+            before the prompt's first.
         token_ids: the tokens.
-        num_top: how many of the most likely tokens to report for each position.
+        num_top: the number of most likely tokens to report for each position.
     """
 
     first_index: int
@@ -33,12 +34,12 @@ class ScoredPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScores:
-    """Log-probabilities of prompt tokens.
+    """The log-probabilities of a run of prompt tokens.
 
     Attributes:
-        first_index: position in the prompt of the first.
-        logprobs: of each token.
-        top: the most likely tokens of each position and their log-probabilities, best first.
+        first_index: the position in the prompt of the first token.
+        logprobs: the log-probability of each token.
+        top: the most likely tokens at each position and their log-probabilities, best first.
     """
 
     first_index: int
@@ -51,12 +52,13 @@ def score(hidden: Tensor, project: Callable[[Tensor], Tensor | None], prompt: Sc
 
     Args:
         hidden: the last layer's output [N, E] at the position before each of the tokens.
-        project: hidden states [rows, E] to logits [rows, V], or to None at a rank that follows: then nothing is scored.
+        project: a function from hidden states [rows, E] to logits [rows, V]. It returns None at a rank that follows,
+            where nothing is scored.
         prompt: the N tokens.
     """
     assert len(prompt.token_ids) == len(hidden), prompt
     tokens: list[SampledToken] = []
-    # In parts: the logits of all positions of a long prompt would take more memory than the weights.
+    # A few rows at a time, since the logits of all positions of a long prompt would take more memory than the weights.
     for start in range(0, len(hidden), SCORED_ROWS):
         token_ids = prompt.token_ids[start : start + SCORED_ROWS]
         logits = project(hidden[start : start + SCORED_ROWS])

@@ -1,4 +1,4 @@
-"""What a step computes and what it gives, as the engine, its runner and the ranks that follow see it."""
+"""Defines what a step computes and what it returns, for the engine, its runner and the ranks that follow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ class SequenceInput:
     """One sequence's chunk of a step.
 
     Attributes:
-        token_ids: ids of the chunk, as far as they are known.
-        start: position of its first token; the tokens before it are in the cache.
-        runs: slots of all tokens up to the chunk's last, as contiguous ranges in token order.
-        awaits_token: the chunk has one more token, the one that the step before samples with ``sampler``.
-        sampler: how to sample after the chunk; None at ranks that follow a leader, which do not.
-        samples: whether to; the prompt may go on.
-        scored: the prompt's tokens whose log-probabilities are wanted.
+        token_ids: the ids of the chunk's tokens, as far as they are known.
+        start: the position of its first token; the tokens before it are in the cache.
+        runs: the slots of all tokens up to the chunk's last, as contiguous ranges in token order.
+        awaits_token: whether the chunk has one more token, which the step before samples with ``sampler``.
+        sampler: the state that samples after the chunk; None at ranks that follow a leader, which do not sample.
+        samples: whether a token is sampled after the chunk; it is not where the prompt goes on.
+        scored: the tokens of the prompt whose log-probabilities are wanted.
     """
 
     token_ids: Sequence[int]
@@ -34,17 +34,18 @@ class SequenceInput:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the chunk."""
+        """Counts the tokens of the chunk."""
         return len(self.token_ids) + self.awaits_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What a step computes.
+    """The sequences' chunks that a step computes.
 
     Attributes:
-        shared: runs of KV that several of the sequences have in common, by their place in ``sequences``.
-        exchange: how ranks that share sequences attend to chunks of several tokens.
+        sequences: the chunks.
+        shared: runs of KV that several of the sequences have in common, whose members are places in ``sequences``.
+        exchange: the exchange by which ranks that share sequences attend to chunks of several tokens.
     """
 
     sequences: tuple[SequenceInput, ...]
@@ -53,19 +54,19 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all chunks."""
+        """Counts the tokens of all chunks."""
         return sum(sequence.num_tokens for sequence in self.sequences)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step gave, by the place of the sequence in its batch.
+    """The results of a step, by the place of the sequence in its batch.
 
     Attributes:
-        tokens: the next token of each sequence that asked for one.
-        complete: sequences whose grammar the token completed.
-        scores: the prompt tokens that were scored.
-        duration_s: time that the device took.
+        tokens: the next token of each sequence; None where the sequence asked for none.
+        complete: the sequences whose grammar the token completed.
+        scores: the log-probabilities of prompt tokens.
+        duration_s: seconds that the step took.
     """
 
     tokens: tuple[SampledToken | SamplingFailed | None, ...]
@@ -78,18 +79,18 @@ class Team(Protocol):
     """The ranks that follow this one, which leads."""
 
     def announce(self, batch: Batch) -> int:
-        """Tells them what the next step computes; the step's number. On the thread that prepares steps."""
+        """Tells them what the next step computes. Returns its number. Called on the thread that prepares steps."""
 
     def begin(self, number: int, token_ids: Sequence[int]) -> None:
-        """Begins a step, with the tokens that it has awaited. On the thread that executes steps."""
+        """Begins a step with the tokens that it has awaited. Called on the thread that executes steps."""
 
 
 class NoTeam:
-    """Nobody follows."""
+    """The team of a leader that no rank follows."""
 
     def announce(self, batch: Batch) -> int:
-        """There is nobody to tell."""
+        """Tells nobody."""
         return 0
 
     def begin(self, number: int, token_ids: Sequence[int]) -> None:
-        """There is nobody to tell."""
+        """Tells nobody."""

@@ -1,4 +1,4 @@
-"""A step as the leader tells it to the ranks that follow, in both directions. Pure."""
+"""Converts a step to the message by which the leader announces it to the other ranks, and back. Pure."""
 
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -19,7 +19,7 @@ _EXCHANGE_OF = {number: exchange for exchange, number in _EXCHANGES.items()}
 
 
 def step_message(batch: Batch, number: int) -> pb.Step:
-    """What the other ranks must know of a batch; how tokens are sampled is none of it."""
+    """Makes the message of what other ranks must know of a batch. How tokens are sampled is no part of it."""
     return pb.Step(
         number=number,
         sequences=map(_sequence_message, batch.sequences),
@@ -50,15 +50,15 @@ def _sequence_message(sequence: SequenceInput) -> pb.StepSequence:
 
 
 def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: int) -> Batch:
-    """The batch of a leader's message, without samplers.
+    """Reads the batch, without samplers, from a leader's message.
 
     Args:
-        number: that the step must have.
-        vocab_size: all token ids are below it.
-        slot_limit: all slots are below it.
+        number: the number that the step must have.
+        vocab_size: the limit that all token ids must be below.
+        slot_limit: the limit that slots may go up to.
 
     Raises:
-        InvalidRequest: the message is none that a leader of this plan would send.
+        InvalidRequest: a leader of this plan would not send such a message.
     """
     if message.number != number:
         raise _refusal("step.number", message.number, f"is not the next, {number}")
@@ -66,8 +66,8 @@ def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: in
         raise _refusal("step.exchange", message.exchange, "is not known")
     return Batch(
         exchange=_EXCHANGE_OF[message.exchange],
-        sequences=tuple(_sequence(one, vocab_size, slot_limit) for one in message.sequences),
-        shared=tuple(_shared(one, slot_limit, len(message.sequences)) for one in message.shared),
+        sequences=tuple(_sequence(sequence, vocab_size, slot_limit) for sequence in message.sequences),
+        shared=tuple(_shared(span, slot_limit, len(message.sequences)) for span in message.shared),
     )
 
 

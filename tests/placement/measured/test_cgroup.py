@@ -1,4 +1,4 @@
-"""What a container's limits leave."""
+"""Checks how much memory a container's limits leave."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which way of summing for which size."""
+"""Checks which all-reduce algorithm is chosen for which size."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which exchange is expected to be fastest, where the arithmetic is clear."""
+"""Checks which exchange is chosen where the arithmetic is clear."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ SPEEDS = ExchangeSpeeds(latency_s=1e-3, bytes_per_s=1e8, pairs_per_s=(1e9,) * 2,
 
 
 def sizes(*, group: int, num_queries: int = 2048, num_before: int = 0, num_ranks: int = 2) -> ExchangeSizes:
-    """Of a chunk with tokens before it, in a layer of 2048 numbers in bfloat16 a query."""
+    """Makes the sizes of a chunk with tokens before it, in a layer whose queries are 2048 bfloat16 numbers."""
     return ExchangeSizes(
         shares=(1 / num_ranks,) * num_ranks,
         num_queries=num_queries,
@@ -46,7 +46,7 @@ def test_one_latency_is_less_than_several_where_little_moves() -> None:
 
 
 def test_a_ring_hides_what_moves_behind_attention() -> None:
-    """Four ranks' attention takes as long as a round of the ring: all rounds but the first are hidden."""
+    """Four ranks' attention takes as long as a round of the ring, so all rounds but the first are hidden."""
     wanted = sizes(group=1, num_ranks=4)
     speeds = ExchangeSpeeds(latency_s=0.0, bytes_per_s=1e8, pairs_per_s=(3.1e6,) * 4, call_s=0.0)
     gathered, ring = layer_s(Exchange.ALL_GATHER, wanted, speeds), layer_s(Exchange.RING, wanted, speeds)

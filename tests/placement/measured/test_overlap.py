@@ -1,4 +1,4 @@
-"""Which steps are overlapped, by what was measured."""
+"""Checks which steps are overlapped, given what was measured."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""What the index of a checkpoint may say, and how files that cannot be used are refused."""
+"""Checks what the index of a checkpoint may say, and how files that cannot be used are refused."""
 
 import json
 

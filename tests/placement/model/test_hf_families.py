@@ -1,4 +1,4 @@
-"""Configurations of published models, in the layouts they are published in, and what transformers 5 writes."""
+"""Reads configurations of published models, in the layouts they are published in and that of transformers 5."""
 
 import json
 from dataclasses import MISSING, fields
@@ -126,7 +126,7 @@ PUBLISHED = (MISTRAL_V1, QWEN2, QWEN3, GEMMA, GEMMA3)
 
 
 def traits(model: ModelSpec) -> dict[str, Any]:
-    """What sets the layers apart from those of Llama: every field that is not at its default."""
+    """Lists what sets the layers apart from those of Llama: every field that is not at its default."""
     defaults = {field.name: field.default for field in fields(model)} | {"tied_embeddings": False}
     named = {name: getattr(model, name) for name, default in defaults.items() if default is not MISSING}
     return {name: value for name, value in named.items() if value != defaults[name] and name != "eos_token_ids"}
@@ -241,7 +241,7 @@ def test_what_transformers_writes_reads_the_same(config: dict[str, Any], tmp_pat
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"])
 def test_defaults_are_those_of_transformers(family: str) -> None:
-    """A file that gives only sizes means what transformers takes it for."""
+    """A file that gives only sizes has the meaning that it has for transformers."""
     from transformers import AutoConfig
 
     sizes = {

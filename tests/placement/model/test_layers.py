@@ -1,4 +1,4 @@
-"""What each layer of a model is, and what a rank keeps of every token."""
+"""Checks how each layer of a model is described, and what a rank keeps of every token."""
 
 from dataclasses import replace
 

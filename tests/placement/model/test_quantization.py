@@ -1,4 +1,4 @@
-"""Which groups weights are rounded in, what they take, and which GPTQ checkpoints are understood."""
+"""Checks the groups in which weights are rounded, their bytes, and which GPTQ checkpoints are understood."""
 
 from collections.abc import Mapping
 from dataclasses import replace

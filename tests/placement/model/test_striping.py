@@ -1,4 +1,4 @@
-"""Stripes of blocks: every token is one rank's, and each rank has its share of any run of them."""
+"""Checks that every token belongs to one rank's stripe, and that each rank has its share of any run of tokens."""
 
 import numpy as np
 import pytest

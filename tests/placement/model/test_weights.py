@@ -40,7 +40,7 @@ def names(slices: tuple[TensorSlice, ...]) -> list[str]:
 
 
 def spans_of(size: int) -> st.SearchStrategy[list[Span]]:
-    """Ways to cut ``size`` into adjacent spans, some of them empty."""
+    """Generates cuts of ``size`` into adjacent spans, some of them empty."""
     cuts = st.lists(st.integers(0, size), max_size=3).map(sorted)
     return cuts.map(lambda inner: [Span(a, b) for a, b in pairwise([0, *inner, size])])
 
@@ -142,7 +142,7 @@ def test_a_tied_head_is_the_embedding_again() -> None:
 def test_shards_tile_every_matrix_exactly_once(
     heads: list[Span], columns: list[Span], rows: list[Span], layers: list[Span]
 ) -> None:
-    """However unequal the cuts; vectors that every rank needs (norms) are held by every rank of the stage."""
+    """The cuts may be unequal. Every rank of the stage holds the vectors that every rank needs (norms)."""
     model = replace(MODEL, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm=True, post_norms=True)
     num_ranks = max(map(len, (heads, columns, rows)))
     heads, columns, rows = (part + [Span(part[-1].stop, part[-1].stop)] * num_ranks for part in (heads, columns, rows))

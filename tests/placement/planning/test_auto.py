@@ -1,4 +1,4 @@
-"""Which layout is used where none is asked for."""
+"""Checks which layout is chosen where none is asked for."""
 
 from collections.abc import Collection, Sequence
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 def node(*devices: tuple[int, int], name: str = "a") -> NodeSpec:
-    """Of CPUs with so many threads, and so much memory in GiB."""
+    """Makes a node of CPUs with these threads and this memory in GiB."""
     specs = tuple(DeviceSpec(kind="cpu", num_threads=threads, memory_bytes=size * GIB) for threads, size in devices)
     return NodeSpec(name=name, memory_bytes=sum(size for _, size in devices) * GIB, devices=specs)
 
@@ -53,7 +53,7 @@ def test_each_device_has_a_replica_where_that_fits() -> None:
 
 
 def test_a_model_that_fits_no_device_is_shared_by_all_of_a_node() -> None:
-    """15 GiB of weights, by the threads of each."""
+    """The model has 15 GiB of weights, which are shared by the threads of each device."""
     (layout,) = chosen(node((6, 14), (2, 8)))
     (stage,) = layout.stages
     assert (stage.devices, stage.weights, stage.split) == ((0, 1), (6.0, 2.0), "tensor")
@@ -86,7 +86,7 @@ def test_where_a_replica_fits_each_device_nothing_is_split_whatever_was_measured
 
 @pytest.mark.parametrize("measured", [None, speeds(60, 10, 10)], ids=["threads", "speed"])
 def test_what_is_fast_and_small_gets_what_it_has_room_for(measured: Sequence[DeviceSpeed] | None) -> None:
-    """The fast one holds no more than 7 GiB; the others, as fast as each other, share the rest equally."""
+    """The fast one holds no more than 7 GiB. The others are equally fast, and share the rest equally."""
     choice = choose(ClusterSpec(nodes=(node((6, 7), (1, 9), (1, 9)),)), measured=measured)
     assert choice.split_by == ("threads" if measured is None else "speed")
     first, *others = choice.plan.replicas[0].shards

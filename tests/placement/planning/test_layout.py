@@ -1,4 +1,4 @@
-"""What the ranks of a layout hold."""
+"""Checks what the ranks of a layout hold."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_only_the_first_stage_holds_the_vocabulary() -> None:
 
 
 def test_layers_follow_the_speed_of_stages_and_the_first_has_the_head_beside() -> None:
-    """128256 x 4096 parameters are those of 2.4 layers of 218 M."""
+    """The head's 128256 x 4096 parameters are as many as those of 2.4 layers of 218 M."""
     even = parts(stage(1), stage(1))
     assert [len(ranks[0].layers) for ranks in even] == [15, 17]
     unequal = parts(stage(1, speed=3.0), stage(1, speed=1.0))

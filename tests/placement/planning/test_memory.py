@@ -1,4 +1,4 @@
-"""How many bytes things take."""
+"""Checks how many bytes KV blocks, steps and ranks take."""
 
 from dataclasses import replace
 from typing import Any
@@ -98,7 +98,7 @@ LARGE = replace(
 
 
 def test_graphs_take_what_their_largest_does() -> None:
-    """An 8 B Llama: logits of 256 rows twice, partial results of two million tokens twice, and activations."""
+    """An 8 B Llama has logits of 256 rows twice, partial results of two million tokens twice, and activations."""
     found = graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=256)
     logits = 2 * 256 * 128_256 * 2
     partials = 2 * (2**21 // 256 + 256) * 32 * 129 * 4

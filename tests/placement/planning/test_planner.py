@@ -1,4 +1,4 @@
-"""Where weights go, and the refusals when they do not fit."""
+"""Checks where weights go, and how a model that does not fit is refused."""
 
 import dataclasses
 from typing import Any
@@ -190,7 +190,7 @@ def test_ranks_have_as_many_blocks_as_the_one_with_the_largest_has_room_for() ->
 
 
 def test_the_cache_that_fits_a_small_rank_is_named_as_it_is_set() -> None:
-    """Its own KV is a third of what the setting comes to."""
+    """The rank's own KV is a third of what the setting means for the largest rank."""
     large, small = plan(roomy(2), layouts=[cut_over(3, 1)]).replicas[0].shards
     fixed = small.weight_bytes + small.workspace_bytes + CPU_PROCESS_BYTES
     memory = fixed + small.kv_bytes // 2
@@ -209,7 +209,7 @@ def test_a_layout_that_cannot_be_cut_is_refused_by_its_place() -> None:
 
 
 def test_ranks_that_share_sequences_hold_tokens_for_each_other() -> None:
-    """Blocks of 128 KiB, of which one rank has three quarters."""
+    """Blocks take 128 KiB, and one rank has three quarters of each."""
     shared = ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(3, 1), split="sequence"),))
     alone, together = (plan(roomy(2), layouts=[x], kv_cache_bytes=16 * MIB) for x in (cut_over(1), shared))
     large, small = together.replicas[0].shards

@@ -1,4 +1,4 @@
-"""Shares within memory."""
+"""Checks that shares stay within memory."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_what_is_dealt_is_all_within_caps_and_balanced(devices: list[tuple[float
 
 @given(DEVICES)
 def test_shares_fit_wherever_there_is_room_to_spare(devices: list[tuple[float, float, float]]) -> None:
-    """A model of size 1, whatever the scale of the weights."""
+    """The model has size 1, whatever the scale of the weights."""
     weights = [weight for weight, _, _ in devices]
     total = sum(weights)
 
@@ -47,7 +47,7 @@ def test_shares_fit_wherever_there_is_room_to_spare(devices: list[tuple[float, f
 
 
 def test_units_that_move_only_together_are_passed() -> None:
-    """Eight units: a lower share changes nothing until one of them goes elsewhere."""
+    """With eight units, a lower share changes nothing until one of them moves to another device."""
 
     def fullness(tried: object) -> list[float]:
         assert isinstance(tried, tuple)

@@ -1,4 +1,4 @@
-"""How a dim is dealt out to unequal ranks."""
+"""Checks how a dim is dealt out to unequal ranks."""
 
 from itertools import product
 

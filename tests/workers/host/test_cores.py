@@ -1,4 +1,4 @@
-"""CPUs of a machine, shared out among its ranks."""
+"""Checks how the ranks of a machine claim its CPUs."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from workers.host.cores import Claim, beside, claim_cores, cores_of, parse_cpus
 
 @pytest.fixture
 def claim(tmp_path: Path) -> Iterator[Callable[..., Claim]]:
-    """``claim(count, **more)``, in a place of the test's own; given back at the end."""
+    """Makes a function ``claim(count, **more)`` with locks of the test's own, which are released at the end."""
     claims: list[Claim] = []
 
     def make(count: int, **more: object) -> Claim:

@@ -1,4 +1,4 @@
-"""A decoder's layers as one program: the same bits as one operation after the other."""
+"""Checks that a decoder's layers as one program give the same bits as one operation after the other."""
 
 import dataclasses
 import json
@@ -43,14 +43,14 @@ def threads() -> Iterator[None]:
 
 
 def one_by_one(runner: ModelRunner) -> ModelRunner:
-    """The same runner without programs."""
+    """Makes the runner compute without programs."""
     assert runner._weights.fused is not None
     runner._weights = dataclasses.replace(runner._weights, fused=None)
     return runner
 
 
 def batches(seed: int) -> list[Batch]:
-    """Prompts in chunks beside decodes, in slots that lie in pieces: some 20 steps."""
+    """Makes some 20 steps of prompts in chunks beside decodes, whose slots are scattered."""
     draw = random.Random(seed)
     pieces = [(start, start + 16) for start in range(0, 4096, 16)]
     draw.shuffle(pieces)

@@ -1,4 +1,4 @@
-"""Ladder residual: each update is added one later, in one process and over ranks."""
+"""Checks ladder residuals, which add each update one later, in one process and over ranks."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def path(checkpoint: Callable[..., Path]) -> Path:
 
 @torch.inference_mode()
 def by_modules(oracle: PreTrainedModel) -> Tensor:
-    """Log-probabilities [T, V] by the modules of transformers, put together as a ladder."""
+    """Computes log-probabilities [T, V] by the modules of transformers, put together as a ladder."""
     model = oracle.model
     x = model.embed_tokens(torch.tensor([TOKEN_IDS]))
     turns = model.rotary_emb(x, torch.arange(len(TOKEN_IDS))[None])

@@ -1,4 +1,4 @@
-"""The runner against transformers, on checkpoints of awkward shapes: same logits, same greedy tokens."""
+"""Compares the runner with transformers on checkpoints of awkward shapes: logits and greedy tokens are the same."""
 
 import random
 from collections.abc import Callable
@@ -23,7 +23,7 @@ WITH_ALL_LENGTHS = ("plain", "odd_heads_deep", "tied_llama3_wide_heads", "biased
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A checkpoint, and what transformers says about it. Prompts and greedy outputs are keyed by prompt length."""
+    """A checkpoint, and what transformers computes with it. Prompts and greedy outputs are keyed by prompt length."""
 
     runner: ModelRunner
     oracle: PreTrainedModel
@@ -84,7 +84,7 @@ def test_mixed_sequences_get_the_same_tokens(case: Case, chunk_size: int) -> Non
 
 
 def test_a_preempted_sequence_continues_with_the_same_tokens(case: Case) -> None:
-    """Its KV is lost; prompt and outputs so far are prefilled again, into other slots, beside a neighbour."""
+    """Its KV is lost. Prompt and outputs so far are prefilled again, into other slots, beside another sequence."""
     prompt, outputs = case.prompts[65], case.outputs[65]
     resumed = prompt + outputs[:29]
     expected = [outputs[29:], case.outputs[16]]

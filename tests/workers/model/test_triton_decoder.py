@@ -1,4 +1,4 @@
-"""Whole decoders of Triton's operations against transformers, on checkpoints of every family."""
+"""Compares whole decoders of Triton's operations with transformers, on checkpoints of every family."""
 
 from collections.abc import Callable
 from pathlib import Path

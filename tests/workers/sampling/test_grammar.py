@@ -1,12 +1,7 @@
-"""Grammars against a model of random logits: whatever it says, its answers match what was asked."""
+"""Checks that the answers of a model with random logits match their grammars."""
 
 import json
 import re
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,93 +12,38 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from placement.errors import InvalidRequest
-from placement.serving.grammar import MAX_SOURCE_BYTES, MAX_WHITESPACE
+from placement.serving.grammar import MAX_WHITESPACE
 from tests.support.grammars import (
     DEMO,
     EOS,
     LARK,
-    NUM_WORDS,
+    MAX_TOKENS,
     PERSON,
     REGEXES,
     SCHEMAS,
     TREE,
     VOCAB_SIZE,
+    after,
     allowed,
+    feed,
+    follows,
+    generate,
     json_schema,
     lark,
     regex,
+    text_of,
 )
 from workers.sampling.grammar import (
-    Grammar,
     GrammarFactory,
     GrammarFailed,
-    GrammarSpec,
-    GrammarState,
-    fill_all,
     prefetch,
 )
 from workers.sampling.sampling import SampledToken, SamplerState, SamplingParams, sample
-
-MAX_TOKENS = 200
 
 
 @pytest.fixture(scope="module")
 def factory() -> GrammarFactory:
     return GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-
-
-@pytest.fixture(scope="module")
-def closing(tokenizer: Tokenizer) -> Tensor:
-    """[V]: how much likelier the model of these tests makes the tokens that bring an answer to its end."""
-    bias = torch.zeros(VOCAB_SIZE)
-    for token, token_id in tokenizer.get_vocab().items():
-        bias[token_id] = 2.0 * sum(character in '"}])' for character in token) - 0.3 * len(token)
-    bias[list(EOS)] = 3.0
-    return bias
-
-
-def generate(state: GrammarState, seed: int, closing: Tensor, max_tokens: int = MAX_TOKENS) -> list[int]:
-    """Draws tokens from random logits until the grammar is done; those emitted, without an end-of-sequence id."""
-    generator = torch.Generator().manual_seed(seed)
-    token_ids: list[int] = []
-    while not state.done and len(token_ids) < max_tokens:
-        # The end comes nearer with every token, so that most answers reach it.
-        logits = 3.0 * torch.randn(VOCAB_SIZE, generator=generator) + closing * (1 + len(token_ids) / 20)
-        token_id = int(logits.masked_fill(~allowed(state), -torch.inf).argmax())
-        state.accept(token_id)
-        if token_id in EOS:
-            assert state.done
-        else:
-            token_ids.append(token_id)
-    return token_ids
-
-
-def text_of(tokenizer: Tokenizer, token_ids: list[int]) -> str:
-    return str(tokenizer.decode(token_ids, skip_special_tokens=False))
-
-
-def after(token_ids: Iterable[int], state: GrammarState) -> GrammarState:
-    for token_id in token_ids:
-        state.accept(token_id)
-    return state
-
-
-def feed(state: GrammarState, tokenizer: Tokenizer, text: str) -> GrammarState:
-    return after(tokenizer.encode(text, add_special_tokens=False).ids, state)
-
-
-def follows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
-    """Whether ``text`` as a whole matches."""
-    try:
-        state = feed(grammar.start(), tokenizer, text)
-    except GrammarFailed:
-        return False
-    return bool(allowed(state)[EOS[0]])
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:40])
@@ -302,118 +242,3 @@ def test_a_token_that_does_not_fit_fails_the_answer_and_is_not_named(
         feed(state, tokenizer, "secret")
     assert "secret" not in str(caught.value) and "sec" not in str(caught.value)
     assert not state.done
-
-
-@pytest.mark.parametrize(
-    ("spec", "problem"),
-    [
-        (GrammarSpec(kind="json_schema", source='{"type": "object"'), "is not a JSON Schema"),
-        (GrammarSpec(kind="json_schema", source="[1]"), "is not a JSON Schema"),
-        (GrammarSpec(kind="json_schema", source='{}}, {"lark_grammar": "start: /x/"'), "is not a JSON Schema"),
-        (json_schema({"not": {"type": "null"}}), 'Unimplemented keys: ["not"]'),
-        (json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
-        (json_schema({"type": "integer", "minimum": 5, "maximum": 3}), "Unsatisfiable"),
-        (json_schema({"$ref": "#"}), "no token can follow"),
-        (json_schema({"$ref": "https://example.org/schema"}), "retrieving it failed"),
-        (regex("("), "unclosed group"),
-        (regex(r"(a)\1"), "backreferences are not supported"),
-        (regex("a^b"), "not supported"),
-        (regex(r"[^\x00-\x{10FFFF}]"), "no token can follow"),
-        (lark("start: missing"), "unknown name"),
-        (lark(""), "Empty grammar"),
-        (lark('start: "a" <|missing|>'), "unknown special token"),
-        (regex("x" * (MAX_SOURCE_BYTES + 1)), "is longer than 65536 bytes"),
-    ],
-)
-def test_what_is_no_grammar_is_refused_with_its_problem(
-    spec: GrammarSpec, problem: str, factory: GrammarFactory
-) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        factory.compile(spec)
-    assert caught.value.field == "grammar" and problem in caught.value.problem
-    assert len(str(caught.value)) < 600
-
-
-def test_lately_used_grammars_are_kept_compiled(factory: GrammarFactory) -> None:
-    kept = factory.compile(json_schema(PERSON))
-    for index in range(40):
-        factory.compile(regex(f"number {index}"))
-        assert factory.compile(json_schema(PERSON)) is kept
-    left = regex("number 0")
-    assert factory.compile(left) is factory.compile(left)
-
-
-def test_a_grammar_whose_lexer_reached_its_limit_is_compiled_anew(factory: GrammarFactory) -> None:
-    spec = regex("([a-z]{1,1000}|[0-9]{1,1000}-){1,1000}")
-    grammar = factory.compile(spec)
-    state = grammar.start()
-    with pytest.raises(GrammarFailed, match="too many expressions"):
-        for _ in range(100):
-            state.accept(int(allowed(state).nonzero()[-1]))
-    anew = factory.compile(spec)
-    assert anew is not grammar and factory.compile(spec) is anew
-
-
-def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    unknown = GrammarFactory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    missing = GrammarFactory(tmp_path / "none", vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    too_small = GrammarFactory(DEMO, vocab_size=10, eos_token_ids=EOS)
-    endless = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=())
-    for factory, problem in (
-        (unknown, "tokenizer.json is of another kind"),
-        (missing, "tokenizer.json is of another kind"),
-        (too_small, "tokenizer.json is of another kind"),
-        (endless, "no end-of-sequence id"),
-    ):
-        factory.prepare()
-        with pytest.raises(InvalidRequest, match=problem):
-            factory.compile(regex("a"))
-
-
-def test_threads_compile_and_walk_one_grammar_at_once(factory: GrammarFactory, closing: Tensor) -> None:
-    fresh = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    answers: dict[int, list[list[int]]] = {}
-
-    def walk(thread: int) -> None:
-        grammar = fresh.compile(json_schema(PERSON))
-        answers[thread] = [generate(grammar.start(), seed, closing) for seed in range(4)]
-
-    threads = [threading.Thread(target=walk, args=(thread,)) for thread in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    expected = [generate(factory.compile(json_schema(PERSON)).start(), seed, closing) for seed in range(4)]
-    assert list(answers.values()) == [expected] * 4
-
-
-@pytest.fixture
-def unshared_interpreter() -> Iterator[None]:
-    """Threads that run Python keep the interpreter's lock until they give it up, for as long as a test lasts."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000.0)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def test_filling_masks_lets_go_of_the_interpreters_lock(factory: GrammarFactory, unshared_interpreter: None) -> None:
-    states = [factory.compile(regex("[a-z]+")).start(), factory.compile(json_schema(PERSON)).start()]
-    rows = torch.zeros(len(states), NUM_WORDS, dtype=torch.int32)
-    gate, moved = threading.Event(), threading.Event()
-
-    def other() -> None:
-        gate.wait()
-        moved.set()
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    gate.set()
-    deadline_s = time.monotonic() + 0.05
-    while time.monotonic() < deadline_s:
-        assert not moved.is_set(), "the other thread moves even while this one keeps the lock"
-    deadline_s = time.monotonic() + 30
-    while not moved.is_set() and time.monotonic() < deadline_s:
-        fill_all(states, rows)
-    assert moved.is_set()
-    thread.join()

@@ -1,4 +1,4 @@
-"""Grammars that several sequences wait for: compiled once, for all who still want them."""
+"""Checks that a grammar is compiled once for all sequences that still wait for it."""
 
 import asyncio
 import gc
@@ -16,7 +16,7 @@ WAIT_S = 30.0
 
 
 async def begun(*waiters: Coroutine[Any, Any, Any]) -> list[asyncio.Task[Any]]:
-    """Tasks that have come as far as they come by themselves."""
+    """Starts tasks, and lets them run as far as they can."""
     tasks = [asyncio.create_task(waiter) for waiter in waiters]
     await asyncio.sleep(0)
     return tasks

@@ -1,4 +1,4 @@
-"""What sampling allocates is what placement.planning.memory reckons, on a CPU as a GPU does it: all rows at once."""
+"""Checks that sampling allocates what placement.planning.memory reckons, on a CPU that takes all rows at once."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Grammar:
-    """Allows every other token."""
+    """A mask that allows every other token."""
 
     done = False
 
@@ -36,7 +36,7 @@ class Grammar:
 
 
 def states(num_rows: int, **params: Any) -> list[SamplerState]:
-    """Every other one with a grammar."""
+    """Makes states, of which every other one has a grammar."""
     return [
         SamplerState(SamplingParams(seed=row, **params), (), grammar=Grammar() if row % 2 else None)
         for row in range(num_rows)
@@ -44,7 +44,7 @@ def states(num_rows: int, **params: Any) -> list[SamplerState]:
 
 
 def draws(logits: Tensor, **params: Any) -> int:
-    """Peak of sampling all rows in the same way."""
+    """Measures the peak of sampling all rows with the same parameters."""
     rows = states(len(logits), **params)
     return peak_bytes(lambda: sample(logits, rows))
 
@@ -74,7 +74,7 @@ def test_a_mixed_batch_takes_no_more_than_its_worst_row() -> None:
 
 @pytest.mark.parametrize("vocab_size", [1000, 32000])
 def test_more_rows_are_sampled_in_parts_and_take_no_more(vocab_size: int) -> None:
-    """Beside a few numbers a row."""
+    """Only a few numbers a row come on top."""
     num_rows = 5 * (SAMPLED_ON_CPU // vocab_size)
     reckoned = sampling_bytes(num_rows, vocab_size, on_cpu=True)
     assert reckoned == sampling_bytes(num_rows // 5, vocab_size, on_cpu=True)

@@ -1,4 +1,4 @@
-"""Sampling against a slow reference in numpy, one row at a time, and against transformers' logits processors."""
+"""Compares sampling with a slow reference in numpy, one row at a time, and with transformers' logits processors."""
 
 import math
 from collections import Counter
@@ -29,7 +29,7 @@ from workers.sampling.sampling import SampledToken, SamplerState, SamplingParams
 
 @dataclass
 class Case:
-    """A row and all that decides its token."""
+    """A row, and everything that decides its token."""
 
     logits: NDArray[np.float32]
     params: SamplingParams
@@ -50,7 +50,7 @@ class Case:
         )
 
     def adjusted(self) -> NDArray[np.float32]:
-        """Token by token, in float32 as the sampler does, so that equal logits stay equal."""
+        """Adjusts logits token by token, in float32 as the sampler does, so that equal logits stay equal."""
         counts, params = Counter(self.emitted_ids), self.params
         logits = self.logits.copy()
         for token_id, bias in params.bias:
@@ -67,7 +67,7 @@ class Case:
         return logits
 
     def distribution(self) -> tuple[NDArray[np.float64], float]:
-        """Probabilities of the draw, and how near a cut came to a token it could as well have kept or not."""
+        """Computes the probabilities of the draw, and how near a filter's limit came to a token."""
         params, logits = self.params, self.adjusted()
         scaled = ((logits - logits.max()) / np.float32(params.temperature)).astype(np.float64)
         order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
@@ -87,7 +87,7 @@ class Case:
 
 
 class Mask:
-    """Allows what it is given, whatever came before."""
+    """A mask that allows given tokens, whatever came before."""
 
     done = False
 
@@ -257,7 +257,7 @@ def test_masks_are_laid_out_as_llguidance_lays_them_out(size: int, seed: int, wa
 
 
 class Words(Mask):
-    """Writes the words it is given."""
+    """A mask that writes given words."""
 
     def __init__(self, words: Tensor, limits: bool) -> None:
         super().__init__(frozenset())

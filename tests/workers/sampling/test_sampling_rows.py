@@ -1,4 +1,4 @@
-"""Rows are sampled as if each were alone, bit for bit, and their parts are exact."""
+"""Checks that rows are sampled as if each were alone, bit for bit, and that the sums behind it are exact."""
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def states_of(rows: range) -> list[SamplerState]:
-    """Different ones for neighbouring rows, the same for the same row."""
+    """Makes different states for neighbouring rows, and the same for the same row."""
     return [
         SamplerState(
             PARAMS[row % len(PARAMS)],
@@ -115,7 +115,7 @@ def test_a_row_is_sampled_the_same_in_any_batch_on_a_gpu(size: int, dtype: torch
 
 
 def test_exp_gives_the_same_bits_wherever_a_number_lies(threads: int) -> None:
-    """What all else relies on: no other operation on whole rows is inexact."""
+    """Everything else relies on this, since no other operation on whole rows is inexact."""
     values = -16 * torch.rand(3000, generator=torch.Generator().manual_seed(4))
     alone = torch.cat([value.exp() for value in values.split(1)])
     for offset in range(17):
@@ -127,7 +127,7 @@ def test_exp_gives_the_same_bits_wherever_a_number_lies(threads: int) -> None:
 
 @pytest.mark.parametrize("size", [256, 32_000, 128_256, 262_144])
 def test_sums_of_weights_are_exact_in_any_order(size: int) -> None:
-    """At most V of them, at most the scale each, whole: the sum is a whole number that float64 holds."""
+    """There are at most V whole weights of at most the scale each, so float64 holds their sum exactly."""
     quanta = scale(size)
     assert size * quanta <= 2**53
     found = weights(-5 * torch.rand(size), quanta)

@@ -1,4 +1,4 @@
-"""What a rank is refused for want of memory, before and while it loads."""
+"""Checks which loads are refused for want of memory, before and while they run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""How fast a rank's device is measured to be, here and in a process of its own."""
+"""Checks the measurement of a rank's device, here and in a process of its own."""
 
 import asyncio
 import math
@@ -68,7 +68,7 @@ def test_weights_are_more_than_a_cache_of_32_mib_holds_and_less_than_256_mib() -
 
 
 async def ready(stub: Any, request: pb.MeasureSpeedRequest = BF16) -> Any:
-    """The stream of a worker that waits to measure."""
+    """Opens the stream of a worker that waits to measure."""
     call = stub.MeasureSpeed(timeout=PATIENCE_S)
     await call.write(request)
     assert await call.read() == pb.MeasureSpeedResponse(epoch=request.epoch)

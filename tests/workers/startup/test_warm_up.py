@@ -1,4 +1,4 @@
-"""What the executing thread does before the first request."""
+"""Checks what the executing thread does before the first request."""
 
 import threading
 from collections.abc import Callable
@@ -29,7 +29,7 @@ REQUEST = pb.LoadRequest(block_size=8, num_blocks=4, token_budget=16, max_num_se
 
 @pytest.fixture
 def set_devices(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.device]]:
-    """Threads and the GPUs they were set to."""
+    """Records threads and the GPUs that they were set to."""
     found: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: found.append((threading.current_thread().name, device))
@@ -69,7 +69,7 @@ def test_steps_of_decodes_are_recorded_on_the_thread_that_executes(
     sequences = [SequenceInput(token_ids=[1], start=7, runs=((8 * i, 8 * i + 8),)) for i in range(4)]
     graphs = runner._graphs
     assert graphs is not None
-    taken = [graphs.takes(runner.lay_out(Batch(sequences=tuple(sequences[:count]))).inputs) for count in (1, 3, 4)]
+    taken = [graphs.can_run(runner.lay_out(Batch(sequences=tuple(sequences[:count]))).inputs) for count in (1, 3, 4)]
     assert taken == [True, True, False]
 
 
@@ -87,7 +87,7 @@ def test_there_are_no_graphs_before_they_are_captured(
 def test_the_tables_of_the_largest_graph_are_reckoned(
     checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
 ) -> None:
-    """The rest of what is reckoned is measured on a GPU."""
+    """Everything else that is reckoned is measured on a GPU."""
     path = checkpoint("mistral", sliding_window=24)
     model, runner = read_model(path), make_runner(path, kernels=TableKernels())
     like = runner.lay_out(Batch(sequences=(SequenceInput(token_ids=[0], start=0, runs=((0, 1),)),))).inputs

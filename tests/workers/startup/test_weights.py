@@ -42,7 +42,7 @@ def write_index(path: Path, content: object) -> None:
 
 
 def write_raw(path: Path, header: dict[str, Any], data: bytes) -> None:
-    """A safetensors file with any header: its length, the header, the data."""
+    """Writes a safetensors file with any header: its length, the header, the data."""
     text = json.dumps(header).encode()
     (path / SINGLE_FILE).write_bytes(struct.pack("<Q", len(text)) + text + data)
 

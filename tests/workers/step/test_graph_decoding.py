@@ -1,5 +1,5 @@
-"""A runner that decodes through graphs gives what it gives without, for every family: computed again each time, by the
-tables that a GPU's kernels read. The tokens are also those of transformers.
+"""Checks that a runner with graphs gives what it gives without, for every family. The graphs compute again each time by
+the tables that a GPU's kernels read. The tokens are also those of transformers.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ PROMPTS = [[(7 * i + 31 * length) % 509 for i in range(length)] for length in (1
 
 @dataclass
 class Recorder:
-    """Computes again, and counts how often by decodes of the graph."""
+    """A capture that computes again, and counts how often for each size of graph."""
 
     sizes: list[int] = field(default_factory=lambda: list(reversed(graph_sizes(MAX_DECODES))))
     replays: Counter[int] = field(default_factory=Counter)
@@ -56,7 +56,7 @@ class Case:
     recorder: Recorder
 
     def replays(self, calls: Callable[[], object]) -> dict[int, int]:
-        """How often a graph of each size runs meanwhile."""
+        """Counts how often a graph of each size runs meanwhile."""
         self.recorder.replays.clear()
         calls()
         return dict(self.recorder.replays)
@@ -86,14 +86,14 @@ def plain(make_case: Callable[..., Case]) -> Case:
 
 
 def fill(case: Case) -> None:
-    """Has both caches hold the same keys and values, as if of any tokens before."""
+    """Fills both caches with the same keys and values, as if other tokens had come before."""
     for ours, theirs in zip(case.graphed._cache.layers, case.eager._cache.layers, strict=True):
         theirs.keys.copy_(ours.keys.normal_())
         theirs.values.copy_(ours.values.normal_())
 
 
 def decode(ids: list[int], runs: Runs, **more: Any) -> SequenceInput:
-    """The last of some tokens, the others in the cache; what comes of it tells what logits there were."""
+    """Decodes the last of some tokens, while the others are in the cache. Its result shows the logits."""
     fields = {"sampler": SamplerState(SamplingParams(logprobs=20), ()), "samples": True} | more
     return SequenceInput(token_ids=ids[-1:], start=len(ids) - 1, runs=first(runs, len(ids)), **fields)
 

@@ -1,4 +1,4 @@
-"""Which steps decode graphs take, and what is put in place for them. Needs neither Triton nor a GPU."""
+"""Checks which steps decode graphs take, and what is put in place for them. It needs neither Triton nor a GPU."""
 
 from dataclasses import fields
 from itertools import pairwise
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def step(lengths: list[int], num_queries: int = 1, *, share: bool = False) -> StepInputs:
-    """Sequences of so many tokens, with so many queries each; every number in it tells its row.
+    """Makes a step of sequences with these tokens and queries each, in which every number tells its row.
 
     With ``share`` those that have a part in common with others attend to their first together.
     """
@@ -47,7 +47,7 @@ def memory(max_decodes: int = 8, max_tokens: int = 5000) -> StepMemory:
 
 
 class Computes:
-    """Keeps what it was asked to compute. A row's result is ten times its token."""
+    """A function to capture that records its calls. A row's result is ten times its token."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -81,7 +81,7 @@ def test_a_step_of_decodes_runs_in_the_next_larger_graph(num_decodes: int) -> No
     graphs = DecodeGraphs(compute=compute, inputs=memory(), capture=capture, sizes=SIZES)
     assert compute.sizes == [8, 8, 4, 2, 1]  # the first to know what logits are
     tokens = step([5] * num_decodes)
-    assert graphs.takes(tokens)
+    assert graphs.can_run(tokens)
     assert graphs(tokens).flatten().tolist() == [10.0 * row for row in range(1, num_decodes + 1)]
     assert replayed == [next_size(num_decodes, SIZES)]
 
@@ -93,7 +93,7 @@ def test_a_step_of_decodes_runs_in_the_next_larger_graph(num_decodes: int) -> No
 )
 def test_other_steps_are_not_taken(tokens: StepInputs) -> None:
     graphs = DecodeGraphs(compute=Computes(), inputs=memory(), capture=run_again, sizes=SIZES)
-    assert not graphs.takes(tokens)
+    assert not graphs.can_run(tokens)
 
 
 def test_a_step_of_prefill_and_decode_is_not_taken() -> None:
@@ -104,23 +104,23 @@ def test_a_step_of_prefill_and_decode_is_not_taken() -> None:
     rows = torch.arange(3)
     plans = {window: plan_step(spans, window, CPU) for window in WINDOWS}
     graphs = DecodeGraphs(compute=Computes(), inputs=memory(), capture=run_again, sizes=SIZES)
-    assert not graphs.takes(StepInputs(token_ids=rows, positions=rows, slots=rows, attention=plans))
+    assert not graphs.can_run(StepInputs(token_ids=rows, positions=rows, slots=rows, attention=plans))
 
 
 def test_room_for_fewer_decodes_than_the_largest_size_takes_no_more() -> None:
     graphs = DecodeGraphs(compute=Computes(), inputs=memory(max_decodes=3), capture=run_again)
-    assert graphs.takes(step([5] * 3)) and not graphs.takes(step([5] * 4))
+    assert graphs.can_run(step([5] * 3)) and not graphs.can_run(step([5] * 4))
 
 
 def in_use(plan: DevicePlan, of: DevicePlan) -> list[Tensor]:
-    """The part of a plan's tables that a kernel looks at, for the tokens of another."""
+    """Selects the part of a plan's tables that a kernel reads for the tokens of another."""
     num_decodes, num_merges, num_shared = plan.counts[:3].tolist()
     in_order = (plan.decodes[:num_decodes], plan.merges[:num_merges], plan.shared[:num_shared])
     return [plan.slots[: len(of.slots)], plan.members[: len(of.members)], *in_order]
 
 
 def tensors(inputs: StepInputs) -> list[Tensor]:
-    """All that a captured computation reads."""
+    """Lists all tensors that a captured computation reads."""
     found = [inputs.token_ids, inputs.positions, inputs.slots]
     for plan in inputs.attention.values():
         assert isinstance(plan, DevicePlan)

@@ -1,4 +1,4 @@
-"""Decode graphs over a real decoder give what the decoder gives; without a GPU they are computed again each time."""
+"""Checks that decode graphs give what their decoder gives. Without a GPU they compute again each time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +49,7 @@ def test_a_replayed_step_gives_the_logits_and_writes_the_kv_of_the_decoder(
     graphs = DecodeGraphs(compute=compute_step, inputs=inputs, capture=capture, sizes=(1, 4))
     for layer, (keys, values) in zip(runner._cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)  # capturing writes nothing
-    assert graphs.takes(decodes)
+    assert graphs.can_run(decodes)
     found = graphs(decodes)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for layer, (keys, values) in zip(runner._cache.layers, after, strict=True):

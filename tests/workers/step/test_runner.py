@@ -1,4 +1,4 @@
-"""What the runner does with a batch, beyond the numbers that the oracle tests check."""
+"""Checks what the runner does with a batch, beyond the numbers that the oracle tests check."""
 
 import json
 from collections.abc import Callable
@@ -85,7 +85,7 @@ def test_a_step_touches_no_slots_but_its_own(path: Path, make_runner: Callable[.
 
 
 def test_reference_kernels_give_the_same_logits(path: Path, make_runner: Callable[..., ModelRunner]) -> None:
-    """What a device without kernels of its own runs."""
+    """A device without kernels of its own runs these."""
     rows = []
     for kernels in (None, reference):
         runner = make_runner(path, kernels=kernels)
@@ -122,7 +122,7 @@ def test_a_tied_head_is_the_embedding(llama_checkpoint: Callable[..., Path]) -> 
 
 
 def test_a_token_that_is_awaited_is_put_in_when_the_step_begins(runner: ModelRunner) -> None:
-    """Two steps are prepared before the first executes; the tokens are those of one step after the other."""
+    """Two steps are prepared before the first executes, and give the tokens of one step after the other."""
     one = greedy_sampler()
     first = SequenceInput(token_ids=PROMPT, start=0, runs=((0, 8),), sampler=one, samples=True)
     (token,) = run(runner, [first])

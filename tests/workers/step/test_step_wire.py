@@ -1,4 +1,4 @@
-"""A step on its way from the leader to the ranks that follow."""
+"""Checks that a step arrives at other ranks as the leader sent it, and which messages are refused."""
 
 from collections.abc import Callable
 
