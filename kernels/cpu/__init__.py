@@ -1,1 +1,1 @@
-"""Operations compiled for CPUs."""
+"""The variants of the operations that are compiled for CPUs."""

@@ -1,5 +1,6 @@
-"""CPU variants. Attention reads the KV cache where it lies, all sequences of a step in one call: see
-:mod:`kernels.cpu.attention.paged`.
+"""The CPU variant of every operation.
+
+Attention reads the KV cache in place, for all sequences of a step in one call: see :mod:`kernels.cpu.attention.paged`.
 """
 
 import math
@@ -37,10 +38,10 @@ __all__ = [
 def plan(
     spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
 ) -> AttentionPlan:
-    """As :func:`kernels.reference.plan`, with the work cut into tasks.
+    """Implements :func:`kernels.reference.plan`, and cuts the attention into tasks.
 
-    Of ``shared`` it keeps what pays. A decode's bits depend on its own tokens alone: not on who shares them, where they
-    lie, its batch, or the number of threads.
+    It keeps those of ``shared`` that save time. A decode's bits depend on its own tokens alone, and not on who shares
+    them, where they lie, its batch, or the number of threads.
     """
     assert window is None or window > 0, window
     tasks = plan_tasks(spans, window, choose(spans, shared, window=window))
@@ -50,7 +51,7 @@ def plan(
 def attention(
     query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """As :func:`kernels.reference.attention`, which runs heads that are no whole vectors."""
+    """Implements :func:`kernels.reference.attention`, which it calls for heads that are not whole vectors."""
     assert plan.tasks is not None, plan
     if not paged.supports(cache):
         return reference.attention(query, keys, values, cache, plan, scale)
@@ -60,16 +61,16 @@ def attention(
 
 
 def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
-    """As :func:`kernels.reference.plan_parts`, with the work cut into tasks. Of ``shared`` it keeps what pays."""
+    """Implements :func:`kernels.reference.plan_parts` in tasks, and keeps those of ``shared`` that save time."""
     return PartPlan(spans=tuple(spans), tasks=plan_part_tasks(spans, choose(spans, shared)))
 
 
 def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.reference.attend_parts`, which runs heads that are no whole vectors."""
+    """Implements :func:`kernels.reference.attend_parts`, which it calls for heads that are not whole vectors."""
     if not paged.supports(cache):
         return reference.attend_parts(query, cache, plan, scale)
     output, stats = torch.zeros(query.shape, dtype=query.dtype), torch.zeros(*query.shape[:2], 2)
     if plan.tasks is not None:
         paged.attend(query, cache, plan.tasks, scale, output, stats)
-    # Powers of two, as the kernel has them; where a row sees nothing, the logarithm of 0.
+    # The kernel's statistics are of powers of two; a row that sees nothing gets the logarithm of 0.
     return output, (stats[..., 0].clamp(min=-1e30) + stats[..., 1].log2()) * math.log(2)

@@ -1,1 +1,1 @@
-"""Messages to and from the types of placement, for both ends of a wire."""
+"""Converts messages to the types of placement and back, for both ends of a wire."""

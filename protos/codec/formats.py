@@ -1,4 +1,4 @@
-"""How numbers are held, as messages of the worker protocol. Pure."""
+"""Converts number types and quantizations to messages of the worker protocol and back. Pure."""
 
 from placement.errors import InvalidRequest
 from placement.model.quantization import Quantization
@@ -14,12 +14,12 @@ _QUANTIZATIONS = {
 
 
 def dtype_message(dtype: DType) -> pb.Dtype.ValueType:
-    """The message of a number type."""
+    """Returns the message of a number type."""
     return _DTYPES[dtype]
 
 
 def read_dtype(message: pb.Dtype.ValueType) -> DType:
-    """The number type in a message. Raises InvalidRequest for one that is not known."""
+    """Returns the number type in a message. Raises InvalidRequest for an unknown one."""
     for dtype, known in _DTYPES.items():
         if message == known:
             return dtype
@@ -28,12 +28,12 @@ def read_dtype(message: pb.Dtype.ValueType) -> DType:
 
 
 def quantization_message(quantization: Quantization) -> pb.Quantization.ValueType:
-    """The message of how linear layers are rounded."""
+    """Returns the message of a quantization."""
     return _QUANTIZATIONS[quantization]
 
 
 def read_quantization(message: pb.Quantization.ValueType) -> Quantization:
-    """How linear layers are to be rounded. Raises InvalidRequest for a way that is not known."""
+    """Returns the quantization in a message. Raises InvalidRequest for an unknown one."""
     for quantization, known in _QUANTIZATIONS.items():
         if message == known:
             return quantization

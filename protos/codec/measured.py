@@ -1,4 +1,4 @@
-"""What the ranks of a stage measured, as messages of the worker protocol. Pure."""
+"""Converts what the ranks of a stage measured to messages of the worker protocol and back. Pure."""
 
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
@@ -8,19 +8,20 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 
 def read_measurements(message: pb.StageMeasurements) -> StageMeasurements:
-    """The measurements in a message."""
+    """Returns the measurements in a message."""
     return StageMeasurements(
         sums=tuple(
-            MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s) for it in message.sums
+            MeasuredSum(num_bytes=row.num_bytes, algorithm=row.algorithm, duration_s=row.duration_s)
+            for row in message.sums
         ),
         overlap=tuple(
             MeasuredOverlap(
-                num_tokens=step.num_tokens,
-                alone_s=step.alone_s,
-                overlapped_s=step.woven_s,
-                is_overlapped=step.is_woven,
+                num_tokens=row.num_tokens,
+                alone_s=row.alone_s,
+                overlapped_s=row.woven_s,
+                is_overlapped=row.is_woven,
             )
-            for step in message.lanes
+            for row in message.lanes
         ),
         exchange=_exchange(message.exchange) if message.HasField("exchange") else None,
     )
@@ -35,27 +36,27 @@ def _exchange(message: pb.MeasuredExchange) -> MeasuredExchange:
             call_s=message.call_s,
         ),
         expected=tuple(
-            ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
-            for it in message.expected
+            ExpectedExchange(num_tokens=row.num_tokens, num_before=row.num_before, way=row.way, layer_s=row.layer_s)
+            for row in message.expected
         ),
     )
 
 
 def measured_message(measured: StageMeasurements) -> pb.StageMeasurements:
-    """The message of what was measured."""
+    """Returns the message of measurements."""
     return pb.StageMeasurements(
         sums=[
-            pb.MeasuredSum(num_bytes=it.num_bytes, algorithm=it.algorithm, duration_s=it.duration_s)
-            for it in measured.sums
+            pb.MeasuredSum(num_bytes=row.num_bytes, algorithm=row.algorithm, duration_s=row.duration_s)
+            for row in measured.sums
         ],
         lanes=[
             pb.MeasuredLanes(
-                num_tokens=step.num_tokens,
-                alone_s=step.alone_s,
-                woven_s=step.overlapped_s,
-                is_woven=step.is_overlapped,
+                num_tokens=row.num_tokens,
+                alone_s=row.alone_s,
+                woven_s=row.overlapped_s,
+                is_woven=row.is_overlapped,
             )
-            for step in measured.overlap
+            for row in measured.overlap
         ],
         exchange=None if measured.exchange is None else _exchange_message(measured.exchange),
     )
@@ -69,7 +70,7 @@ def _exchange_message(measured: MeasuredExchange) -> pb.MeasuredExchange:
         pairs_per_s=speeds.pairs_per_s,
         call_s=speeds.call_s,
         expected=[
-            pb.ExpectedExchange(num_tokens=it.num_tokens, num_before=it.num_before, way=it.way, layer_s=it.layer_s)
-            for it in measured.expected
+            pb.ExpectedExchange(num_tokens=row.num_tokens, num_before=row.num_before, way=row.way, layer_s=row.layer_s)
+            for row in measured.expected
         ],
     )

@@ -1,4 +1,4 @@
-"""What a rank holds of a model, as messages of the worker protocol. Pure."""
+"""Converts what a rank holds of a model to messages of the worker protocol and back. Pure."""
 
 from placement.errors import InvalidRequest
 from placement.model.part import Part, Span
@@ -8,7 +8,7 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 
 
 def shard_message(rank: int, part: Part) -> pb.Shard:
-    """The message of what a rank holds."""
+    """Returns the message of what a rank holds."""
     stripe = part.stripe
     return pb.Shard(
         rank=rank,
@@ -21,7 +21,7 @@ def shard_message(rank: int, part: Part) -> pb.Shard:
 
 
 def read_part(shard: pb.Shard, model: ModelSpec, block_size: int, field: str) -> Part:
-    """What a rank holds of ``model``. Raises InvalidRequest, which names ``field``, for a range outside of it."""
+    """Returns what a rank holds of ``model``. Raises InvalidRequest that names ``field`` for a range outside of it."""
     stripe: Stripe | None = None
     if shard.HasField("slots"):
         slots = _span(shard.slots, field=f"{field}.slots", limit=block_size)
@@ -40,7 +40,7 @@ def _range(span: Span) -> pb.Range:
 
 
 def _span(message: pb.Range, *, field: str, limit: int) -> Span:
-    """Raises InvalidRequest for a range outside ``[0, limit)``."""
+    """Returns the span in a message. Raises InvalidRequest for a range outside ``[0, limit)``."""
     if not 0 <= message.start <= message.stop <= limit:
         raise InvalidRequest(
             field=field,

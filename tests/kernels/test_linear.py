@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.machine import threads
-from kernels.cpu.machine.columns_ir import Strip
+from kernels.cpu.machine.columns_ir import ColumnTile
 from kernels.cpu.products import linear, matmul
-from kernels.cpu.products.linear import ColumnLinear, PackedLinear, pack, shared
+from kernels.cpu.products.linear import ColumnLinear, PackedLinear, pack, program_linear
 from kernels.linear import Linear, PlainLinear
 from kernels.rounded import Bits, round_weight
 from kernels.select import pack_rounded
@@ -115,14 +115,14 @@ def test_without_any_of_it_the_weight_stays_plain(monkeypatch: pytest.MonkeyPatc
 @needs_columns
 @pytest.mark.parametrize("num_tokens", [1, 3, 5, 8, 11, 24, 64])
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_strips_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: Bits | None) -> None:
+def test_column_tiles_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: Bits | None) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     weight = torch.randn(256, 128, generator=generator).to(torch.bfloat16)
     if bits is None:
         layer = pack(weight, None)
     else:
         layer = pack_rounded(round_weight(weight, bits=bits, group_size=64), None, torch.bfloat16)
-    whole = shared(layer)
+    whole = program_linear(layer)
     assert whole is not None
     x = torch.randn(num_tokens, 128, generator=generator).to(torch.bfloat16)
     num_tiles, num_rows = whole.tiles(num_tokens)
@@ -132,5 +132,5 @@ def test_strips_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: B
         for number in range(count):
             ticket = torch.zeros(1, dtype=torch.int64)
             addresses = tiles.data_ptr(), output.data_ptr(), ticket.data_ptr()
-            threads.run(*whole.product(num_tokens, 2, *addresses, Strip(number, count)), 2)
+            threads.run(*whole.product(num_tokens, 2, *addresses, ColumnTile(number, count)), 2)
         assert torch.equal(output[:num_tokens], layer(x))

@@ -176,7 +176,7 @@ def ranks(
             team=(followers := None if roster.rank else membership.followers()),
         )  # fmt: skip
         thread = ThreadPoolExecutor(1)
-        membership.group.compile_sums()
+        membership.group.compile_all_reduce()
         if measures:
             thread.submit(membership.get_ready).result(_PATIENCE_S)
         if measures or (sharing is not None and kernels is None):  # the interpreter would take minutes

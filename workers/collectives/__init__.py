@@ -1,1 +1,1 @@
-"""Sums and exchanges of tensors among the ranks of a stage."""
+"""All-reduces and other collectives among the ranks of a stage."""

@@ -1,13 +1,13 @@
-"""LLVM IR that adds the parts of a sum: in the order of ranks, in float32, rounded once, to the nearest even."""
+"""LLVM IR that adds the ranks' parts of a sum, in rank order and in float32, and rounds once, to nearest even."""
 
 _LANES = 16
 
 NAMES = {"bfloat16": "add_bfloat16", "float32": "add_float32"}
-"""Of the function for numbers of each type."""
+"""The name of the function for each number type."""
 
 
 def _widened(name: str, at: str, number: str, lanes: int) -> str:
-    """``%name`` in float32, of the numbers at ``%at``."""
+    """Loads the numbers at ``%at`` and widens them to float32 as ``%name``."""
     floats, words, halves = (_many(kind, lanes) for kind in ("float", "i32", "i16"))
     if number == "float32":
         return f"\n  %{name} = load {floats}, ptr %{at}, align 4"
@@ -19,7 +19,7 @@ def _widened(name: str, at: str, number: str, lanes: int) -> str:
 
 
 def _stored(value: str, at: str, number: str, lanes: int) -> str:
-    """Rounds as torch does, subnormal numbers and all, which this CPU's own conversion takes for zeros."""
+    """Rounds and stores. Subnormal numbers stay, as in torch; the CPU's own conversion would make them zero."""
     floats, words, halves, flags = (_many(kind, lanes) for kind in ("float", "i32", "i16", "i1"))
     if number == "float32":
         return f"\n  store {floats} %{value}, ptr %{at}, align 4"
@@ -41,7 +41,7 @@ def _many(kind: str, lanes: int) -> str:
 
 
 def _loop(number: str, lanes: int) -> str:
-    """From ``%i_{lanes}`` on, as long as there are so many more numbers; goes on to ``done_{lanes}``."""
+    """Loops over whole vectors of ``lanes`` numbers, and goes on to ``done_{lanes}`` where fewer are left."""
     before = "entry" if lanes == _LANES else f"done_{_LANES}"
     start = "0" if lanes == _LANES else f"%i_{_LANES}"
     kind, floats = {"bfloat16": "i16", "float32": "float"}[number], _many("float", lanes)
@@ -79,7 +79,9 @@ done_{lanes}:"""
 
 
 def add(number: str) -> str:
-    """``@add_{number}(parts, num_parts, into, count)``: ``into``, of ``count`` numbers, may be one of the parts.
+    """Returns the function ``@add_{number}(parts, num_parts, into, count)``.
+
+    It adds parts of ``count`` numbers each; ``into`` may be one of them.
 
     Args:
         number: ``bfloat16`` or ``float32``.
@@ -93,5 +95,5 @@ entry:{_loop(number, _LANES)}{_loop(number, 1)}
 
 
 def module() -> str:
-    """For all types."""
+    """Returns the functions for all number types."""
     return "".join(map(add, NAMES))

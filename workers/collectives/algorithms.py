@@ -1,26 +1,27 @@
-"""Ways to sum a tensor over ranks, each the best for some size and link.
+"""All-reduce algorithms, and the collectives that they are made of.
 
-With n ranks that are all connected with each other by links of latency a, and S bytes, of which a rank sends and
-receives B per second:
+Each algorithm is the fastest for some size and link. All n ranks are connected with each other by links of latency a,
+and a rank sends and receives B bytes per second. For a tensor of S bytes the times are:
 
-    direct   everyone sends all to everyone                  a + (n-1) S/B         two ranks: the pairwise exchange
-    scatter  everyone sums a part, and sends it to all       2a + 2 (n-1)/n S/B
-    star     to rank 0, which sends the sum to all           2a + 2 (n-1) S/B      the fewest bytes on a shared medium
-    tree     the same along a binomial tree, h = log2 n up   2ha + (n-1 + h) S/B   the fewest messages of any one rank
+    direct   each rank sends all of its tensor to all others       a + (n-1) S/B         of two: pairwise exchange
+    scatter  reduce-scatter, then all-gather                       2a + 2 (n-1)/n S/B
+    star     reduce at rank 0, then broadcast                      2a + 2 (n-1) S/B      fewest bytes on a shared medium
+    tree     the same along a binomial tree of height h = log2 n   2ha + (n-1 + h) S/B   fewest messages of any one rank
 
-(Thakur, Rabenseifner and Gropp 2005; Li et al. 2025, TPI-LLM, for slow links.) All add in the order of ranks, in
-float32, and round once: every rank ends with the same bits, and they are the same whichever way is taken, so that a
-sum's size, and with it who else is in a batch, changes nobody's bits. Rings would change them, and trees that add on
-the way: they add in other orders, and round at every hop. So a rank of this tree hands on the parts that reach it as
-they are, n-1 of them in all to rank 0, as many as to that of a star.
+(Thakur, Rabenseifner and Gropp 2005; Li et al. 2025, TPI-LLM, for slow links.) All algorithms add in rank order, in
+float32, and round once. So every rank ends with the same bits, and they do not depend on the algorithm: the size of a
+tensor, and with it the other sequences of a batch, changes nobody's bits. A ring would change them, and so would a tree
+that adds on the way, since they add in other orders and round at every hop. A rank of this tree therefore passes on
+the parts that reach it as they are; rank 0 receives n-1 of them, as many as in a star.
 
-By these terms direct is always faster than the tree. But a message also costs the rank that sends it and the one that
-receives it some time g each, of their only thread: direct 2 (n-1) g, scatter twice that, star 2 (n-1) g at rank 0, the
-tree 4hg, as a sum goes up and down h times. So the tree is faster than direct where (2h-1) a + hS/B < 2 (n-1 - 2h) g:
-small sums of many ranks that are near each other, 8 of them at least, or 13 where a = g. It is faster than the star for
-large sums too, of more than 3 ranks: h S/B on the way down, not (n-1) S/B. For up to 3 it is the star.
+By these terms direct is always faster than the tree. But each message also costs its sender and its receiver some time
+g of their only thread: 2 (n-1) g for direct, twice that for scatter, 2 (n-1) g at rank 0 of the star, and 4hg for the
+tree, in which a sum goes up and down h times. So the tree is faster than direct where (2h-1) a + hS/B < 2 (n-1 - 2h) g,
+that is for small tensors of at least 8 ranks that are near each other, or 13 where a = g. It is also faster than the
+star for large tensors of more than 3 ranks, since its way down takes h S/B instead of (n-1) S/B. Up to 3 ranks it is
+the star.
 
-Shapes: x is any contiguous CPU tensor, the same on all ranks.
+Shapes: x is any contiguous CPU tensor, of the same shape on all ranks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +35,12 @@ from workers.transport.link import Link, Transfer, move
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peers:
-    """The ranks that sum together, numbered from 0 in their group.
+    """The ranks of a collective, as one of them sees them; they are numbered from 0 in their group.
 
     Attributes:
-        links: to all others.
-        deadline_s: when the operation must be done, by :func:`time.monotonic`.
+        rank: the number of this rank.
+        links: the links to all others, by rank.
+        deadline_s: when the collective must be done, on the clock of :func:`time.monotonic`.
         alive: raises where a rank is known to be lost.
     """
 
@@ -49,7 +51,7 @@ class Peers:
     alive: Callable[[], None]
 
     def move(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
-        """Sends and receives tensors, by the rank that they go to or come from, all at once."""
+        """Sends and receives tensors at once, given by the rank that they go to or come from. Raises PeerFailed."""
         transfers = [
             Transfer(
                 link=self.links[peer],
@@ -62,19 +64,19 @@ class Peers:
 
 
 AllReduce = Callable[[Peers, Tensor], None]
-"""Sums a contiguous CPU tensor over all ranks, in place. Raises PeerFailed."""
+"""A function that sums a contiguous CPU tensor over all ranks, in place. It raises PeerFailed."""
 
 
 def payload(x: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, shared with it."""
+    """Returns the bytes of a contiguous CPU tensor as a view of its memory."""
     assert x.is_contiguous() and x.device.type == "cpu", (x.shape, x.stride(), x.device)
     view: memoryview = x.reshape(-1).view(torch.uint8).numpy().data
     return view
 
 
 def add_in_order(parts: Sequence[Tensor], into: Tensor) -> None:
-    """The sum of ``parts``, first to last, rounded to the dtype of ``into`` at the end."""
-    if len(parts) == 2:  # the sum of two is rounded once in any case
+    """Adds ``parts`` from first to last in float32, and rounds once to the dtype of ``into``."""
+    if len(parts) == 2:  # a sum of two is rounded once in any case
         torch.add(parts[0], parts[1], out=into)
         return
     total = parts[0].to(torch.float32, copy=True)
@@ -84,7 +86,7 @@ def add_in_order(parts: Sequence[Tensor], into: Tensor) -> None:
 
 
 def direct(peers: Peers, x: Tensor) -> None:
-    """Sums ``x`` over all ranks, in place: one latency, and the most bytes."""
+    """Sums ``x`` over all ranks, in place, with one latency and the most bytes."""
     others = {peer: torch.empty_like(x) for peer in peers.links}
     peers.move(dict.fromkeys(others, x), others)
     add_in_order([x if rank == peers.rank else others[rank] for rank in range(peers.num_ranks)], x)
@@ -103,29 +105,29 @@ def star(peers: Peers, x: Tensor) -> None:
 
 
 def scatter(peers: Peers, x: Tensor) -> None:
-    """Sums ``x`` over all ranks, in place: every rank sums a part of it, then gives that to all others."""
-    parts = x.reshape(-1).tensor_split(peers.num_ranks)
-    reduce_scatter(peers, parts)
-    all_gather(peers, parts)
+    """Sums ``x`` over all ranks, in place, by a reduce-scatter and an all-gather."""
+    chunks = x.reshape(-1).tensor_split(peers.num_ranks)
+    reduce_scatter(peers, chunks)
+    all_gather(peers, chunks)
 
 
-def reduce_scatter(peers: Peers, parts: Sequence[Tensor]) -> None:
-    """Sums, in place, the one of ``parts`` that is this rank's."""
-    mine = parts[peers.rank]
-    came = {peer: torch.empty_like(mine) for peer in peers.links}
-    peers.move({peer: parts[peer] for peer in peers.links}, came)
-    add_in_order([mine if rank == peers.rank else came[rank] for rank in range(peers.num_ranks)], mine)
+def reduce_scatter(peers: Peers, chunks: Sequence[Tensor]) -> None:
+    """Sums over all ranks the chunk that has this rank's number, in place."""
+    own = chunks[peers.rank]
+    received = {peer: torch.empty_like(own) for peer in peers.links}
+    peers.move({peer: chunks[peer] for peer in peers.links}, received)
+    add_in_order([own if rank == peers.rank else received[rank] for rank in range(peers.num_ranks)], own)
 
 
-def all_gather(peers: Peers, parts: Sequence[Tensor]) -> None:
-    """Everyone has each rank's own of ``parts`` afterwards."""
-    peers.move(dict.fromkeys(peers.links, parts[peers.rank]), {peer: parts[peer] for peer in peers.links})
+def all_gather(peers: Peers, chunks: Sequence[Tensor]) -> None:
+    """Sends this rank's chunk to all others, and receives each other rank's, in place."""
+    peers.move(dict.fromkeys(peers.links, chunks[peers.rank]), {peer: chunks[peer] for peer in peers.links})
 
 
 def tree(peers: Peers, x: Tensor) -> None:
-    """Sums ``x`` over all ranks, in place, at the root of a binomial tree, whose ranks hand on what is below them.
+    """Sums ``x`` over all ranks, in place, at the root of a binomial tree, whose ranks pass on the parts below them.
 
-    Below a rank are those after it up to a power of two, in their order.
+    The ranks below one are those that follow it, up to a power of two, in rank order.
     """
     parent, children = branches(peers.rank, peers.num_ranks)
     parts = x.new_empty(sum(map(len, children)) + 1, x.numel()) if children else x.reshape(1, -1)
@@ -143,8 +145,8 @@ def tree(peers: Peers, x: Tensor) -> None:
 
 
 def branches(rank: int, num_ranks: int) -> tuple[int | None, list[range]]:
-    """The parent of a rank in a binomial tree, None at the root, and all ranks below it, by its children."""
-    span = rank & -rank or num_ranks  # the lowest bit: how many ranks there are from this one on, in a whole tree
+    """Returns the parent of a rank in a binomial tree, None at the root, and for each child the ranks from it down."""
+    span = rank & -rank or num_ranks  # the lowest bit: how many ranks a complete tree has from this one on
     children = []
     width = 1
     while width < span and rank + width < num_ranks:
@@ -153,9 +155,9 @@ def branches(rank: int, num_ranks: int) -> tuple[int | None, list[range]]:
     return (rank & (rank - 1) if rank else None), children
 
 
-def ways(num_ranks: int) -> dict[str, AllReduce]:
-    """Those worth measuring: a tree of up to three ranks is a star."""
-    return {name: way for name, way in ALL_REDUCES.items() if name != "tree" or num_ranks > 3}
+def candidates(num_ranks: int) -> dict[str, AllReduce]:
+    """Returns the algorithms that are worth measuring; a tree of up to three ranks is a star."""
+    return {name: algorithm for name, algorithm in ALL_REDUCES.items() if name != "tree" or num_ranks > 3}
 
 
 ALL_REDUCES: Mapping[str, AllReduce] = {
@@ -164,15 +166,15 @@ ALL_REDUCES: Mapping[str, AllReduce] = {
     "star": star,
     "tree": tree,
 }
-"""By name, the simplest first."""
+"""The algorithms by name, the simplest first."""
 
 
 def gather(peers: Peers, mine: Tensor, others: Mapping[int, Tensor]) -> None:
-    """Collects tensors at rank 0.
+    """Collects the ranks' tensors at rank 0.
 
     Args:
-        mine: what this rank has, sent unless it is rank 0.
-        others: at rank 0, memory for what each other rank has, by its rank; those that have nothing are left out.
+        mine: the tensor of this rank, which is sent unless it is empty or this is rank 0.
+        others: at rank 0, memory for each other rank's tensor, by rank; ranks whose tensors are empty are left out.
     """
     if peers.rank == 0:
         peers.move({}, others)
@@ -181,7 +183,7 @@ def gather(peers: Peers, mine: Tensor, others: Mapping[int, Tensor]) -> None:
 
 
 def broadcast(peers: Peers, x: Tensor) -> None:
-    """Everyone has rank 0's ``x`` afterwards."""
+    """Copies rank 0's ``x`` to all other ranks, in place."""
     if peers.rank:
         peers.move({}, {0: x})
     else:

@@ -1,6 +1,6 @@
-"""Sets a backend of torch.distributed up for the ranks of a stage, where all of them have it, and says why where not.
+"""Sets up a backend of torch.distributed for the ranks of a stage, where all of them have it, and logs why where not.
 
-NCCL where each rank has a GPU of its own; else gloo, for sums on the host.
+The backend is NCCL where each rank has a GPU of its own, and else gloo, for all-reduces on the host.
 """
 
 import hashlib
@@ -37,25 +37,25 @@ from workers.transport.errors import PeerFailed
 logger = logging.getLogger(__name__)
 
 SET_UP_S = 5.0
-"""Longest that a backend may take to connect all ranks, which are all there."""
+"""How long a backend may take to connect the ranks, all of which are running."""
 
-_LOOK_S = 0.1
-_CLAIM = struct.Struct("<??32s")
+_CHECK_S = 0.1
+_CAPABILITIES = struct.Struct("<??32s")
 
 
 class Library(StrEnum):
-    """A backend, by the name that a table of sums has for it."""
+    """The backends, by the names that they have in an all-reduce table."""
 
     NCCL = "nccl"
     GLOO = "gloo"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """What a rank could use.
+class Capabilities:
+    """The backends that a rank could use.
 
     Attributes:
-        gpu: what tells its GPU from all others; None where it computes on the host.
+        gpu: 32 bytes that identify the rank's GPU among all others; None where it computes on the host.
     """
 
     gloo: bool
@@ -63,23 +63,23 @@ class Claim:
     gpu: bytes | None
 
     def pack(self) -> bytes:
-        """For :meth:`unpack`."""
-        return _CLAIM.pack(self.gloo, self.nccl, self.gpu or b"")
+        """Returns the bytes that :meth:`unpack` reads."""
+        return _CAPABILITIES.pack(self.gloo, self.nccl, self.gpu or b"")
 
     @classmethod
-    def unpack(cls, data: bytes) -> "Claim":
-        """What :meth:`pack` wrote."""
-        gloo, nccl, gpu = _CLAIM.unpack(data)
+    def unpack(cls, data: bytes) -> "Capabilities":
+        """Reads the bytes that :meth:`pack` returned."""
+        gloo, nccl, gpu = _CAPABILITIES.unpack(data)
         return cls(gloo=gloo, nccl=nccl, gpu=gpu if any(gpu) else None)
 
 
-def libraries(claims: Sequence[Claim]) -> tuple[list[Library], list[str]]:
-    """What ranks could use together, the best first; and why not the others, where that needs to be said. Pure."""
+def usable_libraries(ranks: Sequence[Capabilities]) -> tuple[list[Library], list[str]]:
+    """Returns the backends that the ranks can use together, the best first, and why the others cannot be used. Pure."""
     usable: list[Library] = []
     reasons: list[str] = []
-    gpus = [claim.gpu for claim in claims if claim.gpu is not None]
-    if len(gpus) == len(claims):
-        if not all(claim.nccl for claim in claims):
+    gpus = [rank.gpu for rank in ranks if rank.gpu is not None]
+    if len(gpus) == len(ranks):
+        if not all(rank.nccl for rank in ranks):
             reasons.append("nccl: not in the torch of every rank")
         elif len(set(gpus)) < len(gpus):
             reasons.append("nccl: two ranks share a GPU")
@@ -87,7 +87,7 @@ def libraries(claims: Sequence[Claim]) -> tuple[list[Library], list[str]]:
             usable.append(Library.NCCL)
     elif gpus:
         reasons.append("nccl: some ranks compute on the host")
-    if all(claim.gloo for claim in claims):
+    if all(rank.gloo for rank in ranks):
         usable.append(Library.GLOO)
     else:
         reasons.append("gloo: not in the torch of every rank")
@@ -95,16 +95,15 @@ def libraries(claims: Sequence[Claim]) -> tuple[list[Library], list[str]]:
 
 
 def open_torch_group(group: TensorGroup, *, host: str, device: torch.device) -> TorchGroup | None:
-    """All ranks of ``group`` call it at the same time, on the thread that sums. Raises PeerFailed.
+    """Opens the best backend that works for all ranks of ``group``, the same at every rank; None where none does.
+
+    All ranks call it at the same time, on the thread that runs collectives. Raises PeerFailed.
 
     Args:
-        host: the address that this rank listens on: backends open theirs on the same interface.
-        device: of the tensors that this rank has summed.
-
-    Returns:
-        The best that works for all ranks, the same at every rank; None where none does.
+        host: the address that this rank listens on; backends listen on the same interface.
+        device: the device of the tensors that this rank reduces.
     """
-    usable, reasons = libraries(_claims(group, device))
+    usable, reasons = usable_libraries(_exchange_capabilities(group, device))
     for reason in reasons:
         logger.info("sums without %s", reason)
     for library in usable:
@@ -115,33 +114,33 @@ def open_torch_group(group: TensorGroup, *, host: str, device: torch.device) -> 
     return None
 
 
-def _claims(group: TensorGroup, device: torch.device) -> list[Claim]:
-    """Of all ranks."""
+def _exchange_capabilities(group: TensorGroup, device: torch.device) -> list[Capabilities]:
+    """Tells all ranks what this one could use, and returns what each could. Raises PeerFailed."""
     has_any = dist.is_available()
     gpu = None
     if device.type == "cuda":
         gpu = hashlib.sha256(str(torch.cuda.get_device_properties(device).uuid).encode()).digest()
     has_nccl = has_any and gpu is not None and dist.is_nccl_available()
-    mine = Claim(gloo=has_any and dist.is_gloo_available(), nccl=has_nccl, gpu=gpu).pack()
-    claims = {rank: torch.empty(_CLAIM.size, dtype=torch.uint8) for rank in group.links}
+    packed = Capabilities(gloo=has_any and dist.is_gloo_available(), nccl=has_nccl, gpu=gpu).pack()
+    own = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    others = {rank: torch.empty_like(own) for rank in group.links}
 
-    def tell(peers: Peers, x: Tensor) -> None:
-        peers.move(dict.fromkeys(claims, x), claims)
+    def exchange(peers: Peers, x: Tensor) -> None:
+        peers.move(dict.fromkeys(others, x), others)
 
-    claims[group.rank] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
-    own = claims.pop(group.rank)
-    group.run(tell, own)
-    claims[group.rank] = own
-    return [Claim.unpack(bytes(claims[rank].tolist())) for rank in range(group.num_ranks)]
+    group.run(exchange, own)
+    everyone = {**others, group.rank: own}
+    return [Capabilities.unpack(bytes(everyone[rank].tolist())) for rank in range(group.num_ranks)]
 
 
 def _open(library: Library, group: TensorGroup, host: str, device: torch.device) -> TorchGroup:
-    """Raises PeerFailed and SetUpFailed.
+    """Opens one backend. Raises PeerFailed and SetUpFailed.
 
-    On a thread of its own: it connects without a look at the pulse, and what it starts stays on its thread's cores.
+    A thread of its own sets it up, because it connects without checking the pulse, and because threads that it starts
+    stay on the cores of the thread that starts them.
     """
     alive = group.pulse.check
-    # Ranks that have failed wait for those that still try.
+    # The deadline is longer than a set-up, since ranks that have failed wait for those that still try.
     store = LinkStore(group.links, deadline_s=time.monotonic() + 3 * SET_UP_S, alive=alive)
     made: Future[Backend] = Future()
 
@@ -154,7 +153,7 @@ def _open(library: Library, group: TensorGroup, host: str, device: torch.device)
 
     threading.Thread(target=make, name=library, daemon=True).start()
     try:
-        while not wait([made], _LOOK_S).done:
+        while not wait([made], _CHECK_S).done:
             alive()
         backend = made.result()
     except PeerFailed as error:
@@ -165,7 +164,7 @@ def _open(library: Library, group: TensorGroup, host: str, device: torch.device)
 
 
 def _make(library: Library, store: LinkStore, group: TensorGroup, host: str, device: torch.device) -> Backend:
-    """A backend of all ranks that has summed once. Raises PeerFailed and SetUpFailed."""
+    """Makes a backend and has it run a collective once. Raises PeerFailed and SetUpFailed."""
     problem = ""
     try:
         if library is Library.NCCL:
@@ -176,14 +175,15 @@ def _make(library: Library, store: LinkStore, group: TensorGroup, host: str, dev
         else:
             backend = _gloo(store, group, host)
             _try(backend, torch.zeros(1))
-    except (RuntimeError, OSError, ValueError) as error:  # gloo's and NCCL's are RuntimeErrors of many kinds
+    except (RuntimeError, OSError, ValueError) as error:  # gloo and NCCL raise RuntimeErrors of many kinds
         problem = cause_of(error)
     store.finish(problem)
-    backend._set_default_timeout(timedelta(seconds=COLLECTIVE_S + 1.0))  # ours, which names a rank, comes first
+    backend._set_default_timeout(timedelta(seconds=COLLECTIVE_S + 1.0))  # longer than our own, which names a rank
     return backend
 
 
 def _try(backend: Backend, x: Tensor) -> None:
+    """Runs an all-gather of ``x`` [1]."""
     parts = x.new_empty(backend.size())
     backend._allgather_base(parts.view(-1), x.view(-1)).wait()
 
@@ -192,13 +192,13 @@ def _gloo(store: LinkStore, group: TensorGroup, host: str) -> Backend:
     library: Any = dist.ProcessGroupGloo
     options = library._Options()
     options._timeout = timedelta(seconds=SET_UP_S)
-    options._threads = 1  # work is done in the order in which it is begun
+    options._threads = 1  # so that collectives run in the order in which they are started
     options._devices = [library.create_device(hostname=host)]
     return cast(Backend, library(store, group.rank, group.num_ranks, options))
 
 
 def _nccl(store: LinkStore, group: TensorGroup, host: str) -> Backend:
-    # What watches its work: it would end the process for us, and ask the store, which has ended, what others say.
+    # NCCL's watchdogs would end this process, and would ask the store, which has ended, for what other ranks say.
     for name in ("ENABLE_MONITORING", "ASYNC_ERROR_HANDLING", "DUMP_ON_TIMEOUT", "PROPAGATE_ERROR"):
         os.environ[f"TORCH_NCCL_{name}"] = "0"
     interface = _interface(host)
@@ -211,10 +211,11 @@ def _nccl(store: LinkStore, group: TensorGroup, host: str) -> Backend:
 
 
 def _interface(host: str) -> str | None:
-    """The network interface that has the address of ``host``."""
+    """Returns the name of the network interface that has the address of ``host``, or None."""
     found = {ipaddress.ip_address(str(info[4][0])) for info in socket.getaddrinfo(host, None)}
     for name, addresses in psutil.net_if_addrs().items():
-        own = [one.address.partition("%")[0] for one in addresses if one.family in (socket.AF_INET, socket.AF_INET6)]
+        families = (socket.AF_INET, socket.AF_INET6)
+        own = [entry.address.partition("%")[0] for entry in addresses if entry.family in families]
         if any(ipaddress.ip_address(address) in found for address in own):
             return name
     return None

@@ -1,10 +1,10 @@
-"""The direct exchange of a tensor between ranks, and its sum, as compiled code that needs no Python.
+"""The direct all-reduce as compiled code, which needs no Python.
 
-Every rank sends all to everyone, in the frames of :mod:`workers.transport.frames`, and adds what it has when it has
-everything. What is not as it should be ends the exchange, and the program that it is a work of: the state says what.
+Every rank sends its tensor to all others, in the frames of :mod:`workers.transport.frames`, and adds once it has all
+parts. An error ends the all-reduce and the program that it is an operation of; the shared state tells which error.
 
-Between products whose weights fill the caches, each line of Python waits for memory: with sums of 32 KB by Python, half
-of the time of the slower of two hosts in a step of 8 decodes was not its compiled code's; with this, a sixth.
+Between products whose weights fill the caches, each line of Python waits for memory. With all-reduces of 32 KB run by
+Python, the slower of two hosts spent half of a step of 8 decodes outside of compiled code; with this it spends a sixth.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-any-unimported=False
@@ -36,9 +36,9 @@ from workers.transport.frame_code import (
 from workers.transport.frames import FIELD_BYTES, HEADER_BYTES
 
 WAIT_MS = 100
-"""How long it waits before it asks ``on_wait`` whether to go on."""
+"""How long the code waits before it asks ``on_wait`` whether to wait on."""
 
-_LENGTH = 3  # of a struct msghdr, in words: the number of its struct iovec
+_NUM_IOVECS = 3  # the word of a struct msghdr that has the number of its iovecs
 
 _FLAGS = 0x4000 | 0x40  # MSG_NOSIGNAL, MSG_DONTWAIT
 _AGAIN, _INTERRUPTED = 11, 4
@@ -55,7 +55,7 @@ _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **frame_code.OPTIONS
 
 @intrinsic
 def call_wait(context, function, waited_ms):  # type: ignore[no-untyped-def]
-    """``int32 function(int64)``."""
+    """Calls ``int32 function(int64)``."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)])
@@ -66,6 +66,7 @@ def call_wait(context, function, waited_ms):  # type: ignore[no-untyped-def]
 
 @_jit
 def _fail(state, status, peer, error):  # type: ignore[no-untyped-def]
+    """Notes an error in the state."""
     state[w.STATUS], state[w.AWAITED], state[w.ERROR] = status, peer, error
 
 
@@ -75,8 +76,8 @@ def _errno():  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _goes_on(state, i):  # type: ignore[no-untyped-def]
-    """Whether a system call that failed is to be made again at once; a broken connection is told in the state."""
+def _is_retried(state, i):  # type: ignore[no-untyped-def]
+    """Tells whether a failed system call is to be made again at once. Notes a broken connection in the state."""
     error = _errno()
     if error != _AGAIN and error != _INTERRUPTED:
         _fail(state, w.BROKEN, i, error)
@@ -91,10 +92,10 @@ def _now_ms():  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _begin(state, peers, job):  # type: ignore[no-untyped-def]
-    """The strip's frame for each peer, none of which is sent yet."""
-    number = job[w.STRIP]
-    payload_bytes = job[w.ROWS] * job[w.ROW_BYTES]
+def _begin(state, peers, args):  # type: ignore[no-untyped-def]
+    """Prepares the tile's frame for each peer, of which nothing is sent yet."""
+    number = args[w.TILE]
+    payload_bytes = args[w.ROWS] * args[w.ROW_BYTES]
     for i in range(len(peers)):
         peer = peers[i]
         if number == 0:
@@ -102,61 +103,61 @@ def _begin(state, peers, job):  # type: ignore[no-untyped-def]
             peer[w.RECEIVED] = 0
         head = bytes_at(peer[w.HEADS] + number * w.HEAD_STRIDE, HEADER_BYTES)
         write_header(head, state[w.EPOCH], peer[w.NUM_SENT] + number, payload_bytes)
-        start = job[w.X] + number * job[w.ROW_BYTES]
+        start = args[w.TENSOR] + number * args[w.ROW_BYTES]
         checksum = frame_checksum(
-            head, start, job[w.ROWS], job[w.ROW_BYTES], job[w.STRIDE], state[w.FOLD], state[w.TABLE]
+            head, start, args[w.ROWS], args[w.ROW_BYTES], args[w.STRIDE], state[w.FOLD], state[w.TABLE]
         )
         store(head, FIELD_BYTES, checksum, 4)
 
 
 @_jit
-def _point(peer, job, number, offset):  # type: ignore[no-untyped-def]
-    """Has the peer's message be what follows ``offset`` bytes of a frame."""
-    pieces = words_at(peer[w.PIECES], (job[w.ROWS] + 1, 2))
+def _fill_message(peer, args, number, offset):  # type: ignore[no-untyped-def]
+    """Fills the peer's message with what follows ``offset`` bytes of a frame."""
+    iovecs = words_at(peer[w.IOVECS], (args[w.ROWS] + 1, 2))
     count = 0
     if offset < HEADER_BYTES:
-        pieces[0, 0], pieces[0, 1] = peer[w.HEADS] + number * w.HEAD_STRIDE + offset, HEADER_BYTES - offset
+        iovecs[0, 0], iovecs[0, 1] = peer[w.HEADS] + number * w.HEAD_STRIDE + offset, HEADER_BYTES - offset
         count, offset = 1, HEADER_BYTES
-    row = (offset - HEADER_BYTES) // job[w.ROW_BYTES]
-    skip = (offset - HEADER_BYTES) % job[w.ROW_BYTES]
-    start = job[w.X] + number * job[w.ROW_BYTES]
-    while row < job[w.ROWS]:
-        pieces[count, 0], pieces[count, 1] = start + row * job[w.STRIDE] + skip, job[w.ROW_BYTES] - skip
+    row = (offset - HEADER_BYTES) // args[w.ROW_BYTES]
+    skip = (offset - HEADER_BYTES) % args[w.ROW_BYTES]
+    start = args[w.TENSOR] + number * args[w.ROW_BYTES]
+    while row < args[w.ROWS]:
+        iovecs[count, 0], iovecs[count, 1] = start + row * args[w.STRIDE] + skip, args[w.ROW_BYTES] - skip
         count, row, skip = count + 1, row + 1, 0
-    words_at(peer[w.MESSAGE], _LENGTH + 1)[_LENGTH] = count
+    words_at(peer[w.MESSAGE], _NUM_IOVECS + 1)[_NUM_IOVECS] = count
 
 
 @_jit
-def _send_more(state, peers, i, job):  # type: ignore[no-untyped-def]
-    """Sends what can be sent now of the strips so far; whether that was all."""
+def _send_more(state, peers, i, args):  # type: ignore[no-untyped-def]
+    """Sends what the socket takes of the tiles so far, and tells whether they are sent whole."""
     peer = peers[i]
-    whole = HEADER_BYTES + job[w.ROWS] * job[w.ROW_BYTES]
-    while peer[w.SENT] < (job[w.STRIP] + 1) * whole:
-        _point(peer, job, peer[w.SENT] // whole, peer[w.SENT] % whole)
+    whole = HEADER_BYTES + args[w.ROWS] * args[w.ROW_BYTES]
+    while peer[w.SENT] < (args[w.TILE] + 1) * whole:
+        _fill_message(peer, args, peer[w.SENT] // whole, peer[w.SENT] % whole)
         sent = _send(np.int32(peer[w.SOCKET]), peer[w.MESSAGE], np.int32(_FLAGS))
         if sent >= 0:
             peer[w.SENT] += sent
-        elif not _goes_on(state, i):
+        elif not _is_retried(state, i):
             return False
     return True
 
 
 @_jit
 def _is_whole(state, head, payload, num_bytes):  # type: ignore[no-untyped-def]
-    """Whether a frame that has come is what was sent."""
+    """Tells whether the checksum of a received frame is right."""
     checksum = frame_checksum(head, payload, np.int64(1), num_bytes, np.int64(0), state[w.FOLD], state[w.TABLE])
     return checksum == load(head, FIELD_BYTES, 4)
 
 
 @_jit
-def _receive_more(state, peers, i, job):  # type: ignore[no-untyped-def]
-    """Receives what has come; whether that was all strips, and as they should be."""
+def _receive_more(state, peers, i, args):  # type: ignore[no-untyped-def]
+    """Receives what has come, and tells whether all tiles are there. Notes a wrong frame in the state."""
     peer = peers[i]
-    payload_bytes = job[w.ROWS] * job[w.ROW_BYTES]
+    payload_bytes = args[w.ROWS] * args[w.ROW_BYTES]
     whole = HEADER_BYTES + payload_bytes
-    while peer[w.RECEIVED] < job[w.NUM_STRIPS] * whole:
+    while peer[w.RECEIVED] < args[w.NUM_TILES] * whole:
         number, done = peer[w.RECEIVED] // whole, peer[w.RECEIVED] % whole
-        frame = peer[w.FRAMES] + number * job[w.FRAME_STRIDE]
+        frame = peer[w.FRAMES] + number * args[w.FRAME_STRIDE]
         received = _receive(np.int32(peer[w.SOCKET]), frame + done, whole - done, np.int32(_FLAGS))
         if received == 0:
             _fail(state, w.CLOSED, i, np.int64(0))
@@ -166,28 +167,28 @@ def _receive_more(state, peers, i, job):  # type: ignore[no-untyped-def]
             has_head = done < HEADER_BYTES and done + received >= HEADER_BYTES
             head = bytes_at(frame, HEADER_BYTES)
             if has_head and not is_due(head, state[w.EPOCH], peer[w.NUM_RECEIVED] + number, payload_bytes):
-                state[w.AT] = number * job[w.FRAME_STRIDE]
+                state[w.AT] = number * args[w.FRAME_STRIDE]
                 _fail(state, w.NOT_DUE, i, number)
                 return False
             if done + received == whole and not _is_whole(state, head, frame + HEADER_BYTES, payload_bytes):
                 _fail(state, w.DAMAGED, i, number)
                 return False
-        elif not _goes_on(state, i):
+        elif not _is_retried(state, i):
             return False
     return True
 
 
 @_jit
-def _go_on(state, peers, job):  # type: ignore[no-untyped-def]
-    """Sends to and receives from all peers what can be done now; how many are to be waited for."""
-    whole = HEADER_BYTES + job[w.ROWS] * job[w.ROW_BYTES]
+def _advance(state, peers, args):  # type: ignore[no-untyped-def]
+    """Sends and receives what all sockets allow now, and returns how many peers are to be waited for."""
+    whole = HEADER_BYTES + args[w.ROWS] * args[w.ROW_BYTES]
     polls = words_at(state[w.POLLS], len(peers))
     num_waiting = 0
     for i in range(len(peers)):
-        is_sent = _send_more(state, peers, i, job)
-        is_there = peers[i, w.RECEIVED] >= job[w.NUM_STRIPS] * whole
+        is_sent = _send_more(state, peers, i, args)
+        is_there = peers[i, w.RECEIVED] >= args[w.NUM_TILES] * whole
         if state[w.STATUS] == w.OK and not is_there:
-            is_there = _receive_more(state, peers, i, job)
+            is_there = _receive_more(state, peers, i, args)
         if state[w.STATUS] != w.OK:
             return 0
         if not (is_sent and is_there):
@@ -200,11 +201,11 @@ def _go_on(state, peers, job):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _finish(state, peers, job):  # type: ignore[no-untyped-def]
-    """Goes on until all strips have gone and come."""
+def _finish(state, peers, args):  # type: ignore[no-untyped-def]
+    """Sends and receives until all tiles are there at both ends, or an error ends it."""
     began_ms = asked_ms = _now_ms()
     while True:
-        num_waiting = _go_on(state, peers, job)
+        num_waiting = _advance(state, peers, args)
         if num_waiting == 0:
             return
         _poll(state[w.POLLS], np.uint64(num_waiting), np.int32(WAIT_MS))
@@ -217,49 +218,49 @@ def _finish(state, peers, job):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _sum(state, peers, job):  # type: ignore[no-untyped-def]
-    """What all have sent, and what is here, in the order of ranks."""
+def _sum(state, peers, args):  # type: ignore[no-untyped-def]
+    """Adds the parts of all ranks in rank order, in place of this rank's own part."""
     parts = words_at(state[w.PARTS], len(peers) + 1)
-    for number in range(job[w.NUM_STRIPS]):
-        for row in range(job[w.ROWS]):
+    for number in range(args[w.NUM_TILES]):
+        for row in range(args[w.ROWS]):
             for i in range(len(peers)):
-                frame = peers[i, w.FRAMES] + number * job[w.FRAME_STRIDE]
-                parts[i if i < job[w.MINE] else i + 1] = frame + HEADER_BYTES + row * job[w.ROW_BYTES]
-            here = job[w.X] + row * job[w.STRIDE] + number * job[w.ROW_BYTES]
-            parts[job[w.MINE]] = here
-            call_four(job[w.ADD], state[w.PARTS], np.int64(len(parts)), here, job[w.COUNT])
+                frame = peers[i, w.FRAMES] + number * args[w.FRAME_STRIDE]
+                parts[i if i < args[w.OWN_PART] else i + 1] = frame + HEADER_BYTES + row * args[w.ROW_BYTES]
+            here = args[w.TENSOR] + row * args[w.STRIDE] + number * args[w.ROW_BYTES]
+            parts[args[w.OWN_PART]] = here
+            call_four(args[w.ADD], state[w.PARTS], np.int64(len(parts)), here, args[w.COUNT])
 
 
 @_jit
-def _work(state, peers, job):  # type: ignore[no-untyped-def]
-    """Begins the sum of a strip; of the last, ends that of all."""
-    _begin(state, peers, job)
-    if job[w.STRIP] + 1 < job[w.NUM_STRIPS]:
-        _go_on(state, peers, job)
+def _run(state, peers, args):  # type: ignore[no-untyped-def]
+    """Starts the all-reduce of a tile; with the last tile, completes that of all tiles."""
+    _begin(state, peers, args)
+    if args[w.TILE] + 1 < args[w.NUM_TILES]:
+        _advance(state, peers, args)
         return
-    _finish(state, peers, job)
+    _finish(state, peers, args)
     if state[w.STATUS] == w.OK:
         for i in range(len(peers)):
-            peers[i, w.NUM_SENT] += job[w.NUM_STRIPS]
-            peers[i, w.NUM_RECEIVED] += job[w.NUM_STRIPS]
-        _sum(state, peers, job)
+            peers[i, w.NUM_SENT] += args[w.NUM_TILES]
+            peers[i, w.NUM_RECEIVED] += args[w.NUM_TILES]
+        _sum(state, peers, args)
 
 
 def _entry(version: int) -> Callable[[Any], None]:
-    """Numba's cache knows the code by ``version`` too."""
+    """Makes the function that is compiled; ``version`` is part of its closure, by which Numba's cache knows it."""
 
-    def exchange(at):  # type: ignore[no-untyped-def]
+    def all_reduce(at):  # type: ignore[no-untyped-def]
         if version >= 0:
-            job = carray(at, w.JOB_WORDS)
-            state = words_at(job[w.THE_STATE], w.STATE_WORDS)
-            if take_ticket(job[w.TICKET]) == 0 and state[w.STATUS] == w.OK:
-                _work(state, words_at(state[w.PEERS], (state[w.NUM_PEERS], w.PEER_WORDS)), job)
+            args = carray(at, w.ARGUMENT_WORDS)
+            state = words_at(args[w.STATE], w.STATE_WORDS)
+            if take_ticket(args[w.TICKET]) == 0 and state[w.STATUS] == w.OK:
+                _run(state, words_at(state[w.PEERS], (state[w.NUM_PEERS], w.PEER_WORDS)), args)
 
-    return exchange
+    return all_reduce
 
 
 @cache
 def compiled() -> int:
-    """Address of the exchange, a C function of its job's."""
+    """Returns the address of the compiled function, a C function of the address of its arguments."""
     sources = (__file__, w.__file__, frame_code.__file__, frames.__file__, checksum_ir.__file__, intrinsics.__file__)
     return c_function(types.void(types.CPointer(types.int64)), _entry, sources)

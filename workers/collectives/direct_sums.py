@@ -1,4 +1,4 @@
-"""Sums over the ranks of a stage by compiled code: from Python, or as works of a program that goes on by itself."""
+"""The direct all-reduce by compiled code, called from Python or as operations of a compiled program."""
 
 import ctypes
 import math
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.cpu.layers.partial import MOST_STRIPS
+from kernels.cpu.layers.partial import MOST_COLUMN_TILES
 from kernels.cpu.machine import machine_code, threads
-from kernels.cpu.machine.columns_ir import WHOLE, Strip
+from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
+from placement.errors import HeterodyneError
 from workers.collectives import add_ir, direct_code
 from workers.collectives import direct_words as words
 from workers.transport import checksum_ir, frame_code
@@ -25,35 +26,37 @@ from workers.transport.frames import HEADER_BYTES, Kind, parse
 from workers.transport.link import Link, broken
 
 MOST_BYTES = 4 << 20
-"""Of a tensor: what Python costs larger ones is little beside what they take to send."""
+"""The largest tensor: for larger ones the cost of Python is small beside the time that sending takes."""
 
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_JOB = struct.Struct(f"={words.JOB_WORDS}q")
+_ARGUMENTS = struct.Struct(f"={words.ARGUMENT_WORDS}q")
 _WAIT = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64)
 _CACHE_LINE = 64
-_STRIP_COLUMNS = 32  # a strip has whole vectors of them
-_MOST_ROWS = 256  # in strips: a message has at most 1024 pieces
+_TILE_COLUMNS = 32  # a tile has a whole number of vectors of so many columns
+_MOST_ROWS = 256  # of a tensor in several tiles, since a message has at most 1024 iovecs
 
 
 @cache
 def _adds() -> dict[str, int]:
+    """Returns the addresses of the functions that add, by name."""
     return machine_code.addresses(add_ir.module(), list(add_ir.NAMES.values()))
 
 
 @cache
 def _fold() -> int:
+    """Returns the address of the function that folds checksums."""
     return machine_code.addresses(checksum_ir.fold(), [checksum_ir.NAME])[checksum_ir.NAME]
 
 
 def is_available() -> bool:
-    """Whether this CPU has what the code needs."""
+    """Tells whether this CPU supports the code."""
     return checksum_ir.FEATURE in machine_code.cpu_features()
 
 
-class DirectSums:
-    """The direct exchange of :func:`workers.collectives.algorithms.direct`: the same frames, the same bits.
+class CompiledAllReduce:
+    """A compiled :func:`workers.collectives.algorithms.direct`, with the same frames and the same bits.
 
-    For the thread that executes steps, or the one beside it. A :class:`kernels.cpu.layers.partial.SumWork`.
+    For the thread that executes steps or its background thread. Implements :class:`kernels.cpu.layers.partial.SumWork`.
     """
 
     def __init__(
@@ -62,40 +65,40 @@ class DirectSums:
         rank: int,
         links: Mapping[int, Link],
         timeout_s: float,
-        strips: Callable[[int], int] = lambda _: 1,
+        num_tiles: Callable[[int], int] = lambda _: 1,
         alive: Callable[[], None],
         reason: Callable[[PeerFailed], PeerFailed] = lambda error: error,
     ) -> None:
-        """Of the ranks of a group, where :func:`is_available`.
+        """Sets the memory of the compiled code up. Only where :func:`is_available`.
 
         Args:
-            rank: of this one, in the group.
-            links: to all others.
-            timeout_s: longest that a sum of a program may take.
-            strips: in how many a tensor of so many bytes is summed best.
-            alive: raises where a rank is known to be lost; called about every 0.1 s of a program's wait.
-            reason: why a connection broke.
+            rank: the number of this rank in the group.
+            links: the links to all others, by rank.
+            timeout_s: how long an all-reduce within a program may take.
+            num_tiles: gives, for a tensor's bytes, the number of column tiles in which its all-reduce is fastest.
+            alive: raises where a rank is known to be lost; is called about every 0.1 s while a program waits.
+            reason: finds out why a connection broke.
 
         Raises:
             PeerFailed: a link is closed.
         """
         self._rank = rank
         self._links = [links[peer] for peer in sorted(links)]
-        self._each = timeout_s, alive  # what limits the sums of a program
-        self._strips = strips
+        self._program_limits = timeout_s, alive
+        self._wanted_tiles = num_tiles
         self._reason = reason
-        self._given_up: BaseException | None = None
-        self._limits = timeout_s, alive  # what limits the sums that are on their way
+        self._wait_error: BaseException | None = None
+        self._limits = timeout_s, alive  # those of what runs now
         self._add = _adds()
-        self._on_wait = _WAIT(self._is_to_end)  # must live as long as the code may call it
+        self._on_wait = _WAIT(self._must_stop)  # must live as long as the code may call it
         self._table = frame_code.checksum_table()
         self._parts = np.zeros(len(self._links) + 1, np.int64)
         self._polls = np.zeros(len(self._links), np.int64)
-        self._pieces = np.zeros((len(self._links), _MOST_ROWS + 1, 2), np.int64)
+        self._iovecs = np.zeros((len(self._links), _MOST_ROWS + 1, 2), np.int64)
         self._messages = np.zeros((len(self._links), 7), np.int64)
-        self._heads = np.zeros((len(self._links), MOST_STRIPS, words.HEAD_STRIDE), np.uint8)
+        self._heads = np.zeros((len(self._links), MOST_COLUMN_TILES, words.HEAD_STRIDE), np.uint8)
         self._frames: list[NDArray[np.uint8]] = []
-        self._room = 0
+        self._frame_bytes = 0
         self._ticket = np.zeros(1, np.int64)
         self._peers = np.zeros((len(self._links), words.PEER_WORDS), np.int64)
         self._state = np.zeros(words.STATE_WORDS, np.int64)
@@ -103,122 +106,128 @@ class DirectSums:
 
     @property
     def function(self) -> int:
-        """Address of the code."""
+        """Returns the address of the code."""
         return direct_code.compiled()
 
     @property
     def failed(self) -> int:
-        """Address of the word that is not 0 once a sum has failed."""
+        """Returns the address of the word that is not 0 once an all-reduce has failed."""
         return int(self._state[words.STATUS :].ctypes.data)
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether it is a tensor of a kind and size that the code is for."""
+    def accepts(self, x: Tensor) -> bool:
+        """Tells whether the code can sum a tensor of this size, dtype and device."""
         return x.dtype in _NUMBERS and 0 < x.nbytes <= MOST_BYTES and x.is_contiguous() and x.device.type == "cpu"
 
-    def num_strips(self, x: Tensor) -> int:
-        """As :class:`kernels.cpu.layers.partial.SumWork` says: as many as pay, of whole vectors of outputs."""
+    def num_column_tiles(self, x: Tensor) -> int:
+        """Implements :meth:`kernels.cpu.layers.partial.SumWork.num_column_tiles`, in whole vectors of outputs."""
         if len(x) > _MOST_ROWS:
             return 1
-        columns = x.shape[1] // _STRIP_COLUMNS
-        return math.gcd(self._strips(x.nbytes), columns) if x.shape[1] % _STRIP_COLUMNS == 0 else 1
+        columns = x.shape[1] // _TILE_COLUMNS
+        return math.gcd(self._wanted_tiles(x.nbytes), columns) if x.shape[1] % _TILE_COLUMNS == 0 else 1
 
-    def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
-        """As :class:`kernels.cpu.layers.partial.SumWork` says: ``x`` is contiguous memory that the caller keeps."""
-        assert self.takes(x) and strip.count <= MOST_STRIPS, (x.dtype, x.shape, strip)
-        assert strip.count == 1 or (len(x) <= _MOST_ROWS and x.shape[1] % strip.count == 0), (x.shape, strip)
-        rows = 1 if strip.count == 1 else len(x)
+    def arguments(self, x: Tensor, ticket: int, tile: ColumnTile = WHOLE) -> bytes:
+        """Implements :meth:`kernels.cpu.layers.partial.SumWork.arguments`; the caller keeps the contiguous ``x``."""
+        assert self.accepts(x) and tile.count <= MOST_COLUMN_TILES, (x.dtype, x.shape, tile)
+        assert tile.count == 1 or (len(x) <= _MOST_ROWS and x.shape[1] % tile.count == 0), (x.shape, tile)
+        rows = 1 if tile.count == 1 else len(x)
         stride = x.nbytes // rows
-        row_bytes = stride // strip.count
+        row_bytes = stride // tile.count
         frame_stride = -(-(HEADER_BYTES + rows * row_bytes) // _CACHE_LINE) * _CACHE_LINE
-        self._reserve(frame_stride * strip.count)
+        self._reserve(frame_stride * tile.count)
         add = self._add[add_ir.NAMES[_NUMBERS[x.dtype]]]
-        return _JOB.pack(
+        return _ARGUMENTS.pack(
             *(ticket, self._state.ctypes.data, x.data_ptr(), rows, stride),
-            *(strip.number, strip.count, row_bytes, add, row_bytes // x.itemsize, self._rank, frame_stride),
+            *(tile.number, tile.count, row_bytes, add, row_bytes // x.itemsize, self._rank, frame_stride),
         )
 
     def all_reduce(self, x: Tensor, *, deadline_s: float, alive: Callable[[], None]) -> None:
-        """Sums what it :meth:`takes` over the ranks, in place.
+        """Sums a tensor that it :meth:`accepts` over the ranks, in place.
 
         Args:
-            deadline_s: by :func:`time.monotonic`.
+            deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
             alive: raises where a rank is known to be lost.
 
         Raises:
-            PeerFailed: a connection broke, or the sum is not done by the deadline.
-            BadFrame: what came is not what was due.
+            PeerFailed: a connection broke, or the all-reduce is not done by the deadline.
+            BadFrame: a received frame is not the one that was due.
         """
         self._ticket[0] = 0
-        job = self.job(x, int(self._ticket.ctypes.data))
+        arguments = self.arguments(x, int(self._ticket.ctypes.data))
         self.begin()
         self._limits = deadline_s - time.monotonic(), alive
-        threads.run(self.function, job, 1)
+        threads.run(self.function, arguments, 1)
         self._check()
 
     def release(self) -> None:
-        """Lets the memory for frames go: not once there are jobs that are to run."""
-        self._frames, self._room = [], 0
+        """Frees the memory for frames. Not while there are arguments that are still to be used."""
+        self._frames, self._frame_bytes = [], 0
 
     def begin(self) -> None:
-        """Before a program whose works sum: others may have used the connections."""
-        self._limits = self._each
+        """Prepares for a program; reads the frame numbers, since others may have used the connections."""
+        self._limits = self._program_limits
         for peer, link in zip(self._peers, self._links, strict=True):
             peer[words.NUM_SENT], peer[words.NUM_RECEIVED] = link.num_sent, link.num_received
 
     def end(self) -> None:
-        """After it. Raises PeerFailed and BadFrame, where a sum has failed."""
+        """Ends a program. Raises PeerFailed and BadFrame where an all-reduce has failed."""
         try:
             self._check()
         except PeerFailed as error:
             raise self._reason(error) from error
 
     def _check(self) -> None:
+        """Writes the frame numbers back, and raises the error that the state tells of, if any."""
         for peer, link in zip(self._peers, self._links, strict=True):
             link.num_sent, link.num_received = int(peer[words.NUM_SENT]), int(peer[words.NUM_RECEIVED])
         status, place = int(self._state[words.STATUS]), int(self._state[words.AWAITED])
         if status == words.OK:
             return
-        link = self._links[place]
         if status == words.GAVE_UP:
-            assert self._given_up is not None
-            raise self._given_up
+            assert self._wait_error is not None
+            raise self._wait_error
+        raise self._error(status, place)
+
+    def _error(self, status: int, place: int) -> HeterodyneError:
+        """Makes the error of a status other than OK, given the index of the peer."""
+        link = self._links[place]
         if status == words.BROKEN:
             code = int(self._state[words.ERROR])
-            raise broken(link, OSError(code, os.strerror(code)))
+            return broken(link, OSError(code, os.strerror(code)))
         if status == words.CLOSED:
-            raise PeerFailed(link.peer, "closed its connection")
+            return PeerFailed.closed(link.peer)
         if status == words.DAMAGED:
-            raise BadFrame("a TENSOR frame is damaged (checksum)")
+            return BadFrame("a TENSOR frame is damaged (checksum)")
         number, start = int(self._state[words.ERROR]), int(self._state[words.AT])
         head = self._frames[place][start : start + HEADER_BYTES].tobytes()
         header = parse(head, epoch=link.epoch, number=link.num_received + number)
         if header.kind is Kind.FAILED:
-            raise PeerFailed(link.peer, "says that it has failed")
+            return PeerFailed(link.peer, "says that it has failed")
         if header.kind is not Kind.TENSOR:
-            raise BadFrame(f"a {header.kind.name} frame came where a TENSOR was due")
-        raise BadFrame(f"a TENSOR frame has {header.length} bytes, which is not what was due")
+            return BadFrame.unexpected(header.kind.name, Kind.TENSOR.name)
+        return BadFrame(f"a TENSOR frame has {header.length} bytes, which is not what was due")
 
-    def _is_to_end(self, waited_ms: int) -> int:
-        """Called by the code while it waits: whether it is to end."""
+    def _must_stop(self, waited_ms: int) -> int:
+        """Tells the code, which calls it while it waits, whether to stop: 1 or 0."""
         timeout_s, alive = self._limits
         try:
             alive()
             if waited_ms >= 1000 * timeout_s:
                 place = int(self._state[words.AWAITED])
-                raise PeerFailed(self._links[place].peer, "did not answer in time")
+                raise PeerFailed.timed_out(self._links[place].peer)
         except BaseException as error:  # raised once the code has returned
-            self._given_up = error
+            self._wait_error = error
             return 1
         return 0
 
     def _set_up(self) -> None:
+        """Writes the words that stay the same: those of the peers and of the state."""
         for place, link in enumerate(self._links):
             peer, message = self._peers[place], self._messages[place]
             peer[words.SOCKET] = self._own_socket(link)
             peer[words.HEADS] = self._heads[place].ctypes.data
             peer[words.MESSAGE] = message.ctypes.data
-            peer[words.PIECES] = self._pieces[place].ctypes.data
-            message[2] = self._pieces[place].ctypes.data  # msg_iov
+            peer[words.IOVECS] = self._iovecs[place].ctypes.data
+            message[2] = self._iovecs[place].ctypes.data  # msg_iov
         state = self._state
         state[words.NUM_PEERS] = len(self._links)
         state[words.EPOCH] = self._links[0].epoch
@@ -230,7 +239,7 @@ class DirectSums:
         state[words.PARTS] = self._parts.ctypes.data
 
     def _own_socket(self, link: Link) -> int:
-        """The number of its connection that, while the code has it, no other file gets when the link is closed."""
+        """Duplicates a link's socket number, so that no other file gets the number while the code uses it."""
         try:
             number = os.dup(link.socket.fileno())
         except OSError as error:
@@ -239,10 +248,10 @@ class DirectSums:
         return number
 
     def _reserve(self, num_bytes: int) -> None:
-        """Memory for all frames from each peer; payloads begin at cache lines."""
-        if num_bytes <= self._room:
+        """Allocates memory for the frames from each peer, whose payloads begin at cache lines."""
+        if num_bytes <= self._frame_bytes:
             return
-        self._room = num_bytes
+        self._frame_bytes = num_bytes
         self._frames = []
         for peer in self._peers:
             memory = np.zeros(num_bytes + _CACHE_LINE, np.uint8)

@@ -1,4 +1,4 @@
-"""A stage's ranks that sum by NCCL: see :mod:`workers.collectives.torch_group`."""
+"""All-reduce by NCCL, for tensors on GPUs: see :mod:`workers.collectives.torch_group`."""
 
 import threading
 import time
@@ -13,16 +13,15 @@ from workers.collectives.torch_group import Backend, TorchGroup, Work
 from workers.transport.errors import PeerFailed
 from workers.transport.pulse import Pulse
 
-_LOOK_S = 5e-5
+_CHECK_S = 5e-5
 
 
 class NcclGroup(TorchGroup):
-    """Of tensors on GPUs, each rank with one of its own.
+    """A group of ranks that reduces tensors on GPUs by NCCL; each rank has a GPU of its own.
 
-    A sum is waited for by the stream that needs it. The host does so once a step, by :meth:`settle`: a rank that is
-    lost leaves a kernel that never ends, and whatever waited for the device without looking would hang with it. The
-    communicator is aborted by the thread that was told of the loss alone, so that nothing goes on with what an aborted
-    sum left.
+    The stream that needs a sum waits for it. The host waits once a step, in :meth:`settle`: a rank that is lost leaves
+    a kernel that never ends, and a plain wait for the device would hang with it. Only the thread that learns of the
+    loss aborts the communicator, so that nothing computes on with the incomplete result of an aborted sum.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class NcclGroup(TorchGroup):
 
     @torch.inference_mode()
     def begin_reduce(self, partial: Partial) -> Future[None]:
-        """The same on a stream beside the computation's. The future has the stream wait that asks for its result."""
+        """Runs :meth:`reduce` on a stream beside the computation's. A stream that asks for the result waits for it."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             self.reduce(partial)
@@ -43,21 +42,21 @@ class NcclGroup(TorchGroup):
             return StreamFuture(self._side.record_event())
 
     def settle(self) -> None:
-        """Waits until all sums are there, on the host too. Raises PeerFailed."""
+        """Blocks the host until all sums are there. Raises PeerFailed."""
         torch.cuda.current_stream().wait_stream(self._side)
         event = torch.cuda.current_stream().record_event()
         self._deadline_s = time.monotonic() + COLLECTIVE_S
         try:
             while not event.query():
-                self._look()
-                time.sleep(_LOOK_S)
+                self._check()
+                time.sleep(_CHECK_S)
         except PeerFailed:
             self.close()
             raise
 
     def _finish(self, work: Work) -> None:
         try:
-            work.wait()  # of the stream
+            work.wait()  # the stream waits, not the host
         except RuntimeError as error:
             raise self._broken(error) from error
 
@@ -68,7 +67,7 @@ class NcclGroup(TorchGroup):
 
 
 class StreamFuture(Future[None]):
-    """Done when an event of a stream is: the stream that asks for the result waits, not the thread."""
+    """A future of what a stream computes: asking for the result has the current stream wait, not the thread."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         super().__init__()
@@ -76,5 +75,5 @@ class StreamFuture(Future[None]):
         self.set_result(None)
 
     def result(self, timeout: float | None = None) -> None:
-        """Has the current stream wait."""
+        """Has the current stream wait for the event."""
         torch.cuda.current_stream().wait_event(self._event)

@@ -1,7 +1,7 @@
-"""A sum whose rows are scattered over the ranks, which do what follows for their own and gather the results.
+"""A reduce-scatter of rows, after which each rank computes residual and norm of its own rows, and an all-gather.
 
-Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see :mod:`kernels.cpu.layers.partial`. The
-bits are those of a sum that all have, and that each does the rest with.
+(TokenWeave, Gond et al. 2025; see :mod:`kernels.cpu.layers.partial`.) The bits are those of an all-reduce after which
+every rank computes residual and norm of all rows.
 """
 
 from kernels.cpu.layers.partial import Partial
@@ -9,24 +9,24 @@ from workers.collectives.algorithms import Peers, all_gather, reduce_scatter
 
 
 def reduce_and_finish(peers: Peers, partial: Partial) -> None:
-    """Sums the rank's rows, finishes them, and gathers those of all. Raises PeerFailed.
+    """Reduces and finishes this rank's rows, and gathers the finished rows of all ranks. Raises PeerFailed.
 
-    What is not on the host is copied there and back.
+    Tensors that are not on the host are copied there and back.
     """
     update, finish = partial.update, partial.finish
     assert finish is not None, "there is nothing to finish"
-    on_host = update.cpu()  # itself, where it is there
-    parts = on_host.tensor_split(peers.num_ranks)
-    reduce_scatter(peers, parts)
-    start = sum(map(len, parts[: peers.rank]))
-    own = slice(start, start + len(parts[peers.rank]))
+    on_host = update.cpu()  # the same tensor, where it is on the host
+    chunks = on_host.tensor_split(peers.num_ranks)
+    reduce_scatter(peers, chunks)
+    start = sum(map(len, chunks[: peers.rank]))
+    own = slice(start, start + len(chunks[peers.rank]))
     if update.device.type != "cpu":
-        update[own] = parts[peers.rank].to(update.device)
+        update[own] = chunks[peers.rank].to(update.device)
     finish.rows(own.start, own.stop)
     if update.device.type == "cpu":
         all_gather(peers, finish.result.tensor_split(peers.num_ranks))
     else:
-        parts[peers.rank].copy_(finish.result[own])  # the copy's rows are done with
-        all_gather(peers, parts)
+        chunks[peers.rank].copy_(finish.result[own])  # the sums on the host are no longer needed
+        all_gather(peers, chunks)
         finish.result.copy_(on_host)
     partial.is_finished = True

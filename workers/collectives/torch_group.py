@@ -1,22 +1,22 @@
 """The ranks of a stage as a process group of torch.distributed: gloo for tensors on the host, NCCL for those on GPUs.
 
-An all-reduce of theirs adds in an order that depends on the tensor's size: rings and trees, rounded at every hop. So a
-rank is given what all others have, by an all-gather, and adds it itself, in the order of ranks, as
-:mod:`workers.collectives.algorithms` does: the same bits, whichever way is taken. With n ranks and S bytes:
+The all-reduces of these libraries add in an order that depends on the tensor's size, in rings and trees that round at
+every hop. So each rank receives the others' tensors by an all-gather and adds them itself in rank order, as
+:mod:`workers.collectives.algorithms` does, which gives the same bits. With n ranks and S bytes, the ways are:
 
-    gathered    everyone is given all                         a + (n-1) S/B        small sums
-    scattered   everyone sums a part, which all are given     2a + 2 (n-1)/n S/B   large sums of more than two ranks
-    reduced     gloo's own all-reduce                         2a + S/B             large sums of two ranks on the host
+    gathered    all-gather, then every rank adds              a + (n-1) S/B        small tensors
+    scattered   reduce-scatter, then all-gather               2a + 2 (n-1)/n S/B   large tensors of more than two ranks
+    reduced     gloo's own all-reduce                         2a + S/B             large tensors of two ranks on hosts
 
-The last has the same bits too: what two ranks add is rounded once, whoever adds it. It adds what came while the rest
-comes, which with 4 MB on one machine takes two thirds of the time.
+The last has the same bits too, since a sum of two is rounded once, whoever adds it. It adds what has come while the
+rest still comes, which takes two thirds of the time with 4 MB on one machine.
 
-Nothing is pickled: these are collectives of plain tensors, whose sizes all ranks know. The connections are the
-backend's own, opened on the interface that the rank listens on while the group is set up; they have neither token nor
-checksum.
+Nothing is pickled: these are collectives of plain tensors, whose sizes all ranks know. The backend opens connections of
+its own while the group is set up, on the interface that the rank listens on; they have neither token nor checksum.
 
-Waiting for a rank that lives may take COLLECTIVE_S, for one that does not a pulse: a backend knows of no pulse, so the
-wait is cut into slices. Work that hangs then is left to a thread that holds it until it ends.
+A wait for a rank that is alive may take COLLECTIVE_S, but one for a rank that is lost should end with its pulse. A
+backend knows of no pulse, so waits are cut into short slices. A collective that hangs is left to a thread that keeps it
+until it ends.
 """
 
 import time
@@ -35,58 +35,59 @@ from workers.collectives.group import COLLECTIVE_S
 from workers.transport.errors import PeerFailed
 from workers.transport.pulse import Pulse
 
-LOOK_S = 0.1
-"""A wait looks this often whether the others still live."""
+CHECK_S = 0.1
+"""How often a wait checks whether the other ranks are alive."""
 
 LARGE_BYTES = 1 << 18
-"""From here on what counts is how many bytes go, and before, how often."""
+"""From this size on the bytes that are sent determine the time, and below it the number of messages."""
 
-# Gloo says in a tenth of a second that a peer closed its connections; the pulse, soon after, which one and why.
+# Gloo reports within a tenth of a second that some peer closed its connections; soon after, the pulse tells which
+# and why.
 _CAUSE_S = 2.0
 
 
 class Work(Protocol):
-    """A collective of torch.distributed that was begun."""
+    """A collective of torch.distributed that was started; the name is torch's."""
 
     def is_completed(self) -> bool:
-        """Whether it has ended, in whatever way."""
+        """Tells whether it has ended, successfully or not."""
 
     def wait(self, timeout: timedelta = ...) -> bool:
-        """Raises RuntimeError where it failed, or the time is over; may be called again."""
+        """Waits for the end. Raises RuntimeError where it failed or the time is over; may be called again."""
 
 
 class Backend(Protocol):
-    """What is used here of torch.distributed's own classes, whose types do not tell of it."""
+    """The part of torch.distributed's backends that is used here and that their own types leave out."""
 
     def size(self) -> int:
-        """How many ranks there are."""
+        """Returns the number of ranks."""
 
     def allreduce(self, tensors: list[Tensor], /) -> Work:
-        """Sums in place."""
+        """Sums over the ranks, in place."""
 
-    def _allgather_base(self, into: Tensor, mine: Tensor, /) -> Work: ...
+    def _allgather_base(self, into: Tensor, own: Tensor, /) -> Work: ...
 
-    def alltoall_base(self, into: Tensor, x: Tensor, takes: list[int], gives: list[int], /) -> Work:
-        """Gives each rank a part of ``x``; no sizes: parts of one size."""
+    def alltoall_base(self, into: Tensor, x: Tensor, received_sizes: list[int], sent_sizes: list[int], /) -> Work:
+        """Sends each rank a chunk of ``x``; where no sizes are given all chunks have the same."""
 
     def _set_default_timeout(self, timeout: timedelta) -> None: ...
 
     def shutdown(self) -> None:
-        """Of one that has nothing to do."""
+        """Ends a backend that has nothing to do."""
 
     def abort(self) -> None:
-        """Of one that hangs."""
+        """Ends a backend that hangs."""
 
 
 class TorchGroup(ABC):
     """A :class:`workers.model.group.Group` over a backend of torch.distributed. For one thread at a time.
 
     Args:
-        backend: set up, of all ranks; this takes it over.
-        rank: of this rank in the group.
-        members: the rank in the replica of each rank of the group.
-        pulse: knows whether they live.
-        widths: vocabulary rows of each rank.
+        backend: a backend that all ranks have set up; the group takes ownership.
+        rank: the number of this rank in the group.
+        members: the number in the replica of each rank of the group.
+        pulse: knows whether the ranks are alive.
+        widths: the number of vocabulary rows of each rank.
     """
 
     sums = True
@@ -104,10 +105,10 @@ class TorchGroup(ABC):
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks there are, with this one."""
+        """Returns the number of ranks, this one included."""
         return len(self._members)
 
-    @torch.inference_mode()  # of the calling thread
+    @torch.inference_mode()  # each calling thread has its own mode
     def all_reduce(self, x: Tensor) -> None:
         """Sums a contiguous tensor over the ranks, in place. Raises PeerFailed."""
         if not x.numel() or self.num_ranks == 1:
@@ -119,7 +120,7 @@ class TorchGroup(ABC):
             self._sum_gathered(flat)
 
     def reduce(self, partial: Partial) -> None:
-        """Sums what the ranks have parts of; of a large one each finishes its rows. Raises PeerFailed."""
+        """Sums the ranks' partial updates; of a large one each rank finishes its own rows. Raises PeerFailed."""
         update = partial.update
         is_even = len(update) % self.num_ranks == 0
         if partial.finish is not None and update.nbytes >= LARGE_BYTES and is_even and self.num_ranks > 1:
@@ -129,111 +130,112 @@ class TorchGroup(ABC):
             self.all_reduce(update)
 
     def in_program(self, num_bytes: int) -> SumWork | None:
-        """Nothing: the backend is called from Python."""
+        """Returns None, since the backend is called from Python."""
         del num_bytes
         return None
 
     @abstractmethod
     def begin_reduce(self, partial: Partial) -> Future[None]:
-        """The same beside the computation, after what was begun before. Raises PeerFailed in the future."""
+        """Runs :meth:`reduce` in the background, after what was begun before. The future raises PeerFailed."""
 
     @abstractmethod
     def settle(self) -> None:
-        """Waits until all sums are there, on the host too. Raises PeerFailed."""
+        """Blocks the host until all sums are there. Raises PeerFailed."""
 
     @torch.inference_mode()
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """Logits [R, V of the rank] of all ranks side by side [R, V], at rank 0; None elsewhere. Raises PeerFailed."""
+        """Gathers the ranks' logits [R, V of the rank] at rank 0, as [R, V]; None elsewhere. Raises PeerFailed."""
         sizes = [len(x) * width for width in self._widths]
-        takes = [0] * self.num_ranks if self.rank else sizes
-        gives = [sizes[self.rank], *[0] * (self.num_ranks - 1)]
-        came = x.new_empty(sum(takes))
-        self._do(lambda backend: backend.alltoall_base(came, x.reshape(-1), takes, gives))
+        received_sizes = [0] * self.num_ranks if self.rank else sizes
+        sent_sizes = [sizes[self.rank], *[0] * (self.num_ranks - 1)]
+        received = x.new_empty(sum(received_sizes))
+        self._run(lambda backend: backend.alltoall_base(received, x.reshape(-1), received_sizes, sent_sizes))
         self.settle()
         if self.rank:
             return None
-        parts = zip(torch.split(came, sizes), self._widths, strict=True)
+        parts = zip(torch.split(received, sizes), self._widths, strict=True)
         return torch.cat([part.view(len(x), width) for part, width in parts], dim=1)
 
     def close(self) -> None:
-        """Ends the group. A wait for it, on another thread, raises PeerFailed."""
+        """Ends the group. A collective that another thread waits for raises PeerFailed."""
         backend, self._backend = self._backend, None
         if backend is not None:
             self._end(backend, self._last)
 
     def _sum_gathered(self, x: Tensor) -> None:
-        """Sums [m], all of which everyone adds."""
+        """Sums a small tensor [m]: every rank adds all of it."""
         parts = x.new_empty(self.num_ranks, x.numel())
         self._gather(parts.view(-1), x)
         add_in_order(list(parts), x)
 
     def _sum_large(self, x: Tensor) -> None:
-        """Sums [n * m], of which each of n ranks adds m; else as above."""
+        """Sums a large tensor [n * m]: each of n ranks adds m numbers. Falls back to the way of small tensors."""
         if self.num_ranks == 2 or x.numel() % self.num_ranks:
             self._sum_gathered(x)
             return
         parts = x.new_empty(self.num_ranks, x.numel() // self.num_ranks)
-        self._do(lambda backend: backend.alltoall_base(parts.view(-1), x.view(-1), [], []))
-        mine = torch.empty_like(parts[0])
-        add_in_order(list(parts), mine)
-        self._gather(x, mine)
+        self._run(lambda backend: backend.alltoall_base(parts.view(-1), x.view(-1), [], []))
+        own = torch.empty_like(parts[0])
+        add_in_order(list(parts), own)
+        self._gather(x, own)
 
     def _reduce_rows(self, update: Tensor, finish: Finish) -> None:
-        """Sums [n * m, E], of which each of n ranks adds and finishes m rows, and is given what others made of theirs.
+        """Sums [n * m, E]: each of n ranks adds and finishes m rows, and the finished rows are gathered.
 
-        Reduce-scatter, residual, norm and all-gather (TokenWeave, Gond et al. 2025): see
+        That is a reduce-scatter, residual and norm, and an all-gather (TokenWeave, Gond et al. 2025): see
         :mod:`kernels.cpu.layers.partial`.
         """
         share = len(update) // self.num_ranks
         own = slice(self.rank * share, (self.rank + 1) * share)
         parts = update.new_empty(self.num_ranks, share, *update.shape[1:])
-        self._do(lambda backend: backend.alltoall_base(parts.view(-1), update.view(-1), [], []))
+        self._run(lambda backend: backend.alltoall_base(parts.view(-1), update.view(-1), [], []))
         add_in_order(list(parts), update[own])
         finish.rows(own.start, own.stop)
         self._gather(finish.result.view(-1), finish.result[own].clone().view(-1))
 
-    def _gather(self, into: Tensor, mine: Tensor) -> None:
-        # Views that nobody else has: a thread of the backend lets go of them without the interpreter's lock.
-        self._do(lambda backend: backend._allgather_base(into.view(-1), mine.view(-1)))
+    def _gather(self, into: Tensor, own: Tensor) -> None:
+        """Runs an all-gather of flat tensors."""
+        # These views belong to the backend alone, whose thread releases them without the interpreter's lock.
+        self._run(lambda backend: backend._allgather_base(into.view(-1), own.view(-1)))
 
     def _running(self) -> Backend:
-        """Raises PeerFailed where the group has ended."""
+        """Returns the backend. Raises PeerFailed where the group has ended or a rank is lost."""
         self._pulse.check()
         if self._backend is None:
-            raise PeerFailed(self._other, "the connection with it was ended here")
+            raise PeerFailed.ended_here(self._other)
         return self._backend
 
-    def _do(self, begin: Callable[[Backend], Work]) -> None:
-        """Raises PeerFailed; the group has ended then."""
+    def _run(self, start: Callable[[Backend], Work]) -> None:
+        """Starts a collective and waits for it. Where it raises PeerFailed, the group has ended."""
         backend = self._running()
         try:
-            work = self._last = begin(backend)
-        except RuntimeError as error:  # of NCCL, which looks at its connections then
+            work = self._last = start(backend)
+        except RuntimeError as error:  # NCCL checks its connections here
             raise self._broken(error) from error
         self._deadline_s = time.monotonic() + COLLECTIVE_S
         try:
             self._finish(work)
         except PeerFailed:
             self._backend = None
-            self._end(backend, work)  # whoever has closed it meanwhile may not have known of this work
+            self._end(backend, work)  # a thread that closed the group meanwhile may not have known of this collective
             raise
 
     @property
     def _other(self) -> int:
-        """Some other rank, for want of a better name."""
+        """Returns some other rank of the replica, to name where it is not known which one failed."""
         return self._members[0 if self.rank else -1]
 
-    def _look(self) -> None:
-        """Whether to wait on. Raises PeerFailed."""
+    def _check(self) -> None:
+        """Raises PeerFailed where a wait is to end."""
         self._running()
         if time.monotonic() >= self._deadline_s:
-            raise PeerFailed(self._other, "did not answer in time")
+            raise PeerFailed.timed_out(self._other)
 
     def _broken(self, error: RuntimeError) -> PeerFailed:
-        """Which rank it was that a backend failed for, as far as the pulse comes to know it."""
+        """Translates a backend's error; waits for the pulse to tell which rank failed and why."""
         until_s = time.monotonic() + _CAUSE_S
         while self._pulse.lost is None and self._backend is not None and time.monotonic() < until_s:
-            time.sleep(LOOK_S / 10)
+            time.sleep(CHECK_S / 10)
         lost = self._pulse.lost
         if lost is not None:
             return PeerFailed(lost.rank, lost.cause)
@@ -241,8 +243,8 @@ class TorchGroup(ABC):
 
     @abstractmethod
     def _finish(self, work: Work) -> None:
-        """Waits for work where the computation is done: on the host, or on its stream. Raises PeerFailed."""
+        """Has what computes wait for a collective: the host, or its stream. Raises PeerFailed."""
 
     @abstractmethod
     def _end(self, backend: Backend, last: Work | None) -> None:
-        """Ends the backend, whose ``last`` work may hang. Does not wait for that."""
+        """Ends the backend, whose ``last`` collective may hang, without waiting for that."""

@@ -1,1 +1,1 @@
-"""A replica of several ranks: who belongs to it, and who does what in a step."""
+"""A replica of several ranks: its membership, its leader and followers, and its pipeline stages."""

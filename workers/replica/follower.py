@@ -1,4 +1,4 @@
-"""The loop of a rank that follows a leader: one thread takes and lays out steps, another computes them."""
+"""The loop of a rank that follows a leader: one thread receives steps and lays them out, another computes them."""
 
 import logging
 import math
@@ -21,79 +21,82 @@ from workers.transport.pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
-# Steps that are laid out and not computed: no fewer than a leader dispatches ahead.
+# Steps that may be laid out and not yet computed: no fewer than a leader dispatches ahead.
 _MOST_AHEAD = 64
-_LOOK_S = 0.1
+_CHECK_S = 0.1
 
 
-class LaidOut:
-    """Steps that are laid out, by number, from the thread that takes them to the one that computes them."""
+class PreparedSteps:
+    """Hands laid-out steps, by number, from the thread that receives them to the one that computes them."""
 
     def __init__(self, alive: Callable[[], None]) -> None:
-        """``alive`` raises what ends a wait."""
+        """``alive`` is called again and again during waits, and raises what ends them."""
         self._alive = alive
         self._steps: dict[int, Prepared] = {}
         self._changed = threading.Condition()
 
     def put(self, number: int, step: Prepared) -> None:
-        """Adds a step, once there is room for it."""
+        """Adds a step, and waits for room where too many are there."""
         self._wait(lambda: len(self._steps) < _MOST_AHEAD)
         with self._changed:
             self._steps[number] = step
             self._changed.notify_all()
 
     def get(self, number: int) -> Prepared:
-        """The step of that number, once it is there. It stays."""
+        """Waits for the step of that number and returns it. The step stays until :meth:`drop`."""
         self._wait(lambda: number in self._steps)
         return self._steps[number]
 
     def drop(self, number: int) -> None:
-        """A step that is computed."""
+        """Removes a step that is computed."""
         with self._changed:
             del self._steps[number]
             self._changed.notify_all()
 
-    def _wait(self, true: Callable[[], bool]) -> None:
+    def _wait(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            while not self._changed.wait_for(true, _LOOK_S):
+            while not self._changed.wait_for(condition, _CHECK_S):
                 self._alive()
 
 
-class Duty(Protocol):
-    """What a rank does, again and again, on the thread that computes."""
+class StageTask(Protocol):
+    """What a rank computes for every step, according to its stage. For the thread that computes."""
 
-    def do(self, steps: LaidOut, alive: Callable[[], None]) -> None:
-        """The next piece of work, once it comes. Raises PeerFailed, and what ``alive`` raises."""
+    def run_next(self, steps: PreparedSteps, alive: Callable[[], None]) -> None:
+        """Waits until something is to be computed, and computes it. Raises PeerFailed, and what ``alive`` raises."""
 
 
 class Layout(Protocol):
-    """Lays out steps."""
+    """What a follower needs of a runner: it lays out steps."""
 
-    def lay_out(self, batch: Batch) -> Prepared: ...
+    def lay_out(self, batch: Batch) -> Prepared:
+        """Lays out a batch."""
 
 
 class Follower:
-    """A rank that does what its leader says.
+    """A rank that computes the steps that its leader announces.
 
     Attributes:
-        failure: why it has ended, where nobody stopped it: whatever it is, the replica has failed.
-        ended: done when it has.
+        failure: why the loop has ended, where nobody stopped it; whatever it is, the replica has failed.
+        ended: is done when the loop has ended.
+        num_steps: how many steps were received.
+        thread: runs the loop; whoever makes the follower starts it.
     """
 
     def __init__(
         self,
         *,
         runner: Layout,
-        duty: Duty,
+        task: StageTask,
         leader: Link,
         pulse: Pulse,
         executor: ThreadPoolExecutor,
         vocab_size: int,
         slot_limit: int,
     ) -> None:
-        """``leader`` is the STEPS link to it; ``executor`` has the one thread that computes, and ends with this."""
+        """``leader`` is the STEPS link to the leader. ``executor`` has the one thread that computes."""
         self._runner = runner
-        self._duty = duty
+        self._task = task
         self._leader = leader
         self._pulse = pulse
         self._executor = executor
@@ -101,22 +104,22 @@ class Follower:
         self._slot_limit = slot_limit
         self._stopping = threading.Event()
         self._compute_failure: BaseException | None = None
-        self._steps = LaidOut(self._alive)
+        self._steps = PreparedSteps(self._alive)
         self.failure: BaseException | None = None
         self.ended: Future[None] = Future()
         self.num_steps = 0
         self.thread = threading.Thread(target=self.run, name="follower", daemon=True)
 
     def stop(self) -> None:
-        """Leave the loop; what computes goes on to the end of its piece of work."""
+        """Has the loop end; a computation that runs is finished first."""
         self._stopping.set()
 
     def run(self) -> None:
-        """The loop. Ends after ``stop``, or with ``failure`` set."""
+        """Receives and lays out steps until :meth:`stop`, or until something fails, which ``failure`` then says."""
         computing = self._executor.submit(self._compute)
         try:
             while True:
-                number, batch = self.num_steps, self._take()
+                number, batch = self.num_steps, self._receive()
                 self._steps.put(number, self._runner.lay_out(batch))
         except _Stopped:
             pass
@@ -132,8 +135,8 @@ class Follower:
             self.ended.set_result(None)
             self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self) -> Batch:
-        """The next step of the leader, however long that takes."""
+    def _receive(self) -> Batch:
+        """Receives the leader's next step, however long that takes. Raises PeerFailed and BadFrame."""
         try:
             payload = receive(self._leader, Kind.STEP, deadline_s=math.inf, alive=self._alive)
             message = pb.Step.FromString(bytes(payload))
@@ -145,7 +148,7 @@ class Follower:
         return step_batch(message, number=number, vocab_size=self._vocab_size, slot_limit=self._slot_limit)
 
     def _alive(self) -> None:
-        """What ends a wait: a stop, the failure of the thread that computes, the loss of a rank."""
+        """Raises what ends a wait: a stop, the failure of the thread that computes, or the loss of a rank."""
         if self._stopping.is_set() or self.failure is not None:
             raise _Stopped
         if self._compute_failure is not None:
@@ -153,10 +156,10 @@ class Follower:
         self._pulse.check()
 
     def _compute(self) -> None:
-        """On the executing thread."""
+        """Computes steps until something ends it; on the thread that computes."""
         try:
             while True:
-                self._duty.do(self._steps, self._alive)
+                self._task.run_next(self._steps, self._alive)
         except _Stopped:
             return
         except PeerFailed as error:
@@ -166,4 +169,4 @@ class Follower:
 
 
 class _Stopped(Exception):
-    """This rank was told to stop, or has failed elsewhere."""
+    """This rank was told to stop, or has failed on its other thread."""

@@ -1,5 +1,8 @@
-"""A leader's hold on the ranks that follow it: each is told of every step when it is prepared, and those of its own
-stage when a part of it begins.
+"""The ranks that follow a leader, as the leader sees them.
+
+The leader announces every step to all of them when it prepares the step. It tells those of its own stage to begin when
+a part of the step begins. Announcements (STEP frames) and beginnings (BEGIN frames) travel on links of their own, each
+in order; a follower that is told to begin a step waits for its announcement.
 """
 
 import struct
@@ -9,6 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from workers.collectives.group import COLLECTIVE_S
+from workers.replica.announcer import Announcer
 from workers.step.types import Batch
 from workers.step.wire import step_message
 from workers.transport.errors import BadFrame, PeerFailed
@@ -16,75 +20,110 @@ from workers.transport.frames import Kind
 from workers.transport.link import Link, send
 from workers.transport.pulse import Pulse
 
-_HEAD = struct.Struct("<BQ")  # job, number of the step
+_HEAD = struct.Struct("<BQ")  # the part, and the number of the step
 
 
-class Job(IntEnum):
-    """What the ranks of the first stage do together, next."""
+class StepPart(IntEnum):
+    """The part of a step that the ranks of the first stage compute together."""
 
-    WHOLE = 1  # a step, where there is one stage
-    FORWARD = 2  # a step's first layers
-    FINISH = 3  # the logits of what the last stage gave back
+    WHOLE = 1
+    """The whole step, where there is one stage."""
+    FORWARD = 2
+    """The first stage's layers."""
+    FINISH = 3
+    """The logits, from the hidden states that the last stage gave back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """A job that begins.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginMessage:
+    """The payload of a BEGIN frame: it has the ranks of the first stage begin a part of a step.
 
     Attributes:
-        number: of the step.
-        token_ids: that the step has awaited.
+        number: the number of the step.
+        token_ids: the tokens that the step awaited, in the order of its awaiting sequences.
     """
 
-    job: Job
+    part: StepPart
     number: int
     token_ids: tuple[int, ...] = ()
 
     def pack(self) -> memoryview:
-        """As it travels."""
+        """Returns the payload."""
         ids = struct.pack(f"<{len(self.token_ids)}I", *self.token_ids)
-        return memoryview(_HEAD.pack(self.job, self.number) + ids)
+        return memoryview(_HEAD.pack(self.part, self.number) + ids)
 
     @classmethod
-    def unpack(cls, payload: memoryview) -> "Begin":
-        """What :meth:`pack` made. Raises BadFrame."""
+    def unpack(cls, payload: memoryview) -> "BeginMessage":
+        """Reads the payload that :meth:`pack` made. Raises BadFrame."""
         num_ids, rest = divmod(payload.nbytes - _HEAD.size, 4)
         if num_ids < 0 or rest:
             raise BadFrame(f"a BEGIN frame has {payload.nbytes} bytes")
-        job, number = _HEAD.unpack_from(payload)
-        if job not in Job._value2member_map_:
-            raise BadFrame(f"a BEGIN frame names job {job}")
-        return cls(job=Job(job), number=number, token_ids=struct.unpack_from(f"<{num_ids}I", payload, _HEAD.size))
+        part, number = _HEAD.unpack_from(payload)
+        if part not in StepPart._value2member_map_:
+            raise BadFrame(f"a BEGIN frame names part {part}")
+        token_ids = struct.unpack_from(f"<{num_ids}I", payload, _HEAD.size)
+        return cls(part=StepPart(part), number=number, token_ids=token_ids)
 
 
 class Followers:
-    """The ranks that follow this one."""
+    """Announces steps to the ranks that follow, and has them begin."""
 
-    def __init__(self, *, steps: Mapping[int, Link], begins: Mapping[int, Link], pulse: Pulse) -> None:
-        """Of the links to all of them, and to those of the leader's stage, by rank."""
-        self._steps = dict(steps)
+    def __init__(
+        self,
+        *,
+        steps: Mapping[int, Link],
+        begins: Mapping[int, Link],
+        pulse: Pulse,
+        timeout_s: float = COLLECTIVE_S,
+    ) -> None:
+        """Takes over the sending ends of some links.
+
+        Args:
+            steps: the STEPS links to all ranks that follow, by rank.
+            begins: the COMPUTE links to those of the leader's stage, by rank.
+            pulse: watches all ranks.
+            timeout_s: how long a rank may take to accept a frame.
+        """
         self._begins = dict(begins)
         self._pulse = pulse
+        self._timeout_s = timeout_s
         self._num_announced = 0
+        self._announcer = Announcer(links=tuple(steps.values()), pulse=pulse, timeout_s=timeout_s)
 
     def announce(self, batch: Batch) -> int:
-        """Tells all what the next step computes; its number. On the thread that prepares steps. Raises PeerFailed."""
+        """Announces the next step to all ranks and returns its number. Never waits for a rank.
+
+        Called by the thread that prepares steps. What keeps the announcement from being sent is raised by
+        :meth:`begin` and :meth:`check`.
+        """
         number, self._num_announced = self._num_announced, self._num_announced + 1
-        self._tell(self._steps, Kind.STEP, memoryview(step_message(batch, number).SerializeToString()))
+        self._announcer.send(Kind.STEP, memoryview(step_message(batch, number).SerializeToString()))
         return number
 
     def begin(self, number: int, token_ids: Sequence[int]) -> None:
-        """Begins the whole of a step, with the tokens that it has awaited. Raises PeerFailed."""
-        self.start(Begin(Job.WHOLE, number, tuple(token_ids)))
+        """Has the ranks begin a whole step, given the tokens that it awaited. Raises as :meth:`begin_part` does."""
+        self.begin_part(BeginMessage(part=StepPart.WHOLE, number=number, token_ids=tuple(token_ids)))
 
-    def start(self, begin: Begin) -> None:
-        """Begins a job in the leader's stage. On the thread that computes. Raises PeerFailed."""
-        self._tell(self._begins, Kind.BEGIN, begin.pack())
+    def begin_part(self, message: BeginMessage) -> None:
+        """Has the ranks of the leader's stage begin a part of a step. Called by the thread that computes.
 
-    def _tell(self, links: Mapping[int, Link], kind: Kind, message: memoryview) -> None:
-        deadline_s = time.monotonic() + COLLECTIVE_S
-        for link in links.values():
+        Raises:
+            PeerFailed: a rank was lost, or did not accept this message or an announcement in time.
+        """
+        self._announcer.check()
+        deadline_s = time.monotonic() + self._timeout_s
+        payload = message.pack()
+        for link in self._begins.values():
             try:
-                send(link, kind, message, deadline_s=deadline_s, alive=self._pulse.check)
+                send(link, Kind.BEGIN, payload, deadline_s=deadline_s, alive=self._pulse.check)
             except PeerFailed as error:
                 raise self._pulse.reason(error) from error
+
+    def check(self) -> None:
+        """Raises PeerFailed where a rank was lost, or did not accept an announcement in time."""
+        self._pulse.check()
+        self._announcer.check()
+
+    def close(self) -> None:
+        """Gives up announcements that are not sent yet. Waits for a second at most."""
+        self._announcer.close()

@@ -1,4 +1,4 @@
-"""A rank's connections with the others of its replica, and what it does with them: lead, or follow."""
+"""A rank's membership in its replica: its connections with the other ranks, and its role as leader or follower."""
 
 import logging
 import socket
@@ -19,12 +19,12 @@ from workers.collectives.measure import measure
 from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.torch_group import TorchGroup
 from workers.engine.types import Runner
-from workers.replica.follower import Duty, Follower
+from workers.replica.follower import Follower, StageTask
 from workers.replica.followers import Followers
 from workers.replica.overlap import measure_overlap
 from workers.replica.pipeline import PipelineRunner
 from workers.replica.roster import Roster
-from workers.replica.stages import FirstStage, Hands, LaterStage
+from workers.replica.stages import FirstStage, LaterStage, StageLinks
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.step.runner import ModelRunner
 from workers.transport.link import Link
@@ -36,20 +36,20 @@ logger = logging.getLogger(__name__)
 HOST = torch.device("cpu")
 
 JOIN_S = 30.0
-"""Longest until all ranks have connected: they are told to at the same time."""
+"""How long the ranks may take to connect; the controller tells all of them to at the same time."""
 
 
 class Membership:
-    """The connections of a rank with all others, from joining to its end.
+    """The connections of a rank with all others, from joining to leaving.
 
     Attributes:
-        group: the ranks of its stage.
+        group: the ranks of this rank's stage.
         pulse: watches all ranks.
-        steps: links by which the leader announces steps, by rank.
+        steps: the links on which the leader announces steps, by rank.
     """
 
     def __init__(self, *, mesh: Mesh, roster: Roster) -> None:
-        """Takes the connections over, and begins to beat."""
+        """Takes ownership of the connections, and starts the pulse."""
         self._mesh = mesh
         self._roster = roster
         self.pulse = Pulse(mesh.of(Channel.PULSE))
@@ -59,21 +59,23 @@ class Membership:
         self.group = self._group(roster.stages[roster.stage])
         self._measured = NOTHING_MEASURED
         self._torch: TorchGroup | None = None
+        self._followers: Followers | None = None
         self.pulse.start()
 
     @classmethod
     def join(
         cls, listener: socket.socket, roster: Roster, *, epoch: int, go_on: Callable[[], None] = lambda: None
     ) -> "Membership":
-        """Connect with all other ranks. Raises PeerFailed where one does not come, and what ``go_on`` raises."""
+        """Connects with all other ranks. Raises PeerFailed where one does not come, and what ``go_on`` raises."""
         members = Members(rank=roster.rank, addresses=roster.addresses, epoch=epoch, token=roster.token)
-        return cls(mesh=join(listener, members, deadline_s=time.monotonic() + JOIN_S, go_on=go_on), roster=roster)
+        return cls(mesh=join(listener, members, deadline_s=time.monotonic() + JOIN_S, alive=go_on), roster=roster)
 
     def _group(self, ranks: tuple[int, ...]) -> TensorGroup:
+        """Makes a group of some ranks, over the COMPUTE links."""
         me = self._roster.rank
         return TensorGroup(
             rank=ranks.index(me),
-            links={at: self._compute[rank] for at, rank in enumerate(ranks) if rank != me},
+            links={place: self._compute[rank] for place, rank in enumerate(ranks) if rank != me},
             pulse=self.pulse,
             widths=[len(self._roster.parts[rank].vocab_rows) for rank in ranks],
             table=unmeasured(len(ranks)),
@@ -83,7 +85,7 @@ class Membership:
     def sharing(
         self, model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device, *, token_budget: int
     ) -> SequenceSharing | None:
-        """With the ranks that share sequences with this one, where some do."""
+        """Makes this rank's side of sharing sequences with the others, or returns None where the ranks share none."""
         if not self._roster.stripes:
             return None
         return SequenceSharing(
@@ -97,12 +99,16 @@ class Membership:
         )
 
     def get_ready(self, go_on: Callable[[], None] = lambda: None, device: torch.device = HOST) -> None:
-        """Once all ranks are loaded, measures how they sum best. On the thread that computes, on ``device``.
+        """Waits until all ranks are loaded, and measures which all-reduce is fastest. On the thread that computes.
 
-        Raises PeerFailed, and what ``go_on`` raises while it waits for others.
+        Args:
+            go_on: is called again and again during the wait for other ranks, and raises what ends it.
+            device: the device that this rank computes on.
+
+        Raises PeerFailed, and what ``go_on`` raises.
         """
-        self.group.compile_sums()  # before they meet: for each other they wait as long as it takes
-        self._everyone.meet(go_on)
+        self.group.compile_all_reduce()  # before the barrier, where ranks wait for each other without a deadline
+        self._everyone.barrier(go_on)
         if self.group.sums:
             self._add_torch(device)
             self.group.use(measure(self.group))
@@ -110,13 +116,13 @@ class Membership:
             logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
 
     def _add_torch(self, device: torch.device) -> None:
-        """Has a backend of torch.distributed among the ways to sum: on GPUs, as the only one."""
+        """Adds a backend of torch.distributed to the all-reduces; on GPUs it replaces all others."""
         host = self._roster.addresses[self._roster.rank][0]
         self._torch = open_torch_group(self.group, host=host, device=device)
         if isinstance(self._torch, NcclGroup):
-            self.group.give_to(Library.NCCL.value, self._torch, device)
+            self.group.use_on_device(Library.NCCL.value, self._torch, device)
         elif self._torch is not None:
-            self.group.also(Library.GLOO.value, self._torch)
+            self.group.add_all_reduce(Library.GLOO.value, self._torch)
 
     def measure_runner(
         self,
@@ -127,43 +133,47 @@ class Membership:
         num_slots: int,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
-        """Then measures how its ranks share sequences best, or which steps they overlap. As :meth:`get_ready`.
+        """Measures what depends on the runner: how the ranks share sequences best, or which steps overlap pays for.
+
+        Called after :meth:`get_ready`, on the same thread.
 
         Args:
-            runner: of this rank, whose cache has ``num_slots``.
-            sharing: with the ranks that share sequences with it.
-            token_budget: of a step.
+            runner: the runner of this rank, whose cache has ``num_slots`` slots.
+            sharing: this rank's side of sharing sequences; None where the ranks share none.
+            token_budget: the most tokens of a step.
+            go_on: is called again and again during the wait for the ranks of other stages.
 
-        Raises PeerFailed, and what ``go_on`` raises while it waits for the ranks of other stages.
+        Raises PeerFailed, and what ``go_on`` raises.
         """
         if sharing is not None:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)
             logger.info("sequence_sharing %s", sharing.speeds)
         elif self.group.sums and runner.can_overlap:
-            self.group.agree_on_strips(runner.is_program)
+            self.group.agree_on_tiles(runner.is_program)
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
             self._measured = replace(self._measured, overlap=runner.overlap.measured)
             logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
-        self._everyone.meet(go_on)  # who is done first must not wait for the others with a deadline
+        self._everyone.barrier(go_on)  # a rank that is done first must not wait for the others with a deadline
 
     @property
     def measured(self) -> StageMeasurements:
-        """What was measured of its stage, once it is ready: of the first rank there, as all have the same."""
+        """Returns what was measured of this rank's stage; only its first rank has it, as all measure the same."""
         return NOTHING_MEASURED if self.group.rank else self._measured
 
     def followers(self) -> Followers:
-        """The leader's hold on all others."""
+        """Makes the leader's side of the ranks that follow it. Called once, by the leader; :meth:`leave` ends it."""
         beside = self._roster.stages[0]
         begins = {rank: link for rank, link in self._compute.items() if rank in beside}
-        return Followers(steps=self.steps, begins=begins, pulse=self.pulse)
+        self._followers = Followers(steps=self.steps, begins=begins, pulse=self.pulse)
+        return self._followers
 
     def leading(self, runner: ModelRunner, followers: Followers, device: torch.device) -> Runner:
-        """What the leader's engine has its steps run by, given its own part of them."""
+        """Returns what runs the steps of the leader's engine, given the runner of the leader's own part."""
         if len(self._roster.stages) == 1:
             return runner
-        hands = self._hands(runner)
-        return PipelineRunner(runner=runner, followers=followers, group=self.group, hands=hands, device=device)
+        links = self._stage_links(runner)
+        return PipelineRunner(runner=runner, followers=followers, group=self.group, links=links, device=device)
 
     def follower(
         self,
@@ -174,10 +184,10 @@ class Membership:
         slot_limit: int,
         device: torch.device,
     ) -> Follower:
-        """This rank as one that follows the leader."""
+        """Makes the loop by which this rank follows the leader."""
         return Follower(
             runner=runner,
-            duty=self._duty(runner, device),
+            task=self._task(runner, device),
             leader=self.steps[0],
             pulse=self.pulse,
             executor=executor,
@@ -185,22 +195,29 @@ class Membership:
             slot_limit=slot_limit,
         )
 
-    def _duty(self, runner: ModelRunner, device: torch.device) -> Duty:
-        hands, stages = self._hands(runner), self._roster.stages
+    def _task(self, runner: ModelRunner, device: torch.device) -> StageTask:
+        links, stages = self._stage_links(runner), self._roster.stages
         if self._roster.stage:
             is_last = self._roster.stage == len(stages) - 1
-            return LaterStage(runner=runner, hands=hands, is_last=is_last, device=device)
-        return FirstStage(runner=runner, leader=self._compute[0], group=self.group, hands=hands, device=device)
+            return LaterStage(runner=runner, links=links, is_last=is_last, device=device)
+        return FirstStage(runner=runner, leader=self._compute[0], group=self.group, links=links, device=device)
 
-    def _hands(self, runner: ModelRunner) -> Hands:
+    def _stage_links(self, runner: ModelRunner) -> StageLinks:
         links = self._mesh.of(Channel.STAGES)
-        before: Link | None = None if self._roster.before is None else links[self._roster.before]
-        after = [links[rank] for rank in self._roster.after]
-        return Hands(before=before, after=after, pulse=self.pulse, hidden_size=runner.hidden_size, dtype=runner.dtype)
+        source: Link | None = None if self._roster.source is None else links[self._roster.source]
+        return StageLinks(
+            source=source,
+            targets=[links[rank] for rank in self._roster.targets],
+            pulse=self.pulse,
+            hidden_size=runner.hidden_size,
+            dtype=runner.dtype,
+        )
 
     def leave(self, cause: str) -> None:
-        """Tell the others why, and end all connections."""
+        """Tells the other ranks why this one leaves, and closes all connections."""
         self.pulse.fail(cause)
+        if self._followers is not None:
+            self._followers.close()
         if self._torch is not None:
             self._torch.close()
         self._mesh.close()

@@ -1,4 +1,4 @@
-"""Measures, when the ranks of a stage start, which steps are faster in two micro-batches.
+"""Measures, when the ranks of a stage start, which steps are faster in two micro-batches that overlap.
 
 See :mod:`placement.measured.overlap`.
 """
@@ -17,16 +17,17 @@ from workers.model.overlapped import run_alone, run_overlapped
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
 
-_RUNS = 3  # after one that compiles what is not there yet
+_RUNS = 3  # after a first one, which compiles what is not there yet
 _NUM_LAYERS = 2
 _LONG_S = 0.5
 
 
 @torch.inference_mode()
 def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: int, num_slots: int) -> OverlapTable:
-    """The table of this stage: the same at every rank, each of which calls this at the same time, before any request.
+    """Measures the table of this stage, which is the same at every rank.
 
-    Steps of ever more tokens run through a few layers, until that takes long. Writes to the first slots.
+    All ranks of the stage call it at the same time, before any request. Steps of more and more tokens run through a few
+    layers, until that takes long; they write to the first slots of the cache.
 
     Raises:
         PeerFailed: a rank was lost.
@@ -39,12 +40,12 @@ def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: in
         measured.append(took_s)
         if took_s.max() > _LONG_S:
             break
-    alone_s, overlapped_s = ([float(took_s[which]) for took_s in measured] for which in range(2))
+    alone_s, overlapped_s = ([float(took_s[index]) for took_s in measured] for index in range(2))
     return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), overlapped_s=tuple(overlapped_s))
 
 
 def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[float, float]:
-    """Seconds of a step in one micro-batch, and in two: the best of a few, which take turns."""
+    """Returns the seconds of a step in one micro-batch and in two: the best of a few runs of each, taken in turns."""
     sequence = SequenceInput(token_ids=[0] * num_tokens, start=0, runs=((0, num_tokens),))
     batch = Batch(sequences=(sequence,))
     alone, overlapped = runner.lay_out(batch), runner.lay_out_overlapped(batch)
@@ -57,11 +58,11 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
             ),
             lambda: run_overlapped(runner.micro_batches(overlapped, x, _NUM_LAYERS), group.begin_reduce),
         )
-        for which, run in enumerate(runs):
-            group.run(direct, torch.zeros(1))  # all begin together
+        for index, run in enumerate(runs):
+            group.run(direct, torch.zeros(1))  # so that all ranks begin together
             began_s = time.monotonic()
             run()
             group.settle()
             if number:
-                best_s[which] = min(best_s[which], time.monotonic() - began_s)
+                best_s[index] = min(best_s[index], time.monotonic() - began_s)
     return best_s[0], best_s[1]

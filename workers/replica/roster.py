@@ -1,4 +1,4 @@
-"""The ranks of a replica, as each of them is told: what all hold, where they listen, who works with whom. Pure."""
+"""The ranks of a replica, as each of them is told: what each holds, where it listens, and its neighbours. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from workers.transport.mesh import TOKEN_BYTES
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roster:
-    """The ranks of a replica, in their order.
+    """The ranks of a replica, in rank order.
 
     Attributes:
-        rank: of this one.
-        parts: what each holds.
-        addresses: where each listens for the others.
+        rank: the number of this rank.
+        parts: what each rank holds of the model.
+        addresses: where each rank listens for the others, as (host, port).
+        token: the secret that the ranks present to each other.
     """
 
     rank: int
@@ -29,7 +30,7 @@ class Roster:
 
     @property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each stage, in the order of the layers."""
+        """Returns the ranks of each stage, in the order of the layers."""
         stages: dict[Span, list[int]] = {}
         for rank, part in enumerate(self.parts):
             stages.setdefault(part.layers, []).append(rank)
@@ -37,12 +38,15 @@ class Roster:
 
     @property
     def stage(self) -> int:
-        """Of this rank."""
+        """Returns the index of this rank's stage."""
         return next(index for index, ranks in enumerate(self.stages) if self.rank in ranks)
 
     @property
-    def before(self) -> int | None:
-        """The rank that gives hidden states to this one: of the stage before, or of the last one to the leader."""
+    def source(self) -> int | None:
+        """Returns the rank that sends hidden states to this one, or None where none does.
+
+        It is a rank of the stage before; to the leader of a pipeline it is the first rank of the last stage.
+        """
         stages, place = self.stages, self.stages[self.stage].index(self.rank)
         if self.stage:
             ranks = stages[self.stage - 1]
@@ -50,8 +54,8 @@ class Roster:
         return stages[-1][0] if self.rank == 0 and len(stages) > 1 else None
 
     @property
-    def after(self) -> tuple[int, ...]:
-        """The ranks that this one gives hidden states to."""
+    def targets(self) -> tuple[int, ...]:
+        """Returns the ranks that this one sends hidden states to."""
         stages, ranks = self.stages, self.stages[self.stage]
         place = ranks.index(self.rank)
         if self.stage + 1 < len(stages):
@@ -60,69 +64,75 @@ class Roster:
 
     @property
     def stripes(self) -> tuple[Stripe, ...]:
-        """Of the ranks that share sequences; none where none do."""
+        """Returns the stripes of the ranks that share sequences; empty where no ranks do."""
         return tuple(part.stripe for part in self.parts if part.stripe is not None)
 
     @property
     def part(self) -> Part:
-        """What this rank holds."""
+        """Returns what this rank holds of the model."""
         return self.parts[self.rank]
 
 
 def read_roster(request: pb.LoadRequest, model: ModelSpec) -> Roster:
-    """The ranks of the replica; of one that has one rank alone, this one, without an address.
+    """Reads the roster in a load request. A replica of one rank has no address and no token.
 
     Raises:
         InvalidRequest: the shards are not a replica of ``model``, or this version cannot compute them.
     """
-    if not request.members:
+    if request.members:
+        roster = _read_members(request, model)
+    else:
         part = read_part(request.shard, model, request.block_size, "shard")
         roster = Roster(rank=0, parts=(part,), addresses=(("", 0),), token=b"")
-    else:
-        shards = [member.shard for member in request.members]
-        rank = request.shard.rank
-        if len(request.token) != TOKEN_BYTES:
-            raise _refusal("token", f"{len(request.token)} bytes", f"is not one of {TOKEN_BYTES} bytes")
-        if not 0 <= rank < len(shards) or shards[rank] != request.shard:
-            raise _refusal("shard.rank", rank, "is not the place of this shard among the members")
-        block_size = request.block_size
-        parts = tuple(read_part(shard, model, block_size, f"members[{i}].shard") for i, shard in enumerate(shards))
-        for at, member in enumerate(request.members):
-            if not member.host or not 0 < member.port < 2**16:
-                raise _refusal(f"members[{at}]", f"{member.host}:{member.port}", "is no address")
-        addresses = tuple((member.host, member.port) for member in request.members)
-        roster = Roster(rank=rank, parts=parts, addresses=addresses, token=request.token)
     _check_whole(roster, model)
     return roster
 
 
+def _read_members(request: pb.LoadRequest, model: ModelSpec) -> Roster:
+    """Reads the roster of several ranks. Raises InvalidRequest."""
+    shards = [member.shard for member in request.members]
+    rank = request.shard.rank
+    if len(request.token) != TOKEN_BYTES:
+        raise _refusal("token", f"{len(request.token)} bytes", f"is not one of {TOKEN_BYTES} bytes")
+    if not 0 <= rank < len(shards) or shards[rank] != request.shard:
+        raise _refusal("shard.rank", rank, "is not the place of this shard among the members")
+    block_size = request.block_size
+    parts = tuple(read_part(shard, model, block_size, f"members[{i}].shard") for i, shard in enumerate(shards))
+    for i, member in enumerate(request.members):
+        if not member.host or not 0 < member.port < 2**16:
+            raise _refusal(f"members[{i}]", f"{member.host}:{member.port}", "is no address")
+    addresses = tuple((member.host, member.port) for member in request.members)
+    return Roster(rank=rank, parts=parts, addresses=addresses, token=request.token)
+
+
 def _check_whole(roster: Roster, model: ModelSpec) -> None:
-    """The parts are all of the model, each once: stages of layers, cut within. Raises InvalidRequest."""
+    """Checks that the stages, and the parts within each, make up the model exactly once. Raises InvalidRequest."""
     whole = Part.whole(model)
     stages = [[roster.parts[rank] for rank in ranks] for ranks in roster.stages]
-    _check_tiles([stage[0].layers for stage in stages], whole.layers, "layers")
+    _check_cover([stage[0].layers for stage in stages], whole.layers, "layers")
     for index, stage in enumerate(stages):
         if any(part.stripe is not None for part in stage):
             _check_shared(stage, whole)
             continue
-        _check_tiles([part.kv_heads for part in stage], whole.kv_heads, "kv_heads")
-        _check_tiles([part.ffn_columns for part in stage], whole.ffn_columns, "ffn_columns")
-        _check_tiles([part.vocab_rows for part in stage], Span(0, 0) if index else whole.vocab_rows, "vocab_rows")
+        _check_cover([part.kv_heads for part in stage], whole.kv_heads, "kv_heads")
+        _check_cover([part.ffn_columns for part in stage], whole.ffn_columns, "ffn_columns")
+        _check_cover([part.vocab_rows for part in stage], Span(0, 0) if index else whole.vocab_rows, "vocab_rows")
 
 
 def _check_shared(stage: Sequence[Part], whole: Part) -> None:
-    """Ranks that share sequences: each has its layers whole, and all slots of a block are somebody's."""
+    """Checks ranks that share sequences: all hold all layers, and stripes make up a block. Raises InvalidRequest."""
     stripes = [part.stripe for part in stage if part.stripe is not None]
     if len(stripes) < len(stage) or any(part.layers != whole.layers for part in stage):
         raise _refusal("shard.slots", len(stripes), f"are not those of all {len(stage)} ranks of the only stage")
-    _check_tiles([Span(stripe.start, stripe.stop) for stripe in stripes], Span(0, stripes[0].block_size), "slots")
-    _check_tiles([part.vocab_rows for part in stage], whole.vocab_rows, "vocab_rows")
+    _check_cover([Span(stripe.start, stripe.stop) for stripe in stripes], Span(0, stripes[0].block_size), "slots")
+    _check_cover([part.vocab_rows for part in stage], whole.vocab_rows, "vocab_rows")
     for part in stage:
-        _check_tiles([part.kv_heads], whole.kv_heads, "kv_heads")
-        _check_tiles([part.ffn_columns], whole.ffn_columns, "ffn_columns")
+        _check_cover([part.kv_heads], whole.kv_heads, "kv_heads")
+        _check_cover([part.ffn_columns], whole.ffn_columns, "ffn_columns")
 
 
-def _check_tiles(spans: Sequence[Span], whole: Span, name: str) -> None:
+def _check_cover(spans: Sequence[Span], whole: Span, name: str) -> None:
+    """Checks that the spans follow each other and make up ``whole``. Raises InvalidRequest."""
     ends = [0, *(span.stop for span in spans)]
     if any(len(span) and span.start != end for span, end in zip(spans, ends, strict=False)) or ends[-1] != whole.stop:
         raise _refusal(f"shard.{name}", [str(span) for span in spans], f"are not all of {whole}, each once")

@@ -1,1 +1,1 @@
-"""Ranks that share sequences: each computes some of their tokens, and holds the KV of these."""
+"""Sequence parallelism: ranks share sequences, and each computes some tokens and holds their KV."""

@@ -1,4 +1,4 @@
-"""Measures, when the ranks start, what the choice of an exchange depends on: links, and how fast each rank attends."""
+"""Measures, when the ranks start, what the choice of an exchange depends on: links, and each rank's attention."""
 
 import time
 from collections.abc import Callable
@@ -22,27 +22,27 @@ _NUM_QUERIES, _NUM_TOKENS = 64, 1024
 def measure_speeds(
     group: TensorGroup, *, model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device
 ) -> ExchangeSpeeds:
-    """The same at every rank, each of which calls this at the same time. Raises PeerFailed.
+    """Measures the speeds, which are the same at every rank. Raises PeerFailed.
 
-    What counts of a link is the best of a few runs, at the rank where it takes longest.
+    All ranks call it at the same time. A link counts by the best of a few runs, at the slowest rank.
     """
     large = torch.zeros(_BYTES, dtype=torch.uint8)
-    _rounds(group, large)  # connections begin slowly
+    _rounds(group, large)  # because new connections are slow at first
     latency_s = _best(lambda: _rounds(group, torch.zeros(1, dtype=torch.uint8))) / IN_A_ROW
     moved_s = max(_best(lambda: _rounds(group, large)) / IN_A_ROW - latency_s, 1e-9)
     attended_s, call_s = _attention_s(model, kernels, dtype, device)
-    mine = torch.tensor([latency_s, moved_s, _NUM_QUERIES * _NUM_TOKENS / attended_s, call_s], dtype=torch.float64)
-    everyone = _gather(group, mine)
+    own = torch.tensor([latency_s, moved_s, _NUM_QUERIES * _NUM_TOKENS / attended_s, call_s], dtype=torch.float64)
+    everyone = _gather(group, own)
     return ExchangeSpeeds(
-        latency_s=max(float(one[0]) for one in everyone),
-        bytes_per_s=_BYTES / max(float(one[1]) for one in everyone),
-        pairs_per_s=tuple(float(one[2]) for one in everyone),
-        call_s=max(float(one[3]) for one in everyone),
+        latency_s=max(float(rank[0]) for rank in everyone),
+        bytes_per_s=_BYTES / max(float(rank[1]) for rank in everyone),
+        pairs_per_s=tuple(float(rank[2]) for rank in everyone),
+        call_s=max(float(rank[3]) for rank in everyone),
     )
 
 
 def _best(run: Callable[[], None]) -> float:
-    """Seconds."""
+    """Returns the least seconds of a few runs."""
     times_s = []
     for _ in range(_RUNS):
         began_s = time.monotonic()
@@ -52,20 +52,21 @@ def _best(run: Callable[[], None]) -> float:
 
 
 def _rounds(group: TensorGroup, x: Tensor) -> None:
-    """Everyone gives to the next rank, and takes from the one before, a few times."""
+    """Has every rank send to the next and receive from the one before, a few times."""
     after, before = (group.rank + 1) % group.num_ranks, (group.rank - 1) % group.num_ranks
     for _ in range(IN_A_ROW):
         group.exchange({after: x}, {before: torch.empty_like(x)})
 
 
-def _gather(group: TensorGroup, mine: Tensor) -> list[Tensor]:
-    others = {rank: torch.empty_like(mine) for rank in range(group.num_ranks) if rank != group.rank}
-    group.exchange(dict.fromkeys(others, mine), others)
-    return [mine if rank == group.rank else others[rank] for rank in range(group.num_ranks)]
+def _gather(group: TensorGroup, own: Tensor) -> list[Tensor]:
+    """Returns all ranks' tensors, at every rank."""
+    others = {rank: torch.empty_like(own) for rank in range(group.num_ranks) if rank != group.rank}
+    group.exchange(dict.fromkeys(others, own), others)
+    return [own if rank == group.rank else others[rank] for rank in range(group.num_ranks)]
 
 
 def _attention_s(model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """Seconds of some queries' attention to some tokens, and of hardly any."""
+    """Returns the seconds of some queries' attention to many tokens, less those to one token, and the latter."""
     shape = (model.num_kv_heads, _NUM_TOKENS, model.head_dim)
     cache = LayerCache(
         keys=torch.zeros(shape, dtype=dtype, device=device), values=torch.zeros(shape, dtype=dtype, device=device)
@@ -75,7 +76,7 @@ def _attention_s(model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device:
     def seconds(num_tokens: int) -> float:
         seen = np.tile(np.array([0, num_tokens]), (_NUM_QUERIES, 1))
         plan = kernels.plan_parts([PartSpan(query_start=0, runs=np.array([[0, num_tokens]]), seen=seen)])
-        # What is given is on the host in the end, so the device is done then.
+        # The result is copied to the host, so the device is done then.
         return _best(lambda: _use(kernels.attend_parts(query, cache, plan, 1.0)[1].cpu()))
 
     call_s = seconds(1)
@@ -83,4 +84,4 @@ def _attention_s(model: ModelSpec, kernels: Kernels, dtype: torch.dtype, device:
 
 
 def _use(_: Tensor) -> None:
-    """So that it is computed."""
+    """Does nothing; its argument must have been computed."""

@@ -1,4 +1,4 @@
-"""A rank's side of sharing sequences with others: lays its part of steps out, and meets the others in every layer."""
+"""A rank's side of sharing sequences: it lays out its part of each step, and exchanges with others in each layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,15 +29,15 @@ from workers.host.device import use_device
 from workers.model.kv_cache import KVCache
 from workers.sequence_parallel.exchange import SharedAttention, StepExchange, WindowParts
 from workers.sequence_parallel.layout import (
-    Meeting,
+    ChunkShare,
     Needed,
-    Piece,
+    Partners,
+    chunk_shares,
     find_needed,
     last_slots,
     local_runs,
     num_held,
     own_spans,
-    pieces,
     received_spans,
     sent_slots,
     sizes,
@@ -52,11 +52,11 @@ from workers.step.types import Batch, SequenceInput
 
 
 class SequenceSharing:
-    """What a runner needs of the ranks that share sequences with it.
+    """What a runner needs in order to share sequences with other ranks.
 
     Attributes:
-        speeds: measured at start; until then queries move.
-        forced: a way to use whatever is faster: for measurements.
+        speeds: the speeds measured at start; while there are none, queries move.
+        forced: an exchange to use for all steps, for measurements; None: the fastest is chosen.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SequenceSharing:
         device: torch.device,
         token_budget: int,
     ) -> None:
-        """``stripes``: of all ranks of ``group``."""
+        """``stripes`` are those of all ranks of ``group``, and ``token_budget`` is the most tokens of a step."""
         self._model = model
         self._stripes = tuple(stripes)
         self._group = group
@@ -87,16 +87,16 @@ class SequenceSharing:
         self.forced: Exchange | None = None
 
     def measure(self) -> None:
-        """Finds out ``speeds``. All ranks call it at the same time. Raises PeerFailed."""
+        """Measures ``speeds``. All ranks call it at the same time. Raises PeerFailed."""
         self.speeds = measure_speeds(
             self._group, model=self._model, kernels=self._kernels, dtype=self._dtype, device=self._device
         )
 
     def choose(self, batch: Batch) -> Batch:
-        """The batch, with the way of exchanging that suits it. At the leader, who tells the others."""
-        return replace(batch, exchange=self._way(batch))
+        """Returns the batch with the exchange that is fastest for it. For the leader, which tells the other ranks."""
+        return replace(batch, exchange=self._choose(batch))
 
-    def _way(self, batch: Batch) -> Exchange:
+    def _choose(self, batch: Batch) -> Exchange:
         if self.forced is not None:
             return self.forced
         if self.speeds is None or all(sequence.num_tokens <= WHOLE_TOKENS for sequence in batch.sequences):
@@ -109,25 +109,31 @@ class SequenceSharing:
 
     @property
     def measured(self) -> MeasuredExchange | None:
-        """``speeds``, and what :meth:`choose` makes of them for typical chunks that the model and a step may have."""
+        """Returns ``speeds``, and what :meth:`choose` chooses for typical chunks; None before they are measured.
+
+        Chunks are no longer than the model's context and a step allow.
+        """
         if self.speeds is None:
             return None
         context = self._model.max_context_tokens
         num_tokens = min(TYPICAL_TOKENS, self._token_budget, context)
         befores = [num_before for num_before in TYPICAL_BEFORE if num_before + num_tokens <= context]
         expected = (
-            () if num_tokens <= WHOLE_TOKENS else tuple(self._expect(num_tokens, it, self.speeds) for it in befores)
+            ()
+            if num_tokens <= WHOLE_TOKENS
+            else tuple(self._expect(num_tokens, before, self.speeds) for before in befores)
         )
         return MeasuredExchange(speeds=self.speeds, expected=expected)
 
     def _expect(self, num_tokens: int, num_before: int, speeds: ExchangeSpeeds) -> ExpectedExchange:
+        """Returns the exchange of a chunk after ``num_before`` tokens, and how long it takes in a layer."""
         batch = Batch(sequences=(SequenceInput(token_ids=[0] * num_tokens, start=num_before, runs=()),))
-        way = self._way(batch)
-        expected_s = layer_s(way, self._sizes(batch), speeds)
-        return ExpectedExchange(num_tokens=num_tokens, num_before=num_before, way=way.value, layer_s=expected_s)
+        exchange = self._choose(batch)
+        expected_s = layer_s(exchange, self._sizes(batch), speeds)
+        return ExpectedExchange(num_tokens=num_tokens, num_before=num_before, way=exchange.value, layer_s=expected_s)
 
     def layout(self, *, windows: Sequence[Window], cache: KVCache) -> "StripedLayout":
-        """How this rank lays out its part of a step, whose KV goes to ``cache``."""
+        """Makes the layout of this rank's part of steps, whose KV goes to ``cache``."""
         return StripedLayout(
             stripes=self._stripes,
             group=self._group,
@@ -140,39 +146,43 @@ class SequenceSharing:
 
 
 def spare_slot(cache: KVCache) -> int:
-    """The last slot of a cache, which belongs to no block: for the KV of tokens that other ranks hold."""
+    """Returns the last slot of a cache, which belongs to no block and takes the KV of tokens that other ranks hold."""
     return cache.layers[0].keys.shape[1] - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedRows:
-    """Rows that logits are computed of, some of which other ranks have. As :class:`NeededRows` says."""
+    """The rows that logits are computed from, some of which other ranks have.
+
+    Implements :class:`workers.step.layout.NeededRows`.
+    """
 
     group: TensorGroup
     needed: Needed
     own_rows: Tensor
     own_places: Tensor
-    given_rows: Tensor
+    sent_rows: Tensor
 
     def take(self, y: Tensor) -> Tensor:
-        """Those [N, E] of all ranks, of this one's [T, E]. Raises PeerFailed."""
-        found = y.new_empty(self.needed.count, y.shape[1])
-        found[self.own_places] = y[self.own_rows]
-        given = y[self.given_rows].cpu()
-        comes = {rank: given.new_empty(len(places), y.shape[1]) for rank, places in self.needed.come_places.items()}
+        """Returns the needed rows [N, E] of all ranks, given this rank's output [T, E]. Raises PeerFailed."""
+        result = y.new_empty(self.needed.count, y.shape[1])
+        result[self.own_places] = y[self.own_rows]
+        sent = y[self.sent_rows].cpu()
+        places = self.needed.received_places
+        received = {rank: sent.new_empty(len(of_rank), y.shape[1]) for rank, of_rank in places.items()}
         others = [rank for rank in range(self.group.num_ranks) if rank != self.group.rank]
-        if len(given) or comes:
-            self.group.exchange(dict.fromkeys(others, given) if len(given) else {}, comes)
-        for rank, rows in comes.items():
-            found[list(self.needed.come_places[rank])] = rows.to(y.device)
-        return found
+        if len(sent) or received:
+            self.group.exchange(dict.fromkeys(others, sent) if len(sent) else {}, received)
+        for rank, rows in received.items():
+            result[list(places[rank])] = rows.to(y.device)
+        return result
 
     def __len__(self) -> int:
         return self.needed.count
 
 
 class StripedLayout:
-    """The layout of a rank that computes some of the tokens: see :mod:`workers.sequence_parallel.layout`."""
+    """Lays out the part of a step that one rank computes: see :mod:`workers.sequence_parallel.layout`."""
 
     def __init__(
         self,
@@ -195,20 +205,20 @@ class StripedLayout:
 
     @torch.inference_mode()
     def lay_out(self, batch: Batch) -> Prepared:
-        """As :class:`workers.step.layout.StepLayout` says."""
-        use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
-        everyone = [pieces(batch, stripe) for stripe in self._stripes]
+        """Implements :meth:`workers.step.layout.StepLayout.lay_out`."""
+        use_device(self._device)  # the calling thread's pinned memory belongs to its current device
+        everyone = [chunk_shares(batch, stripe) for stripe in self._stripes]
         mine = everyone[self._group.rank]
         runs = local_runs(batch, self._stripes[self._group.rank])
-        awaiting = [piece for piece in mine if piece.sequence.awaits_token]
-        here = [i for i, piece in enumerate(awaiting) if piece.stop - 1 in piece.positions[-1:]]
+        awaiting = [share for share in mine if share.sequence.awaits_token]
+        own = [i for i, share in enumerate(awaiting) if share.stop - 1 in share.positions[-1:]]
         needed = find_needed(batch, self._stripes, self._group.rank)
         return Prepared(
             batch=batch,
             inputs=self._flatten(mine, runs),
             awaiting=awaiting_samplers(batch),
-            awaited=tuple(here),
-            awaiting_rows=self._send([awaiting[i].first_row + len(awaiting[i].positions) - 1 for i in here]),
+            awaited=tuple(own),
+            awaiting_rows=self._send([awaiting[i].first_row + len(awaiting[i].positions) - 1 for i in own]),
             num_sampled=sum(sequence.samples for sequence in batch.sequences),
             samplers=samplers(batch),
             scored=scored_prompts(batch),
@@ -217,61 +227,65 @@ class StripedLayout:
                 needed=needed,
                 own_rows=self._send(needed.own_rows),
                 own_places=self._send(needed.own_places),
-                given_rows=self._send(needed.given_rows),
+                sent_rows=self._send(needed.sent_rows),
             ),
             attend=partial(self._attention.attend, self._exchange(batch, everyone, runs)),
         )
 
-    def _flatten(self, mine: Sequence[Piece], runs: Sequence[Integers]) -> StepInputs:
-        """This rank's tokens, side by side; one that is awaited is 0."""
+    def _flatten(self, mine: Sequence[ChunkShare], runs: Sequence[Integers]) -> StepInputs:
+        """Returns the inputs of this rank's tokens, one sequence after the other; an awaited token is 0."""
         stripe = self._stripes[self._group.rank]
         ids, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for piece, its_runs in zip(mine, runs, strict=True):
-            known = np.array([*piece.sequence.token_ids, *([0] if piece.sequence.awaits_token else [])], np.int64)
-            ids.append(known[piece.positions - piece.sequence.start])
-            slots.append(self._slots(piece, its_runs, stripe))
-        positions = np.concatenate([np.empty(0, np.int64), *(piece.positions for piece in mine)])
+        for share, local in zip(mine, runs, strict=True):
+            known = np.array([*share.sequence.token_ids, *([0] if share.sequence.awaits_token else [])], np.int64)
+            ids.append(known[share.positions - share.sequence.start])
+            slots.append(self._slots(share, local, stripe))
+        positions = np.concatenate([np.empty(0, np.int64), *(share.positions for share in mine)])
         rows = [x.tolist() for x in (np.concatenate(ids), positions, np.concatenate(slots))]
-        token_ids, at, where = self._send(rows)
-        return StepInputs(token_ids=token_ids, positions=at, slots=where, attention={})
+        token_ids, on_device, local_slots = self._send(rows)
+        return StepInputs(token_ids=token_ids, positions=on_device, slots=local_slots, attention={})
 
-    def _slots(self, piece: Piece, runs: Integers, stripe: Stripe) -> Integers:
-        """Where the KV of a piece's tokens goes: the spare slot for what another rank holds."""
-        own = stripe.positions(piece.sequence.start, piece.stop)
-        slots = np.full(len(piece.positions), self._spare_slot)
-        slots[np.isin(piece.positions, own)] = last_slots(runs, len(own))
+    def _slots(self, share: ChunkShare, runs: Integers, stripe: Stripe) -> Integers:
+        """Returns the slots that the KV of a share's tokens goes to: the spare slot for what another rank holds."""
+        own = stripe.positions(share.sequence.start, share.stop)
+        slots = np.full(len(share.positions), self._spare_slot)
+        slots[np.isin(share.positions, own)] = last_slots(runs, len(own))
         return slots
 
-    def _exchange(self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], runs: Sequence[Integers]) -> StepExchange:
+    def _exchange(
+        self, batch: Batch, everyone: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers]
+    ) -> StepExchange:
+        """Plans the step's attention, given the shares of all ranks."""
         mine = everyone[self._group.rank]
         return StepExchange(
-            way=batch.exchange,
+            exchange=batch.exchange,
             windows={window: self._parts(batch, everyone, runs, window) for window in self._windows},
             split_rows=self._send(split_rows(mine)),
             whole_rows=self._send(whole_rows(mine)),
-            has_split=any(not piece.is_whole for piece in mine),
+            has_split=any(not share.is_whole for share in mine),
         )
 
     def _parts(
-        self, batch: Batch, everyone: Sequence[tuple[Piece, ...]], runs: Sequence[Integers], window: Window
+        self, batch: Batch, everyone: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers], window: Window
     ) -> WindowParts:
+        """Plans the step's attention in layers of one window."""
         me, stripes = self._group.rank, self._stripes
         mine, stripe = everyone[me], stripes[me]
         others = [rank for rank in range(len(stripes)) if rank != me]
-        split = [piece for piece in mine if not piece.is_whole]
+        split = [share for share in mine if not share.is_whole]
         if batch.exchange is Exchange.TOKEN_RING:
-            met = {rank: visiting_spans(everyone[rank], runs, stripe, window) for rank in others}
+            exchanged = {rank: visiting_spans(everyone[rank], runs, stripe, window) for rank in others}
             kv_slots = np.empty(0, np.int64)
         else:
-            met = {rank: received_spans(mine, stripes[rank], window) for rank in others}
+            exchanged = {rank: received_spans(mine, stripes[rank], window) for rank in others}
             kv_slots = sent_slots(mine, runs, stripe, window)
         return WindowParts(
             own=self._kernels.plan_parts(*own_spans(mine, runs, stripe, window, batch.shared)),
-            met={rank: self._kernels.plan_parts(spans) for rank, spans in met.items()} if split else {},
+            exchanged={rank: self._kernels.plan_parts(spans) for rank, spans in exchanged.items()} if split else {},
             kv_slots=self._send(kv_slots.tolist()),
-            meeting=Meeting(
-                num_queries=tuple(len(split_rows(its)) for its in everyone),
-                num_kv=tuple(sum(num_held(piece, its, window) for piece in split) for its in stripes),
+            partners=Partners(
+                num_queries=tuple(len(split_rows(shares)) for shares in everyone),
+                num_kv=tuple(sum(num_held(share, held_by, window) for share in split) for held_by in stripes),
             ),
         )
 

@@ -1,1 +1,1 @@
-"""Bytes between the ranks of a replica: framed TCP, checked and fenced, with a deadline on every wait."""
+"""Connections between the ranks of a replica: frames, links, the mesh and the pulse."""

@@ -1,8 +1,8 @@
-"""LLVM IR of CRC-32 (ISO-HDLC, zlib's) by carry-less multiplication, some ten times as fast as by tables.
+"""LLVM IR of CRC-32 (ISO-HDLC, as zlib's) by carry-less multiplication, about ten times as fast as with tables.
 
-512 bits of a message at a time are folded into the next 512, which leaves the checksum as it is: a word that stands n
-bits before another is multiplied with x^n modulo the polynomial, and added (Gopal et al. 2009, Intel). What is left at
-the end, 128 bits, has the checksum of all that went before.
+The code folds 512 bits of a message at a time into the next 512, which leaves the checksum unchanged: a word that
+stands n bits before another is multiplied by x^n modulo the polynomial and added to it (Gopal et al. 2009, Intel). The
+128 bits that remain at the end have the checksum of the whole message.
 """
 
 _POLYNOMIAL = 0x104C11DB7  # x^32 first
@@ -10,7 +10,7 @@ _BLOCK_BYTES = 64
 _LANES = _BLOCK_BYTES // 16
 
 FEATURE = "pclmul"
-"""What the CPU needs, by LLVM's name."""
+"""LLVM's name of the CPU feature that the code needs."""
 
 NAME = "crc32_fold"
 
@@ -18,7 +18,7 @@ MIN_BYTES = _BLOCK_BYTES
 
 
 def _power(exponent: int) -> int:
-    """x to a power modulo the polynomial, bits reflected, in the 33 bits that reflected products need."""
+    """Returns a power of x modulo the polynomial, bits reflected, in the 33 bits that reflected products need."""
     rest = 1
     for _ in range(exponent):
         rest <<= 1
@@ -28,7 +28,7 @@ def _power(exponent: int) -> int:
 
 
 def _factors(num_bits: int) -> str:
-    """Of the low and the high word of 128 bits that are folded into those that come ``num_bits`` later."""
+    """Returns the factors of the low and the high word of 128 bits that fold into those ``num_bits`` later."""
     return f"<i64 {_power(num_bits + 32)}, i64 {_power(num_bits - 32)}>"
 
 
@@ -48,10 +48,10 @@ def _load(name: str, at: str, lane: int) -> str:
 
 
 def fold() -> str:
-    """``@crc32_fold(data, num_bytes, register, rest)``.
+    """Returns the function ``@crc32_fold(data, num_bytes, register, rest)``.
 
-    ``num_bytes`` is a multiple of 64 above 0; ``register`` the checksum before them, without zlib's inversion. Writes
-    16 bytes to ``rest``: the register of these, begun with 0, is that of all.
+    ``num_bytes`` is a positive multiple of 64, and ``register`` is the checksum of what came before, without zlib's
+    inversion. The function writes 16 bytes to ``rest``, whose checksum, begun with 0, is that of the whole message.
     """
     loads = "".join(_load(f"first_{lane}", "%data", lane) for lane in range(_LANES))
     firsts = ["begun", *(f"first_{lane}" for lane in range(1, _LANES))]

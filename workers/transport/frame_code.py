@@ -1,7 +1,7 @@
-"""The frames of :mod:`workers.transport.frames` for compiled code: headers and checksums, at addresses.
+"""Headers and checksums of :mod:`workers.transport.frames` for compiled code, which is given addresses of memory.
 
-Numbers are 64-bit integers; ``table_at`` is the address of :func:`checksum_table`, and ``fold`` that of
-:mod:`workers.transport.checksum_ir`.
+All numbers are 64-bit integers. ``table_at`` is the address of :func:`checksum_table`, and ``fold`` is the address of
+the function of :mod:`workers.transport.checksum_ir`.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-any-unimported=False
@@ -26,13 +26,13 @@ _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 
 def checksum_table() -> np.ndarray[Any, np.dtype[np.int64]]:
-    """What a byte makes of a checksum's register that is 0: [256]."""
+    """Returns, for each byte [256], the register of a checksum that was 0 before it."""
     return np.array([zlib.crc32(bytes([byte]), _ONES) ^ _ONES for byte in range(256)], np.int64)
 
 
 @intrinsic
 def call_four(context, function, first, second, third, fourth):  # type: ignore[no-untyped-def]
-    """``void function(int64, int64, int64, int64)``; where it takes pointers, these are as good."""
+    """Calls ``void function(int64, int64, int64, int64)``; pointers may be passed as integers."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 4)
@@ -44,17 +44,19 @@ def call_four(context, function, first, second, third, fourth):  # type: ignore[
 
 @_jit
 def words_at(address, shape):  # type: ignore[no-untyped-def]
+    """Views the memory at an address as 64-bit integers of that shape."""
     return carray(pointer(address, np.int64(0)), shape)
 
 
 @_jit
 def bytes_at(address, count):  # type: ignore[no-untyped-def]
+    """Views the memory at an address as bytes."""
     return carray(pointer(address, np.uint8(0)), count)
 
 
 @_jit
 def load(data, at, count):  # type: ignore[no-untyped-def]
-    """A little-endian number."""
+    """Reads a little-endian number of ``count`` bytes."""
     value = np.int64(0)
     for i in range(count):
         value |= np.int64(data[at + i]) << (8 * i)
@@ -63,13 +65,14 @@ def load(data, at, count):  # type: ignore[no-untyped-def]
 
 @_jit
 def store(data, at, value, count):  # type: ignore[no-untyped-def]
+    """Writes a little-endian number of ``count`` bytes."""
     for i in range(count):
         data[at + i] = np.uint8((value >> (8 * i)) & 255)
 
 
 @_jit
 def checksum(data, start, stop, register, table):  # type: ignore[no-untyped-def]
-    """A checksum's register, not inverted, after more bytes."""
+    """Returns a checksum's register, not inverted, after the bytes from ``start`` to ``stop``."""
     for i in range(start, stop):
         register = table[(register ^ data[i]) & 255] ^ (register >> 8)
     return register
@@ -77,7 +80,7 @@ def checksum(data, start, stop, register, table):  # type: ignore[no-untyped-def
 
 @_jit
 def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
-    """A checksum's register after rows at an address."""
+    """Returns a checksum's register after ``rows`` rows of memory, which lie ``stride`` bytes apart."""
     table = words_at(table_at, 256)
     folded = row_bytes - row_bytes % MIN_BYTES
     rest = np.empty(16, np.uint8)
@@ -92,14 +95,14 @@ def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at): 
 
 @_jit
 def frame_checksum(head, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
-    """Of a header's fields and the payload."""
+    """Returns the checksum of a header's fields and the payload."""
     register = checksum(head, 0, FIELD_BYTES, np.int64(_ONES), words_at(table_at, 256))
     return payload_checksum(register, start, rows, row_bytes, stride, fold, table_at) ^ _ONES
 
 
 @_jit
 def write_header(head, epoch, number, num_bytes):  # type: ignore[no-untyped-def]
-    """All of it but the checksum, as :func:`workers.transport.frames.header` does."""
+    """Writes a header without its checksum, as :func:`workers.transport.frames.header` does."""
     store(head, 0, np.int64(_MAGIC), 4)
     store(head, 4, np.int64(_KIND), 4)
     store(head, 8, epoch, 8)
@@ -109,7 +112,7 @@ def write_header(head, epoch, number, num_bytes):  # type: ignore[no-untyped-def
 
 @_jit
 def is_due(head, epoch, number, num_bytes):  # type: ignore[no-untyped-def]
-    """Whether a header is of the frame that must come."""
+    """Tells whether a header is that of the frame that is due."""
     return (
         load(head, 0, 4) == _MAGIC
         and head[4] == _KIND

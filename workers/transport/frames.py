@@ -1,8 +1,8 @@
-"""Frames: how a message looks on a connection between two ranks. Pure.
+"""The frame format of connections between ranks. Pure.
 
-A header of fixed size says what follows and how long it is, before anything is allocated for it. The number counts
-the frames of a connection's direction, so that a lost, repeated or reordered one is noticed; the checksum covers header
-and payload.
+A header of fixed size gives the kind and the length of the payload before anything is allocated for it. Each direction
+of a connection numbers its frames, so that a lost, repeated or reordered one is noticed. The checksum (CRC-32) covers
+header and payload.
 """
 
 import struct
@@ -21,7 +21,7 @@ HEADER_BYTES = FIELD_BYTES + _CHECKSUM.size
 
 
 class Kind(IntEnum):
-    """What a frame carries."""
+    """The kinds of frames, by what they carry."""
 
     HELLO = 1
     WELCOME = 2
@@ -34,7 +34,12 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a frame says of itself."""
+    """A parsed header.
+
+    Attributes:
+        length: bytes of the payload.
+        fields: the bytes that the checksum covers before those of the payload.
+    """
 
     kind: Kind
     length: int
@@ -42,35 +47,35 @@ class Header:
     checksum: int
 
     def check(self, payload: bytearray | memoryview) -> None:
-        """Raises BadFrame where ``payload`` is not what was sent."""
+        """Raises BadFrame where the checksum of ``payload`` is not the one in the header."""
         if zlib.crc32(payload, zlib.crc32(self.fields)) != self.checksum:
             raise BadFrame(f"a {self.kind.name} frame of {self.length} bytes is damaged (checksum)")
 
 
 def header(kind: Kind, payload: memoryview, *, epoch: int, number: int) -> bytes:
-    """The bytes that go before ``payload``."""
+    """Returns the header that goes before ``payload``."""
     fields = _FIELDS.pack(MAGIC, kind, epoch, number, payload.nbytes)
     return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields)))
 
 
 def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
-    """What :func:`header` wrote.
+    """Parses a header that :func:`header` made.
 
     Args:
-        data: ``HEADER_BYTES`` of it.
-        epoch: of this replica.
-        number: that the frame must have.
+        data: ``HEADER_BYTES`` bytes.
+        epoch: the epoch of this replica.
+        number: the number that the frame must have.
 
     Raises:
-        BadFrame: it is none, or one of another epoch, or not the next.
+        BadFrame: the bytes are not a header, the frame is of another epoch, or it is not the next one.
     """
-    magic, kind, its_epoch, its_number, length = _FIELDS.unpack_from(data)
+    magic, kind, frame_epoch, frame_number, length = _FIELDS.unpack_from(data)
     if magic != MAGIC or kind not in Kind._value2member_map_:
         raise BadFrame(f"no frame begins with {bytes(data[:8])!r}")
-    if its_epoch != epoch:
-        raise BadFrame(f"a frame of epoch {its_epoch} is fenced: this replica is at epoch {epoch}")
-    if its_number != number:
-        raise BadFrame(f"frame {its_number} came where {number} was due")
+    if frame_epoch != epoch:
+        raise BadFrame(f"a frame of epoch {frame_epoch} is fenced: this replica is at epoch {epoch}")
+    if frame_number != number:
+        raise BadFrame(f"frame {frame_number} came where {number} was due")
     return Header(
         kind=Kind(kind),
         length=length,

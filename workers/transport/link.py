@@ -1,4 +1,4 @@
-"""A connection between two ranks, and the one function that moves frames over many of them at once."""
+"""A connection between two ranks, and the functions that move frames over many connections at once."""
 
 import contextlib
 import select
@@ -11,22 +11,25 @@ from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import HEADER_BYTES, Header, Kind, header, parse
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""Of a frame whose length the receiver does not know beforehand."""
+"""The largest payload that is accepted where the receiver does not know the length beforehand."""
 
-# While it waits, a rank looks this often whether the others still live.
-_LOOK_S = 0.1
+# While it waits, a rank checks this often whether the others are still alive.
+_CHECK_S = 0.1
 _READ, _WRITE = select.POLLIN, select.POLLOUT
 
 
 class Link:
-    """One end of a TCP connection to another rank. For one thread at a time.
+    """One end of a TCP connection to another rank. Each direction is used by one thread at a time.
 
     Attributes:
         peer: the other rank.
+        epoch: the replica's epoch, which every frame carries.
+        num_sent: how many frames this end has sent.
+        num_received: how many frames this end has received.
     """
 
     def __init__(self, sock: socket.socket, *, peer: int, epoch: int) -> None:
-        """Takes the socket over."""
+        """Takes ownership of the connected socket and makes it non-blocking."""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = sock
@@ -36,19 +39,19 @@ class Link:
         self.num_received = 0
 
     def close(self) -> None:
-        """End the connection: whoever waits at either end hears of it."""
-        with contextlib.suppress(OSError):  # not connected any more
+        """Closes the connection, which wakes whoever waits at either end."""
+        with contextlib.suppress(OSError):  # it is no longer connected
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What is to go over a link, one frame each way at most.
+    """What moves over a link: at most one frame each way.
 
     Attributes:
-        send: a payload.
-        receive: memory of exactly the payload that must come.
+        send: the payload to send.
+        receive: memory that has exactly the length of the payload that must come.
     """
 
     link: Link
@@ -56,15 +59,19 @@ class Transfer:
     receive: memoryview | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Outgoing:
-    """The rest of a frame that is being sent; an empty list once it is."""
+    """A frame that is being sent.
+
+    Attributes:
+        parts: the bytes that are still to be sent; the list is empty once all are.
+    """
 
     link: Link
     parts: list[memoryview]
 
-    def go_on(self) -> bool:
-        """Sends what can be sent now; whether that was all."""
+    def advance(self) -> bool:
+        """Sends what the socket takes now, and returns whether the frame is sent whole. Raises PeerFailed."""
         while self.parts:
             try:
                 sent = self.link.socket.sendmsg(self.parts)
@@ -79,9 +86,15 @@ class Outgoing:
         return True
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Incoming:
-    """A frame that is being received: its header, then ``payload``, which is found or made when that is known."""
+    """A frame that is being received, first its header and then its payload.
+
+    Attributes:
+        kind: the kind of frame that is due.
+        payload: memory for the payload; None has it allocated once the header gives its length.
+        max_bytes: the largest payload that is allocated for.
+    """
 
     link: Link
     kind: Kind
@@ -89,14 +102,19 @@ class Incoming:
     max_bytes: int
     _head: memoryview = field(default_factory=lambda: memoryview(bytearray(HEADER_BYTES)))
     _header: Header | None = None
-    _done: int = 0  # of the header, then of the payload
+    _num_filled: int = 0  # bytes of the header, and then bytes of the payload
 
-    def go_on(self) -> bool:
-        """Receives what has come; whether that was all."""
+    def advance(self) -> bool:
+        """Receives what has come, and returns whether the frame is there whole.
+
+        Raises:
+            PeerFailed: the connection broke, or the frame says that the other rank has failed.
+            BadFrame: the frame is damaged, or is not the one that is due.
+        """
         if self._header is None:
             if not self._fill(self._head):
                 return False
-            self._header, self._done = self._begin(), 0
+            self._header, self._num_filled = self._parse_header(), 0
         assert self.payload is not None
         if not self._fill(self.payload):
             return False
@@ -106,13 +124,13 @@ class Incoming:
             raise PeerFailed(self.link.peer, bytes(self.payload).decode(errors="replace"))
         return True
 
-    def _begin(self) -> Header:
-        """The header, which has come, and a place for what it announces."""
+    def _parse_header(self) -> Header:
+        """Parses the received header and makes sure that there is memory for the payload."""
         parsed = parse(self._head, epoch=self.link.epoch, number=self.link.num_received)
         if parsed.kind is Kind.FAILED and self.kind is not Kind.FAILED:
             self.kind, self.payload = Kind.FAILED, None
         if parsed.kind is not self.kind:
-            raise BadFrame(f"a {parsed.kind.name} frame came where a {self.kind.name} was due")
+            raise BadFrame.unexpected(parsed.kind.name, self.kind.name)
         if self.payload is None:
             if parsed.length > self.max_bytes:
                 raise BadFrame(f"a {parsed.kind.name} frame has {parsed.length} bytes, of {self.max_bytes} at most")
@@ -121,54 +139,54 @@ class Incoming:
             raise BadFrame(f"a {parsed.kind.name} frame has {parsed.length} bytes, not {self.payload.nbytes}")
         return parsed
 
-    def _fill(self, whole: memoryview) -> bool:
-        """Receives what has come of it; whether it is whole."""
-        while self._done < whole.nbytes:
+    def _fill(self, memory: memoryview) -> bool:
+        """Receives what has come into ``memory``, and returns whether it is full."""
+        while self._num_filled < memory.nbytes:
             try:
-                count = self.link.socket.recv_into(whole[self._done :])
+                count = self.link.socket.recv_into(memory[self._num_filled :])
             except BlockingIOError:
                 return False
             except OSError as error:
                 raise broken(self.link, error) from error
             if not count:
-                raise PeerFailed(self.link.peer, "closed its connection")
-            self._done += count
+                raise PeerFailed.closed(self.link.peer)
+            self._num_filled += count
         return True
 
 
 def broken(link: Link, error: OSError) -> PeerFailed:
-    """What a socket's error says of the rank at its other end."""
+    """Translates a socket's error into one that names the rank at the other end."""
     if link.socket.fileno() < 0:
-        return PeerFailed(link.peer, "the connection with it was ended here")
+        return PeerFailed.ended_here(link.peer)
     return PeerFailed(link.peer, f"its connection broke ({error.strerror or type(error).__name__})")
 
 
 def move(transfers: Sequence[Transfer], *, deadline_s: float, alive: Callable[[], None] = lambda: None) -> None:
-    """Sends and receives TENSOR frames over several links, all at once: none waits for another.
+    """Sends and receives TENSOR frames over several links at once, so that none waits for another.
 
     Args:
-        transfers: one a link.
-        deadline_s: by :func:`time.monotonic`.
-        alive: called again and again while this waits; raises where a rank is known to be lost.
+        transfers: at most one for each link.
+        deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
+        alive: is called again and again during the wait; it raises where a rank is known to be lost.
 
     Raises:
-        PeerFailed: a connection broke, or is not done by the deadline.
-        BadFrame: what came is not what was due.
+        PeerFailed: a connection broke, or a transfer is not done by the deadline.
+        BadFrame: a received frame is not the one that was due.
     """
-    going = [outgoing(t.link, Kind.TENSOR, t.send) for t in transfers if t.send is not None]
-    coming = [
+    sending = [outgoing(t.link, Kind.TENSOR, t.send) for t in transfers if t.send is not None]
+    receiving = [
         Incoming(link=t.link, kind=Kind.TENSOR, payload=t.receive, max_bytes=0)
         for t in transfers
         if t.receive is not None
     ]
-    _finish(going, coming, deadline_s, alive)
+    complete(sending, receiving, deadline_s=deadline_s, alive=alive)
 
 
 def send(
     link: Link, kind: Kind, payload: memoryview, *, deadline_s: float, alive: Callable[[], None] = lambda: None
 ) -> None:
-    """Sends one frame. Raises as :func:`move`."""
-    _finish([outgoing(link, kind, payload)], [], deadline_s, alive)
+    """Sends one frame and returns once the socket has all of it. Raises as :func:`move` does."""
+    complete([outgoing(link, kind, payload)], [], deadline_s=deadline_s, alive=alive)
 
 
 def receive(
@@ -179,44 +197,47 @@ def receive(
     alive: Callable[[], None] = lambda: None,
     max_bytes: int = MAX_MESSAGE_BYTES,
 ) -> memoryview:
-    """Receives one frame of at most ``max_bytes``. Raises as :func:`move`."""
-    coming = Incoming(link=link, kind=kind, payload=None, max_bytes=max_bytes)
-    _finish([], [coming], deadline_s, alive)
-    assert coming.payload is not None
-    return coming.payload
+    """Receives one frame of at most ``max_bytes`` and returns its payload. Raises as :func:`move` does."""
+    frame = Incoming(link=link, kind=kind, payload=None, max_bytes=max_bytes)
+    complete([], [frame], deadline_s=deadline_s, alive=alive)
+    assert frame.payload is not None
+    return frame.payload
 
 
 def outgoing(link: Link, kind: Kind, payload: memoryview) -> Outgoing:
-    """A frame, none of which is sent yet. It must be sent whole before the next."""
+    """Makes the link's next frame, of which nothing is sent yet. Frames must be sent whole and in this order."""
     head = memoryview(header(kind, payload, epoch=link.epoch, number=link.num_sent))
     link.num_sent += 1
     return Outgoing(link=link, parts=[head, payload] if payload.nbytes else [head])
 
 
-def _finish(going: list[Outgoing], coming: list[Incoming], deadline_s: float, alive: Callable[[], None]) -> None:
+def complete(
+    sending: Sequence[Outgoing], receiving: Sequence[Incoming], *, deadline_s: float, alive: Callable[[], None]
+) -> None:
+    """Sends and receives frames until all are done. Arguments and errors are those of :func:`move`."""
     while True:
-        going = [one for one in going if not one.go_on()]
-        coming = [one for one in coming if not one.go_on()]
-        if not going and not coming:
+        sending = [frame for frame in sending if not frame.advance()]
+        receiving = [frame for frame in receiving if not frame.advance()]
+        if not sending and not receiving:
             return
-        _wait(going, coming, deadline_s)
+        _wait(sending, receiving, deadline_s)
         alive()
 
 
-def _wait(going: Sequence[Outgoing], coming: Sequence[Incoming], deadline_s: float) -> None:
-    """Until something can go on, or for a moment. Raises PeerFailed past the deadline."""
+def _wait(sending: Sequence[Outgoing], receiving: Sequence[Incoming], deadline_s: float) -> None:
+    """Waits until some frame can advance, but only for a moment. Raises PeerFailed past the deadline."""
     left_s = deadline_s - time.monotonic()
     if left_s <= 0:
-        awaited = coming[0].link if coming else going[0].link
-        raise PeerFailed(awaited.peer, "did not answer in time")
+        awaited = receiving[0].link if receiving else sending[0].link
+        raise PeerFailed.timed_out(awaited.peer)
     events: dict[int, int] = {}
-    for one in going:
-        events[one.link.socket.fileno()] = _WRITE
-    for other in coming:
-        number = other.link.socket.fileno()
+    for outgoing_frame in sending:
+        events[outgoing_frame.link.socket.fileno()] = _WRITE
+    for incoming_frame in receiving:
+        number = incoming_frame.link.socket.fileno()
         events[number] = events.get(number, 0) | _READ
     poll = select.poll()
-    for number, what in events.items():
-        if number >= 0:  # else it was ended here, which the next look finds
-            poll.register(number, what)
-    poll.poll(1000 * min(left_s, _LOOK_S))
+    for number, mask in events.items():
+        if number >= 0:  # else the link was closed here, which the next attempt reports
+            poll.register(number, mask)
+    poll.poll(1000 * min(left_s, _CHECK_S))

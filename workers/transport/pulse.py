@@ -1,7 +1,7 @@
-"""Whether the other ranks live: a thread that sends each of them a pulse and listens for theirs.
+"""Detects failed ranks: a thread sends each other rank a heartbeat, the pulse, and listens for theirs.
 
-A rank may compute for seconds while others wait for it, so that a wait's length says nothing. Its pulse does: a
-process that is killed, frozen or cut off has none.
+A rank may compute for seconds while others wait for it, so the length of a wait does not tell whether it is alive. Its
+pulse does, because a process that is killed, frozen or cut off from the network sends none.
 """
 
 import contextlib
@@ -18,66 +18,66 @@ from workers.transport.link import Incoming, Link, Outgoing, outgoing
 TICK_S = 0.25
 SILENCE_S = 1.5
 _MOST_CAUSE_BYTES = 1000
-# How long the pulse may take to say why another connection of that rank broke.
+# How long :meth:`Pulse.reason` waits for the pulse to tell why another connection of a rank broke.
 _CAUSE_S = 0.3
 
 
 class Pulse:
     """Watches the other ranks, and tells them when this one fails.
 
-    Time is counted in ticks, each for no more than it should have taken: when this very process was held up, what the
-    others said meanwhile has yet to be read.
+    Silence is counted in ticks of fixed length, however long a tick really took: after this process itself was held
+    up, the pulses that came meanwhile have yet to be read.
     """
 
     def __init__(self, links: Mapping[int, Link], *, silence_s: float = SILENCE_S) -> None:
-        """Of one link to every other rank, by its number. ``silence_s`` is how long one may be silent."""
+        """``links`` has a link to every other rank, by rank; a rank that is silent for ``silence_s`` counts as lost."""
         self._links = dict(links)
         self._silence_s = silence_s
         self._silent_s = dict.fromkeys(links, 0.0)
         self._lost: dict[int, PeerFailed] = {}
         self._first: PeerFailed | None = None
-        self._coming = {rank: _incoming(link) for rank, link in links.items()}
-        self._going: dict[int, Outgoing] = {}
-        self._lock = threading.Lock()  # of what is sent
+        self._receiving = {rank: _incoming(link) for rank, link in links.items()}
+        self._sending: dict[int, Outgoing] = {}
+        self._lock = threading.Lock()  # guards the frames that are being sent
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat."""
+        """Starts the thread."""
         self._thread.start()
 
     @property
     def lost(self) -> PeerFailed | None:
-        """The rank that was lost first."""
+        """The error of the rank that was lost first, or None while all are alive."""
         return self._first
 
     def check(self) -> None:
-        """Raises PeerFailed, of the rank that was lost first, where one is."""
+        """Raises PeerFailed for the rank that was lost first, where one is."""
         if self._first is not None:
             raise PeerFailed(self._first.rank, self._first.cause)
 
     def reason(self, error: PeerFailed) -> PeerFailed:
-        """Why a connection broke: what the rank said of itself in its last words, else ``error``."""
+        """Returns why a connection broke: the cause that the rank itself sent, or else ``error``."""
         with self._changed:
             self._changed.wait_for(lambda: error.rank in self._lost, _CAUSE_S)
             return self._lost.get(error.rank, error)
 
     def fail(self, cause: str) -> None:
-        """Tell the others that this rank is lost, and stop."""
+        """Tells the other ranks that this one has failed and why, and stops."""
         text = memoryview(cause.encode()[:_MOST_CAUSE_BYTES])
         with self._lock:
             for rank, link in self._links.items():
                 if rank in self._lost:
                     continue
-                begun = self._going.pop(rank, None)
+                unfinished = self._sending.pop(rank, None)
                 with contextlib.suppress(HeterodyneError):
-                    if begun is None or begun.go_on():
-                        outgoing(link, Kind.FAILED, text).go_on()
+                    if unfinished is None or unfinished.advance():
+                        outgoing(link, Kind.FAILED, text).advance()
         self.stop()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Ends the thread, and waits for that for two ticks at most."""
         self._stop.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(2 * TICK_S)
@@ -92,7 +92,7 @@ class Pulse:
             self._listen(max(0.0, next_s - time.monotonic()))
 
     def _beat(self) -> None:
-        """Send a pulse to all who can take one, and count the silence of all."""
+        """Sends a pulse to all ranks whose sockets take one, and counts the silence of all."""
         for rank, link in self._links.items():
             if rank in self._lost:
                 continue
@@ -101,15 +101,16 @@ class Pulse:
                 continue
             self._silent_s[rank] += TICK_S
             with self._lock:
-                if rank not in self._going:
-                    self._going[rank] = outgoing(link, Kind.PULSE, memoryview(b""))
+                if rank not in self._sending:
+                    self._sending[rank] = outgoing(link, Kind.PULSE, memoryview(b""))
                 try:
-                    if self._going[rank].go_on():
-                        del self._going[rank]
+                    if self._sending[rank].advance():
+                        del self._sending[rank]
                 except PeerFailed as error:
                     self._lose(error)
 
     def _listen(self, timeout_s: float) -> None:
+        """Receives pulses and last words for ``timeout_s``."""
         poll = select.poll()
         ranks = {link.socket.fileno(): rank for rank, link in self._links.items() if rank not in self._lost}
         for number in ranks:
@@ -117,8 +118,8 @@ class Pulse:
         for number, _ in poll.poll(1000 * timeout_s):
             rank = ranks[number]
             try:
-                while self._coming[rank].go_on():
-                    self._coming[rank] = _incoming(self._links[rank])
+                while self._receiving[rank].advance():
+                    self._receiving[rank] = _incoming(self._links[rank])
                     self._silent_s[rank] = 0.0
             except PeerFailed as error:
                 self._lose(error)
@@ -126,6 +127,7 @@ class Pulse:
                 self._lose(PeerFailed(rank, str(error)))
 
     def _lose(self, error: PeerFailed) -> None:
+        """Notes that a rank is lost."""
         with self._changed:
             self._lost[error.rank] = error
             self._first = self._first or error

@@ -1,1 +1,1 @@
-"""Attention over the KV cache, where it lies."""
+"""Attention that reads the paged KV cache in place."""

@@ -1,12 +1,12 @@
-"""How a step's attention is cut into tasks for :mod:`kernels.cpu.attention.simd`.
+"""Cuts a step's attention into tasks for :mod:`kernels.cpu.attention.simd`.
 
-A decode's tokens are cut into parts by their positions alone, so that what a sequence is given depends neither on its
-batch nor on the number of threads. A chunk's queries are taken in blocks of neighbours, each one task, from the first
-token that any of them sees. Decodes that share whole parts are taken in blocks of members, each one task for every
-part; the results are the same, bit for bit, as if each had read the part by itself.
+A decode's tokens are cut into parts by their positions alone, so that a sequence's results depend neither on its batch
+nor on the number of threads. A chunk's queries are cut into blocks of neighbours; each block is one task, from the
+first token that any of its queries sees. Decodes that share whole parts are cut into blocks of members; each block is
+one task for every part. The results have the same bits as if each member had read the part by itself.
 
-A draft is a table of tasks, one row each, in which a task's tokens begin at a place in the list of all tokens of all
-runs; simd.Task gives that place as a run and an offset.
+A draft is a table of tasks, one in each row. Its tasks' tokens begin at a place in the list of all tokens of all runs;
+simd.Task gives that place as a run and an offset.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from kernels.attention import PartSpan, Run, SequenceSpan, SharedSpan, TaskPlan, last_runs, split_runs
 from kernels.cpu.attention import simd
 
-MAX_QUERIES = 32  # of a task: so many meet keys and values that are laid out once
-# Tokens of a part. Each begins at a multiple of it, so that parts are the same whoever shares them. Shorter ones cost
-# more to merge, and of longer ones less can be shared.
+MAX_QUERIES = 32  # the most queries of a task, which keys and values are packed once for
+# The tokens of a part. Each part begins at a multiple of it, so that parts are the same whoever shares them. Shorter
+# parts cost more to merge, and of longer ones fewer can be shared.
 PART = 512
 
 Integers = NDArray[np.int64]
@@ -30,10 +30,15 @@ _NO_RANGES = np.empty((0, 2), np.int64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draft:
-    """Tasks [n, 6]: first query, queries, first token, tokens, first range or -1, first partial result or -1.
+    """Some tasks of a plan, and the queries and partial results that they add to it.
 
-    ``rows`` and ``decodes``: the queries that the draft adds, and their decodes or -1. ``parts``: [m, 3], decode, first
-    position and partial result. ``ranges``: as in TaskPlan.
+    Attributes:
+        tasks: [n, 6]: first query, number of queries, first token, number of tokens, first range or -1, first partial
+            result or -1.
+        rows: the rows of the queries in the batch.
+        decodes: the number of each query's decode, or -1.
+        parts: [m, 3]: decode, first position and partial result.
+        ranges: as in TaskPlan.
     """
 
     tasks: Integers
@@ -44,7 +49,10 @@ class _Draft:
 
 
 def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequence[SharedSpan]) -> TaskPlan:
-    """Tasks of a step. Members of ``shared`` are decodes that see all of the shared tokens; only whole parts count."""
+    """Makes the tasks of a step.
+
+    Members of ``shared`` are decodes that see all of the shared tokens, of which only whole parts count.
+    """
     shared = sorted(filter(None, map(whole_parts, shared)), key=lambda common: common.first_token)
     decodes = [index for index, span in enumerate(spans) if span.num_queries == 1]
     ranges = _own_ranges([spans[index] for index in decodes], decodes, window, shared)
@@ -66,9 +74,9 @@ def plan_tasks(spans: Sequence[SequenceSpan], window: int | None, shared: Sequen
 
 
 def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan]) -> TaskPlan | None:
-    """Tasks of queries against parts of what they attend to; None where nobody sees anything.
+    """Makes the tasks of queries and parts of what they attend to; returns None where no query sees a token.
 
-    Of ``shared`` the positions are places among the tokens of its members, which are single queries that see all of
+    The positions in ``shared`` are places among the tokens of its members, which are single queries that see all of
     them; only whole parts count.
     """
     if not any((span.seen[:, 0] < span.seen[:, 1]).any() for span in spans):
@@ -90,7 +98,7 @@ def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan]) -> TaskP
 
 
 def whole_parts(common: SharedSpan, start: int = 0) -> SharedSpan | None:
-    """What of a shared span, from position ``start`` on, are whole parts, if any."""
+    """Returns the whole parts of a shared span from position ``start`` on; None where there are none."""
     first = -(-max(start, common.first_token) // PART) * PART
     stop = (common.first_token + common.num_tokens) // PART * PART
     if first >= stop:
@@ -100,6 +108,7 @@ def whole_parts(common: SharedSpan, start: int = 0) -> SharedSpan | None:
 
 
 def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Integers) -> TaskPlan:
+    """Combines the drafts of decodes, shared parts and chunks; a decode of one part has no partial result."""
     own, common, _ = drafts
     parts = np.concatenate((common.parts, own.parts))
     num_parts = np.bincount(parts[:, 0], minlength=len(own.rows))
@@ -129,7 +138,7 @@ def _task_plan(drafts: tuple[_Draft, _Draft, _Draft], runs: Integers, ends: Inte
 def _own_ranges(
     spans: Sequence[SequenceSpan], names: Sequence[int], window: int | None, shared: Sequence[SharedSpan]
 ) -> list[tuple[int, int, int]]:
-    """The tokens that each decode sees and does not share: its number, the first, and the end."""
+    """Returns the ranges of tokens that decodes see and do not share, each as the decode's number, first and end."""
     seen = [(0 if window is None else max(0, span.num_tokens - window), span.num_tokens) for span in spans]
     return _unshared(seen, names, shared)
 
@@ -137,7 +146,7 @@ def _own_ranges(
 def _unshared(
     seen: Sequence[tuple[int, int]], names: Sequence[int], shared: Sequence[SharedSpan]
 ) -> list[tuple[int, int, int]]:
-    """Of the tokens that each decode sees, those that are not in ``shared``: its number, the first, and the end."""
+    """Returns the ranges of ``seen`` that are not in ``shared``, each as the decode's number, first and end."""
     covered: dict[int, list[SharedSpan]] = {}
     for common in shared:
         for member in common.members:
@@ -156,7 +165,7 @@ def _unshared(
 def _unread(
     spans: Sequence[SequenceSpan], decodes: Sequence[int], ranges: Sequence[tuple[int, int, int]], window: int | None
 ) -> list[int]:
-    """How many of each span's first tokens no task reads from its own runs."""
+    """Returns how many of each span's first tokens no task reads from the span's own runs."""
     first = [span.num_tokens for span in spans]
     for decode, start, _ in reversed(ranges):
         first[decodes[decode]] = start
@@ -167,13 +176,13 @@ def _unread(
 
 
 def _lay_out_runs(lists: Sequence[tuple[Run, ...]]) -> tuple[Integers, Integers, Integers]:
-    """Runs [R, 2] of all lists of tokens, the first token of each list, and tokens up to the end of each run."""
+    """Returns the runs [R, 2] of all lists of tokens, each list's first token, and the tokens up to each run's end."""
     runs = np.fromiter(chain.from_iterable(chain.from_iterable(lists)), np.int64).reshape(-1, 2)
     return _lay_out(runs, np.fromiter(map(len, lists), np.int64, len(lists)))
 
 
 def _lay_out_arrays(lists: Sequence[Integers]) -> tuple[Integers, Integers, Integers]:
-    """As :func:`_lay_out_runs`, of runs that are arrays."""
+    """Does the same as :func:`_lay_out_runs` for runs that are arrays."""
     return _lay_out(np.concatenate(lists), np.fromiter(map(len, lists), np.int64, len(lists)))
 
 
@@ -185,26 +194,29 @@ def _lay_out(runs: Integers, num_runs: Integers) -> tuple[Integers, Integers, In
 
 
 def _draft_decodes(ranges: Sequence[tuple[int, int, int]], first_token: Integers, rows: Integers) -> _Draft:
-    """Each decode's tokens of its own in parts; they begin at ``first_token``, its query is in one of ``rows``."""
+    """Drafts the tasks of the decodes' unshared tokens, in parts.
+
+    ``first_token`` has the place of each decode's tokens, and ``rows`` the row of its query.
+    """
     owner, first, end = np.array(ranges, np.int64).reshape(-1, 3).T
     num_parts = -(-end // PART) - first // PART
-    which = np.arange(len(ranges)).repeat(num_parts)
-    number = np.arange(len(which)) - (num_parts.cumsum() - num_parts)[which]
-    edge = (first[which] // PART + number) * PART
-    begin, stop = np.maximum(first[which], edge), np.minimum(end[which], edge + PART)
-    tokens, partials = stop - begin, np.arange(len(which))
-    where = begin + first_token[owner[which]]
+    index = np.arange(len(ranges)).repeat(num_parts)  # of the range that each part belongs to
+    number = np.arange(len(index)) - (num_parts.cumsum() - num_parts)[index]
+    edge = (first[index] // PART + number) * PART
+    begin, stop = np.maximum(first[index], edge), np.minimum(end[index], edge + PART)
+    tokens, partials = stop - begin, np.arange(len(index))
+    place = begin + first_token[owner[index]]
     return _Draft(
-        tasks=_table(owner[which], 1, where, tokens, -1, partials),
+        tasks=_table(owner[index], 1, place, tokens, -1, partials),
         rows=rows,
         decodes=np.arange(len(rows)),
-        parts=_table(owner[which], begin, partials),
+        parts=_table(owner[index], begin, partials),
         ranges=_NO_RANGES,
     )
 
 
 def _draft_shared(shared: Sequence[SharedSpan], decodes: Sequence[int], first: Integers, own: _Draft) -> _Draft:
-    """The shared runs, whose tokens begin at ``first``, with their members' queries."""
+    """Drafts the tasks of the shared runs, whose tokens begin at the places ``first``."""
     number = {index: decode for decode, index in enumerate(decodes)}
     members = [number[index] for common in shared for index in common.members]
     tasks: list[tuple[int, ...]] = []
@@ -214,8 +226,8 @@ def _draft_shared(shared: Sequence[SharedSpan], decodes: Sequence[int], first: I
         num_blocks = -(-len(common.members) // MAX_QUERIES)
         edges = [len(common.members) * block // num_blocks for block in range(num_blocks + 1)]
         for part, (start, stop) in product(range(0, common.num_tokens, PART), pairwise(edges)):
-            where, position = len(own.rows) + query + start, common.first_token + part
-            tasks.append((where, stop - start, base + part, PART, -1, partial))
+            first_query, position = len(own.rows) + query + start, common.first_token + part
+            tasks.append((first_query, stop - start, base + part, PART, -1, partial))
             block = members[query + start : query + stop]
             parts.extend(zip(block, repeat(position), count(partial), strict=False))
             partial += stop - start
@@ -231,7 +243,7 @@ def _draft_shared(shared: Sequence[SharedSpan], decodes: Sequence[int], first: I
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Neighbouring queries. ``ranges`` [n, 2]: of the tokens from ``first_token`` on, those that each of them sees."""
+    """Neighbouring queries. ``ranges`` [n, 2] has the tokens that each query sees, counted from ``first_token``."""
 
     query_start: int
     first_token: int
@@ -239,14 +251,17 @@ class _Chunk:
 
 
 def _causal(span: SequenceSpan, window: int | None) -> Integers:
-    """What each query of a chunk sees of its sequence."""
+    """Returns the range of its sequence's tokens that each query of a chunk sees."""
     stop = np.arange(span.num_tokens - span.num_queries, span.num_tokens) + 1
     first = np.zeros_like(stop) if window is None else (stop - window).clip(min=0)
     return np.column_stack((first, stop))
 
 
 def _draft_chunks(chunks: Sequence[_Chunk], num_before: int) -> _Draft:
-    """The chunks' queries, ``num_before`` after all others, in blocks; the last first: it sees most."""
+    """Drafts the tasks of chunks in blocks of queries, the last block first, since it sees the most tokens.
+
+    ``num_before`` is the number of queries before those of the chunks.
+    """
     tasks, rows, ranges = [np.empty((0, 6), np.int64)], [np.empty(0, np.int64)], [_NO_RANGES]
     num_ranges = 0
     for chunk in chunks:
@@ -272,4 +287,5 @@ def _draft_chunks(chunks: Sequence[_Chunk], num_before: int) -> _Draft:
 
 
 def _table(*columns: Integers | int) -> Integers:
+    """Stacks columns, each an array or a number for all rows."""
     return np.stack(np.broadcast_arrays(*columns), axis=1)

@@ -1,1 +1,1 @@
-"""A decoder's layers as one compiled program."""
+"""Runs a decoder's layers as one compiled program."""

@@ -1,14 +1,14 @@
-"""A decoder's layers as one program: all that happens between embedding and final norm, without Python in between.
+"""A decoder's layers as one compiled program: all that happens between embedding and final norm, without Python.
 
-For bfloat16 on CPUs that :mod:`kernels.cpu.products` has code for. Every operation is the same as one by one, and so
-are the bits; but for norms of heads, which are plain torch there.
+For bfloat16 on CPUs that :mod:`kernels.cpu.products` has code for. The operations are the same as when they are called
+one by one, and so are the bits, except for the norms of heads, which are plain torch when called one by one.
 
 Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, K KV heads, D head dimension.
 """
 
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,69 +16,43 @@ from torch import Tensor
 from kernels.attention import Attend, AttentionPlan, LayerCache, Window
 from kernels.cpu.attention import paged
 from kernels.cpu.layers.fused_program import (
-    Compiled,
+    CompiledLayers,
     Finisher,
     Settings,
     compile_layers,
-    max_works,
+    make_writer,
+    max_operations,
     updates,
-    writer,
 )
-from kernels.cpu.layers.layer_works import Buffers, Layer, Turns
+from kernels.cpu.layers.layer_works import Buffers, Layer, RopeTables
 from kernels.cpu.layers.partial import Finish, Partial, SumWork
 from kernels.cpu.layers.program import Program
+from kernels.cpu.layers.supported import DecoderLayer, supported_layer
 from kernels.cpu.machine import machine_code
-from kernels.cpu.products.linear import shared
 from kernels.cpu.rows import rows
-from kernels.linear import Linear
 
-# Programs that are kept, one for each number of tokens: as many as decodes of a busy server have, and some chunks.
+# How many programs are kept, one for each number of tokens: enough for the decodes of a busy server, and some chunks.
 _MOST_PROGRAMS = 128
-# Buffers grow by so many tokens, since every growth costs all programs.
+# Buffers grow by this many tokens at a time, since growing them drops all programs.
 _ROWS_AT_ONCE = 64
-
-
-class DecoderLayer(Protocol):
-    """Weights of one layer, as :mod:`workers.model.decoder` has them."""
-
-    @property
-    def window(self) -> Window: ...
-    @property
-    def attention_norm(self) -> Tensor: ...
-    @property
-    def qkv(self) -> Linear | None: ...
-    @property
-    def qk_norm(self) -> Tensor | None: ...
-    @property
-    def output(self) -> Linear | None: ...
-    @property
-    def attention_post_norm(self) -> Tensor | None: ...
-    @property
-    def ffn_norm(self) -> Tensor: ...
-    @property
-    def gate_up(self) -> Linear | None: ...
-    @property
-    def down(self) -> Linear | None: ...
-    @property
-    def ffn_post_norm(self) -> Tensor | None: ...
 
 
 def fuse(
     layers: Sequence[DecoderLayer], *, head_dim: int, eps: float, scale: float, activation: str, ladder: bool = False
 ) -> "FusedLayers | None":
-    """The layers as one program, or None where a part of them has no compiled code.
+    """Makes one program of the layers; returns None where a part of them has no compiled code.
 
     Args:
-        layers: in order, at least one.
+        layers: the layers in order, at least one.
         head_dim: D.
-        eps: of every norm.
-        scale: of the attention's scores.
-        activation: of the feed-forward layers, by its name in :class:`placement.model.specs.ModelSpec`.
-        ladder: see there.
+        eps: the constant that every norm adds to the mean square.
+        scale: the factor of the attention's scores.
+        activation: the feed-forward layers' activation, by its name in :class:`placement.model.specs.ModelSpec`.
+        ladder: see :class:`placement.model.specs.ModelSpec`.
     """
     if "avx512bf16" not in machine_code.cpu_features() or activation not in rows.ACTIVATIONS or head_dim % 32:
         return None
-    fused = [layer for layer in map(_supported, layers) if layer is not None]
+    fused = [layer for layer in map(supported_layer, layers) if layer is not None]
     if len(fused) < len(layers):
         return None
     assert len({(layer.qkv is None, layer.down is None) for layer in fused}) == 1, "a rank has heads in all its layers"
@@ -86,58 +60,50 @@ def fuse(
     return FusedLayers(fused, settings)
 
 
-def _supported(layer: DecoderLayer) -> Layer | None:
-    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    there = [linear for linear in linears if linear is not None]
-    qkv, output, gate_up, down = (None if linear is None else shared(linear) for linear in linears)
-    sharable = [linear for linear in (qkv, output, gate_up, down) if linear is not None]
-    if not there or len(sharable) < len(there):
-        return None
-    assert (qkv is None) == (output is None) and (gate_up is None) == (down is None), layer
-    qk_norm = None if layer.qk_norm is None else layer.qk_norm.contiguous()
-    norms = (layer.attention_norm, qk_norm, layer.attention_post_norm, layer.ffn_norm, layer.ffn_post_norm)
-    if not all(norm is None or rows.takes(norm) for norm in norms):
-        return None
-    if any(linear.num_inputs % 32 or linear.num_outputs % 16 for linear in sharable):
-        return None
-    return Layer(
-        window=layer.window,
-        attention_norm=layer.attention_norm,
-        qkv=qkv,
-        qk_norm=qk_norm,
-        output=output,
-        attention_post_norm=layer.attention_post_norm,
-        ffn_norm=layer.ffn_norm,
-        gate_up=gate_up,
-        down=down,
-        ffn_post_norm=layer.ffn_post_norm,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What one run of the layers works with.
+
+    Attributes:
+        buffers: the memory of its rows, which begin at ``first_row`` of all.
+        kept: memory whose addresses the program has, and which must live until the run ends.
+    """
+
+    compiled: CompiledLayers
+    buffers: Buffers
+    first_row: int
+    num_tokens: int
+    num_threads: int
+    kept: list[object]
 
 
 class FusedLayers:
-    """The layers of one decoder. For one thread at a time."""
+    """The layers of one decoder as compiled programs. For one thread at a time."""
 
     def __init__(self, layers: Sequence[Layer], settings: Settings) -> None:
         """See :func:`fuse`."""
         self._layers = layers
         self._settings = settings
-        self._buffers = self._room(0)
-        self._programs: OrderedDict[tuple[object, ...], Compiled] = OrderedDict()
+        self._buffers = self._allocate(0)
+        self._programs: OrderedDict[tuple[object, ...], CompiledLayers] = OrderedDict()
         self._finisher = Finisher(layers, settings, _MOST_PROGRAMS)
 
     def takes(self, attention: Mapping[Window, AttentionPlan]) -> bool:
-        """Whether plans are of the variant whose attention it runs."""
+        """Tells whether the plans are of the variant whose attention the programs run."""
         return all(plan.tasks is not None for plan in attention.values())
 
     def reserve(self, num_tokens: int) -> None:
-        """Memory for steps of so many tokens, or lanes of so many together: not while any is on its way."""
+        """Makes sure that there is memory for the tokens of a step, or of its micro-batches together.
+
+        Not while a step is running.
+        """
         if num_tokens > self._buffers.num_tokens:
             self._programs.clear()  # they hold addresses of the buffers
             self._finisher.clear()
-            del self._buffers  # first, or both would be there at once
-            self._buffers = self._room(-(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
+            del self._buffers  # before the new ones are allocated
+            self._buffers = self._allocate(-(-num_tokens // _ROWS_AT_ONCE) * _ROWS_AT_ONCE)
 
-    def _room(self, num_tokens: int) -> Buffers:
+    def _allocate(self, num_tokens: int) -> Buffers:
         return Buffers(self._layers, self._settings.head_dim, num_tokens, ladder=self._settings.ladder)
 
     def run(
@@ -145,7 +111,7 @@ class FusedLayers:
         embedded: Tensor,
         caches: Sequence[LayerCache],
         slots: Tensor,
-        turns: Mapping[Window, Turns],
+        rope: Mapping[Window, RopeTables],
         attention: Mapping[Window, AttentionPlan],
         *,
         sums: bool = False,
@@ -154,103 +120,125 @@ class FusedLayers:
         first_row: int = 0,
         num_layers: int | None = None,
     ) -> Generator[Partial, None, Tensor]:
-        """The last layer's output [T, E], of ``embedded`` [T, E]. Writes keys and values to ``slots`` of ``caches``.
+        """Computes the last layer's output [T, E] of ``embedded`` [T, E], and writes KV to ``slots`` of ``caches``.
 
-        ``turns`` and ``attention`` have an entry for each window that some layer has.
+        ``rope`` and ``attention`` have an entry for each window that some layer has.
 
         Args:
-            sums: what each attention and feed-forward gives is a part of a sum: it is given, and this goes on once
-                the sum is in its place, or finished; of a ladder, once the sum before it is.
-            sum_work: sums it within the program, so that nothing is given. Not of a ladder.
-            attend: attends instead of the program, to KV that other ranks have, too; then there are no plans.
-            first_row: of the buffers, where another lane has those before it; it and the spare rows of the products
-                are reserved.
-            num_layers: only the first ones are computed, for a measurement: what is returned is of no use.
+            sums: whether each attention and feed-forward gives a partial result. It is yielded, and the layers go on
+                once the sum, or the finished rows, are in its place; in a ladder, once the sum before it is.
+            sum_work: all-reduces within the program instead, so that nothing is yielded. Not of a ladder.
+            attend: attends instead of the program, also to KV that other ranks have; then there are no plans.
+            first_row: the first row of the buffers to use, where another micro-batch has those before; it and the
+                products' spare rows must be reserved.
+            num_layers: computes only the first layers, for a measurement; the returned tensor is of no use.
         """
-        num_tokens = len(embedded)
-        if not num_tokens:
+        if not len(embedded):
             return embedded
-        assert embedded.dtype == caches[0].keys.dtype == torch.bfloat16, (embedded.dtype, caches[0].keys.dtype)
-        assert attend is not None or len(attention) == len(turns), "attention without a plan"
-        num_threads = torch.get_num_threads()
-        self.reserve(first_row + num_tokens)
-        buffers = self._buffers.from_row(first_row)
+        assert attend is not None or len(attention) == len(rope), "attention without a plan"
         assert sum_work is None or (sums and attend is None), "a program that sums does not stop"
-        compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches, sum_work)
-        buffers.fill(embedded, slots, turns)
-        kept = self._plan_attention(compiled, buffers, num_threads, caches, attention)
-        start = 0
-        num_sums = 0
+        run = self._begin(embedded, caches, slots, rope, attention, first_row, sum_work)
+        program, end = run.compiled.program, run.compiled.end(num_layers)
+        start = num_sums = 0
         partial: Partial | None = None
-        gives, end = sums and sum_work is None, compiled.end(num_layers)
-        for stop, attends_in in self._stops(compiled, end, sums=gives, attends=attend is not None):
-            compiled.program.run(num_threads, start, stop)
-            if attends_in is None:
-                partial = self._partial(buffers, first_row, num_tokens, num_sums)
+        stops = self._stops(run.compiled, end, sums=sums and sum_work is None, attends=attend is not None)
+        for stop, layer in stops:
+            program.run(run.num_threads, start, stop)
+            if layer is None:
+                partial = self._partial(run, num_sums)
                 yield partial
-                start = compiled.finished[num_sums] if partial.is_finished else stop
+                start = run.compiled.finished[num_sums] if partial.is_finished else stop
                 num_sums += 1
             else:
                 assert attend is not None
-                self._attend(attend, attends_in, buffers, caches, num_tokens)
+                self._attend(attend, layer, run, caches)
                 start = stop + 1
         if sum_work is not None:
-            self._run_summing(compiled.program, num_threads, end, sum_work)
+            self._run_summing(program, run.num_threads, end, sum_work)
         elif start < end:
-            compiled.program.run(num_threads, start, end)
-        del kept  # until here its memory was in use
+            program.run(run.num_threads, start, end)
         if partial is not None and partial.is_finished:
             assert partial.finish is not None
             return partial.finish.result
         if self._settings.ladder and sums:
             yield Partial(update=embedded[:0])  # until the last sum is there
-        return buffers.total(num_tokens, ladder=self._settings.ladder)
+        return run.buffers.total(run.num_tokens, ladder=self._settings.ladder)
+
+    def _begin(
+        self,
+        embedded: Tensor,
+        caches: Sequence[LayerCache],
+        slots: Tensor,
+        rope: Mapping[Window, RopeTables],
+        attention: Mapping[Window, AttentionPlan],
+        first_row: int,
+        sum_work: SumWork | None,
+    ) -> _Run:
+        """Prepares memory and program for a run: see :meth:`run`."""
+        assert embedded.dtype == caches[0].keys.dtype == torch.bfloat16, (embedded.dtype, caches[0].keys.dtype)
+        num_tokens, num_threads = len(embedded), torch.get_num_threads()
+        self.reserve(first_row + num_tokens)
+        buffers = self._buffers.from_row(first_row)
+        compiled = self._compiled(buffers, first_row, num_tokens, num_threads, caches, sum_work)
+        buffers.fill(embedded, slots, rope)
+        return _Run(
+            compiled=compiled,
+            buffers=buffers,
+            first_row=first_row,
+            num_tokens=num_tokens,
+            num_threads=num_threads,
+            kept=self._plan_attention(compiled, buffers, num_threads, caches, attention),
+        )
 
     def _run_summing(self, program: Program, num_threads: int, end: int, sum_work: SumWork) -> None:
-        """A program that sums by itself. Raises what kept a sum from being there."""
+        """Runs a program that all-reduces by itself. Raises what made an all-reduce fail."""
         sum_work.begin()
         program.run(num_threads, stop=end, ended_by=sum_work.failed)
         sum_work.end()
 
-    def _partial(self, buffers: Buffers, first_row: int, num_tokens: int, number: int) -> Partial:
-        """Of an attention or a feed-forward. What is done with the last sum is to add it to the residual."""
-        update = updates(buffers, ladder=self._settings.ladder)[number % 2][:num_tokens]
+    def _partial(self, run: _Run, number: int) -> Partial:
+        """Returns the partial result of an attention or a feed-forward, with what follows its sum.
+
+        The last sum is added to the residual, and not normed.
+        """
+        buffers = run.buffers
+        update = updates(buffers, ladder=self._settings.ladder)[number % 2][: run.num_tokens]
         if self._settings.ladder:
             return Partial(update=update)
         is_last = number + 1 == 2 * len(self._layers)
-        result = torch.empty_like(update) if is_last else buffers.normed[:num_tokens]
+        result = torch.empty_like(update) if is_last else buffers.normed[: run.num_tokens]
 
-        def rows(start: int, stop: int) -> None:
-            self._finisher.run(self._buffers, number, first_row + start, stop - start)
+        def finish_rows(start: int, stop: int) -> None:
+            self._finisher.run(self._buffers, number, run.first_row + start, stop - start)
             if is_last:
                 torch.add(buffers.residual[start:stop], update[start:stop], out=result[start:stop])
 
-        return Partial(update=update, finish=Finish(result=result, rows=rows))
+        return Partial(update=update, finish=Finish(result=result, rows=finish_rows))
 
-    def _stops(self, compiled: Compiled, end: int, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
-        """Where the program stops up to its end, and in which layer, where that is for attention; else for a sum."""
+    def _stops(self, compiled: CompiledLayers, end: int, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
+        """Returns the operations before which the program stops; the layer for attention, None for an all-reduce."""
         stops: list[tuple[int, int | None]] = [(stop, None) for stop in compiled.sums] if sums else []
         if attends:
             stops += [(stop, layer) for layer, stop in enumerate(compiled.attention)]
         return sorted((stop for stop in stops if stop[0] <= end), key=lambda stop: stop[0])
 
-    def _attend(
-        self, attend: Attend, layer: int, buffers: Buffers, caches: Sequence[LayerCache], num_tokens: int
-    ) -> None:
+    def _attend(self, attend: Attend, layer: int, run: _Run, caches: Sequence[LayerCache]) -> None:
+        """Has ``attend`` compute a layer's attention, in place of the program."""
         query, attended = (
-            x[:num_tokens].view(num_tokens, -1, self._settings.head_dim) for x in (buffers.query, buffers.attended)
+            x[: run.num_tokens].view(run.num_tokens, -1, self._settings.head_dim)
+            for x in (run.buffers.query, run.buffers.attended)
         )
         attended.copy_(attend(self._layers[layer].window, query, caches[layer], self._settings.scale))
 
     def _plan_attention(
         self,
-        compiled: Compiled,
+        compiled: CompiledLayers,
         buffers: Buffers,
         num_threads: int,
         caches: Sequence[LayerCache],
         attention: Mapping[Window, AttentionPlan],
     ) -> list[object]:
-        """Puts the step's plans in their places; what must live as long as they are used."""
+        """Puts the step's plans into the program, and returns the memory that must live as long as they are used."""
         num_heads = self._layers[0].attended_size // self._settings.head_dim
         kept: list[object] = []
         for window, plan in attention.items() if num_heads else ():
@@ -262,10 +250,10 @@ class FusedLayers:
             kept += [memory, tickets]
             addresses = (buffers.query.data_ptr(), buffers.attended.data_ptr())
             for i, ticket in zip(members, tickets, strict=True):
-                job = paged.attention(
+                _, arguments = paged.attention(
                     caches[i], plan.tasks, self._settings.scale, memory, *addresses, ticket.data_ptr()
-                )[1]
-                compiled.program.change(compiled.attention[i], job)
+                )
+                compiled.program.change(compiled.attention[i], arguments)
         return kept
 
     def _compiled(
@@ -276,17 +264,18 @@ class FusedLayers:
         num_threads: int,
         caches: Sequence[LayerCache],
         sum_work: SumWork | None,
-    ) -> Compiled:
+    ) -> CompiledLayers:
+        """Returns the program for a number of tokens, which is compiled where it is not among those kept."""
         places = ((x.keys.data_ptr(), x.values.data_ptr(), x.keys.shape[1]) for x in caches)
-        num_strips = 1 if sum_work is None else sum_work.num_strips(buffers.update[:num_tokens])
-        summed_by = 0 if sum_work is None else sum_work.failed  # which nobody else has while the program is kept
-        key = (first_row, num_tokens, num_threads, summed_by, num_strips, *places)
+        num_column_tiles = 1 if sum_work is None else sum_work.num_column_tiles(buffers.update[:num_tokens])
+        summed_by = 0 if sum_work is None else sum_work.failed  # an address that is unique while the program is kept
+        key = (first_row, num_tokens, num_threads, summed_by, num_column_tiles, *places)
         if key in self._programs:
             self._programs.move_to_end(key)
         else:
             if len(self._programs) == _MOST_PROGRAMS:
                 self._programs.popitem(last=False)
-            made = Program(max_works(self._layers, num_strips))
-            writes = writer(made, buffers, num_tokens, num_threads, self._settings)
-            self._programs[key] = compile_layers(self._layers, caches, writes, self._settings, sum_work)
+            program = Program(max_operations(self._layers, num_column_tiles))
+            writer = make_writer(program, buffers, num_tokens, num_threads, self._settings)
+            self._programs[key] = compile_layers(self._layers, caches, writer, self._settings, sum_work)
         return self._programs[key]

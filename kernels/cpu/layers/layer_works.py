@@ -1,6 +1,6 @@
-"""A layer of a decoder as works of a :class:`kernels.cpu.layers.program.Program`: see :mod:`kernels.cpu.layers.fused`.
+"""A decoder's layer as operations of a :class:`kernels.cpu.layers.program.Program`.
 
-Shapes as there.
+Shapes are those of :mod:`kernels.cpu.layers.fused`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,45 @@ from kernels.attention import LayerCache, Window
 from kernels.cpu.layers import program
 from kernels.cpu.layers.partial import SumWork
 from kernels.cpu.layers.program import Program
-from kernels.cpu.machine.columns_ir import WHOLE, Strip
-from kernels.cpu.products.linear import Shared
+from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
+from kernels.cpu.products.linear import ProgramLinear
 from kernels.cpu.rows import rows
 
 SPARE_ROWS = 32
-"""Rows of a product beyond its tokens, at most: those of one tile."""
+"""The most rows that a product writes beyond its tokens: those of one tile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer whose products a team can share. A rank without heads, or columns, has neither product of these."""
+    """The weights of a layer that a program can run.
+
+    A rank without heads has neither ``qkv`` nor ``output``; one without columns has neither ``gate_up`` nor ``down``.
+    """
 
     window: Window
     attention_norm: Tensor
-    qkv: Shared | None
+    qkv: ProgramLinear | None
     qk_norm: Tensor | None
-    output: Shared | None
+    output: ProgramLinear | None
     attention_post_norm: Tensor | None
     ffn_norm: Tensor
-    gate_up: Shared | None
-    down: Shared | None
+    gate_up: ProgramLinear | None
+    down: ProgramLinear | None
     ffn_post_norm: Tensor | None
 
     @property
     def hidden_size(self) -> int:
-        """E."""
+        """Returns E."""
         return self.attention_norm.shape[0]
 
     @property
     def attended_size(self) -> int:
-        """H * D."""
+        """Returns H * D."""
         return 0 if self.output is None else self.output.num_inputs
 
 
-class Turns(Protocol):
-    """Cosine and signed sine of every token's angles, each [T, 1, D]."""
+class RopeTables(Protocol):
+    """The cosine and signed sine of every token's rotary angles, each [T, 1, D]."""
 
     @property
     def cos(self) -> Tensor: ...
@@ -59,10 +62,10 @@ class Turns(Protocol):
 
 
 class Buffers:
-    """Activations of at most ``num_tokens`` tokens; products write whole tiles, beyond the last token."""
+    """Memory for the activations of at most ``num_tokens`` tokens, and for the spare rows that products write."""
 
     def __init__(self, layers: Sequence[Layer], head_dim: int, num_tokens: int, *, ladder: bool) -> None:
-        """``later`` is the place for every other update of a ``ladder``."""
+        """Allocates the memory. ``later`` holds every second update of a ``ladder``, and is empty else."""
         self.num_tokens = num_tokens
         layer = layers[0]
         ffn_size = 0 if layer.down is None else layer.down.num_inputs
@@ -82,37 +85,26 @@ class Buffers:
         self.sin = {window: self._rows(head_dim) for window in windows}
 
     def from_row(self, first_row: int) -> "Buffers":
-        """The same memory without its first rows: what is computed there does not touch those, nor their spare rows."""
+        """Returns the same memory without its first rows, which a computation in the rest does not touch."""
         rest = copy(self)
         rest.num_tokens = self.num_tokens - first_row
-        for name in (
-            "residual",
-            "normed",
-            "update",
-            "qkv",
-            "query",
-            "attended",
-            "gate_up",
-            "activated",
-            "tiles",
-            "slots",
-        ):
+        for name in _ROW_BUFFERS:
             setattr(rest, name, getattr(self, name)[first_row:])
         rest.cos = {window: rows[first_row:] for window, rows in self.cos.items()}
         rest.sin = {window: rows[first_row:] for window, rows in self.sin.items()}
         return rest
 
-    def fill(self, embedded: Tensor, slots: Tensor, turns: Mapping[Window, Turns]) -> None:
-        """With the inputs of a step: as :meth:`kernels.cpu.layers.fused.FusedLayers.run` has them."""
+    def fill(self, embedded: Tensor, slots: Tensor, rope: Mapping[Window, RopeTables]) -> None:
+        """Copies the inputs of a step into the buffers: those of :meth:`kernels.cpu.layers.fused.FusedLayers.run`."""
         num_tokens = len(embedded)
         self.residual[:num_tokens] = embedded
         self.slots[:num_tokens] = slots
-        for window, turn in turns.items():
-            self.cos[window][:num_tokens] = turn.cos[:, 0]
-            self.sin[window][:num_tokens] = turn.sin[:, 0]
+        for window, tables in rope.items():
+            self.cos[window][:num_tokens] = tables.cos[:, 0]
+            self.sin[window][:num_tokens] = tables.sin[:, 0]
 
     def total(self, num_tokens: int, *, ladder: bool) -> Tensor:
-        """The residual and the updates that are still to be added to it: [T, E]."""
+        """Returns the residual plus the updates that are still to be added to it: [T, E]."""
         total = self.residual[:num_tokens] + self.update[:num_tokens]
         return total + self.later[:num_tokens] if ladder else total
 
@@ -120,9 +112,25 @@ class Buffers:
         return torch.empty(self.num_tokens + SPARE_ROWS, width, dtype=torch.bfloat16)
 
 
+_ROW_BUFFERS = (
+    *("residual", "normed", "update", "qkv", "query", "attended"),
+    *("gate_up", "activated", "tiles", "slots"),
+)
+# ``later`` is not among them: a ladder's steps are never split.
+
+
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Appends a layer's works to a program."""
+    """Appends the operations of a layer to a program.
+
+    Attributes:
+        program: the program that is written.
+        buffers: the memory that the operations read and write.
+        num_tokens: T.
+        num_threads: how many threads run the program.
+        head_dim: D.
+        eps: the constant that every norm adds to the mean square.
+    """
 
     program: Program
     buffers: Buffers
@@ -132,54 +140,55 @@ class Writer:
     eps: float
 
     def norm(self, weight: Tensor, update: Tensor, *, adds: bool) -> None:
-        """Residual to normed; before, the update to the residual."""
+        """Norms the residual into ``normed``; with ``adds``, adds the update to the residual before that."""
         buffers = self.buffers
         fields = rows.norm_fields(update, buffers.residual, weight, buffers.normed, self.eps)
         self._each_row(rows.norm_name(weight, adds=adds), weight.shape[0], fields)
 
     def norm_update(self, weight: Tensor | None) -> None:
-        """The update in place, where the layer has such a norm."""
+        """Norms the update in place, where the layer has such a norm."""
         if weight is not None:
             update = self.buffers.update
             fields = rows.norm_fields(update, update, weight, update, self.eps)
             self._each_row(rows.norm_name(weight, adds=False), weight.shape[0], fields)
 
     def activate(self, activation: str) -> None:
-        """Gate and up to activated."""
+        """Applies the gated activation to ``gate_up``, into ``activated``."""
         gate_up, output = self.buffers.gate_up, self.buffers.activated
         fields = rows.gated_fields(gate_up, output)
         self._each_row(rows.gated_name(activation), gate_up.shape[1], fields)
 
-    def product(self, linear: Shared, x: Tensor, output: Tensor) -> None:
-        """``x`` times the weight."""
+    def product(self, linear: ProgramLinear, x: Tensor, output: Tensor) -> None:
+        """Multiplies ``x`` by the weight."""
         self._multiply(linear, self._tiles(linear, x), output, WHOLE)
 
-    def summed_product(self, linear: Shared | None, x: Tensor, output: Tensor, sum_work: SumWork | None) -> None:
-        """The same, zeros without a weight, which is a part of a sum over ranks; and that sum, where something sums
-        within the program.
+    def reduced_product(
+        self, linear: ProgramLinear | None, x: Tensor, output: Tensor, sum_work: SumWork | None
+    ) -> None:
+        """Multiplies ``x`` by the weight, and all-reduces the result where ``sum_work`` does that in the program.
 
-        While one strip of it is on its way, the next is computed (FastAttention's tiling all-reduce, by columns, so
-        that the weight is read once).
+        A rank without this weight contributes zeros. While one column tile is all-reduced, the next is computed (the
+        tiling all-reduce of FastAttention, here by columns, so that the weight is read once).
         """
         update = output[: self.num_tokens]
-        count = 1 if sum_work is None else sum_work.num_strips(update)
+        count = 1 if sum_work is None else sum_work.num_column_tiles(update)
         tiles = 0 if linear is None else self._tiles(linear, x)
         if linear is None:
-            self.program.add(*program.work("zeros_work", self.program.ticket(), update.data_ptr(), update.nbytes))
+            self.program.add(*program.operation("fill_zeros", self.program.ticket(), update.data_ptr(), update.nbytes))
         for number in range(count):
-            strip = Strip(number, count)
+            column_tile = ColumnTile(number, count)
             if linear is not None:
-                self._multiply(linear, tiles, output, strip)
+                self._multiply(linear, tiles, output, column_tile)
             if sum_work is not None:
-                self.program.add(sum_work.function, sum_work.job(update, self.program.ticket(), strip))
+                self.program.add(sum_work.function, sum_work.arguments(update, self.program.ticket(), column_tile))
 
-    def _tiles(self, linear: Shared, x: Tensor) -> int:
-        """Address of ``x`` in tiles, which it is laid out in where several tokens are not one already."""
+    def _tiles(self, linear: ProgramLinear, x: Tensor) -> int:
+        """Returns the address of ``x`` in tiles, which are packed where they interleave several tokens."""
         num_tiles, num_rows = linear.tiles(self.num_tokens)
         assert num_tiles * num_rows <= self.num_tokens + SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
         if num_rows == 1:
             return x.data_ptr()
-        lay_out = program.tiles(
+        packing = program.pack_tiles(
             x.data_ptr(),
             self.buffers.tiles.data_ptr(),
             num_tokens=self.num_tokens,
@@ -188,16 +197,16 @@ class Writer:
             num_threads=self.num_threads,
             ticket=self.program.ticket(),
         )
-        self.program.add(*lay_out)
+        self.program.add(*packing)
         return self.buffers.tiles.data_ptr()
 
-    def _multiply(self, linear: Shared, tiles: int, output: Tensor, strip: Strip) -> None:
-        """Tiles at an address times a strip of the weight."""
-        ticket = self.program.ticket()
-        self.program.add(*linear.product(self.num_tokens, self.num_threads, tiles, output.data_ptr(), ticket, strip))
+    def _multiply(self, linear: ProgramLinear, tiles: int, output: Tensor, column_tile: ColumnTile) -> None:
+        """Multiplies the tiles at an address by the weight's columns of one column tile."""
+        addresses = tiles, output.data_ptr(), self.program.ticket()
+        self.program.add(*linear.product(self.num_tokens, self.num_threads, *addresses, column_tile))
 
-    def turn(self, layer: Layer, cache: LayerCache) -> None:
-        """Queries, keys and values to where attention reads them."""
+    def rotate(self, layer: Layer, cache: LayerCache) -> None:
+        """Applies the rotary embedding to queries and keys, and stores keys and values in the cache."""
         buffers, num_kv_heads = self.buffers, cache.keys.shape[0]
         num_heads = layer.attended_size // self.head_dim
         assert layer.qkv is not None and layer.qkv.num_outputs == (num_heads + 2 * num_kv_heads) * self.head_dim, layer
@@ -205,12 +214,12 @@ class Writer:
         pointers = (x.data_ptr() for x in tensors)
         strides = (x.stride(0) * x.itemsize for x in tensors)
         weight = layer.qk_norm
-        name = "turn_wide_work" if weight is not None and weight.dtype == torch.float32 else "turn_work"
+        name = "rotate_wide_rows" if weight is not None and weight.dtype == torch.float32 else "rotate_rows"
         norm = (0 if weight is None else weight.data_ptr(), rows.float_bits(self.eps))
         scalars = (num_heads, num_kv_heads, self.head_dim, cache.keys.data_ptr(), cache.values.data_ptr())
         unit = -(-self.num_tokens // (4 * self.num_threads))
-        job = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
-        self.program.add(*program.work(name, *job, cache.keys.shape[1], *norm))
+        arguments = (self.program.ticket(), self.num_tokens, unit, *pointers, *strides, *scalars)
+        self.program.add(*program.operation(name, *arguments, cache.keys.shape[1], *norm))
 
     def _each_row(self, name: str, width: int, fields: tuple[int, ...]) -> None:
         ticket = self.program.ticket()

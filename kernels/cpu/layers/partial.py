@@ -1,8 +1,8 @@
-"""What a rank has computed of a sum over ranks, and what is done with the sum before the next product.
+"""A rank's partial result of a layer, which is to be all-reduced, and what follows before the next product.
 
-That is the norm of residual and sum, token by token. So a rank that has summed some tokens' rows can do it for those
-alone, and what is gathered are normed rows instead of sums (TokenWeave, Gond et al. 2025): as many bytes and the same
-bits, and of each norm only a rank's share is computed.
+What follows is adding the sum to the residual and norming it, token by token. So after a reduce-scatter a rank can do
+that for its own tokens' rows alone, and normed rows are gathered instead of sums (TokenWeave, Gond et al. 2025). That
+moves as many bytes and gives the same bits, and each rank computes only its share of each norm.
 
 Shapes: T tokens, E hidden size.
 """
@@ -13,19 +13,19 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kernels.cpu.machine.columns_ir import WHOLE, Strip
+from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
 
-MOST_STRIPS = 8
-"""Of one sum."""
+MOST_COLUMN_TILES = 8
+"""The most column tiles of one all-reduce."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Finish:
-    """What is done with a sum.
+    """What follows an all-reduce.
 
     Attributes:
-        result: [T, E], for what it makes of every row.
-        rows: does it for rows ``[start, stop)``, whose sums are there, and adds them to the residual.
+        result: memory [T, E] for the normed rows.
+        rows: adds the sums of rows ``[start, stop)`` to the residual, and writes the normed rows to ``result``.
     """
 
     result: Tensor
@@ -34,13 +34,13 @@ class Finish:
 
 @dataclass(slots=True, kw_only=True)
 class Partial:
-    """A rank's part of a sum.
+    """A rank's partial result, whose sum over the ranks is needed.
 
     Attributes:
-        update: [T, E], the part, and then the sum.
-        finish: None where the sum is not needed at once.
-        is_finished: whether all rows of the result are there, instead of those of the sum; of the residual there are
-            only the rank's own rows then, which are always the same.
+        update: the partial result [T, E], which the sum replaces.
+        finish: what follows the sum; None where the sum is not needed at once.
+        is_finished: whether all rows of ``finish.result`` are there, instead of those of the sum. Of the residual only
+            the rank's own rows are up to date then; they are the same rows each time.
     """
 
     update: Tensor
@@ -49,28 +49,30 @@ class Partial:
 
 
 class SumWork(Protocol):
-    """Sums over ranks within a :class:`~kernels.cpu.layers.program.Program`, which goes on when a sum is there."""
+    """An all-reduce as operations of a :class:`~kernels.cpu.layers.program.Program`, which goes on with the sum."""
 
     @property
     def function(self) -> int:
-        """Address of the C function of a job's address that sums, or does nothing where a sum has failed before."""
+        """Returns the address of the C function that all-reduces, or does nothing where an all-reduce failed before."""
 
     @property
     def failed(self) -> int:
-        """Address of a word that is not 0 once a sum has failed."""
+        """Returns the address of a word that is not 0 once an all-reduce has failed."""
 
-    def num_strips(self, x: Tensor) -> int:
-        """In how many strips of its columns ``x`` [T, E] is best summed, each as soon as it is computed."""
+    def num_column_tiles(self, x: Tensor) -> int:
+        """Returns in how many column tiles ``x`` [T, E] is all-reduced best, each as soon as it is computed."""
 
-    def job(self, x: Tensor, ticket: int, strip: Strip = WHOLE) -> bytes:
-        """The job that begins to sum a strip of ``x`` [T, E], in place; that of the last ends the sums of all.
+    def arguments(self, x: Tensor, ticket: int, tile: ColumnTile = WHOLE) -> bytes:
+        """Returns the function's arguments that start the all-reduce of a tile of ``x`` [T, E], in place.
+
+        The call for the last tile completes the all-reduce of all tiles.
 
         Args:
-            ticket: address of a word that is 0 before: the thread that takes it first does the work.
+            ticket: the address of a word that is 0 at first; the thread that takes it runs the all-reduce.
         """
 
     def begin(self) -> None:
-        """Before the program."""
+        """Prepares for a run of the program."""
 
     def end(self) -> None:
-        """After it. Raises what kept a sum from being there."""
+        """Ends a run of the program. Raises what made an all-reduce fail."""

@@ -1,7 +1,7 @@
-"""Many pieces of compiled work in one go: a team of threads runs them one after the other, and Python waits once.
+"""Programs: sequences of compiled operations that a team of threads runs in one call from Python.
 
-Between two calls of Python the threads of a team have nothing to do, and every thread that sleeps has to be woken. A
-decoder's step is some 300 calls; as one program it is one.
+Between two calls from Python the threads of a team idle, and threads that sleep must be woken. A decoder's step is some
+300 operations, which one program runs in a single call.
 """
 
 import ctypes
@@ -11,70 +11,71 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.cpu.layers import program_ir
+from kernels.cpu.layers import layer_ir, program_ir
 from kernels.cpu.layers.program_ir import PROGRAM
 from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.machine.threads import Operation
 from kernels.cpu.rows.rows_ir import HEADER, norm
 
-_LINE_WORDS = 8  # of a cache line, 64 bytes
+_LINE_WORDS = 8  # words of a cache line of 64 bytes
 
 
 class Program:
-    """Works with their jobs, in the order in which they run.
+    """Operations in the order in which they run.
 
-    A job is the bytes of a work's arguments, in which addresses are those of memory that the caller keeps.
+    The caller keeps the memory whose addresses are among an operation's arguments.
     """
 
-    def __init__(self, max_works: int) -> None:
-        """Room for ``max_works``."""
-        self._works: list[tuple[int, NDArray[np.uint8]]] = []
-        self._tickets = _lines(max_works)
+    def __init__(self, max_operations: int) -> None:
+        """Makes an empty program, to which ``max_operations`` can be added."""
+        self._arguments: list[NDArray[np.uint8]] = []
+        self._tickets = _lines(max_operations)
         self._num_tickets = 0
-        self._counters = _lines(3)  # of a barrier two; the third is always 0
-        self._list = np.zeros((max_works, 2), np.int64)
+        self._counters = _lines(3)  # two for the barrier; the third is always 0
+        self._operations = np.zeros((max_operations, 2), np.int64)  # address of the function, and of its arguments
 
     def ticket(self) -> int:
-        """Address of a counter that is 0 whenever the program begins, for one work's threads to share it by."""
-        assert self._num_tickets < len(self._tickets), "more tickets than works"
+        """Returns the address of a new counter, by which threads share an operation; each run begins with it at 0."""
+        assert self._num_tickets < len(self._tickets), "more tickets than operations"
         self._num_tickets += 1
         return int(self._tickets[self._num_tickets - 1 :].ctypes.data)
 
-    def add(self, work: int, job: bytes) -> int:
-        """Appends the C function at ``work``; its number, for :meth:`change`."""
-        number = len(self._works)
-        memory = np.frombuffer(job, np.uint8).copy()
-        self._works.append((work, memory))
-        self._list[number] = work, memory.ctypes.data
+    def add(self, function: int, arguments: bytes) -> int:
+        """Appends an operation, of the C function at an address; returns its number for :meth:`change`."""
+        number = len(self._arguments)
+        memory = np.frombuffer(arguments, np.uint8).copy()
+        self._arguments.append(memory)
+        self._operations[number] = function, memory.ctypes.data
         return number
 
-    def change(self, number: int, job: bytes) -> None:
-        """Other arguments for a work, as many bytes as before."""
-        self._works[number][1][:] = np.frombuffer(job, np.uint8)
+    def change(self, number: int, arguments: bytes) -> None:
+        """Replaces the arguments of an operation by as many bytes."""
+        self._arguments[number][:] = np.frombuffer(arguments, np.uint8)
 
     def __len__(self) -> int:
-        """Works so far."""
-        return len(self._works)
+        """Returns the number of operations."""
+        return len(self._arguments)
 
     def run(self, num_threads: int, start: int = 0, stop: int | None = None, *, ended_by: int = 0) -> None:
-        """The works from ``start`` up to ``stop``, or all, by ``num_threads`` threads.
+        """Runs the operations from ``start`` to ``stop``, or all, on ``num_threads`` threads.
 
-        Releases the interpreter's lock.
+        It releases the interpreter's lock.
 
         Args:
-            ended_by: address of a word that is not 0 once a work wants those after it to be left out; 0: none does.
+            ended_by: the address of a word that an operation sets to skip those after it; 0: none does.
         """
         self._tickets[: self._num_tickets] = 0
         self._counters[:] = 0
         *counters, never = (row.ctypes.data for row in self._counters)
         team_size = threads.team_size() if num_threads > 1 else 0
-        count = (len(self._works) if stop is None else stop) - start
-        functions = team_size, *_rests()
-        header = _HEADER.pack(count, self._list[start:].ctypes.data, *counters, *functions, ended_by or never)
+        count = (len(self._arguments) if stop is None else stop) - start
+        functions = team_size, *_yield_and_sleep()
+        header = _HEADER.pack(count, self._operations[start:].ctypes.data, *counters, *functions, ended_by or never)
         threads.run(compiled()["program"], header, num_threads)
 
 
 def _lines(count: int) -> NDArray[np.int64]:
-    """Zeros [count, 8], one cache line each: all threads write to the first of its words."""
+    """Allocates zeros [count, 8], a cache line each, since all threads write to the first word of each."""
     words = np.zeros((count + 1) * _LINE_WORDS, np.int64)
     start = -words.ctypes.data // words.itemsize % _LINE_WORDS
     return words[start : start + count * _LINE_WORDS].reshape(count, _LINE_WORDS)
@@ -85,40 +86,40 @@ _HEADER = struct.Struct(f"={len(PROGRAM)}q")
 
 @cache
 def compiled() -> dict[str, int]:
-    """Where the code is, by name."""
+    """Compiles the functions and returns their addresses by name."""
     norms = norm("norm", adds=False, wide=False) + norm("norm_wide", adds=False, wide=True)
-    ir = HEADER + norms + program_ir.turn() + program_ir.tiles() + program_ir.zeros() + program_ir.program()
-    return machine_code.addresses(ir, ["program", "tiles_work", "turn_work", "turn_wide_work", "zeros_work"])
+    ir = HEADER + norms + layer_ir.rotate() + layer_ir.pack_tiles() + layer_ir.fill_zeros() + program_ir.program()
+    return machine_code.addresses(ir, ["program", "pack_tiles", "rotate_rows", "rotate_wide_rows", "fill_zeros"])
 
 
-def tiles(
+def pack_tiles(
     x: int, output: int, *, num_tokens: int, num_pairs: int, shape: tuple[int, int], num_threads: int, ticket: int
-) -> tuple[int, bytes]:
-    """The work that lays rows [T, I / 2] of 32 bits out as a product reads them, and its job.
+) -> Operation:
+    """Makes the operation that lays rows [T, I / 2] of 32 bits out as a product reads them.
 
     Args:
-        x: address of the rows.
-        output: address of as many tiles as ``shape`` says, and as many rows of each.
+        x: the address of the rows.
+        output: the address of the tiles.
         num_tokens: T.
-        num_pairs: I / 2, whole vectors.
-        shape: tiles, and rows of each.
-        num_threads: that share the work.
-        ticket: address of a zero.
+        num_pairs: I / 2, which must be whole vectors.
+        shape: the number of tiles, and the rows of each.
+        num_threads: how many threads share it.
+        ticket: the address of a zero.
     """
     num_tiles, num_rows = shape
-    num_chunks = -(-num_pairs // program_ir.CHUNK_PAIRS)
+    num_chunks = -(-num_pairs // layer_ir.CHUNK_PAIRS)
     num_blocks = num_tiles * num_chunks
     unit = -(-num_blocks // num_threads)
-    return work("tiles_work", ticket, num_blocks, unit, x, output, num_tokens, num_rows, num_pairs, num_chunks)
+    return operation("pack_tiles", ticket, num_blocks, unit, x, output, num_tokens, num_rows, num_pairs, num_chunks)
 
 
-def work(name: str, *arguments: int) -> tuple[int, bytes]:
-    """A work of :mod:`kernels.cpu.layers.program_ir` by its name, and the job of its arguments."""
+def operation(name: str, *arguments: int) -> Operation:
+    """Makes an operation of a function of :mod:`kernels.cpu.layers.layer_ir`, given its name and arguments."""
     return compiled()[name], struct.pack(f"={len(arguments)}q", *arguments)
 
 
 @cache
-def _rests() -> tuple[int, int]:
-    """Addresses of ``sched_yield`` and ``usleep``, which let another thread have the core."""
+def _yield_and_sleep() -> tuple[int, int]:
+    """Returns the addresses of ``sched_yield`` and ``usleep``, which let another thread have the core."""
     library = ctypes.CDLL(None)
     return threads.address(library.sched_yield), threads.address(library.usleep)

@@ -1,1 +1,1 @@
-"""How code is compiled, and run by a team of threads."""
+"""Compiles code at run time, and runs it on a team of threads."""

@@ -1,41 +1,43 @@
-"""LLVM IR of the loop that hands out a product's columns, 16 outputs each, to the threads that share it."""
+"""LLVM IR of the loop that distributes a product's columns, 16 outputs each, over the threads that share it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kernels.cpu.machine.work_ir import load_job, take_tickets
+from kernels.cpu.machine.work_ir import load_arguments, take_tickets
 
 LANES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Strip:
-    """The ``number``-th of ``count`` parts of a product's outputs, as wide as the others."""
+class ColumnTile:
+    """One of ``count`` equally wide tiles of a product's outputs, the ``number``-th from 0."""
 
     number: int = 0
     count: int = 1
 
-    def of(self, num_columns: int) -> tuple[int, int]:
-        """The first of its columns of 16 outputs, and how many there are."""
+    def columns(self, num_columns: int) -> tuple[int, int]:
+        """Returns the first column of the tile and how many it has, of ``num_columns`` columns of 16 outputs in all."""
         assert num_columns % self.count == 0, (self, num_columns)
         width = num_columns // self.count
         return self.number * width, width
 
 
-WHOLE = Strip()
+WHOLE = ColumnTile()
 
 
-def columns_work(job: Sequence[str], inputs: Sequence[str], arguments: str) -> str:
-    """``@work(job)``: takes columns until none is left, and computes all tiles of rows with them.
+def columns_function(fields: Sequence[str], inputs: Sequence[str], tile_arguments: str) -> str:
+    """Returns the function ``@product(args)``, which computes columns of a product until none is left.
+
+    It takes columns by tickets, and computes all tiles of rows with each.
 
     Args:
-        job: names of its fields. Needed are addresses ``weight``, ``bias``, ``output`` and ``ticket``, a zero;
-            functions ``wide_tile``, for ``columns`` columns at a time, and ``narrow_tile`` for one of the rest;
-            ``output_tile`` and ``column_stride`` in bytes; ``num_columns``, ``num_tiles``; and ``unit``, how many
-            columns a ticket stands for.
-        inputs: of the fields, those that move with the tile of rows, by the bytes in the field ``NAME_tile``.
-        arguments: of a tile's function: ``%NAME_here`` for inputs, ``%w``, ``%b`` and ``%o_here`` for weight, bias
-            and output, or any field.
+        fields: the names of its arguments. Needed are the addresses ``weight``, ``bias``, ``output`` and ``ticket`` (of
+            a zero); the functions ``wide_tile``, for ``columns`` columns at a time, and ``narrow_tile``, for one;
+            ``output_tile`` and ``column_stride`` in bytes; ``num_columns`` and ``num_tiles``; and ``unit``, the number
+            of columns that a ticket stands for.
+        inputs: the names of those fields that move on by ``NAME_tile`` bytes from one tile of rows to the next.
+        tile_arguments: the arguments of a tile's function: ``%NAME_here`` for inputs, ``%w``, ``%b`` and ``%o_here``
+            for weight, bias and output, or any field.
     """
     moves = "".join(
         f"""
@@ -45,8 +47,8 @@ def columns_work(job: Sequence[str], inputs: Sequence[str], arguments: str) -> s
         for name in inputs
     )
     return f"""
-define void @work(ptr %job) {{
-entry:{load_job(job)}
+define void @product(ptr %args) {{
+entry:{load_arguments(fields)}
   %weight_ptr = inttoptr i64 %weight to ptr
   %bias_ptr = inttoptr i64 %bias to ptr
   %output_ptr = inttoptr i64 %output to ptr
@@ -69,7 +71,7 @@ row:
   %i = phi i64 [0, %column], [%i_next, %row]{moves}
   %o_tile_at = mul i64 %i, %output_tile
   %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
-  call void %tile({arguments})
+  call void %tile({tile_arguments})
   %i_next = add i64 %i, 1
   %more_rows = icmp slt i64 %i_next, %num_tiles
   br i1 %more_rows, label %row, label %column_end

@@ -6,17 +6,17 @@ from typing import Any
 
 from llvmlite import binding
 
-_KEPT: list[Any] = []  # code lives as long as its engine
+_KEPT: list[Any] = []  # compiled code lives as long as its engine
 
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """What this CPU can do, by LLVM's names, for instance ``avx512bf16``."""
+    """Returns the features of this CPU by LLVM's names, for instance ``avx512bf16``."""
     return frozenset(name for name, has in binding.get_host_cpu_features().items() if has)
 
 
 def addresses(ir: str, names: Sequence[str]) -> dict[str, int]:
-    """Compiles a module of LLVM IR; where its functions ``names`` are."""
+    """Compiles a module of LLVM IR and returns the addresses of its functions ``names``."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     target = binding.Target.from_default_triple()

@@ -1,4 +1,4 @@
-"""C functions out of what Numba compiles."""
+"""Makes C functions of code that Numba compiles."""
 
 # mypy: disallow-any-unimported=False
 
@@ -9,16 +9,16 @@ from typing import Any
 
 from numba import cfunc
 
-_KEPT: list[Any] = []  # code lives as long as its object
+_KEPT: list[Any] = []  # compiled code lives as long as its Python object
 
 
 def c_function(signature: Any, entry: Callable[[int], Callable[..., Any]], sources: Sequence[str]) -> int:
-    """Address of a C function, from Numba's cache on disk where that can be written.
+    """Compiles a C function, or loads it from Numba's cache on disk where that can be written; returns its address.
 
     Args:
-        entry: makes the function; the number that it is given must be a part of its closure, by which the cache knows
-            the code of these sources from that of others.
-        sources: files that the code is made of, constants of theirs too.
+        entry: makes the function to compile. The number that it is given, a hash of the sources, must be part of the
+            function's closure, so that the cache does not return code of other sources.
+        sources: the files that the code and its constants come from.
     """
     version = int.from_bytes(hashlib.sha256(b"".join(Path(file).read_bytes() for file in sources)).digest()[:4])
     try:
@@ -26,6 +26,8 @@ def c_function(signature: Any, entry: Callable[[int], Callable[..., Any]], sourc
     except RuntimeError as error:
         if "cache" not in str(error):
             raise
-        callback = cfunc(signature)(entry(version))  # neither beside the source nor in the user's own cache directory
+        callback = cfunc(signature)(
+            entry(version)
+        )  # Numba can write neither beside the source nor in the user's cache directory
     _KEPT.append(callback)
     return int(callback.address)

@@ -1,7 +1,7 @@
-"""The threads that share the work of compiled code: those of torch's own OpenMP runtime.
+"""Runs compiled code on the threads of torch's own OpenMP runtime.
 
-Between torch's operations they spin for the next piece of work: a second pool would compete with them for the same
-cores.
+Between torch's operations these threads spin while they wait for the next one, so a second pool of threads would
+compete with them for the same cores.
 """
 
 import ctypes
@@ -16,25 +16,28 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+Operation = tuple[int, bytes]
+"""The address of a C function, and its packed arguments. Every thread calls the function with their address."""
+
 _NAMES = ("GOMP_parallel", "omp_get_num_threads", "omp_set_num_threads")
 _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
-def run(work: int, job: bytes, num_threads: int) -> None:
-    """Lets ``num_threads`` threads call the C function at ``work`` with ``job``, this one among them.
+def run(function: int, arguments: bytes, num_threads: int) -> None:
+    """Has ``num_threads`` threads, of which this is one, call the C function at an address with the same arguments.
 
-    Releases the interpreter's lock.
+    It releases the interpreter's lock.
     """
     parallel = _openmp_parallel() if num_threads > 1 else None
     if parallel is None:
-        _C_FUNCTION(work)(job)
+        _C_FUNCTION(function)(arguments)
     else:
-        parallel(work, job, num_threads, 0)
+        parallel(function, arguments, num_threads, 0)
 
 
 @cache
 def team_size() -> int:
-    """Address of the C function that says how many threads :func:`run` has called; 0 where that is one, always.
+    """Returns the address of the C function that tells how many threads :func:`run` uses; 0 where that is always 1.
 
     They may be fewer than were asked for.
     """
@@ -43,16 +46,16 @@ def team_size() -> int:
 
 
 def address(function: Any) -> int:
-    """Where a C function is."""
+    """Returns the address of a C function."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def work_alone() -> None:
-    """Has torch's operations on the calling thread use no other thread, and this one run on any core of the process.
+    """Has torch use no other threads for the calling thread, and lets this one run on any core of the process.
 
-    For threads that work beside those that compute, whose team and cores they would otherwise double and share.
+    For background threads, which would otherwise get a second team of threads on the cores of those that compute.
     """
-    torch.get_num_threads()  # what torch sets a thread up with on its first use, so that it does not later
+    torch.get_num_threads()  # torch sets a thread up on its first use, which must not come later
     library = _openmp()
     if library is not None:
         library.omp_set_num_threads(1)
@@ -61,9 +64,9 @@ def work_alone() -> None:
 
 @cache
 def _openmp_parallel() -> Callable[[int, bytes, int, int], None] | None:
-    """``GOMP_parallel(function, argument, num_threads, flags)`` of torch's OpenMP runtime, or None without one.
+    """Returns ``GOMP_parallel(function, argument, num_threads, flags)`` of torch's OpenMP runtime; None without one.
 
-    Not public to torch, but what every compiled ``omp parallel`` of GCC calls; LLVM's runtime has it too.
+    It is no public part of torch, but every ``omp parallel`` that GCC compiles calls it, and LLVM's runtime has it too.
     """
     library = _openmp()
     if library is None:
@@ -76,7 +79,7 @@ def _openmp_parallel() -> Callable[[int, bytes, int, int], None] | None:
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """The runtime that torch runs on, wherever that lies: it is looked up through torch's own library."""
+    """Loads the OpenMP runtime that torch uses, which is looked up through torch's own library; None without one."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     library = ctypes.CDLL(str(path)) if path.exists() else None
     if library is None or not all(hasattr(library, name) for name in _NAMES):

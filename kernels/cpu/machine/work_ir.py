@@ -1,21 +1,22 @@
-"""LLVM IR that every work has: its job's fields, and the loop in which threads take what there is to do by tickets."""
+"""LLVM IR that all compiled operations share: loading arguments, and the loop in which threads take tickets."""
 
 from collections.abc import Sequence
 
 
-def load_job(names: Sequence[str]) -> str:
-    """Loads the 64-bit fields of ``%job`` of these names."""
+def load_arguments(names: Sequence[str]) -> str:
+    """Returns code that loads 64-bit arguments at ``%args``, in the order of their names."""
     return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
+        f"\n  %at_{name} = getelementptr i64, ptr %args, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
         for i, name in enumerate(names)
     )
 
 
 def take_tickets(total: str, body: str) -> str:
-    """Goes to the label ``body`` for things from ``%first`` to ``%stop``, ``%unit`` at most, of ``%total``.
+    """Returns a loop that distributes ``%total`` items over threads, at most ``%unit`` of them at a time.
 
-    Those of one thread are nobody else's. Needs the address ``%ticket`` of a counter, 0 at first. The body comes from
-    ``%begin`` and goes on to ``%take``; the label ``end`` is reached when nothing is left.
+    It jumps to the label ``body`` for items ``%first`` to ``%stop``, which no other thread gets, and to ``end`` when
+    none is left. It needs the address ``%ticket`` of a counter that is 0 at first. The body is entered from ``%begin``
+    and must go on to ``%take``.
     """
     return f"""
   %ticket_ptr = inttoptr i64 %ticket to ptr

@@ -1,1 +1,1 @@
-"""Matrix products with packed weights."""
+"""Matrix products with weights that are packed once."""

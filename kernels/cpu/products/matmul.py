@@ -1,7 +1,7 @@
-"""Products with a bfloat16 weight on CPUs with AVX512-BF16, by our own code: see :mod:`kernels.cpu.products.matmul_ir`.
+"""Products with a bfloat16 weight on CPUs with AVX512-BF16: see :mod:`kernels.cpu.products.matmul_ir`.
 
-For a few tokens it reads the weight at the memory's speed, for many it computes at the vector units'; in between,
-where a library's matrix product does neither well, it is ahead most.
+For few tokens the code reads the weight at the speed of memory, and for many it computes at the speed of the vector
+units. In between, where a library's matrix product does neither well, it gains the most.
 
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.machine import machine_code, threads
-from kernels.cpu.machine.columns_ir import LANES, WHOLE, Strip
-from kernels.cpu.products.matmul_ir import COLUMN_BYTES, HEADER, JOB, WORK, tile, tile_name
+from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
+from kernels.cpu.machine.threads import Operation
+from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, HEADER, PRODUCT, tile, tile_name
 
-_JOB = struct.Struct(f"={len(JOB)}q")
-# (most rows of a tile, columns of a tile). Few rows are bound by memory, which brings one or two streams faster than
-# many. From 5 on as many sums as fit the 32 vector registers beside the operands, or tiles would wait for their own
-# sums; 24 rows in one tile read the weight once.
+_ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
+# (most rows of a tile, columns of a tile). Few rows are bound by memory, which is faster with one or two streams than
+# with many. From 5 rows on a tile has as many sums as fit the 32 vector registers beside the operands, since with fewer
+# it would wait for its own sums; 24 rows in one tile read the weight once.
 _SHAPES = ((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1))
 _MANY_ROWS = (8, 3)
-# A ticket's columns: large enough that tickets cost nothing, small enough that threads end together.
+# The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together.
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
 _HUGE_PAGE = 2 << 20
 
@@ -36,12 +37,12 @@ def can_run() -> bool:
 
 
 def is_supported() -> bool:
-    """Whether the code is chosen: where the CPU has a matrix unit (AMX), libraries use that and are faster."""
+    """Tells whether the code is chosen: where the CPU has a matrix unit (AMX), libraries use that and are faster."""
     return can_run() and "amx-bf16" not in machine_code.cpu_features()
 
 
 class PackedWeight:
-    """A weight in columns, ``[O / 16, I / 2, 16, 2]``."""
+    """A weight that is packed in columns, ``[O / 16, I / 2, 16, 2]``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Copies ``weight`` [O, I], bfloat16 with I even, and ``bias`` [O]."""
@@ -59,26 +60,26 @@ class PackedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Returns the memory that weight and bias take."""
         return self.columns.nbytes + self.bias.nbytes
 
 
 def huge_empty(shape: tuple[int, ...]) -> Tensor:
-    """Room for 32-bit integers, on huge pages where the system has them: reading takes fewer walks of page tables."""
+    """Allocates 32-bit integers, on huge pages where the system has them, so that reads walk the page tables less."""
     num_bytes = 4 * torch.Size(shape).numel()
     if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.int32)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    room = torch.frombuffer(memory, dtype=torch.int32)
-    start = -room.data_ptr() % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # a system that was built without them
-        # Whole ones only: the last would take up to 2 MiB that nobody has reckoned with.
+    integers = torch.frombuffer(memory, dtype=torch.int32)
+    start = -integers.data_ptr() % _HUGE_PAGE
+    with contextlib.suppress(OSError):  # the system was built without huge pages
+        # Only whole pages: the last would take up to 2 MiB more than was planned.
         memory.madvise(mmap.MADV_HUGEPAGE, start, num_bytes // _HUGE_PAGE * _HUGE_PAGE)
-    return room[start // 4 : (start + num_bytes) // 4].view(shape)
+    return integers[start // 4 : (start + num_bytes) // 4].view(shape)
 
 
 def tile_shape(num_tokens: int) -> tuple[int, int, int]:
-    """Tiles, rows of each, and columns at a time, for a batch: rows are dealt out evenly."""
+    """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
     for most_rows, columns in _SHAPES:
         if num_tokens <= most_rows:
             return 1, num_tokens, columns
@@ -88,7 +89,7 @@ def tile_shape(num_tokens: int) -> tuple[int, int, int]:
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """``x`` [T, I] times the weight, transposed, plus the bias: [T, O], summed in float32 and rounded once."""
+    """Computes ``x W^T + b`` [T, O] of ``x`` [T, I], summed in float32 and rounded once."""
     num_tokens, num_inputs = x.shape
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
     if not num_tokens:
@@ -98,8 +99,8 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
-    work, job = product(weight, num_tokens, num_threads, tiles.data_ptr(), output.data_ptr(), ticket.data_ptr())
-    threads.run(work, job, num_threads)
+    operation = product(weight, num_tokens, num_threads, tiles.data_ptr(), output.data_ptr(), ticket.data_ptr())
+    threads.run(*operation, num_threads)
     return output[:num_tokens, : weight.num_outputs]
 
 
@@ -110,30 +111,27 @@ def product(
     tiles: int,
     output: int,
     ticket: int,
-    strip: Strip = WHOLE,
-) -> tuple[int, bytes]:
-    """The work of a product and its job, from the addresses of what :func:`multiply` has: input, output, a zero.
-
-    Of a ``strip`` of the output alone, whose place is in the same memory.
-    """
+    column_tile: ColumnTile = WHOLE,
+) -> Operation:
+    """Makes the operation of :func:`multiply`: see :meth:`kernels.cpu.products.linear.ProgramLinear.product`."""
     num_tiles, rows, columns = tile_shape(num_tokens)
-    first, num_columns = strip.of(weight.num_columns)
+    first, num_columns = column_tile.columns(weight.num_columns)
     share = num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
     code = _compiled()
     x_row, output_row = 2 * weight.num_inputs, 2 * LANES * weight.num_columns
-    job = _JOB.pack(
+    arguments = _ARGUMENTS.pack(
         *(tiles, weight.columns[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         *(output + 2 * LANES * first, ticket),
         *(code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
         *(rows * x_row, rows * output_row, output_row, weight.num_inputs // 2 * COLUMN_BYTES),
         *(weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
     )
-    return code["work"], job
+    return code["product"], arguments
 
 
 def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
-    """``x`` [T, I] as pairs of inputs, ``[tiles, I / 2, rows]``, with zeros for the rows that are missing."""
+    """Lays ``x`` [T, I] out as pairs of inputs ``[tiles, I / 2, rows]``, with zeros for missing rows."""
     pairs = x.contiguous().view(torch.int32)
     missing = num_tiles * rows - len(x)
     if missing:
@@ -143,16 +141,16 @@ def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
 
 @cache
 def _compiled() -> dict[str, int]:
-    """Where the code of every tile is, by its name, and of ``work``."""
+    """Compiles the functions of all tiles and of ``product``, and returns their addresses by name."""
     shapes = {(rows, columns) for most, columns in (*_SHAPES, _MANY_ROWS) for rows in range(1, most + 1)}
     shapes |= {(rows, 1) for rows in range(1, _SHAPES[-1][0] + 1)}
     needed = sorted(shape for shape in shapes if _is_used(*shape))
-    ir = HEADER + WORK + "\n".join(tile(*shape) for shape in needed)
-    return machine_code.addresses(ir, ["work", *(tile_name(*shape) for shape in needed)])
+    ir = HEADER + PRODUCT + "\n".join(tile(*shape) for shape in needed)
+    return machine_code.addresses(ir, ["product", *(tile_name(*shape) for shape in needed)])
 
 
 def _is_used(rows: int, columns: int) -> bool:
-    """Whether :func:`tile_shape` ever gives the tile, or its rest of one column."""
+    """Tells whether :func:`tile_shape` ever returns the tile, or it is one for the columns that remain."""
     if columns == 1:
         return True
     shapes = {tile_shape(num_tokens)[1:] for num_tokens in range(1, 8 * _SHAPES[-1][0])}

@@ -1,30 +1,30 @@
-"""LLVM IR of the matrix product behind :mod:`kernels.cpu.products.matmul`: register tiles, and their loop.
+"""LLVM IR of the matrix product of :mod:`kernels.cpu.products.matmul`: register tiles, and the loop over them.
 
-The weight lies in columns of 16 outputs, ``[O / 16, I / 2, 16, 2]`` in bfloat16: one vector register holds two inputs'
-weights for 16 outputs, and AVX512-BF16's dot product of pairs adds both to 16 float32 sums. A tile keeps ``rows`` times
-``columns`` such sums in registers while it goes through all inputs in order, so an output's sum, and its bits, depend
-on nothing but its own row: not on the batch, the tile or the thread.
+The weight lies in columns of 16 outputs, ``[O / 16, I / 2, 16, 2]`` in bfloat16. One vector register holds the weights
+of two inputs for 16 outputs, and AVX512-BF16's dot product of pairs adds both products to 16 float32 sums. A tile keeps
+``rows`` times ``columns`` such sums in registers while it goes through all inputs in order. So an output's sum and its
+bits depend on its own row alone, and not on the batch, the tile or the thread.
 
 The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, so that a tile reads it in one stream.
 """
 
-from kernels.cpu.machine.columns_ir import LANES, columns_work
+from kernels.cpu.machine.columns_ir import LANES, columns_function
 
 COLUMN_BYTES = 64
-"""Of one pair of inputs in a column of the weight: one vector, one cache line."""
+"""The bytes of one pair of inputs in a column of the weight: one vector, and one cache line."""
 
-# What a few rows need of the memory, the hardware's own prefetch brings; with more of them the loop asks for lines
-# too rarely for it. Measured on Zen 4 with 1 to 24 rows, weights on huge pages.
+# For few rows the hardware's own prefetch suffices; with more rows the loop reads lines too rarely for it. Measured on
+# Zen 4 with 1 to 24 rows and weights on huge pages.
 _PREFETCH_FROM_ROWS = 9
 _PREFETCH_BYTES = 2048
 
-JOB = (
+ARGUMENTS = (
     *("x", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
     *("x_tile", "output_tile", "row_stride", "column_stride"),
     *("num_pairs", "num_columns", "num_tiles", "columns", "unit"),
 )
-"""Arguments of ``work``, 64-bit each; those of every :func:`~kernels.cpu.machine.columns_ir.columns_work`, and
-``num_pairs``."""
+"""The arguments of ``product``, 64 bits each: those of :func:`~kernels.cpu.machine.columns_ir.columns_function`, and
+``num_pairs``, the number of pairs of inputs."""
 
 HEADER = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -33,12 +33,12 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 
 def tile_name(rows: int, columns: int) -> str:
-    """Name of the function of a tile."""
+    """Returns the name of a tile's function."""
     return f"tile_{rows}_{columns}"
 
 
 def tile(rows: int, columns: int) -> str:
-    """``x`` [I / 2, rows, 2] times ``columns`` columns of the weight, plus bias, to ``output`` [rows, ...]."""
+    """Returns the function that multiplies ``x`` [I / 2, rows, 2] by ``columns`` columns and adds the bias."""
     sums = [(row, column) for row in range(rows) for column in range(columns)]
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %weight, i64 %column_stride,",
@@ -86,7 +86,7 @@ def _weight(column: int, *, prefetch: bool) -> str:
 
 
 def _input(row: int, columns: int) -> str:
-    """A token's pair of inputs in every lane; it becomes a broadcast operand of the dot product."""
+    """Returns code that spreads a token's pair of inputs to all lanes, for a broadcast operand of the dot product."""
     text = f"""
   %pair_at_{row} = getelementptr i8, ptr %x_here, i64 {4 * row}
   %pair_{row} = load i32, ptr %pair_at_{row}, align 4
@@ -101,7 +101,7 @@ def _input(row: int, columns: int) -> str:
 
 
 def row_output(row: int, columns: int) -> str:
-    """Rounds a row's sums, ``%new_ROW_COLUMN``, to its place in ``%output``."""
+    """Returns code that rounds a row's sums, ``%new_ROW_COLUMN``, and stores them in ``%output``."""
     text = f"""
   %row_at_{row} = mul i64 %row_stride, {row}
   %row_{row} = getelementptr i8, ptr %output, i64 %row_at_{row}"""
@@ -113,8 +113,8 @@ def row_output(row: int, columns: int) -> str:
     return text
 
 
-WORK = columns_work(
-    JOB,
+PRODUCT = columns_function(
+    ARGUMENTS,
     ("x",),
     "ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs",
 )

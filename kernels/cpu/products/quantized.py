@@ -1,6 +1,6 @@
-"""Products with rounded weights on CPUs with AVX512-BF16, by code of our own from packed weights.
+"""Products with rounded weights on CPUs with AVX512-BF16: see :mod:`kernels.cpu.products.quantized_ir`.
 
-The weights are those of :mod:`kernels.rounded`, the code is that of :mod:`kernels.cpu.products.quantized_ir`.
+The weights are those of :mod:`kernels.rounded`, packed once.
 
 Shapes: T tokens of a batch, I inputs, O outputs, G groups of inputs, g inputs of a group.
 """
@@ -13,34 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cpu.machine import machine_code, threads
-from kernels.cpu.machine.columns_ir import LANES, WHOLE, Strip
+from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
+from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products.matmul import huge_empty, in_tiles
-from kernels.cpu.products.quantized_ir import HEADER, JOB, PAIRS_PER_LINE, WORK, tile, tile_name
+from kernels.cpu.products.quantized_ir import ARGUMENTS, HEADER, PAIRS_PER_LINE, PRODUCT, tile, tile_name
 from kernels.rounded import Bits, RoundedWeight
 
-_JOB = struct.Struct(f"={len(JOB)}q")
-# Columns of a tile, by its rows: enough sums that the dot products do not wait for each other, and no more than fit
-# the vector registers beside operands and tables. Measured on Zen 4.
+_ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
+# The columns of a tile, by its rows: enough that the dot products do not wait for each other's sums, and no more than
+# fit the vector registers beside operands and tables. Measured on Zen 4.
 _COLUMNS: dict[Bits, tuple[int, ...]] = {4: (8, 8, 6, 5, 4, 3), 8: (8, 5, 4, 4, 3, 3)}
 _MOST_ROWS = 24
-# A ticket's columns: see kernels.cpu.products.matmul.
+# The columns of a ticket: see kernels.cpu.products.matmul.
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
-# Numbers that are packed at once, so that they stay in the cache.
+# How many numbers are packed at once, so that they stay in the cache.
 _PACKED_AT_ONCE = 1 << 19
 
 
 def is_supported(weight: RoundedWeight) -> bool:
-    """Whether this CPU can run the code for such a weight."""
+    """Tells whether this CPU can run the code for such a weight."""
     features = machine_code.cpu_features()
     has_instructions = "avx512bf16" in features and (weight.bits == 4 or "avx512vbmi" in features)
     return has_instructions and weight.group_size % (2 * PAIRS_PER_LINE[weight.bits]) == 0
 
 
 class PackedWeight:
-    """A rounded weight in columns of 16 outputs, as :mod:`kernels.cpu.products.quantized_ir` describes them."""
+    """A rounded weight in columns of 16 outputs, which :mod:`kernels.cpu.products.quantized_ir` describes."""
 
     def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
-        """Copies ``weight``, which :func:`is_supported`, and ``bias`` [O]."""
+        """Copies ``weight``, which :func:`is_supported` must accept, and ``bias`` [O]."""
         self.bits, self.group_size = weight.bits, weight.group_size
         self.num_outputs, self.num_inputs = weight.num_outputs, weight.num_inputs
         self.order = weight.order
@@ -53,7 +54,7 @@ class PackedWeight:
         lines = huge_empty((self.num_columns, self.num_groups, heads + self.num_lines, LANES))
         lines[:, :, 0] = _per_column(weight.scales, missing)
         if weight.offsets is not None:
-            # A code of 8 bits stands for its value and a half there.
+            # With offsets, a code of 8 bits stands for its value plus a half.
             half = weight.scales / 2 if self.bits == 8 else 0
             lines[:, :, 1] = _per_column(weight.offsets - half, missing)
         step = max(1, _PACKED_AT_ONCE // (LANES * self.num_inputs))
@@ -69,18 +70,18 @@ class PackedWeight:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Returns the memory that weight and bias take."""
         return self.lines.nbytes + self.bias.nbytes + (0 if self.order is None else self.order.nbytes)
 
 
 def _per_column(factors: Tensor, missing: int) -> Tensor:
-    """``factors`` [O, G] as [O / 16, G, 16], padded, the bits of float32 as integers."""
+    """Lays ``factors`` [O, G] out as [O / 16, G, 16], padded, with the bits of float32 as integers."""
     padded = F.pad(factors, (0, 0, 0, missing)).view(-1, LANES, factors.shape[1])
     return padded.transpose(1, 2).contiguous().view(torch.int32)
 
 
 def _lines_of_nibbles(codes: Tensor) -> Tensor:
-    """``codes`` uint8 [O, I / 2], a byte for each pair of inputs, as words [O / 16, lines, 16, 2] of 4 pairs."""
+    """Lays ``codes`` uint8 [O, I / 2], a byte for a pair of inputs, out as words [O / 16, lines, 16, 2] of 4 pairs."""
     pairs = codes.view(len(codes) // LANES, LANES, -1, 4)  # [columns, outputs, lines, pairs]
     first, second = (pairs & 15).short(), (pairs >> 4).short()
     words = [x[..., 0] | (x[..., 1] << 4) | (x[..., 2] << 8) | (x[..., 3] << 12) for x in (first, second)]
@@ -88,9 +89,9 @@ def _lines_of_nibbles(codes: Tensor) -> Tensor:
 
 
 def _lines_of_bytes(codes: Tensor, *, halves: bool) -> Tensor:
-    """``codes`` int8 [O, I] as sign and magnitude, bytes [O / 16, lines, outputs / 4, pair, output % 4, 2].
+    """Lays ``codes`` int8 [O, I] out as sign and magnitude, in bytes [O / 16, lines, outputs / 4, pair, output % 4, 2].
 
-    With ``halves`` the magnitude is that of the code and a half, rounded down.
+    With ``halves`` the magnitude is that of the code plus a half, rounded down.
     """
     magnitude = codes ^ (codes >> 7) if halves else codes.abs()  # -1 - code where that is below 0
     signed = magnitude | (codes & -128)
@@ -99,7 +100,7 @@ def _lines_of_bytes(codes: Tensor, *, halves: bool) -> Tensor:
 
 
 def tile_shape(num_tokens: int, bits: Bits) -> tuple[int, int, int]:
-    """Tiles, rows of each, and columns at a time, for a batch: rows are dealt out evenly."""
+    """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
     num_tiles = -(-num_tokens // _MOST_ROWS)
     rows = -(-num_tokens // num_tiles)
     by_rows = _COLUMNS[bits]
@@ -107,9 +108,9 @@ def tile_shape(num_tokens: int, bits: Bits) -> tuple[int, int, int]:
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """``x`` [T, I] in bfloat16 times the weight, transposed, plus the bias: [T, O].
+    """Computes ``x W^T + b`` [T, O] of ``x`` [T, I] in bfloat16, summed in float32 and rounded once.
 
-    Summed in float32 and rounded once; a token has the same bits in every batch.
+    A token has the same bits in every batch.
     """
     num_tokens, num_inputs = x.shape
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
@@ -135,18 +136,17 @@ def product(
     sums: int,
     output: int,
     ticket: int,
-    strip: Strip = WHOLE,
-) -> tuple[int, bytes]:
-    """The work of a product and its job, from the addresses of what :func:`multiply` has: inputs, output, a zero.
+    column_tile: ColumnTile = WHOLE,
+) -> Operation:
+    """Makes the operation of :func:`multiply`: see :meth:`kernels.cpu.products.linear.ProgramLinear.product`.
 
-    ``sums`` are those of the inputs' groups, which only a weight with offsets needs. Of a ``strip`` of the output
-    alone, whose place is in the same memory.
+    ``sums`` is the address of the sums of the inputs' groups, which only a weight with offsets needs.
     """
-    first, num_columns = strip.of(weight.num_columns)
+    first, num_columns = column_tile.columns(weight.num_columns)
     num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
     code = _compiled(weight.bits, weight.has_offsets)
     row_bytes = weight.num_columns * LANES * 2
-    job = _JOB.pack(
+    arguments = _ARGUMENTS.pack(
         *(tiles, sums, weight.lines[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         output + 2 * LANES * first,
         *(ticket, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
@@ -154,11 +154,11 @@ def product(
         *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, num_columns, num_tiles, columns),
         _unit(num_columns, columns, num_threads),
     )
-    return code["work"], job
+    return code["product"], arguments
 
 
 def _unit(num_columns: int, columns: int, num_threads: int) -> int:
-    """Columns of a ticket: whole tiles, unless there are so few that a thread would get none."""
+    """Returns the columns of a ticket: whole tiles, unless a thread would get none then."""
     share = num_columns // (num_threads * _UNITS_PER_THREAD)
     if num_columns < num_threads * columns:
         return max(1, share)
@@ -166,7 +166,7 @@ def _unit(num_columns: int, columns: int, num_threads: int) -> int:
 
 
 def _group_sums(x: Tensor, weight: PackedWeight, num_tiles: int, rows: int) -> Tensor:
-    """Of each token's inputs in each group: [tiles, G, rows] in float32, with zeros for the rows that are missing."""
+    """Sums each token's inputs by groups: [tiles, G, rows] in float32, with zeros for missing rows."""
     sums = x.view(len(x), weight.num_groups, weight.group_size).sum(-1, dtype=torch.float32)
     padded = F.pad(sums, (0, 0, 0, num_tiles * rows - len(x)))
     return padded.view(num_tiles, rows, -1).transpose(1, 2).contiguous()
@@ -174,8 +174,8 @@ def _group_sums(x: Tensor, weight: PackedWeight, num_tiles: int, rows: int) -> T
 
 @cache
 def _compiled(bits: Bits, offsets: bool) -> dict[str, int]:
-    """Where the code of every tile is, by its name, and of ``work``."""
+    """Compiles the functions of all tiles and of ``product``, and returns their addresses by name."""
     shapes = {tile_shape(num_tokens, bits)[1:] for num_tokens in range(1, _MOST_ROWS + 1)}
     needed = sorted(shapes | {(rows, 1) for rows, _ in shapes})
-    ir = HEADER + WORK + "\n".join(tile(*shape, bits=bits, offsets=offsets) for shape in needed)
-    return machine_code.addresses(ir, ["work", *(tile_name(*shape) for shape in needed)])
+    ir = HEADER + PRODUCT + "\n".join(tile(*shape, bits=bits, offsets=offsets) for shape in needed)
+    return machine_code.addresses(ir, ["product", *(tile_name(*shape) for shape in needed)])

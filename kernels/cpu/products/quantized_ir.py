@@ -1,43 +1,45 @@
-"""LLVM IR of the matrix product with rounded weights behind :mod:`kernels.cpu.products.quantized`.
+"""LLVM IR of the matrix product with rounded weights of :mod:`kernels.cpu.products.quantized`.
 
 The weight stays packed in memory and is widened to bfloat16 in registers, just before AVX512-BF16's dot product of
-pairs: where a few tokens wait for the memory, they wait for half or a quarter of the bytes. As in
-:mod:`kernels.cpu.products.matmul_ir` a column holds 16 outputs, and a tile ``rows`` times ``columns`` float32 sums.
-Here a sum goes over one group of inputs and starts from zero; its output's total gets it times the group's scale. That
-order is the same in every tile, so the bits of an output depend on its own row alone: not on batch, tile or thread.
+pairs. So few tokens, which are bound by memory, wait for half or a quarter of the bytes. As in
+:mod:`kernels.cpu.products.matmul_ir` a column holds 16 outputs, and a tile has ``rows`` times ``columns`` float32 sums.
+Here a sum goes over one group of inputs and starts from zero, and is multiplied by the group's scale and added to its
+output's total. That order is the same in every tile, so an output's bits depend on its own row alone, and not on batch,
+tile or thread.
 
-A column is one stream of 64-byte lines. A group of inputs begins with its 16 scales in float32, where the weight has
-offsets the 16 offsets follow, then come the codes:
+A column is one stream of 64-byte lines. A group of inputs begins with its 16 scales in float32. Where the weight has
+offsets, the 16 offsets follow. Then come the codes:
 
     4 bits  A line is 4 pairs of inputs. Word [output, 2] holds the codes of the 4 pairs, the first in its lowest bits.
-            Shifted right, its low 5 bits are looked up among 32 values: 16, twice, so the fifth bit needs no mask.
+            The word is shifted right, and its low 5 bits are looked up in a table of 32 values. The table holds 16
+            values twice, so the fifth bit needs no mask.
     8 bits  A line is 2 pairs, bytes [output / 4, pair, output % 4, 2] of sign and magnitude. High and low byte of the
             bfloat16 are looked up by the magnitude, the high one gets the sign, and both are interleaved.
 
-The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as it does there.
+The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as there.
 """
 
 import struct
 from collections.abc import Iterator, Sequence
 
-from kernels.cpu.machine.columns_ir import LANES, columns_work
+from kernels.cpu.machine.columns_ir import LANES, columns_function
 from kernels.cpu.products.matmul_ir import row_output
 
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
 
-# How far ahead lines are fetched. The more rows, the longer a line lasts, and the less the hardware's own prefetch
-# brings. Measured on Zen 4.
+# How far ahead lines are prefetched. With more rows a line lasts longer, and the hardware's own prefetch helps less.
+# Measured on Zen 4.
 _PREFETCH_BYTES, _PREFETCH_BYTES_OF_MANY, _MANY_ROWS = 512, 1024, 7
 
-JOB = (
+ARGUMENTS = (
     *("x", "sums", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
     *("x_tile", "sums_tile", "output_tile", "row_stride", "column_stride", "num_groups", "num_lines"),
     *("num_columns", "num_tiles", "columns", "unit"),
 )
-"""Arguments of ``work``, 64-bit each. ``sums``: of each token's inputs in each group, ``[T / rows, groups, rows]`` in
-float32, where the weight has offsets. ``num_lines``: of codes, in a group. The others are those of every
-:func:`kernels.cpu.machine.columns_ir.columns_work`."""
+"""The arguments of ``product``, 64 bits each. ``sums`` is the address of the sums of each token's inputs in each group,
+``[T / rows, groups, rows]`` in float32, where the weight has offsets. ``num_lines`` is the number of lines of codes in
+a group. The others are those of :func:`kernels.cpu.machine.columns_ir.columns_function`."""
 
 HEADER = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -51,21 +53,21 @@ _FMA = "call <16 x float> @llvm.fma.v16f32"
 
 
 def tile_name(rows: int, columns: int) -> str:
-    """Name of the function of a tile."""
+    """Returns the name of a tile's function."""
     return f"tile_{rows}_{columns}"
 
 
 def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
-    """``x`` [I / 2, rows, 2] times ``columns`` columns of the weight, plus bias, to ``output`` [rows, ...].
+    """Returns the function that multiplies ``x`` [I / 2, rows, 2] by ``columns`` columns and adds the bias.
 
-    With ``offsets`` a code of 8 bits stands for its value and a half, so that there are 256 of them.
+    With ``offsets`` a code of 8 bits stands for its value plus a half, so that there are 256 values.
     """
     sums = [(row, column) for row in range(rows) for column in range(columns)]
     last = PAIRS_PER_LINE[bits]
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %sums, ptr noalias %weight,",
-        "    ptr noalias %bias, ptr noalias %output, ptr noalias %job) {",
-        f"entry:{_load_job('row_stride', 'column_stride', 'num_groups', 'num_lines')}",
+        "    ptr noalias %bias, ptr noalias %output, ptr noalias %args) {",
+        f"entry:{_load_arguments('row_stride', 'column_stride', 'num_groups', 'num_lines')}",
         *(_bias(column) for column in range(columns)),
         "  br label %group",
         "group:",
@@ -92,7 +94,7 @@ def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
 
 
 def _loop(rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
-    """The lines of a group, one of every column at a time."""
+    """Yields the loop over the lines of a group, one of every column at a time."""
     num_pairs = PAIRS_PER_LINE[bits]
     yield """
 loop:
@@ -115,10 +117,11 @@ loop:
   br i1 %more, label %loop, label %group_end"""
 
 
-def _load_job(*names: str) -> str:
+def _load_arguments(*names: str) -> str:
+    places = {name: ARGUMENTS.index(name) for name in names}
     return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %job, i64 {JOB.index(name)}\n  %{name} = load i64, ptr %at_{name}"
-        for name in names
+        f"\n  %at_{name} = getelementptr i64, ptr %args, i64 {place}\n  %{name} = load i64, ptr %at_{name}"
+        for name, place in places.items()
     )
 
 
@@ -129,7 +132,7 @@ def _bias(column: int) -> str:
 
 
 def _beside(name: str, column: int) -> str:
-    """The pointer ``name`` of a column, from that of the column before it."""
+    """Returns code for the pointer ``name`` of a column, from that of the column before it."""
     return f"\n  %{name}_{column} = getelementptr i8, ptr %{name}_{column - 1}, i64 %column_stride" if column else ""
 
 
@@ -141,7 +144,7 @@ def _line(column: int, prefetch_bytes: int) -> str:
 
 
 def _pair(pair: int, rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
-    """One pair of inputs of every column, and its products with every row."""
+    """Yields code for one pair of inputs of every column, and its products with every row."""
     for column in range(columns):
         yield _widen_nibbles(pair, column) if bits == 4 else _widen_bytes(pair, column, offsets)
     for row in range(rows):
@@ -158,7 +161,7 @@ def _vector(kind: str, values: Sequence[int]) -> str:
 
 
 def _bfloat16_bits(value: float) -> int:
-    """Of a value that bfloat16 has exactly."""
+    """Returns the bits of a value that bfloat16 represents exactly."""
     (bits,) = struct.unpack("<I", struct.pack("<f", value))
     assert not bits & 0xFFFF, value
     return int(bits >> 16)
@@ -177,7 +180,7 @@ def _widen_nibbles(pair: int, column: int) -> str:
 
 _MAGNITUDES = {half: [_bfloat16_bits(magnitude + half / 2) for magnitude in range(128)] for half in (False, True)}
 _SIGNS = _vector("i8", [0x80] * 64)
-# Of the bytes of two vectors, those of one pair: 8 of each quarter, alternately of the first and the second vector.
+# The bytes of one pair among those of two vectors: 8 of each quarter, alternately of the first and the second vector.
 _INTERLEAVED = [
     _vector("i32", [64 * (i % 2) + 16 * quarter + 8 * pair + i // 2 for quarter in range(4) for i in range(16)])
     for pair in range(2)
@@ -193,7 +196,7 @@ def _widen_bytes(pair: int, column: int, offsets: bool) -> str:
 
 
 def _look_up(column: int, offsets: bool) -> str:
-    """Low and high bytes of all values of a line."""
+    """Returns code that looks up the low and high bytes of all values of a line."""
     look_up, bits = "call <64 x i8> @llvm.x86.avx512.vpermi2var.qi.512", _MAGNITUDES[offsets]
     low, high = ([_vector("i8", [f(x) for x in bits[half : half + 64]]) for half in (0, 64)] for f in (_low, _high))
     return f"""
@@ -213,7 +216,7 @@ def _high(bits: int) -> int:
 
 
 def _input(pair: int, row: int, rows: int) -> str:
-    """A token's pair of inputs in every lane; it becomes a broadcast operand of the dot product."""
+    """Returns code that spreads a token's pair of inputs to all lanes, for a broadcast operand of the dot product."""
     name = f"{row}_{pair}"
     return f"""
   %pair_at_{name} = getelementptr i8, ptr %x_here, i64 {4 * (pair * rows + row)}
@@ -236,7 +239,7 @@ def _scaled(row: int, column: int, total: str, offsets: bool) -> str:
 
 
 def _offset(rows: int, columns: int) -> Iterator[str]:
-    """The offset times the sum of the token's inputs in the group, which the codes leave out."""
+    """Yields code that adds the offset times the sum of the token's inputs in the group, which the codes leave out."""
     yield f"\n  %sums_first = mul i64 %g, {4 * rows}\n  %sums_here = getelementptr i8, ptr %sums, i64 %sums_first"
     for column in range(columns):
         yield f"""
@@ -253,4 +256,6 @@ def _offset(rows: int, columns: int) -> Iterator[str]:
             yield f"  %new_{row}_{c} = {_FMA}({operands})"
 
 
-WORK = columns_work(JOB, ("x", "sums"), "ptr %x_here, ptr %sums_here, ptr %w, ptr %b, ptr %o_here, ptr %job")
+PRODUCT = columns_function(
+    ARGUMENTS, ("x", "sums"), "ptr %x_here, ptr %sums_here, ptr %w, ptr %b, ptr %o_here, ptr %args"
+)

@@ -1,1 +1,1 @@
-"""Norms and activations, row by row."""
+"""Norms and gated activations, computed row by row."""

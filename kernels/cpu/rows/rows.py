@@ -1,7 +1,7 @@
 """Norms and gated activations of bfloat16 rows, each in one pass over memory: see :mod:`kernels.cpu.rows.rows_ir`.
 
-Written as separate operations of torch, a norm goes through a long prompt's activations eight times, which costs a
-tenth of its prefill.
+As separate operations of torch, a norm reads or writes a long prompt's activations eight times, which costs a tenth of
+its prefill.
 
 Shapes: T tokens of a batch, E hidden size, F feed-forward size.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.machine import machine_code, threads
-from kernels.cpu.rows.rows_ir import HEADER, LANES, gated_row, norm, work
+from kernels.cpu.machine.threads import Operation
+from kernels.cpu.rows.rows_ir import HEADER, LANES, each_row_function, gated_row, norm
 
-# Below this many numbers one thread has done the work before a second has begun.
+# Below this many numbers one thread is done before a second has begun.
 _SHARED_FROM = 1 << 15
 _TICKETS_PER_THREAD = 4
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -25,22 +26,22 @@ _NORM_POINTERS = ("update", "residual", "weight", "normed", "total")
 
 
 def is_supported(*tensors: Tensor) -> bool:
-    """Whether all are dense rows of bfloat16 in whole vectors, on a CPU that rounds to bfloat16 by itself.
+    """Tells whether all are dense rows of bfloat16 in whole vectors, on a CPU with instructions that round to bfloat16.
 
-    The functions run those of :mod:`kernels.reference` where this is not so.
+    Where they are not, the functions of this module run those of :mod:`kernels.reference`.
     """
     fits = all(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] % LANES == 0 for x in tensors)
     return fits and "avx512bf16" in machine_code.cpu_features()
 
 
-def takes(weight: Tensor) -> bool:
-    """Whether there is code for a norm's weight."""
+def is_norm_supported(weight: Tensor) -> bool:
+    """Tells whether there is code for a norm's weight."""
     return weight.dtype in (torch.bfloat16, torch.float32) and weight.is_contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As :func:`kernels.reference.rms_norm`, of ``x`` [T, E] and ``weight`` [E]."""
-    if x.dim() != 2 or not (is_supported(x) and takes(weight)):
+    """Computes :func:`kernels.reference.rms_norm` of ``x`` [T, E] and ``weight`` [E]."""
+    if x.dim() != 2 or not (is_supported(x) and is_norm_supported(weight)):
         return reference.rms_norm(x, weight, eps)
     normed = torch.empty_like(x)
     _run(norm_name(weight, adds=False), x, norm_fields(x, x, weight, normed, eps))
@@ -48,8 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.reference.add_rms_norm`; the sum is written over ``residual``."""
-    if not (is_supported(update, residual) and takes(weight)):
+    """Computes :func:`kernels.reference.add_rms_norm`, and writes the sum over ``residual``."""
+    if not (is_supported(update, residual) and is_norm_supported(weight)):
         return reference.add_rms_norm(update, residual, weight, eps)
     assert update.shape == residual.shape, (update.shape, residual.shape)
     normed = torch.empty_like(residual)
@@ -58,12 +59,12 @@ def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 def norm_name(weight: Tensor, *, adds: bool) -> str:
-    """The function for a norm with this weight; with ``adds``, of a sum, which is kept in place of ``residual``."""
+    """Returns the name of the function for a norm with this weight; with ``adds``, that of a sum, which is kept."""
     return ("add_norm" if adds else "norm") + ("_wide" if weight.dtype == torch.float32 else "")
 
 
 def norm_fields(update: Tensor, residual: Tensor, weight: Tensor, normed: Tensor, eps: float) -> tuple[int, ...]:
-    """What :func:`each_row` takes for a norm of dense rows [T, E]."""
+    """Returns the fields of :func:`each_row` for a norm of dense rows [T, E]."""
     width = weight.shape[0]
     assert residual.shape[1] == width, (residual.shape, weight.shape)
     pointers = (x.data_ptr() for x in (update, residual, weight, normed, residual))
@@ -71,12 +72,12 @@ def norm_fields(update: Tensor, residual: Tensor, weight: Tensor, normed: Tensor
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As :func:`kernels.reference.silu_mul`, of ``gate_up`` [T, 2F]."""
+    """Computes :func:`kernels.reference.silu_mul` of ``gate_up`` [T, 2F]."""
     return _gated("silu", gate_up) if _is_gated(gate_up) else reference.silu_mul(gate_up)
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
-    """As :func:`kernels.reference.gelu_mul`, of ``gate_up`` [T, 2F]."""
+    """Computes :func:`kernels.reference.gelu_mul` of ``gate_up`` [T, 2F]."""
     return _gated("gelu_tanh", gate_up) if _is_gated(gate_up) else reference.gelu_mul(gate_up)
 
 
@@ -91,23 +92,23 @@ def _gated(activation: str, gate_up: Tensor) -> Tensor:
 
 
 def gated_name(activation: str) -> str:
-    """The function for an activation, ``silu`` or ``gelu_tanh``."""
+    """Returns the name of the function for an activation, ``silu`` or ``gelu_tanh``."""
     return f"{activation}_mul"
 
 
 def gated_fields(gate_up: Tensor, output: Tensor) -> tuple[int, ...]:
-    """What :func:`each_row` takes for an activation of dense rows [T, 2F], to [T, F]."""
+    """Returns the fields of :func:`each_row` for a gated activation of dense rows, from [T, 2F] to [T, F]."""
     width = output.shape[1]
     return gate_up.data_ptr(), output.data_ptr(), 4 * width, 2 * width, width
 
 
 def float_bits(value: float) -> int:
-    """A float32 as it is passed in 64 bits."""
+    """Returns the bits of a float32, as it is passed in 64-bit arguments."""
     return int.from_bytes(struct.pack("<f", value), "little")
 
 
 def _run(name: str, rows: Tensor, fields: tuple[int, ...]) -> None:
-    """Calls a function for each of ``rows`` [T, ...]."""
+    """Calls a compiled function for each of ``rows`` [T, ...]."""
     if not len(rows):
         return
     ticket = torch.zeros(1, dtype=torch.int64)
@@ -115,37 +116,35 @@ def _run(name: str, rows: Tensor, fields: tuple[int, ...]) -> None:
     threads.run(*each_row(name, len(rows), rows.numel(), num_threads, ticket.data_ptr(), fields), num_threads)
 
 
-def each_row(
-    name: str, num_rows: int, size: int, num_threads: int, ticket: int, fields: tuple[int, ...]
-) -> tuple[int, bytes]:
-    """The work of a function on rows, of ``size`` numbers in all, and its job.
+def each_row(name: str, num_rows: int, size: int, num_threads: int, ticket: int, fields: tuple[int, ...]) -> Operation:
+    """Makes the operation that calls a function for each of ``num_rows`` rows.
 
     Args:
-        name: of the function, see :func:`_compiled`.
-        num_rows: how many rows there are.
-        size: few numbers are left to one thread.
-        num_threads: that share the work.
-        ticket: address of a zero.
-        fields: its pointers, their strides in bytes, and scalars, as :func:`kernels.cpu.rows.rows_ir.work` orders them.
+        name: the function's name, see :func:`_compiled`.
+        size: the numbers in all rows; where they are few, one thread takes all rows.
+        num_threads: how many threads share the rows.
+        ticket: the address of a zero.
+        fields: the function's pointers, their strides in bytes, and its scalars, in the order of
+            :func:`kernels.cpu.rows.rows_ir.each_row_function`.
     """
     unit = num_rows if size < _SHARED_FROM else -(-num_rows // (num_threads * _TICKETS_PER_THREAD))
-    job = (ticket, num_rows, unit, *fields)
-    return _compiled()[f"{name}_work"], struct.pack(f"={len(job)}q", *job)
+    arguments = (ticket, num_rows, unit, *fields)
+    return _compiled()[f"{name}_rows"], struct.pack(f"={len(arguments)}q", *arguments)
 
 
 @cache
 def _compiled() -> dict[str, int]:
-    """Where the code is, by name."""
+    """Compiles the functions and returns their addresses by name."""
     pointers = [(name, f"{name}_stride") for name in _NORM_POINTERS]
     scalars = [("i64", "width"), ("float", "eps")]
     parts, names = [HEADER], []
     for adds, wide in product((False, True), (False, True)):
         name = ("add_norm" if adds else "norm") + ("_wide" if wide else "")
-        parts += [norm(name, adds=adds, wide=wide), work(name, pointers, scalars)]
-        names.append(f"{name}_work")
+        parts += [norm(name, adds=adds, wide=wide), each_row_function(name, pointers, scalars)]
+        names.append(f"{name}_rows")
     for activation in ACTIVATIONS:
         name = gated_name(activation)
         arguments = [("gate_up", "gate_up_stride"), ("output", "output_stride")]
-        parts += [gated_row(name, activation), work(name, arguments, scalars[:1])]
-        names.append(f"{name}_work")
+        parts += [gated_row(name, activation), each_row_function(name, arguments, scalars[:1])]
+        names.append(f"{name}_rows")
     return machine_code.addresses("".join(parts), names)

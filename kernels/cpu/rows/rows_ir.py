@@ -1,14 +1,15 @@
-"""LLVM IR of what is done to rows of bfloat16 between the matrix products: norms and gated activations.
+"""LLVM IR of norms and gated activations, which are computed on rows of bfloat16 between the matrix products.
 
-One pass over a row in vectors of 16, in float32, rounded where :mod:`kernels.reference` rounds. Each function handles
-one row; ``work`` loops of the same name with ``_work`` take rows until none is left, on any number of threads.
+Each function makes one pass over a row in vectors of 16 numbers, in float32, and rounds where :mod:`kernels.reference`
+rounds. It handles one row. A function of the same name with ``_rows`` appended calls it for row after row until none is
+left, on any number of threads.
 """
 
 import math
 import struct
 from collections.abc import Sequence
 
-from kernels.cpu.machine.work_ir import load_job, take_tickets
+from kernels.cpu.machine.work_ir import load_arguments, take_tickets
 
 LANES = 16
 _WIDE, _NARROW = "<16 x float>", "<16 x bfloat>"
@@ -28,7 +29,7 @@ def _splat(value: str) -> str:
 
 
 def load(name: str, pointer: str, index: str) -> str:
-    """``%name`` as float32: 16 numbers of a row of bfloat16."""
+    """Returns code that loads 16 numbers of a row of bfloat16 as float32 ``%name``."""
     return f"""
   %{name}_at = getelementptr bfloat, ptr %{pointer}, i64 {index}
   %{name}_raw = load {_NARROW}, ptr %{name}_at, align 2
@@ -42,9 +43,10 @@ def _store(name: str, pointer: str, index: str) -> str:
 
 
 def norm(name: str, *, adds: bool, wide: bool) -> str:
-    """Root-mean-square norm of a row of ``width`` numbers; with ``adds``, of the sum of two, which is kept.
+    """Returns the function for the root-mean-square norm of a row of ``width`` numbers.
 
-    Weights are bfloat16, or ``wide``, in float32. ``normed`` may be the row itself.
+    With ``adds`` it is the norm of the sum of two rows, and the sum is kept. Weights are bfloat16, or float32 where
+    ``wide``. ``normed`` may be the row itself.
     """
     sums = ""
     if adds:
@@ -105,13 +107,13 @@ _EXP2 = (
 
 
 def _float(value: float) -> str:
-    """A float32 as LLVM writes it: the hexadecimal digits of the double of the same value."""
+    """Returns a float32 as LLVM writes it, as the hexadecimal digits of the double of the same value."""
     (narrow,) = struct.unpack("<f", struct.pack("<f", value))
     return f"0x{struct.unpack('<Q', struct.pack('<d', narrow))[0]:016X}"
 
 
 def exp(result: str, argument: str) -> str:
-    """``%result`` = e to ``%argument``, within 2 units in the last place; 0 and infinity at the ends."""
+    """Returns code for ``%result`` = e to ``%argument``, within 2 units in the last place, from 0 to infinity."""
     lines = [
         f"%{result}_s = fmul {_WIDE} %{argument}, {_splat(_LOG2_E)}",
         f"%{result}_l = call {_WIDE} @llvm.maxnum.v16f32({_WIDE} %{result}_s, {_WIDE} {_splat('-127.0')})",
@@ -147,7 +149,10 @@ _MINUS_GELU = f"""
 
 
 def gated_row(name: str, activation: str) -> str:
-    """``activation(gate) * up`` of a row ``[2 * width]``; ``silu`` and ``gelu_tanh`` are gate / (1 + e to a power)."""
+    """Returns the function for ``activation(gate) * up`` of a row ``[2 * width]``.
+
+    ``silu`` and ``gelu_tanh`` are both ``gate / (1 + e to a power)``.
+    """
     minus = {"silu": _MINUS_SILU, "gelu_tanh": _MINUS_GELU}[activation]
     return f"""
 define void @{name}(ptr %gate_up, ptr %output, i64 %width) {{
@@ -172,30 +177,31 @@ done:
 """
 
 
-def work(name: str, arguments: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]]) -> str:
-    """``@{name}_work(job)``: calls ``@name`` for every row, a ticket's rows at a time.
+def each_row_function(name: str, pointers: Sequence[tuple[str, str]], scalars: Sequence[tuple[str, str]]) -> str:
+    """Returns the function ``@{name}_rows(args)``, which calls ``@name`` for every row, a ticket's rows at a time.
+
+    Its arguments are 64-bit fields: ticket, rows, rows of a ticket, then the pointers, their strides and the scalars.
 
     Args:
-        arguments: name of each pointer, and of the job's field with its bytes from row to row.
-        scalars: type and name of each further argument. The job is of 64-bit fields: ticket, rows, rows of a ticket,
-            then the pointers, their strides and the scalars.
+        pointers: for each pointer its name, and the name of the field with the bytes from row to row.
+        scalars: for each further argument its type and name.
     """
-    names = ["ticket", "rows", "unit", *(a for a, _ in arguments), *(s for _, s in arguments), *(n for _, n in scalars)]
+    names = ["ticket", "rows", "unit", *(p for p, _ in pointers), *(s for _, s in pointers), *(n for _, n in scalars)]
     casts = "".join(
         f"\n  %{n}_bits = trunc i64 %{n} to i32\n  %{n}_value = bitcast i32 %{n}_bits to float"
         for t, n in scalars
         if t == "float"
     )
     moves = "".join(
-        f"\n  %{a}_by = mul i64 %row, %{s}\n  %{a}_sum = add i64 %{a}, %{a}_by"
-        f"\n  %{a}_here = inttoptr i64 %{a}_sum to ptr"
-        for a, s in arguments
+        f"\n  %{p}_by = mul i64 %row, %{s}\n  %{p}_sum = add i64 %{p}, %{p}_by"
+        f"\n  %{p}_here = inttoptr i64 %{p}_sum to ptr"
+        for p, s in pointers
     )
-    passed = [f"ptr %{a}_here" for a, _ in arguments]
+    passed = [f"ptr %{p}_here" for p, _ in pointers]
     passed += [f"float %{n}_value" if t == "float" else f"i64 %{n}" for t, n in scalars]
     return f"""
-define void @{name}_work(ptr %job) {{
-entry:{load_job(names)}{casts}{take_tickets("rows", "each")}
+define void @{name}_rows(ptr %args) {{
+entry:{load_arguments(names)}{casts}{take_tickets("rows", "each")}
 each:
   %row = phi i64 [%first, %begin], [%row_next, %each]{moves}
   call void @{name}({", ".join(passed)})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.attention import LayerCache, Run, SequenceSpan
-from kernels.cpu.attention import paged, simd, vectors
+from kernels.cpu.attention import lanes, paged, simd, simd_tile
 from kernels.cpu.attention.tasks import plan_tasks
 from kernels.cpu.machine import numba_code, threads
 
@@ -237,11 +237,16 @@ def test_exp2_is_within_two_units_in_the_last_place() -> None:
     rng = np.random.default_rng(0)
     edges = [0.0, -0.5, -1.0, -126.0, 126.5, np.nextafter(np.float32(-0.5), np.float32(0.0))]
     x = np.concatenate([rng.uniform(-126, 126, 20_000), rng.uniform(-1, 0, 20_000), edges]).astype(np.float32)
-    got = np.array([simd.exp2(one) for one in x], np.float32)
+    got = np.array([simd_tile.exp2(one) for one in x], np.float32)
     exact = np.exp2(x.astype(np.float64))
     assert np.max(np.abs(got - exact) / np.spacing(exact.astype(np.float32))) <= 2
-    assert simd.exp2(np.float32(0.0)) == 1.0
-    assert simd.exp2(np.float32(-127.0)) == simd.exp2(np.float32(-1e30)) == simd.exp2(np.float32(-np.inf)) == 0.0
+    assert simd_tile.exp2(np.float32(0.0)) == 1.0
+    assert (
+        simd_tile.exp2(np.float32(-127.0))
+        == simd_tile.exp2(np.float32(-1e30))
+        == simd_tile.exp2(np.float32(-np.inf))
+        == 0.0
+    )
 
 
 def test_heads_that_are_no_whole_vectors_are_left_to_others() -> None:
@@ -264,7 +269,7 @@ def test_code_is_compiled_even_where_nothing_can_be_cached(monkeypatch: pytest.M
         return lambda work: Callback()
 
     monkeypatch.setattr(numba_code, "cfunc", no_place_to_write)
-    assert simd.compiled(vectors.FLOAT32) == 4711
+    assert simd.compiled(lanes.FLOAT32) == 4711
 
 
 # What a CPU without AVX-512 runs. Compiled in a process of its own: what the CPU can do is asked on import.
@@ -275,9 +280,9 @@ binding.get_host_cpu_features = lambda: binding.FeatureMap({"avx2": True, "fma":
 import torch
 from kernels import reference
 from kernels.cpu import variant as cpu
-from kernels.cpu.attention import vectors
+from kernels.cpu.attention import lanes
 from kernels.attention import LayerCache, SequenceSpan
-assert vectors.LANES == 8 and not vectors.HAS_PAIRS
+assert lanes.LANES == 8 and not lanes.HAS_PAIRS
 torch.manual_seed(0)
 for group, head_dim in ((8, 64), (3, 40), (1, 16)):
     cache = LayerCache(keys=torch.randn(2, 900, head_dim), values=torch.randn(2, 900, head_dim))
@@ -303,6 +308,6 @@ def test_vectors_of_eight_agree_with_the_reference(tmp_path: Path) -> None:
 def test_bfloat16_agrees_where_it_cannot_be_multiplied_in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     decodes = Decodes([600, 30], num_kv_heads=2, group=8, head_dim=64, dtype=torch.bfloat16, seed=2)
     laid = decodes.lay(random.Random(2))
-    monkeypatch.setattr(vectors, "HAS_PAIRS", False)
+    monkeypatch.setattr(paged, "HAS_PAIRS", False)
     got, expected = run(*laid, decodes.scale), by_reference(*laid, decodes.scale)
     torch.testing.assert_close(got, expected, atol=TOLERANCE[torch.bfloat16], rtol=TOLERANCE[torch.bfloat16])

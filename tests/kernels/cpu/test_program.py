@@ -1,4 +1,4 @@
-"""Works of a program run in order, each by a whole team of threads."""
+"""The operations of a program run in order, each on a whole team of threads."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(),
 
 
 def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int) -> None:
-    lay_out = program.tiles(
+    packing = program.pack_tiles(
         x.data_ptr(),
         output.data_ptr(),
         num_tokens=len(x),
@@ -24,7 +24,7 @@ def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: in
         num_threads=num_threads,
         ticket=made.ticket(),
     )
-    made.add(*lay_out)
+    made.add(*packing)
 
 
 @given(
@@ -42,14 +42,14 @@ def test_rows_become_tiles(num_tokens: int, num_vectors: int, num_threads: int, 
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
-def test_each_work_sees_all_that_those_before_it_did(num_threads: int) -> None:
+def test_each_operation_sees_all_that_those_before_it_did(num_threads: int) -> None:
     """A chain of sums, each over the one before; with more threads than cores some always come late."""
-    num_rows, width, num_works = 48, 1024, 150
+    num_rows, width, num_operations = 48, 1024, 150
     weight = torch.ones(width, dtype=torch.bfloat16)
-    updates = [torch.randn(num_rows, width).to(torch.bfloat16) for _ in range(num_works)]
+    updates = [torch.randn(num_rows, width).to(torch.bfloat16) for _ in range(num_operations)]
     residual = torch.zeros(num_rows, width, dtype=torch.bfloat16)
     normed = torch.empty_like(residual)
-    made = Program(num_works)
+    made = Program(num_operations)
     for update in updates:
         pointers = (x.data_ptr() for x in (update, residual, weight, normed, residual))
         strides = (2 * width, 2 * width, 0, 2 * width, 2 * width)
@@ -64,7 +64,7 @@ def test_each_work_sees_all_that_those_before_it_did(num_threads: int) -> None:
         assert torch.equal(residual, expected) and torch.equal(normed, expected_normed)
 
 
-def test_a_job_may_change_between_runs() -> None:
+def test_arguments_may_change_between_runs() -> None:
     first, second = (torch.randn(4, 64).to(torch.bfloat16) for _ in range(2))
     output = torch.empty(1, 32, 4, dtype=torch.int32)
     made = Program(2)
@@ -72,8 +72,10 @@ def test_a_job_may_change_between_runs() -> None:
     made.run(2)
     assert torch.equal(output, matmul.in_tiles(first, 1, 4))
     addresses, ticket = (second.data_ptr(), output.data_ptr()), made.ticket()
-    _, job = program.tiles(*addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket)
-    made.change(0, job)
+    _, arguments = program.pack_tiles(
+        *addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket
+    )
+    made.change(0, arguments)
     made.run(2)
     assert torch.equal(output, matmul.in_tiles(second, 1, 4))
 
@@ -90,11 +92,11 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_work_ends_the_program_for_all_threads(num_threads: int) -> None:
+def test_an_operation_ends_the_program_for_all_threads(num_threads: int) -> None:
     word, rest = torch.zeros(8, dtype=torch.int64), torch.ones(64, dtype=torch.int64)
     made = Program(3)
-    made.add(*program.work("zeros_work", made.ticket(), word.data_ptr() + 8, 8))
-    made.add(*program.work("zeros_work", made.ticket(), rest.data_ptr(), 8))
+    made.add(*program.operation("fill_zeros", made.ticket(), word.data_ptr() + 8, 8))
+    made.add(*program.operation("fill_zeros", made.ticket(), rest.data_ptr(), 8))
     for _ in range(50):
         rest.fill_(1)
         made.run(num_threads, ended_by=word.data_ptr())
@@ -102,7 +104,7 @@ def test_a_work_ends_the_program_for_all_threads(num_threads: int) -> None:
         rest.fill_(1)
         word[0] = 1
         made.run(num_threads, ended_by=word.data_ptr())
-        assert rest[0] == 1, "it ends before the second work"
+        assert rest[0] == 1, "it ends before the second operation"
         word[0] = 0
 
 
@@ -110,6 +112,6 @@ def test_a_work_ends_the_program_for_all_threads(num_threads: int) -> None:
 def test_zeros_are_written_by_one_thread(num_threads: int) -> None:
     memory = torch.ones(1000, dtype=torch.int64)
     made = Program(1)
-    made.add(*program.work("zeros_work", made.ticket(), memory[10:].data_ptr(), 8 * 500))
+    made.add(*program.operation("fill_zeros", made.ticket(), memory[10:].data_ptr(), 8 * 500))
     made.run(num_threads)
     assert memory[:10].all() and not memory[10:510].any() and memory[510:].all()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import rounded
 from kernels.cpu.products import quantized
 from kernels.cpu.products.linear import RoundedColumnLinear
 from kernels.linear import Linear
@@ -96,7 +97,7 @@ def test_a_group_of_zeros_stays_zero(bits: Bits) -> None:
 def test_rounding_in_parts_changes_nothing(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(37, 256).bfloat16()
     whole = round_weight(weight, bits=bits, group_size=128)
-    monkeypatch.setattr(quantized, "_ROUNDED_AT_ONCE", 5 * 256)
+    monkeypatch.setattr(rounded, "_ROUNDED_AT_ONCE", 5 * 256)
     parts = round_weight(weight, bits=bits, group_size=128)
     assert torch.equal(parts.codes, whole.codes)
     assert torch.equal(parts.scales, whole.scales)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.transport.conftest import MakeMeshes
-from workers.collectives.algorithms import ALL_REDUCES, Peers, branches, broadcast, gather, ways
+from workers.collectives.algorithms import ALL_REDUCES, Peers, branches, broadcast, candidates, gather
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import Channel, Mesh
 
@@ -87,7 +87,7 @@ def test_a_tree_has_every_rank_below_its_parent_and_as_many_hops_as_bits(num_ran
 
 
 def test_a_tree_is_measured_where_it_is_no_star() -> None:
-    assert "tree" not in ways(3) and "tree" in ways(4)
+    assert "tree" not in candidates(3) and "tree" in candidates(4)
     assert branches(0, 3)[1] == [range(1, 2), range(2, 3)]
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.workers.transport.conftest import MakeMeshes
-from workers.collectives.backends import Claim, Library, libraries
+from workers.collectives.backends import Capabilities, Library, usable_libraries
 from workers.collectives.rendezvous import LinkStore, SetUpFailed
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import Kind
@@ -17,26 +17,26 @@ from workers.transport.mesh import Channel, Mesh
 A, B = b"a" * 32, b"b" * 32
 
 
-def claim(gpu: bytes | None = None, *, gloo: bool = True, nccl: bool = True) -> Claim:
-    return Claim(gloo=gloo, nccl=nccl and gpu is not None, gpu=gpu)
+def able(gpu: bytes | None = None, *, gloo: bool = True, nccl: bool = True) -> Capabilities:
+    return Capabilities(gloo=gloo, nccl=nccl and gpu is not None, gpu=gpu)
 
 
 @pytest.mark.parametrize(
-    ("claims", "usable", "word"),
+    ("ranks", "usable", "word"),
     [
-        ([claim(), claim()], [Library.GLOO], None),
-        ([claim(A), claim(B)], [Library.NCCL, Library.GLOO], None),
-        ([claim(A), claim(A)], [Library.GLOO], "two ranks share a GPU"),
-        ([claim(A), claim()], [Library.GLOO], "some ranks compute on the host"),
-        ([claim(A), claim(B, nccl=False)], [Library.GLOO], "nccl: not in the torch of every rank"),
-        ([claim(), claim(gloo=False)], [], "gloo: not in the torch of every rank"),
+        ([able(), able()], [Library.GLOO], None),
+        ([able(A), able(B)], [Library.NCCL, Library.GLOO], None),
+        ([able(A), able(A)], [Library.GLOO], "two ranks share a GPU"),
+        ([able(A), able()], [Library.GLOO], "some ranks compute on the host"),
+        ([able(A), able(B, nccl=False)], [Library.GLOO], "nccl: not in the torch of every rank"),
+        ([able(), able(gloo=False)], [], "gloo: not in the torch of every rank"),
     ],
 )
-def test_what_ranks_use_together(claims: list[Claim], usable: list[Library], word: str | None) -> None:
-    found, reasons = libraries(claims)
+def test_what_ranks_use_together(ranks: list[Capabilities], usable: list[Library], word: str | None) -> None:
+    found, reasons = usable_libraries(ranks)
     assert found == usable
     assert not reasons if word is None else word in " ".join(reasons)
-    assert [Claim.unpack(one.pack()) for one in claims] == claims
+    assert [Capabilities.unpack(rank.pack()) for rank in ranks] == ranks
 
 
 def store_of(mesh: Mesh, timeout_s: float = 10.0) -> LinkStore:

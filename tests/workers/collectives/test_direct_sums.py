@@ -1,4 +1,4 @@
-"""The compiled direct exchange over real connections: the bits and frames of the one in Python, and its errors."""
+"""The compiled direct all-reduce over real connections: the bits and frames of the one in Python, and its errors."""
 
 import socket
 import struct
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.machine import threads
-from kernels.cpu.machine.columns_ir import Strip
+from kernels.cpu.machine.columns_ir import ColumnTile
 from tests.workers.transport.conftest import MakeMeshes
 from workers.collectives.algorithms import Peers, direct
-from workers.collectives.direct_sums import DirectSums, is_available
+from workers.collectives.direct_sums import CompiledAllReduce, is_available
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import HEADER_BYTES, Kind, header
 from workers.transport.link import Link
@@ -30,11 +30,13 @@ SIZES = (1, 31, 64, 1000, 300_001)
 EPOCH = 7
 
 
-def sums_of(links: dict[int, Link], rank: int, **options: Any) -> DirectSums:
-    return DirectSums(rank=rank, links=links, timeout_s=20.0, alive=lambda: None, **options)
+def sums_of(links: dict[int, Link], rank: int, **options: Any) -> CompiledAllReduce:
+    return CompiledAllReduce(rank=rank, links=links, timeout_s=20.0, alive=lambda: None, **options)
 
 
-def all_reduce(sums: DirectSums, x: Tensor, timeout_s: float = 20.0, alive: Callable[[], None] = lambda: None) -> None:
+def all_reduce(
+    sums: CompiledAllReduce, x: Tensor, timeout_s: float = 20.0, alive: Callable[[], None] = lambda: None
+) -> None:
     sums.all_reduce(x, deadline_s=time.monotonic() + timeout_s, alive=alive)
 
 
@@ -43,14 +45,14 @@ def in_python(links: dict[int, Link], rank: int, x: Tensor) -> None:
     direct(Peers(rank=rank, num_ranks=len(links) + 1, links=links, deadline_s=deadline_s, alive=lambda: None), x)
 
 
-def in_strips(sums: DirectSums, x: Tensor, num_strips: int, product_s: float) -> None:
-    """As a program does, whose products take so long."""
+def in_tiles(sums: CompiledAllReduce, x: Tensor, num_tiles: int, product_s: float) -> None:
+    """All-reduces in column tiles, as a program does whose products take so long."""
     sums.begin()
-    for number in range(num_strips):
+    for number in range(num_tiles):
         time.sleep(product_s)
         ticket = np.zeros(1, np.int64)
-        job = sums.job(x, int(ticket.ctypes.data), Strip(number, num_strips))
-        threads.run(sums.function, job, 1)
+        arguments = sums.arguments(x, int(ticket.ctypes.data), ColumnTile(number, num_tiles))
+        threads.run(sums.function, arguments, 1)
     sums.end()
 
 
@@ -87,23 +89,23 @@ def test_the_bits_are_those_of_python_whoever_of_the_ranks_has_no_code(
 
 @pytest.mark.parametrize("buffer_bytes", [None, 16384])
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("num_strips", [1, 2, 8])
-def test_strips_are_summed_as_they_come_through_buffers_of_any_size(
-    make_meshes: MakeMeshes, buffer_bytes: int | None, num_ranks: int, num_strips: int
+@pytest.mark.parametrize("num_tiles", [1, 2, 8])
+def test_column_tiles_are_summed_as_they_come_through_buffers_of_any_size(
+    make_meshes: MakeMeshes, buffer_bytes: int | None, num_ranks: int, num_tiles: int
 ) -> None:
     links = [mesh.of(Channel.COMPUTE) for mesh in make_meshes(num_ranks)]
     for link in (link for rank in links for link in rank.values()):
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF) if buffer_bytes else ():
             link.socket.setsockopt(socket.SOL_SOCKET, option, buffer_bytes or 0)
-    sums = [sums_of(link, rank, strips=lambda _: num_strips) for rank, link in enumerate(links)]
+    sums = [sums_of(link, rank, num_tiles=lambda _: num_tiles) for rank, link in enumerate(links)]
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 7, 200):
         parts = [torch.randn(rows, 512, generator=generator).bfloat16() for _ in range(num_ranks)]
         expected = torch.stack([part.float() for part in parts]).sum(dim=0).bfloat16()
         xs = [part.clone() for part in parts]
-        assert sums[0].num_strips(xs[0]) == num_strips
+        assert sums[0].num_column_tiles(xs[0]) == num_tiles
 
-        at_once([partial(in_strips, sums[rank], x, num_strips, 0.002 * rank) for rank, x in enumerate(xs)])
+        at_once([partial(in_tiles, sums[rank], x, num_tiles, 0.002 * rank) for rank, x in enumerate(xs)])
         for x in xs:
             torch.testing.assert_close(x, expected, atol=0.02, rtol=0.02)
             assert torch.equal(x, xs[0])
@@ -114,11 +116,11 @@ def test_strips_are_summed_as_they_come_through_buffers_of_any_size(
     ("shape", "wanted", "found"),
     [((4, 512), 8, 8), ((4, 96), 8, 1), ((4, 64), 8, 2), ((4, 500), 8, 1), ((257, 512), 8, 1), ((256, 512), 4, 4)],
 )
-def test_strips_are_of_whole_vectors_and_of_few_rows(
+def test_column_tiles_are_of_whole_vectors_and_of_few_rows(
     pair: tuple[Link, socket.socket], shape: tuple[int, int], wanted: int, found: int
 ) -> None:
-    sums = sums_of({1: pair[0]}, 0, strips=lambda _: wanted)
-    assert sums.num_strips(torch.zeros(shape, dtype=torch.bfloat16)) == found
+    sums = sums_of({1: pair[0]}, 0, num_tiles=lambda _: wanted)
+    assert sums.num_column_tiles(torch.zeros(shape, dtype=torch.bfloat16)) == found
 
 
 @pytest.fixture
@@ -222,24 +224,24 @@ def test_after_a_failure_nothing_is_sent_any_more(pair: tuple[Link, socket.socke
     assert len(there.recv(1 << 16, socket.MSG_WAITALL | socket.MSG_DONTWAIT)) == HEADER_BYTES + len(PAYLOAD)
 
 
-def test_a_frame_of_a_later_strip_that_is_not_due_is_named(pair: tuple[Link, socket.socket]) -> None:
-    """As from a rank that cuts its sums otherwise."""
+def test_a_frame_of_a_later_tile_that_is_not_due_is_named(pair: tuple[Link, socket.socket]) -> None:
+    """The peer cuts its all-reduces into other tiles."""
     link, there = pair
     x = torch.ones(4, 64)
     half = bytes(x[:, :32].contiguous().numpy())
     there.sendall(header(Kind.TENSOR, memoryview(half), epoch=EPOCH, number=0) + half)
     there.sendall(header(Kind.TENSOR, PAYLOAD, epoch=EPOCH, number=1) + PAYLOAD)
     with pytest.raises(BadFrame, match="has 1024 bytes"):
-        in_strips(sums_of({1: link}, 0), x, 2, 0.0)
+        in_tiles(sums_of({1: link}, 0), x, 2, 0.0)
 
 
-def test_a_later_strip_that_is_damaged_is_refused(pair: tuple[Link, socket.socket]) -> None:
+def test_a_later_tile_that_is_damaged_is_refused(pair: tuple[Link, socket.socket]) -> None:
     link, there = pair
     half = bytes(torch.ones(4, 32).numpy())
     for number in range(2):
         there.sendall(header(Kind.TENSOR, memoryview(half), epoch=EPOCH, number=number) + half[:-1] + bytes([number]))
     with pytest.raises(BadFrame, match="damaged"):
-        in_strips(sums_of({1: link}, 0), torch.ones(4, 64), 2, 0.0)
+        in_tiles(sums_of({1: link}, 0), torch.ones(4, 64), 2, 0.0)
 
 
 def test_a_connection_that_is_closed_here_hands_nothing_to_who_has_its_number_next(
@@ -255,7 +257,7 @@ def test_a_connection_that_is_closed_here_hands_nothing_to_who_has_its_number_ne
     with one, other:
         assert number in (one.fileno(), other.fileno())
         ticket = np.zeros(1, np.int64)
-        threads.run(sums.function, sums.job(X.clone(), int(ticket.ctypes.data)), 1)
+        threads.run(sums.function, sums.arguments(X.clone(), int(ticket.ctypes.data)), 1)
         with pytest.raises(PeerFailed):
             sums.end()
         for end in (one, other):

@@ -1,4 +1,4 @@
-"""How the ways of summing are measured, by a group that only notes what it is asked for."""
+"""How the all-reduce algorithms are measured, by a group that only notes what it is asked for."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from placement.measured.collectives import MEASURED_BYTES
-from workers.collectives.algorithms import ALL_REDUCES, Peers, ways
+from workers.collectives.algorithms import ALL_REDUCES, Peers, candidates
 from workers.collectives.measure import measure
 
 
@@ -15,7 +15,7 @@ class NotingGroup:
 
     rank = 0
     num_ranks = 1
-    ways = ways(1)
+    algorithms = candidates(1)
     unchecked = ()
     device = torch.device("cpu")
 

@@ -73,7 +73,7 @@ def pair(computing: Stream) -> Iterator[list[tuple[Membership, NcclGroup]]]:
                 pulse=member.pulse,
                 widths=(2, 3),
             )
-            member.group.give_to(Library.NCCL.value, nccl, HOST)
+            member.group.use_on_device(Library.NCCL.value, nccl, HOST)
             pairs.append((member, nccl))
         yield pairs
         for _, nccl in pairs:

@@ -65,17 +65,17 @@ def request(*stage_sizes: int, rank: int = 0, widths: Sequence[int] = ()) -> pb.
 
 def test_one_rank_has_nobody_before_or_after_it() -> None:
     (alone,) = rosters(1)
-    assert (alone.stages, alone.stage, alone.before, alone.after) == (((0,),), 0, None, ())
+    assert (alone.stages, alone.stage, alone.source, alone.targets) == (((0,),), 0, None, ())
 
 
 def test_ranks_of_one_stage_hand_nothing_on() -> None:
-    assert [(one.stage, one.before, one.after) for one in rosters(3)] == [(0, None, ())] * 3
+    assert [(one.stage, one.source, one.targets) for one in rosters(3)] == [(0, None, ())] * 3
 
 
 def test_the_last_stage_gives_back_to_the_leader() -> None:
     first, beside, second, third = rosters(2, 1, 1)
     assert first.stages == ((0, 1), (2,), (3,))
-    assert [(one.before, one.after) for one in (first, beside, second, third)] == [
+    assert [(one.source, one.targets) for one in (first, beside, second, third)] == [
         (3, (2,)), (None, ()), (0, (3,)), (2, (0,)),
     ]  # fmt: skip
 
@@ -83,8 +83,8 @@ def test_the_last_stage_gives_back_to_the_leader() -> None:
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4))
 def test_every_rank_gets_hidden_states_from_exactly_the_rank_that_gives_them(sizes: list[int]) -> None:
     everyone = rosters(*sizes)
-    given_to = [(giver.rank, taker) for giver in everyone for taker in giver.after]
-    taken_from = [(one.before, one.rank) for one in everyone if one.before is not None]
+    given_to = [(giver.rank, taker) for giver in everyone for taker in giver.targets]
+    taken_from = [(one.source, one.rank) for one in everyone if one.source is not None]
     assert sorted(given_to) == sorted(taken_from)
     assert {taker for _, taker in given_to} == {one.rank for one in everyone if one.stage or one.rank == 0}
 

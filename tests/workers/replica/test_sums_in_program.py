@@ -1,4 +1,4 @@
-"""Sums over ranks as works of the layers' program: the bits of those that stop it, and what ends it."""
+"""All-reduces as operations of the layers' program: the bits of those that stop it, and what ends it."""
 
 import socket
 import time
@@ -13,7 +13,7 @@ from placement.measured.collectives import AllReduceTable
 from placement.measured.overlap import OverlapTable
 from tests.support.oracle import WIDE
 from tests.support.ranks import Ranks, ranks
-from workers.collectives.direct_sums import DirectSums
+from workers.collectives.direct_sums import CompiledAllReduce
 from workers.collectives.group import TensorGroup
 from workers.replica import membership as memberships
 from workers.step.runner import ModelRunner
@@ -35,8 +35,8 @@ def path(llama_checkpoint: Callable[..., Path], make_runner: Callable[..., Model
 
 
 @pytest.fixture
-def num_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Of every sum that a program was asked for."""
+def num_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of column tiles of every all-reduce that a program was asked for."""
     found: list[int] = []
     choose = AllReduceTable.num_strips
 
@@ -53,7 +53,7 @@ def set_table(cut: Ranks, transfer_s: float) -> None:
     table = AllReduceTable(sizes=(1, 2), names=("direct",) * 2, seconds=(0.0, transfer_s / 1000))
     for rank in range(cut.num_ranks):
         cut.membership(rank).group.table = table
-        cut.membership(rank).group._in_strips = True
+        cut.membership(rank).group._in_tiles = True
 
 
 def log_probs(cut: Ranks) -> list[Tensor]:
@@ -62,7 +62,7 @@ def log_probs(cut: Ranks) -> list[Tensor]:
 
 @pytest.mark.parametrize("shares", SHARES)
 def test_the_bits_are_those_of_sums_that_stop_the_program(
-    path: Path, monkeypatch: pytest.MonkeyPatch, num_strips: list[int], shares: tuple[int, ...]
+    path: Path, monkeypatch: pytest.MonkeyPatch, num_tiles: list[int], shares: tuple[int, ...]
 ) -> None:
     with ranks(path, shares, dtype=torch.bfloat16) as cut:
         assert all(cut.runner(rank).is_program for rank in range(len(shares)))
@@ -71,12 +71,12 @@ def test_the_bits_are_those_of_sums_that_stop_the_program(
             patch.setattr(TensorGroup, "in_program", lambda *_: None)
             for mine, other in zip(within, log_probs(cut), strict=True):
                 assert torch.equal(mine, other)
-    assert not num_strips, "nobody has agreed on strips"
+    assert not num_tiles, "nobody has agreed on tiles"
     with ranks(path, shares, dtype=torch.bfloat16) as cut:
         set_table(cut, 1e-4)
         for mine, other in zip(within, log_probs(cut), strict=True):
             assert torch.equal(mine, other)
-    assert {1, 2, 4, 8} == set(num_strips)
+    assert {1, 2, 4, 8} == set(num_tiles)
 
 
 def test_a_rank_with_nothing_of_the_layers_sums_with_programs(path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_rank_with_nothing_of_the_layers_sums_with_programs(path: Path) -> Non
 
 
 @pytest.mark.parametrize("without", [None, 0, 1])
-def test_ranks_agree_on_strips_unless_one_has_no_program(
+def test_ranks_agree_on_tiles_unless_one_has_no_program(
     path: Path, monkeypatch: pytest.MonkeyPatch, without: int | None
 ) -> None:
     """One rank of another kind of CPU: it computes layer by layer, the others by programs with whole sums."""
@@ -103,15 +103,15 @@ def test_ranks_agree_on_strips_unless_one_has_no_program(
     with ranks(path, (1, 1), dtype=torch.bfloat16, measures=True) as cut:
         assert sorted(ranks_seen) == [0, 1]
         groups = [cut.membership(rank).group for rank in range(2)]
-        assert [group._in_strips for group in groups] == [without is None] * 2
+        assert [group._in_tiles for group in groups] == [without is None] * 2
         mixed = log_probs(cut)
     with ranks(path, (1, 1)) as exact:
         for found, expected in zip(mixed, log_probs(exact), strict=True):
             assert (found - expected).norm() < 0.1 * expected.norm()
 
 
-def test_strips_are_what_ranks_measured_and_agreed_on(
-    path: Path, monkeypatch: pytest.MonkeyPatch, num_strips: list[int]
+def test_tiles_are_what_ranks_measured_and_agreed_on(
+    path: Path, monkeypatch: pytest.MonkeyPatch, num_tiles: list[int]
 ) -> None:
     """Over links that are slow for the size of the sums; two stages, each of two ranks."""
     slow = AllReduceTable(sizes=(1, 2), names=("direct",) * 2, seconds=(0.0, 1e-7))
@@ -119,9 +119,9 @@ def test_strips_are_what_ranks_measured_and_agreed_on(
     with ranks(path, (3, 1), (1, 1), dtype=torch.bfloat16, measures=True) as cut:
         for rank in range(4):
             cut.runner(rank).overlap = OverlapTable()
-        num_strips.clear()
+        num_tiles.clear()
         found = log_probs(cut)
-        assert max(num_strips) == 8
+        assert max(num_tiles) == 8
     with ranks(path, (3, 1), (1, 1), dtype=torch.bfloat16) as cut:
         for mine, other in zip(found, log_probs(cut), strict=True):
             assert torch.equal(mine, other)
@@ -134,7 +134,7 @@ def test_a_rank_that_does_not_come_is_given_up_by_whichever_thread_waits_for_it(
     with ranks(path, (1, 1), dtype=torch.bfloat16) as cut, socket.create_server(("127.0.0.1", 0)) as listener:
         runner = cut.runner(0)
         link = Link(socket.create_connection(listener.getsockname()), peer=1, epoch=1)
-        silent = DirectSums(rank=0, links={1: link}, timeout_s=0.5, alive=lambda: None)
+        silent = CompiledAllReduce(rank=0, links={1: link}, timeout_s=0.5, alive=lambda: None)
         monkeypatch.setattr(cut.membership(0).group, "in_program", lambda _: silent)
         step = runner.lay_out(Batch(sequences=(SequenceInput(token_ids=TOKEN_IDS, start=0, runs=((7, 307),)),)))
         embedded = torch.ones(len(TOKEN_IDS), runner.hidden_size, dtype=torch.bfloat16)
@@ -149,7 +149,7 @@ def test_a_rank_that_does_not_come_is_given_up_by_whichever_thread_waits_for_it(
 
 
 def test_a_rank_that_goes_ends_the_program_and_is_named(path: Path) -> None:
-    """The works after the sum that fails are left out: they would compute with what is not there."""
+    """The operations after the all-reduce that fails are skipped: they would compute with what is not there."""
     with ranks(path, (1, 1), dtype=torch.bfloat16, checks=False) as cut:
         cut.log_probs(TOKEN_IDS, ((7, 7 + len(TOKEN_IDS)),))
         step = cut.runner(0).lay_out(Batch(sequences=(SequenceInput(token_ids=TOKEN_IDS, start=0, runs=((7, 307),)),)))

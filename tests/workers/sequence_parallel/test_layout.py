@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from kernels.attention import PartSpan, slots_of
 from placement.model.striping import WHOLE_TOKENS, Stripe
 from workers.sequence_parallel.layout import (
-    Piece,
+    ChunkShare,
+    chunk_shares,
     find_needed,
     last_slots,
     local_runs,
     num_held,
     own_spans,
-    pieces,
     received_spans,
     sent_slots,
     sizes,
@@ -83,12 +83,12 @@ def met(spans: Sequence[PartSpan], queries: Sequence[tuple[int, int]], at: dict[
     return found
 
 
-def rows_of(some: Sequence[Piece], *, split: bool | None = None) -> list[tuple[int, int]]:
+def rows_of(shares: Sequence[ChunkShare], *, split: bool | None = None) -> list[tuple[int, int]]:
     return [
         (index, int(position))
-        for index, piece in enumerate(some)
-        for position in piece.positions
-        if split is None or piece.is_whole is not split
+        for index, share in enumerate(shares)
+        for position in share.positions
+        if split is None or share.is_whole is not split
     ]
 
 
@@ -108,7 +108,7 @@ def test_every_query_meets_every_token_it_sees_once(
     chunks: list[tuple[int, int]], widths: tuple[int, ...], window: int | None, seed: int, moves_queries: bool
 ) -> None:
     batch, stripes = make_batch(chunks, seed), stripes_of(widths)
-    everyone = [pieces(batch, stripe) for stripe in stripes]
+    everyone = [chunk_shares(batch, stripe) for stripe in stripes]
     local = [local_runs(batch, stripe) for stripe in stripes]
     slots = [place_of(batch, stripe) for stripe in stripes]
     pairs: list[Pair] = []
@@ -124,7 +124,7 @@ def test_every_query_meets_every_token_it_sees_once(
             else:  # the other's KV does
                 given_slots = sent_slots(everyone[other], local[other], stripes[other], window)
                 came = {at: slots[other][slot] for at, slot in enumerate(given_slots.tolist())}
-                held = [num_held(piece, stripes[other], window) for piece in everyone[other] if not piece.is_whole]
+                held = [num_held(share, stripes[other], window) for share in everyone[other] if not share.is_whole]
                 assert len(came) == sum(held)
                 spans = received_spans(everyone[rank], stripes[other], window)
                 pairs += met(spans, rows_of(everyone[rank], split=True), came)
@@ -142,7 +142,7 @@ def test_every_token_of_a_chunk_is_computed_once_or_by_all(
     chunks: list[tuple[int, int]], widths: tuple[int, ...], seed: int
 ) -> None:
     batch = make_batch(chunks, seed)
-    everyone = [pieces(batch, stripe) for stripe in stripes_of(widths)]
+    everyone = [chunk_shares(batch, stripe) for stripe in stripes_of(widths)]
     for index, sequence in enumerate(batch.sequences):
         computed = Counter(int(p) for its in everyone for p in its[index].positions)
         times = len(everyone) if sequence.num_tokens <= WHOLE_TOKENS else 1
@@ -163,13 +163,13 @@ def test_every_rank_gets_every_row_that_is_needed(
     for i, s in enumerate(batch.sequences):
         wanted += [(i, s.scored.first_index - 1 + k) for k in range(len(s.scored.token_ids))] if s.scored else []
     needed = [find_needed(batch, stripes, rank) for rank in range(len(stripes))]
-    rows = [rows_of(pieces(batch, stripe)) for stripe in stripes]
+    rows = [rows_of(chunk_shares(batch, stripe)) for stripe in stripes]
     for rank, its in enumerate(needed):
         found = {place: rows[rank][row] for row, place in zip(its.own_rows, its.own_places, strict=True)}
-        for other, places in its.come_places.items():
-            given_rows = [rows[other][row] for row in needed[other].given_rows]
-            assert len(given_rows) == len(places)
-            found |= dict(zip(places, given_rows, strict=True))
+        for other, places in its.received_places.items():
+            sent_rows = [rows[other][row] for row in needed[other].sent_rows]
+            assert len(sent_rows) == len(places)
+            found |= dict(zip(places, sent_rows, strict=True))
         assert [found[place] for place in range(its.count)] == wanted
 
 
