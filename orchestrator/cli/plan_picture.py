@@ -45,7 +45,7 @@ def _band(stage: Stage, model: ModelSpec) -> int:
 
 
 def _draw_replica(root: ElementTree.Element, plan: Plan, replica: Replica, top: int) -> int:
-    tokens = replica.num_blocks * plan.block_size
+    tokens = replica.num_kv_tokens
     _text(root, _MARGIN, top + 10, f"{replica.name}: {len(replica.shards)} ranks, {tokens} tokens of KV", size=13)
     top += _LINE
     for stage in replica.stages:

@@ -50,8 +50,9 @@ class EarlyWorkers:
         shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
         await self._launcher.reserve(shards)
         await self._start_all(shards)
-        request, barrier = settings.speed_request(epoch=self.epoch), _Barrier(len(shards))
-        return tuple(await asyncio.gather(*(_ask(self._started[key].address, request, barrier) for key in shards)))
+        barrier = _Barrier(len(shards))
+        asked = ((self._started[key].address, settings.speed_request(key[0], epoch=self.epoch)) for key in shards)
+        return tuple(await asyncio.gather(*(_ask(address, request, barrier) for address, request in asked)))
 
     async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
         starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]

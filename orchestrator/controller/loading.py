@@ -33,7 +33,7 @@ async def load_rank(
         grpc.aio.AioRpcError: it failed, in its own words.
     """
     request = settings.load_request(
-        command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
+        command.replica, command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
     )
     timeout_s = settings.load_timeout_s
     async with open_channel(command.address) as channel:

@@ -34,7 +34,7 @@ def plan_lines(checked: Checked) -> Iterator[str]:
             block_slots="" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
             weights=format_bytes(shard.weight_bytes),
             kv=format_bytes(shard.kv_bytes),
-            kv_tokens=shard.num_blocks * plan.block_size,
+            kv_tokens=shard.num_blocks * replica.limits.block_size,
         )
 
 

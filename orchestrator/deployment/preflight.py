@@ -24,6 +24,7 @@ from placement.model.specs import DType, ModelSpec
 from placement.model.weights import num_parameters
 from placement.planning.auto import Choice, Layouts, SplitBy, first_that_fits
 from placement.planning.layout import ReplicaLayout, StageLayout
+from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
 from placement.planning.seating import Host
@@ -146,11 +147,9 @@ def _choose_layouts(
         files.spec,
         spec,
         dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
-        block_size=config.serving.block_size,
         kv_cache_bytes=config.serving.kv_cache,
         max_context_tokens=config.model.max_context_tokens,
-        max_num_seqs=config.serving.max_num_seqs,
-        token_budget=config.serving.token_budget,
+        limits=_limits(config),
         linear=linear_format(files.config, Quantization(config.model.quantization)),
     )
 
@@ -166,6 +165,17 @@ def _choose_layouts(
         return first_that_fits(spec, plan, draft=draft, unmeasured=cluster.unmeasured, speeds=device_speeds)
     layouts = _layouts(config, config.serving.parallelism, cluster)
     return Choice(layouts=layouts, plan=plan(layouts))
+
+
+def _limits(config: Config) -> ReplicaLimits:
+    serving = config.serving
+    return ReplicaLimits(
+        block_size=serving.block_size,
+        token_budget=serving.token_budget,
+        max_num_seqs=serving.max_num_seqs,
+        prefix_cache=serving.prefix_cache,
+        quantization=Quantization(config.model.quantization),
+    )
 
 
 def _layouts(config: Config, parallelism: ParallelismConfig, cluster: KnownCluster) -> tuple[ReplicaLayout, ...]:

@@ -29,7 +29,6 @@ from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.key_values import key_values
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
 from orchestrator.launcher.ray_access import lets_in_anybody
-from placement.model.quantization import Quantization
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
@@ -131,14 +130,7 @@ def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> S
 def _settings(checked: Checked) -> DeploymentSettings:
     config = checked.config
     return DeploymentSettings(
-        plan=checked.plan,
-        model_path=config.model.path,
-        token_budget=config.serving.token_budget,
-        max_num_seqs=config.serving.max_num_seqs,
-        max_context_tokens=checked.plan.model.max_context_tokens,
-        load_timeout_s=config.launch.load_timeout_s,
-        prefix_cache=config.serving.prefix_cache,
-        quantization=Quantization(config.model.quantization),
+        plan=checked.plan, model_path=config.model.path, load_timeout_s=config.launch.load_timeout_s
     )
 
 

@@ -15,6 +15,7 @@ from placement.model.quantization import LinearFormat, loaded_bytes
 from placement.model.specs import DType, ModelSpec
 from placement.model.striping import WHOLE_TOKENS, Stripe
 from placement.model.weights import shard_tensors
+from placement.planning.limits import ReplicaLimits
 
 CPU_PROCESS_BYTES = 384 * 2**20
 """The memory of a worker process before it loads anything: Python, torch, gRPC (270 MiB measured), allocator slack."""
@@ -66,8 +67,7 @@ def footprint(
     *,
     dtype: DType,
     kv_bytes: int,
-    max_num_seqs: int,
-    token_budget: int,
+    limits: ReplicaLimits,
     on_cpu: bool,
     linear: LinearFormat | None = None,
     num_ranks: int = 1,
@@ -76,6 +76,7 @@ def footprint(
     """Reckons the bytes that a rank needs with KV blocks of ``kv_bytes``.
 
     Args:
+        limits: the sizes that its replica serves within.
         linear: the format of its linear layers.
         num_ranks: the number of ranks of its stage.
         leads: whether it is the leader, which samples.
@@ -84,14 +85,14 @@ def footprint(
         model,
         part,
         dtype=dtype,
-        max_num_seqs=max_num_seqs,
-        token_budget=token_budget,
+        max_num_seqs=limits.max_num_seqs,
+        token_budget=limits.token_budget,
         on_cpu=on_cpu,
         num_ranks=num_ranks,
         leads=leads,
     )
     if not on_cpu and part == Part.whole(model):  # steps of several ranks are not recorded
-        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=max_num_seqs)
+        workspace += graph_bytes(model, dtype=dtype, max_num_seqs=limits.max_num_seqs)
     if not on_cpu and linear is not None:
         workspace += 2 * WIDENED_BYTES  # of a step, and in the graphs
     return Footprint(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec
+from placement.planning.limits import ReplicaLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +42,15 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """One complete copy of the model."""
+    """One complete copy of the model.
+
+    Attributes:
+        limits: the sizes that it serves within.
+    """
 
     name: str
     stages: tuple[Stage, ...]
+    limits: ReplicaLimits
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -55,6 +61,11 @@ class Replica:
     def leader(self) -> Shard:
         """Returns the shard of rank 0. Routing between prefill and decode replicas needs it; today only tests ask."""
         return self.shards[0]
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Counts the tokens that the KV blocks hold."""
+        return self.num_blocks * self.limits.block_size
 
     @property
     def num_blocks(self) -> int:
@@ -68,5 +79,4 @@ class Plan:
 
     model: ModelSpec
     dtype: DType
-    block_size: int
     replicas: tuple[Replica, ...]

@@ -11,6 +11,7 @@ from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, Nod
 from placement.model.weights import shard_tensors
 from placement.planning.fitting import Placed, check_memory
 from placement.planning.layout import ReplicaLayout, cut, one_each
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import (
     Footprint,
     footprint,
@@ -33,15 +34,13 @@ class _Sizes:
 
     model: ModelSpec
     dtype: DType
-    block_size: int
     kv_cache_bytes: int
-    max_num_seqs: int
-    token_budget: int
+    limits: ReplicaLimits
     linear: LinearFormat | None
 
     def block_bytes(self, part: Part) -> int:
         """Counts the bytes of one KV block on a rank."""
-        return kv_bytes_per_block(self.model, part, dtype=self.dtype, block_size=self.block_size)
+        return kv_bytes_per_block(self.model, part, dtype=self.dtype, block_size=self.limits.block_size)
 
     def num_blocks(self, parts: _Parts) -> int:
         """Counts the KV blocks of a replica: as many as the rank with the largest ones has room for."""
@@ -58,8 +57,7 @@ class _Sizes:
             part,
             dtype=self.dtype,
             kv_bytes=num_blocks * self.block_bytes(part),
-            max_num_seqs=self.max_num_seqs,
-            token_budget=self.token_budget,
+            limits=self.limits,
             on_cpu=on_cpu,
             linear=self.linear,
             num_ranks=num_ranks,
@@ -72,11 +70,9 @@ def plan_replicas(
     cluster: ClusterSpec,
     *,
     dtype: DType,
-    block_size: int,
     kv_cache_bytes: int,
     max_context_tokens: int | None,
-    max_num_seqs: int,
-    token_budget: int,
+    limits: ReplicaLimits,
     unmeasured: Collection[tuple[str, str]] = (),
     linear: LinearFormat | None = None,
     layouts: Sequence[ReplicaLayout] | None = None,
@@ -86,6 +82,7 @@ def plan_replicas(
     Args:
         kv_cache_bytes: the most memory for KV blocks on a rank; whole blocks of it are used. All ranks of a replica
             have the same number of blocks, which take less memory on those with fewer layers or KV heads.
+        limits: the sizes that each replica serves within.
         max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
         unmeasured: (node, device) pairs whose memory is not known yet. The worker checks it when it loads.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
@@ -100,10 +97,8 @@ def plan_replicas(
     sizes = _Sizes(
         model=model,
         dtype=dtype,
-        block_size=block_size,
         kv_cache_bytes=kv_cache_bytes,
-        max_num_seqs=max_num_seqs,
-        token_budget=token_budget,
+        limits=limits,
         linear=linear,
     )
     return _plan(sizes, cluster, one_each(cluster) if layouts is None else layouts, max_context_tokens, unmeasured)
@@ -119,16 +114,16 @@ def _plan(
     """Cuts the model, chooses the context, and checks that every rank fits where it is placed."""
     parts = _cut_all(sizes, layouts)
     context = _context(sizes, parts, max_context_tokens)
-    smallest = num_blocks_of(context if max_context_tokens else 1, block_size=sizes.block_size)
+    smallest = num_blocks_of(context if max_context_tokens else 1, block_size=sizes.limits.block_size)
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
     placed = [
         _place(sizes, layout, replica_parts, devices, smallest)
         for layout, replica_parts in zip(layouts, parts, strict=True)
     ]
     check_memory([rank for replica in placed for stage in replica for rank in stage], unmeasured)
-    replicas = tuple(_replica(index, stages) for index, stages in enumerate(placed))
+    replicas = tuple(_replica(index, stages, sizes.limits) for index, stages in enumerate(placed))
     served = dataclasses.replace(sizes.model, max_context_tokens=context)
-    return Plan(model=served, dtype=sizes.dtype, block_size=sizes.block_size, replicas=replicas)
+    return Plan(model=served, dtype=sizes.dtype, replicas=replicas)
 
 
 def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
@@ -136,7 +131,7 @@ def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
     model, linear = sizes.model, sizes.linear
     check_linear_format(shard_tensors(model, Part.whole(model)), linear)
     parts = [
-        cut(model, layout, linear, block_size=sizes.block_size, field=f"{LAYOUTS_FIELD}[{index}]")
+        cut(model, layout, linear, block_size=sizes.limits.block_size, field=f"{LAYOUTS_FIELD}[{index}]")
         for index, layout in enumerate(layouts)
     ]
     for part in (part for replica_parts in parts for stage in replica_parts for part in stage):
@@ -150,7 +145,7 @@ def _context(sizes: _Sizes, parts: Sequence[_Parts], asked: int | None) -> int:
     Where it is None, the context is the model's own, or what the KV blocks hold where that is less. So a small cache
     serves shorter requests instead of none, as long as it holds one block.
     """
-    model, block_size = sizes.model, sizes.block_size
+    model, block_size = sizes.model, sizes.limits.block_size
     if asked is not None and asked > model.max_context_tokens:
         raise InvalidConfig(
             field="model.max_context_tokens",
@@ -210,14 +205,14 @@ def _place(
     ]
 
 
-def _replica(index: int, placed: Sequence[Sequence[Placed]]) -> Replica:
+def _replica(index: int, placed: Sequence[Sequence[Placed]], limits: ReplicaLimits) -> Replica:
     stages: list[Stage] = []
     rank = 0
     for ranks in placed:
         shards = tuple(_shard(rank + index, shard) for index, shard in enumerate(ranks))
         stages.append(Stage(layers=ranks[0].part.layers, shards=shards))
         rank += len(shards)
-    return Replica(name=f"replica-{index}", stages=tuple(stages))
+    return Replica(name=f"replica-{index}", stages=tuple(stages), limits=limits)
 
 
 def _shard(rank: int, placed: Placed) -> Shard:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from placement.errors import InvalidConfig
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -13,9 +11,6 @@ class SchedulerLimits:
         token_budget: the most tokens in a step, decodes counted.
         max_num_seqs: the most sequences that hold blocks. At most ``token_budget``, or decodes could stall.
         num_batches: steps that are in flight at once, in the stages of a pipeline: decodes are dealt out among them.
-
-    Raises:
-        InvalidConfig: a bound is below 1, or the budget cannot hold a decode of every sequence.
     """
 
     token_budget: int
@@ -23,14 +18,7 @@ class SchedulerLimits:
     num_batches: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("token_budget", "max_num_seqs"):
-            value = getattr(self, name)
-            if value < 1:
-                raise InvalidConfig(field=f"serving.{name}", value=value, problem="must be at least 1", fix="Raise it.")
-        if self.token_budget < self.max_num_seqs:
-            problem = f"is below serving.max_num_seqs ({self.max_num_seqs}), so decodes would stall"
-            fix = "Raise token_budget or lower max_num_seqs."
-            raise InvalidConfig(field="serving.token_budget", value=self.token_budget, problem=problem, fix=fix)
+        assert 1 <= self.max_num_seqs <= self.token_budget and self.num_batches >= 1, self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

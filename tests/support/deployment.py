@@ -20,7 +20,6 @@ from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import WorkerArgs, WorkerEnd, WorkerProcess
-from placement.model.quantization import Quantization
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.plan import Shard
 
@@ -136,7 +135,7 @@ def too_large_for_each(directory: Path, model: Path, *threads: int) -> Config:
         "serving": {"token_budget": 64, "max_num_seqs": 8},
     }
     whole = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan
-    per_token = whole.replicas[0].leader.kv_bytes // (whole.replicas[0].num_blocks * whole.block_size)
+    per_token = whole.replicas[0].leader.kv_bytes // whole.replicas[0].num_kv_tokens
     sections["serving"]["kv_cache"] = 256 * per_token
     leader = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan.replicas[0].leader
     needed = leader.weight_bytes + leader.kv_bytes + leader.workspace_bytes + CPU_PROCESS_BYTES
@@ -150,12 +149,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
     return DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
-        token_budget=config.serving.token_budget,
-        max_num_seqs=config.serving.max_num_seqs,
-        max_context_tokens=checked.plan.model.max_context_tokens,
         load_timeout_s=START_S,
-        prefix_cache=True,
-        quantization=Quantization(config.model.quantization),
     )
 
 

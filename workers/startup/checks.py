@@ -6,11 +6,13 @@ from pathlib import Path
 from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
 from placement.model.checkpoint_files import MAX_CONFIG_BYTES, parse_object, too_large
 from placement.model.hf import read_model_spec
-from placement.model.quantization import LinearFormat, check_linear_format, linear_format
+from placement.model.quantization import LinearFormat, Quantization, check_linear_format, linear_format
 from placement.model.specs import DType, ModelSpec
 from placement.model.weights import shard_tensors
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
-from protos.codec.formats import read_dtype, read_quantization
+from protos.codec.formats import read_dtype
+from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
 from workers.replica.roster import Roster, read_roster
@@ -26,6 +28,7 @@ class CheckedLoad:
         dtype: the number type of weights, activations and KV.
         linear: the format of linear layers; None: they are held in ``dtype``.
         need: the bytes that this process has yet to allocate.
+        limits: the sizes that the replica serves within.
     """
 
     model: ModelSpec
@@ -33,6 +36,7 @@ class CheckedLoad:
     dtype: DType
     linear: LinearFormat | None
     need: Footprint
+    limits: ReplicaLimits
 
     @property
     def leads(self) -> bool:
@@ -51,13 +55,14 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
     model = read_model(Path(request.model_path))
     dtype = read_dtype(request.dtype)
     check_request(request, model)
+    limits = read_limits(request)
     roster = read_roster(request, model)
-    linear = read_linear_format(request)
+    linear = read_linear_format(Path(request.model_path), limits.quantization)
     check_linear_format(shard_tensors(model, roster.part), linear)
-    need = reckon(request, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
-    share = kv_share(model, roster, block_size=request.block_size)
+    need = reckon(request.num_blocks, limits, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
+    share = kv_share(model, roster, block_size=limits.block_size)
     check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share)
-    return CheckedLoad(model=model, roster=roster, dtype=dtype, linear=linear, need=need)
+    return CheckedLoad(model=model, roster=roster, dtype=dtype, linear=linear, need=need, limits=limits)
 
 
 def read_model(path: Path) -> ModelSpec:
@@ -66,16 +71,13 @@ def read_model(path: Path) -> ModelSpec:
     return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
 
 
-def read_linear_format(request: pb.LoadRequest) -> LinearFormat | None:
+def read_linear_format(path: Path, quantization: Quantization) -> LinearFormat | None:
     """Reads the format in which the model's linear layers are to be held.
 
     Raises:
-        InvalidRequest: the request's quantization is not known.
         InvalidModel, InvalidConfig: see :func:`placement.model.quantization.linear_format`.
     """
-    quantization = read_quantization(request.quantization)
-    config = _read_json(Path(request.model_path) / "config.json")
-    return linear_format(config, quantization)
+    return linear_format(_read_json(path / "config.json"), quantization)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -96,7 +98,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 def check_request(request: pb.LoadRequest, model: ModelSpec) -> None:
     """Refuses sizes that cannot work. Raises InvalidRequest."""
-    for field in ("block_size", "num_blocks", "token_budget", "max_num_seqs", "max_context_tokens"):
+    for field in ("num_blocks", "max_context_tokens"):
         if getattr(request, field) < 1:
             raise InvalidRequest(
                 field=field, value=getattr(request, field), problem="is too small", fix="Use at least 1."
@@ -111,7 +113,8 @@ def check_request(request: pb.LoadRequest, model: ModelSpec) -> None:
 
 
 def reckon(
-    request: pb.LoadRequest,
+    num_blocks: int,
+    limits: ReplicaLimits,
     model: ModelSpec,
     roster: Roster,
     dtype: DType,
@@ -120,16 +123,15 @@ def reckon(
     on_cpu: bool,
 ) -> Footprint:
     """Reckons what this process has yet to allocate. It runs already, so its own bytes are left out."""
-    block_bytes = kv_bytes_per_block(model, roster.part, dtype=dtype, block_size=request.block_size)
+    block_bytes = kv_bytes_per_block(model, roster.part, dtype=dtype, block_size=limits.block_size)
     need = footprint(
         model,
         roster.part,
         num_ranks=len(roster.stages[roster.stage]),
         leads=roster.rank == 0,
         dtype=dtype,
-        kv_bytes=request.num_blocks * block_bytes,
-        max_num_seqs=request.max_num_seqs,
-        token_budget=request.token_budget,
+        kv_bytes=num_blocks * block_bytes,
+        limits=limits,
         on_cpu=on_cpu,
         linear=linear,
     )

@@ -15,11 +15,13 @@ from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
 from placement.model.part import Part
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import format_bytes
 from placement.serving.admission import Limits
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
+from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
@@ -159,7 +161,7 @@ class LoadJob:
         self.phase = pb.LOAD_PHASE_WARM_UP
         executor = executing_thread(self._device, _num_threads(checked))
         if membership is not None:
-            self._get_ready(membership, runner, sharing, executor)
+            self._get_ready(checked.limits, membership, runner, sharing, executor)
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
             follower = self._follower(checked, membership, runner, executor)
@@ -201,25 +203,25 @@ class LoadJob:
         if membership is None:
             return None
         device, dtype = self._device.torch_device, TORCH_DTYPES[checked.dtype]
-        token_budget = self._request.token_budget
+        token_budget = checked.limits.token_budget
         return membership.sharing(checked.model, kernels, dtype, device, token_budget=token_budget)
 
     def _get_ready(
         self,
+        limits: ReplicaLimits,
         membership: Membership,
         runner: ModelRunner,
         sharing: SequenceSharing | None,
         executor: ThreadPoolExecutor,
     ) -> None:
         """Waits for the other ranks, and measures with them. Everything runs on the thread that executes steps."""
-        request = self._request
         executor.submit(membership.get_ready, self._go_on, self._device.torch_device).result()
         executor.submit(
             membership.measure_runner,
             runner,
             sharing,
-            token_budget=request.token_budget,
-            num_slots=request.num_blocks * request.block_size,
+            token_budget=limits.token_budget,
+            num_slots=self._request.num_blocks * limits.block_size,
             go_on=self._go_on,
         ).result()
 
@@ -267,15 +269,16 @@ def build_engine(
     runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec, num_stages: int = 1
 ) -> Engine:
     """Builds the engine of a leader, which is not started yet."""
+    limits = read_limits(request)
     settings = CoreSettings(
         limits=Limits(
-            max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=request.block_size
+            max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=limits.block_size
         ),
         steps=SchedulerLimits(
-            token_budget=request.token_budget, max_num_seqs=request.max_num_seqs, num_batches=num_stages
+            token_budget=limits.token_budget, max_num_seqs=limits.max_num_seqs, num_batches=num_stages
         ),
         num_blocks=request.num_blocks,
-        prefix_cache=request.prefix_cache,
+        prefix_cache=limits.prefix_cache,
         checks=Checks.AT_IDLE if os.environ.get(CHECK_VARIABLE) else Checks.NEVER,
     )
     return Engine(runner=runner, core=ReplicaCore(settings), executor=executor)

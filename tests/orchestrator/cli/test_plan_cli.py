@@ -12,6 +12,7 @@ from orchestrator.deployment.preflight import preflight
 from placement.errors import InvalidConfig
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from placement.planning.layout import ReplicaLayout, StageLayout
+from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
 from tests.support.deployment import make_config, too_large_for_each
@@ -38,8 +39,8 @@ def plan() -> Plan:
         ReplicaLayout(stages=(StageLayout(devices=(3,), weights=(1,)),)),
     )
     return plan_replicas(
-        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
-        max_num_seqs=32, token_budget=256, layouts=layouts,
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, kv_cache_bytes=2**33, max_context_tokens=None,
+        limits=ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=32), layouts=layouts,
     )  # fmt: skip
 
 
@@ -88,8 +89,8 @@ def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
     assert "KV heads all 8" in lines
     layouts = (ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 0)),)),)
     made = plan_replicas(
-        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=2**33, max_context_tokens=None,
-        max_num_seqs=32, token_budget=256, layouts=layouts,
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, kv_cache_bytes=2**33, max_context_tokens=None,
+        limits=ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=32), layouts=layouts,
     )  # fmt: skip
     idle = made.replicas[0].shards[1]
     assert {"KV heads none", "FFN columns none"} <= set(describe(idle, made.model))

@@ -43,11 +43,7 @@ def make_shell(
     settings = DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
-        token_budget=64,
-        max_num_seqs=8,
-        max_context_tokens=256,
         load_timeout_s=load_timeout_s,
-        prefix_cache=True,
     )
     return ControllerShell(launcher=launcher, settings=settings), launcher
 
@@ -246,11 +242,7 @@ def test_a_rank_needs_more_than_its_weights_and_kv_blocks(served_checkpoint: Pat
         settings = DeploymentSettings(
             plan=plan,
             model_path="",
-            token_budget=token_budget,
-            max_num_seqs=8,
-            max_context_tokens=256,
             load_timeout_s=60.0,
-            prefix_cache=True,
         )
         shard = plan.replicas[0].leader
         needed.append(settings.needed_bytes(shard))

@@ -29,6 +29,7 @@ from placement.measured.collectives import MeasuredSum
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec, RopeSpec
+from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan, Replica, Shard, Stage
 
 EPOCH = 5
@@ -62,6 +63,9 @@ def stops(state: State, observed: Observed = ALL) -> set[tuple[str, int]]:
     return {(c.replica, c.rank) for c in plan(state, observed) if isinstance(c, StopRank)}
 
 
+LIMITS = ReplicaLimits(block_size=8, token_budget=64, max_num_seqs=8)
+
+
 def make_plan(num_replicas: int, num_ranks: int) -> Plan:
     device = DeviceSpec(kind="cpu", memory_bytes=1 << 30)
 
@@ -79,9 +83,9 @@ def make_plan(num_replicas: int, num_ranks: int) -> Plan:
 
     def replica(number: int) -> Replica:
         stages = tuple(Stage(layers=Span(r, r + 1), shards=(shard(r),)) for r in range(num_ranks))
-        return Replica(name=f"replica-{number}", stages=stages)
+        return Replica(name=f"replica-{number}", stages=stages, limits=LIMITS)
 
-    return Plan(model=MODEL, dtype=DType.FLOAT32, block_size=8, replicas=tuple(replica(i) for i in range(num_replicas)))
+    return Plan(model=MODEL, dtype=DType.FLOAT32, replicas=tuple(replica(i) for i in range(num_replicas)))
 
 
 def started(replica: str, rank: int, epoch: int = EPOCH) -> RankStarted:

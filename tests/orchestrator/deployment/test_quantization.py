@@ -111,14 +111,10 @@ def test_ranks_are_told_to_round(tmp_path: Path, quantization: str) -> None:
     settings = DeploymentSettings(
         plan=plan,
         model_path="/model",
-        token_budget=64,
-        max_num_seqs=8,
-        max_context_tokens=64,
-        prefix_cache=True,
         load_timeout_s=1.0,
-        quantization=Quantization(quantization),
     )
-    assert settings.load_request(plan.replicas[0].leader, epoch=1).quantization == REQUESTS[quantization]
+    request = settings.load_request("replica-0", plan.replicas[0].leader, epoch=1)
+    assert request.quantization == REQUESTS[quantization]
 
 
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}}

@@ -22,7 +22,10 @@ from placement.model.quantization import (
 )
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.weights import TensorSlice, shard_tensors, whole_model
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import WIDENED_BYTES, footprint
+
+LEAST = ReplicaLimits(block_size=16, token_budget=1, max_num_seqs=1)
 
 MODEL = ModelSpec(
     architecture="llama",
@@ -98,7 +101,7 @@ def test_a_stage_without_the_head_has_no_bytes_of_it() -> None:
 def test_a_footprint_has_the_rounded_bytes_and_one_head(on_cpu: bool) -> None:
     def need(linear: LinearFormat | None) -> tuple[int, int]:
         found = footprint(
-            TIED, Part.whole(TIED), dtype=DType.BFLOAT16, kv_bytes=0, max_num_seqs=1, token_budget=1, on_cpu=on_cpu,
+            TIED, Part.whole(TIED), dtype=DType.BFLOAT16, kv_bytes=0, limits=LEAST, on_cpu=on_cpu,
             linear=linear,
         )  # fmt: skip
         return found.weight_bytes, found.workspace_bytes

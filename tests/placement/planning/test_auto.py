@@ -8,9 +8,12 @@ from placement.errors import InvalidConfig, NotEnoughMemory
 from placement.measured.speed import DeviceSpeed
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from placement.planning.auto import Choice, Layouts, first_that_fits, shares
+from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
 from tests.support.shapes import LLAMA_8B
+
+LIMITS = ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=8)
 
 GIB = 2**30
 
@@ -34,8 +37,8 @@ def choose(
 ) -> Choice:
     def make(layouts: Layouts, unmeasured: Collection[tuple[str, str]] = ()) -> Plan:
         return plan_replicas(
-            LLAMA_8B, cluster, dtype=DType.BFLOAT16, block_size=16, kv_cache_bytes=kv_cache_bytes,
-            max_context_tokens=max_context_tokens, max_num_seqs=8, token_budget=256, layouts=layouts,
+            LLAMA_8B, cluster, dtype=DType.BFLOAT16, kv_cache_bytes=kv_cache_bytes,
+            max_context_tokens=max_context_tokens, limits=LIMITS, layouts=layouts,
             unmeasured=unmeasured,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from placement.model.part import Part, Span
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.striping import Stripe
 from placement.model.weights import num_parameters
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import (
     CPU_PROCESS_BYTES,
     CUDA_PROCESS_BYTES,
@@ -31,6 +32,8 @@ from placement.planning.memory import (
     size_setting,
     workspace_bytes,
 )
+
+LEAST = ReplicaLimits(block_size=16, token_budget=1, max_num_seqs=1)
 
 MODEL = ModelSpec(
     architecture="llama",
@@ -120,7 +123,8 @@ def test_steps_of_so_many_tokens_are_graphs(max_num_seqs: int, max_context_token
 def test_only_a_gpu_needs_memory_for_graphs() -> None:
     sizes: dict[str, Any] = {"dtype": DType.BFLOAT16, "max_num_seqs": 64, "token_budget": 512}
     for on_cpu in (True, False):
-        need = footprint(LARGE, Part.whole(LARGE), kv_bytes=0, on_cpu=on_cpu, **sizes)
+        limits = ReplicaLimits(block_size=16, max_num_seqs=64, token_budget=512)
+        need = footprint(LARGE, Part.whole(LARGE), dtype=DType.BFLOAT16, kv_bytes=0, on_cpu=on_cpu, limits=limits)
         graphs = 0 if on_cpu else graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=64)
         assert need.workspace_bytes == workspace_bytes(LARGE, Part.whole(LARGE), on_cpu=on_cpu, **sizes) + graphs
 
@@ -132,7 +136,14 @@ def test_only_a_gpu_needs_memory_for_graphs() -> None:
 )  # fmt: skip
 def test_a_tied_head_is_held_twice_where_it_is_packed(tied: bool, dtype: DType, on_cpu: bool, copies: int) -> None:
     model = replace(MODEL, tied_embeddings=tied)
-    need = footprint(model, Part.whole(model), dtype=dtype, kv_bytes=0, max_num_seqs=1, token_budget=1, on_cpu=on_cpu)
+    need = footprint(
+        model,
+        Part.whole(model),
+        dtype=dtype,
+        kv_bytes=0,
+        limits=LEAST,
+        on_cpu=on_cpu,
+    )
     embedding = model.vocab_size * model.hidden_size * dtype.itemsize
     assert need.weight_bytes == num_parameters(model) * dtype.itemsize + copies * embedding
 
@@ -144,8 +155,7 @@ def test_footprint_adds_up_and_says_so(on_cpu: bool, process_bytes: int) -> None
         WHOLE,
         dtype=DType.FLOAT32,
         kv_bytes=2**20,
-        max_num_seqs=1,
-        token_budget=1,
+        limits=LEAST,
         on_cpu=on_cpu,
     )
     parts = (need.weight_bytes, need.kv_bytes, need.workspace_bytes, need.process_bytes)

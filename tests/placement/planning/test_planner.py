@@ -12,6 +12,7 @@ from placement.model.part import Part
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec, RopeSpec
 from placement.model.weights import num_parameters
 from placement.planning.layout import ReplicaLayout, StageLayout
+from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES, footprint, format_bytes
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
@@ -32,14 +33,14 @@ MODEL = ModelSpec(
     rope=RopeSpec(),
     tied_embeddings=True,
 )
+LIMITS = ReplicaLimits(block_size=16, token_budget=64, max_num_seqs=4)
 BLOCK_BYTES = 128 * 2**10
 FIXED = footprint(
     MODEL,
     Part.whole(MODEL),
     dtype=DType.FLOAT32,
     kv_bytes=0,
-    max_num_seqs=4,
-    token_budget=64,
+    limits=LIMITS,
     on_cpu=True,
 ).total_bytes
 
@@ -55,11 +56,9 @@ def node(*devices: DeviceSpec, memory_bytes: int, name: str = "local") -> NodeSp
 def plan(*nodes: NodeSpec, **changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "dtype": DType.FLOAT32,
-        "block_size": 16,
         "kv_cache_bytes": 16 * MIB,
         "max_context_tokens": None,
-        "max_num_seqs": 4,
-        "token_budget": 64,
+        "limits": LIMITS,
     }
     return plan_replicas(MODEL, ClusterSpec(nodes=nodes), **(settings | changes))
 
@@ -84,7 +83,8 @@ def test_each_device_holds_a_whole_replica_in_order() -> None:
         assert (shard.rank, shard.part) == (0, Part.whole(MODEL))
         assert (shard.num_blocks, shard.kv_bytes) == (128, 16 * MIB)
         assert shard.weight_bytes == 4 * num_parameters(MODEL)
-    assert (made.dtype, made.block_size, made.model) == (DType.FLOAT32, 16, MODEL)
+    assert (made.dtype, made.model) == (DType.FLOAT32, MODEL)
+    assert all(replica.limits is LIMITS for replica in made.replicas)
 
 
 def test_smaller_context_is_what_is_served() -> None:
