@@ -1,4 +1,4 @@
-"""The data that attention works on: where a layer's KV lies, and which part of it each sequence sees.
+"""The data types of attention: where a layer's KV lies, and which part of it each sequence sees.
 
 Shapes: K KV heads, S slots, D head dimension. A slot holds one token's key and value; token ``i`` of a
 block lies in slot ``block * block_size + i``. A run is a half-open range of slots ``(start, stop)``.
@@ -17,7 +17,7 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCache:
-    """Keys and values of one layer, each [K, S, D]: a head's run of slots is one dense piece of memory."""
+    """Keys and values of one layer, each [K, S, D]; a head's run of slots is dense in memory."""
 
     keys: Tensor
     values: Tensor
@@ -28,10 +28,10 @@ class SequenceSpan:
     """One sequence's share of a batch of flattened tokens.
 
     Attributes:
-        query_start: row of its first query in the batch.
-        num_queries: its rows. They are the sequence's last tokens, whose KV is already written.
-        runs: slots of all its tokens, context and queries, in token order.
-        num_tokens: how many these are.
+        query_start: the row of its first query in the batch.
+        num_queries: the number of its rows, which are the sequence's last tokens. Their KV is already written.
+        runs: the slots of all its tokens, context and queries, in token order.
+        num_tokens: the number of all its tokens.
     """
 
     query_start: int
@@ -45,24 +45,24 @@ class SequenceSpan:
 
     @property
     def context_runs(self) -> tuple[Run, ...]:
-        """Slots of the tokens before the queries."""
+        """Returns the slots of the tokens before the queries."""
         return split_runs(self.runs, self.num_tokens - self.num_queries)[0]
 
     @property
     def query_runs(self) -> tuple[Run, ...]:
-        """Slots of the queries' own tokens."""
+        """Returns the slots of the queries' own tokens."""
         return last_runs(self.runs, self.num_queries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PartSpan:
-    """Neighbouring rows of a batch, and a part of the tokens that they attend to: what one rank of several holds.
+    """Neighbouring rows of a batch, and a part of the tokens that they attend to: those that one rank holds.
 
     Attributes:
-        query_start: row of the first query.
-        runs: slots of the tokens, in token order, as runs [R, 2].
-        seen: [n, 2], of these tokens, those that each of the n queries sees: the first, and the end. Neither goes down
-            from one query to the next; where they are equal it sees none.
+        query_start: the row of the first query.
+        runs: the slots of the tokens in token order, as runs [R, 2].
+        seen: the range of these tokens that each of the n queries sees, [n, 2] with first and end. Neither decreases
+            from one query to the next; a query whose first and end are equal sees no token.
     """
 
     query_start: int
@@ -75,12 +75,12 @@ class PartSpan:
 
     @property
     def num_queries(self) -> int:
-        """Its rows."""
+        """Returns the number of its rows."""
         return len(self.seen)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens up to the last that a query sees."""
+        """Returns the number of tokens up to the last that a query sees."""
         return int(self.seen[-1, 1])
 
 
@@ -89,10 +89,10 @@ class SharedSpan:
     """Tokens that several sequences of a batch have at the same positions, in the same slots.
 
     Attributes:
-        members: which of the batch's spans, by index; each once.
-        first_token: position of the first of the tokens in each member.
-        num_tokens: how many there are.
-        runs: their slots, in token order.
+        members: the indices of those sequences' spans in the batch, each once.
+        first_token: the position of the first of the tokens in each member.
+        num_tokens: the number of the tokens.
+        runs: their slots in token order.
     """
 
     members: tuple[int, ...]
@@ -107,22 +107,22 @@ class SharedSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskPlan:
-    """A step's attention cut into tasks, each of some queries against a list of tokens.
+    """A step's attention, cut into tasks of some queries and a list of tokens each.
 
-    Of E queries, the first B are the decodes. They are done when all their parts are: results of tasks that see some
-    of their tokens.
+    Of E queries, the first B are the decodes. A decode's result is merged from its parts, the partial results of tasks
+    that see some of its tokens.
 
     Attributes:
-        runs: [R, 2], slots of all lists of tokens: where each run begins and stops.
-        rows: [E], row of each query in the batch. A query in two tasks' lists of queries is there twice.
-        ranges: [C, 2], of the tokens of its task, those that each query of a chunk sees: the first, and the end.
-        sequences: [E], its decode, or -1.
-        tasks: [tasks, 7], fields as in simd.Task.
-        parts: numbers of the partial results of each decode, decode after decode.
-        first_part: [B + 1], where each decode's begin, and the end.
-        num_partials: partial results of all tasks.
-        max_queries: queries of the largest task.
-        addresses: sizes and addresses of the arrays, in the order of simd.JOB.
+        runs: the slots of all lists of tokens, [R, 2] with start and stop of each run.
+        rows: the row of each query in the batch, [E]. A query that is in two tasks is there twice.
+        ranges: the range of its task's tokens that each query of a chunk sees, [C, 2] with first and end.
+        sequences: the number of each query's decode, or -1, [E].
+        tasks: the tasks, [tasks, 7] with the fields of simd.Task.
+        parts: the numbers of the partial results of each decode, decode after decode.
+        first_part: the place in ``parts`` where each decode's begin, and the end, [B + 1].
+        num_partials: the number of partial results of all tasks.
+        max_queries: the number of queries of the largest task.
+        addresses: the sizes and addresses of the arrays, in the order of simd.ARGUMENTS.
     """
 
     runs: NDArray[np.int64]
@@ -142,9 +142,9 @@ class AttentionPlan:
     """A step's sequences, laid out once for all layers.
 
     Attributes:
-        spans: every sequence; they cover the batch.
-        window: tokens that a query sees at most, its own the last of them; None for all.
-        tasks: the same work for variants that do it all at once.
+        spans: the spans of all sequences, which cover the batch.
+        window: how many tokens a query sees at most, its own the last of them; None: all.
+        tasks: the same attention in tasks, for variants that compute it all in one call.
     """
 
     spans: tuple[SequenceSpan, ...]
@@ -154,11 +154,12 @@ class AttentionPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartPlan:
-    """Queries against parts of what they attend to, laid out once for all layers.
+    """Queries and parts of what they attend to, laid out once for all layers.
 
     Attributes:
-        spans: no row is in two of them.
-        tasks: the same work for variants that do it all at once; None: there is none, or the variant does not.
+        spans: the spans, of which no two have a row in common.
+        tasks: the same attention in tasks, for variants that compute it all in one call; None: no query sees a token,
+            or the variant has no tasks.
     """
 
     spans: tuple[PartSpan, ...]
@@ -166,18 +167,18 @@ class PartPlan:
 
 
 def num_slots(runs: tuple[Run, ...]) -> int:
-    """Slots in all runs together."""
-    edges = tuple(chain.from_iterable(runs))  # no loop: a fragmented sequence has hundreds of runs, in each step
+    """Returns the number of slots in all runs."""
+    edges = tuple(chain.from_iterable(runs))  # no Python loop: a fragmented sequence has hundreds of runs in each step
     return sum(edges[1::2]) - sum(edges[::2])
 
 
 def num_slots_of(runs: NDArray[np.int64]) -> int:
-    """Slots in all ``runs`` [R, 2] together."""
+    """Returns the number of slots in all ``runs`` [R, 2]."""
     return int((runs[:, 1] - runs[:, 0]).sum())
 
 
 def slots_of(runs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Every slot in ``runs`` [R, 2], one after the other."""
+    """Returns every slot in ``runs`` [R, 2], one after the other."""
     lengths = runs[:, 1] - runs[:, 0]
     first = runs[:, 0] - (lengths.cumsum() - lengths)
     every: NDArray[np.int64] = np.arange(lengths.sum()) + first.repeat(lengths)
@@ -185,7 +186,7 @@ def slots_of(runs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def last_runs(runs: tuple[Run, ...], num_last: int) -> tuple[Run, ...]:
-    """The runs of the last ``num_last`` slots, of which there are as many."""
+    """Returns the runs of the last ``num_last`` slots; there must be so many."""
     found: list[Run] = []
     for start, stop in reversed(runs):
         if num_last == 0:
@@ -197,7 +198,7 @@ def last_runs(runs: tuple[Run, ...], num_last: int) -> tuple[Run, ...]:
 
 
 def split_runs(runs: tuple[Run, ...], num_first: int) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
-    """The runs of the first ``num_first`` slots, and those of the rest."""
+    """Returns the runs of the first ``num_first`` slots, and those of the rest."""
     first: list[Run] = []
     rest: list[Run] = []
     for start, stop in runs:
@@ -210,8 +211,8 @@ def split_runs(runs: tuple[Run, ...], num_first: int) -> tuple[tuple[Run, ...], 
     return tuple(first), tuple(rest)
 
 
-# How many of the newest tokens a layer's queries see; None: all.
 Window = int | None
+"""How many of the newest tokens a layer's queries see; None: all."""
 
-# Attention [T, H, D] of queries [T, H, D] in a layer with that window and cache; its scores have that factor.
 Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]
+"""Computes the attention [T, H, D] of queries [T, H, D], given a layer's window, its cache and the scores' factor."""

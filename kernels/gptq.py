@@ -1,4 +1,4 @@
-"""Unpacks weights as GPTQ checkpoints have them (Frantar et al. 2023; the layout of AutoGPTQ and GPTQModel).
+"""Unpacks the weights of GPTQ checkpoints (Frantar et al. 2023; in the layout of AutoGPTQ and GPTQModel).
 
 A 32-bit word holds ``32 / bits`` unsigned codes, the first in its lowest bits; a weight is ``scale * (code - zero)``.
 
@@ -14,15 +14,15 @@ from kernels.rounded import Bits, RoundedWeight, pack_nibbles
 def unpack(
     codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor, *, bits: Bits, zero_shift: int, offsets: bool
 ) -> RoundedWeight:
-    """The weight [O, I] of one layer.
+    """Unpacks the weight [O, I] of one layer.
 
     Args:
-        codes: ``qweight``, int32 [I * bits / 32, O].
-        zeros: ``qzeros``, int32 [G, O * bits / 32].
-        scales: [G, O].
-        groups: ``g_idx``, the group of each input [I].
-        zero_shift: what is added to the stored zero points.
-        offsets: whether zero points may differ from the middle of the codes, or must not.
+        codes: the checkpoint's ``qweight``, int32 [I * bits / 32, O].
+        zeros: its ``qzeros``, int32 [G, O * bits / 32].
+        scales: its ``scales`` [G, O].
+        groups: its ``g_idx``, the group of each input [I].
+        zero_shift: the number that is added to the stored zero points.
+        offsets: whether zero points may differ from the middle of the codes.
 
     Raises:
         ValueError: groups are of unequal sizes, or a zero point is not in the middle though ``offsets`` is false.
@@ -45,7 +45,7 @@ def unpack(
 
 
 def _order(groups: Tensor, *, num_groups: int) -> Tensor | None:
-    """The inputs sorted by group, or None where they are so already."""
+    """Returns the inputs sorted by group, or None where they are in that order already. Raises ValueError."""
     sizes = torch.bincount(groups.clamp(0, num_groups), minlength=num_groups + 1)
     size = len(groups) // num_groups
     if groups.min() < 0 or not bool((sizes[:num_groups] == size).all()):
@@ -55,7 +55,7 @@ def _order(groups: Tensor, *, num_groups: int) -> Tensor | None:
 
 
 def _fields(words: Tensor, bits: Bits) -> Tensor:
-    """The unsigned codes in the words' last dim, as int16: [..., n] to [..., n * 32 / bits]."""
+    """Unpacks the unsigned codes in the words' last dim to int16: [..., n] to [..., n * 32 / bits]."""
     lowest = words.contiguous().view(torch.uint8)  # little-endian bytes, the first fields first
     if bits == 8:
         return lowest.short()

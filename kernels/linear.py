@@ -1,4 +1,4 @@
-"""Linear layers: their protocol, and the plain form that every other must agree with.
+"""The protocol of linear layers, and the plain form that every other form must agree with.
 
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
@@ -10,25 +10,25 @@ from torch import Tensor
 
 
 class Linear(Protocol):
-    """``x W^T + b``."""
+    """A linear layer, which computes ``x W^T + b``."""
 
     @property
     def num_outputs(self) -> int:
-        """O."""
+        """Returns O."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the weight and the bias take."""
+        """Returns the memory that weight and bias take."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``x`` [T, I] to [T, O], in the same dtype."""
+        """Computes [T, O] from ``x`` [T, I], in the same dtype."""
 
 
 class PlainLinear:
-    """The weight as the checkpoint has it: what the other forms must agree with."""
+    """A linear layer whose weight stays as in the checkpoint."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Of ``weight`` [O, I] and ``bias`` [O]; holds on to both."""
+        """Keeps ``weight`` [O, I] and ``bias`` [O] without a copy."""
         self._weight = weight
         self._bias = bias
 

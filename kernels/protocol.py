@@ -1,4 +1,4 @@
-"""The operations that a decoder needs, as one protocol."""
+"""The protocol of a variant: the operations that a decoder needs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from kernels.linear import Linear
 
 
 class Kernels(Protocol):
-    """One variant of every operation. Shapes and meaning are those of :mod:`kernels.reference`."""
+    """A variant of every operation. :mod:`kernels.reference` describes their shapes and meaning."""
 
     def embedding(self, token_ids: Tensor, table: Tensor) -> Tensor: ...
 

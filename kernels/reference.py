@@ -1,4 +1,4 @@
-"""Plain torch for every operation: what the fast variants must agree with, and what other devices run.
+"""The plain torch variant of every operation, which the fast variants must agree with and other devices run.
 
 Shapes: T tokens of a batch, E hidden size, F feed-forward size, V vocabulary, H query heads, K KV heads,
 G = H / K, D head dimension, S slots.
@@ -16,23 +16,23 @@ from kernels.linear import Linear, PlainLinear
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
-    """Rows [T, E] of ``table`` [V, E] at ``token_ids`` [T]."""
+    """Returns the rows [T, E] of ``table`` [V, E] at ``token_ids`` [T]."""
     return F.embedding(token_ids, table)
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Linear:
-    """A linear layer of ``weight`` [O, I] and ``bias`` [O], both let go by the caller."""
+    """Makes a linear layer of ``weight`` [O, I] and ``bias`` [O], which the caller gives up."""
     return PlainLinear(weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm (Zhang and Sennrich 2019) of each row of ``x``, computed in float32.
+    """Computes the root-mean-square norm (Zhang and Sennrich 2019) of each row of ``x`` in float32.
 
     Args:
-        x: [T, E], or the heads [T, N, D] of which each is normed; rows may be strided.
-        weight: [E] or [N, D]. What is normed is rounded to its number type before it is multiplied: to that of
-            ``x`` as in Llama, or kept float32 as in Gemma.
-        eps: added to the mean square.
+        x: rows [T, E], or heads [T, N, D], each of which is normed; rows may be strided.
+        weight: [E] or [N, D]. The normed row is rounded to the weight's number type before it is multiplied by the
+            weight: to that of ``x`` as in Llama, or to float32 as in Gemma.
+        eps: the constant that is added to the mean square.
     """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
@@ -40,25 +40,28 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``residual + update`` normed, and the sum itself, each [T, E]; variants may write both over the arguments."""
+    """Returns the norm of ``residual + update``, and the sum itself, each [T, E].
+
+    Variants may write both over the arguments.
+    """
     total = residual + update
     return rms_norm(total, weight, eps), total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """SwiGLU (Shazeer 2020): ``silu(gate) * up`` [T, F] of ``gate_up`` [T, 2F]."""
+    """Computes SwiGLU (Shazeer 2020): ``silu(gate) * up`` [T, F] of ``gate_up`` [T, 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
-    """GeGLU (Shazeer 2020): ``gelu(gate) * up`` [T, F] of ``gate_up`` [T, 2F], with GELU's tanh approximation."""
+    """Computes GeGLU (Shazeer 2020), with GELU by tanh: ``gelu(gate) * up`` [T, F] of ``gate_up`` [T, 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
 
 
 def rope_frequencies(head_dim: int, theta: float) -> Tensor:
-    """Angle per position [D / 2] of each rotated pair: ``theta ** (-2i / D)`` (Su et al. 2021), float32."""
+    """Returns each pair's angle per position, [D / 2] in float32: ``theta ** (-2i / D)`` (Su et al. 2021)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     return 1.0 / (theta**exponents)
 
@@ -71,7 +74,7 @@ def scale_llama3(
     high_freq_factor: float,
     original_max_tokens: int,
 ) -> Tensor:
-    """Llama 3.1's context extension: slow rotations slowed by ``factor``, fast ones kept, blended between."""
+    """Applies Llama 3.1's context extension: slows slow rotations by ``factor``, keeps fast ones, blends between."""
     wavelengths = 2 * math.pi / frequencies
     blend = (original_max_tokens / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
@@ -88,10 +91,10 @@ def scale_yarn(
     original_max_tokens: int,
     truncate: bool,
 ) -> Tensor:
-    """YaRN's context extension (Peng et al. 2023): as :func:`scale_llama3`, blended over the frequencies' indices.
+    """Applies YaRN's context extension (Peng et al. 2023): as :func:`scale_llama3`, but blends over indices.
 
-    A frequency that turns ``beta_fast`` times in the original context is kept, one of ``beta_slow`` turns is
-    slowed by ``factor``. ``truncate`` moves both ends of the blend outwards to whole indices.
+    A frequency that turns ``beta_fast`` times in the original context is kept, and one that turns ``beta_slow`` times
+    is slowed by ``factor``. ``truncate`` moves both ends of the blend outwards to whole indices.
     """
     num_pairs = frequencies.shape[0]
 
@@ -110,7 +113,7 @@ def scale_yarn(
 def rope_tables(
     positions: Tensor, frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine, each [T, 1, D] and times ``scale``, at ``positions`` [T].
+    """Computes cosine and signed sine at ``positions`` [T], each [T, 1, D] and times ``scale``.
 
     Angles are float32; only the result is rounded to ``dtype``. The sine of the first half is negative, so
     that :func:`rotate` need not negate.
@@ -124,7 +127,7 @@ def rope_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs ``(i, i + D/2)`` of every head of ``x`` [T, heads, D] by the tables' angles."""
+    """Rotates the pairs ``(i, i + D/2)`` of every head of ``x`` [T, heads, D] by the tables' angles."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((high, low), dim=-1) * sin
 
@@ -138,14 +141,14 @@ def write_kv(cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> 
 def plan(
     spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
 ) -> AttentionPlan:
-    """Which rows and slots of a step belong together, laid out once for :func:`attention` in every layer.
+    """Lays out which rows and slots of a step belong together, once for :func:`attention` in every layer.
 
     Args:
         spans: the step's sequences.
-        window: a query at position p sees positions ``p - window + 1`` to p (Beltagy et al. 2020, Longformer; the
-            convention of Mistral); None for all up to p. Layers that differ in it need a plan each.
+        window: how many positions a query sees: one at position p sees ``p - window + 1`` to p (Beltagy et al. 2020,
+            Longformer; the convention of Mistral); None: all up to p. Layers of different windows need a plan each.
         shared: tokens that sequences have in common, which a variant may attend to once for all of them. The
-            shared spans of one sequence are disjoint. Says nothing of the result, so the reference ignores it.
+            shared spans of one sequence are disjoint. They do not change the result, so the reference ignores them.
     """
     assert window is None or window > 0, window
     return AttentionPlan(spans=tuple(spans), window=window)
@@ -154,18 +157,18 @@ def plan(
 def attention(
     query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """Causal grouped-query attention (Ainslie et al. 2023) over a paged KV cache (Kwon et al. 2023).
+    """Computes causal grouped-query attention (Ainslie et al. 2023) over a paged KV cache (Kwon et al. 2023).
 
     Args:
-        query: [T, H, D].
-        keys: the batch's own keys [T, K, D], the same as the cache already holds; fast variants read them.
-        values: likewise.
-        cache: keys and values [K, S, D].
+        query: the batch's queries [T, H, D].
+        keys: the batch's own keys [T, K, D], which the cache already holds too; fast variants read them.
+        values: the batch's own values, likewise.
+        cache: keys and values [K, S, D] of all slots.
         plan: the step's sequences.
-        scale: factor of the scores, ``D ** -0.5``.
+        scale: the factor of the scores, ``D ** -0.5``.
 
     Returns:
-        [T, H, D].
+        The attention [T, H, D].
     """
     output = torch.empty_like(query)
     for span in plan.spans:
@@ -177,7 +180,7 @@ def attention(
 
 
 def _dense_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, window: int | None) -> Tensor:
-    """The last n tokens' ``query`` [n, H, D] over all ``keys`` and ``values`` [K, S, D]: [n, H, D]."""
+    """Computes the attention of the last n tokens' ``query`` [n, H, D] to all ``keys`` and ``values`` [K, S, D]."""
     num_queries, num_tokens = query.shape[0], keys.shape[1]
     scores = _scores(query, keys, scale)
     position = torch.arange(num_tokens, device=query.device)
@@ -190,38 +193,38 @@ def _dense_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float, 
 
 
 def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Of ``query`` [n, H, D] and ``keys`` [K, S, D]: [H, n, S] in float32."""
+    """Computes the scores [H, n, S] of ``query`` [n, H, D] and ``keys`` [K, S, D] in float32."""
     wide = keys.repeat_interleave(query.shape[1] // keys.shape[0], dim=0).float()
     return torch.einsum("nhd,hsd->hns", query.float(), wide) * scale
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """The averages [n, H, D] of ``values`` [K, S, D] by ``weights`` [H, n, S], in float32."""
+    """Computes the averages [n, H, D] of ``values`` [K, S, D], weighted by ``weights`` [H, n, S], in float32."""
     wide = values.repeat_interleave(weights.shape[0] // values.shape[0], dim=0).float()
     return torch.einsum("hns,hsd->nhd", weights, wide)
 
 
 def plan_parts(spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
-    """Which rows and slots belong together, laid out once for :func:`attend_parts` in every layer.
+    """Lays out which rows and slots belong together, once for :func:`attend_parts` in every layer.
 
-    ``shared``: tokens that single queries have in common, all of which they see, at these places among their own. Says
-    nothing of the result, so the reference ignores it.
+    ``shared`` has tokens that single queries have in common and see all of, with their places among the queries' own
+    tokens. They do not change the result, so the reference ignores them.
     """
     return PartPlan(spans=tuple(spans))
 
 
 def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of queries over a part of what they see: see :func:`merge_partials`.
+    """Computes the attention of queries to a part of what they see, for :func:`merge_partials`.
 
     Args:
-        query: [T, H, D].
-        cache: keys and values [K, S, D].
+        query: the batch's queries [T, H, D].
+        cache: keys and values [K, S, D] of all slots.
         plan: which rows see which slots.
-        scale: factor of the scores.
+        scale: the factor of the scores.
 
     Returns:
-        The output [T, H, D], 0 for rows that see nothing or are in no span, and the log of the sum of exponentials of
-        the scores [T, H] in float32, minus infinity for those.
+        The output [T, H, D], and the log of the sum of the scores' exponentials [T, H] in float32. Rows that see
+        nothing or are in no span have 0 and minus infinity.
     """
     output = torch.zeros_like(query)
     mass = torch.full(query.shape[:2], -math.inf, device=query.device)
@@ -241,20 +244,20 @@ def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float)
 
 
 def merge_partials(outputs: Sequence[Tensor], logsumexps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over a union of disjoint key sets, from attention over each.
+    """Merges attention over disjoint sets of keys to attention over their union.
 
-    Each part's output is its softmax average; weighting it by the share of its exponential mass gives the
-    average over all (Dao et al. 2023, FlashDecoding).
+    Each part's output is its softmax average. Weighting it by its share of the exponential mass gives the average over
+    all (Dao et al. 2023, FlashDecoding).
 
     Args:
-        outputs: partial outputs, each [..., D].
-        logsumexps: log of the sum of exponentials of each part's scores, each [...] in float32.
+        outputs: the parts' outputs, each [..., D].
+        logsumexps: the log of the sum of exponentials of each part's scores, each [...] in float32.
 
     Returns:
         The output [..., D] and log-sum-exp [...] of the whole, in float32.
     """
     mass = torch.stack(list(logsumexps)).logsumexp(dim=0)
     output = torch.zeros(outputs[0].shape, dtype=torch.float32, device=mass.device)
-    for part, its_mass in zip(outputs, logsumexps, strict=True):  # one by one, or all would be there in float32
-        output.addcmul_(part.float(), (its_mass - mass).exp()[..., None])
+    for part, part_mass in zip(outputs, logsumexps, strict=True):  # one at a time, so that one is held in float32
+        output.addcmul_(part.float(), (part_mass - mass).exp()[..., None])
     return output, mass

@@ -1,7 +1,7 @@
-"""Weights rounded to 8 or 4 bits, in groups of inputs, on any device.
+"""Weights that are rounded to 8 or 4 bits in groups of inputs, on any device (weight-only quantization).
 
 An output's weights are ``code * scale`` in each group of inputs, or ``code * scale + offset``. Inputs and outputs of
-a product keep their number type ("weight-only").
+a product keep their number type.
 
 Shapes: T tokens of a batch, I inputs, O outputs, G groups of inputs, g inputs of a group.
 """
@@ -15,24 +15,24 @@ from torch import Tensor
 
 Bits = Literal[4, 8]
 
-# Numbers that are gone over at once, so that they stay in the cache.
+# How many numbers are rounded at once, so that they stay in the cache.
 _ROUNDED_AT_ONCE = 1 << 18
-# Scales that are tried for 4 bits, relative to the one that takes the largest weight of the group to -8.
+# The scales that are tried for 4 bits, relative to the one that maps the largest weight of the group to -8.
 _CLIP_FACTORS = (1.1, 1.0, 0.92, 0.85)
-# Numbers of a rounded weight: a part that stays in a CPU's cache, or one that keeps a GPU busy.
+# How many numbers are widened at once: as many as stay in a CPU's cache, or as keep a GPU busy.
 _WIDENED_AT_ONCE = {False: 1 << 19, True: 1 << 24}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundedWeight:
-    """A weight [O, I] in groups of inputs.
+    """A weight [O, I], rounded in groups of inputs.
 
     Attributes:
-        codes: int8 [O, I]; or uint8 [O, I / 2], where a byte has two codes of 4 bits, from -8 to 7 and stored plus 8,
-            the first in its low half.
-        scales: float32 [O, G].
-        offsets: float32 [O, G]; None: all are 0.
-        order: int64 [I], the input that each column of ``codes`` belongs to; None: in order.
+        codes: the codes, int8 [O, I]; or uint8 [O, I / 2], where a byte holds two codes of 4 bits, from -8 to 7 and
+            stored plus 8, the first in its low half.
+        scales: the scales, float32 [O, G].
+        offsets: the offsets, float32 [O, G]; None: all are 0.
+        order: the input that each column of ``codes`` belongs to, int64 [I]; None: they are in order.
     """
 
     codes: Tensor
@@ -48,31 +48,31 @@ class RoundedWeight:
 
     @property
     def bits(self) -> Bits:
-        """Of a code."""
+        """Returns the bits of a code."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
     def num_outputs(self) -> int:
-        """O."""
+        """Returns O."""
         return self.codes.shape[0]
 
     @property
     def num_inputs(self) -> int:
-        """I."""
+        """Returns I."""
         return self.codes.shape[1] * (8 // self.bits)
 
     @property
     def group_size(self) -> int:
-        """g."""
+        """Returns g."""
         return self.num_inputs // self.scales.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Returns the memory that it takes."""
         return sum(x.nbytes for x in (self.codes, self.scales, self.offsets, self.order) if x is not None)
 
     def rows(self, start: int, stop: int) -> "RoundedWeight":
-        """The outputs from ``start`` to ``stop``, as views."""
+        """Returns the outputs from ``start`` to ``stop``, as views."""
         offsets = None if self.offsets is None else self.offsets[start:stop]
         return RoundedWeight(
             codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets, order=self.order
@@ -80,11 +80,11 @@ class RoundedWeight:
 
 
 def round_weight(weight: Tensor, *, bits: Bits, group_size: int) -> RoundedWeight:
-    """The weight [O, I] rounded to the nearest codes; I is a multiple of ``group_size``, which is even.
+    """Rounds a weight [O, I] to the nearest codes. I must be a multiple of ``group_size``, which must be even.
 
-    8 bits: codes from -127 to 127, the largest weight of a group at either end. 4 bits: codes from -8 to 7; of several
-    scales that clip the largest weights more or less, each refitted to its codes by least squares, a group gets the one
-    with the smallest squared error.
+    Codes of 8 bits go from -127 to 127, and the largest weight of a group gets one of these. Codes of 4 bits go from -8
+    to 7. For these, several scales are tried that clip the largest weights more or less; each is refitted to its codes
+    by least squares, and a group gets the one with the smallest squared error.
     """
     num_outputs, num_inputs = weight.shape
     assert num_inputs % group_size == 0 and group_size % 2 == 0, (num_inputs, group_size)
@@ -94,16 +94,16 @@ def round_weight(weight: Tensor, *, bits: Bits, group_size: int) -> RoundedWeigh
     step = max(1, _ROUNDED_AT_ONCE // num_inputs) if weight.device.type == "cpu" else num_outputs
     round_groups = _round_to_8_bits if bits == 8 else _round_to_4_bits
     for start in range(0, num_outputs, step):
-        some = weight[start : start + step].float()
-        rounded, scale = round_groups(some.view(len(some), -1, group_size))
-        rounded = rounded.view(len(some), num_inputs)
+        rows = weight[start : start + step].float()
+        rounded, scale = round_groups(rows.view(len(rows), -1, group_size))
+        rounded = rounded.view(len(rows), num_inputs)
         codes[start : start + step] = rounded.to(torch.int8) if bits == 8 else pack_nibbles(rounded)
         scales[start : start + step] = scale
     return RoundedWeight(codes=codes, scales=scales)
 
 
 def _round_to_8_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, as float, and scales [rows, G] of ``groups`` [rows, G, g]."""
+    """Returns the codes, as float, and the scales [rows, G] of ``groups`` [rows, G, g]."""
     scale = groups.abs().amax(-1) / 127
     return (groups * _inverse(scale)[..., None]).round_().clamp_(-127, 127), scale
 
@@ -130,29 +130,29 @@ def _round_to_4_bits(groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_nibbles(groups: Tensor, inverse: Tensor) -> Tensor:
-    """``groups`` [rows, G, g] times ``inverse`` [rows, G], as codes."""
+    """Multiplies ``groups`` [rows, G, g] by ``inverse`` [rows, G], and rounds to codes."""
     return (groups * inverse[..., None]).round_().clamp_(-8, 7)
 
 
 def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 for 0."""
+    """Returns 1 / x, and 0 for 0."""
     return torch.where(x == 0, 0.0, 1.0 / x)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes from -8 to 7 [O, I] as ``RoundedWeight.codes`` has them."""
+    """Packs codes from -8 to 7 [O, I] into bytes, as in ``RoundedWeight.codes``."""
     biased = (codes + 8).to(torch.uint8)
     return biased[:, 0::2] | (biased[:, 1::2] << 4)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """What :func:`pack_nibbles` was given, as int8."""
+    """Returns the codes that :func:`pack_nibbles` packed, as int8."""
     halves = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
     return halves.to(torch.int8) - 8
 
 
 def dequantize(weight: RoundedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] that the codes stand for, computed in float32; its columns in the order of ``codes``."""
+    """Computes the weight [O, I] that the codes stand for in float32, with its columns in the order of ``codes``."""
     codes = weight.codes if weight.bits == 8 else unpack_nibbles(weight.codes)
     values = codes.view(weight.num_outputs, -1, weight.group_size) * weight.scales[..., None]
     if weight.offsets is not None:
@@ -161,10 +161,10 @@ def dequantize(weight: RoundedWeight, dtype: torch.dtype) -> Tensor:
 
 
 class RoundedLinear:
-    """A rounded weight, of which parts are widened for each call: what the other form must agree with."""
+    """A linear layer whose rounded weight is widened part by part at each call; other forms must agree with it."""
 
     def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
-        """Of ``weight`` [O, I] and ``bias`` [O]; holds on to both."""
+        """Keeps ``weight`` [O, I] and ``bias`` [O] without a copy."""
         self._weight = weight
         self._bias = bias
         most = _WIDENED_AT_ONCE[weight.codes.device.type == "cuda"]

@@ -1,4 +1,4 @@
-"""Which variant of the operations a device runs, and in which form it holds a rounded weight."""
+"""Selects the variant of the operations for a device, and the form of its rounded weights."""
 
 import importlib
 
@@ -15,24 +15,24 @@ from kernels.rounded import RoundedLinear, RoundedWeight
 
 
 def kernels_for(device: torch.device | str) -> Kernels:
-    """The fastest variant for a torch device; devices with none of their own run the reference."""
+    """Returns the fastest variant for a torch device; devices without their own variant run the reference."""
     device = torch.device(device)
     if device.type == "cpu":
         return cpu
     if gpus.runs_triton(device):
-        # By name, because the module imports Triton, which machines without a GPU need not have.
+        # Imported by name, because the module imports Triton, which machines without a GPU need not have.
         variant: Kernels = importlib.import_module("kernels.cuda.variant").open_kernels(device)
         return variant
     return reference
 
 
 def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    """The fastest form for inputs of ``dtype`` on the device where ``weight`` is."""
+    """Returns the fastest form of a rounded weight for inputs of ``dtype``, on the device of ``weight``."""
     device = weight.codes.device
-    if device.type == "cpu":
-        return cpu_linear.pack_rounded(weight, bias, dtype)
-    if gpus.runs_triton(device) and quantized_tiles.takes(weight):
-        # By name, because the module imports Triton, which machines without a GPU need not have.
+    if gpus.runs_triton(device) and quantized_tiles.can_tile(weight):
+        # Imported by name, because the module imports Triton, which machines without a GPU need not have.
         linear: Linear = importlib.import_module("kernels.cuda.quantized").TiledLinear(weight, bias)
         return linear
+    if device.type == "cpu":
+        return cpu_linear.pack_rounded(weight, bias, dtype)
     return RoundedLinear(weight, bias)

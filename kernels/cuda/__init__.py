@@ -1,1 +1,1 @@
-"""Operations for CUDA devices, written in Triton. Nothing is imported here: Triton is there only where a GPU is."""
+"""The operations for CUDA devices, in Triton. Nothing is imported here, since Triton is installed only beside a GPU."""

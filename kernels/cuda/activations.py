@@ -1,4 +1,4 @@
-"""Gated activations in one pass over memory, rounded where :mod:`kernels.reference` rounds.
+"""Gated activations in one pass over memory, which round where :mod:`kernels.reference` rounds.
 
 Shapes: T tokens, F feed-forward size.
 """
@@ -12,12 +12,12 @@ _BLOCK = 1024
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """As :func:`kernels.reference.silu_mul`; numbers of a row must be side by side."""
+    """Implements :func:`kernels.reference.silu_mul`; the numbers of a row must be dense."""
     return _gated(gate_up, gelu=False)
 
 
 def gelu_mul(gate_up: Tensor) -> Tensor:
-    """As :func:`kernels.reference.gelu_mul`; numbers of a row must be side by side."""
+    """Implements :func:`kernels.reference.gelu_mul`; the numbers of a row must be dense."""
     return _gated(gate_up, gelu=True)
 
 
@@ -35,7 +35,7 @@ def _gated(gate_up: Tensor, *, gelu: bool) -> Tensor:
 
 @triton.jit
 def _gated_kernel(gate_up, output, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """``output`` [T, WIDTH]. Grid: T, blocks of columns."""
+    """Computes ``output`` [T, WIDTH]. Grid: T, blocks of columns."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH

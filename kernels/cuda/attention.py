@@ -1,7 +1,7 @@
-"""Attention over a paged KV cache, its work laid out by :mod:`kernels.cuda.plan`: the host's part.
+"""Attention over a paged KV cache, as planned by :mod:`kernels.cuda.plan`: the code on the host.
 
-Decodes read their tokens once, in parts that run side by side (Dao et al. 2023, FlashDecoding); a part that several of
-them share is read once for all (Juravsky et al. 2024, Hydragen). Chunks tile their queries (Dao 2023,
+A decode's tokens are read once, in parts that run in parallel (Dao et al. 2023, FlashDecoding). A part that several
+decodes share is read once for all of them (Juravsky et al. 2024, Hydragen). Chunks are tiled by queries (Dao 2023,
 FlashAttention-2). The query heads of one KV head are rows of one tile, so keys and values are read once for all of
 them.
 
@@ -20,16 +20,16 @@ from kernels.cuda.attention_kernels import chunk_kernel, decode_kernel, merge_ke
 from kernels.cuda.gpus import num_multiprocessors
 from kernels.cuda.plan import CHUNK, MEMBERS, DevicePlan
 
-_LEAST_ROWS = 16  # of a tile that tensor cores multiply
-_PROGRAMS = 16  # of decodes, for each multiprocessor; each takes every so many-th part
-_SHARED_PROGRAMS = 4  # of what decodes share: as many as a multiprocessor holds at once
-MERGED_AT_ONCE = 64  # partial results
+_LEAST_ROWS = 16  # the fewest rows of a tile that tensor cores multiply
+_PROGRAMS = 16  # the programs for decodes on each multiprocessor, which share all parts
+_SHARED_PROGRAMS = 4  # the programs for shared parts: as many as a multiprocessor holds at once
+MERGED_AT_ONCE = 64  # how many partial results are merged at once
 _LEAST_DIM = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How a program is cut: query rows and tokens that meet at once, its warps, and tiles on their way from memory."""
+    """The shape of a program: its query rows, its tokens at a time, its warps, and the tiles that it prefetches."""
 
     rows: int
     tokens: int
@@ -38,13 +38,13 @@ class Tile:
 
 
 def decode_tile(group: int, block_dim: int, itemsize: int) -> Tile:
-    """For one query of ``group`` heads: bound by memory, so tiles are many and small."""
-    tokens = max(16, min(64, 16384 // (block_dim * itemsize)))  # 16 KB each of keys and of values
+    """Returns the tile for one query of ``group`` heads. It is bound by memory, so tiles are many and small."""
+    tokens = max(16, min(64, 16384 // (block_dim * itemsize)))  # keys and values of 16 KB each
     return Tile(rows=max(_LEAST_ROWS, triton.next_power_of_2(group)), tokens=tokens, num_warps=4, num_stages=3)
 
 
 def chunk_tile(block_dim: int, itemsize: int) -> Tile:
-    """For many queries: bound by arithmetic, so that tiles are as large as registers and shared memory hold."""
+    """Returns the tile for many queries. It is bound by arithmetic, so it is as large as registers and memory allow."""
     if itemsize == 4:
         size = 32 if block_dim <= 128 else 16
         return Tile(rows=size, tokens=size, num_warps=4, num_stages=2)
@@ -54,7 +54,7 @@ def chunk_tile(block_dim: int, itemsize: int) -> Tile:
 
 
 def shared_tile(block_dim: int, itemsize: int) -> Tile:
-    """For the queries of several decodes: as a chunk's, but small enough that two decodes do not wait for its rows."""
+    """Returns the tile for the queries of several decodes: a chunk's, but small enough not to waste rows on a few."""
     tile = chunk_tile(block_dim, itemsize)
     return replace(tile, rows=min(tile.rows, 64), num_warps=4 if block_dim <= 128 else 8)
 
@@ -62,9 +62,9 @@ def shared_tile(block_dim: int, itemsize: int) -> Tile:
 def attention(
     query: Tensor, keys: Tensor, values: Tensor, cache: LayerCache, plan: AttentionPlan, scale: float
 ) -> Tensor:
-    """As :func:`kernels.reference.attention`, with a plan of this variant. Rows that no sequence owns are not set.
+    """Implements :func:`kernels.reference.attention` for a plan of this variant. Rows of no sequence are not set.
 
-    Sums are float32; softmax's weights are rounded to the number type of the values before they multiply them.
+    Sums are float32. The softmax's weights are rounded to the number type of the values before the multiplication.
     """
     assert isinstance(plan, DevicePlan), type(plan)
     _, num_slots, head_dim = cache.keys.shape
@@ -81,6 +81,7 @@ def attention(
 
 
 def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
+    """Computes the rows of decodes: their own parts, their shared parts, and the merge of the partial results."""
     num_kv_heads, num_slots, head_dim = cache.keys.shape
     num_heads = query.shape[1]
     group, block_dim = num_heads // num_kv_heads, block_dim_of(head_dim)
@@ -112,11 +113,12 @@ def _decode(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, ou
 
 
 def _programs(num_items: int, most: int, device: torch.device) -> tuple[int]:
-    """The grid for so many items, with no more than ``most`` programs for each multiprocessor."""
+    """Returns the grid for ``num_items`` items, with at most ``most`` programs for each multiprocessor."""
     return (min(num_items, most * num_multiprocessors(device)),)
 
 
 def _chunks(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, output: Tensor) -> None:
+    """Computes the rows of chunks."""
     num_kv_heads, num_slots, head_dim = cache.keys.shape
     group, block_dim = query.shape[1] // num_kv_heads, block_dim_of(head_dim)
     tile = chunk_tile(block_dim, query.itemsize)
@@ -131,10 +133,10 @@ def _chunks(query: Tensor, cache: LayerCache, plan: DevicePlan, scale: float, ou
 
 
 def block_dim_of(head_dim: int) -> int:
-    """Columns of a tile: a power of two."""
+    """Returns the columns of a tile: the head dimension, rounded up to a power of two."""
     return max(_LEAST_DIM, int(triton.next_power_of_2(head_dim)))
 
 
 def widens(query: Tensor) -> bool:
-    """Whether operands of products are widened first: Triton's interpreter multiplies the bits of bfloat16."""
+    """Tells whether to widen the operands of products: Triton's interpreter would multiply the bits of bfloat16."""
     return query.device.type != "cuda" and query.dtype == torch.bfloat16

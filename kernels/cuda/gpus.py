@@ -1,4 +1,4 @@
-"""What is asked of a GPU before its kernels are chosen. Nothing of Triton is imported here."""
+"""Queries a GPU before its kernels are chosen. Triton is not imported here."""
 
 import importlib.util
 from functools import cache
@@ -7,7 +7,7 @@ import torch
 
 
 def runs_triton(device: torch.device) -> bool:
-    """Whether the device is a GPU that multiplies bfloat16 by itself (Ampere and later), and Triton is here."""
+    """Tells whether the device is a GPU with bfloat16 instructions (Ampere and later), and Triton is installed."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -15,7 +15,7 @@ def runs_triton(device: torch.device) -> bool:
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; for the interpreter few, so that programs take several parts each."""
+    """Returns the number of multiprocessors of a GPU; 1 for the interpreter, so that programs take several parts."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

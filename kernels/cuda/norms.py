@@ -1,4 +1,4 @@
-"""RMSNorm, and the residual's sum with it, in one pass over memory, rounded where :mod:`kernels.reference` rounds.
+"""RMSNorm, also of a sum with the residual, in one pass over memory; rounds where :mod:`kernels.reference` rounds.
 
 Shapes: T tokens, N heads, W numbers that are normed together: the hidden size E or the head dimension D.
 """
@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # numbers that a program takes at least: narrow rows share one
+_BLOCK = 1024  # the fewest numbers of a program, so that narrow rows share one
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As :func:`kernels.reference.rms_norm`. Numbers of a row must be side by side; the result is dense."""
+    """Implements :func:`kernels.reference.rms_norm`. The numbers of a row must be dense; so is the result."""
     heads = x[:, None] if x.dim() == 2 else x  # [T, N, W]
     num_tokens, num_heads, width = heads.shape
     assert heads.stride(2) == 1 and weight.is_contiguous() and weight.shape[-1] == width
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.reference.add_rms_norm`, of dense tensors; the sum is written over ``residual``."""
+    """Implements :func:`kernels.reference.add_rms_norm` for dense tensors; writes the sum over ``residual``."""
     num_rows, width = residual.shape
     assert update.shape == residual.shape and weight.shape == (width,) and update.dtype == residual.dtype
     assert update.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()
@@ -45,7 +45,7 @@ def add_rms_norm(update: Tensor, residual: Tensor, weight: Tensor, eps: float) -
 
 
 def _tile(width: int) -> tuple[int, int, int]:
-    """Numbers of a row, rows and warps of a program: at most 16 numbers a thread up to rows of 8192."""
+    """Returns the numbers of a row, and the rows and warps of a program: at most 16 numbers a thread up to 8192."""
     block = triton.next_power_of_2(width)
     rows = max(1, _BLOCK // block)
     return block, rows, min(16, max(4, block * rows // 512))
@@ -66,7 +66,7 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``normed`` [num_rows, WIDTH], of row ``token * num_heads + head``. Grid: one program for ROWS rows."""
+    """Computes ``normed`` [num_rows, WIDTH], whose rows are ``token * num_heads + head``. Grid: blocks of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)
@@ -81,7 +81,7 @@ def _norm_kernel(
 def _add_norm_kernel(
     update, residual, weight, normed, num_rows, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
-    """``residual`` [num_rows, WIDTH] becomes the sum, ``normed`` its norm. Grid: one program for ROWS rows."""
+    """Writes the sum to ``residual`` [num_rows, WIDTH] and its norm to ``normed``. Grid: blocks of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)

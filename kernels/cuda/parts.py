@@ -1,4 +1,4 @@
-"""Attention of queries over a part of what they see: the host's part.
+"""Attention of queries to a part of what they see: the code on the host.
 
 Shapes: T rows of a batch, H query heads, K KV heads, D head dimension, S slots.
 """
@@ -17,7 +17,7 @@ from kernels.cuda.plan import CHUNK
 
 
 def attend_parts(query: Tensor, cache: LayerCache, plan: PartPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """As :func:`kernels.reference.attend_parts`, with a plan of this variant."""
+    """Implements :func:`kernels.reference.attend_parts` for a plan of this variant."""
     assert isinstance(plan, DevicePartPlan), type(plan)
     num_kv_heads, num_slots, head_dim = cache.keys.shape
     num_heads = query.shape[1]

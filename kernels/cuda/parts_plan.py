@@ -1,8 +1,9 @@
-"""Queries against parts of what they attend to, as tables on the device: see :func:`kernels.reference.attend_parts`.
+"""Plans of attention to parts, as tables on the device: see :func:`kernels.reference.attend_parts`.
 
-A span's queries are cut into tasks of neighbours; the tokens of few queries, into stretches, so that enough programs
-have work. What a query is given of one stretch is its result; of several, partial results, which are merged. Spans of
-single queries have tasks of their own, so that what those are given does not depend on the chunks beside them.
+A span's queries are cut into tasks of neighbours. The tokens of few queries are cut into segments, so that enough
+programs run in parallel. With one segment a query has its result at once; with several it has partial results, which
+are merged. Spans of single queries have tasks of their own, so that their results do not depend on the chunks beside
+them.
 """
 
 from collections.abc import Sequence
@@ -24,14 +25,14 @@ class DevicePartPlan(PartPlan):
     """Tables in int32.
 
     Attributes:
-        slots: [tokens of all spans, one list after the other].
-        queries: [., 8]: a query's row in the batch, first token that it sees and the end of them, its first partial
-            result or -1 where there is one stretch only, how many it has, and zeros.
-        singles: [., 8]: tasks of spans of one query: number of the query, how many, where the span's slots begin, first
-            token and end of the stretch, its number in the span, and zeros.
-        chunks: [., 8]: tasks of the others, likewise.
-        joins: [.]: numbers of the queries that have several results.
-        num_partials: partial results of all of these.
+        slots: the slots of all spans' tokens, span after span.
+        queries: for each query [., 8]: its row in the batch, the first token that it sees and the end, its first
+            partial result (-1 where there is only one segment), how many it has, and zeros.
+        singles: for each task of a span of one query [., 8]: the first query's number, the number of queries, where the
+            span's slots begin, first token and end of the segment, its number in the span, and zeros.
+        chunks: the same for each task of the other spans.
+        joins: the numbers of the queries that have several partial results.
+        num_partials: the number of partial results of all of these.
     """
 
     slots: Tensor
@@ -43,11 +44,11 @@ class DevicePartPlan(PartPlan):
 
 
 def plan_parts(spans: Sequence[PartSpan], device: torch.device) -> DevicePartPlan:
-    """Lays the spans out on ``device``. Does not wait for it."""
+    """Lays the spans out on ``device``, without waiting for it."""
     queries, singles, chunks = [_EMPTY], [_EMPTY], [_EMPTY]
     num_queries = num_slots = num_partials = 0
     for span in spans:
-        count = num_stretches(span.num_queries, span.num_tokens)
+        count = num_segments(span.num_queries, span.num_tokens)
         queries.append(_queries(span, num_partials, count))
         (singles if span.num_queries == 1 else chunks).append(_tasks(span, num_queries, num_slots, count))
         num_queries += span.num_queries
@@ -73,34 +74,37 @@ def plan_parts(spans: Sequence[PartSpan], device: torch.device) -> DevicePartPla
     )
 
 
-def num_stretches(num_queries: int, num_tokens: int) -> int:
-    """Into how many so many tokens are cut for so many queries: the fewer queries, the shorter each is."""
+def num_segments(num_queries: int, num_tokens: int) -> int:
+    """Returns the number of segments of so many tokens; with fewer queries segments are shorter."""
     return min(1, num_tokens) if num_queries >= _FEW else -(-num_tokens // _length(num_queries))
 
 
 def _length(num_queries: int) -> int:
+    """Returns the tokens of a segment."""
     return PART * num_queries
 
 
-def _queries(span: PartSpan, first_partial: int, num_stretches: int) -> Integers:
+def _queries(span: PartSpan, first_partial: int, num_segments: int) -> Integers:
+    """Returns the rows of ``queries`` of a span."""
     number = np.arange(span.num_queries)
     rows = np.zeros((span.num_queries, 8), np.int64)
     rows[:, 0] = span.query_start + number
     rows[:, 1:3] = span.seen
-    rows[:, 3] = first_partial + number * num_stretches if num_stretches > 1 else -1
-    rows[:, 4] = num_stretches
+    rows[:, 3] = first_partial + number * num_segments if num_segments > 1 else -1
+    rows[:, 4] = num_segments
     return rows
 
 
-def _tasks(span: PartSpan, first_query: int, first_slot: int, num_stretches: int) -> Integers:
+def _tasks(span: PartSpan, first_query: int, first_slot: int, num_segments: int) -> Integers:
+    """Returns the rows of ``singles`` or ``chunks`` of a span."""
     first = np.arange(0, span.num_queries, CHUNK)
-    start, stretch = (grid.ravel() for grid in np.meshgrid(first, np.arange(num_stretches), indexing="ij"))
-    length = _length(span.num_queries) if num_stretches > 1 else span.num_tokens
+    start, segment = (grid.ravel() for grid in np.meshgrid(first, np.arange(num_segments), indexing="ij"))
+    length = _length(span.num_queries) if num_segments > 1 else span.num_tokens
     rows = np.zeros((len(start), 8), np.int64)
     rows[:, 0] = first_query + start
     rows[:, 1] = np.minimum(CHUNK, span.num_queries - start)
     rows[:, 2] = first_slot
-    rows[:, 3] = stretch * length
-    rows[:, 4] = np.minimum((stretch + 1) * length, span.num_tokens)
-    rows[:, 5] = stretch
+    rows[:, 3] = segment * length
+    rows[:, 4] = np.minimum((segment + 1) * length, span.num_tokens)
+    rows[:, 5] = segment
     return rows

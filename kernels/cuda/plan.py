@@ -1,10 +1,10 @@
-"""A step's attention as tables on the device: made on the host, sent in one copy, read by every layer.
+"""Plans of a step's attention, as tables that the host makes, sends in one copy, and every layer reads.
 
-A sequence's tokens are numbered in one list for the whole step; ``slots`` says where each lies. One query of a
-sequence is a decode: its tokens are cut into parts by their positions alone, so that what it is given depends neither
-on its batch nor on where its blocks lie, and decodes that share a prompt's beginning share whole parts of it. These
-are attended to once for all of them; a decode's results of its parts are merged alike. More queries are a chunk, cut
-into tasks of neighbours.
+All sequences' tokens are numbered in one list for the whole step, and ``slots`` has the slot of each. A sequence with
+one query is a decode. Its tokens are cut into parts by their positions alone, so that its result depends neither on its
+batch nor on where its blocks lie, and decodes that share a prompt's beginning share whole parts of it. Shared parts are
+attended to once for all their decodes; partial results are merged in the same way whether a part is shared or not. A
+sequence with more queries is a chunk, which is cut into tasks of neighbouring queries.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan, SequenceSpan
 
-PART = 256  # tokens of a part: each begins at a multiple of it
-CHUNK = 128  # queries of a task
-MEMBERS = 64  # decodes of a task that share a part
-# Of a launch that is kept, parts of a decode that it is laid out for, and groups that a decode may be in.
+PART = 256  # the tokens of a part; each begins at a multiple of it
+CHUNK = 128  # the most queries of a task
+MEMBERS = 64  # the most decodes of a task of a shared part
+# How many parts of a decode a recorded launch is laid out for, and in how many groups of decodes one may be.
 _LIKELY_PARTS, _LIKELY_GROUPS = 64, 4
 
 Integers = NDArray[np.int64]
@@ -32,9 +32,9 @@ class SharedParts:
     """Parts that several decodes have in common: the same tokens at the same positions, in the same slots.
 
     Attributes:
-        members: which of the step's spans, by index; two or more.
-        first: number of the first part, which begins at position ``first * PART``.
-        stop: number after the last. All members see all tokens of all parts.
+        members: the indices of the decodes' spans in the step, two or more.
+        first: the number of the first part, which begins at position ``first * PART``.
+        stop: the number after the last part. All members see all tokens of all parts.
     """
 
     members: tuple[int, ...]
@@ -47,21 +47,23 @@ class SharedParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan(AttentionPlan):
-    """Tables in int32. Those of decodes may have room for more than is in use: ``counts`` says how much is.
+    """Tables in int32. Those of decodes may have more rows than are in use, which ``counts`` tells.
 
     Attributes:
-        slots: [tokens of all sequences, one list after the other].
-        counts: [4]: rows of ``decodes``, ``merges`` and ``shared`` in use, and a zero.
-        merges: [., 4]: a decode of several parts: its row in the batch, first partial result, number of them, 0.
-        decodes: [., 8]: a part of a decode: its row, where its sequence's slots begin, first token and end of the
-            part, its partial result or -1 where there is no other part, and zeros.
-        shared: [., 8]: a part that decodes share: the first of them in ``members``, how many, where slots of one of
-            their sequences begin, first token and end of the part, its number, and zeros.
-        members: [., 2]: a decode that shares: its row, and what a part's number is added to for its partial result.
-        chunks: [., 8]: queries of a chunk: first row, how many, where its sequence's slots begin, position of the
-            first, and zeros. Those that see most come first.
-        num_partials: partial results that the tables may name.
-        num_parts: rows of ``decodes`` that a launch is laid out for; it does all that are in use.
+        slots: the slots of all sequences' tokens, sequence after sequence.
+        counts: how many rows of ``decodes``, ``merges`` and ``shared`` are in use, and a zero, [4].
+        merges: for each decode of several parts [., 4]: its row in the batch, its first partial result, how many it
+            has, and 0.
+        decodes: for each part of a decode [., 8]: its row, where its sequence's slots begin, first token and end of the
+            part, its partial result (-1 where there is no other part), and zeros.
+        shared: for each part that decodes share [., 8]: the first of them in ``members``, how many there are, where the
+            slots of one of their sequences begin, first token and end of the part, its number, and zeros.
+        members: for each decode that shares [., 2]: its row, and the number that a part's number is added to for the
+            number of its partial result.
+        chunks: for each task of a chunk [., 8]: its first row, how many queries it has, where its sequence's slots
+            begin, the position of the first query, and zeros. Tasks that see most tokens come first.
+        num_partials: the most partial results that the tables may name.
+        num_parts: the rows of ``decodes`` that a launch is laid out for; it computes all that are in use.
     """
 
     slots: Tensor
@@ -77,7 +79,7 @@ class DevicePlan(AttentionPlan):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decodes:
-    """A step's decodes: the tables of :class:`DevicePlan`."""
+    """The tables of a step's decodes: see :class:`DevicePlan`."""
 
     merges: Integers
     decodes: Integers
@@ -91,7 +93,7 @@ def plan_step(
     device: torch.device,
     shared: Sequence[SharedParts] = (),
 ) -> DevicePlan:
-    """Lays a step out on ``device``. Does not wait for it. No two of ``shared`` have a decode's part in common."""
+    """Lays a step out on ``device``, without waiting for it. No two of ``shared`` may share a decode's part."""
     runs = np.fromiter(chain.from_iterable(chain.from_iterable(span.runs for span in spans)), np.int64).reshape(-1, 2)
     run_lengths = runs[:, 1] - runs[:, 0]
     run_ends = run_lengths.cumsum()
@@ -128,8 +130,9 @@ def plan_step(
 
 
 def room_for_decodes(num_decodes: int, num_tokens: int, window: int | None, device: torch.device) -> DevicePlan:
-    """A plan of no decodes, with room for ``num_decodes`` of ``num_tokens`` together: kernels that were launched with
-    it once (a CUDA graph) compute what :func:`put` has last put there.
+    """Makes an empty plan with room for ``num_decodes`` decodes of ``num_tokens`` tokens together.
+
+    Kernels that were recorded with it (in a CUDA graph) compute the plan that :func:`put` copied into it last.
     """
     num_parts = num_tokens // PART + num_decodes
 
@@ -152,7 +155,7 @@ def room_for_decodes(num_decodes: int, num_tokens: int, window: int | None, devi
 
 
 def narrowed(room: DevicePlan, num_decodes: int) -> DevicePlan:
-    """The same memory for no more than ``num_decodes``, whose launches are then smaller: one decode shares nothing."""
+    """Returns the same memory for at most ``num_decodes``, with smaller launches; a single decode shares nothing."""
     return replace(
         room,
         merges=room.merges[:num_decodes],
@@ -162,7 +165,7 @@ def narrowed(room: DevicePlan, num_decodes: int) -> DevicePlan:
 
 
 def fits(plan: DevicePlan, room: DevicePlan) -> bool:
-    """Whether there is room for the plan."""
+    """Tells whether the plan fits into ``room``."""
     return (
         not len(plan.chunks)
         and plan.num_partials <= room.num_partials
@@ -171,14 +174,14 @@ def fits(plan: DevicePlan, room: DevicePlan) -> bool:
 
 
 def put(plan: DevicePlan, room: DevicePlan) -> None:
-    """Copies a plan that fits."""
+    """Copies a plan that fits into ``room``."""
     room.counts.copy_(plan.counts)
     for table, target in _tables(plan, room):
         target[: len(table)].copy_(table)
 
 
 def _tables(plan: DevicePlan, room: DevicePlan) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Those that may be shorter than there is room for."""
+    """Returns the pairs of tables that may be shorter in the plan than in ``room``."""
     return (
         (plan.slots, room.slots),
         (plan.decodes, room.decodes),
@@ -189,14 +192,14 @@ def _tables(plan: DevicePlan, room: DevicePlan) -> tuple[tuple[Tensor, Tensor], 
 
 
 def _by_decode(shared: Sequence[SharedParts], is_decode: NDArray[np.bool_]) -> list[tuple[Integers, Integers]]:
-    """Members, by their numbers among the decodes, and numbers of the parts."""
+    """Returns, for each group, its members' numbers among the decodes, and the numbers of its parts."""
     number = is_decode.cumsum() - 1
     assert all(is_decode[list(parts.members)].all() for parts in shared), shared
     return [(number[list(parts.members)], np.arange(parts.first, parts.stop)) for parts in shared]
 
 
 def _cut_decodes(sequences: Integers, window: int | None, shared: Sequence[tuple[Integers, Integers]]) -> _Decodes:
-    """Tables of sequences [B, 4] (row, queries (one), first slot, tokens) of which some share parts."""
+    """Makes the tables of decodes, given as [B, 4]: row, number of queries (one), first slot, number of tokens."""
     row, _, first_slot, end = sequences.T
     begin = np.zeros_like(end) if window is None else np.maximum(0, end - window)
     num_parts = -(-end // PART) - begin // PART
@@ -229,7 +232,7 @@ def _cut_decodes(sequences: Integers, window: int | None, shared: Sequence[tuple
 
 
 def _cut_shared(shared: Sequence[tuple[int, int, Integers]]) -> Integers:
-    """Table ``shared`` of groups: how many members, first slot of one of them, numbers of the parts."""
+    """Makes the table ``shared`` of groups, given by their number of members, a first slot, and their parts."""
     tasks, first = [np.empty((0, 8), np.int64)], 0
     for num_members, first_slot, numbers in shared:
         block = np.arange(0, num_members, MEMBERS)
@@ -243,7 +246,7 @@ def _cut_shared(shared: Sequence[tuple[int, int, Integers]]) -> Integers:
 
 
 def _cut_chunks(sequences: Integers) -> Integers:
-    """Table ``chunks`` of sequences [n, 4]: first row, queries, first slot, tokens."""
+    """Makes the table ``chunks`` of sequences [n, 4]: first row, number of queries, first slot, number of tokens."""
     row, num_queries, first_slot, length = sequences.T
     num_tasks = -(-num_queries // CHUNK)
     owner = np.arange(len(row)).repeat(num_tasks)
@@ -257,7 +260,7 @@ def _cut_chunks(sequences: Integers) -> Integers:
 
 
 def send(*arrays: Integers, device: torch.device) -> list[Tensor]:
-    """Arrays as int32 on the device, in one copy from memory that it reads by itself."""
+    """Sends arrays to the device as int32, in one copy from pinned memory."""
     size = sum(array.size for array in arrays)
     host = torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
     np.concatenate([array.ravel() for array in arrays], out=host.numpy(), casting="same_kind")

@@ -1,7 +1,7 @@
-"""Linear layers with rounded weights on CUDA: the host's part.
+"""Linear layers with rounded weights on CUDA: the code on the host.
 
-A small batch is multiplied from the codes, which are read once; for a large one the weight is written out in parts, in
-the number type of the inputs, and cuBLAS multiplies by it.
+A small batch is multiplied directly by the codes, which are read once. For a large batch the weight is widened part by
+part to the number type of the inputs, and cuBLAS multiplies by it.
 
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
@@ -15,19 +15,19 @@ from kernels.cuda.quantized_kernels import product_kernel, widen_kernel
 from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, cut, tile_for, tiled
 from kernels.rounded import RoundedWeight
 
-_WIDENED_AT_ONCE = 1 << 24  # numbers of a weight: enough to keep a GPU busy
-_LEAST_TOKENS = 16  # of a tile
-_WIDENED_OUTPUTS = 32  # of a program
+_WIDENED_AT_ONCE = 1 << 24  # how many numbers are widened at once: enough to keep a GPU busy
+_LEAST_TOKENS = 16  # the fewest tokens of a tile
+_WIDENED_OUTPUTS = 32  # the outputs that one program widens
 
 
 class TiledLinear:
-    """A rounded weight in tiles. For weights that :func:`kernels.cuda.quantized_tiles.takes`."""
+    """A linear layer whose rounded weight :func:`kernels.cuda.quantized_tiles.can_tile`."""
 
     def __init__(self, weight: RoundedWeight, bias: Tensor | None) -> None:
-        """Of ``weight`` [O, I] and ``bias`` [O]; the codes are copied, and not held on to."""
+        """Copies the codes of ``weight`` [O, I] and does not hold on to them; keeps ``bias`` [O]."""
         self._weight = tiled(weight)
         self._bias = bias
-        # Of each tile's parts; all are zero between two products, which a stream does one after the other.
+        # A counter for each tile's parts. All are 0 between two products, which a stream runs one after the other.
         most_tiles = self._weight.codes.shape[1] // TILE_OUTPUTS * (MOST_TOKENS // _LEAST_TOKENS)
         self._tickets = torch.zeros(most_tiles, dtype=torch.int32, device=weight.codes.device)
 
@@ -40,7 +40,7 @@ class TiledLinear:
         return self._weight.num_bytes + self._tickets.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As :class:`kernels.linear.Linear`. Up to MOST_TOKENS tokens no weight is rounded again."""
+        """Implements :class:`kernels.linear.Linear`. Up to MOST_TOKENS tokens no weight is rounded again."""
         weight = self._weight
         assert x.shape[1] == weight.num_inputs, (x.shape, weight.num_inputs)
         x = x if weight.order is None else x.index_select(1, weight.order)
@@ -53,12 +53,12 @@ class TiledLinear:
 
 
 def multiply(x: Tensor, weight: TiledWeight, bias: Tensor | None, tickets: Tensor) -> Tensor:
-    """``x`` [T, I], its columns in the order of the codes, times the weight: [T, O].
+    """Computes ``x W^T + b`` [T, O] of ``x`` [T, I], whose columns are in the order of the codes.
 
-    Summed in float32 and rounded once. How the sums are cut depends on T by the number of its tiles alone.
+    It sums in float32 and rounds once. How sums are cut into parts depends on T only by the number of tiles.
 
     Args:
-        tickets: zeros, int32, one for each tile of the result; zeros again afterwards.
+        tickets: int32 zeros, one for each tile of the result; they are zero again afterwards.
     """
     assert x.stride(1) == 1, x.stride()
     num_tokens, num_blocks, padded = len(x), *weight.codes.shape[:2]
@@ -79,9 +79,9 @@ def multiply(x: Tensor, weight: TiledWeight, bias: Tensor | None, tickets: Tenso
 
 
 def widened(weight: TiledWeight, first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Outputs ``first`` to ``first + count`` of the weight written out, its columns in the order of the codes.
+    """Widens the outputs ``first`` to ``first + count`` of the weight; columns stay in the order of the codes.
 
-    Both are multiples of TILE_OUTPUTS, so padding may be among the rows [count, I].
+    Both must be multiples of TILE_OUTPUTS, so padding may be among the rows [count, I].
     """
     assert first % TILE_OUTPUTS == 0 and count % TILE_OUTPUTS == 0, (first, count)
     weights = torch.empty(count, weight.num_inputs, dtype=dtype, device=weight.codes.device)
@@ -94,7 +94,7 @@ def widened(weight: TiledWeight, first: int, count: int, dtype: torch.dtype) -> 
 
 
 def _multiply_widened(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Tensor:
-    """As :func:`multiply`, for many tokens; weights are rounded to the number type of ``x``."""
+    """Does the same as :func:`multiply` for many tokens; weights are rounded to the number type of ``x``."""
     output = x.new_empty(len(x), weight.num_outputs)
     step = max(1, _WIDENED_AT_ONCE // weight.num_inputs // TILE_OUTPUTS) * TILE_OUTPUTS
     padded = weight.codes.shape[1]
@@ -109,5 +109,5 @@ def _multiply_widened(x: Tensor, weight: TiledWeight, bias: Tensor | None) -> Te
 
 
 def _is_interpreted(x: Tensor) -> bool:
-    """Whether Triton's interpreter runs: it multiplies the bits of bfloat16, and knows no instructions of a GPU."""
+    """Tells whether Triton's interpreter runs: it multiplies the bits of bfloat16, and has no GPU instructions."""
     return x.device.type != "cuda"

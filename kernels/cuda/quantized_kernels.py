@@ -1,7 +1,7 @@
-"""Products with rounded weights: the device's part. Weights lie as :mod:`kernels.cuda.quantized_tiles` says.
+"""Products with rounded weights: the kernels on the device. :mod:`kernels.cuda.quantized_tiles` lays the weights out.
 
-Codes are whole numbers that inputs of every type hold exactly, so tensor cores multiply them as they are. A block's
-sums are then scaled in float32: a weight is never rounded again, and takes no arithmetic but its widening.
+Codes are whole numbers, which every input type represents exactly, so tensor cores multiply by them directly. A
+block's sums are then scaled in float32. So a weight is never rounded again, and needs no arithmetic but its widening.
 
 Shapes: M outputs of a tile, N tokens of a tile, B inputs of a block.
 """
@@ -9,8 +9,8 @@ Shapes: M outputs of a tile, N tokens of a tile, B inputs of a block.
 import triton
 import triton.language as tl
 
-# The bits of a small number below those of 128 in bfloat16, 0x4300, are 128 plus that number: so four bytes, each the
-# low bits of one, are put below them by one permutation for every two. What is then subtracted makes it exact.
+# The bits 0x4300 are 128 in bfloat16, and with a small number in their low bits they are 128 plus that number. One
+# permutation puts two of four such bytes below these bits, and a subtraction then gives the exact value.
 NIBBLES_TO_BF16 = """
 {
     .reg .b32 a, b, one, less;
@@ -29,7 +29,7 @@ NIBBLES_TO_BF16 = """
     fma.rn.bf16x2 $3, $3, one, less;
 }
 """
-# A byte's lowest seven bits are added to 128, and 128 or 256 is subtracted, as its highest says.
+# A byte's lowest seven bits are added to 128, and 128 or 256 is subtracted, depending on its highest bit.
 BYTES_TO_BF16 = """
 {
     .reg .b32 a, b, c, d, less;
@@ -55,16 +55,16 @@ def product_kernel(
     HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CUT: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """``output`` [num_tokens, num_outputs]. Grid: tiles of tokens, which read the same codes, of outputs, and parts.
+    """Computes ``output`` [num_tokens, num_outputs]. Grid: tiles of tokens (with the same codes), of outputs, parts.
 
-    IS_CUT: the inputs are cut into parts. Each leaves its sums in ``partials`` [parts, num_tokens, padded], and the
-    one that takes the last of a tile's tickets adds them up, always in the same order. It leaves the tickets at zero.
+    IS_CUT: the inputs are cut into parts. Each program writes its sums to ``partials`` [parts, num_tokens, padded]; the
+    one that takes the last of a tile's tickets adds them, always in the same order, and leaves the tickets at zero.
     """
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     begin, padded = tl.program_id(2) * blocks_per_part, padded.to(tl.int64)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    # Said of the loop, the number of stages holds for scales too, and not only for what is multiplied.
+    # As an option of the loop, the number of stages covers the loads of scales too, and not only of operands.
     for block in tl.range(begin, tl.minimum(begin + blocks_per_part, num_blocks), num_stages=STAGES):
         sums, inputs = _block_product(
             x + tokens[:, None].to(tl.int64) * row_stride + block * BLOCK, (tokens < num_tokens)[:, None],
@@ -81,7 +81,7 @@ def product_kernel(
         present = (tokens < num_tokens)[None, :]
         part_size = num_tokens * padded
         tl.store(partials + tl.program_id(2) * part_size + at, total, mask=present)
-        tl.debug_barrier()  # the ticket speaks for all threads of the program
+        tl.debug_barrier()  # the ticket is taken for all threads of the program
         ticket = tickets + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(2) - 1:
             total = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -95,7 +95,7 @@ def product_kernel(
 def _block_product(
     x, present, codes, rows, BITS: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr, INTERPRETED: tl.constexpr
 ):
-    """Codes of a block times its inputs [M, N], and sums of the inputs [N], where they are wanted."""
+    """Multiplies the codes of a block by its inputs, [M, N], and sums the inputs, [N], where SUMS."""
     HALF: tl.constexpr = BLOCK // 2
     wide = tl.float32 if INTERPRETED else x.dtype.element_ty
     inputs = 0.0
@@ -121,7 +121,7 @@ def _block_product(
 
 @triton.jit
 def _widen_nibbles(packed, wide: tl.constexpr):
-    """The codes in the low and in the high halves of bytes."""
+    """Widens the codes in the low and in the high halves of bytes."""
     if wide == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             _NIBBLES_TO_BF16, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
@@ -133,6 +133,7 @@ def _widen_nibbles(packed, wide: tl.constexpr):
 
 @triton.jit
 def _widen_bytes(codes, wide: tl.constexpr):
+    """Widens codes of 8 bits."""
     if wide == tl.bfloat16:
         weights = tl.inline_asm_elementwise(_BYTES_TO_BF16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4)
     else:
@@ -142,7 +143,7 @@ def _widen_bytes(codes, wide: tl.constexpr):
 
 @triton.jit
 def _store(output, total, bias, rows, tokens, num_tokens, num_outputs, HAS_BIAS: tl.constexpr):
-    """Sums [M, N] to the rows of tokens that there are, and their outputs."""
+    """Adds the bias to sums [M, N], and stores those of real tokens and outputs."""
     if HAS_BIAS:
         total += tl.load(bias + rows, mask=rows < num_outputs, other=0.0).to(tl.float32)[:, None]
     at = output + tokens[None, :].to(tl.int64) * num_outputs + rows[:, None]
@@ -156,7 +157,7 @@ def widen_kernel(
     BITS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, ROWS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """``weights`` [rows, num_inputs]: the outputs from ``first_row`` on written out. Grid: tiles of rows, blocks."""
+    """Widens the outputs from ``first_row`` on into ``weights`` [rows, num_inputs]. Grid: tiles of rows, blocks."""
     block, own = tl.program_id(1).to(tl.int64), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = (block * padded + first_row + own)[:, None]
     factors = (block // BLOCKS_PER_GROUP * padded + first_row + own)[:, None]

@@ -1,9 +1,9 @@
-"""How a rounded weight lies in a GPU's memory, and how a product with it is cut. Nothing of Triton is imported here.
+"""The layout of a rounded weight in a GPU's memory, and the tiling of products with it. Triton is not imported here.
 
-A block is so many inputs of one group. Blocks follow each other, each with all outputs side by side, so that whichever
-outputs a program takes, their codes of a block are one dense piece; scales and offsets lie likewise. A byte with two
-codes of 4 bits has those of inputs half a block apart: either half of a block's bytes then multiplies inputs that are
-neighbours.
+A block is a number of inputs of one group. Blocks follow each other, each with all outputs side by side, so that the
+codes of a block are dense in memory for any range of outputs; so are scales and offsets. A byte with two codes of 4
+bits has those of inputs half a block apart, so that the low halves of a block's bytes belong to neighbouring inputs,
+and so do the high halves.
 
 Shapes: T tokens of a batch, I inputs, O outputs, P outputs padded, G groups of g inputs, B inputs of a block.
 """
@@ -16,23 +16,25 @@ from torch import Tensor
 
 from kernels.rounded import Bits, RoundedWeight
 
-TILE_OUTPUTS = 64  # outputs are padded to it
-MOST_TOKENS = 256  # of a batch that is multiplied from the codes: for more the weight is worth writing out
-_MOST_INPUTS, _LEAST_INPUTS = 128, 32  # of a block: tensor cores multiply 16 inputs at once, and a block has two halves
-# Warps of a tile by its tokens, which are no more than registers hold sums for. Few tokens wait for memory, and for
-# the widening of the codes: two warps widen them in a third fewer instructions than four, which on Hopper share one
-# product in a less handy layout.
+TILE_OUTPUTS = 64  # outputs are padded to a multiple of it
+MOST_TOKENS = 256  # the most tokens that are multiplied by the codes; for more, widening the weight pays
+# The inputs of a block: tensor cores multiply 16 inputs at once, and a block has two halves.
+_MOST_INPUTS, _LEAST_INPUTS = 128, 32
+# The warps of a tile by its tokens; registers hold sums for no more tokens. Few tokens wait for memory and for the
+# widening of the codes, which takes a third fewer instructions with two warps than with four, since on Hopper four
+# warps share one product in a less convenient layout.
 _WARPS = {16: 2, 32: 2, 64: 4}
-_WIDE_WARPS = {16: 4}  # of float32: it takes three products, and registers for them
-_MOST_STAGES, _STAGE_BYTES = 5, 64 * 1024  # tiles on their way to a program, of which several fit a multiprocessor
-# Inputs are cut into parts until there are so many programs for each multiprocessor, so that enough codes are on
-# their way; a part is a few blocks, or what it adds up at the end costs more than it saves.
+_WIDE_WARPS = {16: 4}  # for float32, which takes three products and the registers for them
+# The tiles that a program prefetches, and their memory: several programs must fit a multiprocessor.
+_MOST_STAGES, _STAGE_BYTES = 5, 64 * 1024
+# Inputs are cut into parts until each multiprocessor has so many programs, so that enough codes are being loaded. A
+# part has at least a few blocks, or adding the parts at the end would cost more than it saves.
 _PROGRAMS, _LEAST_BLOCKS = 3, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How a program is cut: tokens that meet TILE_OUTPUTS at once, its warps, and tiles on their way from memory."""
+    """The shape of a program: its tokens beside TILE_OUTPUTS outputs, its warps, and the tiles that it prefetches."""
 
     tokens: int
     num_warps: int
@@ -44,11 +46,11 @@ class TiledWeight:
     """A rounded weight as the kernels read it.
 
     Attributes:
-        codes: int8 [I / B, P, B]; or uint8 [I / B, P, B / 2], codes of 4 bits stored plus 8, in whose low halves are
-            the first B / 2 inputs of the block.
-        scales: float32 [G, P], 0 for padding.
-        offsets: likewise, or None.
-        order: int64 [I], the input that each code belongs to; None: in order.
+        codes: the codes, int8 [I / B, P, B]; or uint8 [I / B, P, B / 2] for codes of 4 bits, which are stored plus 8.
+            The low halves of bytes have the first B / 2 inputs of the block.
+        scales: the scales, float32 [G, P], 0 for padding.
+        offsets: the offsets, likewise; None: all are 0.
+        order: the input that each code belongs to, int64 [I]; None: they are in order.
         num_outputs: O.
         block: B.
     """
@@ -62,32 +64,32 @@ class TiledWeight:
 
     @property
     def bits(self) -> Bits:
-        """Of a code."""
+        """Returns the bits of a code."""
         return 8 if self.codes.dtype == torch.int8 else 4
 
     @property
     def num_inputs(self) -> int:
-        """I."""
+        """Returns I."""
         return self.codes.shape[0] * self.block
 
     @property
     def blocks_per_group(self) -> int:
-        """g / B."""
+        """Returns g / B."""
         return self.codes.shape[0] // self.scales.shape[0]
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Returns the memory that it takes."""
         return sum(x.nbytes for x in (self.codes, self.scales, self.offsets, self.order) if x is not None)
 
 
-def takes(weight: RoundedWeight) -> bool:
-    """Whether a weight's groups can be cut into blocks."""
+def can_tile(weight: RoundedWeight) -> bool:
+    """Tells whether a weight's groups can be cut into blocks."""
     return weight.group_size % _LEAST_INPUTS == 0
 
 
 def tiled(weight: RoundedWeight) -> TiledWeight:
-    """The weight, which :func:`takes` it, laid out anew."""
+    """Lays out a weight that :func:`can_tile` accepts."""
     group_size = weight.group_size
     block = min(_MOST_INPUTS, group_size & -group_size)  # the largest power of 2 that divides the group
     missing = -weight.num_outputs % TILE_OUTPUTS
@@ -107,12 +109,12 @@ def tiled(weight: RoundedWeight) -> TiledWeight:
 
 
 def _padded(factors: Tensor, missing: int) -> Tensor:
-    """``factors`` [O, G] as [G, P]."""
+    """Lays ``factors`` [O, G] out as [G, P]."""
     return F.pad(factors, (0, 0, 0, missing)).T.contiguous()
 
 
 def tile_for(num_tokens: int, *, block: int, bits: Bits, itemsize: int) -> Tile:
-    """The tile for a batch: its tokens as a power of 2 from 16 on, and tiles of codes and inputs as memory allows."""
+    """Returns the tile for a batch: a power of 2 from 16 tokens on, and as many stages as memory allows."""
     warps = _WIDE_WARPS if itemsize == 4 else _WARPS
     tokens = min((size for size in warps if size >= num_tokens), default=max(warps))
     stage_bytes = TILE_OUTPUTS * block * bits // 8 + tokens * block * itemsize
@@ -121,6 +123,6 @@ def tile_for(num_tokens: int, *, block: int, bits: Bits, itemsize: int) -> Tile:
 
 
 def cut(num_tiles: int, num_blocks: int, num_multiprocessors: int) -> int:
-    """Blocks of a part of the inputs; each part is summed by another program for each of ``num_tiles``."""
+    """Returns the blocks of each part of the inputs; for each of ``num_tiles`` a program sums one part."""
     wanted = -(-_PROGRAMS * num_multiprocessors // num_tiles)
     return -(-num_blocks // max(1, min(wanted, num_blocks // _LEAST_BLOCKS)))

@@ -1,4 +1,4 @@
-"""Rotary embedding, and the write of new keys and values to the cache.
+"""The rotary embedding, and storing new keys and values in the cache.
 
 Shapes: T tokens, N heads (queries' and keys'), K KV heads, S slots, D head dimension.
 """
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from kernels.attention import LayerCache
 
-_HEADS = 8  # of a token, for one program: a decode's batch is small, and more programs share its latency
+_HEADS = 8  # the heads of a token in one program: more programs hide the latency of a small batch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As :func:`kernels.reference.rotate`; numbers of a head must be side by side, the result is dense."""
+    """Implements :func:`kernels.reference.rotate`. The numbers of a head must be dense; so is the result."""
     num_tokens, num_heads, head_dim = x.shape
     assert x.stride(2) == 1 and cos.is_contiguous() and sin.is_contiguous() and head_dim % 2 == 0
     assert cos.shape == sin.shape == (num_tokens, 1, head_dim) and cos.dtype == sin.dtype == x.dtype
-    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rotated = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if num_tokens:
         half = head_dim // 2
         with torch.cuda.device_of(x):
             _rotate_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS))](
-                x, cos, sin, turned, num_heads, x.stride(0), x.stride(1), half, triton.next_power_of_2(half), _HEADS
+                x, cos, sin, rotated, num_heads, x.stride(0), x.stride(1), half, triton.next_power_of_2(half), _HEADS
             )
-    return turned
+    return rotated
 
 
 def write_kv(cache: LayerCache, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-    """As :func:`kernels.reference.write_kv`; a token whose slot is -1 is not written."""
+    """Implements :func:`kernels.reference.write_kv`; a token whose slot is -1 is not stored."""
     num_kv_heads, num_slots, head_dim = cache.keys.shape
     assert cache.keys.is_contiguous() and cache.values.is_contiguous()
     assert keys.stride(2) == values.stride(2) == 1 and keys.dtype == values.dtype == cache.keys.dtype
@@ -47,7 +47,7 @@ def _rotate_kernel(
     x,
     cos,
     sin,
-    turned,
+    rotated,
     num_heads,
     token_stride,
     head_stride,
@@ -55,7 +55,7 @@ def _rotate_kernel(
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """``turned`` [T, num_heads, 2 * HALF]. Grid: T, blocks of HEADS heads."""
+    """Computes ``rotated`` [T, num_heads, 2 * HALF]. Grid: T, blocks of HEADS heads."""
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, BLOCK)
@@ -69,9 +69,9 @@ def _rotate_kernel(
     high_cos = tl.load(cos + table + HALF, mask=paired, other=0.0).to(tl.float32)[None, :]
     low_sin = tl.load(sin + table, mask=paired, other=0.0).to(tl.float32)[None, :]
     high_sin = tl.load(sin + table + HALF, mask=paired, other=0.0).to(tl.float32)[None, :]
-    out = turned + (token * num_heads + heads[:, None]) * 2 * HALF + columns[None, :]
-    narrow = turned.dtype.element_ty
-    # Each product is rounded, as the reference's are.
+    out = rotated + (token * num_heads + heads[:, None]) * 2 * HALF + columns[None, :]
+    narrow = rotated.dtype.element_ty
+    # Each product is rounded, as in the reference.
     new_low = (low * low_cos).to(narrow).to(tl.float32) + (high * low_sin).to(narrow).to(tl.float32)
     new_high = (high * high_cos).to(narrow).to(tl.float32) + (low * high_sin).to(narrow).to(tl.float32)
     tl.store(out, new_low.to(narrow), mask=inside)
@@ -95,7 +95,7 @@ def _write_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Slot ``slots[t]`` of the caches [NUM_HEADS, num_slots, HEAD_DIM]. Grid: T."""
+    """Stores each token at slot ``slots[t]`` of the caches [NUM_HEADS, num_slots, HEAD_DIM]. Grid: T."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:

@@ -1,4 +1,4 @@
-"""The CUDA variant of every operation. Matrix products are cuBLAS's, through torch."""
+"""The CUDA variant of every operation. Torch computes matrix products by cuBLAS."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from kernels.protocol import Kernels
 
 
 class CudaKernels:
-    """Operations on the tensors of one device."""
+    """The operations on tensors of one device."""
 
     embedding = staticmethod(reference.embedding)
     pack = staticmethod(reference.pack)
@@ -31,15 +31,15 @@ class CudaKernels:
     def plan(
         self, spans: Sequence[SequenceSpan], *, window: int | None = None, shared: Sequence[SharedSpan] = ()
     ) -> AttentionPlan:
-        """As :func:`kernels.reference.plan`, sent to the device. Of ``shared`` it keeps what pays."""
+        """Implements :func:`kernels.reference.plan` on the device, and keeps those of ``shared`` that save time."""
         assert window is None or window > 0, window
         return plan.plan_step(spans, window, self._device, choose(spans, shared, window=window))
 
     def plan_parts(self, spans: Sequence[PartSpan], shared: Sequence[SharedSpan] = ()) -> PartPlan:
-        """As :func:`kernels.reference.plan_parts`, sent to the device; what is shared is read by each."""
+        """Implements :func:`kernels.reference.plan_parts` on the device; every query reads shared tokens by itself."""
         return parts_plan.plan_parts(spans, self._device)
 
 
 def open_kernels(device: torch.device) -> Kernels:
-    """The variant for tensors of ``device``."""
+    """Returns the variant for tensors of ``device``."""
     return CudaKernels(device)

@@ -69,7 +69,7 @@ class CompiledAllReduce:
         alive: Callable[[], None],
         reason: Callable[[PeerFailed], PeerFailed] = lambda error: error,
     ) -> None:
-        """Sets the memory of the compiled code up. Only where :func:`is_available`.
+        """Sets the memory of the compiled code up. Only where :func:`is_available`. Raises PeerFailed.
 
         Args:
             rank: the number of this rank in the group.
@@ -78,15 +78,11 @@ class CompiledAllReduce:
             num_tiles: gives, for a tensor's bytes, the number of column tiles in which its all-reduce is fastest.
             alive: raises where a rank is known to be lost; is called about every 0.1 s while a program waits.
             reason: finds out why a connection broke.
-
-        Raises:
-            PeerFailed: a link is closed.
         """
-        self._rank = rank
         self._links = [links[peer] for peer in sorted(links)]
         self._program_limits = timeout_s, alive
         self._wanted_tiles = num_tiles
-        self._reason = reason
+        self._rank, self._reason = rank, reason
         self._wait_error: BaseException | None = None
         self._limits = timeout_s, alive  # those of what runs now
         self._add = _adds()

@@ -123,6 +123,16 @@ def rotate() -> str:
     values in the cache. They round where :func:`kernels.reference.rotate` does. The second reads a norm's weight in
     float32. They need ``@norm`` and ``@norm_wide`` of :func:`kernels.cpu.rows.rows_ir.norm`.
     """
+    scalars = [("float" if name == "eps" else "i64", name) for name in ROTATE_SCALARS]
+    pointers = [(name, f"{name}_stride") for name in ROTATE_POINTERS]
+    tokens = (
+        _rotate_token(scalars, wide) + each_row_function(f"rotate{wide}", pointers, scalars) for wide in ("", "_wide")
+    )
+    return _rotate_head() + "".join(tokens) + "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n"
+
+
+def _rotate_head() -> str:
+    """Returns the function ``@rotate_head``, which rotates one head."""
     lines = [
         load("low", "x", "%i"),
         load("high", "x", "%j"),
@@ -134,7 +144,7 @@ def rotate() -> str:
         _rounded("moved_high", "fmul", "low", "sin_high"),
         _rounded("new_high", "fadd", "kept_high", "moved_high"),
     ]
-    head = f"""
+    return f"""
 define void @rotate_head(ptr %x, ptr %cos, ptr %sin, ptr %to, i64 %dim) {{
 entry:
   %half = lshr i64 %dim, 1
@@ -153,12 +163,6 @@ done:
   ret void
 }}
 """
-    scalars = [("float" if name == "eps" else "i64", name) for name in ROTATE_SCALARS]
-    pointers = [(name, f"{name}_stride") for name in ROTATE_POINTERS]
-    tokens = (
-        _rotate_token(scalars, wide) + each_row_function(f"rotate{wide}", pointers, scalars) for wide in ("", "_wide")
-    )
-    return head + "".join(tokens) + "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n"
 
 
 def _rotate_token(scalars: list[tuple[str, str]], wide: str) -> str:

@@ -38,17 +38,7 @@ entry:{load_arguments(PROGRAM)}
   %generation_ptr = inttoptr i64 %generation to ptr
   %yield_ptr = inttoptr i64 %yield to ptr
   %sleep_ptr = inttoptr i64 %sleep to ptr
-  %stop_ptr = inttoptr i64 %stop to ptr
-  %alone = icmp eq i64 %team_size, 0
-  br i1 %alone, label %begin, label %ask
-ask:
-  %team_size_ptr = inttoptr i64 %team_size to ptr
-  %asked = call i32 %team_size_ptr()
-  br label %begin
-begin:
-  %size_32 = phi i32 [1, %entry], [%asked, %ask]
-  %size = sext i32 %size_32 to i64
-  %last = sub i64 %size, 1
+  %stop_ptr = inttoptr i64 %stop to ptr{_TEAM_SIZE}
   br label %each
 each:
   %i = phi i64 [0, %begin], [%i_next, %passed]
@@ -69,6 +59,20 @@ end:
   ret void
 }}
 """
+
+
+# The number of the thread that arrives last at a barrier, from 0, of as many as there are.
+_TEAM_SIZE = """
+  %alone = icmp eq i64 %team_size, 0
+  br i1 %alone, label %begin, label %ask
+ask:
+  %team_size_ptr = inttoptr i64 %team_size to ptr
+  %asked = call i32 %team_size_ptr()
+  br label %begin
+begin:
+  %size_32 = phi i32 [1, %entry], [%asked, %ask]
+  %size = sext i32 %size_32 to i64
+  %last = sub i64 %size, 1"""
 
 
 def _barrier() -> str:

@@ -39,13 +39,6 @@ def columns_function(fields: Sequence[str], inputs: Sequence[str], tile_argument
         tile_arguments: the arguments of a tile's function: ``%NAME_here`` for inputs, ``%w``, ``%b`` and ``%o_here``
             for weight, bias and output, or any field.
     """
-    moves = "".join(
-        f"""
-  %{name}_by = mul i64 %i, %{name}_tile
-  %{name}_sum = add i64 %{name}, %{name}_by
-  %{name}_here = inttoptr i64 %{name}_sum to ptr"""
-        for name in inputs
-    )
     return f"""
 define void @product(ptr %args) {{
 entry:{load_arguments(fields)}
@@ -66,15 +59,7 @@ column:
   %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
   %o_at = mul i64 %c, {2 * LANES}
   %o = getelementptr i8, ptr %output_ptr, i64 %o_at
-  br label %row
-row:
-  %i = phi i64 [0, %column], [%i_next, %row]{moves}
-  %o_tile_at = mul i64 %i, %output_tile
-  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
-  call void %tile({tile_arguments})
-  %i_next = add i64 %i, 1
-  %more_rows = icmp slt i64 %i_next, %num_tiles
-  br i1 %more_rows, label %row, label %column_end
+  br label %row{_rows(inputs, tile_arguments)}
 column_end:
   %c_next = add i64 %c, %step
   %more_columns = icmp slt i64 %c_next, %stop
@@ -83,3 +68,23 @@ end:
   ret void
 }}
 """
+
+
+def _rows(inputs: Sequence[str], tile_arguments: str) -> str:
+    """Returns the loop over the tiles of rows for some columns."""
+    moves = "".join(
+        f"""
+  %{name}_by = mul i64 %i, %{name}_tile
+  %{name}_sum = add i64 %{name}, %{name}_by
+  %{name}_here = inttoptr i64 %{name}_sum to ptr"""
+        for name in inputs
+    )
+    return f"""
+row:
+  %i = phi i64 [0, %column], [%i_next, %row]{moves}
+  %o_tile_at = mul i64 %i, %output_tile
+  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
+  call void %tile({tile_arguments})
+  %i_next = add i64 %i, 1
+  %more_rows = icmp slt i64 %i_next, %num_tiles
+  br i1 %more_rows, label %row, label %column_end"""

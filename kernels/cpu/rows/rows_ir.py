@@ -75,7 +75,16 @@ middle:
   %factor = fdiv float 1.0, %root
   %factor_0 = insertelement {_WIDE} poison, float %factor, i32 0
   %factors = shufflevector {_WIDE} %factor_0, {_WIDE} poison, <16 x i32> zeroinitializer
-  br label %scale
+  br label %scale{_scale(source, wide=wide)}
+done:
+  ret void
+}}
+"""
+
+
+def _scale(source: str, *, wide: bool) -> str:
+    """Returns the loop that multiplies a row by the norm's factor and the weight."""
+    return f"""
 scale:
   %j = phi i64 [0, %middle], [%j_next, %scale]{load("y", source, "%j")}
   %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else load("w", "weight", "%j") + _AGAIN}
@@ -83,11 +92,7 @@ scale:
   %normed_out = fptrunc {_WIDE} %product to {_NARROW}{_store("normed_out", "normed", "%j")}
   %j_next = add i64 %j, {LANES}
   %more_j = icmp slt i64 %j_next, %width
-  br i1 %more_j, label %scale, label %done
-done:
-  ret void
-}}
-"""
+  br i1 %more_j, label %scale, label %done"""
 
 
 _AGAIN = f"""

@@ -12,7 +12,7 @@ from tests.support.triton.triton_cases import ATTENTION_TOLERANCE, DEVICE, DTYPE
 if not RUNS_HERE:
     pytest.skip(REASON, allow_module_level=True)
 
-from kernels.cuda.parts_plan import num_stretches
+from kernels.cuda.parts_plan import num_segments
 from kernels.cuda.plan import CHUNK, PART
 from kernels.cuda.variant import open_kernels
 
@@ -85,7 +85,7 @@ def test_what_a_single_query_is_given_does_not_depend_on_the_chunk_beside_it(dty
 
 
 def test_of_more_queries_stretches_are_longer() -> None:
-    assert num_stretches(1, 4 * PART) == 4
-    assert num_stretches(2, 4 * PART + 1) == 3
-    assert num_stretches(CHUNK, 1 << 20) == num_stretches(CHUNK // 2, 1 << 20) == 1
-    assert num_stretches(1, 0) == 0
+    assert num_segments(1, 4 * PART) == 4
+    assert num_segments(2, 4 * PART + 1) == 3
+    assert num_segments(CHUNK, 1 << 20) == num_segments(CHUNK // 2, 1 << 20) == 1
+    assert num_segments(1, 0) == 0

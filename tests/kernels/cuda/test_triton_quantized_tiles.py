@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, cut, takes, tile_for, tiled
+from kernels.cuda.quantized_tiles import MOST_TOKENS, TILE_OUTPUTS, TiledWeight, can_tile, cut, tile_for, tiled
 from kernels.rounded import Bits, RoundedWeight, round_weight, unpack_nibbles
 
 BITS = st.sampled_from([4, 8])
@@ -53,8 +53,8 @@ def test_padding_is_all_that_is_added() -> None:
 
 
 def test_groups_are_cut_into_blocks_of_tensor_cores() -> None:
-    assert all(takes(rounded(4, 2 * size, size, 4)) for size in (32, 64, 96, 128, 160, 4096))
-    assert not any(takes(rounded(4, 2 * size, size, 4)) for size in (10, 16, 48))
+    assert all(can_tile(rounded(4, 2 * size, size, 4)) for size in (32, 64, 96, 128, 160, 4096))
+    assert not any(can_tile(rounded(4, 2 * size, size, 4)) for size in (10, 16, 48))
 
 
 @given(
