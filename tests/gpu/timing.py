@@ -24,11 +24,11 @@ class Ceilings:
 
 
 def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Of each of ``repeats`` calls, after a few that do not count."""
-    for _ in range(WARM_UP):
-        call()
+    """Seconds of each of ``repeats`` calls, after a few that do not count where there is a GPU."""
     if not HAS_GPU:  # only to try the benchmark out
         return [_wall_seconds(call) for _ in range(repeats)]
+    for _ in range(WARM_UP):
+        call()
     edges = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     edges[0].record()
     for edge in edges[1:]:

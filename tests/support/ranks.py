@@ -69,11 +69,8 @@ class Ranks:
         scored = ScoredPrompt(first_index=1, token_ids=[0] * count, num_top=vocab_size)
         sequence = SequenceInput(token_ids=token_ids, start=0, runs=runs, scored=scored)
         tops = self.prepare(Batch(sequences=(sequence,)))().scores[0].top
-        found = torch.empty(count, vocab_size)
-        for row, top in zip(found, tops, strict=True):
-            for token_id, log_prob in top:
-                row[token_id] = log_prob
-        return found
+        found = torch.tensor(tops, dtype=torch.float64)  # [T, V, 2]: token and log-probability
+        return torch.full((count, vocab_size), torch.nan).scatter_(1, found[..., 0].long(), found[..., 1].float())
 
     def runner(self, rank: int) -> ModelRunner:
         """Of a rank."""

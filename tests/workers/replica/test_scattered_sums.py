@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from placement.measured.collectives import AllReduceTable
 from placement.measured.overlap import OverlapTable
@@ -16,6 +16,7 @@ from workers.step.runner import ModelRunner
 
 TOKEN_IDS = [i * 31 % 509 for i in range(150)]
 RUNS = ((7, 157),)
+NUM_OUTPUTS = 8
 PROMPTS = [TOKEN_IDS[:1], TOKEN_IDS[3:20], TOKEN_IDS[30:100]]
 LAYOUTS: dict[str, tuple[tuple[int, ...], ...]] = {"3:1": ((3, 1),), "5:2:1": ((5, 2, 1),), "stages": ((2, 1), (1, 1))}
 OVERLAPPED = OverlapTable(num_tokens=(1, 1 << 20), alone_s=(1.0, 1.0), overlapped_s=(0.5, 0.5))
@@ -33,6 +34,16 @@ def sums_by(cut: Ranks, name: str, *, overlapped: bool = False) -> Ranks:
 def path(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Path:
     family, config = CHECKPOINTS[request.param]
     return checkpoint(family, **config)
+
+
+@pytest.fixture(scope="module")
+def oracle(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(oracle: PreTrainedModel) -> list[list[int]]:
+    return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -60,15 +71,13 @@ def num_finished(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_every_family_computes_what_transformers_does(
-    cut: Ranks, path: Path, num_finished: list[int], overlapped: bool
+    cut: Ranks, oracle: PreTrainedModel, answers: list[list[int]], num_finished: list[int], overlapped: bool
 ) -> None:
-    oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     sums_by(cut, "scatter", overlapped=overlapped)
     found = cut.log_probs(TOKEN_IDS, RUNS)
     expected = oracle_logits(oracle, TOKEN_IDS).log_softmax(dim=-1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    answers = [greedy(oracle, prompt, 8) for prompt in PROMPTS]
-    assert continue_greedily(cut, PROMPTS, 16, 8) == answers
+    assert continue_greedily(cut, PROMPTS, 16, NUM_OUTPUTS) == answers
     assert set(num_finished) >= ({64, 86} if overlapped else {len(TOKEN_IDS)})
 
 
