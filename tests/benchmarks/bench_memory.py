@@ -21,7 +21,7 @@ from placement.planning.memory import CPU_PROCESS_BYTES, format_bytes
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
 from tests.benchmarks.engine.engine_models import SHAPES, checkpoint, read_spec
 from tests.benchmarks.report import RESULTS, Metric, Report, Rows, publish
-from tests.support.deployment import deploy, in_stages, make_config, shared_sequences, two_ranks
+from tests.support.deploying.deployment import deploy, in_stages, make_config, shared_sequences, two_ranks
 
 SHAPE = "llama-1.1b"
 TOKEN_BUDGET = 512

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.deployment.preflight import preflight
 from tests.benchmarks import bench_memory
 from tests.benchmarks.engine.engine_models import checkpoint, read_spec
-from tests.support.deployment import make_config
+from tests.support.deploying.deployment import make_config
 
 
 @pytest.fixture(scope="module")

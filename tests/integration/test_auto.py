@@ -9,7 +9,7 @@ import pytest
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S
-from tests.support.service import serve
+from tests.support.deploying.service import serve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.support.clocks import PATIENCE_S
-from tests.support.service import REPOSITORY, Command, orchestrator
+from tests.support.deploying.service import REPOSITORY, Command, orchestrator
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,7 @@ from orchestrator.cli.client import fetch_status, stream_generate
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S
-from tests.support.service import REPOSITORY, Command, free_port
+from tests.support.deploying.service import REPOSITORY, Command, free_port
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

@@ -18,8 +18,8 @@ from orchestrator.launcher.ray_access import answers_without_token
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time
-from tests.support.ray_access import Listener, code_in_ray, listeners, missing_ss
-from tests.support.service import Command, free_port, orchestrator, serve
+from tests.support.deploying.ray_access import Listener, code_in_ray, listeners, missing_ss
+from tests.support.deploying.service import Command, free_port, orchestrator, serve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 

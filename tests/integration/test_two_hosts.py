@@ -21,8 +21,8 @@ from tests.netlab.ray_nodes import ENV, LABEL, ray_nodes
 from tests.netlab.requirements import missing
 from tests.netlab.specs import HostSpec, LinkConditions
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import deploy, make_config
-from tests.support.service import REPOSITORY, START_S, STOP_S, Command
+from tests.support.deploying.deployment import deploy, make_config
+from tests.support.deploying.service import REPOSITORY, START_S, STOP_S, Command
 
 pytestmark = [
     pytest.mark.integration,

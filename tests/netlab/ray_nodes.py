@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.netlab.lab import Host
-from tests.support.service import Command
+from tests.support.deploying.service import Command
 
 LABEL = "host"
 """The Ray node label that says which host a node is."""

@@ -93,6 +93,26 @@ def greedy(oracle: PreTrainedModel, prompt: Sequence[int], num_outputs: int = NU
 
 
 @torch.inference_mode()
+def greedy_each(
+    oracle: PreTrainedModel, prompts: Sequence[Sequence[int]], num_outputs: int = NUM_OUTPUTS
+) -> list[list[int]]:
+    """What :func:`greedy` gives for each prompt, by a tenth of the steps: all continue together, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    outputs: list[Tensor] = []
+    past = None
+    while len(outputs) < num_outputs:
+        result = oracle(ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True)
+        past, ids = result.past_key_values, result.logits[:, -1].argmax(dim=-1, keepdim=True)
+        outputs.append(ids)
+        mask, positions = torch.cat((mask, torch.ones_like(ids)), dim=1), positions[:, -1:] + 1
+    found: list[list[int]] = torch.cat(outputs, dim=1).tolist()
+    return found
+
+
+@torch.inference_mode()
 def oracle_logits(oracle: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
     return oracle(torch.tensor([token_ids])).logits[0]
 

@@ -14,7 +14,7 @@ import psutil
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc as pb_grpc
 from tests.benchmarks.engine.engine_cases import OURS, Case, Sample
-from tests.support.service import REPOSITORY, serve
+from tests.support.deploying.service import REPOSITORY, serve
 
 # Modules of the worker and the gateway. They are idle between turns, and keep each other's pulse.
 _LEFT_RUNNING = re.compile(r"workers|orchestrator\.gateway(\..*)?")

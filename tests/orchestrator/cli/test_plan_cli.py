@@ -15,7 +15,7 @@ from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
-from tests.support.deployment import make_config, too_large_for_each
+from tests.support.deploying.deployment import make_config, too_large_for_each
 from tests.support.shapes import LLAMA_8B
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)

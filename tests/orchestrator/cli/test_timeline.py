@@ -22,7 +22,7 @@ from placement.errors import InvalidConfig, InvalidRequest
 from protos.heterodyne.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S
-from tests.support.deployment import deploy, make_config
+from tests.support.deploying.deployment import deploy, make_config
 
 S = 1_000_000_000
 START_NS = 1_700_000_000 * S

@@ -10,7 +10,7 @@ from orchestrator.config.document import load_config
 from orchestrator.config.types import Address, parse_address, parse_bytes
 from orchestrator.errors import InvalidConfigs
 from placement.errors import InvalidConfig
-from tests.support.configs import MINIMAL, load
+from tests.support.deploying.configs import MINIMAL, load
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str, **environ: str) -> InvalidConfig:

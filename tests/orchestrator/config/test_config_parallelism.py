@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import InvalidConfigs
 from placement.errors import InvalidConfig
-from tests.support.configs import MINIMAL, load
+from tests.support.deploying.configs import MINIMAL, load
 
 CUT = MINIMAL + "cluster: {workers: [{name: a}, {name: b}, {}]}\nserving: {parallelism: %s}\n"
 

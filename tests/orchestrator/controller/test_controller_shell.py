@@ -24,7 +24,7 @@ from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.deployment import LocalLauncher, make_config, two_ranks
+from tests.support.deploying.deployment import LocalLauncher, make_config, two_ranks
 
 
 def make_shell(

@@ -22,7 +22,7 @@ from placement.measured.speed import DeviceSpeed, NotMeasured
 from placement.planning.plan import Shard
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
-from tests.support.deployment import (
+from tests.support.deploying.deployment import (
     START_S,
     LocalLauncher,
     deploy,

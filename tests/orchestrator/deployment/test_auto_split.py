@@ -7,7 +7,7 @@ import pytest
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import Checked, preflight
 from placement.measured.speed import DeviceSpeed, NotMeasured
-from tests.support.deployment import make_config, too_large_for_each
+from tests.support.deploying.deployment import make_config, too_large_for_each
 
 
 def speed(gb_per_s: float) -> DeviceSpeed:

@@ -14,7 +14,7 @@ from placement.errors import NotEnoughMemory
 from placement.measured.speed import DeviceSpeed
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.seating import NODE_ID_LABEL, Host, seat
-from tests.support.deployment import make_config, too_large_for_each
+from tests.support.deploying.deployment import make_config, too_large_for_each
 
 MACHINE = Machine(memory_bytes=2**36, num_cores=8)
 

@@ -14,7 +14,7 @@ from orchestrator.deployment.known_cluster import measure_machine
 from placement.errors import InvalidConfig, InvalidModel, NotEnoughMemory
 from placement.model.specs import DType
 from placement.model.weights import num_parameters
-from tests.support.preflight import CONFIG, check, make_model, refused, tensors
+from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from orchestrator.model_dir.files import read_model_files
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.weights import whole_model
-from tests.support.preflight import CONFIG, check, make_model, refused, tensors
+from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
 
 AGAIN = "Download or export the model again."
 

@@ -11,7 +11,15 @@ import pytest_asyncio
 
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, LoopClock
-from tests.support.deployment import Deployment, deploy, make_config, settled, shared_sequences, two_ranks, two_stages
+from tests.support.deploying.deployment import (
+    Deployment,
+    deploy,
+    make_config,
+    settled,
+    shared_sequences,
+    two_ranks,
+    two_stages,
+)
 from tests.support.tokenizer import save_tokenizer
 
 

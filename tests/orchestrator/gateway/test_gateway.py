@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 from tokenizers import Tokenizer
 
 from protos.heterodyne.v1 import inference_pb2 as pb
-from tests.support.deployment import Deployment, settled
+from tests.support.deploying.deployment import Deployment, settled
 from tests.support.gateway.answers import PROMPT, answer, check_order, choices, details, request, text, tokens
 
 # One deployment serves most of the tests, so they share its event loop.

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import Deployment, deploy, make_config, settled
+from tests.support.deploying.deployment import Deployment, deploy, make_config, settled
 from tests.support.gateway.answers import answer, check_order, details, request
 from tests.support.tokenizer import save_tokenizer
 

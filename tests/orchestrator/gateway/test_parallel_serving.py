@@ -19,7 +19,15 @@ from placement.measured.exchange import Exchange
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time, until
-from tests.support.deployment import deploy, in_stages, make_config, settled, shared_sequences, two_ranks, two_stages
+from tests.support.deploying.deployment import (
+    deploy,
+    in_stages,
+    make_config,
+    settled,
+    shared_sequences,
+    two_ranks,
+    two_stages,
+)
 from tests.support.gateway.answers import answer, check_order, request, tokens
 from workers.collectives.algorithms import ALL_REDUCES
 from workers.collectives.backends import Library

@@ -14,7 +14,7 @@ from orchestrator.launcher.cluster import connect
 from orchestrator.launcher.process import environment
 from orchestrator.launcher.ray_access import answers_without_token
 from placement.errors import InvalidConfig
-from tests.support.service import free_port
+from tests.support.deploying.service import free_port
 
 
 class ControlStore(grpc.GenericRpcHandler):

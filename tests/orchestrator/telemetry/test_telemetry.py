@@ -20,7 +20,7 @@ from orchestrator.config.document import TelemetryConfig
 from orchestrator.telemetry.requests import RequestRecord, Telemetry
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S
-from tests.support.deployment import deploy, make_config
+from tests.support.deploying.deployment import deploy, make_config
 
 SECRET = "In the beginning of the waters"
 

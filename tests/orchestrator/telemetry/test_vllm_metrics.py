@@ -21,8 +21,8 @@ from placement.errors import InvalidConfig
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import until
-from tests.support.deployment import Deployment, deploy, make_config
-from tests.support.service import free_port
+from tests.support.deploying.deployment import Deployment, deploy, make_config
+from tests.support.deploying.service import free_port
 
 # As vLLM's /metrics has them (0.11 to 0.32), by type. What it measures that we do not have is left out.
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}

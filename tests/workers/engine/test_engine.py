@@ -12,6 +12,7 @@ from placement.errors import FieldError
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason
 from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
+from tests.support.oracle import greedy_each
 from workers.engine.types import Submission
 
 NUM_TOKENS = 64
@@ -43,19 +44,7 @@ def oracle(llama_checkpoint: Callable[..., Path]) -> Oracle:
     generator = torch.Generator().manual_seed(3)
     lengths = [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 40, 64, 65, 100, 127, 150]
     prompts = [torch.randint(3, 509, (length,), generator=generator).tolist() for length in lengths]
-    answers = []
-    for prompt in prompts:
-        with torch.inference_mode():
-            ids = model.generate(
-                torch.tensor([prompt]),
-                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                max_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        answers.append(ids[0, len(prompt) :].tolist())
-    return Oracle(directory=directory, prompts=prompts, answers=answers)
+    return Oracle(directory=directory, prompts=prompts, answers=greedy_each(model, prompts, NUM_TOKENS))
 
 
 @pytest.mark.parametrize("token_budget", [16, 64, 4096])

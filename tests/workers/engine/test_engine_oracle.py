@@ -19,6 +19,7 @@ from kernels.cpu.attention import shared, tasks
 from placement.planning.layout import Split
 from placement.serving.events import EndReason
 from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
+from tests.support.oracle import greedy_each
 from tests.support.ranks import ranks
 from tests.support.steps import Steps
 from workers.sampling.grammar import GrammarFactory, GrammarSpec
@@ -85,7 +86,7 @@ def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_r
     family, _, how = request.param.partition(", ")
     path = checkpoint(family, **FAMILIES[family])
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    answers = [greedy(oracle, prompt) for prompt in PROMPTS]
+    answers = greedy_each(oracle, PROMPTS, NUM_TOKENS)
     if not how:
         yield Case(runner=make_runner(path), oracle=oracle, answers=answers)
     else:
@@ -98,14 +99,6 @@ def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_r
 def make_engine() -> Iterator[Callable[..., Parts]]:
     with engines() as make:
         yield make
-
-
-@torch.inference_mode()
-def greedy(oracle: PreTrainedModel, prompt: list[int]) -> list[int]:
-    ids = list(prompt)
-    for _ in range(NUM_TOKENS):
-        ids.append(int(oracle(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 def ask_all(parts: Parts, *, gated: Gated | None = None, **more: Any) -> Listener:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.oracle import CHECKPOINTS, Slots, chunk, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, Slots, chunk, continue_greedily, greedy, greedy_each, oracle_logits
 from tests.support.steps import logits
 from workers.step.runner import ModelRunner
 from workers.step.types import SequenceInput
@@ -48,8 +48,13 @@ def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_r
         runner=make_runner(path),
         oracle=oracle,
         prompts=prompts,
-        outputs={length: greedy(oracle, prompt) for length, prompt in prompts.items()},
+        outputs=dict(zip(prompts, greedy_each(oracle, [*prompts.values()]), strict=True)),
     )
+
+
+def test_prompts_together_are_continued_by_transformers_as_each_alone(case: Case) -> None:
+    """Of the oracle itself: padding changes no token."""
+    assert case.outputs[17] == greedy(case.oracle, case.prompts[17])
 
 
 def test_logits_of_every_position_match(case: Case) -> None:

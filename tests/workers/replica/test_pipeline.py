@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.engine import Listener, engines, submission
-from tests.support.oracle import greedy
+from tests.support.oracle import greedy_each
 from tests.support.ranks import Ranks, ranks
 
 NUM_TOKENS = 24
@@ -30,7 +30,7 @@ def path(checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def answers(path: Path) -> list[list[int]]:
     oracle = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return [greedy(oracle, prompt, NUM_TOKENS) for prompt in PROMPTS]
+    return greedy_each(oracle, PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from placement.measured.collectives import AllReduceTable
 from placement.measured.overlap import OverlapTable
-from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy_each, oracle_logits
 from tests.support.ranks import Ranks, ranks
 from workers.collectives import group as groups
 from workers.step.runner import ModelRunner
@@ -43,7 +43,7 @@ def oracle(path: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def answers(oracle: PreTrainedModel) -> list[list[int]]:
-    return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS]
+    return greedy_each(oracle, PROMPTS, NUM_OUTPUTS)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

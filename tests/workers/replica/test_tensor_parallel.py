@@ -14,7 +14,7 @@ from placement.errors import InvalidModel
 from placement.model.part import Part, Span
 from placement.model.quantization import Bits, LinearFormat, check_linear_format
 from placement.model.weights import shard_tensors
-from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy_each, oracle_logits
 from tests.support.ranks import Ranks, ranks, read_model
 from tests.support.steps import logits
 from workers.step.runner import ModelRunner
@@ -56,7 +56,7 @@ def oracle(path: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def answers(oracle: PreTrainedModel) -> list[list[int]]:
-    return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS.values()]
+    return greedy_each(oracle, [*PROMPTS.values()], NUM_OUTPUTS)
 
 
 @pytest.fixture(scope="module", params=SPLITS)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from placement.measured.collectives import AllReduceTable
 from placement.measured.exchange import Exchange
 from placement.planning.layout import Split
-from tests.support.oracle import CHECKPOINTS, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, continue_greedily, greedy_each, oracle_logits
 from tests.support.ranks import BLOCK_SIZE, ranks
 from tests.support.triton.triton_cases import DEVICE, HAS_GPU, REASON, RUNS_HERE
 
@@ -68,5 +68,5 @@ def test_ranks_of_triton_compute_what_transformers_does(
             cut.membership(rank).group.table = AllReduceTable(sizes=(1,), names=(sums,))
         expected = oracle_logits(oracle, TOKEN_IDS).log_softmax(dim=-1)
         torch.testing.assert_close(cut.log_probs(TOKEN_IDS, RUNS), expected, atol=1e-4, rtol=1e-4)
-        answers = [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS]
+        answers = greedy_each(oracle, PROMPTS, NUM_OUTPUTS)
         assert continue_greedily(cut, PROMPTS, 20, NUM_OUTPUTS, block_size=BLOCK_SIZE) == answers

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from placement.measured.exchange import Exchange
 from placement.measured.overlap import OverlapTable
 from placement.planning.layout import Split
-from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy, oracle_logits
+from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily, greedy_each, oracle_logits
 from tests.support.ranks import BLOCK_SIZE, Ranks, ranks
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
@@ -46,7 +46,7 @@ def oracle(path: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def answers(oracle: PreTrainedModel) -> list[list[int]]:
-    return [greedy(oracle, prompt, NUM_OUTPUTS) for prompt in PROMPTS.values()]
+    return greedy_each(oracle, [*PROMPTS.values()], NUM_OUTPUTS)
 
 
 @pytest.fixture(scope="module", params=SHARES)

@@ -17,7 +17,7 @@ from kernels.attention import SharedSpan
 from kernels.cuda import shared
 from kernels.cuda.plan import DevicePlan
 from tests.support.engine import Listener, engines, submission
-from tests.support.oracle import CHECKPOINTS, Runs, Slots, chunk, continue_greedily, first, greedy
+from tests.support.oracle import CHECKPOINTS, Runs, Slots, chunk, continue_greedily, first, greedy_each
 from tests.support.steps import greedy_sampler, run
 from tests.support.triton.table_kernels import TableKernels
 from workers.sampling.sampling import SampledToken, SamplerState, SamplingParams
@@ -140,7 +140,7 @@ def test_capturing_writes_no_kv(make_case: Callable[..., Case]) -> None:
 def test_tokens_are_those_of_transformers(case: Case) -> None:
     oracle = AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32).eval()
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[7]]
-    expected = [greedy(oracle, prompt) for prompt in prompts]
+    expected = greedy_each(oracle, prompts)
     answers: list[list[int]] = []
     replays = case.replays(lambda: answers.extend(continue_greedily(case.graphed, prompts, 40)))
     assert answers == expected
@@ -222,7 +222,7 @@ def test_a_token_that_is_awaited_reaches_the_graph(plain: Case) -> None:
 def test_preempted_sequences_go_on_with_the_same_tokens(plain: Case) -> None:
     oracle = AutoModelForCausalLM.from_pretrained(plain.path, dtype=torch.float32).eval()
     prompts = [PROMPTS[2], PROMPTS[4], PROMPTS[3], PROMPTS[6]]
-    expected = {index: greedy(oracle, prompt)[:30] for index, prompt in enumerate(prompts)}
+    expected = dict(enumerate(greedy_each(oracle, prompts, 30)))
     listener = Listener()
     with engines() as make:
         parts = make(plain.graphed, num_blocks=17, max_num_seqs=MAX_DECODES)

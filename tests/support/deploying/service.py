@@ -14,7 +14,7 @@ from typing import Self
 
 from orchestrator.cli.demo import Family
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 START_S = 120.0
 STOP_S = 60.0
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tests.support.clocks import PATIENCE_S
-from tests.support.service import Command
+from tests.support.deploying.service import Command
 
 _CODE = """
 import sys
