@@ -124,6 +124,15 @@ class ReplicaCore:
         """Whether there is nothing left to do, or to wait for."""
         return not (self._live or self._in_flight or self.transfers.hold_ids)
 
+    def phase(self, sequence_id: int) -> Phase | None:
+        """The phase of a sequence; None once it has ended."""
+        live = self._live.get(sequence_id)
+        return None if live is None else live.sequence.phase
+
+    def phases(self) -> set[Phase]:
+        """The phases that sequences are in."""
+        return {live.sequence.phase for live in self._live.values()}
+
     def load(self) -> LoadSnapshot:
         """The figures of this moment.
 

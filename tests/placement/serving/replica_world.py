@@ -89,6 +89,7 @@ class World:
         self.incoming: dict[int, Receive] = {}
         self.outgoing: dict[int, Ship] = {}
         self.lost = False
+        self.reached: set[str] = set()  # what has happened, in words
 
     # -- what can happen ------------------------------------------------------------------------------------------
 
@@ -195,6 +196,9 @@ class World:
         for text in self.texts.values():
             assert text.refused or text.ended is not None, text
             self._check_answer(text)
+        load = self.core.load()
+        self.reached |= {"preempted"} if load.num_preemptions else set()
+        self.reached |= {"found a prefix"} if load.prefix_hits else set()
         if not self.lost:
             assert self.core.is_idle
             assert self.core.pool.num_free == self.core.pool.num_total
@@ -216,8 +220,18 @@ class World:
 
     def _tell(self, event: Event) -> None:
         self.now_s += 0.001
-        for command in self.core.handle(event, self.now_s):
+        before = self._phase_of(event)
+        commands = self.core.handle(event, self.now_s)
+        self.reached.add(f"{type(event).__name__} in {before}" if before else type(event).__name__)
+        self.reached |= {f"{phase.value} was reached" for phase in self.core.phases()}
+        for command in commands:
+            self.reached.add(type(command).__name__)
             self._obey(command)
+
+    def _phase_of(self, event: Event) -> str:
+        """The phase of the sequence that is cancelled."""
+        phase = self.core.phase(event.sequence_id) if isinstance(event, Cancel) else None
+        return "" if phase is None else phase.value
 
     def _obey(self, command: Command) -> None:
         match command:
@@ -234,6 +248,7 @@ class World:
                 text = self.texts[command.sequence_id]
                 assert text.ended is None, "a sequence ends once"
                 text.ended = command
+                self.reached.add(f"ended: {command.reason.value}")
             case Refused():
                 self.texts[command.sequence_id].refused = True
             case Receive():

@@ -175,6 +175,16 @@ def test_a_cancelled_sequence_ends_at_once_and_nothing_more_is_said_of_it() -> N
     assert core.is_idle
 
 
+def test_a_sequence_that_is_cancelled_while_its_last_token_is_on_its_way_is_not_told_of_it() -> None:
+    core = ReplicaCore(SETTINGS)
+    submit(core, max_tokens=1)
+    plan(core)
+    assert core.phase(1) is Phase.LEAVING
+    assert core.handle(Cancel(sequence_id=1), 0.0) == [Ended(sequence_id=1, reason=EndReason.CANCELLED)]
+    assert end(core, 1, 6) == []
+    assert core.is_idle
+
+
 def test_a_pipelines_step_holds_the_blocks_of_what_was_cancelled_in_it() -> None:
     core = ReplicaCore(PIPELINE)
     submit(core)
