@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from placement.serving.events import Advance, EndReason, SequenceSpec, Tell
+from placement.serving.events import Advance, EndReason, SequenceSpec, Submit, Tell
 from placement.serving.prefix import chain_hashes
 from placement.serving.sequence import Sequence
 from placement.serving.step_plan import Chunk
@@ -86,3 +86,45 @@ class LiveSequence:
         unknown = self.sequence.num_tokens - len(self.token_ids)
         assert 0 <= unknown <= int(is_counted_early) * 2, (self.sequence, len(self.token_ids))
         assert self.num_emitted <= self.num_outputs <= self.spec.max_tokens, self.sequence
+
+
+class Arrivals:
+    """Makes sequences of what is submitted, and numbers them in the order in which they came."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._num_submitted = 0
+        self._hashed: tuple[tuple[int, ...], bytes, list[bytes]] | None = None  # the newest prompt and its hashes
+
+    def begin(self, event: Submit) -> LiveSequence:
+        """The sequence of a submission, with the tokens that another replica gave it already."""
+        spec = event.spec
+        sequence = Sequence(
+            sequence_id=event.sequence_id,
+            num_prompt_tokens=len(spec.prompt_ids),
+            max_tokens=spec.max_tokens,
+            priority=spec.priority,
+            arrival=self._num_submitted,
+            block_hashes=self._hash_prompt(spec),
+            reuse_prefix=spec.reuse_prefix,
+            replays=bool(event.emitted_ids),
+            awaits_kv=spec.awaits_kv,
+            num_output_tokens=len(event.emitted_ids),
+        )
+        self._num_submitted += 1
+        live = LiveSequence(
+            spec=spec,
+            sequence=sequence,
+            token_ids=[*spec.prompt_ids, *event.emitted_ids],
+            num_emitted=len(event.emitted_ids),
+            submitted_s=event.submitted_s,
+        )
+        live.extend_hashes(self._block_size)
+        return live
+
+    def _hash_prompt(self, spec: SequenceSpec) -> list[bytes]:
+        """The hashes of the prompt's full blocks. The choices of a request share one prompt, which is hashed once."""
+        if self._hashed is None or self._hashed[0] is not spec.prompt_ids or self._hashed[1] != spec.cache_salt:
+            hashes = chain_hashes(spec.prompt_ids, self._block_size, spec.cache_salt)
+            self._hashed = (spec.prompt_ids, spec.cache_salt, hashes)
+        return list(self._hashed[2])

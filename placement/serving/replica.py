@@ -31,7 +31,6 @@ from placement.serving.events import (
     Receive,
     Refused,
     Run,
-    SequenceSpec,
     Ship,
     StepDue,
     StepEnded,
@@ -40,10 +39,9 @@ from placement.serving.events import (
 )
 from placement.serving.kv.blocks import BlockPool
 from placement.serving.kv.holds import Hold
-from placement.serving.live import LiveSequence
-from placement.serving.prefix import chain_hashes
+from placement.serving.live import Arrivals, LiveSequence
 from placement.serving.scheduling import Scheduler
-from placement.serving.sequence import Phase, Sequence
+from placement.serving.sequence import Phase
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import StepPlan
 from placement.serving.transfers import Transfer, Transfers
@@ -67,6 +65,7 @@ class ReplicaCore:
         self.scheduler = Scheduler(self.pool, settings.steps, prefix_cache=settings.prefix_cache)
         self._is_pipeline = settings.steps.num_batches > 1
         self._most_in_flight = settings.steps.num_batches + 1  # one in each stage, and one that waits
+        self._arrivals = Arrivals(settings.limits.block_size)
         self._live: dict[int, LiveSequence] = {}
         self._in_flight: deque[StepPlan] = deque()
         self.transfers = Transfers(settings.lease_s)
@@ -75,11 +74,9 @@ class ReplicaCore:
         self._starved = False  # there was nothing to compute, and nothing has changed since
         self._draining = False
         self._lost: str | None = None
-        self._num_submitted = 0
         self.num_ended_steps = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
-        self._hashed: tuple[tuple[int, ...], bytes, list[bytes]] | None = None  # the newest prompt and its hashes
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """What to do about an event that happened at ``now_s``, in order."""
@@ -178,45 +175,13 @@ class ReplicaCore:
             check_spec(event.spec, self.settings.limits, num_emitted=len(event.emitted_ids))
             if sequence_id in self._live:
                 raise repeated(sequence_id)
-            live = self._begin(event)
+            live = self._arrivals.begin(event)
             self.scheduler.add(live.sequence)
         except HeterodyneError as error:
             return [Refused(sequence_id=sequence_id, error=error)]
         self._live[sequence_id] = live
         self._starved = False
         return []
-
-    def _begin(self, event: Submit) -> LiveSequence:
-        spec = event.spec
-        sequence = Sequence(
-            sequence_id=event.sequence_id,
-            num_prompt_tokens=len(spec.prompt_ids),
-            max_tokens=spec.max_tokens,
-            priority=spec.priority,
-            arrival=self._num_submitted,
-            block_hashes=self._hash_prompt(spec),
-            reuse_prefix=spec.reuse_prefix,
-            replays=bool(event.emitted_ids),
-            awaits_kv=spec.awaits_kv,
-            num_output_tokens=len(event.emitted_ids),
-        )
-        self._num_submitted += 1
-        live = LiveSequence(
-            spec=spec,
-            sequence=sequence,
-            token_ids=[*spec.prompt_ids, *event.emitted_ids],
-            num_emitted=len(event.emitted_ids),
-            submitted_s=event.submitted_s,
-        )
-        live.extend_hashes(self.settings.limits.block_size)
-        return live
-
-    def _hash_prompt(self, spec: SequenceSpec) -> list[bytes]:
-        """The hashes of the prompt's full blocks. The choices of a request share one prompt, which is hashed once."""
-        if self._hashed is None or self._hashed[0] is not spec.prompt_ids or self._hashed[1] != spec.cache_salt:
-            hashes = chain_hashes(spec.prompt_ids, self.settings.limits.block_size, spec.cache_salt)
-            self._hashed = (spec.prompt_ids, spec.cache_salt, hashes)
-        return list(self._hashed[2])
 
     def _cancel(self, sequence_id: int) -> list[Command]:
         live = self._live.get(sequence_id)

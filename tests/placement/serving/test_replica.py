@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from placement.errors import FieldError
-from placement.serving import replica
+from placement.serving import live
 from placement.serving.admission import Draining
 from placement.serving.events import (
     Advance,
@@ -124,13 +124,13 @@ def test_a_sequence_that_cannot_go_on_fails_and_its_batch_mate_goes_on() -> None
 
 def test_the_choices_of_a_request_hash_its_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
-    chain_hashes = replica.chain_hashes
+    chain_hashes = live.chain_hashes
 
     def count(token_ids: tuple[int, ...], block_size: int, salt: bytes) -> list[bytes]:
         hashed.append(len(token_ids))
         return chain_hashes(token_ids, block_size, salt)
 
-    monkeypatch.setattr(replica, "chain_hashes", count)
+    monkeypatch.setattr(live, "chain_hashes", count)
     core = ReplicaCore(SETTINGS)
     for sequence_id in range(3):
         submit(core, sequence_id)
