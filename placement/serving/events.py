@@ -72,6 +72,7 @@ class Submit:
     """A sequence comes.
 
     Attributes:
+        sequence_id: higher than that of every sequence before it.
         emitted_ids: tokens of its answer that another replica gave already; they are replayed, not sampled.
         admitted: whether it was admitted before the replica was told to drain.
         submitted_s: when it was submitted, which may be some time ago.
@@ -243,7 +244,17 @@ class Ship:
     table: list[int] = field(compare=False, repr=False)
 
 
-Command = Run | Tell | Ended | Refused | Receive | Ship
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revoke:
+    """Stop a transfer, and tell the other replica: nobody wants its keys and values any more.
+
+    Its blocks are held until it is known to have ended, or lapses.
+    """
+
+    hold_id: int
+
+
+Command = Run | Tell | Ended | Refused | Receive | Ship | Revoke
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,13 +263,15 @@ class LoadSnapshot:
 
     Attributes:
         steps: steps that ended: the progress counter of the failure detector.
-        num_running: sequences that are computed; they count until their last token is known.
+        num_running: sequences that steps compute; they count until their last token is known.
+        num_moving: sequences whose keys and values are on the way, to this replica or from it.
         pending_tokens: tokens known and not computed, those of steps on their way included.
         prompt_tokens: prompt tokens of sequences that were given their first token.
     """
 
     steps: int
     num_running: int
+    num_moving: int
     num_waiting: int
     free_blocks: int
     total_blocks: int

@@ -1,4 +1,7 @@
-"""Records what a core was told and what it answered, and plays it again."""
+"""Records what a core was told and what it answered, and plays it again.
+
+Tests print it; the simulator, which drives the same core, needs it to show what it found (issue 18).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +24,8 @@ class Entry:
 class EventLog:
     """All that happened to a core since it was made.
 
-    Its text is what a failing test prints; :meth:`replay` gives the same commands again.
+    Its text is what a failing test prints; :meth:`replay` gives the same commands again. The text of refusals and the
+    block tables are not compared. An event that raised is the last one, without commands, and raises again.
     """
 
     settings: CoreSettings

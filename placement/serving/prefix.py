@@ -85,14 +85,21 @@ class PrefixCache:
         return blocks
 
     def begin(self, sequence: Sequence, num_found: int) -> None:
-        """A sequence was admitted with its first ``num_found`` blocks computed: it will compute the others."""
+        """Notes that a sequence was admitted with its first ``num_found`` blocks computed."""
         sequence.num_registered_blocks = num_found
         sequence.num_computed_tokens = num_found * self._pool.block_size
         if sequence.reuse_prefix and sequence.block_hashes and not sequence.num_preemptions:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
             self.num_queries += sequence.num_prompt_tokens
             self.num_hits += sequence.num_cached_tokens
-        for block_hash in sequence.block_hashes[num_found : sequence.num_tokens // self._pool.block_size]:
+
+    def compute(self, sequence: Sequence) -> None:
+        """Notes that steps compute the other blocks of a sequence from now on: others of the same text wait for them.
+
+        Nobody waits for what comes from another replica, which may take long and may not come.
+        """
+        last = sequence.num_tokens // self._pool.block_size
+        for block_hash in sequence.block_hashes[sequence.num_registered_blocks : last]:
             self._pending.setdefault(block_hash, sequence.sequence_id)
 
     def register(self, sequence: Sequence) -> None:

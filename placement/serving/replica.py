@@ -30,6 +30,7 @@ from placement.serving.events import (
     LoadSnapshot,
     Receive,
     Refused,
+    Revoke,
     Run,
     Ship,
     StepDue,
@@ -71,6 +72,7 @@ class ReplicaCore:
         self.transfers = Transfers(settings.lease_s)
         self._reserved: deque[tuple[int, int]] = deque()  # (the last step that may touch its blocks, sequence)
         self._shipping: dict[int, Hold] = {}  # by sequence, until its token is known
+        self._newest_id = -1
         self._starved = False  # there was nothing to compute, and nothing has changed since
         self._draining = False
         self._lost: str | None = None
@@ -119,7 +121,7 @@ class ReplicaCore:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing left to do, or to wait for."""
-        return not (self._live or self._in_flight or self.transfers.hold_ids)
+        return not (self._live or self._in_flight) and self.transfers.is_empty
 
     def phase(self, sequence_id: int) -> Phase | None:
         """The phase of a sequence; None once it has ended."""
@@ -136,9 +138,11 @@ class ReplicaCore:
         What is dispatched counts as running and pending until it has ended, whatever the scheduler has let go.
         """
         pool, scheduler = self.pool, self.scheduler
+        num_moving = self._count_moving()
         return LoadSnapshot(
             steps=self.num_ended_steps,
-            num_running=len(self._live) - scheduler.num_waiting,
+            num_running=len(self._live) - scheduler.num_waiting - num_moving,
+            num_moving=num_moving,
             num_waiting=scheduler.num_waiting,
             free_blocks=pool.num_free,
             total_blocks=pool.num_total,
@@ -150,6 +154,11 @@ class ReplicaCore:
             prefix_hits=scheduler.num_prefix_hits,
         )
 
+    def _count_moving(self) -> int:
+        if self.transfers.is_empty and not self._reserved:
+            return 0
+        return sum(live.sequence.phase in (Phase.AWAITS_KV, Phase.SHIPPING) for live in self._live.values())
+
     def check(self) -> None:
         """Asserts what must always hold between two events."""
         self.scheduler.check()
@@ -159,7 +168,7 @@ class ReplicaCore:
         )
         for live in self._live.values():
             live.check(is_counted_early=not self._is_pipeline)
-        if self.is_idle and self._lost is None:
+        if self.is_idle:
             assert self.pool.num_free == self.pool.num_total, "blocks are kept, and nobody is there"
             assert not self.scheduler.num_running and not self.scheduler.num_waiting
 
@@ -173,27 +182,34 @@ class ReplicaCore:
             if self._draining and not event.admitted:
                 raise draining()
             check_spec(event.spec, self.settings.limits, num_emitted=len(event.emitted_ids))
-            if sequence_id in self._live:
+            if sequence_id <= self._newest_id:
                 raise repeated(sequence_id)
             live = self._arrivals.begin(event)
             self.scheduler.add(live.sequence)
         except HeterodyneError as error:
             return [Refused(sequence_id=sequence_id, error=error)]
         self._live[sequence_id] = live
+        self._newest_id = sequence_id
         self._starved = False
         return []
 
     def _cancel(self, sequence_id: int) -> list[Command]:
         live = self._live.get(sequence_id)
-        return [] if live is None else [self._end(live, EndReason.CANCELLED)]
+        return [] if live is None else self._end(live, EndReason.CANCELLED)
 
     def _lose(self, cause: str) -> list[Command]:
         """Nothing goes on: every sequence ends with the cause, and so does what is submitted later."""
         self._lost = cause
-        return [self._end(live, EndReason.FAILED, cause) for live in list(self._live.values())]
+        commands = [
+            command for live in list(self._live.values()) for command in self._end(live, EndReason.FAILED, cause)
+        ]
+        self._in_flight.clear()
+        self._reserved.clear()
+        self.scheduler.forget_leaving()
+        return commands
 
-    def _end(self, live: LiveSequence, reason: EndReason, detail: str = "") -> Ended:
-        """A transfer of its keys and values keeps its blocks until it has ended itself, or lapses."""
+    def _end(self, live: LiveSequence, reason: EndReason, detail: str = "") -> list[Command]:
+        """Ends a sequence. A transfer of its keys and values keeps its blocks until it has ended itself, or lapses."""
         sequence_id = live.sequence.sequence_id
         del self._live[sequence_id]
         self.scheduler.remove(sequence_id)
@@ -202,7 +218,9 @@ class ReplicaCore:
             self.scheduler.release(unsent)
         self._starved = False
         num_preemptions = live.sequence.num_preemptions
-        return Ended(sequence_id=sequence_id, reason=reason, detail=detail, num_preemptions=num_preemptions)
+        ended = Ended(sequence_id=sequence_id, reason=reason, detail=detail, num_preemptions=num_preemptions)
+        transfer = self.transfers.of(sequence_id)
+        return [ended] if transfer is None else [ended, Revoke(hold_id=transfer.hold.hold_id)]
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -213,8 +231,9 @@ class ReplicaCore:
         last_step = self._in_flight[-1].step if self._in_flight else self.num_ended_steps
         self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
         commands = self._receive_reserved(now_s)
-        self._starved = not plan.chunks
-        if self._starved:
+        # A preemption may have made room for somebody else: nobody is admitted in the same step.
+        self._starved = not plan.chunks and not plan.preempted
+        if not plan.chunks:
             return commands
         planned = [self._live[chunk.sequence_id] for chunk in plan.chunks]
         commands.append(
@@ -254,6 +273,8 @@ class ReplicaCore:
             sequence.enter(Phase.LEAVING)
 
     def _end_step(self, event: StepEnded, now_s: float) -> list[Command]:
+        if self._lost is not None:
+            return []
         plan = self._in_flight.popleft()
         assert plan.step == event.step and len(plan.chunks) == len(event.advances), (plan, event)
         self.num_ended_steps += 1
@@ -263,6 +284,8 @@ class ReplicaCore:
         commands = self._receive_reserved(now_s)
         for place, (chunk, advance) in enumerate(zip(plan.chunks, event.advances, strict=True)):
             live = self._live.get(chunk.sequence_id)
+            given = len(advance.token_ids)
+            assert self._is_pipeline or advance.failed is not None or given == chunk.samples, "counted beforehand"
             if live is not None:  # else it has ended while the step was on its way
                 commands += self._advance(live, place, advance, now_s)
         return commands
@@ -278,7 +301,7 @@ class ReplicaCore:
     def _advance(self, live: LiveSequence, place: int | None, advance: Advance, now_s: float) -> list[Command]:
         """Takes what a step gave a sequence into its answer, and ends it after its last token."""
         if advance.failed is not None:
-            return [self._end(live, EndReason.FAILED, advance.failed)]
+            return self._end(live, EndReason.FAILED, advance.failed)
         token_ids, reason = live.accept(advance)
         if not token_ids:
             return []
@@ -290,7 +313,7 @@ class ReplicaCore:
         live.extend_hashes(self.settings.limits.block_size)
         if reason is EndReason.LENGTH and live.spec.ship_to is not None:
             return [tell, self._ship(live, live.spec.ship_to, now_s)]
-        return [tell] if reason is None else [tell, self._end(live, reason)]
+        return [tell] if reason is None else [tell, *self._end(live, reason)]
 
     # -- keys and values on their way -----------------------------------------------------------------------------
 
@@ -356,7 +379,7 @@ class ReplicaCore:
     def _end_shipping(self, hold_id: int, reason: EndReason, detail: str = "") -> list[Command]:
         transfer = self._close(hold_id)
         live = None if transfer is None else self._live.get(transfer.sequence_id)
-        return [] if live is None else [self._end(live, reason, detail)]
+        return [] if live is None else self._end(live, reason, detail)
 
     def _lapse(self, hold_id: int) -> list[Command]:
         """A prompt whose keys and values did not come is computed here."""

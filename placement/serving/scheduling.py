@@ -172,6 +172,7 @@ class Scheduler:
         sequence = self._sequences[sequence_id]
         sequence.num_computed_tokens = max(sequence.num_computed_tokens, min(num_tokens, sequence.num_tokens - 1))
         self._prefixes.register(sequence)
+        self._prefixes.compute(sequence)
         sequence.enter(_first_phase(sequence))
 
     def transfers(self) -> list[Hold]:
@@ -205,12 +206,11 @@ class Scheduler:
             elif sequence.phase is _REPLAY and sequence.num_uncomputed_tokens <= 1:
                 sequence.enter(Phase.RUNNING)
 
-    def register(self, sequence_id: int) -> None:
-        """Lets the blocks of a sequence be shared whose hashes came after their step had completed.
-
-        ``complete`` and ``remove`` do the same; this is for who cannot wait for them. Raises KeyError once it is gone.
-        """
-        self._prefixes.register(self._sequences[sequence_id])
+    def forget_leaving(self) -> None:
+        """Forgets the sequences that leave with a step, since no step ends any more."""
+        for sequence in [sequence for sequence in self._running if sequence.phase is _LEAVING]:
+            sequence.step = None
+            self._forget(sequence)
 
     def check(self) -> None:
         """Asserts what must always hold, between any two calls."""
@@ -309,7 +309,11 @@ class Scheduler:
         """Gives a waiting sequence the computed blocks that it starts with and ``count`` of its own."""
         sequence.hold = self._holds.take(SequenceOwner(sequence.sequence_id), count, found=found)
         self._prefixes.begin(sequence, len(found))
-        sequence.enter(Phase.AWAITS_KV if sequence.awaits_kv else _first_phase(sequence))
+        if sequence.awaits_kv and sequence.num_computed_tokens < sequence.num_prompt_tokens:
+            sequence.enter(Phase.AWAITS_KV)
+        else:
+            self._prefixes.compute(sequence)
+            sequence.enter(_first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 
     def _find_room(self, sequence: Sequence, draft: _Draft) -> bool:

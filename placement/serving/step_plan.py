@@ -71,7 +71,7 @@ class StepPlan:
 
     Attributes:
         step: counts the plans that have chunks, from 1; one without is no step and has the last number.
-        chunks: decodes first, then prefills.
+        chunks: decodes first, then prefills, then what is admitted.
         preempted: sequences whose blocks were taken for this step; they wait again.
         reserved: sequences that were given blocks for keys and values that come from elsewhere.
     """

@@ -1,4 +1,7 @@
-"""Keys and values on their way between replicas, each with a lease."""
+"""Keeps the transfers of keys and values between replicas, each with a lease.
+
+Workers send none yet: serving prefill and decode on different replicas needs this (issue 14).
+"""
 
 from dataclasses import dataclass
 
@@ -43,6 +46,15 @@ class Transfers:
     def close(self, transfer: Transfer) -> None:
         """Ends a transfer."""
         del self._open[transfer.hold.hold_id]
+
+    def of(self, sequence_id: int) -> Transfer | None:
+        """The transfer of a sequence's keys and values, where there is one."""
+        return next((it for it in self._open.values() if it.sequence_id == sequence_id), None)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return not self._open
 
     @property
     def hold_ids(self) -> frozenset[int]:

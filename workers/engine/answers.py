@@ -45,7 +45,8 @@ def outputs(
             said.append(_token(work.sequence_id, command, result))
         else:
             _say_end(said, work.sequence_id, command)
-    if len(commands) < len(plan.chunks):  # a sink hears of every step that computed for it
+    if len({command.sequence_id for command in commands}) < len(plan.chunks):
+        # A sink hears of every step that computed for it, also of one that gave its sequences nothing.
         for chunk in plan.chunks:
             if chunk.sequence_id in works:
                 told.setdefault(works[chunk.sequence_id].sink, [])

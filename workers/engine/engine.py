@@ -120,8 +120,10 @@ class Engine:
         self._closed = True
         works, detail = self._loop.works, cause_of(cause)
         told = [Ended(sequence_id=key, reason=EndReason.FAILED, detail=detail) for key in works.by_core_id]
-        works.end(told, self._core.num_ended_steps)
-        self._answer_inbox()
+        try:
+            works.end(told, self._core.num_ended_steps)
+        finally:
+            self._answer_inbox()
         if self.failure is None:  # else the core may be in disorder
             self._loop.end(detail)
 

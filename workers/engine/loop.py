@@ -45,6 +45,8 @@ from workers.step.types import StepResult
 _IDLE_WAIT_S = 1.0
 # The most that taking messages may keep a step waiting that could be dispatched or collected.
 _TAKE_S = 0.001
+# The longest wait for the step that a cancelled one was cancelled for.
+_CAUSE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +163,6 @@ class Loop:
     def _submit(self, message: Submitted) -> None:
         submission = message.submission
         core_id = self.works.next_id(message.sink, message.sequence_id)
-        work = begin(message.sink, message.sequence_id, submission, self._block_size)
         event = Submit(
             sequence_id=core_id,
             spec=submission.spec,
@@ -172,6 +173,11 @@ class Loop:
         for command in self._handle(event):
             assert isinstance(command, Refused), command
             raise command.error
+        try:
+            work = begin(message.sink, message.sequence_id, submission, self._block_size)
+        except HeterodyneError:
+            self._handle(Cancel(sequence_id=core_id))
+            raise
         self.works.add(core_id, work)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -203,12 +209,26 @@ class Loop:
             self._broken = True
             raise
 
+    def _first_failure(self) -> BaseException | None:
+        """What a step raised that was dispatched later, where a pipeline's earlier one was cancelled for it."""
+        for step in self._dispatched:
+            try:
+                failure = step.result.exception(_CAUSE_S)
+            except (CancelledError, TimeoutError):
+                continue
+            if failure is not None and not isinstance(failure, CancelledError):
+                return failure
+        return None
+
     def _collect(self) -> None:
         """Where a step has ended, has the core take what it gave, and tells every sink once."""
         if not self._dispatched or not self._dispatched[0].result.done():
             return
         dispatched = self._dispatched.popleft()
-        result, plan = dispatched.result.result(), dispatched.plan
+        try:
+            result, plan = dispatched.result.result(), dispatched.plan
+        except CancelledError as error:
+            raise self._first_failure() or error from None
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=self._clock())
         commands = self._handle(StepEnded(step=plan.step, advances=advances(result)))
         said = [command for command in commands if isinstance(command, Tell | Ended)]

@@ -1,5 +1,6 @@
 """The sequences of an engine, by the core's number and by their sink's."""
 
+import logging
 from collections.abc import Sequence as Seq
 
 from placement.serving.admission import repeated
@@ -7,6 +8,8 @@ from placement.serving.events import Ended
 from workers.engine.answers import ends
 from workers.engine.types import Sink, StepStats
 from workers.engine.work import Work
+
+logger = logging.getLogger(__name__)
 
 
 class Works:
@@ -44,8 +47,11 @@ class Works:
 
     def end(self, ended: Seq[Ended], step: int) -> None:
         """Tells every sink once of sequences that end between two steps, and drops them."""
-        stats = StepStats(step=step)
-        for sink, items in ends(ended, self.by_core_id).items():
-            sink.step(stats, items)
+        told = ends(ended, self.by_core_id)
         for command in ended:
             self.forget(command.sequence_id)
+        for sink, items in told.items():
+            try:
+                sink.step(StepStats(step=step), items)
+            except Exception:  # the other sinks are to hear of theirs
+                logger.exception("sink_failed")

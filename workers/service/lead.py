@@ -1,6 +1,7 @@
 """The leader stream: one gateway's sequences on this engine, in both directions."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from collections.abc import Sequence as Seq
@@ -59,7 +60,7 @@ class LeaderStream:
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
         # A closed loop means that the process ends: there is nobody left to tell.
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *args)
 
     # -- called on the loop -----------------------------------------------------------------------------------

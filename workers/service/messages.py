@@ -19,6 +19,7 @@ _END = {
     EndReason.LENGTH: pb.END_REASON_LENGTH,
     EndReason.CANCELLED: pb.END_REASON_CANCELLED,
     EndReason.FAILED: pb.END_REASON_FAILED,
+    EndReason.SHIPPED: pb.END_REASON_SHIPPED,
 }
 # google.rpc.Code numbers, spelled here so that a message can carry them.
 INVALID_ARGUMENT = 3

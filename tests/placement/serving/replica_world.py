@@ -5,6 +5,7 @@ what it reads when it executes, which may be well after it was planned. The next
 answer of every sequence is known beforehand, whoever computes it.
 """
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from placement.serving.events import (
     KvSent,
     Receive,
     Refused,
+    Revoke,
     Run,
     SequenceSpec,
     Ship,
@@ -32,6 +34,7 @@ from placement.serving.events import (
     Tell,
 )
 from placement.serving.log import RecordedCore
+from placement.serving.replica import LATE_TRANSFER
 from placement.serving.settings import CoreSettings
 
 VOCAB_SIZE = 7
@@ -62,6 +65,7 @@ class Text:
     told: list[int] = field(default_factory=list)
     ended: Ended | None = None
     refused: bool = False
+    causes: set[tuple[EndReason, str]] = field(default_factory=set)  # why it may have ended without a full answer
 
     def digest(self, count: int) -> int:
         """What the slot of token ``count - 1`` holds."""
@@ -97,7 +101,8 @@ class World:
         """A sequence comes, ``num_emitted`` tokens of whose answer were given elsewhere."""
         sequence_id = len(self.texts)
         emitted = continuation(spec.prompt_ids, num_emitted)
-        self.texts[sequence_id] = Text(spec=spec, emitted=emitted, tokens=[*spec.prompt_ids, *emitted])
+        causes = {(EndReason.FAILED, "on fire")} if self.lost else set()
+        self.texts[sequence_id] = Text(spec=spec, emitted=emitted, tokens=[*spec.prompt_ids, *emitted], causes=causes)
         self._tell(
             Submit(
                 sequence_id=sequence_id,
@@ -111,6 +116,7 @@ class World:
 
     def cancel(self, sequence_id: int) -> None:
         """Nobody wants a sequence any more."""
+        self.texts[sequence_id].causes.add((EndReason.CANCELLED, ""))
         self._tell(Cancel(sequence_id=sequence_id))
 
     def drain(self) -> None:
@@ -121,7 +127,12 @@ class World:
         """It is time for a step. Says whether there was one."""
         before = len(self.steps)
         self._tell(StepDue())
-        return len(self.steps) > before
+        if len(self.steps) > before:
+            return True
+        if self.core.phases() and len(self.steps) < 2 and not self.core.wants_step:
+            # It says that there is nothing to compute: so there must be nothing.
+            assert not copy.deepcopy(self.core.scheduler).schedule().chunks
+        return False
 
     def end_step(self, *, fails_at: int | None = None) -> None:
         """The oldest step executes and ends; the sequence of chunk ``fails_at`` can not be sampled."""
@@ -131,12 +142,16 @@ class World:
         advances = self._execute(step)
         if fails_at is not None and fails_at < len(advances) and step.run.plan.chunks[fails_at].samples:
             advances[fails_at] = Advance(failed="no token")
+            text = self.texts[step.run.plan.chunks[fails_at].sequence_id]
+            text.causes.add((EndReason.FAILED, "no token"))
         self._tell(StepEnded(step=step.run.plan.step, advances=tuple(advances)))
 
     def lose(self) -> None:
         """The oldest step failed."""
         self.steps.clear()
         self.lost = True
+        for text in self.texts.values():
+            text.causes.add((EndReason.FAILED, "on fire"))
         self._tell(StepLost(cause="on fire"))
 
     def receive(self, hold_id: int, num_tokens: int, *, with_token: bool) -> None:
@@ -144,9 +159,11 @@ class World:
         request = self.incoming.pop(hold_id)
         text = self.texts[request.sequence_id]
         advance = Advance()
+        self.reached.add("received all" if num_tokens == request.tokens.stop else "received some")
         if with_token and not text.emitted and len(text.tokens) == len(text.spec.prompt_ids):
             advance, num_tokens = Advance(token_ids=(next_token(text.tokens),)), request.tokens.stop
             text.tokens += advance.token_ids
+            self.reached.add("received with a token")
         for position in range(request.tokens.start, num_tokens):
             self.memory[self._slot(request.table, position)] = text.digest(position + 1)
         self._tell(KvArrived(hold_id=hold_id, num_tokens=num_tokens, advance=advance))
@@ -163,7 +180,10 @@ class World:
         self.now_s += seconds
         for event in self.core.transfers.lapsed(self.now_s):
             self.incoming.pop(event.hold_id, None)
-            self.outgoing.pop(event.hold_id, None)
+            order = self.outgoing.pop(event.hold_id, None)
+            if order is not None:
+                self.texts[order.sequence_id].causes.add((EndReason.FAILED, LATE_TRANSFER))
+            self.reached.add("a late send" if order is not None else "a late receipt")
             self._tell(event)
 
     def repeat_old_transfer(self, hold_id: int) -> None:
@@ -175,8 +195,8 @@ class World:
     def settle(self) -> None:
         """Everything ends, within the steps that its tokens can need."""
         most = sum(len(t.spec.prompt_ids) + t.spec.max_tokens for t in self.texts.values() if t.ended is None)
-        for _ in range((most + 2) ** 2):
-            if self.core.is_idle or self.lost:
+        for _ in range((most + 2) ** 2 + len(self.incoming) + len(self.outgoing)):
+            if self.core.is_idle:
                 break
             self._scribble()
             self.plan()
@@ -199,9 +219,8 @@ class World:
         load = self.core.load()
         self.reached |= {"preempted"} if load.num_preemptions else set()
         self.reached |= {"found a prefix"} if load.prefix_hits else set()
-        if not self.lost:
-            assert self.core.is_idle
-            assert self.core.pool.num_free == self.core.pool.num_total
+        assert self.core.is_idle
+        assert self.core.pool.num_free == self.core.pool.num_total
 
     def _check_answer(self, text: Text) -> None:
         spec = text.spec
@@ -215,6 +234,9 @@ class World:
         elif text.ended.reason in (EndReason.STOP, EndReason.LENGTH, EndReason.SHIPPED):
             assert text.told == expected, (text, expected)
             assert (text.ended.reason is EndReason.STOP) == bool(stops), text
+            assert (text.ended.reason is EndReason.SHIPPED) == (spec.ship_to is not None and not stops), text
+        else:
+            assert (text.ended.reason, text.ended.detail) in text.causes, text
 
     # -- commands -------------------------------------------------------------------------------------------------
 
@@ -251,6 +273,9 @@ class World:
                 self.reached.add(f"ended: {command.reason.value}")
             case Refused():
                 self.texts[command.sequence_id].refused = True
+                self.reached.add(f"refused: {type(command.error).__name__}")
+            case Revoke():
+                assert command.hold_id in self.incoming or command.hold_id in self.outgoing, "of an open transfer"
             case Receive():
                 self.incoming[command.hold_id] = command
             case Ship():
@@ -270,11 +295,13 @@ class World:
             text = self.texts[chunk.sequence_id]
             for position in range(chunk.start, chunk.stop):
                 self.memory[self._slot(table, position)] = text.digest(position + 1)
-        advances = []
+        advances: list[Advance] = []
         for chunk, _, table in jobs:  # nobody wrote to what a batch-mate reads
             text = self.texts[chunk.sequence_id]
             self._read(text, table, chunk.stop)
             advances.append(self._sample(text) if chunk.samples else Advance())
+            if len(advances[-1].token_ids) > 1:
+                self.reached.add("several tokens")
             assert not chunk.samples or chunk.stop + len(advances[-1].token_ids) == len(text.tokens)
         return advances
 

@@ -72,6 +72,7 @@ def begin(cache: PrefixCache, pool: BlockPool, sequence: Sequence, found: list[i
     count = pool.blocks_for(sequence.num_tokens) - len(found)
     sequence.hold = Holds(pool).take(SequenceOwner(sequence.sequence_id), count, found=found)
     cache.begin(sequence, len(found))
+    cache.compute(sequence)
 
 
 def compute(cache: PrefixCache, sequence: Sequence, num_tokens: int) -> None:

@@ -211,6 +211,26 @@ def test_a_lost_step_ends_everything_and_what_comes_later() -> None:
     failed = [Ended(sequence_id=i, reason=EndReason.FAILED, detail="on fire") for i in (1, 2)]
     assert core.handle(StepLost(cause="on fire"), 0.0) == failed
     assert submit(core, 3) == [Ended(sequence_id=3, reason=EndReason.FAILED, detail="on fire")]
+    assert core.is_idle and core.pool.num_free == core.pool.num_total
+
+
+def test_a_lost_step_of_a_pipeline_holds_nothing_for_what_was_cancelled_in_it() -> None:
+    core = ReplicaCore(PIPELINE)
+    submit(core, 1)
+    plan(core)
+    core.handle(Cancel(sequence_id=1), 0.0)
+    core.handle(StepLost(cause="on fire"), 0.0)
+    assert core.is_idle and core.pool.num_free == core.pool.num_total
+
+
+def test_a_sequence_id_is_never_used_again() -> None:
+    core = ReplicaCore(PIPELINE)
+    submit(core, 1)
+    plan(core)
+    core.handle(Cancel(sequence_id=1), 0.0)
+    (refused,) = submit(core, 1)
+    assert isinstance(refused, Refused) and isinstance(refused.error, FieldError)
+    assert refused.error.field == "sequence_id"
 
 
 @pytest.mark.parametrize(

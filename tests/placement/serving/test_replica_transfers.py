@@ -15,6 +15,7 @@ from placement.serving.events import (
     KvArrived,
     KvSent,
     Receive,
+    Revoke,
     Ship,
     StepDue,
     Submit,
@@ -111,7 +112,10 @@ def test_a_prompt_whose_transfer_lapses_is_computed_here() -> None:
 def test_a_transfer_holds_the_blocks_of_a_cancelled_sequence_until_it_ends() -> None:
     core = ReplicaCore(SETTINGS)
     receive = awaiting(core)
-    assert core.handle(Cancel(sequence_id=1), 0.0) == [Ended(sequence_id=1, reason=EndReason.CANCELLED)]
+    assert core.handle(Cancel(sequence_id=1), 0.0) == [
+        Ended(sequence_id=1, reason=EndReason.CANCELLED),
+        Revoke(hold_id=receive.hold_id),
+    ]
     assert core.pool.num_free == core.pool.num_total - 2 and not core.is_idle
     assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=5), 0.0) == []
     assert core.is_idle
@@ -127,6 +131,25 @@ def test_keys_and_values_are_not_asked_for_while_a_step_may_write_to_their_block
     receive, *told = end(core, 1, 6)
     assert isinstance(receive, Receive) and receive.sequence_id == 2
     assert len(told) == 2
+
+
+def test_nobody_waits_for_a_prefix_that_comes_from_elsewhere() -> None:
+    core = ReplicaCore(SETTINGS)
+    awaiting(core)
+    submit(core, 2)
+    assert plan(core).chunks == (Chunk(sequence_id=2, start=0, num_tokens=5, samples=True),)
+    assert core.load().num_running == 1 and core.load().num_moving == 1
+
+
+def test_keys_and_values_that_are_here_are_not_asked_for() -> None:
+    world = World(SETTINGS)
+    world.submit(spec((1, 2, 3, 4), max_tokens=2))
+    world.settle()
+    first = continuation((1, 2, 3, 4), 1)
+    world.submit(spec((1, 2, 3, 4), max_tokens=3, awaits_kv=True), 1)
+    assert world.plan() and not world.incoming
+    world.settle()
+    assert [*first, *world.texts[1].told] == continuation((1, 2, 3, 4), 3)
 
 
 # -- keys and values for elsewhere ------------------------------------------------------------------------------------
@@ -162,7 +185,10 @@ def test_a_prompt_that_nobody_takes_fails_when_its_transfer_lapses(core: Replica
 
 def test_a_cancelled_prompt_that_is_sent_holds_its_blocks_until_that_has_ended(core: ReplicaCore) -> None:
     ship = shipping(core)
-    assert core.handle(Cancel(sequence_id=1), 0.0) == [Ended(sequence_id=1, reason=EndReason.CANCELLED)]
+    assert core.handle(Cancel(sequence_id=1), 0.0) == [
+        Ended(sequence_id=1, reason=EndReason.CANCELLED),
+        Revoke(hold_id=ship.hold_id),
+    ]
     assert core.pool.num_free == core.pool.num_total - 2
     assert core.handle(KvSent(hold_id=ship.hold_id), 0.0) == []
     assert core.is_idle

@@ -245,19 +245,15 @@ def test_a_block_whose_hash_comes_late_is_registered_with_the_next_step() -> Non
     assert sequence.num_registered_blocks == 2
 
 
-def test_a_block_whose_hash_comes_late_can_be_registered_at_once_or_when_the_sequence_leaves() -> None:
+def test_a_block_whose_hash_comes_late_is_registered_when_the_sequence_leaves() -> None:
     engine = Engine()
-    for sid, leaves in ((1, False), (2, True)):
-        sequence = engine.add(sid, [sid, *TEXT[:7]])
-        hashes, sequence.block_hashes = sequence.block_hashes, []
-        engine.finish(engine.scheduler.schedule())
-        sequence.block_hashes = hashes
-        if leaves:
-            engine.scheduler.remove(sid)
-        else:
-            engine.scheduler.register(sid)
-        engine.scheduler.check()
-        assert all(engine.pool.find(block_hash) is not None for block_hash in hashes)
+    sequence = engine.add(1, [1, *TEXT[:7]])
+    hashes, sequence.block_hashes = sequence.block_hashes, []
+    engine.finish(engine.scheduler.schedule())
+    sequence.block_hashes = hashes
+    engine.scheduler.remove(1)
+    engine.scheduler.check()
+    assert all(engine.pool.find(block_hash) is not None for block_hash in hashes)
 
 
 def test_sequences_without_hashes_share_nothing() -> None:

@@ -180,12 +180,10 @@ class PrefixMachine(RuleBasedStateMachine):
         self._complete(step.plan)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), at_once=st.booleans())
-    def hash_what_is_known(self, data: st.DataObject, at_once: bool) -> None:
+    @rule(data=st.data())
+    def hash_what_is_known(self, data: st.DataObject) -> None:
         sequence_id = data.draw(st.sampled_from(sorted(self.live)))
         self.texts[sequence_id].hash(self.pool.block_size)
-        if at_once:
-            self.scheduler.register(sequence_id)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), chance=st.integers(0, 2))

@@ -1,7 +1,9 @@
 """What is asked of the engine is taken in order, a little at a time, and answered once, even where the engine stops."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -110,6 +112,55 @@ def test_a_long_inbox_is_taken_a_little_at_a_time_and_in_order(make_engine: Any)
     assert max(b - a for a, b in itertools.pairwise(tokens_at)) <= 5
     assert [sequence_id for sequence_id in listener.said if sequence_id] == list(range(1, NUM_MANY))
     parts.idle()
+
+
+class Deaf(Listener):
+    """Cannot be told anything any more."""
+
+    def step(self, stats: Any, outputs: Any) -> None:
+        raise RuntimeError("nobody is there")
+
+
+def test_a_sink_that_cannot_be_told_keeps_no_other_from_being_told(make_engine: Any) -> None:
+    runner = SlowRunner()
+    parts = make_engine(runner, vocab_size=16)
+    deaf, listener = Deaf(), Listener()
+    for sink in (deaf, listener):
+        parts.engine.submit(sink, 1, submission([3, 4], max_tokens=40))
+    assert runner.entered.acquire(timeout=WAIT_S)
+    parts.engine.stop()
+    parts.engine.ended.result(WAIT_S)
+    assert len(listener.ends) + len(listener.refusals) == 1
+    runner.gate.release(10)
+    parts.idle()
+
+
+class Fails(SlowRunner):
+    """The first step waits for the second, which fails, and is cancelled then: as a pipeline has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps = itertools.count()
+        self._failed = threading.Event()
+
+    def _execute(self, batch: Batch) -> StepResult:
+        if next(self._steps) == 0:
+            assert self._failed.wait(WAIT_S)
+            raise CancelledError
+        self._failed.set()
+        raise MemoryError("no room")
+
+
+def test_the_cause_is_that_of_the_step_that_failed_and_not_of_one_that_was_cancelled_for_it(make_engine: Any) -> None:
+    parts = make_engine(Fails(), vocab_size=16, num_stages=2, token_budget=2, max_num_seqs=2, start=False)
+    listener = Listener()
+    for i in range(2):
+        parts.engine.submit(listener, i, submission([3, 4], max_tokens=40, cache_salt=bytes([i])))
+    parts.engine.thread.start()
+    listener.wait_ends(2)
+    parts.engine.ended.result(WAIT_S)
+    assert isinstance(parts.engine.failure, MemoryError)
+    assert {output.detail for output in listener.ends.values()} == {"MemoryError: no room"}
 
 
 class Script(SlowRunner):

@@ -112,6 +112,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     END_REASON_LENGTH: _EndReason.ValueType  # 2
     END_REASON_CANCELLED: _EndReason.ValueType  # 3
     END_REASON_FAILED: _EndReason.ValueType  # 4
+    END_REASON_SHIPPED: _EndReason.ValueType  # 5
+    """Its keys and values went to another replica, which continues it."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper): ...
 
@@ -120,6 +122,8 @@ END_REASON_STOP: EndReason.ValueType  # 1
 END_REASON_LENGTH: EndReason.ValueType  # 2
 END_REASON_CANCELLED: EndReason.ValueType  # 3
 END_REASON_FAILED: EndReason.ValueType  # 4
+END_REASON_SHIPPED: EndReason.ValueType  # 5
+"""Its keys and values went to another replica, which continues it."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
 
 @_typing.final
