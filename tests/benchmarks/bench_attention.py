@@ -114,14 +114,14 @@ def shared_arms(
     return {"paged": once, "own": each}
 
 
-def measure(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call of each arm, the arms in turn; the first two rounds do not count."""
+def measure(calls: dict[str, Callable[[], object]], repeats: int, warm_up: int) -> dict[str, list[float]]:
+    """Seconds of each call of each arm, the arms in turn; the first ``warm_up`` rounds do not count."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for round_number in range(repeats + 2):
+    for round_number in range(repeats + warm_up):
         for name, call in calls.items():
             started = time.perf_counter()
             call()
-            if round_number >= 2:
+            if round_number >= warm_up:
                 taken[name].append(time.perf_counter() - started)
     return taken
 
@@ -133,16 +133,16 @@ def ratio(other: list[float], ours: list[float]) -> Metric:
     return Metric(value=middle, unit="x", samples=len(pairs), spread=(low, high))
 
 
-def compare(key: str, calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Metric]:
+def compare(key: str, calls: dict[str, Callable[[], object]], repeats: int, warm_up: int) -> dict[str, Metric]:
     """The metrics of the arms, of which one is ``paged``."""
-    taken = measure(calls, repeats)
+    taken = measure(calls, repeats, warm_up)
     paged_us = statistics.median(taken["paged"]) * 1e6
     ours = {f"{key}_us": Metric(value=paged_us, unit="us", samples=len(taken["paged"]))}
     others = taken.keys() - {"paged"}
     return ours | {f"{arm}_over_paged_{key}": ratio(taken[arm], taken["paged"]) for arm in sorted(others)}
 
 
-def compare_all(repeats: int) -> tuple[dict[str, Metric], list[Rows]]:
+def compare_all(repeats: int, warm_up: int) -> tuple[dict[str, Metric], list[Rows]]:
     """All metrics, and a table for each kind of work."""
     kinds: tuple[tuple[str, Callable[..., dict[str, Callable[[], object]]], tuple[Any, ...]], ...] = (
         ("decode", arms, LOADS),
@@ -156,7 +156,8 @@ def compare_all(repeats: int) -> tuple[dict[str, Metric], list[Rows]]:
         for shape, name, load in itertools.product(SHAPES, DTYPES, loads):
             what = "x".join(map(str, load)) if isinstance(load, tuple) else str(load)
             key = f"{'_'.join(map(str, shape))}_{name}_{what}"
-            found = compare(key if kind == "decode" else f"{kind}_{key}", make(shape, load, DTYPES[name]), repeats)
+            calls = make(shape, load, DTYPES[name])
+            found = compare(key if kind == "decode" else f"{kind}_{key}", calls, repeats, warm_up)
             metrics.update(found)
             ours, *others = found.values()
             ratios = [metric.split("_over_")[0] for metric in list(found)[1:]]
@@ -172,11 +173,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load_at_start = os.getloadavg()
-    metrics, tables = compare_all(options.repeats)
+    metrics, tables = compare_all(options.repeats, options.warm_up)
     gains = [metric.value for key, metric in metrics.items() if key.startswith("gather_over")]
     metrics["gather_over_paged_least"] = Metric(value=min(gains), unit="x", samples=len(gains))
     report = Report(

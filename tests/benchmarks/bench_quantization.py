@@ -128,7 +128,7 @@ def measure_speed(layers: Mapping[str, Sequence[Linear]], num_tokens: int, repea
     x = torch.randn(num_tokens, num_inputs).bfloat16()
     taken: dict[str, list[float]] = {name: [] for name in layers}
     for round_number in range(repeats + 1):
-        for copy in range(NUM_COPIES):
+        for copy in range(len(layers["bf16"])):
             for name, copies in layers.items():
                 started = time.thread_time()
                 copies[copy](x)
@@ -181,12 +181,15 @@ def main() -> int:
     """Measure, print tables, write build/bench/quantization.json."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument(
+        "--copies", type=int, default=NUM_COPIES, help="fewer may fit a cache: only to see that it runs"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     load_at_start = os.getloadavg()
     metrics = measure_quality(DEMO)
-    layers = make_layers(SHAPE, NUM_COPIES)
+    layers = make_layers(SHAPE, options.copies)
     for num_tokens in TOKENS:
         metrics |= speed_metrics(num_tokens, measure_speed(layers, num_tokens, options.repeats))
     lines = {name: [(m, metrics[f"{name}_gb_per_s_m{m}"].value) for m in TOKENS] for name in FORMS}

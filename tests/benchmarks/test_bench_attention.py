@@ -10,7 +10,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def test_bench_attention_reports_every_arm(tmp_path: Path) -> None:
     output = tmp_path / "attention.json"
-    script = [sys.executable, "tests/benchmarks/bench_attention.py", "--repeats", "2", "--output", str(output)]
+    script = [
+        sys.executable,
+        "tests/benchmarks/bench_attention.py",
+        "--repeats=2",
+        "--warm-up=0",
+        "--output",
+        str(output),
+    ]
     subprocess.run(script, cwd=REPOSITORY, env={"PYTHONPATH": "."}, check=True, capture_output=True, timeout=200)
     report = json.loads(output.read_text())
     assert {"name", "machine", "versions", "metrics"} <= report.keys()

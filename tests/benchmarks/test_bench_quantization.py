@@ -14,7 +14,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("bench") / "quantization.json"
-    script = [sys.executable, "tests/benchmarks/bench_quantization.py", "--repeats", "1", "--output", str(output)]
+    script = [
+        sys.executable,
+        "tests/benchmarks/bench_quantization.py",
+        "--repeats=1",
+        "--copies=2",
+        "--output",
+        str(output),
+    ]
     environment = {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
     subprocess.run(script, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=300)
     content: dict[str, Any] = json.loads(output.read_text())

@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.oracle import greedy_each
+
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 END_OF_TEXT = "<|end_of_text|>"
 PROMPTS = (
@@ -72,10 +74,16 @@ def test_tokenizer_begins_every_text_and_gives_it_back(model: Any, tokenizer: An
     assert len(tokenizer) == model.config.vocab_size
 
 
+@pytest.fixture(scope="module")
+def continuations(model: Any, tokenizer: Any) -> dict[str, list[int]]:
+    return dict(zip(PROMPTS, greedy_each(model, [tokenizer(p)["input_ids"] for p in PROMPTS], NEW_TOKENS), strict=True))
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_continuations_are_long_and_not_degenerate(model: Any, tokenizer: Any, prompt: str) -> None:
-    tokens = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**tokens, max_new_tokens=NEW_TOKENS)[0, tokens["input_ids"].shape[1] :].tolist()
+def test_greedy_continuations_are_long_and_not_degenerate(
+    continuations: dict[str, list[int]], tokenizer: Any, prompt: str
+) -> None:
+    output = continuations[prompt]
     assert len(output) == NEW_TOKENS
     assert tokenizer.eos_token_id not in output
     assert distinct_share(output) > 0.6, tokenizer.decode(output)

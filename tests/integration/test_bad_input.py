@@ -13,8 +13,6 @@ import yaml
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.service import REPOSITORY, Command, orchestrator
 
-pytestmark = pytest.mark.integration
-
 DEMO = REPOSITORY / "deploy" / "demo"
 
 
@@ -132,6 +130,7 @@ def test_schema_prints_the_committed_schema() -> None:
         assert command.output() == (REPOSITORY / "deploy" / "heterodyne.schema.json").read_text()
 
 
+@pytest.mark.integration
 def test_more_gpus_than_the_cluster_has_are_refused_before_anything_is_launched() -> None:
     sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", "cluster.workers=[{device: cuda:7}]")
     with orchestrator("serve", "deploy/local.yaml", *(f"--set={item}" for item in sets)) as command:

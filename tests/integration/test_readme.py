@@ -1,4 +1,7 @@
-"""Every command of the README runs as it is written. (``ray job submit`` and its cluster: test_ray_job.)"""
+"""Every command of the README runs as it is written.
+
+``serve`` and what talks to it: test_serve, by the functions here. ``ray job submit`` and its cluster: test_ray_job.
+"""
 
 import os
 import re
@@ -62,30 +65,39 @@ def test_make_demo_streams_an_answer_and_leaves_nothing() -> None:
         assert words in output
 
 
-def test_serve_and_every_command_that_talks_to_it() -> None:
+def serve_as_written(**more: str) -> Command:
+    """The README's service, at ``ADDRESS`` and with further settings; it serves when this returns."""
+    assert SERVE in commands()
+    service = Command(shell(SERVE), env=ENV | more)
+    try:
+        service.wait_for(f"event=serving model=demo address={ADDRESS}")
+    except BaseException:
+        service.close()
+        raise
+    return service
+
+
+def run_every_command_that_talks_to_it() -> None:
+    """To the service of :func:`serve_as_written`, while that runs."""
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
     assert len(rest) == 11
-    with Command(shell(SERVE), env=ENV) as service:
-        service.wait_for(f"event=serving model=demo address={ADDRESS}")
-        for command in rest:
-            result = subprocess.run(
-                shell(command),
-                env=os.environ | ENV,
-                cwd=REPOSITORY,
-                capture_output=True,
-                text=True,
-                timeout=2 * PATIENCE_S,
-                check=False,
-            )
-            assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
-            assert result.stdout.strip(), command
-        run_python_example()
-        output = service.stop_cleanly()
-    assert "event=drained" in output
+    for command in rest:
+        result = subprocess.run(
+            shell(command),
+            env=os.environ | ENV,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_S,
+            check=False,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+        assert result.stdout.strip(), command
 
 
 def run_python_example() -> None:
+    """Against the same service."""
     (example,) = blocks("python")
     result = subprocess.run(
         [sys.executable, "-c", example.replace("127.0.0.1:50051", ADDRESS)],

@@ -17,9 +17,10 @@ import pytest
 from orchestrator.launcher.ray_access import answers_without_token
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
+from tests.integration import test_readme as readme
 from tests.support.clocks import PATIENCE_S, own_time
 from tests.support.deploying.ray_access import Listener, code_in_ray, listeners, missing_ss
-from tests.support.deploying.service import Command, free_port, orchestrator, serve
+from tests.support.deploying.service import Command, orchestrator, serve
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -51,11 +52,10 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    port = free_port()
+    """The README's own; most tests of a running service share it."""
     # float32: greedy answers then do not depend on what else is in the batch.
-    command, address = serve("model.dtype=float32", f"telemetry.prometheus_address=127.0.0.1:{port}")
-    with command:
-        yield Service(command, address, f"http://127.0.0.1:{port}/metrics")
+    with readme.serve_as_written(HETERODYNE_MODEL__DTYPE="float32") as command:
+        yield Service(command, readme.ADDRESS, f"http://{readme.METRICS}/metrics")
         output = command.stop_cleanly()
     assert "event=drained" in output
     assert "Traceback" not in output
@@ -122,6 +122,11 @@ def resident_bytes(service: Service) -> dict[str, int]:
     (worker,) = [psutil.Process(rank.pid) for replica in now.replicas for rank in replica.ranks]
     (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
     return {"worker": worker.memory_info().rss, "gateway": gateway.memory_info().rss}
+
+
+def test_every_command_of_the_readme_runs_beside_it(service: Service) -> None:
+    readme.run_every_command_that_talks_to_it()
+    readme.run_python_example()
 
 
 async def test_64_streams_of_mixed_requests_for_60_s_give_the_answers_they_give_alone(service: Service) -> None:
@@ -286,7 +291,7 @@ async def kill_and_drain(command: Command, address: str) -> None:
 
         async def one(index: int) -> tuple[str, float]:
             # Prompts of one length, so that the replicas get equal shares of them.
-            message = pb.GenerateRequest(prompt=f"And it came to pass {index:02}", max_tokens=1200, ignore_eos=True)
+            message = pb.GenerateRequest(prompt=f"And it came to pass {index:02}", max_tokens=600, ignore_eos=True)
             try:
                 async for _ in stub.Generate(message, timeout=200.0):
                     pass

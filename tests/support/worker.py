@@ -1,4 +1,4 @@
-"""A worker as a process of its own, with no Ray: started, loaded, talked to."""
+"""A worker with no Ray, as a process of its own or as a service in this one: started, loaded, talked to."""
 
 import asyncio
 import sys
@@ -14,6 +14,8 @@ from orchestrator.launcher.process import WorkerArgs, WorkerProcess
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
 from tests.support.gateway.leader_stream import EPOCH
+from workers.host.device import open_device
+from workers.service.server import WorkerService
 
 WHOLE = pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509})
 _READ_S = 30.0
@@ -72,6 +74,23 @@ async def running(**fields: Any) -> AsyncIterator[tuple[WorkerProcess, Any]]:
             yield worker, stub
     finally:
         await worker.stop(grace_s=5.0)
+
+
+@asynccontextmanager
+async def running_here() -> AsyncIterator[Any]:
+    """The stub of a worker's service in this process, for what does not depend on having one of its own."""
+    server = grpc.aio.server()
+    service = WorkerService(device=open_device("cpu", 1), epoch=EPOCH)
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with connected(f"127.0.0.1:{port}") as stub:
+            yield stub
+    finally:
+        await service.stop(5.0)
+        await server.stop(None)
+        service.close()
 
 
 @asynccontextmanager

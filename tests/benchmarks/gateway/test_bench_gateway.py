@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.benchmarks.gateway.gateway_board import FIRST_ID, NUM_STAMPS, Board
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -23,7 +21,6 @@ def test_a_tokens_id_leads_to_the_end_of_its_step(tmp_path: Path) -> None:
     assert board.step_ns == 5
 
 
-@pytest.mark.integration
 def test_bench_gateway_measures_latency_tokens_and_requests(tmp_path: Path) -> None:
     script = [sys.executable, str(REPOSITORY / "tests/benchmarks/gateway/bench_gateway.py")]
     sizes = ["--streams", "1", "4", "--seconds=0.5", "--repeats=1", "--step-ms=2", "--token-steps-ms", "1"]

@@ -61,7 +61,6 @@ class Unequal(LocalLauncher):
         return Started(node="here", address=worker.address, ranks_port=worker.ranks_port, pid=worker.pid)
 
 
-@pytest.mark.integration
 async def test_the_faster_worker_gets_more_of_the_model_whatever_their_threads(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -92,7 +91,6 @@ class Unreachable(LocalLauncher):
         return dataclasses.replace(started, address="127.0.0.1:1") if key[1] else started
 
 
-@pytest.mark.integration
 async def test_a_worker_that_cannot_be_measured_leaves_the_cut_by_threads_and_is_named(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -119,7 +117,6 @@ class Failing(LocalLauncher):
         return await super().start(key, epoch=epoch, shard=shard)
 
 
-@pytest.mark.integration
 async def test_a_worker_that_does_not_start_fails_the_measurement_with_its_cause_and_all_end(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +129,6 @@ async def test_a_worker_that_does_not_start_fails_the_measurement_with_its_cause
     assert not left and not launcher.workers
 
 
-@pytest.mark.integration
 async def test_a_worker_that_ends_after_it_was_measured_fails_the_launch(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:

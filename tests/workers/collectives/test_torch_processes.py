@@ -48,6 +48,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
     assert process.stdout.readline() == "ready\n"
 
 
+@pytest.mark.integration  # on a busy machine a survivor may end before another has noticed, and be named in its place
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize(("number", "word"), [(signal.SIGKILL, "connection"), (signal.SIGSTOP, "no pulse")])
 def test_a_rank_that_dies_or_freezes_in_a_sum_is_named_within_seconds_and_the_others_end(

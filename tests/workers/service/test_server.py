@@ -14,7 +14,7 @@ from orchestrator.launcher.process import WorkerArgs, WorkerFailed, WorkerProces
 from placement.measured.collectives import MEASURED_BYTES
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.gateway.leader_stream import EPOCH, drain, submit
-from tests.support.worker import collect, load, load_request, outputs, running, until
+from tests.support.worker import collect, load, load_request, outputs, running, running_here, until
 from workers.collectives.algorithms import ALL_REDUCES
 from workers.collectives.backends import Library
 
@@ -172,7 +172,7 @@ async def test_a_bad_submission_is_rejected_and_the_stream_lives(
 async def test_a_load_that_cannot_work_says_why(
     llama_checkpoint: Any, fields: dict[str, Any], code: str, word: str
 ) -> None:
-    async with running() as (_, stub):
+    async with running_here() as stub:
         request = load_request(llama_checkpoint())
         for name, value in fields.items():
             request.ClearField(name)
