@@ -56,7 +56,7 @@ def test_answers_are_those_of_transformers(
             listener.wait_ends(len(PROMPTS))
             assert [listener.tokens[i] for i in range(len(PROMPTS))] == answers
         if num_blocks < 100:
-            assert parts.scheduler.num_preemptions
+            assert parts.core.load().num_preemptions
         parts.idle()
 
 
@@ -67,7 +67,7 @@ def test_decodes_are_dealt_out_among_the_steps_in_flight(pipeline: Ranks) -> Non
             parts.engine.submit(listener, i, submission([i + 1], max_tokens=40))
         listener.wait_ends(6)
         most = -(-6 // pipeline.num_stages)
-        late = [stats.num_decodes for stats in listener.steps if stats.step > 20]
+        late = [stats.load.num_decodes for stats in listener.steps if stats.step > 20]
         assert late and max(late) <= most
         parts.idle()
 
