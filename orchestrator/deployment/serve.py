@@ -61,7 +61,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
         _warn_of_strangers(address, console)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         if not config.cluster.is_local:
-            hosts = find_seats(needs)
+            hosts = find_seats(needs, stop.asked)
             if hosts is None:
                 _say(console, event="hosts", cause="no room for all workers was found; Ray places them")
             else:
