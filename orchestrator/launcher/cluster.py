@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
-from orchestrator.launcher.ray_access import start_own_ray
+from orchestrator.launcher.ray_access import node_ip, start_own_ray
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
@@ -179,7 +179,7 @@ class RayLauncher:
         )
         num_gpus = 1 if shard.device.kind == "cuda" else 0
         actor = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=0)(NodeAgent)
-        self._agents[key] = actor.options(scheduling_strategy=strategy).remote()
+        self._agents[key] = actor.options(scheduling_strategy=strategy).remote(node_ip)
         return self._agents[key]
 
     async def _check_memory(self, agent: Any, shard: Shard) -> None:
