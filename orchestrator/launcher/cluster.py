@@ -193,9 +193,15 @@ class RayLauncher:
             )
 
     async def wait(self, key: RankKey) -> WorkerEnd:
-        """Waits for a worker's end and says how it came; the loss of its agent counts as one."""
+        """Waits for a worker's end and says how it came; the loss of its agent counts as one.
+
+        A worker that was stopped before has ended.
+        """
+        agent = self._agents.get(key)
+        if agent is None:
+            return WorkerEnd(how=HowEnded.STOPPED, cause="stopped")
         try:
-            end: WorkerEnd = await self._agents[key].wait.remote()
+            end: WorkerEnd = await agent.wait.remote()
         except ray.exceptions.RayError as error:
             cause = f"its node or its Ray actor was lost ({ray_cause(error)})"
             return WorkerEnd(how=HowEnded.FAILED, cause=cause)

@@ -82,6 +82,7 @@ async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
     assert end.how is HowEnded.FAILED
     assert end.cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in end.cause
     await under_test.stop(("a", 0))  # an actor that is gone already is no error
+    assert (await under_test.wait(("a", 0))).how is HowEnded.STOPPED
     await under_test.close()
 
 
