@@ -17,10 +17,11 @@ from orchestrator.controller.control import start_control_server
 from orchestrator.controller.early import MEASURE_TIMEOUT_S, EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
-from orchestrator.launcher.agent import NotStarted, node_ip
+from orchestrator.launcher.agent import NotStarted
 from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, ray_cause
 from orchestrator.launcher.node import advertised_host
 from orchestrator.launcher.process import WorkerFailed
+from orchestrator.launcher.ray_access import node_ip
 from placement.errors import HeterodyneError
 from placement.measured.speed import DeviceSpeed, NotMeasured
 

@@ -51,8 +51,8 @@ class EarlyWorkers:
         await self._launcher.reserve(shards)
         await self._start_all(shards)
         barrier = _Barrier(len(shards))
-        asked = ((self._started[key].address, settings.speed_request(key[0], epoch=self.epoch)) for key in shards)
-        return tuple(await asyncio.gather(*(_ask(address, request, barrier) for address, request in asked)))
+        requests = ((self._started[key].address, settings.speed_request(key[0], epoch=self.epoch)) for key in shards)
+        return tuple(await asyncio.gather(*(_ask(address, request, barrier) for address, request in requests)))
 
     async def _start_all(self, shards: Mapping[RankKey, Shard]) -> None:
         starts = [asyncio.create_task(self._start_early(key, shard)) for key, shard in shards.items()]

@@ -131,6 +131,15 @@ class LoadRank:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FollowRank:
+    """Wait for the end of the worker process and say how it came."""
+
+    replica: str
+    epoch: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StopRank:
     """End the worker process, by force if it does not end by itself."""
 
@@ -139,5 +148,5 @@ class StopRank:
     rank: int
 
 
-RankCommand = StartRank | LoadRank | StopRank
+RankCommand = StartRank | FollowRank | LoadRank | StopRank
 Command = Reserve | RankCommand

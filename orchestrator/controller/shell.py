@@ -61,6 +61,7 @@ class ControllerShell:
         self._changed = asyncio.Condition()
         self._reserved = False
         self._processes: set[RankKey] = set()
+        self._followed: set[RankKey] = set()
         self._under_way: set[tuple[object, ...]] = set()
         self._closed = False
         self._starts = BackgroundTasks()
@@ -98,7 +99,9 @@ class ControllerShell:
         """Begins what is planned and not under way."""
         if self._closed:
             return
-        observed = Observed(reserved=self._reserved, processes=frozenset(self._processes))
+        observed = Observed(
+            reserved=self._reserved, processes=frozenset(self._processes), followed=frozenset(self._followed)
+        )
         for command in plan(self._state, observed):
             name = _name_of(command)
             if name not in self._under_way:
@@ -154,11 +157,20 @@ class ControllerShell:
                 await self._reserve(command)
             case events.StopRank():
                 await self._stop(command)
-            case events.StartRank() | events.LoadRank():
+            case events.StartRank() | events.FollowRank() | events.LoadRank():
                 try:
-                    await (self._start(command) if isinstance(command, events.StartRank) else self._load(command))
+                    await self._run_worker(command)
                 except Exception as error:  # the border: a worker may fail in any way
                     await self._failed((command.replica, command.rank), command.epoch, error)
+
+    async def _run_worker(self, command: events.StartRank | events.FollowRank | events.LoadRank) -> None:
+        match command:
+            case events.StartRank():
+                await self._start(command)
+            case events.FollowRank():
+                await self._follow(command)
+            case events.LoadRank():
+                await self._load(command)
 
     async def _failed(self, key: RankKey, epoch: int, error: Exception) -> None:
         replica, rank = key
@@ -186,7 +198,6 @@ class ControllerShell:
             started = await self._launcher.start(key, epoch=command.epoch, shard=command.shard)
         finally:  # also where the start failed half-way, or came up after the rank was stopped
             self._processes.add(key)
-        self._background.spawn(self._follow(key, command.epoch))
         event = events.RankStarted(
             replica=command.replica,
             epoch=command.epoch,
@@ -212,10 +223,17 @@ class ControllerShell:
         async for event in load_rank(command, self._settings, token):
             await self.dispatch(event)
 
-    async def _follow(self, key: RankKey, epoch: int) -> None:
+    async def _follow(self, command: events.FollowRank) -> None:
         """Waits for the process to end and says so."""
-        replica, rank = key
-        end = await self._launcher.wait(key)
+        key = (command.replica, command.rank)
+        self._followed.add(key)
+        try:
+            await self._dispatch_end(command, await self._launcher.wait(key))
+        finally:
+            self._followed.discard(key)
+
+    async def _dispatch_end(self, command: events.FollowRank, end: WorkerEnd) -> None:
+        replica, epoch, rank = command.replica, command.epoch, command.rank
         # When all ranks are told to end, those that end first are lost to the others.
         drained = end.how is HowEnded.PEER_LOST and self._state.phase is machine.Phase.DRAINING
         if end.how is HowEnded.STOPPED or drained:

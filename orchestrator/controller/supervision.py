@@ -10,7 +10,7 @@ what is observed. An event that is lost costs nothing but the time until the nex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.controller.events import Command, LoadRank, Member, RankKey, Reserve, StartRank, StopRank
+from orchestrator.controller.events import Command, FollowRank, LoadRank, Member, RankKey, Reserve, StartRank, StopRank
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 
 _ENDING = (Phase.DRAINING, Phase.FAILED, Phase.STOPPED)
@@ -23,10 +23,12 @@ class Observed:
     Attributes:
         reserved: whether nodes hold the resources of its ranks.
         processes: the ranks that may have a process: a start was tried, and no stop has ended since.
+        followed: the ranks whose process somebody waits for the end of.
     """
 
     reserved: bool = False
     processes: frozenset[RankKey] = frozenset()
+    followed: frozenset[RankKey] = frozenset()
 
 
 def plan(state: State, observed: Observed) -> tuple[Command, ...]:
@@ -35,7 +37,7 @@ def plan(state: State, observed: Observed) -> tuple[Command, ...]:
     if starts and not observed.reserved:
         shards = {(start.replica, start.shard.rank): start.shard for start in starts}
         return (*_stops(state, observed), Reserve(epoch=starts[0].epoch, shards=tuple(shards.items())))
-    return (*_stops(state, observed), *starts, *_loads(state))
+    return (*_stops(state, observed), *starts, *_follows(state, observed), *_loads(state))
 
 
 def _is_wanted(state: State, replica: ReplicaState) -> bool:
@@ -47,6 +49,15 @@ def _starts(state: State) -> Iterator[StartRank]:
         for rank in replica.ranks if _is_wanted(state, replica) else ():
             if rank.phase is Phase.STARTING:
                 yield StartRank(replica=replica.name, epoch=replica.epoch, shard=rank.shard)
+
+
+def _follows(state: State, observed: Observed) -> Iterator[FollowRank]:
+    """A rank that is to be stopped needs nobody who follows it, as its stop says when it has ended."""
+    for replica in state.replicas:
+        for rank in replica.ranks if _is_wanted(state, replica) else ():
+            runs = rank.phase in (Phase.LOADING, Phase.READY)
+            if runs and (replica.name, rank.shard.rank) not in observed.followed:
+                yield FollowRank(replica=replica.name, epoch=replica.epoch, rank=rank.shard.rank)
 
 
 def _loads(state: State) -> Iterator[LoadRank]:

@@ -33,7 +33,7 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) 
     places = [provisional.workers[replica.name, rank] for rank in range(len(measured))]
     by_place = dict(zip(places, measured, strict=True))
     speeds = [speed for _, speed in sorted(by_place.items()) if isinstance(speed, DeviceSpeed)]
-    failures = [f"{names[place]} {it.cause}" for place, it in by_place.items() if isinstance(it, NotMeasured)]
+    failures = [f"{names[place]} {speed.cause}" for place, speed in by_place.items() if isinstance(speed, NotMeasured)]
     if failures:
         return Settled(checked=provisional, line=split_line(provisional, cause="; ".join(failures)))
     checked = by_speed(provisional, speeds)

@@ -15,6 +15,7 @@ from pathlib import Path
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
+from orchestrator.launcher.echo import print_line
 from orchestrator.launcher.process import environment
 from protos.codec.child_process import Listening
 
@@ -93,10 +94,18 @@ def _listening(output: "_Output", stop: StopRequest) -> str:
         except queue.Empty:
             continue
         if listening is None:
-            code = output.process.wait()
-            raise LaunchFailed(f"the gateway ended at its start with exit code {code}; its words are above")
+            raise LaunchFailed(_why_silent(output.process, timeout_s=deadline - time.monotonic()))
         return listening.address
     raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
+
+
+def _why_silent(process: "subprocess.Popen[bytes]", *, timeout_s: float) -> str:
+    """Returns why a gateway says no more before it said where it listens."""
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return "the gateway's output ended, or could not be read, before it said where it listens"
+    return f"the gateway ended at its start with exit code {code}; its words are above"
 
 
 class _Output:
@@ -115,15 +124,17 @@ class _Output:
     def _read(self) -> None:
         assert self.process.stdout is not None
         listens = False
-        for line in iter(partial(self.process.stdout.readline, _LONGEST_LINE), b""):
-            text = line.decode(errors="replace").rstrip()
-            listening = None if listens else Listening.read(text)
-            if listening is None:  # a library's words
-                print(text, file=sys.stderr, flush=True)
-            else:
-                listens = True
-                self.first.put(listening)
-        self.first.put(None)
+        try:
+            for line in iter(partial(self.process.stdout.readline, _LONGEST_LINE), b""):
+                text = line.decode(errors="replace").rstrip()
+                listening = None if listens else Listening.read(text)
+                if listening is None:  # a library's words
+                    print_line(text)
+                else:
+                    listens = True
+                    self.first.put(listening)
+        finally:  # whatever ends it, nobody waits for a line that does not come
+            self.first.put(None)
 
     def close(self) -> None:
         """Reads what is left of a child that has ended, and closes the pipe."""

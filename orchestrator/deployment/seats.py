@@ -1,9 +1,11 @@
 """Gives each worker a machine of a Ray cluster that was joined, and each rank the labels that keep it there."""
 
+import threading
 import time
 from collections.abc import Sequence
 
 from orchestrator.deployment.preflight import Checked
+from orchestrator.errors import LaunchFailed
 from orchestrator.launcher.hosts import find_hosts
 from placement.planning.seating import NODE_ID_LABEL, Host, Need, need_of, seat
 
@@ -23,12 +25,20 @@ def worker_needs(checked: Checked) -> list[Need]:
     return [need_of(devices[place], worker.node_labels) for place, worker in enumerate(workers)]
 
 
-def find_seats(needs: Sequence[Need]) -> tuple[Host, ...] | None:
-    """Returns a machine for each worker; None where some worker finds no room for some seconds."""
+def find_seats(needs: Sequence[Need], stop: threading.Event) -> tuple[Host, ...] | None:
+    """Returns a machine for each worker; None where some worker finds no room for some seconds.
+
+    Raises:
+        LaunchFailed: ``stop`` was set before the end.
+    """
     deadline = time.monotonic() + _SEAT_S
-    while (hosts := seat(needs, find_hosts())) is None and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-    return hosts
+    while True:
+        hosts = seat(needs, find_hosts(stop))
+        if stop.is_set():
+            raise LaunchFailed("stopped while machines were looked for")
+        if hosts is not None or time.monotonic() > deadline:
+            return hosts
+        stop.wait(_POLL_S)
 
 
 def rank_labels(checked: Checked) -> dict[tuple[str, int], dict[str, str]]:

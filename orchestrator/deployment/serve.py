@@ -61,9 +61,9 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
         _warn_of_strangers(address, console)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         if not config.cluster.is_local:
-            hosts = find_seats(needs)
+            hosts = find_seats(needs, stop.asked)
             if hosts is None:
-                _say(console, event="hosts", cause="no room for all workers is free now; Ray places them")
+                _say(console, event="hosts", cause="no room for all workers was found; Ray places them")
             else:
                 checked = on_hosts(checked, hosts)
             _print(console, plan_lines(checked) if checked.split_by is None else ())

@@ -7,6 +7,7 @@ parent-death signal follows the thread that started the process.
 """
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from orchestrator.launcher.node import advertised_host, available_memory_bytes
@@ -15,7 +16,7 @@ from orchestrator.launcher.process import WorkerArgs, WorkerEnd, WorkerFailed, W
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """What a node has to give."""
+    """Says what a node has to give."""
 
     node: str
     available_bytes: int
@@ -23,7 +24,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """A worker that listens.
+    """Says where a worker listens.
 
     Attributes:
         ranks_port: where the other ranks of its replica connect, at the host of ``address``.
@@ -37,22 +38,20 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotStarted:
-    """A worker that did not come up. Takes an exception's place in an actor's answer: Ray would wrap the exception."""
+    """Says why a worker did not come up. It takes an exception's place in an actor's answer: Ray would wrap that."""
 
     cause: str
 
 
-def node_ip() -> str:
-    """Returns the address that Ray knows this node by."""
-    import ray  # here, for this module is also used where Ray is not
-
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
 class NodeAgent:
-    """One worker process on this node."""
+    """Keeps one worker process on this node.
 
-    def __init__(self) -> None:
+    Args:
+        node_ip: returns the address that Ray knows this node by. It is passed in, for this module knows no Ray.
+    """
+
+    def __init__(self, node_ip: Callable[[], str]) -> None:
+        self._node_ip = node_ip
         self._worker: WorkerProcess | None = None
 
     async def probe(self) -> Probe:
@@ -61,7 +60,7 @@ class NodeAgent:
 
     async def start(self, args: WorkerArgs, timeout_s: float) -> Started | NotStarted:
         """Starts the worker and waits until it listens."""
-        args = replace(args, advertise_host=advertised_host(args.bind_host, node_ip()))
+        args = replace(args, advertise_host=advertised_host(args.bind_host, self._node_ip()))
         try:
             self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
         except WorkerFailed as error:

@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
-from orchestrator.launcher.ray_access import start_own_ray
+from orchestrator.launcher.ray_access import node_ip, start_own_ray
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
@@ -179,7 +179,7 @@ class RayLauncher:
         )
         num_gpus = 1 if shard.device.kind == "cuda" else 0
         actor = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=0)(NodeAgent)
-        self._agents[key] = actor.options(scheduling_strategy=strategy).remote()
+        self._agents[key] = actor.options(scheduling_strategy=strategy).remote(node_ip)
         return self._agents[key]
 
     async def _check_memory(self, agent: Any, shard: Shard) -> None:
@@ -193,9 +193,15 @@ class RayLauncher:
             )
 
     async def wait(self, key: RankKey) -> WorkerEnd:
-        """Waits for a worker's end and says how it came; the loss of its agent counts as one."""
+        """Waits for a worker's end and says how it came; the loss of its agent counts as one.
+
+        A worker that was stopped before has ended.
+        """
+        agent = self._agents.get(key)
+        if agent is None:
+            return WorkerEnd(how=HowEnded.STOPPED, cause="stopped")
         try:
-            end: WorkerEnd = await self._agents[key].wait.remote()
+            end: WorkerEnd = await agent.wait.remote()
         except ray.exceptions.RayError as error:
             cause = f"its node or its Ray actor was lost ({ray_cause(error)})"
             return WorkerEnd(how=HowEnded.FAILED, cause=cause)

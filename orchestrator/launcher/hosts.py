@@ -1,6 +1,8 @@
 """Asks a Ray cluster that was joined for its machines, and each machine for its free memory."""
 
 import logging
+import threading
+import time
 from typing import Any
 
 import ray
@@ -13,16 +15,17 @@ from placement.planning.seating import Host
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 20.0
+_POLL_S = 0.2
 
 
-def find_hosts() -> tuple[Host, ...]:
+def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
     """Returns the machines of the cluster that live, by name.
 
-    A machine that does not answer within 20 s is returned without its memory.
+    A machine that does not answer within 20 s, or before ``stop`` is set, is returned without its memory.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
-    memory = _available_memory([node["NodeID"] for node in nodes])
+    memory = _available_memory([node["NodeID"] for node in nodes], stop)
     hosts = [
         Host(
             host_id=node["NodeID"],
@@ -37,14 +40,18 @@ def find_hosts() -> tuple[Host, ...]:
     return tuple(sorted(hosts, key=lambda host: (host.name, host.host_id)))
 
 
-def _available_memory(host_ids: list[str]) -> dict[str, int]:
+def _available_memory(host_ids: list[str], stop: threading.Event) -> dict[str, int]:
     """Asks all machines at once; one that is lost, or cannot run our code, is left out."""
     probe = ray.remote(num_cpus=0, max_retries=0)(available_memory_bytes)
     answers: dict[Any, str] = {}
     for host_id in host_ids:
         there = NodeAffinitySchedulingStrategy(host_id, soft=False)
         answers[probe.options(scheduling_strategy=there).remote()] = host_id
-    done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_S)
+    deadline = time.monotonic() + _ANSWER_S
+    done: list[Any] = []
+    late = list(answers)
+    while late and not stop.is_set() and time.monotonic() < deadline:
+        done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_POLL_S)
     memory: dict[str, int] = {}
     for answer in done:
         try:
@@ -52,6 +59,7 @@ def _available_memory(host_ids: list[str]) -> dict[str, int]:
         except ray.exceptions.RayError as error:
             logger.warning("host_memory_unknown node=%s cause=%s", answers[answer], type(error).__name__)
     for answer in late:
-        logger.warning("host_memory_unknown node=%s cause=no answer within %g s", answers[answer], _ANSWER_S)
+        if not stop.is_set():
+            logger.warning("host_memory_unknown node=%s cause=no answer within %g s", answers[answer], _ANSWER_S)
         ray.cancel(answer, force=True)
     return memory

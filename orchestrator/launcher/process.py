@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from orchestrator.launcher.echo import Echo
 from orchestrator.launcher.node import host_port
 from placement.errors import HeterodyneError
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
@@ -18,6 +19,8 @@ from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
 _STDERR_LINES = 20
+# Limit of reading and printing what is left of a process that has ended; a child of its own may hold the pipe.
+_OUTPUT_S = 1.0
 # Whoever has it runs code in Ray.
 _RAY_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -100,7 +103,7 @@ def environment(*, ray_token: bool = False) -> dict[str, str]:
 class WorkerProcess:
     """A worker process under watch. It dies with the process that started it.
 
-    Everything it prints is read until it ends, and passed on to standard error.
+    Everything it prints is read until it ends, and passed on to standard error, whatever becomes of that.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, host: str) -> None:
@@ -108,7 +111,8 @@ class WorkerProcess:
         self._host = host
         self._listening: asyncio.Future[Listening | None] = asyncio.get_running_loop().create_future()
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
-        self._readers = [asyncio.create_task(read()) for read in (self._read_stdout, self._read_stderr)]
+        self._echo = Echo()
+        self._output = asyncio.create_task(self._read_all())
         self._stopping = False
         self.address = ""
         self.ranks_port = 0
@@ -152,27 +156,36 @@ class WorkerProcess:
         self.address = host_port(self._host, int(listening.address.rpartition(":")[2]))
         self.ranks_port = listening.ranks_port
 
+    async def _read_all(self) -> None:
+        try:
+            await asyncio.wait([asyncio.create_task(read()) for read in (self._read_stdout, self._read_stderr)])
+        finally:
+            self._echo.end()
+        await self._echo.ended()
+
     async def _read_stdout(self) -> None:
         assert self._process.stdout is not None
-        async for line in _lines(self._process.stdout):
-            listening = None if self._listening.done() else Listening.read(line)
-            if listening is None:  # a library's words
-                print(line, file=sys.stderr, flush=True)
-            else:
-                self._listening.set_result(listening)
-        if not self._listening.done():
-            self._listening.set_result(None)
+        try:
+            async for line in _lines(self._process.stdout):
+                listening = None if self._listening.done() else Listening.read(line)
+                if listening is None:  # a library's words
+                    await self._echo.put(line)
+                else:
+                    self._listening.set_result(listening)
+        finally:  # whatever ends it, nobody waits for a line that does not come
+            if not self._listening.done():
+                self._listening.set_result(None)
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         async for line in _lines(self._process.stderr):
             self._stderr.append(line)
-            print(line, file=sys.stderr, flush=True)
+            await self._echo.put(line)
 
     async def wait(self) -> WorkerEnd:
         """Waits for the end of the process and says how it came."""
         code = await self._process.wait()
-        await asyncio.wait(self._readers, timeout=1.0)
+        await asyncio.wait([self._output], timeout=_OUTPUT_S)
         if self._stopping:
             return WorkerEnd(how=HowEnded.STOPPED, cause="stopped")
         last = next((line for line in reversed(self._stderr) if line.strip()), "")

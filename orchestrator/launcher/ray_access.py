@@ -1,5 +1,7 @@
-"""Owns who gets into a Ray: one that is started here answers on loopback to its own processes alone, and a joined one
-is asked whether it lets in anybody.
+"""Owns who gets into a Ray, and where this node is in it.
+
+A Ray that is started here answers on loopback to its own processes alone; one that is joined is asked whether it lets
+in anybody.
 """
 
 import logging
@@ -45,6 +47,11 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def node_ip() -> str:
+    """Returns the address that Ray knows this node by."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def lets_in_anybody() -> bool:

@@ -8,6 +8,10 @@ from placement.model.specs import DeviceSpec
 NODE_ID_LABEL = "ray.io/node-id"
 """The label that Ray gives every node, with a value that no other node has."""
 
+# Bounds of the search for a seating where filling one machine after the other finds none.
+_MOST_SEARCHED = 16
+_MOST_STEPS = 10_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
@@ -46,23 +50,34 @@ def need_of(device: DeviceSpec, labels: Mapping[str, str]) -> Need:
 def seat(needs: Sequence[Need], hosts: Sequence[Host]) -> tuple[Host, ...] | None:
     """Assigns a machine to each worker, so that few machines are used and workers share one where they can.
 
-    The machine that takes most of the workers gets them, then the machine that takes most of the rest. Workers whose
-    labels allow the fewest machines go first.
+    The workers with the least choice of machines go first. The machine that has room for most of the workers gets
+    them, then the machine that has room for most of the rest. Where that leaves a worker over, up to 16 workers are
+    searched for any seating at all.
 
     Returns:
-        The machine of each worker; None where some worker finds no room that way.
+        The machine of each worker; None where no seating was found. For a few workers and machines there is none then;
+        for more than 16 workers, or where the search was given up after 10000 steps, there may be one.
     """
-    suitable = [sum(_matches(need.labels, host.labels) for host in hosts) for need in needs]
-    waiting = sorted(range(len(needs)), key=lambda worker: suitable[worker])
+    choices = [sum(_fits(need, host, host.num_cpus, host.num_gpus) for host in hosts) for need in needs]
+    order = sorted(range(len(needs)), key=lambda i: (choices[i], -needs[i].num_gpus, -needs[i].num_cpus))
+    seats = _greedy(order, needs, hosts)
+    if seats is None and all(choices) and len(needs) <= _MOST_SEARCHED:
+        seats = _Search([needs[worker] for worker in order], hosts).run(order)
+    return None if seats is None else tuple(seats[worker] for worker in range(len(needs)))
+
+
+def _greedy(order: Sequence[int], needs: Sequence[Need], hosts: Sequence[Host]) -> dict[int, Host] | None:
+    """Fills one machine after the other, each time the one that has room for most of the workers that are left."""
+    waiting = list(order)
     seats: dict[int, Host] = {}
     unused = list(hosts)
     while waiting and unused:
-        takes = [_those_that_fit(waiting, needs, host) for host in unused]
-        most = max(range(len(unused)), key=lambda place: len(takes[place]))
-        seats |= dict.fromkeys(takes[most], unused[most])
+        fitting = [_those_that_fit(waiting, needs, host) for host in unused]
+        most = max(range(len(unused)), key=lambda place: len(fitting[place]))
+        seats |= dict.fromkeys(fitting[most], unused[most])
         waiting = [worker for worker in waiting if worker not in seats]
         del unused[most]
-    return None if waiting else tuple(seats[worker] for worker in range(len(needs)))
+    return None if waiting else seats
 
 
 def _those_that_fit(workers: Sequence[int], needs: Sequence[Need], host: Host) -> list[int]:
@@ -70,11 +85,58 @@ def _those_that_fit(workers: Sequence[int], needs: Sequence[Need], host: Host) -
     num_cpus, num_gpus = host.num_cpus, host.num_gpus
     for worker in workers:
         need = needs[worker]
-        if _matches(need.labels, host.labels) and need.num_cpus <= num_cpus and need.num_gpus <= num_gpus:
+        if _fits(need, host, num_cpus, num_gpus):
             fitting.append(worker)
             num_cpus -= need.num_cpus
             num_gpus -= need.num_gpus
     return fitting
+
+
+class _Search:
+    """Looks for any seating of workers, depth first: each worker tries every machine, those in use before the others.
+
+    What is free once some workers have a seat decides whether the rest can have one, so each such state that led
+    nowhere is remembered, and workers that are alike do not change places in vain.
+    """
+
+    def __init__(self, needs: Sequence[Need], hosts: Sequence[Host]) -> None:
+        self._needs = needs
+        self._hosts = hosts
+        self._free = [(host.num_cpus, host.num_gpus) for host in hosts]
+        self._places: list[int] = []
+        self._dead_ends: set[tuple[tuple[float, float], ...]] = set()
+        self._steps = 0
+
+    def run(self, workers: Sequence[int]) -> dict[int, Host] | None:
+        """Returns the machine of each of ``workers``, whose needs are in the same order; None where none was found."""
+        if not self._seat_rest():
+            return None
+        return {worker: self._hosts[place] for worker, place in zip(workers, self._places, strict=True)}
+
+    def _seat_rest(self) -> bool:
+        if len(self._places) == len(self._needs):
+            return True
+        state = ((len(self._places), 0), *self._free)
+        self._steps += 1
+        if state in self._dead_ends or self._steps > _MOST_STEPS:
+            return False
+        need = self._needs[len(self._places)]
+        for place in sorted(range(len(self._hosts)), key=lambda place: place not in self._places):
+            num_cpus, num_gpus = before = self._free[place]
+            if _fits(need, self._hosts[place], num_cpus, num_gpus):
+                self._free[place] = (num_cpus - need.num_cpus, num_gpus - need.num_gpus)
+                self._places.append(place)
+                if self._seat_rest():
+                    return True
+                self._places.pop()
+                self._free[place] = before
+        self._dead_ends.add(state)
+        return False
+
+
+def _fits(need: Need, host: Host, num_cpus: float, num_gpus: float) -> bool:
+    """Whether a worker may run on ``host`` and finds room in what is free of it."""
+    return need.num_cpus <= num_cpus and need.num_gpus <= num_gpus and _matches(need.labels, host.labels)
 
 
 def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:

@@ -116,11 +116,19 @@ def mixed(index: int) -> pb.GenerateRequest:
             return request(index, sampling=pb.SamplingParams(top_k=40, temperature=0.7, seed=7), cache_salt="x")
 
 
+def worker_process(service: Service) -> psutil.Process:
+    (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
+    return worker
+
+
+def gateway_process(service: Service) -> psutil.Process:
+    (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
+    return gateway
+
+
 def resident_bytes(service: Service) -> dict[str, int]:
     """Memory of the worker and the gateway."""
-    now = status(service.address)
-    (worker,) = [psutil.Process(rank.pid) for replica in now.replicas for rank in replica.ranks]
-    (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
+    worker, gateway = worker_process(service), gateway_process(service)
     return {"worker": worker.memory_info().rss, "gateway": gateway.memory_info().rss}
 
 
@@ -158,7 +166,7 @@ async def test_64_streams_of_mixed_requests_for_60_s_give_the_answers_they_give_
 
 
 async def test_1000_random_cancels_and_disconnects_leave_nothing_behind(service: Service) -> None:
-    (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
+    worker = worker_process(service)
     num_threads = worker.num_threads()
 
     async def one(index: int, shared: grpc.aio.Channel) -> None:
@@ -232,6 +240,9 @@ def test_every_process_listens_on_loopback_alone(service: Service) -> None:
     found = listeners(process.pid for process in service.command.family.seen)
     there = {listener.process for listener in found}
     assert {"gcs_server", "raylet", "ray::DashboardA", "ray::RuntimeEnv", "ray::Controller", "ray::NodeAgent"} <= there
+    pids = {listener.pid for listener in found}
+    ours = {"worker": worker_process(service).pid, "gateway": gateway_process(service).pid}
+    assert {name: pid for name, pid in ours.items() if pid not in pids} == {}
     assert [listener for listener in found if not listener.on_loopback] == []
 
 
@@ -271,10 +282,8 @@ def test_the_ray_that_serve_starts_runs_no_code_of_strangers(service: Service) -
 
 
 def test_what_does_not_connect_to_ray_has_not_its_token(service: Service) -> None:
-    (worker,) = [psutil.Process(rank.pid) for replica in status(service.address).replicas for rank in replica.ranks]
-    (gateway,) = [p for p in service.command.family.seen if p.is_running() and "orchestrator.gateway" in p.cmdline()]
     token = raylet(service).environ()["RAY_AUTH_TOKEN"]
-    for process in (worker, gateway):
+    for process in (worker_process(service), gateway_process(service)):
         assert token not in [*process.environ().values(), *process.cmdline()]
 
 

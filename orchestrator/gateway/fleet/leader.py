@@ -86,7 +86,8 @@ class Leader:
             return
         for fork in message.forks:
             self._inboxes[fork.sequence_id] = inbox
-        self._unreported_tokens += len(message.prompt_ids)
+        # As the replica's own report counts them: a sequence is pending with its whole prompt, shared or not.
+        self._unreported_tokens += len(message.prompt_ids) * len(message.forks)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:

@@ -194,6 +194,52 @@ async def test_a_worker_that_comes_up_after_it_was_stopped_is_stopped_again(
     await shell.shutdown(10.0)
 
 
+class Unwatched(LocalLauncher):
+    """Loses sight of its worker once it serves: to wait for its end raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost = asyncio.Event()
+
+    async def wait(self, key: tuple[str, int]) -> WorkerEnd:
+        await self.lost.wait()
+        raise ConnectionError("nobody knows how it is")
+
+
+async def test_a_worker_that_cannot_be_followed_has_failed_and_is_stopped(
+    served_checkpoint: Path, tmp_path: Path
+) -> None:
+    launcher = Unwatched()
+    shell, _ = make_shell(tmp_path, served_checkpoint, launcher=launcher)
+    await shell.launch()
+    await until(lambda: shell.state.phase is Phase.READY)
+    pid = launcher.workers["replica-0", 0].pid
+    launcher.lost.set()
+    await until(lambda: shell.state.phase is Phase.FAILED)
+    assert "nobody knows how it is" in shell.state.cause
+    await until(lambda: not psutil.pid_exists(pid))
+    await shell.shutdown(10.0)
+
+
+async def test_a_process_is_followed_once_for_as_long_as_it_lives(served_checkpoint: Path, tmp_path: Path) -> None:
+    waits = []
+
+    class Counting(LocalLauncher):
+        async def wait(self, key: tuple[str, int]) -> WorkerEnd:
+            waits.append(key)
+            return await super().wait(key)
+
+    launcher = Counting()
+    shell, _ = make_shell(tmp_path, served_checkpoint, launcher=launcher)
+    await shell.launch()
+    await until(lambda: shell.state.phase is Phase.READY)
+    psutil.Process(launcher.workers["replica-0", 0].pid).kill()
+    await until(lambda: shell.state.phase is Phase.FAILED)
+    assert "was killed by SIGKILL" in shell.state.cause and waits == [("replica-0", 0)]
+    await shell.shutdown(10.0)
+    assert waits == [("replica-0", 0)]
+
+
 class Silent(FakeLauncher, worker_pb2_grpc.WorkerServicer):
     """Its worker answers a request to load with nothing."""
 

@@ -10,6 +10,7 @@ from orchestrator.controller import state as machine
 from orchestrator.controller.events import (
     Command,
     Event,
+    FollowRank,
     Launch,
     LoadRank,
     RankEvent,
@@ -49,8 +50,13 @@ MODEL = ModelSpec(
 )
 
 
-# Everything is reserved, and every rank may have a process.
-ALL = Observed(reserved=True, processes=frozenset((f"replica-{i}", rank) for i in range(2) for rank in range(3)))
+# Everything is reserved, and every rank may have a process, which is followed.
+KEYS = frozenset((f"replica-{i}", rank) for i in range(2) for rank in range(3))
+ALL = Observed(reserved=True, processes=KEYS, followed=KEYS)
+
+
+# Nobody follows a process.
+UNSEEN = replace(ALL, followed=frozenset())
 
 
 def apply(state: State, event: Event) -> tuple[State, tuple[Command, ...]]:
@@ -288,6 +294,14 @@ def check(before: State, state: State, commands: tuple[Command, ...]) -> None:
             assert alive <= stops(state, Observed(reserved=True)), "until they have ended, whatever was lost"
         if state.phase in (Phase.FAILED, Phase.DRAINING) and not (state.launched and state.phase is Phase.FAILED):
             assert {(new.name, rank.shard.rank) for rank in new.ranks} == stops(state) & {(new.name, 0), (new.name, 1)}
+    unseen = {(c.replica, c.rank) for c in plan(state, UNSEEN) if isinstance(c, FollowRank)}
+    running = {
+        (replica.name, rank.shard.rank)
+        for replica in state.replicas
+        for rank in replica.ranks
+        if rank.phase in (Phase.LOADING, Phase.READY)
+    }
+    assert unseen == running - stops(state), "what runs is followed or is to be stopped"
     assert not {
         c for c in plan(state, ALL) if isinstance(c, StartRank | LoadRank) and (c.replica, c.rank) in stops(state)
     }
@@ -319,6 +333,23 @@ def test_what_is_to_be_done_follows_from_where_things_are_and_not_from_what_was_
     assert [(type(c), c.rank) for c in plan(state, ALL) if isinstance(c, LoadRank)] == [(LoadRank, 1)]
     state = machine.apply(state, loaded("replica-0", 1))
     assert plan(state, ALL) == ()
+
+
+def test_a_process_that_nobody_follows_is_to_be_followed_until_it_is_to_end() -> None:
+    def follows(state: State, followed: frozenset[tuple[str, int]] = frozenset()) -> set[tuple[str, int]]:
+        planned = plan(state, replace(ALL, followed=followed))
+        return {(c.replica, c.rank) for c in planned if isinstance(c, FollowRank)}
+
+    state = machine.apply(State(), Launch(plan=make_plan(1, 2), epoch=EPOCH))
+    assert follows(state) == set(), "nothing runs"
+    state = machine.apply(state, started("replica-0", 0))
+    assert follows(state) == {("replica-0", 0)}
+    state = launched(num_replicas=1)
+    both = {("replica-0", 0), ("replica-0", 1)}
+    assert follows(state) == both
+    assert follows(state, frozenset({("replica-0", 0)})) == {("replica-0", 1)}
+    assert follows(machine.apply(state, failed("replica-0", 0))) == set()
+    assert follows(machine.apply(state, Shutdown())) == set()
 
 
 def test_what_has_ended_is_stopped_for_as_long_as_it_may_have_a_process() -> None:

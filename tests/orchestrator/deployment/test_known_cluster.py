@@ -128,7 +128,7 @@ def test_each_rank_is_started_on_the_machine_that_it_was_planned_for(config: Con
     config = joined(config, node_labels={"at": "in(a, b)"})
     checked = check(config)
     assert rank_labels(checked) == {("replica-0", rank): {"at": "in(a, b)"} for rank in range(3)}
-    hosts = seat(worker_needs(checked), [host("a", num_cpus=3), host("b", num_cpus=5), host("c", num_cpus=64)])
+    hosts = seat(worker_needs(checked), [host("b", num_cpus=3), host("a", num_cpus=3), host("c", num_cpus=64)])
     assert hosts is not None and [each.name for each in hosts] == ["a", "b", "a"]
     checked = on_hosts(checked, hosts)
     assert [labels[NODE_ID_LABEL] for labels in rank_labels(checked).values()] == ["id-a", "id-a", "id-b"]

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 import ray
 
+from orchestrator.launcher import hosts
 from orchestrator.launcher.cluster import LaunchSettings, RankKey, RayLauncher, beside_driver, disconnect
 from orchestrator.launcher.hosts import find_hosts
 from orchestrator.launcher.process import HowEnded, WorkerFailed
@@ -79,12 +82,13 @@ async def test_a_lost_agent_is_a_cause_in_one_line(cluster: None) -> None:
     assert end.how is HowEnded.FAILED
     assert end.cause.startswith("its node or its Ray actor was lost (Actor") and "\n" not in end.cause
     await under_test.stop(("a", 0))  # an actor that is gone already is no error
+    assert (await under_test.wait(("a", 0))).how is HowEnded.STOPPED
     await under_test.close()
 
 
 async def test_a_clusters_machine_is_found_with_what_is_free_and_can_be_asked_for(cluster: None) -> None:
-    await until(lambda: [(host.num_cpus, host.num_gpus) for host in find_hosts()] == [(2, 2)])
-    (host,) = find_hosts()
+    await until(lambda: [(host.num_cpus, host.num_gpus) for host in find_hosts(threading.Event())] == [(2, 2)])
+    (host,) = find_hosts(threading.Event())
     assert host.name == socket.gethostname()
     assert host.labels[NODE_ID_LABEL] == host.host_id and (host.memory_bytes or 0) > 2**20
     device = DeviceSpec(kind="cuda", memory_bytes=0)
@@ -93,6 +97,20 @@ async def test_a_clusters_machine_is_found_with_what_is_free_and_can_be_asked_fo
         with contextlib.nullcontext() if found else pytest.raises(WorkerFailed, match="could not place"):
             await under_test.reserve({("a", 0): shard(0, device)})
         await under_test.close()
+
+
+def test_who_is_asked_to_stop_does_not_wait_for_machines_to_answer(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "available_memory_bytes", lambda: time.sleep(600))
+    monkeypatch.setattr(hosts, "_ANSWER_S", 10 * PATIENCE_S)
+    stop = threading.Event()
+    asking = threading.Timer(0.5, stop.set)
+    asking.start()
+    started_s = time.monotonic()
+    (host,) = find_hosts(stop)
+    assert host.memory_bytes is None and time.monotonic() < started_s + PATIENCE_S
+    asking.join()
 
 
 class Somewhere:

@@ -4,12 +4,14 @@ import asyncio
 import dataclasses
 import os
 import sys
+import time
 
 import pytest
 
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 from tests.support.clocks import PATIENCE_S
+from tests.support.deploying.lost_stderr import Loss, lost_stderr
 
 # More than any pipe holds; a million of it is one line.
 CHATTER = "print('NCCL INFO ring 0', *['x' * 80] * 50_000, sep=chr(10)); print('y' * 1_000_000);"
@@ -42,6 +44,29 @@ async def test_what_a_library_prints_before_and_after_never_stops_a_worker(capfd
     logged = capfd.readouterr().err
     assert logged.count("NCCL INFO ring 0") == 2 and logged.endswith("the last\n")
     assert "listening" not in logged
+
+
+@pytest.mark.parametrize("loss", list(Loss))
+async def test_a_standard_error_that_is_lost_stops_no_worker_and_nobody_beside_it(loss: Loss) -> None:
+    slowest_s = 0.0
+
+    async def look() -> None:
+        nonlocal slowest_s
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(0.01)
+            slowest_s = max(slowest_s, time.monotonic() - before_s)
+
+    with lost_stderr(loss):
+        looking = asyncio.create_task(look())
+        # Of both streams, before and after.
+        chatter = f"{CHATTER} import sys; sys.stdout = sys.stderr; {CHATTER} sys.stdout = sys.__stdout__;"
+        worker = await start(f"{chatter} {says()} {chatter} raise SystemExit(5)")
+        end = await asyncio.wait_for(worker.wait(), PATIENCE_S)
+        looking.cancel()
+    assert (worker.address, end.how) == ("127.0.0.1:7000", HowEnded.FAILED)
+    assert "exited with code 5" in end.cause
+    assert slowest_s < PATIENCE_S / 10
 
 
 async def test_a_second_worker_line_is_only_words() -> None:

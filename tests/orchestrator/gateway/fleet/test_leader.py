@@ -179,7 +179,7 @@ async def test_a_pause_of_this_process_is_not_blamed_on_the_leader(clock: LoopCl
 async def test_sequences_of_one_request_share_an_inbox_and_hear_of_a_loss_once() -> None:
     async with connected() as (leader, script):
         inbox = submit(leader, 1, 2, num_prompt_tokens=40)
-        assert leader.replica_load().pending_tokens == 45, "a shared prompt is computed once"
+        assert leader.replica_load().pending_tokens == 85, "each sequence counts, as in the replica's own report"
         script.say.put_nowait(pb.LeadResponse(epoch=EPOCH, rejected=pb.Rejected(sequence_id=2, message="no")))
         (refused,) = await taken(inbox)
         assert isinstance(refused, pb.Rejected) and refused.sequence_id == 2
