@@ -1,4 +1,4 @@
-"""What a replica can compute of what it is asked."""
+"""Checks whether a replica can compute a request, and makes the errors of those that it refuses."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from placement.serving.events import SequenceSpec
 
 
 class Draining(HeterodyneError):
-    """The replica finishes what it has and takes nothing new."""
+    """The replica finishes the sequences that it has and takes no new ones."""
 
 
 def draining() -> Draining:
-    """The refusal of a replica that drains."""
+    """Returns the error by which a replica that drains refuses a sequence."""
     return Draining("this replica is draining and takes no new sequences")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one sequence may ask of a replica."""
+    """The bounds of what one sequence may ask of a replica."""
 
     max_context_tokens: int
     vocab_size: int
@@ -25,7 +25,7 @@ class Limits:
 
 
 def repeated(sequence_id: int) -> InvalidRequest:
-    """The refusal of a sequence id that is already in use."""
+    """Returns the error that refuses a sequence id which is already in use."""
     return InvalidRequest(
         field="sequence_id",
         value=sequence_id,
@@ -35,7 +35,7 @@ def repeated(sequence_id: int) -> InvalidRequest:
 
 
 def check_spec(spec: SequenceSpec, limits: Limits, *, num_emitted: int = 0) -> None:
-    """Refuses what a replica cannot compute.
+    """Refuses a sequence that a replica cannot compute.
 
     Raises:
         InvalidRequest: an empty prompt, a token id outside the vocabulary, no token asked for, a prompt and answer

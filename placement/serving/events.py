@@ -1,4 +1,4 @@
-"""What a replica is told, and what it answers: events and commands of :class:`placement.serving.replica.ReplicaCore`.
+"""Defines the events that :class:`placement.serving.replica.ReplicaCore` takes and the commands that it answers with.
 
 Both are plain values, so that a log of them can be kept, compared and played again. Times are seconds of a monotonic
 clock.
@@ -25,7 +25,7 @@ class EndReason(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSpec:
-    """What a replica is asked to continue.
+    """A request to continue a sequence, as a replica needs it for its decisions.
 
     Attributes:
         prompt_ids: the tokens to be continued.
@@ -51,10 +51,11 @@ class SequenceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
-    """What a step gave one sequence.
+    """The progress that a step made with one sequence.
 
     Attributes:
-        token_ids: none where the step does not sample, one, or several where it verified a draft.
+        token_ids: the tokens that the sequence was given: none where the step does not sample, one, or several where it
+            verified a draft.
         is_complete: whether the answer is complete, such as by its grammar.
         failed: why the sequence cannot go on, where it cannot.
     """
@@ -69,7 +70,7 @@ class Advance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """A sequence comes.
+    """An event: a client submits a sequence.
 
     Attributes:
         sequence_id: higher than that of every sequence before it.
@@ -87,27 +88,27 @@ class Submit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
-    """Nobody wants the sequence any more; it may have ended already."""
+    """An event: nobody wants the sequence any more. It may have ended already."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drain:
-    """The replica takes no new sequences from now on, and finishes those that it has."""
+    """An event: from now on the replica takes no new sequences, and finishes those that it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDue:
-    """There is room for a step, and it is time to put it together."""
+    """An event: there is room for a step, and it is time to plan it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEnded:
-    """A step was computed. Steps end in the order in which they were run.
+    """An event: a step was computed. Steps end in the order in which they were run.
 
     Attributes:
-        advances: what it gave, one for each chunk of its plan.
+        advances: the progress of the sequence of each chunk of its plan.
     """
 
     step: int
@@ -116,17 +117,17 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLost:
-    """A step failed, or the replica stops: nothing goes on."""
+    """An event: a step failed, or the replica stops, and no sequence can go on."""
 
     cause: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvArrived:
-    """The keys and values of a sequence came.
+    """An event: the keys and values of a sequence came from another replica.
 
     Attributes:
-        hold_id: of the :class:`Receive` that asked for them.
+        hold_id: the one of the :class:`Receive` that asked for them.
         num_tokens: the leading tokens that came, all of them checked.
         advance: the token that the other replica sampled after them, if it did.
     """
@@ -138,14 +139,14 @@ class KvArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvSent:
-    """The other replica has all keys and values of a :class:`Ship`."""
+    """An event: the other replica has all keys and values of a :class:`Ship`."""
 
     hold_id: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldLapsed:
-    """The lease of a transfer is over. Whatever still comes of it is refused by who receives."""
+    """An event: the lease of a transfer is over. The receiver refuses whatever still comes of it."""
 
     hold_id: int
 
@@ -158,7 +159,7 @@ Event = Submit | Cancel | Drain | StepDue | StepEnded | StepLost | KvArrived | K
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Compute a step.
+    """A command: compute a step.
 
     Attributes:
         token_ids: for each chunk its tokens, as far as they are known: the newest may still be in the step before.
@@ -172,15 +173,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tell:
-    """Say which tokens a sequence was given.
+    """A command: tell the client which tokens a sequence was given.
 
     Attributes:
-        place: of its chunk in the step's plan; None where the tokens came with keys and values.
+        place: the index of its chunk in the step's plan; None where the tokens came with keys and values.
         first_index: position of the first of the tokens in the answer.
-        num_preemptions: so far.
-        queue_s: from submission until first scheduled, with the first token.
-        prefill_s: from first scheduled until the first token, with it.
-        cached_tokens: prompt tokens found computed, with the first token.
+        num_preemptions: how often the sequence was preempted so far.
+        queue_s: time from submission until the sequence is first scheduled; set with the first token.
+        prefill_s: time from then until the first token; set with the first token.
+        cached_tokens: prompt tokens that were found computed; set with the first token.
     """
 
     sequence_id: int
@@ -195,7 +196,7 @@ class Tell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A sequence has ended: the last that is said of it."""
+    """A command: tell the client that a sequence has ended. No other command about the client's answer follows."""
 
     sequence_id: int
     reason: EndReason
@@ -205,7 +206,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
-    """A sequence was not taken."""
+    """A command: tell the client that a sequence was not taken, and why."""
 
     sequence_id: int
     error: HeterodyneError = field(compare=False)
@@ -213,10 +214,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receive:
-    """Ask for the keys and values of ``tokens``: their blocks are reserved.
+    """A command: ask another replica for the keys and values of ``tokens``, whose blocks are reserved.
 
     Attributes:
-        hold_id: the transfer's; it lapses at ``lapses_s`` unless :class:`KvArrived` comes first.
+        hold_id: names the transfer, which lapses at ``lapses_s`` unless :class:`KvArrived` comes first.
         table: the block table of the sequence.
     """
 
@@ -229,10 +230,10 @@ class Receive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ship:
-    """Send the keys and values of ``tokens``, which are computed.
+    """A command: send the keys and values of ``tokens``, which are computed, to another replica.
 
     Attributes:
-        hold_id: the transfer's; it lapses at ``lapses_s`` unless :class:`KvSent` comes first.
+        hold_id: names the transfer, which lapses at ``lapses_s`` unless :class:`KvSent` comes first.
         table: the block table of the sequence.
     """
 
@@ -246,7 +247,7 @@ class Ship:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revoke:
-    """Stop a transfer, and tell the other replica: nobody wants its keys and values any more.
+    """A command: stop a transfer, and tell the other replica that nobody wants its keys and values any more.
 
     Its blocks are held until it is known to have ended, or lapses.
     """
@@ -259,10 +260,10 @@ Command = Run | Tell | Ended | Refused | Receive | Ship | Revoke
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSnapshot:
-    """The figures of a replica between two events.
+    """The load of a replica, and its totals so far, between two events.
 
     Attributes:
-        steps: steps that ended: the progress counter of the failure detector.
+        steps: how many steps ended, which is the progress counter of the failure detector.
         num_running: sequences that steps compute; they count until their last token is known.
         num_moving: sequences whose keys and values are on the way, to this replica or from it.
         pending_tokens: tokens known and not computed, those of steps on their way included.

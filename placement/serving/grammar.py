@@ -1,4 +1,4 @@
-"""How grammars are compiled, for those who try a client's grammar and those who then follow it: both must agree."""
+"""Fixes how grammars are compiled: who tries a client's grammar and who then follows it must agree."""
 
 from typing import Literal, TypedDict
 

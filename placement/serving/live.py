@@ -1,4 +1,4 @@
-"""A sequence that a replica has not ended yet: what was asked, and its tokens as far as they are known."""
+"""Keeps the sequences that a replica has not ended: what was asked, and the tokens as far as they are known."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from placement.serving.step_plan import Chunk
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LiveSequence:
-    """A sequence and its tokens. Times are seconds of a monotonic clock.
+    """A sequence that has not ended, with its tokens. Times are seconds of a monotonic clock.
 
     Attributes:
         token_ids: prompt and answer, as far as the answer is known. ``sequence`` may count one token more, which the
             step that executes is about to give.
         num_emitted: leading tokens of the answer that another replica gave; they are not told again.
-        scheduled_s: when a step first computed it, or its keys and values came.
+        scheduled_s: when a step first computed it, or its keys and values came; None before.
     """
 
     spec: SequenceSpec
@@ -29,22 +29,22 @@ class LiveSequence:
 
     @property
     def num_outputs(self) -> int:
-        """Tokens of the answer that are known."""
+        """Returns how many tokens of the answer are known."""
         return len(self.token_ids) - self.sequence.num_prompt_tokens
 
     @property
     def num_told(self) -> int:
-        """Tokens of the answer that this replica gave."""
+        """Returns how many tokens of the answer this replica gave."""
         return self.num_outputs - self.num_emitted
 
     def known(self, chunk: Chunk) -> Seq[int]:
-        """The tokens of a chunk, as far as they are known."""
+        """Returns the tokens of a chunk, as far as they are known."""
         stop = chunk.start + chunk.num_tokens
         assert len(self.token_ids) >= stop - 1, "only the newest token can be unknown"
         return self.token_ids[chunk.start : stop]
 
     def accept(self, advance: Advance) -> tuple[tuple[int, ...], EndReason | None]:
-        """The tokens that the answer takes of those given, up to its end, and why it ends with them, if it does."""
+        """Returns the given tokens that the answer takes, up to its end, and why it ends with them, if it does."""
         given = advance.token_ids
         room = self.spec.max_tokens - self.num_outputs
         for index, token_id in enumerate(given[:room], start=1):
@@ -55,7 +55,7 @@ class LiveSequence:
         return given[:room], EndReason.LENGTH if len(given) >= room else None
 
     def tell(self, place: int | None, token_ids: tuple[int, ...], now_s: float) -> Tell:
-        """What is said of tokens before they are part of the answer."""
+        """Returns the command that tells the client of tokens. Call it before they are added to the answer."""
         sequence, first_index = self.sequence, self.num_outputs
         tell = Tell(
             sequence_id=sequence.sequence_id,
@@ -75,21 +75,21 @@ class LiveSequence:
         )
 
     def extend_hashes(self, block_size: int) -> None:
-        """Names the blocks that have become full, so that later prompts may find them."""
+        """Hashes the blocks that have become full, so that later prompts may find them."""
         hashes = self.sequence.block_hashes
         if len(self.token_ids) // block_size > len(hashes):
             salt = self.spec.cache_salt
             self.sequence.block_hashes = chain_hashes(self.token_ids, block_size, salt, already=hashes)
 
     def check(self, *, is_counted_early: bool) -> None:
-        """Asserts that counts and tokens agree."""
+        """Asserts that the counts agree with the tokens."""
         unknown = self.sequence.num_tokens - len(self.token_ids)
         assert 0 <= unknown <= int(is_counted_early) * 2, (self.sequence, len(self.token_ids))
         assert self.num_emitted <= self.num_outputs <= self.spec.max_tokens, self.sequence
 
 
 class Arrivals:
-    """Makes sequences of what is submitted, and numbers them in the order in which they came."""
+    """Turns submissions into sequences, and numbers them in the order in which they come."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -97,7 +97,7 @@ class Arrivals:
         self._hashed: tuple[tuple[int, ...], bytes, list[bytes]] | None = None  # the newest prompt and its hashes
 
     def begin(self, event: Submit) -> LiveSequence:
-        """The sequence of a submission, with the tokens that another replica gave it already."""
+        """Returns the sequence of a submission, with the tokens that another replica has given it already."""
         spec = event.spec
         sequence = Sequence(
             sequence_id=event.sequence_id,
@@ -123,7 +123,7 @@ class Arrivals:
         return live
 
     def _hash_prompt(self, spec: SequenceSpec) -> list[bytes]:
-        """The hashes of the prompt's full blocks. The choices of a request share one prompt, which is hashed once."""
+        """Returns the hashes of the prompt's full blocks. The choices of a request share one prompt, hashed once."""
         if self._hashed is None or self._hashed[0] is not spec.prompt_ids or self._hashed[1] != spec.cache_salt:
             hashes = chain_hashes(spec.prompt_ids, self._block_size, spec.cache_salt)
             self._hashed = (spec.prompt_ids, spec.cache_salt, hashes)

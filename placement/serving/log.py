@@ -1,4 +1,4 @@
-"""Records what a core was told and what it answered, and plays it again.
+"""Records the events of a core and its commands, and plays the events again.
 
 Tests print it; the simulator, which drives the same core, needs it to show what it found (issue 18).
 """
@@ -13,7 +13,7 @@ from placement.serving.settings import CoreSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One event and what came of it."""
+    """One event and the commands that followed from it."""
 
     now_s: float
     event: Event
@@ -22,9 +22,9 @@ class Entry:
 
 @dataclass(slots=True)
 class EventLog:
-    """All that happened to a core since it was made.
+    """Lists all that happened to a core since it was made.
 
-    Its text is what a failing test prints; :meth:`replay` gives the same commands again. The text of refusals and the
+    A failing test prints its text; :meth:`replay` gives the same commands again. The text of refusals and the
     block tables are not compared. An event that raised is the last one, without commands, and raises again.
     """
 
@@ -32,7 +32,7 @@ class EventLog:
     entries: list[Entry] = field(default_factory=list)
 
     def replay(self) -> Iterator[tuple[Command, ...]]:
-        """The commands that a new core gives for the same events."""
+        """Yields the commands that a new core gives for each of the same events."""
         core = ReplicaCore(self.settings)
         for entry in self.entries:
             yield tuple(core.handle(entry.event, entry.now_s))
@@ -46,14 +46,14 @@ class EventLog:
 
 
 class RecordedCore(ReplicaCore):
-    """A core that keeps a log."""
+    """A core that keeps a log of its events and commands."""
 
     def __init__(self, settings: CoreSettings) -> None:
         super().__init__(settings)
         self.log = EventLog(settings)
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
-        """As :meth:`ReplicaCore.handle`, and notes both. An event that raises is in the log, without commands."""
+        """Does what :meth:`ReplicaCore.handle` does, and logs it. An event that raises is logged without commands."""
         try:
             commands = super().handle(event, now_s)
         except BaseException:

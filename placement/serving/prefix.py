@@ -1,7 +1,7 @@
-"""Which computed KV blocks a prompt starts with: hashes of block contents, and who computes or awaits which.
+"""Finds the computed KV blocks that a prompt starts with, by hashes of their contents.
 
 Keys and values of a token depend on that token and on all before it, so a block may be shared exactly where the
-whole text up to its end is equal. A chain of hashes says so: h_i = sha256(h_(i-1) || tokens of block i). Only full,
+whole text up to its end is equal. A chain of hashes tells that: h_i = sha256(h_(i-1) || tokens of block i). Only full,
 computed blocks are shared; nobody writes to such a block again.
 """
 
@@ -19,18 +19,18 @@ _TAG = b"heterodyne kv prefix 1\0"
 
 
 def chain_hashes(token_ids: Seq[int], block_size: int, salt: bytes, *, already: Seq[bytes] = ()) -> list[bytes]:
-    """The hashes of the full blocks of ``token_ids``.
+    """Returns the hashes of the full blocks of ``token_ids``.
 
-    h_i = sha256(h_(i-1) || token ids of block i as little-endian uint32), h_(-1) = sha256(tag || salt). sha256 so that
-    no tenant can make a text that matches another's, and a salt so that none can guess at another's by timing.
+    h_i = sha256(h_(i-1) || token ids of block i as little-endian uint32), h_(-1) = sha256(tag || salt). It is sha256
+    so that no tenant can make a text that matches another's, and salted so that none can guess another's by timing.
 
     Args:
-        token_ids: all of the sequence, each in [0, 2**32).
-        salt: sequences of equal salt may share.
-        already: hashes of its first blocks, of the same salt: as a sequence grows, only what is new is hashed.
+        token_ids: all tokens of the sequence, each in [0, 2**32).
+        salt: only sequences of equal salt share blocks.
+        already: the hashes of its first blocks, with the same salt, so that only new blocks are hashed.
 
     Returns:
-        32 bytes a block, ``already`` first.
+        32 bytes for each block, ``already`` first.
     """
     first, last = len(already), len(token_ids) // block_size
     assert first <= last, (first, last)
@@ -46,11 +46,10 @@ def chain_hashes(token_ids: Seq[int], block_size: int, salt: bytes, *, already: 
 
 
 class PrefixCache:
-    """Finds the blocks that a sequence can share, tells the pool what was computed, and who waits for whom.
+    """Finds the blocks that a sequence can share, names computed blocks in the pool, and knows who waits for whom.
 
-    Where a block is being computed by a running sequence already, others of the same text wait for it: equal prompts
-    that arrive together are computed once. They wait only while it is computed; when that sequence is gone they
-    compute it themselves.
+    While a running sequence computes a block, others of the same text wait for it, so that equal prompts that arrive
+    together are computed once. When that sequence is gone before, they compute the block themselves.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -61,10 +60,10 @@ class PrefixCache:
         self.num_hits = 0
 
     def look_up(self, sequence: Sequence) -> list[int] | None:
-        """The computed blocks that a waiting sequence starts with; at least one token is left to compute.
+        """Finds the computed blocks that a waiting sequence starts with; at least one token is left to compute.
 
         Returns:
-            None where a running sequence is computing the block that comes next.
+            the blocks, or None where a running sequence is computing the block that comes next.
         """
         awaited = self._awaited.get(sequence.sequence_id)
         if awaited in self._pending:
@@ -96,14 +95,14 @@ class PrefixCache:
     def compute(self, sequence: Sequence) -> None:
         """Notes that steps compute the other blocks of a sequence from now on: others of the same text wait for them.
 
-        Nobody waits for what comes from another replica, which may take long and may not come.
+        No sequence waits for blocks that come from another replica: they may take long, or never come.
         """
         last = sequence.num_tokens // self._pool.block_size
         for block_hash in sequence.block_hashes[sequence.num_registered_blocks : last]:
             self._pending.setdefault(block_hash, sequence.sequence_id)
 
     def register(self, sequence: Sequence) -> None:
-        """Lets a running sequence's blocks be found that are full, computed and hashed by now."""
+        """Makes those blocks of a running sequence findable that are full, computed and hashed by now."""
         num_full = sequence.num_computed_tokens // self._pool.block_size
         for index in range(sequence.num_registered_blocks, min(num_full, len(sequence.block_hashes))):
             self._pool.name(sequence.block_table[index], sequence.block_hashes[index])
@@ -111,7 +110,7 @@ class PrefixCache:
             sequence.num_registered_blocks = index + 1
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence waits no more, or is about to give its blocks back: registers them, ends what it was computing."""
+        """Registers the blocks of a sequence that gives them back or waits no more; nobody waits for it from now on."""
         self._awaited.pop(sequence.sequence_id, None)
         self.register(sequence)
         for block_hash in sequence.block_hashes[sequence.num_registered_blocks :]:
@@ -129,7 +128,7 @@ class PrefixCache:
             assert by_id[sequence_id].in_flight or by_id[sequence_id].num_uncomputed_tokens, by_id[sequence_id]
 
     def _check_tables(self, running: Seq[Sequence]) -> None:
-        """Every reference is a table's; what several tables hold is at one place of equal, computed text."""
+        """Asserts that tables share a block only at the same index, for equal text, and computed."""
         holders: dict[int, tuple[int, bytes]] = {}
         private: set[int] = set()
         for sequence in running:

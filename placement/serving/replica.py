@@ -1,13 +1,14 @@
-"""The core of a replica: it decides, from what happened, what happens next. Events in, commands out.
+"""Decides, from what happened to a replica, what it does next: events come in, commands go out.
 
-No thread, no clock, no socket: a worker's engine (workers/engine/loop.py) and a simulator drive the same object. The
-sequences of a replica are waiting, computed, or on their way to or from other replicas (see
+The core has no thread, clock or socket: a worker's engine (workers/engine/loop.py) and a simulator drive the same
+object. The sequences of a replica are waiting, computed, or on their way to or from other replicas (see
 :class:`placement.serving.sequence.Phase`); steps compute some of them, and several steps may be on their way at once.
 
-A step is put together while the one before it executes. What that one gives its sequences is not known then; where
-steps run in order and each sequence is given one token, it is counted: its blocks are shared and given away as soon as
-the last step that touches them is dispatched. In a pipeline a sequence is in one step at a time, and is counted when
-its step has ended.
+Early reuse of blocks: the core plans a step while the one before it executes, when the tokens of that one are not known
+yet. It counts them all the same, since a sequence that samples gets exactly one, and shares or frees blocks as soon as
+the last step that touches them is dispatched. Later steps may read and write these blocks, because steps execute in
+order. Keys and values that come from another replica keep no order with steps: they wait until those steps have ended.
+In a pipeline a sequence is in one step at a time, and the core counts its token only when that step has ended.
 """
 
 from collections import deque
@@ -51,13 +52,13 @@ LATE_TRANSFER = "its keys and values were not taken in time"
 
 
 class ReplicaCore:
-    """The state of a replica. Call :meth:`handle` with one event after the other, from one thread.
+    """Holds the state of a replica. One thread calls :meth:`handle` with one event after the other.
 
     Attributes:
-        pool: the KV blocks.
+        pool: the KV blocks of the replica.
         scheduler: decides what a step computes.
-        num_ended_steps: steps that have ended.
-        transfers: keys and values on their way; :meth:`Transfers.lapsed` gives the events of those that take too long.
+        num_ended_steps: how many steps have ended.
+        transfers: keys and values on their way; :meth:`Transfers.lapsed` returns events for those that take too long.
     """
 
     def __init__(self, settings: CoreSettings) -> None:
@@ -81,7 +82,7 @@ class ReplicaCore:
         self._output_tokens = 0
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
-        """What to do about an event that happened at ``now_s``, in order."""
+        """Returns the commands to carry out, in order, after an event that happened at ``now_s``."""
         commands = self._decide(event, now_s)
         checks = self.settings.checks
         if checks is Checks.ALWAYS or (checks is Checks.AT_IDLE and self.is_idle):
@@ -115,27 +116,28 @@ class ReplicaCore:
 
     @property
     def wants_step(self) -> bool:
-        """Whether :class:`StepDue` may give a step: there is room for one, and perhaps something to compute."""
+        """Tells whether :class:`StepDue` may give a step: there is room for one, and perhaps something to compute."""
         return bool(self._live) and not self._starved and len(self._in_flight) < self._most_in_flight
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing left to do, or to wait for."""
+        """Tells whether nothing is left to do, or to wait for."""
         return not (self._live or self._in_flight) and self.transfers.is_empty
 
     def phase(self, sequence_id: int) -> Phase | None:
-        """The phase of a sequence; None once it has ended."""
+        """Returns the phase of a sequence, or None once it has ended."""
         live = self._live.get(sequence_id)
         return None if live is None else live.sequence.phase
 
     def phases(self) -> set[Phase]:
-        """The phases that sequences are in."""
+        """Returns the phases that the sequences are in."""
         return {live.sequence.phase for live in self._live.values()}
 
     def load(self) -> LoadSnapshot:
-        """The figures of this moment.
+        """Returns the figures of this moment.
 
-        What is dispatched counts as running and pending until it has ended, whatever the scheduler has let go.
+        A sequence in a dispatched step counts as running, and its tokens as pending, until that step has ended, even
+        where the scheduler has forgotten it.
         """
         pool, scheduler = self.pool, self.scheduler
         num_moving = self._count_moving()
@@ -198,7 +200,7 @@ class ReplicaCore:
         return [] if live is None else self._end(live, EndReason.CANCELLED)
 
     def _lose(self, cause: str) -> list[Command]:
-        """Nothing goes on: every sequence ends with the cause, and so does what is submitted later."""
+        """Ends every sequence with the cause, and whatever is submitted later: no step is computed any more."""
         self._lost = cause
         commands = [
             command for live in list(self._live.values()) for command in self._end(live, EndReason.FAILED, cause)
@@ -209,7 +211,7 @@ class ReplicaCore:
         return commands
 
     def _end(self, live: LiveSequence, reason: EndReason, detail: str = "") -> list[Command]:
-        """Ends a sequence. A transfer of its keys and values keeps its blocks until it has ended itself, or lapses."""
+        """Ends a sequence. A transfer of its keys and values keeps the blocks until that transfer ends, or lapses."""
         sequence_id = live.sequence.sequence_id
         del self._live[sequence_id]
         self.scheduler.remove(sequence_id)
@@ -251,9 +253,9 @@ class ReplicaCore:
         return commands
 
     def _count_early(self, plan: StepPlan) -> None:
-        """Counts what the step will have done; sequences that it ends by length hold their blocks no longer.
+        """Counts what a dispatched step will have done (early reuse of blocks, see the module).
 
-        In a pipeline the chunks that sample are counted when their step has ended.
+        A sequence that reaches its greatest length in the step gives its blocks back.
         """
         early = [chunk for chunk in plan.chunks if not chunk.samples] if self._is_pipeline else plan.chunks
         self.scheduler.complete(early)
@@ -262,7 +264,7 @@ class ReplicaCore:
                 self._count(self._live[chunk.sequence_id], 1)
 
     def _count(self, live: LiveSequence, num_tokens: int) -> None:
-        """Counts tokens of an answer, known or not; after its last one a sequence is computed no more."""
+        """Counts tokens of an answer, known or not. After the last one no step computes the sequence any more."""
         sequence = live.sequence
         sequence.num_output_tokens += num_tokens
         if sequence.num_output_tokens < sequence.max_tokens:
@@ -299,7 +301,7 @@ class ReplicaCore:
                 self._count(live, len(live.accept(advance)[0]))
 
     def _advance(self, live: LiveSequence, place: int | None, advance: Advance, now_s: float) -> list[Command]:
-        """Takes what a step gave a sequence into its answer, and ends it after its last token."""
+        """Adds the tokens that a sequence was given to its answer, and ends the sequence after its last token."""
         if advance.failed is not None:
             return self._end(live, EndReason.FAILED, advance.failed)
         token_ids, reason = live.accept(advance)
@@ -318,11 +320,7 @@ class ReplicaCore:
     # -- keys and values on their way -----------------------------------------------------------------------------
 
     def _receive_reserved(self, now_s: float) -> list[Command]:
-        """Asks for keys and values whose blocks are reserved, and no longer touched by steps on their way.
-
-        Blocks are given away as soon as the last step that touches them is dispatched. Another step may write to them
-        then, since steps execute in order; what comes from elsewhere keeps no order with them, and has to wait.
-        """
+        """Asks for keys and values once no step on its way touches their blocks (early reuse, see the module)."""
         commands: list[Command] = []
         while self._reserved and self._reserved[0][0] <= self.num_ended_steps:
             live = self._live.get(self._reserved.popleft()[1])
@@ -356,7 +354,7 @@ class ReplicaCore:
         )
 
     def _close(self, hold_id: int) -> Transfer | None:
-        """Ends a transfer, and its hold; None where it has ended, or lapsed, before."""
+        """Ends a transfer, and its hold. Returns None where it has ended, or lapsed, before."""
         transfer = self.transfers.find(hold_id)
         if transfer is not None:
             self.transfers.close(transfer)
@@ -365,7 +363,7 @@ class ReplicaCore:
         return transfer
 
     def _take_kv(self, event: KvArrived, now_s: float) -> list[Command]:
-        """Goes on with a sequence whose keys and values have come. A sequence that was cancelled meanwhile is gone."""
+        """Goes on with a sequence whose keys and values have come, unless it was cancelled meanwhile."""
         transfer = self._close(event.hold_id)
         live = None if transfer is None else self._live.get(transfer.sequence_id)
         if live is None:
@@ -382,7 +380,7 @@ class ReplicaCore:
         return [] if live is None else self._end(live, reason, detail)
 
     def _lapse(self, hold_id: int) -> list[Command]:
-        """A prompt whose keys and values did not come is computed here."""
+        """Ends a transfer that took too long: a prompt that did not come is computed here, one not taken fails."""
         transfer = self.transfers.find(hold_id)
         if transfer is None or not transfer.is_incoming:
             return self._end_shipping(hold_id, EndReason.FAILED, LATE_TRANSFER)

@@ -1,4 +1,4 @@
-"""Where a request goes: live load of the replicas -> route."""
+"""Chooses the replica that serves a request, from the live load of all replicas."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLoad:
-    """What a replica's leader last reported.
+    """The load that a replica's leader last reported.
 
     Attributes:
-        accepting: ready, and not draining.
+        accepting: whether the replica is ready, and not draining.
         pending_tokens: tokens still to be computed for what waits and runs there.
     """
 
@@ -24,24 +24,23 @@ class ReplicaLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Which replica serves a request, and why."""
+    """A decision: which replica serves a request, and why."""
 
     replica: str
     reason: str
 
 
 def least_loaded(loads: Iterable[ReplicaLoad], num_new_tokens: int) -> Route | None:
-    """Joins the shortest queue, counted in pending tokens (the cluster scheduler of Splitwise, Patel et al.
-    2024).
+    """Chooses the replica with fewest pending tokens (join the shortest queue, as in Splitwise, Patel et al. 2024).
 
     Ties go to the replica with most free blocks, then to the first by name, so that the choice is
     reproducible.
 
     Args:
-        num_new_tokens: tokens of the request's prompt.
+        num_new_tokens: how many tokens the request's prompt has.
 
     Returns:
-        None where no replica accepts requests.
+        the route, or None where no replica accepts requests.
     """
     accepting = [load for load in loads if load.accepting]
     if not accepting:

@@ -1,4 +1,4 @@
-"""Decides which tokens go into a step: sequences, blocks and a token budget give a StepPlan.
+"""Decides which tokens go into a step, from the sequences, the blocks and a token budget.
 
 Stall-free chunked prefill (Sarathi-Serve, Agrawal et al. 2024): every running decode is in every step, and prompts fill
 what the token budget leaves, so a long prompt never delays somebody else's next token by more than one step. Full
@@ -22,7 +22,7 @@ _LEAVING, _REPLAY = Phase.LEAVING, Phase.REPLAY
 
 @dataclass(slots=True)
 class _Draft:
-    """A step being put together."""
+    """A step that the scheduler puts together."""
 
     step: int
     budget: int  # tokens that still fit
@@ -56,15 +56,13 @@ class Scheduler:
     """Owns the sequences of a replica and their blocks.
 
     The caller runs each plan, calls ``complete`` for its chunks, then counts every sampled token in
-    ``num_output_tokens`` and calls ``remove`` for what ended. Several plans may be in flight at once (micro-batches of
-    a pipeline).
-
-    Where plans run strictly in the order in which they were made, ``complete`` may be called, and the token counted,
-    before a plan has run: whatever is shared or given back by that is read and written by later plans only.
+    ``num_output_tokens`` and calls ``remove`` for each sequence that ended. Several plans may be in flight at once
+    (micro-batches of a pipeline). For early reuse of blocks (:mod:`placement.serving.replica`) the caller may do all
+    that before a plan has run.
 
     Args:
-        prefix_cache: keep computed blocks, as long as there is room, for sequences to come. Otherwise sequences share
-            only what is in use.
+        prefix_cache: whether computed blocks are kept, as long as there is room, for sequences to come. Otherwise
+            sequences share only blocks in use.
     """
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, *, prefix_cache: bool = True) -> None:
@@ -81,38 +79,38 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold blocks."""
+        """Returns how many sequences hold blocks."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold none: new, or preempted."""
+        """Returns how many sequences hold no blocks: they are new, or were preempted."""
         return len(self._waiting)
 
     @property
     def num_preemptions(self) -> int:
-        """Preemptions so far."""
+        """Returns how many preemptions there were so far."""
         return self._num_preemptions
 
     @property
     def num_prefix_queries(self) -> int:
-        """Prompt tokens looked up among what was computed, so far; each sequence counts once."""
+        """Returns how many prompt tokens were looked up among computed blocks so far; each sequence counts once."""
         return self._prefixes.num_queries
 
     @property
     def num_prefix_hits(self) -> int:
-        """Prompt tokens found there."""
+        """Returns how many of those prompt tokens were found."""
         return self._prefixes.num_hits
 
     @property
     def pending_tokens(self) -> int:
-        """Tokens known and not yet computed, of all sequences; those in flight count until they complete."""
+        """Counts the tokens of all sequences that are to be computed; those in flight count until they complete."""
         return sum(
             sequence.num_uncomputed_tokens for sequence in self._sequences.values() if sequence.phase is not _LEAVING
         )
 
     def sequence(self, sequence_id: int) -> Sequence:
-        """The sequence of that id. Raises KeyError once it has been removed."""
+        """Returns the sequence of that id. Raises KeyError once it has been removed."""
         return self._sequences[sequence_id]
 
     def add(self, sequence: Sequence) -> None:
@@ -130,7 +128,7 @@ class Scheduler:
     def remove(self, sequence_id: int) -> bool:
         """Forgets a sequence that ended or was cancelled, and frees its blocks.
 
-        While a step that is not completed computes it, that step holds the blocks instead.
+        While a step that is not completed computes it, that step holds the blocks in its place.
 
         Returns:
             False where it is unknown or already leaving, as when a cancel meets the end.
@@ -159,7 +157,7 @@ class Scheduler:
         return hold
 
     def expect(self, sequence_id: int) -> Hold:
-        """Has a transfer hold the blocks of a sequence that awaits keys and values, beside the sequence itself."""
+        """Lets a transfer hold the blocks of a sequence that awaits keys and values, beside the sequence itself."""
         sequence = self._sequences[sequence_id]
         assert sequence.phase is Phase.AWAITS_KV, sequence
         return self._holds.share(sequence.block_table, TransferOwner(sequence_id))
@@ -176,7 +174,7 @@ class Scheduler:
         sequence.enter(_first_phase(sequence))
 
     def transfers(self) -> list[Hold]:
-        """The holds of transfers, oldest first."""
+        """Returns the holds of transfers, oldest first."""
         return self._holds.of(TransferOwner)
 
     def release(self, hold: Hold) -> None:
@@ -184,7 +182,7 @@ class Scheduler:
         self._holds.release(hold, retain=self._retain)
 
     def schedule(self) -> StepPlan:
-        """Plans the next step and marks its sequences in flight. Without work, the plan has no chunks."""
+        """Plans the next step and marks its sequences in flight. With nothing to compute, the plan has no chunks."""
         draft = _Draft(step=self._num_steps + 1, budget=self._limits.token_budget)
         self._schedule_decodes(draft)
         self._schedule_prefills(draft)
@@ -251,7 +249,7 @@ class Scheduler:
             raise InvalidRequest(field="max_tokens", value=answer, problem=problem, fix=fix)
 
     def _schedule_decodes(self, draft: _Draft) -> None:
-        """Adds one token of every running decode, by rank, so that nobody is preempted who is in the plan.
+        """Adds one token of every running decode, by rank, so that no sequence of the plan is preempted.
 
         Where several steps are in flight at once, each gets its share of the decodes.
         """
@@ -266,8 +264,8 @@ class Scheduler:
                 draft.add(sequence, 1, is_decode=True)
 
     def _schedule_prefills(self, draft: _Draft) -> None:
-        """Goes on with prompts begun earlier, whose blocks were allocated at admission, and with sequences that were
-        given several tokens at once.
+        """Continues prompts begun earlier, whose blocks were allocated at admission, and sequences that were given
+        several tokens at once.
         """
         for sequence in list(self._running):
             if not draft.budget:
@@ -279,9 +277,9 @@ class Scheduler:
                 draft.add(sequence, num_tokens, is_decode=False)
 
     def _admit(self, draft: _Draft) -> None:
-        """Starts waiting sequences, in order: only one that awaits what is being computed lets others pass.
+        """Starts waiting sequences in their order.
 
-        Nobody overtakes one that does not fit yet.
+        No sequence overtakes one that does not fit yet. Only one that awaits blocks which another computes is passed.
         """
         index = 0
         while index < len(self._waiting) and draft.budget and len(self._running) < self._limits.max_num_seqs:
@@ -317,14 +315,14 @@ class Scheduler:
         insort(self._running, sequence, key=lambda other: other.rank)
 
     def _find_room(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Gives a running sequence the blocks that its tokens lack. False where it had to be preempted for them."""
+        """Gives a running sequence the blocks that its tokens lack. Returns False where it was preempted instead."""
         while sequence.num_tokens > len(sequence.block_table) * self._pool.block_size:
             if not self._grow(sequence, draft):
                 return False
         return True
 
     def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
-        """Gives a sequence one more block. False where the sequence itself had to be preempted."""
+        """Gives a sequence one more block. Returns False where the sequence itself had to be preempted."""
         while not self._pool.can_allocate(1):
             # What awaits its sampled token is spared: recomputing it now would sample that token twice.
             victim = next(s for s in reversed(self._running) if s.step is None and _can_be_preempted(s))
@@ -337,7 +335,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes its blocks; it waits, at its old place in the order, to be computed again."""
+        """Takes the blocks of a sequence, which then waits at its old place in the order to be computed again."""
         self._release(sequence)
         sequence.enter(Phase.WAITING)
         sequence.awaits_kv = False  # what had come is gone: the prompt is computed here
@@ -363,7 +361,7 @@ class Scheduler:
 
 
 def _first_phase(sequence: Sequence) -> Phase:
-    """The phase of a sequence that has its blocks and begins to be computed."""
+    """Returns the phase of a sequence that has its blocks and begins to be computed."""
     is_replay = sequence.replays and sequence.num_output_tokens > 0 and sequence.num_uncomputed_tokens > 1
     return Phase.REPLAY if is_replay else Phase.RUNNING
 

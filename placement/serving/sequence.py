@@ -1,4 +1,4 @@
-"""A request inside a replica as scheduling sees it: its phase, its counts and its blocks."""
+"""Describes a request inside a replica as the scheduler sees it: its phase, its counts and its blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ _RUNNING, _REPLAY = Phase.RUNNING, Phase.REPLAY
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """The progress of one request.
+    """The progress of one request inside a replica.
 
     Whoever samples counts ``num_output_tokens`` and extends ``block_hashes``; the scheduler changes the rest.
 
@@ -59,7 +59,7 @@ class Sequence:
         num_computed_tokens: tokens whose keys and values are in its blocks, whoever computed them.
         hold: its KV blocks, in the order of tokens; the first ones may be shared, and those are full.
         num_cached_tokens: prompt tokens that were found computed when it was first admitted.
-        num_registered_blocks: leading blocks that are computed and whose hashes the pool has been told.
+        num_registered_blocks: leading blocks that are computed and can be found in the pool by their hashes.
         num_preemptions: how often its blocks were taken away.
         phase: see :class:`Phase`; changed by :meth:`enter` alone.
         step: the step that computes some of its tokens and is not completed; None where there is none.
@@ -84,48 +84,48 @@ class Sequence:
     step: int | None = None
 
     def enter(self, phase: Phase) -> None:
-        """Goes on to ``phase``, which must be one that may follow."""
+        """Changes the phase to ``phase``, which must be one that may follow."""
         assert phase in TRANSITIONS[self.phase], (self.phase, phase)
         self.phase = phase
 
     @property
     def block_table(self) -> list[int]:
-        """Its KV blocks, in the order of tokens; none where it holds none."""
+        """Returns its KV blocks in the order of tokens; an empty list where it holds none."""
         return [] if self.hold is None else self.hold.blocks
 
     @property
     def is_computed(self) -> bool:
-        """Whether steps compute it."""
+        """Tells whether steps compute it."""
         return self.phase is _RUNNING or self.phase is _REPLAY
 
     @property
     def in_flight(self) -> bool:
-        """Whether a step computes some of its tokens and is not completed."""
+        """Tells whether a step that is not completed computes some of its tokens."""
         return self.step is not None
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Sorts sequences: those that run first, and are preempted last, come first."""
+        """Returns the key that sorts sequences: those that run first, and are preempted last, come first."""
         return (-self.priority, self.arrival, self.sequence_id)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt and of the answer so far."""
+        """Counts the tokens of the prompt and of the answer so far."""
         return self.num_prompt_tokens + self.num_output_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens that are still to be computed; 0 between a step that samples and the arrival of its token."""
+        """Counts the tokens that are still to be computed: 0 after a step that samples, until its token is counted."""
         return self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
 
     @property
     def num_reusable_tokens(self) -> int:
-        """The most tokens whose keys and values it may take from others: of an answer to be replayed, none."""
+        """Returns the most tokens whose keys and values it may take from others; none of an answer to be replayed."""
         return min(self.num_tokens - 1, self.num_prompt_tokens) if self.replays else self.num_tokens - 1
 
     @property
     def num_next_tokens(self) -> int:
-        """The most tokens that the next step may compute of it: a replayed answer comes one by one."""
+        """Returns the most tokens that the next step may compute; a replayed answer is computed one by one."""
         if self.phase is not _REPLAY:
             return self.num_uncomputed_tokens
         rest = self.num_prompt_tokens - self.num_computed_tokens
@@ -133,10 +133,10 @@ class Sequence:
 
     @property
     def is_decode(self) -> bool:
-        """Whether the next step computes only one token of it, one that was generated.
+        """Tells whether the next step computes only one token of it, one that was generated.
 
         After a preemption nothing is computed and the prompt has at least one token, so the sequence is a prefill
-        again. It is a decode from the moment when one token is left, however that came: the work is the same.
+        again. It is a decode as soon as one token is left to compute, for whatever reason: the cost is the same.
         """
         if self.phase is _RUNNING:
             return self.num_output_tokens > 0 and self.num_uncomputed_tokens == 1

@@ -1,4 +1,4 @@
-"""What a replica's core is made with."""
+"""Defines the settings of a replica's core."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -8,7 +8,7 @@ from placement.serving.step_plan import SchedulerLimits
 
 
 class Checks(Enum):
-    """When a core asserts its own state."""
+    """The times when a core asserts its own state."""
 
     NEVER = "never"
     AT_IDLE = "at idle"
@@ -17,12 +17,12 @@ class Checks(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreSettings:
-    """What a core is made with.
+    """The settings that a core is made with.
 
     Attributes:
         limits: what one sequence may ask for.
         steps: the bounds of a step. With several batches the replica is a pipeline.
-        num_blocks: KV blocks.
+        num_blocks: how many KV blocks there are.
         prefix_cache: whether computed blocks are kept for sequences to come.
         lease_s: how long a transfer of keys and values may take.
         checks: when the core asserts its own state.

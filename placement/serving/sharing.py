@@ -1,8 +1,8 @@
-"""Which sequences of a batch have KV blocks in common: the groups of shared-prefix attention.
+"""Finds which sequences of a batch have KV blocks in common: the groups of shared-prefix attention.
 
-Hydragen (Juravsky et al. 2024): attention over keys that many sequences share is computed once for all their
-queries, then merged with each one's own part. Prefixes nest: a system prompt that all share, under it examples
-that some share.
+Hydragen (Juravsky et al. 2024) computes attention over keys that many sequences share once for all their queries, then
+merges it with the part of each sequence alone. Prefixes nest: all may share a system prompt, and some of them the
+examples that follow it.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedPrefix:
-    """Blocks ``[first_block, first_block + num_blocks)`` of its members' tables are the same blocks.
+    """A run of blocks in common: ``[first_block, first_block + num_blocks)`` of its members' tables are the same.
 
     Attributes:
         members: indices of tables, ascending.
@@ -25,19 +25,19 @@ class SharedPrefix:
 def shared_prefixes(
     tables: Sequence[Sequence[int]], num_tokens: Sequence[int], block_size: int, *, min_members: int = 2
 ) -> tuple[SharedPrefix, ...]:
-    """The tree of leading runs of blocks that several tables have in common.
+    """Returns the tree of leading runs of blocks that several tables have in common.
 
     The runs of one member follow each other without a gap from block 0, and the members of each are some of those of
     the run before it. No run could have more members, and none be longer with the same members.
 
     Args:
-        tables: the block tables of sequences, each of one type (compared by slices).
-        num_tokens: tokens that each has computed, those of this step included. The block of the newest token is never
-            shared. A step that computes several tokens of a sequence counts only the first of them here.
-        min_members: fewer do not make a group.
+        tables: the block tables of sequences, all of one type (slices are compared).
+        num_tokens: how many tokens each has computed, those of this step included. The block of the newest token is
+            never shared. A step that computes several tokens of a sequence counts only the first of them here.
+        min_members: the fewest sequences that make a group.
 
     Returns:
-        A run before those that follow it, and siblings by their first member.
+        the runs, each before those that follow it; runs that follow the same one are sorted by their first member.
     """
     assert len(tables) == len(num_tokens) and min_members >= 2, (len(tables), len(num_tokens), min_members)
     # Blocks of each table that are full without its newest token.
@@ -55,7 +55,7 @@ def shared_prefixes(
 def _groups(
     tables: Sequence[Sequence[int]], limits: Sequence[int], members: Sequence[int], index: int, min_members: int
 ) -> list[tuple[list[int], int]]:
-    """Those of ``members`` with the same block at ``index``, with that index; the last group first."""
+    """Groups ``members`` by their block at ``index``; returns each group with that index, the last group first."""
     groups: dict[int, list[int]] = {}
     for member in members:
         if index < limits[member]:
@@ -64,9 +64,9 @@ def _groups(
 
 
 def _common_stop(tables: Sequence[Sequence[int]], limits: Sequence[int], members: Sequence[int], first: int) -> int:
-    """Where the run of equal blocks ends that ``members`` begin at ``first``.
+    """Returns where the run of equal blocks ends that ``members`` begin at ``first``.
 
-    One comparison of slices a member, and a binary search for each that shortens the run.
+    It compares slices once for each member, and does a binary search for each member that shortens the run.
     """
     stop = min(limits[member] for member in members)
     model = tables[members[0]][first:stop]

@@ -1,11 +1,11 @@
-"""What a step computes, and within which bounds."""
+"""Describes what a step computes, and the bounds of a step."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
-    """The bounds of a step.
+    """The bounds that the scheduler keeps in every step.
 
     Attributes:
         token_budget: the most tokens in a step, decodes counted.
@@ -23,7 +23,7 @@ class SchedulerLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """The tokens ``[start, start + num_tokens)`` of one sequence.
+    """A part of a step: the tokens ``[start, start + num_tokens)`` of one sequence.
 
     Attributes:
         samples: whether the chunk reaches the sequence's last token, so that the step yields the next one.
@@ -38,13 +38,13 @@ class Chunk:
 
     @property
     def stop(self) -> int:
-        """The position behind its last token."""
+        """Returns the position behind its last token."""
         return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLoad:
-    """How much a step computes: what the time of a step depends on.
+    """The size of a step, on which its time depends.
 
     Attributes:
         num_decodes: tokens that follow generated ones, one of each sequence.
@@ -61,16 +61,16 @@ class StepLoad:
 
     @property
     def num_tokens(self) -> int:
-        """All tokens of the step."""
+        """Counts all tokens of the step."""
         return self.num_decodes + self.num_prefill_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """What one step computes.
+    """A decision: what one step computes.
 
     Attributes:
-        step: counts the plans that have chunks, from 1; one without is no step and has the last number.
+        step: counts the plans that have chunks, from 1; a plan without chunks is no step and has the last number.
         chunks: decodes first, then prefills, then what is admitted.
         preempted: sequences whose blocks were taken for this step; they wait again.
         reserved: sequences that were given blocks for keys and values that come from elsewhere.
@@ -83,12 +83,12 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in the batch."""
+        """Counts the tokens in the batch."""
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
     def load(self) -> StepLoad:
-        """How much the step computes."""
+        """Returns the size of the step."""
         decodes = [chunk for chunk in self.chunks if chunk.is_decode]
         prefills = [chunk for chunk in self.chunks if not chunk.is_decode]
         return StepLoad(

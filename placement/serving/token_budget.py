@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 # No caller yet: the cost model chooses serving.token_budget by the objective's time between tokens with it (issue 18).
 def choose_token_budget(profile: Sequence[tuple[int, float]], objective_s: float, tile: int) -> int:
-    """The token budget for a time-between-tokens objective: T(budget) <= objective (Sarathi-Serve, 4.3).
+    """Chooses the largest token budget that meets a time-between-tokens objective (Sarathi-Serve, 4.3).
 
-    Only measured sizes are chosen, nothing between or beyond them, and only multiples of ``tile``: one token over a
+    It chooses measured sizes alone, nothing between or beyond them, and only multiples of ``tile``: one token over a
     tile costs as much as a whole one (257 tokens cost 32 % more than 256 in the paper).
 
     Args:
@@ -16,7 +16,7 @@ def choose_token_budget(profile: Sequence[tuple[int, float]], objective_s: float
         tile: tokens that the matrix kernels compute at once.
 
     Returns:
-        The largest budget that meets the objective; where none does, ``tile``: decodes then exceed the objective, but
+        the largest budget that meets the objective; where none does, ``tile``: decodes then exceed the objective, but
         no smaller budget would make the step much shorter.
     """
     assert tile >= 1, tile

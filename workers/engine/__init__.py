@@ -1,1 +1,1 @@
-"""The engine: the loop of a replica's leader, and a sequence's work in it."""
+"""Runs the leader of a replica: the engine, its loop, and the sequences that it computes."""

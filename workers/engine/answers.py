@@ -1,4 +1,4 @@
-"""Between a step's result, the replica's core and the listeners: what each is told of the step. Pure."""
+"""Translates between a step's result, the replica's core and the sinks: what each of them learns of the step. Pure."""
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -7,8 +7,8 @@ from dataclasses import replace
 from placement.errors import cause_of
 from placement.serving.events import Advance, Ended, Tell
 from placement.serving.step_plan import StepPlan
+from workers.engine.sequence import EngineSequence
 from workers.engine.types import Output, Sink
-from workers.engine.work import Work
 from workers.sampling.sampling import SampledToken, SamplingFailed
 from workers.step.types import StepResult
 
@@ -16,7 +16,7 @@ _NOTHING = Advance()
 
 
 def advances(result: StepResult) -> tuple[Advance, ...]:
-    """What a step gave each of its chunks, as the core takes it."""
+    """Returns how far a step advanced the sequence of each of its chunks, in the core's terms."""
     return tuple(_advance(token, index in result.complete) for index, token in enumerate(result.tokens))
 
 
@@ -28,32 +28,35 @@ def _advance(token: SampledToken | SamplingFailed | None, is_complete: bool) -> 
     return Advance(token_ids=(token.token_id,), is_complete=is_complete)
 
 
-def outputs(
-    commands: Seq[Tell | Ended], works: Mapping[int, Work], plan: StepPlan, result: StepResult
+def step_outputs(
+    commands: Seq[Tell | Ended], sequences: Mapping[int, EngineSequence], plan: StepPlan, result: StepResult
 ) -> dict[Sink, list[Output]]:
-    """What every sink is told of a step, in the order of its sequences. Scores of a prompt come before its answer."""
-    told: dict[Sink, list[Output]] = {}
+    """Returns what every sink receives of a step, in the order of its sequences.
+
+    The scores of a prompt come before its answer.
+    """
+    outputs: dict[Sink, list[Output]] = {}
     for place in sorted(result.scores):
-        work = works.get(plan.chunks[place].sequence_id)
-        if work is not None:  # else it has ended while the step was on its way
-            score = Output(sequence_id=work.sequence_id, scores=result.scores[place])
-            told.setdefault(work.sink, []).append(score)
+        sequence = sequences.get(plan.chunks[place].sequence_id)
+        if sequence is not None:  # else it has ended while the step was on its way
+            score = Output(sequence_id=sequence.sequence_id, scores=result.scores[place])
+            outputs.setdefault(sequence.sink, []).append(score)
     for command in commands:
-        work = works[command.sequence_id]
-        said = told.setdefault(work.sink, [])
+        sequence = sequences[command.sequence_id]
+        sink_outputs = outputs.setdefault(sequence.sink, [])
         if isinstance(command, Tell):
-            said.append(_token(work.sequence_id, command, result))
+            sink_outputs.append(_token_output(sequence.sequence_id, command, result))
         else:
-            _say_end(said, work.sequence_id, command)
+            _add_end(sink_outputs, sequence.sequence_id, command)
     if len({command.sequence_id for command in commands}) < len(plan.chunks):
         # A sink hears of every step that computed for it, also of one that gave its sequences nothing.
         for chunk in plan.chunks:
-            if chunk.sequence_id in works:
-                told.setdefault(works[chunk.sequence_id].sink, [])
-    return told
+            if chunk.sequence_id in sequences:
+                outputs.setdefault(sequences[chunk.sequence_id].sink, [])
+    return outputs
 
 
-def _token(sequence_id: int, tell: Tell, result: StepResult) -> Output:
+def _token_output(sequence_id: int, tell: Tell, result: StepResult) -> Output:
     assert tell.place is not None and len(tell.token_ids) == 1, (
         "steps give one token, and no tokens come from elsewhere"
     )
@@ -70,23 +73,23 @@ def _token(sequence_id: int, tell: Tell, result: StepResult) -> Output:
     )
 
 
-def _say_end(said: list[Output], sequence_id: int, ended: Ended) -> None:
-    """Adds the end of a sequence to its last token, where that was just said."""
-    if said and said[-1].sequence_id == sequence_id and said[-1].token is not None:
-        said[-1] = replace(said[-1], end=ended.reason, detail=ended.detail)
+def _add_end(outputs: list[Output], sequence_id: int, ended: Ended) -> None:
+    """Adds the end of a sequence to ``outputs``: to the last one where that is a token of the same sequence."""
+    if outputs and outputs[-1].sequence_id == sequence_id and outputs[-1].token is not None:
+        outputs[-1] = replace(outputs[-1], end=ended.reason, detail=ended.detail)
     else:
-        said.append(end_output(sequence_id, ended))
+        outputs.append(end_output(sequence_id, ended))
 
 
 def end_output(sequence_id: int, ended: Ended) -> Output:
-    """The end of a sequence, with no token."""
+    """Returns an output that ends a sequence and carries no token."""
     return Output(sequence_id=sequence_id, end=ended.reason, detail=ended.detail, num_preemptions=ended.num_preemptions)
 
 
-def ends(commands: Iterable[Ended], works: Mapping[int, Work]) -> dict[Sink, Seq[Output]]:
-    """What every sink is told of sequences that end without a step."""
-    told: dict[Sink, list[Output]] = {}
+def end_outputs(commands: Iterable[Ended], sequences: Mapping[int, EngineSequence]) -> dict[Sink, Seq[Output]]:
+    """Returns what every sink receives of sequences that end without a step."""
+    outputs: dict[Sink, list[Output]] = {}
     for ended in commands:
-        work = works[ended.sequence_id]
-        told.setdefault(work.sink, []).append(end_output(work.sequence_id, ended))
-    return dict(told)
+        sequence = sequences[ended.sequence_id]
+        outputs.setdefault(sequence.sink, []).append(end_output(sequence.sequence_id, ended))
+    return dict(outputs)

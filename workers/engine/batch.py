@@ -6,15 +6,15 @@ from kernels.attention import SharedSpan
 from placement.serving.events import Run
 from placement.serving.kv.runs import block_runs
 from placement.serving.sharing import shared_prefixes
-from workers.engine.work import Work
+from workers.engine.sequence import EngineSequence
 from workers.step.types import Batch
 
 
-def make_batch(run: Run, works: Sequence[Work], block_size: int) -> Batch:
-    """The chunks of ``works``, one each, and the KV that single tokens among them have in common."""
-    each = zip(works, run.plan.chunks, run.token_ids, run.tables, strict=True)
+def make_batch(run: Run, sequences: Sequence[EngineSequence], block_size: int) -> Batch:
+    """Returns the batch of a step: one chunk of each of ``sequences``, and the KV that chunks of one token share."""
+    rows = zip(sequences, run.plan.chunks, run.token_ids, run.tables, strict=True)
     return Batch(
-        sequences=tuple(work.take_chunk(chunk, token_ids, table) for work, chunk, token_ids, table in each),
+        sequences=tuple(sequence.take_chunk(chunk, token_ids, table) for sequence, chunk, token_ids, table in rows),
         shared=_shared(run, block_size),
     )
 

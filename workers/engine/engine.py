@@ -1,4 +1,4 @@
-"""The engine of a replica's leader: what other threads ask of it, and the thread that its loop runs on."""
+"""Offers the engine of a replica's leader to other threads, and runs its loop on a thread of its own."""
 
 import logging
 import queue
@@ -24,15 +24,15 @@ class Engine:
     Args:
         runner: computes a batch and samples; only this engine calls it.
         core: decides what happens next.
-        executor: executes the steps, on one thread, or in a pipeline on one for each step that is on its way and one
-            for the next; it ends with the engine.
-        clock: seconds, monotonic.
+        executor: executes the steps on one thread; in a pipeline on one thread for each step that is on its way and one
+            for the next. The engine shuts it down when it ends.
+        clock: returns the seconds of a monotonic clock.
 
     Attributes:
-        failure: what a step raised; whatever is submitted from then on ends at once with that cause.
-        stop_cause: why it was told to stop, if it was.
-        ended: done when the loop was left, whichever way, and all that was submitted until then is answered. A step
-            may still execute then: ``thread`` ends after it.
+        failure: the exception that a step raised, or None; whatever is submitted after it ends at once with that cause.
+        stop_cause: why the engine stops, where :meth:`stop` was called.
+        ended: is done once the engine has left its loop, for whatever reason, and has answered all that was submitted
+            until then. A step may still execute at that moment: ``thread`` ends after it.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class Engine:
 
     @property
     def load(self) -> LoadSnapshot:
-        """The figures between two steps."""
+        """Returns the figures that the loop last took between two steps."""
         return self._loop.load
 
     def admit(self) -> None:
-        """Asks whether a new sequence would be taken; one that is admitted may be submitted later, after a drain too.
+        """Checks that the engine takes new sequences. An admitted one may be submitted later, even after a drain.
 
         Raises:
             Draining: this replica takes no new sequences.
@@ -74,27 +74,27 @@ class Engine:
             raise draining()
 
     def drain(self) -> None:
-        """Finishes what was admitted before; admits nothing from now on."""
+        """Makes the engine finish what was admitted before, and admit nothing from now on."""
         self._draining = True
         self._inbox.put(DrainAsked())
 
     def submit(self, sink: Sink, sequence_id: int, submission: Submission) -> None:
-        """Hands over a sequence that was admitted. The answer, outputs or a refusal, goes to ``sink``."""
+        """Hands over a sequence that was admitted. ``sink`` receives the answer: outputs, or a refusal."""
         self._inbox.put(Submitted(sink=sink, sequence_id=sequence_id, submission=submission, at_s=self._clock()))
-        # Looked at after the put, and the inbox is emptied after it is set: one of the two finds the message.
+        # This is read after the put, and the inbox is emptied after it is set: one of both threads finds the message.
         if self._closed:
             self._answer_inbox()
 
     def cancel(self, sink: Sink, sequence_id: int) -> None:
-        """Ends a sequence before the next step; it may already have ended."""
+        """Ends a sequence before the next step, unless it has ended already."""
         self._inbox.put(Cancelled(sink=sink, sequence_id=sequence_id))
 
     def abandon(self, sink: Sink) -> None:
-        """Ends everything that a sink submitted, and tells it nothing more: it is gone."""
+        """Ends everything that a sink submitted, and tells the sink, which is gone, nothing more."""
         self._inbox.put(Abandoned(sink=sink))
 
     def stop(self, cause: str = STOPS) -> None:
-        """Leaves the loop, whatever is in the inbox and in execution; what has not ended by then ends as failed."""
+        """Makes the engine leave its loop, whatever waits or executes. Sequences that have not ended by then fail."""
         if not self._stopping:
             self.stop_cause = cause
         self._stopping = True
@@ -103,7 +103,7 @@ class Engine:
     # -- the engine's thread --------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Runs the loop. Ends after ``stop``, or with ``failure`` set when a step raised."""
+        """Runs the loop. Returns after ``stop``, or with ``failure`` set when a step raised."""
         try:
             self._loop.run(lambda: self._stopping)
             self._end_all(Stopping(self.stop_cause))
@@ -116,19 +116,19 @@ class Engine:
             self._executor.shutdown(cancel_futures=True)
 
     def _end_all(self, cause: BaseException) -> None:
-        """The loop is left: every sequence ends with the cause, and the engine takes no more."""
+        """Ends every sequence with the cause, after the loop was left; the engine takes no more."""
         self._closed = True
-        works, detail = self._loop.works, cause_of(cause)
-        told = [Ended(sequence_id=key, reason=EndReason.FAILED, detail=detail) for key in works.by_core_id]
+        sequences, detail = self._loop.sequences, cause_of(cause)
+        endings = [Ended(sequence_id=key, reason=EndReason.FAILED, detail=detail) for key in sequences.by_core_id]
         try:
-            works.end(told, self._core.num_ended_steps)
+            sequences.end(endings, self._core.num_ended_steps)
         finally:
             self._answer_inbox()
         if self.failure is None:  # else the core may be in disorder
             self._loop.end(detail)
 
     def _answer_inbox(self) -> None:
-        """Answers every submission in the inbox. Any thread: whoever takes a message out answers it."""
+        """Answers every submission in the inbox. Any thread may call it: who takes a message out answers it."""
         while True:
             try:
                 message = self._inbox.get_nowait()

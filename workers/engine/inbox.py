@@ -1,4 +1,4 @@
-"""What other threads ask of the engine, and what its own steps tell it, as messages in one queue."""
+"""Defines the messages in the engine's queue: other threads ask by them, and its own steps wake it by them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,11 @@ from workers.engine.types import Sink, Submission
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A sequence that was admitted."""
+    """A message: a sequence that was admitted is to be computed.
+
+    Attributes:
+        at_s: when it was submitted, in seconds of a monotonic clock.
+    """
 
     sink: Sink
     sequence_id: int
@@ -17,7 +21,7 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cancelled:
-    """A sequence that nobody wants any more; it may have ended already."""
+    """A message: nobody wants a sequence any more. It may have ended already."""
 
     sink: Sink
     sequence_id: int
@@ -25,19 +29,19 @@ class Cancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abandoned:
-    """A sink that is gone: what was submitted through it ends, and it is told nothing more."""
+    """A message: a sink is gone. What it submitted ends, and it is told nothing more."""
 
     sink: Sink
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainAsked:
-    """The engine is to admit nothing more."""
+    """A message: the engine is to admit nothing more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Woken:
-    """Something else changed: a step has ended, or the engine is to stop."""
+    """A message that only wakes the loop: a step has ended, or the engine is to stop."""
 
 
 Message = Submitted | Cancelled | Abandoned | DrainAsked | Woken

@@ -1,8 +1,8 @@
-"""The engine's loop: take messages, dispatch the next step, collect the last.
+"""Runs the engine's loop: it takes messages, dispatches the next step and collects the last.
 
-What happens next is decided by :class:`placement.serving.replica.ReplicaCore`; the loop has the clock, the executor and
-the sinks. A step is dispatched while the one before it executes, so that planning, laying out and answering cost the
-device nothing (overlapped scheduling).
+:class:`placement.serving.replica.ReplicaCore` decides what happens next; the loop has the clock, the executor and the
+sinks. It dispatches a step while the one before it executes, so that the device never waits for planning, laying out
+or answering (overlapped scheduling).
 
 The loop waits for one thing only, the inbox, where the end of a step arrives too: a step that never ends holds up no
 message, and no stop.
@@ -32,13 +32,13 @@ from placement.serving.events import (
 )
 from placement.serving.replica import ReplicaCore
 from placement.serving.step_plan import StepPlan
-from workers.engine.answers import advances, outputs
+from workers.engine.answers import advances, step_outputs
 from workers.engine.batch import make_batch
 from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
 from workers.engine.pacing import Pace
+from workers.engine.sequence import begin
+from workers.engine.sequences import EngineSequences
 from workers.engine.types import Runner, StepStats
-from workers.engine.work import begin
-from workers.engine.works import Works
 from workers.step.types import StepResult
 
 # Where there is nothing to do the loop looks up this often, so that no wait is without an end.
@@ -51,18 +51,18 @@ _CAUSE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Dispatched:
-    """A step on its way."""
+    """A step that was dispatched and not collected, with its result to come."""
 
     plan: StepPlan
     result: Future[StepResult]
 
 
 class Loop:
-    """Drives a replica's core. All of it runs on one thread, but for the steps.
+    """Drives a replica's core. Everything but the steps runs on one thread.
 
     Attributes:
-        load: the figures between two steps.
-        works: the sequences that have not ended.
+        load: the figures that it last took between two steps.
+        sequences: the sequences that have not ended.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Loop:
         inbox: "queue.SimpleQueue[Message]",
         clock: Callable[[], float],
     ) -> None:
-        """The arguments are those of :class:`workers.engine.engine.Engine`."""
+        """Takes the arguments of :class:`workers.engine.engine.Engine`, and its ``inbox``."""
         self._runner = runner
         self._core = core
         self._executor = executor
@@ -85,17 +85,17 @@ class Loop:
         self._dispatched: deque[_Dispatched] = deque()
         self._pace = Pace()
         self._broken = False
-        self.works = Works()
+        self.sequences = EngineSequences()
         self.load: LoadSnapshot = core.load()
 
     def run(self, is_stopping: Callable[[], bool]) -> None:
-        """Goes on until it is stopping. Raises what a step raised."""
+        """Runs until ``is_stopping`` returns true. Raises what a step raised."""
         while self._take_messages(is_stopping):
             self._dispatch()
             self._collect()
 
     def end(self, cause: str) -> None:
-        """Has the core let go of everything, since nothing goes on."""
+        """Makes the core end everything with the cause, since no step is computed any more."""
         self._handle(StepLost(cause=cause))
 
     def _handle(self, event: Event) -> list[Command]:
@@ -109,7 +109,7 @@ class Loop:
         Returns:
             False once the loop is to stop.
         """
-        self.load = self._core.load()  # and whenever it waits: what is reported meanwhile must be what is
+        self.load = self._core.load()  # and whenever the loop waits: reports of that time must be exact
         waited_since_s: float | None = None  # since when a step waits for this
         while not is_stopping():
             wait_s = self._wait_s()
@@ -129,14 +129,14 @@ class Loop:
         return not is_stopping()
 
     def _wait_s(self) -> float:
-        """How long the next message may be waited for: until a step can be dispatched or collected."""
+        """Returns how long the loop may wait for a message: until a step can be dispatched or collected, in seconds."""
         if self._dispatched and self._dispatched[0].result.done():
             return 0.0
         if not self._core.wants_step:
             return _IDLE_WAIT_S
         if self._is_pipeline:
             return 0.0
-        # A sequence that comes while a step executes joins the next, so that is put together as late as it can be.
+        # A sequence that comes while a step executes joins the next one: that is put together as late as it can be.
         return self._pace.slack_s(self._clock())
 
     def _take(self, message: Message) -> None:
@@ -147,14 +147,14 @@ class Loop:
                 except HeterodyneError as error:
                     sink.refused(sequence_id, error)
             case Cancelled(sink=sink, sequence_id=sequence_id):
-                core_id = self.works.find(sink, sequence_id)
+                core_id = self.sequences.find(sink, sequence_id)
                 if core_id is not None:
                     ended = _ended(self._handle(Cancel(sequence_id=core_id)))
-                    self.works.end(ended, self._core.num_ended_steps)
+                    self.sequences.end(ended, self._core.num_ended_steps)
             case Abandoned(sink=sink):
-                for core_id in self.works.of(sink):
+                for core_id in self.sequences.of(sink):
                     self._handle(Cancel(sequence_id=core_id))
-                    self.works.forget(core_id)
+                    self.sequences.forget(core_id)
             case DrainAsked():
                 self._handle(Drain())
             case Woken():
@@ -162,7 +162,7 @@ class Loop:
 
     def _submit(self, message: Submitted) -> None:
         submission = message.submission
-        core_id = self.works.next_id(message.sink, message.sequence_id)
+        core_id = self.sequences.next_id(message.sink, message.sequence_id)
         event = Submit(
             sequence_id=core_id,
             spec=submission.spec,
@@ -174,16 +174,16 @@ class Loop:
             assert isinstance(command, Refused), command
             raise command.error
         try:
-            work = begin(message.sink, message.sequence_id, submission, self._block_size)
+            sequence = begin(message.sink, message.sequence_id, submission, self._block_size)
         except HeterodyneError:
             self._handle(Cancel(sequence_id=core_id))
             raise
-        self.works.add(core_id, work)
+        self.sequences.add(core_id, sequence)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        """Has the next step put together, where there is room for one, and hands it to the executing thread."""
+        """Makes the core plan the next step, where there is room for one, and hands it to the executing thread."""
         if not self._core.wants_step:
             return
         for command in self._handle(StepDue()):
@@ -192,15 +192,15 @@ class Loop:
 
     def _run(self, command: Run) -> None:
         plan, now_s = command.plan, self._clock()
-        works = [self.works.by_core_id[chunk.sequence_id] for chunk in plan.chunks]
-        step = self._runner.prepare(make_batch(command, works, self._block_size))
+        sequences = [self.sequences.by_core_id[chunk.sequence_id] for chunk in plan.chunks]
+        step = self._runner.prepare(make_batch(command, sequences, self._block_size))
         result = self._executor.submit(self._execute, step)
         result.add_done_callback(lambda _: self._inbox.put(Woken()))
         self._dispatched.append(_Dispatched(plan=plan, result=result))
         self._pace.prepared(num_tokens=plan.num_tokens, took_s=self._clock() - now_s, now_s=self._clock())
 
     def _execute(self, step: Callable[[], StepResult]) -> StepResult:
-        """Runs a step, on the executing thread, unless one before it raised: it would build on what is not there."""
+        """Executes a step, on the executing thread, unless one before it raised: its inputs would be missing."""
         if self._broken:
             raise CancelledError
         try:
@@ -210,7 +210,7 @@ class Loop:
             raise
 
     def _first_failure(self) -> BaseException | None:
-        """What a step raised that was dispatched later, where a pipeline's earlier one was cancelled for it."""
+        """Returns what a later step raised. In a pipeline, an earlier step may have been cancelled because of it."""
         for step in self._dispatched:
             try:
                 failure = step.result.exception(_CAUSE_S)
@@ -221,7 +221,7 @@ class Loop:
         return None
 
     def _collect(self) -> None:
-        """Where a step has ended, has the core take what it gave, and tells every sink once."""
+        """Passes the result of a step that has ended to the core, and tells every sink of it once."""
         if not self._dispatched or not self._dispatched[0].result.done():
             return
         dispatched = self._dispatched.popleft()
@@ -231,12 +231,12 @@ class Loop:
             raise self._first_failure() or error from None
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=self._clock())
         commands = self._handle(StepEnded(step=plan.step, advances=advances(result)))
-        said = [command for command in commands if isinstance(command, Tell | Ended)]
+        answers = [command for command in commands if isinstance(command, Tell | Ended)]
         stats = StepStats(step=plan.step, duration_s=result.duration_s, load=plan.load)
-        for sink, items in outputs(said, self.works.by_core_id, plan, result).items():
-            sink.step(stats, items)
-        for command in _ended(said):
-            self.works.forget(command.sequence_id)
+        for sink, outputs in step_outputs(answers, self.sequences.by_core_id, plan, result).items():
+            sink.step(stats, outputs)
+        for command in _ended(answers):
+            self.sequences.forget(command.sequence_id)
 
 
 def _ended(commands: Iterable[Command]) -> list[Ended]:

@@ -1,4 +1,4 @@
-"""When to put the next step together: early enough that the device never waits, late enough that newcomers join it."""
+"""Decides when to plan the next step: early enough that the device never waits, late enough that newcomers join it."""
 
 # Weight of the newest sample in the running mean of the time that preparing takes.
 _NEW = 0.25
@@ -7,7 +7,10 @@ _MARGIN_S = 0.0005
 
 
 class Pace:
-    """Expects a step to take as long as the last one of as many tokens; one of a new size, no time at all."""
+    """Predicts the end of the step that executes.
+
+    It expects a step to take as long as the last one with as many tokens, and no time where there was none.
+    """
 
     def __init__(self) -> None:
         self._durations_s: dict[int, float] = {}
@@ -16,20 +19,20 @@ class Pace:
         self._began_s = 0.0
 
     def prepared(self, *, num_tokens: int, took_s: float, now_s: float) -> None:
-        """A step of ``num_tokens`` was dispatched at ``now_s``; preparing it took ``took_s``."""
+        """Notes that a step of ``num_tokens`` was dispatched at ``now_s``, and that preparing it took ``took_s``."""
         self._prepare_s += _NEW * (took_s - self._prepare_s)
         if not self._executing:
             self._began_s = now_s
         self._executing.append(num_tokens)
 
     def executed(self, *, num_tokens: int, took_s: float, now_s: float) -> None:
-        """The oldest step ended, at ``now_s`` at the latest, and the next one began."""
+        """Notes that the oldest step ended, at ``now_s`` at the latest, after ``took_s``, and that the next began."""
         self._executing.pop(0)
         self._durations_s[num_tokens] = took_s
         self._began_s = now_s
 
     def slack_s(self, now_s: float) -> float:
-        """How long the next step need not be put together."""
+        """Returns for how many seconds planning the next step can still wait."""
         if not self._executing:
             return 0.0
         expected_s = self._durations_s.get(self._executing[0], 0.0)

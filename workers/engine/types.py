@@ -1,4 +1,4 @@
-"""What goes in and out of the engine: submissions and outputs, and the seams to its runner and its listeners."""
+"""Defines what goes into the engine and out of it: submissions, outputs, and the protocols of its runner and sinks."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -14,25 +14,25 @@ from workers.step.scoring import PromptScores
 from workers.step.types import Batch, StepResult
 
 STOPS = "this worker stops"
-"""Why an engine ends that was told to, and not because of another rank."""
+"""The cause that an engine gives where it was told to stop, and no other rank is to blame."""
 
 
 class Stopping(HeterodyneError):
-    """The engine has left its loop; another replica, or a later time, may do."""
+    """The engine has left its loop. The client may try another replica, or try later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A sequence to be continued.
+    """A sequence that the engine is asked to continue.
 
     Attributes:
         stop_token_ids: the sequence ends after one of these, the model's end-of-sequence ids among them.
-        min_tokens: none of these is drawn before that many tokens.
+        min_tokens: how many tokens the answer has before one of ``stop_token_ids`` may be drawn.
         prompt_logprobs: how many of the most likely tokens to report beside each token of the prompt; None reports
             nothing.
         cache_salt: keys and values are shared among sequences of equal salt.
         grammar: what the answer must match.
-        emitted_ids: tokens of the answer that another replica gave already.
+        emitted_ids: tokens of the answer that another replica has given already.
     """
 
     prompt_ids: tuple[int, ...]
@@ -48,7 +48,7 @@ class Submission:
 
     @property
     def spec(self) -> SequenceSpec:
-        """What of it decides when it is computed. The prompt's tokens are scored only where they are computed."""
+        """Returns what the core needs. A prompt to be scored reuses no prefix: only computed tokens are scored."""
         return SequenceSpec(
             prompt_ids=self.prompt_ids,
             max_tokens=self.max_tokens,
@@ -61,14 +61,14 @@ class Submission:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a step gave one sequence.
+    """A part of one sequence's answer, as the sequence's sink receives it.
 
     Attributes:
-        index: position of ``token`` in the answer; None with no token.
-        end: set on the last output of a sequence.
-        queue_s: from submission until first scheduled, with the first token.
-        prefill_s: from first scheduled until the first token, with it.
-        cached_tokens: prompt tokens found in the prefix cache, with the first token.
+        index: position of ``token`` in the answer; None where there is no token.
+        end: why the sequence ends; set on its last output alone.
+        queue_s: time from submission until the sequence is first scheduled; set with the first token.
+        prefill_s: time from then until the first token; set with the first token.
+        cached_tokens: prompt tokens found in the prefix cache; set with the first token.
         scores: log-probabilities of a run of prompt tokens.
     """
 
@@ -86,12 +86,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What a step was.
+    """The number, time and size of a step.
 
     Attributes:
-        step: counts from 1.
-        duration_s: time that the device took.
-        load: how much it computed, of all sequences.
+        step: its number, from 1.
+        duration_s: the time that the device took.
+        load: how much it computed for all sequences.
     """
 
     step: int
@@ -100,23 +100,23 @@ class StepStats:
 
 
 class Sink(Protocol):
-    """Who asked for a sequence. Called on the engine's thread, so it must only hand over and return.
+    """Receives the answers to what it submits. It must only hand them over and return: the engine's thread calls it.
 
-    Once the engine has left its loop, it is called on the thread that submits.
+    Once the engine has left its loop, the thread that submits calls it.
     """
 
     def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
-        """A step that computed sequences of this sink, and what it gave them; a prefill that goes on gives nothing."""
+        """Receives what a step gave the sequences of this sink; ``outputs`` is empty while only prefills go on."""
 
     def refused(self, sequence_id: int, error: HeterodyneError) -> None:
-        """The submission was not taken."""
+        """Learns that the engine does not take a submission, and why."""
 
 
 class Runner(Protocol):
     """Computes batches."""
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
-        """Lays a batch out, while another may execute; calling the result executes it.
+        """Lays a batch out, while another may execute, and returns a function that executes it.
 
-        Results are called on one thread, in the order of preparation.
+        The engine calls these functions in the order in which they were prepared.
         """

@@ -1,1 +1,1 @@
-"""The gRPC service of a worker process."""
+"""Serves a worker process over gRPC."""

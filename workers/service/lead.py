@@ -1,4 +1,4 @@
-"""The leader stream: one gateway's sequences on this engine, in both directions."""
+"""Serves the leader stream, which carries one gateway's sequences to this engine and the answers back."""
 
 import asyncio
 import contextlib
@@ -26,14 +26,14 @@ HEARTBEAT_S = 0.4
 
 
 class LeaderStream:
-    """The engine's sink for one stream. Lives on one event loop; only ``step`` and ``refused`` run elsewhere.
+    """Serves one stream, as the engine's sink. It lives on one event loop; only ``step`` and ``refused`` run elsewhere.
 
-    Where either side ends the stream, its sequences are cancelled. So they are where the gateway does not read: when
-    the outbox is full the gateway counts as lost, and the stream ends with RESOURCE_EXHAUSTED.
+    When either side ends the stream, its sequences are cancelled. When the outbox is full, since the gateway does not
+    read, the gateway counts as lost: the stream ends with RESOURCE_EXHAUSTED.
 
     Attributes:
-        status: how the stream ends where this side ends it; None while it lasts or when the gateway closed it.
-        fenced_messages: messages refused because they carried another epoch.
+        status: the gRPC status by which this side ends the stream; None while it lasts or when the gateway closed it.
+        fenced_messages: how many messages were refused because they carried another epoch.
     """
 
     def __init__(self, *, engine: Engine, grammars: GrammarCompiler, epoch: int, outbox: Outbox) -> None:
@@ -51,11 +51,11 @@ class LeaderStream:
     # -- called on the engine's thread ------------------------------------------------------------------------
 
     def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
-        """Hand one step's outputs over; the message is built on the loop, so the engine goes on at once."""
+        """Hands one step's outputs to the event loop, which builds the message, so that the engine goes on at once."""
         self._post(self._send_step, stats, outputs)
 
     def refused(self, sequence_id: int, error: HeterodyneError) -> None:
-        """Hand a refusal over."""
+        """Hands a refusal to the event loop."""
         self._post(self._send_refusal, sequence_id, error)
 
     def _post(self, call: Callable[..., None], *args: object) -> None:
@@ -68,7 +68,7 @@ class LeaderStream:
     async def run(
         self, requests: AsyncIterator[pb.LeadRequest], write: Callable[[pb.LeadResponse], Awaitable[None]]
     ) -> None:
-        """Serve until either side ends the stream, however it ends; nothing of it is computed from then on."""
+        """Serves until either side ends the stream, however it ends; then its sequences are computed no more."""
         self._writing = asyncio.create_task(self._write(write))
         parts = (self._read(requests), self._beat(), self._end_with_engine())
         tasks = [self._writing, *map(asyncio.create_task, parts)]
@@ -87,7 +87,7 @@ class LeaderStream:
                 raise result
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """End the stream from this side, behind what was sent before."""
+        """Ends the stream from this side, behind the messages that were sent before."""
         if not self._is_open:
             return
         for sequence_id in self._compiling:
@@ -97,14 +97,14 @@ class LeaderStream:
             self._close()
 
     def end_with_engine(self) -> None:
-        """End the stream because the engine has ended, or must be given up."""
+        """Ends the stream because the engine has ended, or must be given up."""
         if self._engine.failure is None:
             self.end(grpc.StatusCode.UNAVAILABLE, self._engine.stop_cause)
         else:
             self.end(grpc.StatusCode.INTERNAL, f"the engine failed: {cause_of(self._engine.failure)}")
 
     def _close(self) -> None:
-        """Nothing comes in or goes out any more, but what waits to go out."""
+        """Stops messages in both directions; those that wait in the outbox still go out."""
         if self._is_open:
             self._is_open = False
             self._outbox.close()
@@ -117,14 +117,14 @@ class LeaderStream:
             await write(message)
 
     async def _beat(self) -> None:
-        """Send a load report every heartbeat, for as long as the stream lasts."""
+        """Sends a load report every heartbeat, for as long as the stream lasts."""
         while True:
             report = wire.load_report(self._engine.load, fenced_messages=self.fenced_messages)
             self._send(pb.LeadResponse(load=report))
             await asyncio.sleep(HEARTBEAT_S)
 
     async def _end_with_engine(self) -> None:
-        """Wait for the engine's end, then end the stream, behind the outputs that carry the cause."""
+        """Waits for the engine's end, then ends the stream, behind the outputs that carry the cause."""
         await asyncio.shield(asyncio.wrap_future(self._engine.ended))
         self.end_with_engine()
 
@@ -144,7 +144,7 @@ class LeaderStream:
             self._give_up_gateway()
 
     def _give_up_gateway(self) -> None:
-        """It does not read. What waits is for nobody, but its connection still hears why the stream ends."""
+        """Drops the waiting messages of a gateway that does not read; its connection learns why the stream ends."""
         assert self._writing is not None, "an outbox is not full before anything is written"
         self.status = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read what its sequences are given")
         logger.warning('gateway_lost cause="it does not read" status=RESOURCE_EXHAUSTED')
@@ -154,7 +154,7 @@ class LeaderStream:
     # -- commands ---------------------------------------------------------------------------------------------
 
     async def _read(self, requests: AsyncIterator[pb.LeadRequest]) -> None:
-        """Take commands until the gateway closes the stream."""
+        """Takes commands until the gateway closes the stream."""
         try:
             async for request in requests:
                 if not self._is_open:
@@ -181,7 +181,7 @@ class LeaderStream:
             self.end(grpc.StatusCode.INVALID_ARGUMENT, "a message holds no command that this worker knows")
 
     def _submit(self, message: pb.Submit) -> None:
-        """Hand each fork to the engine; where there is a grammar, once that is compiled, while others go on."""
+        """Hands each fork to the engine. One with a grammar follows once that is compiled, while others go on."""
         if not message.forks:
             self.end(grpc.StatusCode.INVALID_ARGUMENT, "a Submit holds no fork")
             return

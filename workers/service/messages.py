@@ -1,4 +1,4 @@
-"""Between the worker protocol's messages and the engine's types. Pure."""
+"""Translates between the worker protocol's messages and the engine's types. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ UNAVAILABLE = 14
 
 
 def error_code(error: HeterodyneError) -> int:
-    """The google.rpc.Code that a refusal travels as."""
+    """Returns the google.rpc.Code that a refusal carries on the wire."""
     match error:
         case NotEnoughMemory():
             return RESOURCE_EXHAUSTED
@@ -42,7 +42,7 @@ def error_code(error: HeterodyneError) -> int:
 
 
 def rejected(sequence_id: int, error: HeterodyneError) -> pb.Rejected:
-    """Returns a refusal as the gateway is told it."""
+    """Returns the message that tells the gateway of a refusal."""
     return pb.Rejected(
         sequence_id=sequence_id,
         code=error_code(error),
@@ -52,7 +52,7 @@ def rejected(sequence_id: int, error: HeterodyneError) -> pb.Rejected:
 
 
 def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
-    """What the answer must match, where anything is asked.
+    """Returns the grammar that the answer must match, or None where the request sets none.
 
     Raises:
         InvalidGrammar: the grammar is of a kind that this worker does not know.
@@ -70,7 +70,7 @@ def grammar_spec(message: pb.Submit) -> GrammarSpec | None:
 
 
 def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submission]]:
-    """Returns each fork's sequence id and what is to be computed, without the grammar; all share one prompt.
+    """Returns the sequence id and the submission, without the grammar, of each fork; all share one prompt.
 
     Raises:
         InvalidRequest: a parameter is out of its range.
@@ -96,7 +96,7 @@ def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submi
 
 
 def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
-    """The parameters that all forks share."""
+    """Returns the sampling parameters that all forks share. Raises InvalidRequest where one is out of its range."""
     sampling = message.sampling
     # Written so that a NaN is out of range too.
     for field, value, fits in (
@@ -136,7 +136,7 @@ def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
 
 
 def step_output(stats: StepStats, outputs: Sequence[Output]) -> pb.StepOutput:
-    """One step's part for one stream."""
+    """Returns the message that carries the part of a step for one stream."""
     return pb.StepOutput(
         step=stats.step,
         sequences=[sequence_output(output) for output in outputs],
@@ -150,7 +150,7 @@ def step_output(stats: StepStats, outputs: Sequence[Output]) -> pb.StepOutput:
 
 
 def sequence_output(output: Output) -> pb.SequenceOutput:
-    """One sequence's part of a step."""
+    """Returns the message that carries the part of a step for one sequence."""
     message = pb.SequenceOutput(
         sequence_id=output.sequence_id,
         index=output.index,
@@ -182,7 +182,7 @@ def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
 
 
 def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
-    """The engine's figures as the heartbeat carries them."""
+    """Returns the message by which the heartbeat carries the engine's figures."""
     return pb.LoadReport(
         steps=load.steps,
         num_running=load.num_running,

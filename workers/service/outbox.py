@@ -1,4 +1,4 @@
-"""Messages on their way to a gateway. Bounded: a gateway that stops reading must cost its worker no more than this."""
+"""Keeps messages on their way to a gateway, within bounds, so that one that stops reading costs its worker no more."""
 
 import asyncio
 from collections import deque
@@ -12,11 +12,11 @@ MAX_BYTES = 16 << 20
 
 
 class Outbox:
-    """Messages in order. For one event loop and one reader.
+    """Keeps messages in order, for one event loop and one reader.
 
     Args:
-        max_messages: most that wait.
-        max_bytes: most that they may take on the wire together; one message alone may take more.
+        max_messages: the most messages that may wait.
+        max_bytes: the most bytes that they may take on the wire together; one message alone may take more.
     """
 
     def __init__(self, *, max_messages: int = MAX_MESSAGES, max_bytes: int = MAX_BYTES) -> None:
@@ -28,7 +28,7 @@ class Outbox:
         self._changed = asyncio.Event()
 
     def put(self, message: pb.LeadResponse) -> bool:
-        """Keeps a message; False, and nothing is kept, where it is one too many. Nothing may come after ``close``."""
+        """Keeps a message, or returns False where it is one too many. Do not call it after ``close``."""
         assert not self._closed, message
         size = message.ByteSize()
         is_full = len(self._messages) >= self._max_messages or self._num_bytes + size > self._max_bytes
@@ -40,12 +40,12 @@ class Outbox:
         return True
 
     def close(self) -> None:
-        """Nothing comes any more; what waits can still be taken."""
+        """Ends the input. Messages that wait can still be taken."""
         self._closed = True
         self._changed.set()
 
     async def take(self) -> pb.LeadResponse | None:
-        """The next message, once there is one; None after the last."""
+        """Waits for the next message and returns it; None after the last."""
         while not self._messages:
             if self._closed:
                 return None

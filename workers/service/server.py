@@ -1,4 +1,4 @@
-"""The worker's gRPC service: load, describe, and the leader stream."""
+"""Implements the worker's gRPC service: loading, measuring, describing, and the leader stream."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """One rank. Loads once, then serves leader streams of its own epoch, or follows the rank that does."""
+    """Serves one rank. It loads once, then serves leader streams of its own epoch, or follows the rank that does."""
 
     def __init__(self, *, device: Device, epoch: int, listener: socket.socket | None = None) -> None:
         """``listener`` is where the other ranks of the replica connect."""
@@ -51,7 +51,7 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the engine, or the rank that follows one, if a step raised or a rank was lost."""
+        """Returns what ended this rank: the exception of a step, or the loss of another rank; None while it lives."""
         if self._loaded is None:
             return None
         membership = self._loaded.membership
@@ -61,7 +61,7 @@ class WorkerService(pb_grpc.WorkerServicer):
     async def Load(
         self, request: pb.LoadRequest, context: grpc.aio.ServicerContext[pb.LoadRequest, pb.LoadResponse]
     ) -> AsyncIterator[pb.LoadResponse]:
-        """Load weights in a thread and report progress beside it."""
+        """Loads weights in a thread and reports progress meanwhile."""
         await self._check_epoch(request.epoch, context)
         if self._phase != pb.LOAD_PHASE_UNSPECIFIED:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
@@ -102,7 +102,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         request_iterator: AsyncIterator[pb.MeasureSpeedRequest],
         context: grpc.aio.ServicerContext[pb.MeasureSpeedRequest, pb.MeasureSpeedResponse],
     ) -> AsyncIterator[pb.MeasureSpeedResponse]:
-        """Get ready at the first request, measure at the second; in a thread, which ends when whoever asks has gone."""
+        """Gets ready at the first request, measures at the second, in a thread that ends when the caller has gone."""
         requests = aiter(request_iterator)
         request = await anext(requests, pb.MeasureSpeedRequest())
         await self._check_epoch(request.epoch, context)
@@ -132,7 +132,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         request: pb.DescribeRequest,
         context: grpc.aio.ServicerContext[pb.DescribeRequest, pb.DescribeResponse],
     ) -> pb.DescribeResponse:
-        """What this rank is, holds and does."""
+        """Describes this rank: its device, its memory, its phase and its load."""
         await self._check_epoch(request.epoch, context)
         loaded = self._loaded
         return pb.DescribeResponse(
@@ -158,10 +158,10 @@ class WorkerService(pb_grpc.WorkerServicer):
         request_iterator: AsyncIterator[pb.LeadRequest],
         context: grpc.aio.ServicerContext[pb.LeadRequest, pb.LeadResponse],
     ) -> None:
-        """Serve one gateway until the stream ends, however it ends.
+        """Serves one gateway until the stream ends, however it ends.
 
-        INTERNAL with the cause when the engine fails, UNAVAILABLE when the worker stops, RESOURCE_EXHAUSTED when the
-        gateway does not read, INVALID_ARGUMENT for a message without a known command.
+        The status is INTERNAL with the cause when the engine fails, UNAVAILABLE when the worker stops,
+        RESOURCE_EXHAUSTED when the gateway does not read, INVALID_ARGUMENT for a message without a known command.
         """
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
@@ -192,9 +192,9 @@ class WorkerService(pb_grpc.WorkerServicer):
         )
 
     async def stop(self, timeout_s: float) -> None:
-        """Answer everything that is under way, then end the streams, with UNAVAILABLE.
+        """Answers everything that is under way, then ends the streams, with UNAVAILABLE.
 
-        A step that still executes after ``timeout_s`` does not matter: the streams end then.
+        It waits at most ``timeout_s`` for the engine; then the streams end, even while a step executes.
         """
         if self._loaded is None:
             if self._job is not None:
@@ -210,7 +210,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             stream.end_with_engine()
 
     def _stop_loop(self, loaded: Loaded) -> None:
-        """With the rank that was lost, if one was: what the gateway hears of it is what the user reads."""
+        """Stops the loop. It names the rank that was lost, if one was: the user reads what the gateway is told."""
         lost = None if loaded.membership is None else loaded.membership.pulse.lost
         if loaded.engine is not None and lost is not None:
             loaded.engine.stop(f"lost {lost}")
@@ -218,7 +218,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             loaded.loop.stop()
 
     def close(self) -> None:
-        """End the threads, as far as they can be ended."""
+        """Ends the threads, as far as they can be ended."""
         if self._grammars is not None:
             self._grammars.close()
         if self._loaded is not None and self._loaded.loop.thread.is_alive():

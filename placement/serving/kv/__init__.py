@@ -1,1 +1,1 @@
-"""KV blocks: which are free, who keeps the others, and where a sequence's lie."""
+"""Manages KV blocks: which are free, who keeps the others, and where those of a sequence lie."""

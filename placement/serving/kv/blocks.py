@@ -1,8 +1,8 @@
-"""KV blocks: which are free, how many refer to each of the others, and what can be found again.
+"""Allocates KV blocks, counts who refers to each, and finds blocks by their content.
 
 A full block may be given the name of its content (placement.serving.prefix). Then it can be found, and shared, until it
-is allocated anew: without references it is only cached, and the least recently used are evicted first. Where new blocks
-are taken from: placement.serving.kv.intervals.
+is allocated anew: without references it is only cached, and the least recently used blocks are evicted first.
+placement.serving.kv.intervals decides where new blocks are taken from.
 """
 
 from collections import Counter, OrderedDict
@@ -18,7 +18,7 @@ _EVICTION_SHARE = 32
 
 
 class OutOfBlocks(Exception):
-    """Fewer blocks are free than were asked for. Internal: the scheduler preempts or waits."""
+    """Fewer blocks are free than were asked for. No user sees this error: the scheduler preempts or waits."""
 
     def __init__(self, *, wanted: int, free: int) -> None:
         self.wanted = wanted
@@ -27,9 +27,9 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """The KV blocks of a replica, with reference counts and the names of their contents.
+    """Keeps the KV blocks of a replica, with reference counts and the names of their contents.
 
-    A block is in use (it has references), cached (none, but a name) or free (neither).
+    A block is in use (it has references), cached (it has a name alone) or free (it has neither).
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -43,36 +43,36 @@ class BlockPool:
 
     @property
     def num_total(self) -> int:
-        """Blocks there are."""
+        """Counts all blocks."""
         return len(self._refs)
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody refers to, those that are cached included: as many can be allocated."""
+        """Counts the blocks that nobody refers to, cached ones included: as many can be allocated."""
         return self._free.num_blocks + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Blocks that nobody refers to and that can still be found."""
+        """Counts the blocks that nobody refers to and that can still be found."""
         return len(self._cached)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold ``num_tokens`` tokens."""
+        """Returns how many blocks ``num_tokens`` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def can_allocate(self, count: int, *, sharing: Seq[int] = ()) -> bool:
-        """Whether ``allocate(count)`` would succeed, once ``sharing`` were shared."""
+        """Tells whether ``allocate(count)`` would succeed after ``share(sharing)``."""
         taken = sum(1 for block in sharing if not self._refs[block])
         return count + taken <= self.num_free
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """Takes ``count`` blocks, with one reference each, in the order in which they are to be filled.
 
-        Free blocks are taken first. O(n log n) in the free intervals, of which there is at most one more than there
-        are runs not free.
+        Free blocks are taken before cached ones. The time is O(n log n) in the free intervals, of which there is at
+        most one more than there are runs that are not free.
 
         Args:
-            after: last block of the sequence that grows; absent for a new sequence.
+            after: the last block of the sequence that grows; None for a new sequence.
 
         Raises:
             OutOfBlocks: fewer than ``count`` are free or cached; then none is taken.
@@ -89,7 +89,7 @@ class BlockPool:
         return blocks
 
     def share(self, blocks: Seq[int]) -> None:
-        """Adds one reference to each; all must be in use or cached."""
+        """Adds one reference to each of ``blocks``, which must be in use or cached."""
         for block in blocks:
             if not self._refs[block]:
                 assert block in self._cached, f"block {block} is free"
@@ -97,12 +97,12 @@ class BlockPool:
             self._refs[block] += 1
 
     def release(self, blocks: Seq[int], *, retain: bool = True) -> None:
-        """Drops one reference from each block of a table; one without references is cached or free again.
+        """Drops one reference from each block of a table. A block without references is cached, or free again.
 
-        The table's end counts as less recently used than its start: without a start no end can be found.
+        The end of the table counts as less recently used than its start: without the start no end can be found.
 
         Args:
-            retain: cache those that have a name.
+            retain: whether blocks that have a name are cached.
         """
         for block in reversed(blocks):
             assert self._refs[block] > 0, f"block {block} is free already"
@@ -115,10 +115,10 @@ class BlockPool:
                 self._discard(block)
 
     def name(self, block: int, name: bytes) -> None:
-        """Lets a block in use be found by ``name``: it is full and computed, and nobody writes to it any more.
+        """Makes a block in use findable by ``name``. It is full and computed, and nobody writes to it any more.
 
-        A name has one block: the first, while that is in use. A cached one gives its name up and is free again, so
-        that the name is as recently used as what follows it in the new block's table.
+        A name has one block: the first one, while that is in use. A cached block gives its name up and is free again,
+        so that the name is as recently used as the blocks that follow it in the new block's table.
         """
         assert self._refs[block] > 0 and block not in self._names, f"block {block} is free or has a name"
         other = self._named.get(name)
@@ -131,11 +131,11 @@ class BlockPool:
         self._names[block] = name
 
     def find(self, name: bytes) -> int | None:
-        """The block of that name, in use or cached."""
+        """Returns the block of that name, in use or cached, or None where there is none."""
         return self._named.get(name)
 
     def check(self, tables: Iterable[Seq[int]] | None = None) -> None:
-        """Asserts what must always hold; given the block tables of all who refer to blocks, also the counts."""
+        """Asserts what must always hold; with the block tables of all who refer to blocks, also the counts."""
         self._free.check(self.num_total)
         free = set(self._free)
         assert all(refs >= 0 for refs in self._refs)

@@ -1,7 +1,7 @@
-"""Who keeps which KV blocks. A block is free once its last hold is released.
+"""Keeps who holds which KV blocks. A block is free once its last hold is released.
 
-A sequence, a step that still executes, a transfer between replicas and a lease of another machine are owners alike, so
-that no block is given away while anybody may read or write it.
+Sequences, steps that execute and transfers between replicas are all owners of holds, so that no block is given away
+while anybody may read or write it.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from placement.serving.kv.blocks import BlockPool
 
 @dataclass(frozen=True, slots=True)
 class SequenceOwner:
-    """A sequence that computes, or reads, what is in the blocks."""
+    """An owner: a sequence that computes or reads the keys and values in the blocks."""
 
     sequence_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepOwner:
-    """A step that executes and touches blocks of a sequence that has ended."""
+    """An owner: a step that executes and touches the blocks of a sequence that has ended."""
 
     step: int
 
 
 @dataclass(frozen=True, slots=True)
 class TransferOwner:
-    """A transfer of keys and values, of that sequence, to or from another replica."""
+    """An owner: a transfer of a sequence's keys and values to or from another replica."""
 
     sequence_id: int
 
@@ -37,11 +37,11 @@ Owner = SequenceOwner | StepOwner | TransferOwner
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Hold:
-    """Blocks that an owner keeps from being free.
+    """A claim on blocks, by which an owner keeps them from being free.
 
     Attributes:
-        hold_id: names the hold in events and commands; never used again.
-        blocks: in the order of tokens; the list only grows.
+        hold_id: names the hold in events and commands; no other hold ever has it.
+        blocks: the blocks in the order of tokens; the list only grows.
     """
 
     hold_id: int
@@ -50,7 +50,7 @@ class Hold:
 
 
 class Holds:
-    """All holds on the blocks of a pool."""
+    """Keeps all holds on the blocks of a pool."""
 
     def __init__(self, pool: BlockPool) -> None:
         self.pool = pool
@@ -81,7 +81,7 @@ class Holds:
         hold.blocks += self.pool.allocate(num_blocks, after=hold.blocks[-1])
 
     def pass_on(self, hold: Hold, owner: Owner) -> None:
-        """Makes ``owner`` the one who keeps the blocks."""
+        """Makes ``owner`` the new owner of a hold."""
         assert hold.hold_id in self._holds, hold
         hold.owner = owner
 
@@ -91,7 +91,7 @@ class Holds:
         self.pool.release(hold.blocks, retain=retain)
 
     def of(self, kind: type[Owner]) -> list[Hold]:
-        """The holds of owners of one kind, oldest first."""
+        """Returns the holds whose owners are of one kind, oldest first."""
         return [hold for hold in self._holds.values() if isinstance(hold.owner, kind)]
 
     def check(self) -> None:

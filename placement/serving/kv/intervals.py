@@ -1,7 +1,7 @@
-"""Free blocks as intervals, and where new blocks are taken from so that runs of blocks stay long.
+"""Keeps the free blocks as intervals, and chooses new blocks so that runs of blocks stay long.
 
 Attention reads a run of adjacent blocks as one strided view, so a sequence whose blocks lie in few long runs is read
-with few kernel calls and without a gather. Nothing is ever moved, hence room is left ahead:
+with few kernel calls and without a gather. Blocks are never moved, so the choice leaves room ahead of sequences:
 
 - a growing sequence takes the blocks right after its last one while they are free;
 - everything else goes into the largest free interval (worst fit), into its middle: whoever ends where the interval
@@ -16,7 +16,7 @@ from operator import sub
 
 
 class FreeIntervals:
-    """The free blocks: ``[_starts[i], _stops[i])`` are sorted, disjoint and never touch."""
+    """Holds the free blocks. The intervals ``[_starts[i], _stops[i])`` are sorted, disjoint and never touch."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -85,7 +85,7 @@ class FreeIntervals:
         assert self.num_blocks == sum(stop - start for start, stop in intervals)
 
     def _cut(self, index: int, first: int, count: int) -> range:
-        """Takes ``[first, first + count)``, or what interval ``index`` has of it."""
+        """Takes ``[first, first + count)`` out of interval ``index``, or as much of it as the interval has."""
         start, stop = self._starts[index], self._stops[index]
         last = min(first + count, stop)
         rest = [(a, b) for a, b in ((start, first), (last, stop)) if a < b]

@@ -1,10 +1,10 @@
-"""Block tables as runs: ranges of adjacent KV slots, which attention reads as one view each."""
+"""Turns block tables into runs: ranges of adjacent KV slots, each of which attention reads as one view."""
 
 from collections.abc import Sequence
 
 
 class TableRuns:
-    """The runs of one sequence's block table, kept as it grows: a step then looks at what is new alone."""
+    """Keeps the runs of one sequence's block table as it grows, so that a step looks at new blocks alone."""
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
@@ -13,7 +13,7 @@ class TableRuns:
         self._runs: list[tuple[int, int]] = []
 
     def first(self, block_table: list[int], num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """As :func:`block_runs`. A table only ever grows; a new one is another list."""
+        """Returns what :func:`block_runs` does. The same list may have grown since; another list is a new table."""
         if block_table is not self._table:
             self._table, self._num_blocks, self._runs = block_table, 0, []
         for block in block_table[self._num_blocks :]:
@@ -27,7 +27,7 @@ class TableRuns:
 
 
 def _without_last(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
-    """``runs`` without their last ``count`` slots."""
+    """Returns ``runs`` without their last ``count`` slots."""
     assert count >= 0, count
     kept = len(runs)
     while count and runs[kept - 1][1] - runs[kept - 1][0] <= count:
@@ -40,10 +40,10 @@ def _without_last(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[in
 
 
 def block_runs(block_table: Sequence[int], block_size: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-    """The KV slots of a sequence's first ``num_tokens`` tokens, as ranges ``[start, stop)`` in token order.
+    """Returns the KV slots of a sequence's first ``num_tokens`` tokens, as ranges ``[start, stop)`` in token order.
 
-    Slot ``block * block_size + offset``. Blocks that follow each other in the table and in the pool make one
-    range.
+    A token lies in slot ``block * block_size + offset``. Blocks that follow each other in the table and in the pool
+    make one range.
     """
     assert 0 <= num_tokens <= len(block_table) * block_size, (num_tokens, len(block_table), block_size)
     runs: list[tuple[int, int]] = []

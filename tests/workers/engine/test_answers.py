@@ -3,8 +3,8 @@
 from placement.serving.events import Ended, EndReason, Tell
 from placement.serving.step_plan import Chunk, StepPlan
 from tests.support.engine import BLOCK_SIZE, Listener, submission
-from workers.engine.answers import outputs
-from workers.engine.work import begin
+from workers.engine.answers import step_outputs
+from workers.engine.sequence import begin
 from workers.sampling.sampling import SampledToken
 from workers.service.messages import _END
 from workers.step.types import StepResult
@@ -12,16 +12,16 @@ from workers.step.types import StepResult
 
 def test_a_sink_hears_of_a_step_that_gave_its_sequence_nothing_beside_one_that_ended() -> None:
     ends, goes_on = Listener(), Listener()
-    works = {core_id: begin(sink, 7, submission([3]), BLOCK_SIZE) for core_id, sink in enumerate((ends, goes_on))}
+    sequences = {core_id: begin(sink, 7, submission([3]), BLOCK_SIZE) for core_id, sink in enumerate((ends, goes_on))}
     chunks = tuple(Chunk(sequence_id=i, start=0, num_tokens=1, samples=i == 0) for i in range(2))
     commands = [
         Tell(sequence_id=0, place=0, first_index=0, token_ids=(1,)),
         Ended(sequence_id=0, reason=EndReason.LENGTH),
     ]
     result = StepResult(tokens=(SampledToken(token_id=1), None))
-    told = outputs(commands, works, StepPlan(step=1, chunks=chunks, preempted=()), result)
-    assert told.keys() == {ends, goes_on} and told[goes_on] == []
-    (output,) = told[ends]
+    outputs = step_outputs(commands, sequences, StepPlan(step=1, chunks=chunks, preempted=()), result)
+    assert outputs.keys() == {ends, goes_on} and outputs[goes_on] == []
+    (output,) = outputs[ends]
     assert (output.index, output.end) == (0, EndReason.LENGTH)
 
 

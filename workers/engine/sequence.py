@@ -1,4 +1,4 @@
-"""A sequence as the engine computes it: who asked, how it is sampled, and what the next step computes of it."""
+"""Holds a sequence as the engine computes it: who asked, how it is sampled, and what the next step computes of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from workers.step.types import SequenceInput
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Work:
-    """A sequence in the engine. What happens to it next is the core's to decide.
+class EngineSequence:
+    """A sequence in the engine. The core decides what happens to it next.
 
     Attributes:
-        sequence_id: the sink's name for it.
-        sampler: used by the thread that executes.
-        num_scored: prompt tokens whose log-probabilities are known or on their way, the first among them.
+        sink: receives the outputs of the sequence.
+        sequence_id: the id that the sink uses for it.
+        sampler: chooses its tokens; only the thread that executes steps uses it.
+        runs: its block table as ranges of KV slots.
+        num_scored: how many prompt tokens have log-probabilities that are known or on their way; the first token, which
+            has none, counts.
     """
 
     sink: Sink
@@ -29,7 +32,7 @@ class Work:
     num_scored: int = 1
 
     def take_chunk(self, chunk: Chunk, token_ids: Sequence[int], table: list[int]) -> SequenceInput:
-        """What a step computes of the sequence.
+        """Returns what a step computes of the sequence, and counts the prompt tokens that it scores.
 
         Args:
             token_ids: the tokens of the chunk, as far as they are known.
@@ -47,7 +50,7 @@ class Work:
         )
 
     def _scored(self, stop: int) -> ScoredPrompt | None:
-        """The prompt tokens that follow the chunk's, as far as they have not been scored: each is scored once."""
+        """Returns the prompt tokens that a chunk up to ``stop`` predicts, without those scored before."""
         prompt_ids, num_top = self.submission.prompt_ids, self.submission.prompt_logprobs
         first, last = self.num_scored, min(stop + 1, len(prompt_ids))
         if num_top is None or first >= last:
@@ -56,9 +59,9 @@ class Work:
         return ScoredPrompt(first_index=first, token_ids=prompt_ids[first:last], num_top=num_top)
 
 
-def begin(sink: Sink, sequence_id: int, submission: Submission, block_size: int) -> Work:
-    """The work of a sequence that was just submitted."""
-    return Work(
+def begin(sink: Sink, sequence_id: int, submission: Submission, block_size: int) -> EngineSequence:
+    """Makes the engine's sequence of a submission."""
+    return EngineSequence(
         sink=sink,
         sequence_id=sequence_id,
         submission=submission,
