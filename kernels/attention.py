@@ -44,11 +44,6 @@ class SequenceSpan:
         assert 1 <= self.num_queries <= self.num_tokens, self
 
     @property
-    def context_runs(self) -> tuple[Run, ...]:
-        """Returns the slots of the tokens before the queries."""
-        return split_runs(self.runs, self.num_tokens - self.num_queries)[0]
-
-    @property
     def query_runs(self) -> tuple[Run, ...]:
         """Returns the slots of the queries' own tokens."""
         return last_runs(self.runs, self.num_queries)

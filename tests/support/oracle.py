@@ -93,10 +93,22 @@ def greedy(oracle: PreTrainedModel, prompt: Sequence[int], num_outputs: int = NU
 
 
 @torch.inference_mode()
+def greedy_without_cache(oracle: PreTrainedModel, prompt: Sequence[int], num_outputs: int = NUM_OUTPUTS) -> list[int]:
+    """Continues one prompt by the plainest loop there is: all tokens are computed anew for each, with no padding."""
+    token_ids = list(prompt)
+    for _ in range(num_outputs):
+        token_ids.append(int(oracle(torch.tensor([token_ids]), use_cache=False).logits[0, -1].argmax()))
+    return token_ids[len(prompt) :]
+
+
+@torch.inference_mode()
 def greedy_each(
     oracle: PreTrainedModel, prompts: Sequence[Sequence[int]], num_outputs: int = NUM_OUTPUTS
 ) -> list[list[int]]:
-    """What :func:`greedy` gives for each prompt, by a tenth of the steps: all continue together, padded on the left."""
+    """Continues each prompt as :func:`greedy_without_cache` does, in a tenth of the steps.
+
+    All continue together, padded on the left, with a cache. tests/workers/model/test_oracle.py compares the two.
+    """
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

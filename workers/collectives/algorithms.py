@@ -169,17 +169,17 @@ ALL_REDUCES: Mapping[str, AllReduce] = {
 """The algorithms by name, the simplest first."""
 
 
-def gather(peers: Peers, mine: Tensor, others: Mapping[int, Tensor]) -> None:
+def gather(peers: Peers, x: Tensor, others: Mapping[int, Tensor]) -> None:
     """Collects the ranks' tensors at rank 0.
 
     Args:
-        mine: the tensor of this rank, which is sent unless it is empty or this is rank 0.
+        x: the tensor of this rank, which is sent unless it is empty or this is rank 0.
         others: at rank 0, memory for each other rank's tensor, by rank; ranks whose tensors are empty are left out.
     """
     if peers.rank == 0:
         peers.move({}, others)
-    elif mine.numel():
-        peers.move({0: mine}, {})
+    elif x.numel():
+        peers.move({0: x}, {})
 
 
 def broadcast(peers: Peers, x: Tensor) -> None:

@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 SET_UP_S = 5.0
 """How long a backend may take to connect the ranks, all of which are running."""
 
+# The store ends its waits later than a set-up should end, since ranks that have failed wait for those that still try.
+_STORE_S = 3 * SET_UP_S
+# A library may hang where it has no time limit of its own, while all ranks are alive.
+_HANGS_S = _STORE_S + COLLECTIVE_S
 _CHECK_S = 0.1
 _CAPABILITIES = struct.Struct("<??32s")
 
@@ -129,8 +133,8 @@ def _exchange_capabilities(group: TensorGroup, device: torch.device) -> list[Cap
         peers.move(dict.fromkeys(others, x), others)
 
     group.run(exchange, own)
-    everyone = {**others, group.rank: own}
-    return [Capabilities.unpack(bytes(everyone[rank].tolist())) for rank in range(group.num_ranks)]
+    packed_by_rank = {**others, group.rank: own}
+    return [Capabilities.unpack(bytes(packed_by_rank[rank].tolist())) for rank in range(group.num_ranks)]
 
 
 def _open(library: Library, group: TensorGroup, host: str, device: torch.device) -> TorchGroup:
@@ -140,27 +144,34 @@ def _open(library: Library, group: TensorGroup, host: str, device: torch.device)
     stay on the cores of the thread that starts them.
     """
     alive = group.pulse.check
-    # The deadline is longer than a set-up, since ranks that have failed wait for those that still try.
-    store = LinkStore(group.links, deadline_s=time.monotonic() + 3 * SET_UP_S, alive=alive)
-    made: Future[Backend] = Future()
+    store = LinkStore(group.links, deadline_s=time.monotonic() + _STORE_S, alive=alive)
+    setting_up: Future[Backend] = Future()
 
     def make() -> None:
         try:
             work_alone()
-            made.set_result(_make(library, store, group, host, device))
+            setting_up.set_result(_make(library, store, group, host, device))
         except BaseException as error:
-            made.set_exception(error)
+            setting_up.set_exception(error)
 
     threading.Thread(target=make, name=library, daemon=True).start()
     try:
-        while not wait([made], _CHECK_S).done:
-            alive()
-        backend = made.result()
+        _wait_for_set_up(setting_up, group)
+        backend = setting_up.result()
     except PeerFailed as error:
         raise group.pulse.reason(error) from error
     kind = NcclGroup if library is Library.NCCL else GlooGroup
     members = [group.links[rank].peer if rank in group.links else -1 for rank in range(group.num_ranks)]
     return kind(backend=backend, rank=group.rank, members=members, pulse=group.pulse, widths=group.widths)
+
+
+def _wait_for_set_up(setting_up: Future[Backend], group: TensorGroup) -> None:
+    """Waits until a backend is set up, or is known not to be. Raises PeerFailed where a rank is lost or it hangs."""
+    deadline_s = time.monotonic() + _HANGS_S
+    while not wait([setting_up], _CHECK_S).done:
+        group.pulse.check()
+        if time.monotonic() >= deadline_s:
+            raise PeerFailed.timed_out(group.links[min(group.links)].peer)
 
 
 def _make(library: Library, store: LinkStore, group: TensorGroup, host: str, device: torch.device) -> Backend:

@@ -110,7 +110,7 @@ class CompiledAllReduce:
         """Returns the address of the word that is not 0 once an all-reduce has failed."""
         return int(self._state[words.STATUS :].ctypes.data)
 
-    def accepts(self, x: Tensor) -> bool:
+    def can_sum(self, x: Tensor) -> bool:
         """Tells whether the code can sum a tensor of this size, dtype and device."""
         return x.dtype in _NUMBERS and 0 < x.nbytes <= MOST_BYTES and x.is_contiguous() and x.device.type == "cpu"
 
@@ -123,7 +123,7 @@ class CompiledAllReduce:
 
     def arguments(self, x: Tensor, ticket: int, tile: ColumnTile = WHOLE) -> bytes:
         """Implements :meth:`kernels.cpu.layers.partial.SumWork.arguments`; the caller keeps the contiguous ``x``."""
-        assert self.accepts(x) and tile.count <= MOST_COLUMN_TILES, (x.dtype, x.shape, tile)
+        assert self.can_sum(x) and tile.count <= MOST_COLUMN_TILES, (x.dtype, x.shape, tile)
         assert tile.count == 1 or (len(x) <= _MOST_ROWS and x.shape[1] % tile.count == 0), (x.shape, tile)
         rows = 1 if tile.count == 1 else len(x)
         stride = x.nbytes // rows
@@ -137,7 +137,7 @@ class CompiledAllReduce:
         )
 
     def all_reduce(self, x: Tensor, *, deadline_s: float, alive: Callable[[], None]) -> None:
-        """Sums a tensor that it :meth:`accepts` over the ranks, in place.
+        """Sums a tensor that it can sum (:meth:`can_sum`) over the ranks, in place.
 
         Args:
             deadline_s: the end of the wait on the clock of :func:`time.monotonic`.

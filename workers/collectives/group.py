@@ -96,7 +96,7 @@ class TensorGroup:
         """Sums the ranks' partial updates; a reduce-scatter also finishes this rank's rows. Raises PeerFailed."""
         if self._on_device is not None and partial.update.device == self.device:
             self._on_device.reduce(partial)
-        elif partial.finish is not None and self.num_ranks > 1 and self._scatters(partial.update):
+        elif partial.finish is not None and self.num_ranks > 1 and self._is_scattered(partial.update):
             self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), COLLECTIVE_S)
         else:
             self.all_reduce(partial.update)
@@ -137,7 +137,7 @@ class TensorGroup:
         )
 
         def direct_compiled(peers: Peers, x: Tensor) -> None:
-            if compiled.accepts(x):
+            if compiled.can_sum(x):
                 compiled.all_reduce(x, deadline_s=peers.deadline_s, alive=peers.alive)
             else:
                 direct(peers, x)
@@ -150,7 +150,7 @@ class TensorGroup:
         if self._compiled is not None:
             self._compiled.release()
 
-    def _scatters(self, x: Tensor) -> bool:
+    def _is_scattered(self, x: Tensor) -> bool:
         """Tells whether ``x`` is to be reduce-scattered and can be by rows: no rank may have many more than others."""
         most = -(-len(x) // self.num_ranks) * self.num_ranks
         return 0 < most <= MOST_UNEVEN * len(x) and self.algorithms[self.table.choose(x.nbytes)] is scatter

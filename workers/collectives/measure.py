@@ -45,14 +45,14 @@ def _measure(group: TensorGroup, algorithm: AllReduce, num_bytes: int) -> float:
     return best_s
 
 
-def slowest(group: TensorGroup, mine: Tensor) -> Tensor:
+def slowest(group: TensorGroup, own: Tensor) -> Tensor:
     """Returns, at every rank, the elementwise maximum over all ranks. Raises PeerFailed."""
-    others = {} if group.rank else {rank: torch.empty_like(mine) for rank in range(1, group.num_ranks)}
+    others = {} if group.rank else {rank: torch.empty_like(own) for rank in range(1, group.num_ranks)}
 
     def collect(peers: Peers, x: Tensor) -> None:
         gather(peers, x, others)
 
-    group.run(collect, mine)
-    most = torch.stack([mine, *others.values()]).amax(dim=0)
+    group.run(collect, own)
+    most = torch.stack([own, *others.values()]).amax(dim=0)
     group.run(broadcast, most)
     return most

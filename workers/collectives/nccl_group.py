@@ -36,8 +36,8 @@ class NcclGroup(TorchGroup):
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             self.reduce(partial)
-            used = [partial.update] if partial.finish is None else [partial.update, partial.finish.result]
-            for x in used:
+            tensors = [partial.update] if partial.finish is None else [partial.update, partial.finish.result]
+            for x in tensors:
                 x.record_stream(self._side)
             return StreamFuture(self._side.record_event())
 

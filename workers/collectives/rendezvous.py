@@ -47,30 +47,30 @@ class LinkStore(Store):
         self._links = links
         self._deadline_s = deadline_s
         self._alive = alive
-        self._kept: dict[str, bytes] = {}
+        self._values: dict[str, bytes] = {}
         self._problem = ""
         self._receiving = {rank: _incoming(link) for rank, link in links.items()}  # from ranks that have not ended
 
     def set(self, key: str, value: str | bytes) -> None:
         """Sets a key at all ranks."""
-        self._kept[key] = value.encode() if isinstance(value, str) else bytes(value)
-        self._tell(_SET, key, self._kept[key])
+        self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
+        self._tell(_SET, key, self._values[key])
 
     def get(self, key: str) -> bytes:
         """Waits until some rank sets the key and returns its value. Raises PeerFailed and SetUpFailed."""
         self.wait([key])
-        return self._kept[key]
+        return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
         """Waits until all ``keys`` are set. Raises PeerFailed and SetUpFailed."""
         while not self.check(keys):
             if self._problem or not self._receiving:
-                raise SetUpFailed(self._problem or f"nobody set {[key for key in keys if key not in self._kept]}")
+                raise SetUpFailed(self._problem or f"nobody set {[key for key in keys if key not in self._values]}")
             self._listen()
 
     def check(self, keys: Sequence[str]) -> bool:
         """Tells whether all ``keys`` are known here."""
-        return all(key in self._kept for key in keys)
+        return all(key in self._values for key in keys)
 
     def finish(self, problem: str = "") -> None:
         """Waits until all ranks have finished; afterwards no message of a store is on the links.
@@ -117,7 +117,7 @@ class LinkStore(Store):
         if kind == _END:  # what comes next on this link is not the store's
             self._problem = self._problem or value.decode(errors="replace")
             return
-        self._kept[key] = value
+        self._values[key] = value
         self._receiving[rank] = _incoming(self._links[rank])
 
 

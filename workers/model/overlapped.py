@@ -41,16 +41,16 @@ def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Te
     Raises:
         Whatever an all-reduce raises.
     """
-    before: Future[None] | None = None
+    previous: Future[None] | None = None
     while True:
         try:
-            begun = begin(next(layers))
+            all_reduce = begin(next(layers))
         except StopIteration as ended:
             output: Tensor = ended.value
             return output
-        if before is not None:
-            before.result()
-        before = begun
+        if previous is not None:
+            previous.result()
+        previous = all_reduce
 
 
 def run_overlapped(micro_batches: Sequence[Layers], begin: Callable[[Partial], "Future[None]"]) -> list[Tensor]:

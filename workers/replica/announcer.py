@@ -19,7 +19,12 @@ _CLOSE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Announcement:
-    """The frames of one announcement that are not sent whole, and when they must be."""
+    """An announcement that waits to be sent.
+
+    Attributes:
+        frames: the frames that were not sent whole when it was queued.
+        deadline_s: when they must be, on the clock of :func:`time.monotonic`.
+    """
 
     frames: Sequence[Outgoing]
     deadline_s: float
@@ -76,10 +81,13 @@ class Announcer:
 
     def _enqueue(self, announcement: _Announcement) -> None:
         """Appends to the queue, and starts the thread where none is running. The caller holds the lock."""
-        if len(self._queue) == MOST_QUEUED:
-            peer = announcement.frames[0].link.peer
-            self._failure = PeerFailed(peer, f"has not taken any of {MOST_QUEUED} announced steps")
-            return
+        if len(self._queue) >= MOST_QUEUED:
+            # The oldest announcement holds up all others; where it was just sent whole, the thread is making room.
+            unsent = [frame for frame in self._queue[0].frames if frame.parts]
+            if unsent:
+                cause = f"has not taken any of {MOST_QUEUED} announced steps"
+                self._failure = PeerFailed(unsent[0].link.peer, cause)
+                return
         self._queue.append(announcement)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="announcer", daemon=True)

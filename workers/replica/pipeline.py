@@ -10,7 +10,6 @@ Inference, Aminabadi et al. 2022, which does not flush the pipeline between toke
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,46 +23,76 @@ from workers.step.layout import Prepared
 from workers.step.runner import ModelRunner, newest
 from workers.step.types import Batch, StepResult
 
+_CHECK_S = 0.1
+
 
 class ComputeOrder:
-    """Decides which of several threads computes next."""
+    """Decides which of several threads computes next, and which receives next.
 
-    def __init__(self) -> None:
+    Once a step has failed, no other goes on: every wait ends with the error of the step that failed first.
+    """
+
+    def __init__(self, alive: Callable[[], None]) -> None:
+        """``alive`` is called again and again during waits; it raises where a rank is known to be lost."""
+        self._alive = alive
         self._changed = threading.Condition()
         self._busy = False
-        self._broken = False
+        self._failure: BaseException | None = None
         self._next = {StepPart.FORWARD: 0, StepPart.FINISH: 0}
         self._num_to_finish = 0
+        self._num_received = 0
 
     @contextmanager
     def turn(self, part: StepPart, number: int) -> Iterator[None]:
         """Waits until this part of the step may be computed, and keeps all others waiting meanwhile.
 
-        Raises CancelledError where a turn before this one raised.
+        Used within :meth:`step`, which ends the waits of all others where the part fails. Raises what :meth:`check`
+        raises.
         """
         with self._changed:
             self._num_to_finish += part is StepPart.FINISH
-            self._changed.wait_for(lambda: self._broken or self._is_next(part, number))
-            if self._broken:
-                raise CancelledError
+            self._wait(lambda: self._is_next(part, number))
             self._num_to_finish -= part is StepPart.FINISH
             self._busy = True
+        yield
+        with self._changed:
+            self._busy = False
+            self._next[part] += 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def reception(self, number: int) -> Iterator[None]:
+        """Waits until the hidden states of all steps before this one are received. Used as :meth:`turn` is."""
+        with self._changed:
+            self._wait(lambda: self._num_received == number)
+        yield
+        with self._changed:
+            self._num_received += 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Ends the waits of all other steps where this one raises, wherever that is: they would wait for ever."""
         try:
             yield
-        except BaseException:
-            self.cancel()
-            raise
-        finally:
+        except BaseException as error:
             with self._changed:
-                self._busy = False
-                self._next[part] += 1
+                self._failure = self._failure or error
                 self._changed.notify_all()
+            raise
 
-    def cancel(self) -> None:
-        """Grants no more turns: whoever waits for one raises CancelledError."""
-        with self._changed:
-            self._broken = True
-            self._changed.notify_all()
+    def check(self) -> None:
+        """Raises PeerFailed where a rank is lost, and else the error of the step that failed first, where one has."""
+        self._alive()
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        """Waits for a condition. The caller holds the lock, which is released meanwhile."""
+        while not self._changed.wait_for(lambda: self._failure is not None or condition(), _CHECK_S):
+            self.check()
+        if self._failure is not None:
+            self.check()
 
     def _is_next(self, part: StepPart, number: int) -> bool:
         must_wait = part is StepPart.FORWARD and self._num_to_finish > 0
@@ -82,9 +111,7 @@ class PipelineRunner:
         self._group = group
         self._links = links
         self._device = device
-        self._order = ComputeOrder()
-        self._receiving = threading.Condition()
-        self._num_received = 0
+        self._order = ComputeOrder(followers.check)
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """Implements :meth:`workers.engine.types.Runner.prepare`."""
@@ -94,30 +121,23 @@ class PipelineRunner:
 
     @torch.inference_mode()
     def _execute(self, number: int, step: Prepared) -> StepResult:
+        """Runs a step through all stages. Raises PeerFailed, and the error of another step that has failed."""
         started_s = time.monotonic()
-        with self._order.turn(StepPart.FORWARD, number):
-            awaited = newest(step.awaiting)
-            message = BeginMessage(part=StepPart.FORWARD, number=number, token_ids=tuple(awaited))
-            self._followers.begin_part(message)
-            self._runner.put_awaited(step, awaited)
-            self._links.send(self._runner.forward(step))
-        masks = self._runner.find_masks(step)
-        hidden = self._receive(number, len(step.needed))
-        with self._order.turn(StepPart.FINISH, number):
-            self._followers.begin_part(BeginMessage(part=StepPart.FINISH, number=number))
-            self._group.run(broadcast, hidden)
-            logits, scores = self._runner.finish(step, hidden.to(self._device))
-            return self._runner.answer(step, logits, scores, masks, started_s)
+        with self._order.step():
+            with self._order.turn(StepPart.FORWARD, number):
+                self._forward(number, step)
+            masks = self._runner.find_masks(step)
+            with self._order.reception(number):  # the last stage gives them back in the order of steps
+                hidden = self._links.receive(len(step.needed), self._order.check)
+            with self._order.turn(StepPart.FINISH, number):
+                self._followers.begin_part(BeginMessage(part=StepPart.FINISH, number=number))
+                self._group.run(broadcast, hidden)
+                logits, scores = self._runner.finish(step, hidden.to(self._device))
+                return self._runner.answer(step, logits, scores, masks, started_s)
 
-    def _receive(self, number: int, num_rows: int) -> torch.Tensor:
-        """Receives the hidden states [N, E] that the last stage gives back of a step, in the order of steps."""
-        with self._receiving:
-            self._receiving.wait_for(lambda: self._num_received == number)
-            try:
-                return self._links.receive(num_rows, self._followers.check)
-            except BaseException:
-                self._order.cancel()
-                raise
-            finally:
-                self._num_received += 1
-                self._receiving.notify_all()
+    def _forward(self, number: int, step: Prepared) -> None:
+        """Computes the first stage's layers and sends the hidden states on."""
+        awaited = newest(step.awaiting)
+        self._followers.begin_part(BeginMessage(part=StepPart.FORWARD, number=number, token_ids=tuple(awaited)))
+        self._runner.put_awaited(step, awaited)
+        self._links.send(self._runner.forward(step))

@@ -48,7 +48,7 @@ def _hold_stops(logits: Tensor, states: Sequence[SamplerState], vocab_size: int)
     changes = [
         (row, token_id)
         for row, state in enumerate(states)
-        if state.holds_stops
+        if state.is_too_short
         for token_id in state.stop_token_ids
         if token_id < vocab_size
     ]
@@ -70,7 +70,7 @@ def _apply_masks(logits: Tensor, states: Sequence[SamplerState], vocab_size: int
         except HeterodyneError as error:
             errors[row] = error
             limited.append(False)
-    rows = [row for (row, _), wanted in zip(grammars, limited, strict=True) if wanted]
+    rows = [row for (row, _), is_limited in zip(grammars, limited, strict=True) if is_limited]
     if rows:
         _mask(logits, rows, masks[torch.tensor(limited)], vocab_size)
     return errors
@@ -81,8 +81,8 @@ def _mask(logits: Tensor, rows: list[int], masks: Tensor, vocab_size: int) -> No
 
     A mask's bytes are in token order, since its words are little-endian.
     """
-    taken = masks.view(torch.uint8).to(logits.device, torch.int32)
-    barriers = _BYTE_BIAS.to(logits.device).index_select(0, taken.flatten()).view(len(rows), -1)[:, :vocab_size]
+    mask_bytes = masks.view(torch.uint8).to(logits.device, torch.int32)
+    barriers = _BYTE_BIAS.to(logits.device).index_select(0, mask_bytes.flatten()).view(len(rows), -1)[:, :vocab_size]
     if len(rows) == len(logits):
         logits[:, :vocab_size] += barriers
     else:
@@ -99,16 +99,16 @@ def _penalize(logits: Tensor, states: Sequence[SamplerState]) -> None:
     figures = np.array([[row, p.repetition_penalty, p.presence_penalty, p.frequency_penalty] for row, p, _ in counted])
     rows, repetition, presence, frequency = np.repeat(figures, lengths, axis=0).T
     counts = np.concatenate([counts for _, counts in arrays])
-    taken = presence * (counts > 0) + frequency * counts
+    penalties = presence * (counts > 0) + frequency * counts
     index = _index(logits, rows, np.concatenate([ids for ids, _ in arrays]))
     device = logits.device
     factor = torch.from_numpy(repetition.astype(np.float32)).to(device)
-    found = logits[index]
-    found = torch.where(found > 0, found / factor, found * factor)
-    logits[index] = found - torch.from_numpy(taken.astype(np.float32)).to(device)
+    counted_logits = logits[index]
+    counted_logits = torch.where(counted_logits > 0, counted_logits / factor, counted_logits * factor)
+    logits[index] = counted_logits - torch.from_numpy(penalties.astype(np.float32)).to(device)
 
 
 def _index(logits: Tensor, rows: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> tuple[Tensor, Tensor]:
     """Makes an index of [N] elements of ``logits``, and sends it to their device at once."""
-    both = torch.from_numpy(np.array([rows, ids], dtype=np.int64)).to(logits.device)
-    return both[0], both[1]
+    pairs = torch.from_numpy(np.array([rows, ids], dtype=np.int64)).to(logits.device)
+    return pairs[0], pairs[1]

@@ -45,9 +45,9 @@ def _part(logits: Tensor, rows: list[int], token_ids: list[int], num_tops: list[
         SampledToken(
             token_id=token_id,
             logprob=logit - normalizer,
-            top=tuple((i, value - normalizer) for i, value in zip(ids[:wanted], found[:wanted], strict=True)),
+            top=tuple((i, value - normalizer) for i, value in zip(ids[:num_top], best[:num_top], strict=True)),
         )
-        for token_id, (logit,), normalizer, (ids, found), wanted in zip(
+        for token_id, (logit,), normalizer, (ids, best), num_top in zip(
             token_ids, chosen.tolist(), normalizers, tops, num_tops, strict=True
         )
     ]

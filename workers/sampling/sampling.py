@@ -89,7 +89,7 @@ def _mix(state: int) -> int:
 def _method(state: SamplerState, vocab_size: int) -> _Method:
     params = state.params
     if params.temperature == 0:
-        return _Method.ADJUSTED_GREEDY if state.adjusts else _Method.GREEDY
+        return _Method.ADJUSTED_GREEDY if state.is_adjusted else _Method.GREEDY
     if 0 < params.top_k <= FEW:
         return _Method.TOP_K
     return _Method.TOP_P if params.top_p < 1 or 0 < params.top_k < vocab_size else _Method.OPEN
@@ -107,7 +107,7 @@ def _choose(
     copy = copy_rows(logits, rows)
     errors: dict[int, HeterodyneError] = {}
     best = tokens[index]
-    if any(state.adjusts for state in states):
+    if any(state.is_adjusted for state in states):
         errors = adjust(copy, states, logits.shape[1])
         adjusted, best = highest(copy)
         # A damaged row stays damaged, even where a mask hides the damage.
@@ -181,13 +181,13 @@ def _with_logprobs(
     logits: Tensor, states: Sequence[SamplerState], results: list[SampledToken | SamplingFailed]
 ) -> list[SampledToken | SamplingFailed]:
     """Adds log-probabilities to the results of the rows that asked for them."""
-    asked = [
+    requests = [
         (row, result.token_id, num_top)
         for row, (state, result) in enumerate(zip(states, results, strict=True))
         if isinstance(result, SampledToken) and (num_top := state.params.logprobs) is not None
     ]
-    if asked:
-        rows, token_ids, num_tops = zip(*asked, strict=True)
+    if requests:
+        rows, token_ids, num_tops = zip(*requests, strict=True)
         for row, token in zip(rows, token_logprobs(logits, rows, token_ids, num_tops), strict=True):
             results[row] = token
     return results

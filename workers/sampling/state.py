@@ -161,12 +161,12 @@ class SamplerState:
             self.append(token_id)
 
     @property
-    def adjusts(self) -> bool:
+    def is_adjusted(self) -> bool:
         """Tells whether anything but the raw logits decides the next token."""
-        return bool(self.params.bias) or self.holds_stops or self.grammar is not None or self.counts is not None
+        return bool(self.params.bias) or self.is_too_short or self.grammar is not None or self.counts is not None
 
     @property
-    def holds_stops(self) -> bool:
+    def is_too_short(self) -> bool:
         """Tells whether the answer is too short to stop."""
         return self.num_tokens < self.min_tokens and bool(self.stop_token_ids)
 

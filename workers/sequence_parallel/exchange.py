@@ -129,19 +129,19 @@ class SharedAttention:
             rounds.append(({target: kv} if may_see(target, me) else {}, receives))
         if step.exchange is Exchange.ALL_GATHER:
             sends = {rank: x for sent, _ in rounds for rank, x in sent.items()}
-            begun = [self._group.begin_exchange(sends, received)] * len(rounds)
+            exchanges = [self._group.begin_exchange(sends, received)] * len(rounds)
         else:
-            begun = [self._group.begin_exchange(*round_) for round_ in rounds]
+            exchanges = [self._group.begin_exchange(*round_) for round_ in rounds]
         own = self._kernels.attend_parts(query, cache, parts.own, scale)
         whole = self._begin_whole(step, own)
         own_query = query[step.split_rows]
         answers: dict[int, Part] = {}
-        for (_, source), round_ in zip(self._rounds(), begun, strict=True):
+        for (_, source), round_ in zip(self._rounds(), exchanges, strict=True):
             round_.result()
             if source in received:
                 keys, values = received[source].to(query.device)
-                held = LayerCache(keys=keys, values=values)
-                answers[source] = self._kernels.attend_parts(own_query, held, parts.exchanged[source], scale)
+                received_cache = LayerCache(keys=keys, values=values)
+                answers[source] = self._kernels.attend_parts(own_query, received_cache, parts.exchanged[source], scale)
         return self._join(step, query, own, answers, whole)
 
     # -- what all ranks compute -----------------------------------------------------------------------------------
@@ -172,17 +172,17 @@ class SharedAttention:
         """Merges split rows with ``answers``, and whole rows with what the other ranks send of those."""
         if whole is None:
             return self._merge(own, answers, query)
-        split, rest = ((own[0][rows], own[1][rows]) for rows in (step.split_rows, step.whole_rows))
+        split_part, whole_part = ((own[0][rows], own[1][rows]) for rows in (step.split_rows, step.whole_rows))
         output = torch.empty_like(query)
-        output[step.split_rows] = self._merge(split, answers, query)
+        output[step.split_rows] = self._merge(split_part, answers, query)
         whole[0].result()
-        output[step.whole_rows] = self._merge(rest, _unpack_all(whole[1], rest[0]), query)
+        output[step.whole_rows] = self._merge(whole_part, _unpack_all(whole[1], whole_part[0]), query)
         return output
 
     def _merge(self, own: Part, others: Mapping[int, Part], like: Tensor) -> Tensor:
         """Merges parts of the same rows in rank order, and rounds to the dtype of ``like``."""
-        everyone = {**others, self._group.rank: own}
-        ordered = [everyone[rank] for rank in sorted(everyone)]
+        parts = {**others, self._group.rank: own}
+        ordered = [parts[rank] for rank in sorted(parts)]
         return merge_partials([part[0] for part in ordered], [part[1] for part in ordered])[0].to(like.dtype)
 
     # -- between ranks --------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def _rows(shares: Iterable[ChunkShare]) -> list[int]:
 
 def local_runs(batch: Batch, stripe: Stripe) -> tuple[Integers, ...]:
     """Returns, for each sequence, the runs [R, 2] of the rank's own slots up to the chunk's last token."""
-    every = (np.fromiter(chain.from_iterable(s.runs), np.int64).reshape(-1, 2) for s in batch.sequences)
-    return tuple(stripe.runs(runs) for runs in every)
+    all_runs = (np.fromiter(chain.from_iterable(s.runs), np.int64).reshape(-1, 2) for s in batch.sequences)
+    return tuple(stripe.runs(runs) for runs in all_runs)
 
 
 def own_spans(
@@ -240,16 +240,16 @@ class Needed:
 
 def find_needed(batch: Batch, stripes: Sequence[Stripe], rank: int) -> Needed:
     """Finds the needed rows: first those after which a token is sampled, then those that are scored, by sequence."""
-    wanted = [(i, s.start + s.num_tokens - 1) for i, s in enumerate(batch.sequences) if s.samples]
+    positions = [(i, s.start + s.num_tokens - 1) for i, s in enumerate(batch.sequences) if s.samples]
     for i, sequence in enumerate(batch.sequences):
         if sequence.scored is not None:
             first = sequence.scored.first_index - 1
-            wanted += [(i, first + k) for k in range(len(sequence.scored.token_ids))]
+            positions += [(i, first + k) for k in range(len(sequence.scored.token_ids))]
     own = chunk_shares(batch, stripes[rank])
     owners = _owners(stripes)
     own_rows, own_places, sent_rows = [], [], []
     received: dict[int, list[int]] = {other: [] for other in range(len(stripes)) if other != rank}
-    for place, (index, position) in enumerate(wanted):
+    for place, (index, position) in enumerate(positions):
         share, owner = own[index], owners[position % len(owners)]
         if not share.is_whole and owner != rank:
             received[owner].append(place)
@@ -260,7 +260,7 @@ def find_needed(batch: Batch, stripes: Sequence[Stripe], rank: int) -> Needed:
         if not share.is_whole:
             sent_rows.append(row)
     return Needed(
-        count=len(wanted),
+        count=len(positions),
         own_rows=tuple(own_rows),
         own_places=tuple(own_places),
         sent_rows=tuple(sent_rows),

@@ -32,12 +32,12 @@ def measure_speeds(
     moved_s = max(_best(lambda: _rounds(group, large)) / IN_A_ROW - latency_s, 1e-9)
     attended_s, call_s = _attention_s(model, kernels, dtype, device)
     own = torch.tensor([latency_s, moved_s, _NUM_QUERIES * _NUM_TOKENS / attended_s, call_s], dtype=torch.float64)
-    everyone = _gather(group, own)
+    by_rank = _gather(group, own)
     return ExchangeSpeeds(
-        latency_s=max(float(rank[0]) for rank in everyone),
-        bytes_per_s=_BYTES / max(float(rank[1]) for rank in everyone),
-        pairs_per_s=tuple(float(rank[2]) for rank in everyone),
-        call_s=max(float(rank[3]) for rank in everyone),
+        latency_s=max(float(rank[0]) for rank in by_rank),
+        bytes_per_s=_BYTES / max(float(rank[1]) for rank in by_rank),
+        pairs_per_s=tuple(float(rank[2]) for rank in by_rank),
+        call_s=max(float(rank[3]) for rank in by_rank),
     )
 
 

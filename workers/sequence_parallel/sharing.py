@@ -207,15 +207,15 @@ class StripedLayout:
     def lay_out(self, batch: Batch) -> Prepared:
         """Implements :meth:`workers.step.layout.StepLayout.lay_out`."""
         use_device(self._device)  # the calling thread's pinned memory belongs to its current device
-        everyone = [chunk_shares(batch, stripe) for stripe in self._stripes]
-        mine = everyone[self._group.rank]
+        all_shares = [chunk_shares(batch, stripe) for stripe in self._stripes]
+        own_shares = all_shares[self._group.rank]
         runs = local_runs(batch, self._stripes[self._group.rank])
-        awaiting = [share for share in mine if share.sequence.awaits_token]
+        awaiting = [share for share in own_shares if share.sequence.awaits_token]
         own = [i for i, share in enumerate(awaiting) if share.stop - 1 in share.positions[-1:]]
         needed = find_needed(batch, self._stripes, self._group.rank)
         return Prepared(
             batch=batch,
-            inputs=self._flatten(mine, runs),
+            inputs=self._flatten(own_shares, runs),
             awaiting=awaiting_samplers(batch),
             awaited=tuple(own),
             awaiting_rows=self._send([awaiting[i].first_row + len(awaiting[i].positions) - 1 for i in own]),
@@ -229,18 +229,18 @@ class StripedLayout:
                 own_places=self._send(needed.own_places),
                 sent_rows=self._send(needed.sent_rows),
             ),
-            attend=partial(self._attention.attend, self._exchange(batch, everyone, runs)),
+            attend=partial(self._attention.attend, self._exchange(batch, all_shares, runs)),
         )
 
-    def _flatten(self, mine: Sequence[ChunkShare], runs: Sequence[Integers]) -> StepInputs:
+    def _flatten(self, own_shares: Sequence[ChunkShare], runs: Sequence[Integers]) -> StepInputs:
         """Returns the inputs of this rank's tokens, one sequence after the other; an awaited token is 0."""
         stripe = self._stripes[self._group.rank]
         ids, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        for share, local in zip(mine, runs, strict=True):
+        for share, local in zip(own_shares, runs, strict=True):
             known = np.array([*share.sequence.token_ids, *([0] if share.sequence.awaits_token else [])], np.int64)
             ids.append(known[share.positions - share.sequence.start])
             slots.append(self._slots(share, local, stripe))
-        positions = np.concatenate([np.empty(0, np.int64), *(share.positions for share in mine)])
+        positions = np.concatenate([np.empty(0, np.int64), *(share.positions for share in own_shares)])
         rows = [x.tolist() for x in (np.concatenate(ids), positions, np.concatenate(slots))]
         token_ids, on_device, local_slots = self._send(rows)
         return StepInputs(token_ids=token_ids, positions=on_device, slots=local_slots, attention={})
@@ -253,38 +253,38 @@ class StripedLayout:
         return slots
 
     def _exchange(
-        self, batch: Batch, everyone: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers]
+        self, batch: Batch, all_shares: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers]
     ) -> StepExchange:
         """Plans the step's attention, given the shares of all ranks."""
-        mine = everyone[self._group.rank]
+        own_shares = all_shares[self._group.rank]
         return StepExchange(
             exchange=batch.exchange,
-            windows={window: self._parts(batch, everyone, runs, window) for window in self._windows},
-            split_rows=self._send(split_rows(mine)),
-            whole_rows=self._send(whole_rows(mine)),
-            has_split=any(not share.is_whole for share in mine),
+            windows={window: self._parts(batch, all_shares, runs, window) for window in self._windows},
+            split_rows=self._send(split_rows(own_shares)),
+            whole_rows=self._send(whole_rows(own_shares)),
+            has_split=any(not share.is_whole for share in own_shares),
         )
 
     def _parts(
-        self, batch: Batch, everyone: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers], window: Window
+        self, batch: Batch, all_shares: Sequence[tuple[ChunkShare, ...]], runs: Sequence[Integers], window: Window
     ) -> WindowParts:
         """Plans the step's attention in layers of one window."""
         me, stripes = self._group.rank, self._stripes
-        mine, stripe = everyone[me], stripes[me]
+        own_shares, stripe = all_shares[me], stripes[me]
         others = [rank for rank in range(len(stripes)) if rank != me]
-        split = [share for share in mine if not share.is_whole]
+        split = [share for share in own_shares if not share.is_whole]
         if batch.exchange is Exchange.TOKEN_RING:
-            exchanged = {rank: visiting_spans(everyone[rank], runs, stripe, window) for rank in others}
+            exchanged = {rank: visiting_spans(all_shares[rank], runs, stripe, window) for rank in others}
             kv_slots = np.empty(0, np.int64)
         else:
-            exchanged = {rank: received_spans(mine, stripes[rank], window) for rank in others}
-            kv_slots = sent_slots(mine, runs, stripe, window)
+            exchanged = {rank: received_spans(own_shares, stripes[rank], window) for rank in others}
+            kv_slots = sent_slots(own_shares, runs, stripe, window)
         return WindowParts(
-            own=self._kernels.plan_parts(*own_spans(mine, runs, stripe, window, batch.shared)),
+            own=self._kernels.plan_parts(*own_spans(own_shares, runs, stripe, window, batch.shared)),
             exchanged={rank: self._kernels.plan_parts(spans) for rank, spans in exchanged.items()} if split else {},
             kv_slots=self._send(kv_slots.tolist()),
             partners=Partners(
-                num_queries=tuple(len(split_rows(shares)) for shares in everyone),
+                num_queries=tuple(len(split_rows(shares)) for shares in all_shares),
                 num_kv=tuple(sum(num_held(share, held_by, window) for share in split) for held_by in stripes),
             ),
         )

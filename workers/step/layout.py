@@ -193,13 +193,13 @@ def _within(
     Members compute a single token each, so each of them is in one micro-batch alone.
     """
     before = sum(span.query_start + span.num_queries <= start for span in spans)
-    found = []
+    selected = []
     for common in shared:
         assert all(spans[member].num_queries == 1 for member in common.members), common
         members = tuple(member - before for member in common.members if start <= spans[member].query_start < stop)
         if len(members) > 1:
-            found.append(replace(common, members=members))
-    return tuple(found)
+            selected.append(replace(common, members=members))
+    return tuple(selected)
 
 
 def _cut_span(span: SequenceSpan, start: int, stop: int) -> SequenceSpan | None:

@@ -121,6 +121,7 @@ def join(
 
 
 def _connect(members: Members, peer: int, channel: Channel, deadline_s: float, alive: Callable[[], None]) -> Link:
+    """Connects to a lower rank, and waits until it takes the connection. Raises PeerFailed, and what ``alive`` does."""
     host, port = members.addresses[peer]
     while True:
         alive()
@@ -135,11 +136,14 @@ def _connect(members: Members, peer: int, channel: Channel, deadline_s: float, a
         except OSError:  # not there yet, or the network is not
             time.sleep(_RETRY_S)
     try:
-        send(link, Kind.HELLO, members.hello(channel), deadline_s=deadline_s)
-        receive(link, Kind.WELCOME, deadline_s=deadline_s, max_bytes=0)
-    except HeterodyneError as error:
+        send(link, Kind.HELLO, members.hello(channel), deadline_s=deadline_s, alive=alive)
+        receive(link, Kind.WELCOME, deadline_s=deadline_s, alive=alive, max_bytes=0)
+    except (PeerFailed, BadFrame) as error:
         link.close()
         raise PeerFailed(peer, f"did not take the connection: {error}") from error
+    except BaseException:  # what ``alive`` raises
+        link.close()
+        raise
     return link
 
 

@@ -5,15 +5,18 @@ pulse does, because a process that is killed, frozen or cut off from the network
 """
 
 import contextlib
+import logging
 import select
 import threading
 import time
 from collections.abc import Mapping
 
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, cause_of
 from workers.transport.errors import PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import Incoming, Link, Outgoing, outgoing
+
+logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 SILENCE_S = 1.5
@@ -83,6 +86,18 @@ class Pulse:
             self._thread.join(2 * TICK_S)
 
     def _run(self) -> None:
+        """Watches the other ranks; they count as lost where that fails, since nobody else would end waits for them."""
+        try:
+            self._watch()
+        except BaseException as error:  # the border of the thread
+            if self._stop.is_set():  # the connections may be closed by now
+                return
+            logger.exception("pulse_failed")
+            for rank in self._links.keys() - self._lost.keys():
+                self._lose(PeerFailed(rank, f"can no longer be watched: {cause_of(error)}"))
+
+    def _watch(self) -> None:
+        """Sends and receives pulses until :meth:`stop`, or until all other ranks are lost."""
         next_s = time.monotonic()
         while not self._stop.is_set() and len(self._lost) < len(self._links):
             now = time.monotonic()

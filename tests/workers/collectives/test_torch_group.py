@@ -1,6 +1,7 @@
 """Sums by gloo over real connections: the bits of every other way, at any size; and who is set up for it."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from kernels.cpu.layers.partial import Finish, Partial
 from tests.support.memberships import READY_S, joined
+from workers.collectives import backends
 from workers.collectives.algorithms import direct
 from workers.collectives.backends import open_torch_group
 from workers.collectives.group import TensorGroup
+from workers.collectives.rendezvous import SetUpFailed
 from workers.collectives.torch_group import LARGE_BYTES, TorchGroup
+from workers.replica.membership import Membership
 from workers.transport.errors import PeerFailed
 
 R = TypeVar("R")
@@ -175,3 +179,24 @@ def test_where_one_rank_cannot_listen_all_go_on_without_and_say_why(
         xs = [torch.ones(5) for _ in members]
         at_once([lambda m=member, x=x: m.group.all_reduce(x) for member, x in zip(members, xs, strict=True)])
         assert all((x == 3).all() for x in xs)
+
+
+def test_a_library_that_hangs_while_it_is_set_up_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = threading.Event()
+
+    def hang(*_: object) -> None:
+        is_over.wait(READY_S)
+        raise SetUpFailed("the test ends")
+
+    monkeypatch.setattr(backends, "_make", hang)
+    monkeypatch.setattr(backends, "_HANGS_S", 0.3)
+    with joined((2,)) as members:
+
+        def open_at(member: Membership) -> None:
+            with pytest.raises(PeerFailed, match="did not answer in time"):
+                opened(member.group)
+
+        began_s = time.monotonic()
+        at_once([lambda member=member: open_at(member) for member in members])
+        assert time.monotonic() - began_s < 10.0
+        is_over.set()

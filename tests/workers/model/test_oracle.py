@@ -4,13 +4,22 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.support.oracle import CHECKPOINTS, Slots, chunk, continue_greedily, greedy, greedy_each, oracle_logits
+from placement.model.specs import Architecture
+from tests.support.oracle import (
+    CHECKPOINTS,
+    Slots,
+    chunk,
+    continue_greedily,
+    greedy_each,
+    greedy_without_cache,
+    oracle_logits,
+)
 from tests.support.steps import logits
 from workers.step.runner import ModelRunner
 from workers.step.types import SequenceInput
@@ -18,6 +27,7 @@ from workers.step.types import SequenceInput
 DEMO = Path(__file__).parents[3] / "deploy" / "demo"
 LENGTHS = (1, 2, 3, 16, 17, 31, 33, 50, 64, 65, 70, 81, 90, 97, 5, 8)
 FEW_LENGTHS = (1, 16, 17, 33, 50, 65, 97)
+ALONE_LENGTHS = (1, 17, 65, 97)  # with and without padding, shorter and longer than all windows
 WITH_ALL_LENGTHS = ("plain", "odd_heads_deep", "tied_llama3_wide_heads", "biased_one_kv_head", "demo")
 
 
@@ -52,9 +62,14 @@ def case(request: pytest.FixtureRequest, checkpoint: Callable[..., Path], make_r
     )
 
 
-def test_prompts_together_are_continued_by_transformers_as_each_alone(case: Case) -> None:
-    """Of the oracle itself: padding changes no token."""
-    assert case.outputs[17] == greedy(case.oracle, case.prompts[17])
+def test_prompts_together_are_continued_by_transformers_as_each_alone_without_a_cache(case: Case) -> None:
+    """Checks the oracle itself: neither padding, nor its cache, nor the other prompts change a token."""
+    for length in ALONE_LENGTHS:
+        assert case.outputs[length] == greedy_without_cache(case.oracle, case.prompts[length]), length
+
+
+def test_the_oracle_is_checked_for_every_family_that_is_served() -> None:
+    assert {family for family, _ in CHECKPOINTS.values()} == set(get_args(Architecture))
 
 
 def test_logits_of_every_position_match(case: Case) -> None:

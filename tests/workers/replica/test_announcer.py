@@ -2,6 +2,7 @@
 
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -62,6 +63,11 @@ def leading(pairs: list[Pair], pulse: Pulse, *, timeout_s: float = 20.0) -> Foll
     return Followers(steps=links, begins={}, pulse=pulse, timeout_s=timeout_s)
 
 
+def other(pairs: list[Pair], rank: int) -> Pair:
+    """The pair of the follower that is not ``rank``."""
+    return next(pair for pair in pairs if pair.leader.peer != rank)
+
+
 def large_step() -> Batch:
     tokens = SequenceInput(token_ids=[1 << 20] * NUM_TOKENS, start=0, runs=((0, NUM_TOKENS),))
     return Batch(sequences=(tokens,))
@@ -104,13 +110,15 @@ def test_what_the_sockets_take_at_once_needs_no_thread(
     followers.close()
 
 
-def test_a_follower_that_stalls_fails_the_next_step_that_begins(pairs: list[Pair], idle: Pulse) -> None:
+@pytest.mark.parametrize("stalled", [1, 2])
+def test_a_follower_that_stalls_fails_the_next_step_that_begins(pairs: list[Pair], idle: Pulse, stalled: int) -> None:
     followers, batch = leading(pairs, idle, timeout_s=0.3), large_step()
     followers.announce(batch)
+    assert other(pairs, stalled).next_step() == 0
     time.sleep(0.6)
     assert followers.announce(batch) == 1, "the thread that prepares steps is not the one that hears of it"
     for call in (lambda: followers.begin(0, []), followers.check):
-        with pytest.raises(PeerFailed, match=r"rank [12]: did not answer in time"):
+        with pytest.raises(PeerFailed, match=f"rank {stalled}: did not answer in time"):
             call()
     followers.close()
 
@@ -127,22 +135,30 @@ def test_a_connection_that_breaks_fails_the_next_step_that_begins(pairs: list[Pa
     followers.close()
 
 
-def test_announcements_are_queued_up_to_a_bound(pairs: list[Pair], idle: Pulse) -> None:
+@pytest.mark.parametrize("stalled", [1, 2])
+def test_the_follower_that_fills_the_queue_is_named(pairs: list[Pair], idle: Pulse, stalled: int) -> None:
     followers, batch = leading(pairs, idle), large_step()
-    for _ in range(announcer.MOST_QUEUED + 1):
+    followers.announce(batch)
+    assert other(pairs, stalled).next_step() == 0
+    for _ in range(announcer.MOST_QUEUED - 1):
         followers.announce(batch)
-    with pytest.raises(PeerFailed, match=f"has not taken any of {announcer.MOST_QUEUED} announced steps"):
+    followers.check()
+    followers.announce(batch)
+    cause = f"has not taken any of {announcer.MOST_QUEUED} announced steps"
+    with pytest.raises(PeerFailed, match=f"rank {stalled}: {cause}"):
         followers.check()
     followers.close()
 
 
 def test_closing_gives_up_what_is_queued(pairs: list[Pair], idle: Pulse) -> None:
+    before = set(threading.enumerate())
     followers, batch = leading(pairs, idle), large_step()
     for _ in range(3):
         followers.announce(batch)
+    started = set(threading.enumerate()) - before
+    assert [thread.name for thread in started] == ["announcer"]
     began_s = time.monotonic()
     followers.close()
     assert time.monotonic() - began_s < AT_ONCE_S
-    thread = followers._announcer._thread
-    assert thread is not None and not thread.is_alive()
+    assert not any(thread.is_alive() for thread in started)
     followers.announce(batch)  # is ignored

@@ -42,6 +42,20 @@ def test_who_does_not_come_is_named() -> None:
         join(again, members(1, [gone, again]), deadline_s=time.monotonic() + 0.3)
 
 
+def test_a_wait_for_a_rank_that_takes_no_connection_can_be_ended() -> None:
+    """The system connects, since rank 0 listens, but rank 0 never answers."""
+    began_s = time.monotonic()
+
+    def alive() -> None:
+        if time.monotonic() - began_s > 0.3:
+            raise InterruptedError("was told to stop")
+
+    with listen("127.0.0.1") as first, listen("127.0.0.1") as second:
+        with pytest.raises(InterruptedError, match="was told to stop"):
+            join(second, members(1, [first, second]), deadline_s=time.monotonic() + 10.0, alive=alive)
+        assert time.monotonic() - began_s < 5.0
+
+
 @pytest.mark.parametrize(
     ("token", "epoch"), [(bytes(len(TOKEN)), 1), (TOKEN, 2)], ids=["another token", "another epoch"]
 )

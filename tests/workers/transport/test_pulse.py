@@ -1,4 +1,5 @@
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -54,6 +55,25 @@ def test_last_words_explain_a_connection_that_broke(pulses: list[Pulse]) -> None
     pulses[2].fail("lost its disk")
     assert str(pulses[0].reason(PeerFailed(2, "closed its connection"))) == "rank 2: lost its disk"
     assert str(pulses[0].reason(PeerFailed(1, "closed its connection"))) == "rank 1: closed its connection"
+
+
+def test_all_ranks_are_lost_to_one_that_can_watch_them_no_longer(
+    make_meshes: MakeMeshes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever waits for a rank without a deadline would wait for ever."""
+    mesh = make_meshes(3)[0]
+
+    def fail() -> None:
+        raise MemoryError("no room for a poll")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "poll", fail)
+        pulse = _start(mesh)
+        error = _wait_for_loss(pulse, 5.0)
+    assert error.cause == "can no longer be watched: MemoryError: no room for a poll"
+    for rank in (1, 2):
+        assert pulse.reason(PeerFailed(rank, "closed its connection")).cause == error.cause
+    pulse.stop()
 
 
 _PEER = """
