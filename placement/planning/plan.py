@@ -59,7 +59,7 @@ class Replica:
 
     @property
     def leader(self) -> Shard:
-        """Returns the shard of rank 0. Routing between prefill and decode replicas needs it; today only tests ask."""
+        """Returns the shard of rank 0. Routing between prefill and decode replicas needs it (issue 14)."""
         return self.shards[0]
 
     @property
