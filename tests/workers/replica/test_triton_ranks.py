@@ -21,9 +21,9 @@ if not RUNS_HERE:
 
 from kernels.cuda.variant import open_kernels
 
-TOKEN_IDS = [i * 31 % 509 for i in range(60)]
-RUNS = ((8, 68),)
-PROMPTS = [TOKEN_IDS[:1], TOKEN_IDS[3:40]]
+TOKEN_IDS = [i * 31 % 509 for i in range(40)]
+RUNS = ((8, 48),)
+PROMPTS = [TOKEN_IDS[:1], TOKEN_IDS[3:28]]
 NUM_OUTPUTS = 2  # a prefill's and a decode's
 CASES: list[tuple[str, Split, tuple[int, ...], Exchange | None, str]] = [
     ("gemma3", "sequence", (3, 1), Exchange.ALL_GATHER, "direct"),
