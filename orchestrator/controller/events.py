@@ -103,7 +103,7 @@ class StartRank:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """What the other ranks of a replica are told of one: where it listens for them, and what it holds."""
+    """The address at which a rank listens for the others of its replica, and the part that it holds."""
 
     address: str
     ranks_port: int

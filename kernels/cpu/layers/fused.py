@@ -62,7 +62,7 @@ def fuse(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Run:
-    """What one run of the layers works with.
+    """The buffers and tables that one run of the layers works with.
 
     Attributes:
         buffers: the memory of its rows, which begin at ``first_row`` of all.
@@ -223,7 +223,7 @@ class FusedLayers:
         return sorted((stop for stop in stops if stop[0] <= end), key=lambda stop: stop[0])
 
     def _attend(self, attend: Attend, layer: int, run: _Run, caches: Sequence[LayerCache]) -> None:
-        """Has ``attend`` compute a layer's attention, in place of the program."""
+        """Calls ``attend`` for a layer's attention, in place of the program."""
         query, attended = (
             x[: run.num_tokens].view(run.num_tokens, -1, self._settings.head_dim)
             for x in (run.buffers.query, run.buffers.attended)

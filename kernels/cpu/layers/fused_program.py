@@ -22,7 +22,7 @@ _OPERATIONS_PER_LAYER = 15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What all layers have in common: see :func:`kernels.cpu.layers.fused.fuse`."""
+    """The settings that all layers have in common: see :func:`kernels.cpu.layers.fused.fuse`."""
 
     head_dim: int
     eps: float

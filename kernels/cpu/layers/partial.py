@@ -21,7 +21,7 @@ MOST_COLUMN_TILES = 8
 
 @dataclass(slots=True, kw_only=True)
 class Finish:
-    """What follows an all-reduce.
+    """The operations that follow an all-reduce.
 
     Attributes:
         result: memory [T, E] for the normed rows.

@@ -24,7 +24,7 @@ _C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
 def run(function: int, arguments: bytes, num_threads: int) -> None:
-    """Has ``num_threads`` threads, of which this is one, call the C function at an address with the same arguments.
+    """Calls the C function at an address on ``num_threads`` threads, of which this is one, with the same arguments.
 
     It releases the interpreter's lock.
     """
@@ -51,7 +51,7 @@ def address(function: Any) -> int:
 
 
 def work_alone() -> None:
-    """Has torch use no other threads for the calling thread, and lets this one run on any core of the process.
+    """Keeps torch from using other threads for the calling thread, and lets this one run on any core of the process.
 
     For background threads, which would otherwise get a second team of threads on the cores of those that compute.
     """
