@@ -66,6 +66,9 @@ class WorkerConfig:
     there before, a cpu worker has no default."""
     memory: ByteSize | None = None
     """Memory each may use. Default: what the node has."""
+    node: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """The machine of the Ray cluster to run them on: its hostname or its address, as `ray list nodes` shows them.
+    Default: any machine with room."""
     node_labels: Mapping[str, str] = field(default_factory=dict)
     """Ray node labels that a node must have to run them."""
 
@@ -78,8 +81,10 @@ class ClusterConfig:
 
     ray_address: RayAddress | None = None
     """local starts Ray here, auto finds a running one, host:port joins one. Default: RAY_ADDRESS or local."""
-    bind_host: Annotated[str, Field(min_length=1, max_length=253)] = "127.0.0.1"
-    """Interface that workers and the controller listen on."""
+    bind_host: Annotated[str, Field(min_length=1, max_length=253)] | None = None
+    """Address that workers and the controller listen on; 0.0.0.0 is every interface. Default: 127.0.0.1 where all
+    workers are on this machine, else the address that Ray knows each node by. Between several machines every TCP port
+    must be open, and what is sent is not encrypted."""
     workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1, max_length=1024)] = (WorkerConfig(),)
     """The workers: one replica each, unless serving.parallelism says otherwise."""
 
@@ -290,5 +295,9 @@ def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig
             problem = f"is missing, and the nodes of the Ray cluster at {config.cluster.ray_address} are not known yet"
             fix = f"Set cluster.workers[{index}].threads to the cores that each such worker shall have."
             errors.append(layers.refusal((*where, "threads"), None, problem, fix))
+        if is_local and worker.node is not None:
+            problem = "names a machine, and without a Ray cluster all workers run on this one"
+            fix = "Set cluster.ray_address to auto, or to host:port of the head node; or leave node out."
+            errors.append(layers.refusal((*where, "node"), worker.node, problem, fix))
         seen.add(worker.device)
     return errors

@@ -75,8 +75,10 @@ class Controller:
         if self._workers is None:
             self._workers = EarlyWorkers(RayLauncher(launch, settings.needed_bytes))
         self._shell = ControllerShell(launcher=self._workers, settings=settings)
+        # Whoever watches it runs on this node.
+        bind_host = launch.bind_host or "127.0.0.1"
         self._server, address = await start_control_server(
-            self._shell, launch.bind_host, advertise_host=advertised_host(launch.bind_host, node_ip())
+            self._shell, bind_host, advertise_host=advertised_host(bind_host, node_ip())
         )
         await self._shell.launch(self._workers.epoch)
         return address

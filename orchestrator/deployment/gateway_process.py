@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
@@ -24,6 +27,10 @@ _GATEWAY_START_S = 30.0
 # Beyond the grace period: closing streams and exporters.
 _GATEWAY_STOP_S = 10.0
 _LONGEST_LINE = 1 << 16
+_HEALTH_S = 0.5
+_SERVICE = "heterodyne.v1.Inference"
+# It is this process's own child, which no proxy stands before.
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 500))
 
 
 class GatewayProcess:
@@ -36,6 +43,16 @@ class GatewayProcess:
     def ended(self) -> bool:
         """Whether the process is no more."""
         return self.process.poll() is not None
+
+    def serves(self) -> bool:
+        """Whether it would take a request now, as its own health service says."""
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        try:
+            with grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_HEALTH_S)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def stop(self, *, grace_s: float, stop: StopRequest) -> int:
         """Drains it, at once when the user insists; kills it when even that takes too long. Returns its exit code."""

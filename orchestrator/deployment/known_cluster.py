@@ -1,7 +1,7 @@
 """Owns the cluster as far as it is known: which worker is on which machine, and how much memory each of them has.
 
 On one machine everything is known. A Ray cluster that was there before is known once it is joined; until then a worker
-shares a machine with another only where their labels name the same Ray node.
+shares a machine with another only where both name the same one.
 """
 
 import os
@@ -85,22 +85,27 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
 
 
 def _labelled(workers: Sequence[WorkerConfig]) -> list[_Node]:
-    """Each worker has a machine of its own, but those whose labels name the same Ray node."""
+    """Each worker has a machine of its own, but those that name the same one."""
     groups: dict[str, list[int]] = {}
     for place, worker in enumerate(workers):
-        groups.setdefault(worker.node_labels.get(NODE_ID_LABEL, f"worker {place}"), []).append(place)
-    return [_Node(name=f"node-{places[0]}", memory_bytes=None, workers=tuple(places)) for places in groups.values()]
+        named = worker.node or worker.node_labels.get(NODE_ID_LABEL)
+        groups.setdefault(named or f"worker {place}", []).append(place)
+    return [
+        _Node(name=workers[places[0]].node or f"node-{places[0]}", memory_bytes=None, workers=tuple(places))
+        for places in groups.values()
+    ]
 
 
 def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownCluster:
-    workers = config.cluster.each_worker
+    workers, names = config.cluster.each_worker, config.cluster.worker_names
     threads = max(1, machine.num_cores // max(1, sum(worker.device == "cpu" for worker in workers)))
     specs: list[NodeSpec] = []
     unmeasured: set[tuple[str, str]] = set()
     for node in nodes:
         memory_of = {place: _memory(workers[place], node.memory_bytes) for place in node.workers}
         devices = tuple(
-            _device(workers[place], memory or node.memory_bytes or 0, threads) for place, memory in memory_of.items()
+            _device(workers[place], names[place], memory or node.memory_bytes or 0, threads)
+            for place, memory in memory_of.items()
         )
         unmeasured |= {(node.name, workers[place].device) for place, memory in memory_of.items() if memory is None}
         memory_bytes = node.memory_bytes or sum(device.memory_bytes for device in devices if device.kind == "cpu")
@@ -118,11 +123,12 @@ def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
     return worker.memory or (node_bytes if worker.device == "cpu" else None)
 
 
-def _device(worker: WorkerConfig, memory_bytes: int, num_threads: int) -> DeviceSpec:
+def _device(worker: WorkerConfig, name: str, memory_bytes: int, num_threads: int) -> DeviceSpec:
     kind, _, index = worker.device.partition(":")
     return DeviceSpec(
         kind="cuda" if kind == "cuda" else "cpu",
         index=int(index or 0),
         memory_bytes=memory_bytes,
         num_threads=worker.threads or num_threads,
+        worker=name,
     )

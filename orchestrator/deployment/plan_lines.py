@@ -10,7 +10,7 @@ from placement.planning.memory import format_bytes
 
 def plan_lines(checked: Checked) -> Iterator[str]:
     """Yields a line for each rank that says what it will hold."""
-    plan, names = checked.plan, checked.config.cluster.worker_names
+    plan = checked.plan
     ranks = [
         (replica, stage, shard)
         for replica in plan.replicas
@@ -24,7 +24,8 @@ def plan_lines(checked: Checked) -> Iterator[str]:
             replica=replica.name,
             stage=stage,
             rank=shard.rank,
-            worker=names[checked.workers[replica.name, shard.rank]],
+            worker=shard.device.worker,
+            node=shard.node if checked.is_placed(shard) else "any",
             device=shard.device.name,
             threads=shard.device.num_threads,
             layers=_range(part.layers),

@@ -25,7 +25,7 @@ from placement.model.weights import num_parameters
 from placement.planning.auto import Choice, Layouts, SplitBy, first_that_fits
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
-from placement.planning.plan import Plan
+from placement.planning.plan import Plan, Shard
 from placement.planning.planner import plan_replicas
 from placement.planning.seating import Host
 
@@ -55,6 +55,12 @@ class Checked:
     hosts: tuple[Host, ...] | None
     num_parameters: int
     checkpoint_bytes: int
+
+    def is_placed(self, shard: Shard) -> bool:
+        """Whether it is known where the rank will run; else its plan has a placeholder for the node."""
+        cluster = self.config.cluster
+        named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
+        return cluster.is_local or self.hosts is not None or named is not None
 
 
 def preflight(
@@ -213,7 +219,7 @@ def _check_environment() -> None:
 
 def _check_listening(config: Config) -> None:
     _check_port("gateway.address", config.gateway.address)
-    if config.cluster.is_local:
+    if config.cluster.is_local and config.cluster.bind_host is not None:
         _check_bind_host(config.cluster.bind_host)
     if config.telemetry.prometheus_address is not None:
         _check_port("telemetry.prometheus_address", config.telemetry.prometheus_address)

@@ -23,17 +23,20 @@ from orchestrator.deployment.gateway_process import GatewayProcess, gateway_proc
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_lines
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
-from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
+from orchestrator.deployment.seats import Seats, find_seats, listening_host, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.key_values import key_values
-from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
+from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect, own_node_id
 from orchestrator.launcher.ray_access import lets_in_anybody
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
 # Beyond the limits of the launch's own steps, whose causes say more.
 _LAUNCH_SLACK_S = 30.0
+# Beyond the silence after which the gateway takes a replica for lost.
+_LOSS_SEEN_S = 1.0
+_ENDED = (control_pb2.PHASE_FAILED, control_pb2.PHASE_STOPPED)
 # The controller is reached directly, whatever proxy the environment names.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
@@ -55,20 +58,21 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     if checked.split_by is None and config.cluster.is_local:
         _print(console, plan_lines(checked))
     _say(console, event="connect", ray_address=address)
-    connect(address, num_cpus=num_cpus)
+    connect(address, num_cpus=num_cpus, stop=stop.asked)
     try:
         stop.install()
         _warn_of_strangers(address, console)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
+        seats = Seats(needs=tuple(needs), hosts=None)
         if not config.cluster.is_local:
-            hosts = find_seats(needs, stop.asked)
-            if hosts is None:
+            seats = find_seats(config, needs, stop.asked)
+            if seats.hosts is None:
                 _say(console, event="hosts", cause="no room for all workers was found; Ray places them")
             else:
-                checked = on_hosts(checked, hosts)
+                checked = on_hosts(checked, seats.hosts)
             _print(console, plan_lines(checked) if checked.split_by is None else ())
         with (
-            _controller(checked, stop, console) as launched,
+            _controller(checked, seats, stop, console) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
         ):
             return _run(config, launched.control_address, gateway, stop, console)
@@ -98,14 +102,14 @@ class _Launched:
 
 
 @contextmanager
-def _controller(checked: Checked, stop: StopRequest, console: Console) -> Iterator[_Launched]:
+def _controller(checked: Checked, seats: Seats, stop: StopRequest, console: Console) -> Iterator[_Launched]:
     """Starts a controller, measures the workers where ``auto`` cuts the model, and begins the launch."""
     config = checked.config
     handle = ControllerHandle(
         LaunchSettings(
-            bind_host=config.cluster.bind_host,
+            bind_host=listening_host(config, seats, own_node_id()),
             start_timeout_s=config.launch.start_timeout_s,
-            labels=rank_labels(checked),
+            labels=rank_labels(checked, seats.needs),
         )
     )
     try:
@@ -141,7 +145,10 @@ def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: St
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
             _say(console, event="serving", model=config.model.name, address=gateway.address)
-            _supervise(states, gateway, stop, console)
+            if (cause := _supervise(states, gateway, stop, console)) is not None:
+                # Whoever still waits for an answer hears from the gateway which replica was lost.
+                gateway.stop(grace_s=config.gateway.heartbeat_timeout_s + _LOSS_SEEN_S, stop=stop)
+                raise ServiceEnded(f"no replica is left, and a lost one is not started again: {cause}")
     if not ready:
         _say(console, event="stopped_before_ready")
         gateway.stop(grace_s=0.0, stop=stop)
@@ -204,12 +211,13 @@ def _launch_limit_s(config: Config) -> float:
 def _launch(
     states: States, gateway: GatewayProcess, stop: StopRequest, progress: LoadProgress, *, timeout_s: float
 ) -> bool:
-    """Waits until the deployment is ready. Returns False when asked to stop before.
+    """Waits until a request would be served. Returns False when asked to stop before.
 
     Raises:
         LaunchFailed: the first failing rank's cause; the controller or the gateway was lost; or ``timeout_s`` passed.
     """
     deadline = time.monotonic() + timeout_s
+    ready = False
     while not stop.asked.is_set():
         try:
             state = states()
@@ -220,18 +228,21 @@ def _launch(
             raise LaunchFailed(f"the gateway ended with exit code {gateway.process.returncode}")
         if time.monotonic() > deadline:
             raise LaunchFailed(f"the deployment was not ready after {timeout_s:g} s")
-        if state is None:
-            continue
-        progress.update(state)
-        if state.phase == control_pb2.PHASE_FAILED:
-            raise LaunchFailed(state.cause)
-        if state.phase == control_pb2.PHASE_READY:
+        if state is not None:
+            progress.update(state)
+            if state.phase == control_pb2.PHASE_FAILED:
+                raise LaunchFailed(state.cause)
+            ready = state.phase == control_pb2.PHASE_READY
+        if ready and gateway.serves():
             return True
     return False
 
 
-def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, console: Console) -> None:
+def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, console: Console) -> str | None:
     """Says what changes until asked to stop. The gateway goes on without a controller, so its loss is only said.
+
+    Returns:
+        Why the last replica was lost, once none is left; None where it was asked to stop.
 
     Raises:
         ServiceEnded: the gateway ended by itself.
@@ -251,6 +262,9 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, conso
                 phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
                 _say(console, event="replica", replica=replica.name, phase=phase, cause=replica.cause)
             phases[key] = replica.phase
+        if state is not None and state.replicas and all(r.phase in _ENDED for r in state.replicas):
+            return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
+    return None
 
 
 def _say(console: Console, **pairs: object) -> None:

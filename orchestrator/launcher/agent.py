@@ -60,7 +60,8 @@ class NodeAgent:
 
     async def start(self, args: WorkerArgs, timeout_s: float) -> Started | NotStarted:
         """Starts the worker and waits until it listens."""
-        args = replace(args, advertise_host=advertised_host(args.bind_host, self._node_ip()))
+        bind_host = args.bind_host or self._node_ip()
+        args = replace(args, bind_host=bind_host, advertise_host=advertised_host(bind_host, self._node_ip()))
         try:
             self._worker = await WorkerProcess.start(args, timeout_s=timeout_s)
         except WorkerFailed as error:

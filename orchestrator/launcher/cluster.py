@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,8 +13,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
+from orchestrator.launcher.joining import join, not_joined
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
 from orchestrator.launcher.ray_access import node_ip, start_own_ray
+from orchestrator.launcher.reach import check_reached
 from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
@@ -26,25 +29,25 @@ RankKey = tuple[str, int]
 T = TypeVar("T")
 
 
-def connect(address: str, *, num_cpus: int) -> None:
-    """Join the Ray cluster at ``address``, or start one on this machine for ``local``.
+def connect(address: str, *, num_cpus: int, stop: threading.Event) -> None:
+    """Joins the Ray cluster at ``address``, or starts one on this machine for ``local``.
 
     Raises:
         InvalidConfig: no cluster answers at ``address``, or it asks for a token that this process has not.
+        LaunchFailed: ``stop`` was set while a cluster was joined.
     """
+    if address != "local":
+        join(address, stop)
+        return
     try:
-        if address == "local":
-            start_own_ray(num_cpus=max(num_cpus, os.cpu_count() or 1))
-        else:
-            ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-        raise InvalidConfig(
-            field="cluster.ray_address",
-            value=address,
-            problem=f"no Ray cluster could be joined or started ({error})",
-            fix="Start one with `ray start --head`, name its address, or write `local`. Where it asks for a token, set "
-            "RAY_AUTH_MODE=token here too, and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds it.",
-        ) from error
+        start_own_ray(num_cpus=max(num_cpus, os.cpu_count() or 1))
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise not_joined(address, str(error)) from error
+
+
+def own_node_id() -> str:
+    """Returns the id of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def check_resources(*, num_cpus: int, num_gpus: int) -> None:
@@ -69,7 +72,7 @@ def check_resources(*, num_cpus: int, num_gpus: int) -> None:
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:
     """Returns the strategy that places an actor on the driver's node, so that no other node's loss ends it."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return NodeAffinitySchedulingStrategy(own_node_id(), soft=False)
 
 
 def disconnect() -> None:
@@ -87,10 +90,11 @@ class LaunchSettings:
     """How the launcher starts workers.
 
     Attributes:
+        bind_host: the address that workers listen on; None: each on its node's own, and the controller on loopback.
         labels: Ray node labels that a rank's node must carry, by rank.
     """
 
-    bind_host: str
+    bind_host: str | None
     start_timeout_s: float
     labels: Mapping[RankKey, Mapping[str, str]]
     stop_grace_s: float = 5.0
@@ -146,7 +150,7 @@ class RayLauncher:
         """Starts a worker.
 
         Raises:
-            WorkerFailed: the node has not the memory, or the worker did not come up.
+            WorkerFailed: the node has not the memory, the worker did not come up, or it cannot be reached.
         """
         agent = self._agent(key, shard)
         await self._check_memory(agent, shard)
@@ -161,6 +165,7 @@ class RayLauncher:
         started: Started | NotStarted = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
         if isinstance(started, NotStarted):
             raise WorkerFailed(started.cause)
+        await check_reached(started.address, node=started.node)
         return started
 
     async def _answer(self, call: Awaitable[T], timeout_s: float) -> T:

@@ -34,6 +34,7 @@ def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
             num_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
             num_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
             memory_bytes=memory.get(node["NodeID"]),
+            address=node["NodeManagerAddress"],
         )
         for node in nodes
     ]

@@ -53,10 +53,11 @@ class WorkerArgs:
     """How to start a worker.
 
     Attributes:
+        bind_host: the address that it listens on; None: that of its node, which only the agent there knows.
         advertise_host: where others reach the worker, if not at ``bind_host``.
     """
 
-    bind_host: str
+    bind_host: str | None
     device: str
     num_threads: int
     epoch: int
@@ -64,6 +65,7 @@ class WorkerArgs:
 
     def argv(self) -> list[str]:
         """Returns the command line."""
+        assert self.bind_host is not None, "the agent says where"
         return [
             sys.executable, "-m", "workers", "--bind", host_port(self.bind_host, 0), "--device", self.device,
             "--threads", str(self.num_threads), "--epoch", str(self.epoch), "--parent-pid", str(os.getpid()),
@@ -138,6 +140,7 @@ class WorkerProcess:
             # Signals of a terminal are for the command line, which stops workers in order.
             start_new_session=True,
         )
+        assert args.bind_host is not None
         worker = cls(process, args.advertise_host or args.bind_host)
         try:
             await asyncio.wait_for(worker._listen(), timeout_s)

@@ -131,12 +131,17 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
-    """A device that computes: the CPU of a node, or one of its GPUs."""
+    """A device that computes: the CPU of a node, or one of its GPUs.
+
+    Attributes:
+        worker: what the configuration calls the worker that computes on it; empty where nobody calls it anything.
+    """
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
     memory_bytes: int
     num_threads: int = 1
+    worker: str = ""
 
     @property
     def name(self) -> str:

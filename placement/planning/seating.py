@@ -1,7 +1,8 @@
 """Decides which machine of a cluster each worker runs on, before anything is planned for the workers."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.model.specs import DeviceSpec
 
@@ -19,7 +20,8 @@ class Host:
 
     Attributes:
         host_id: identifies the machine; the value of its label ``ray.io/node-id``.
-        name: what people call the machine.
+        name: what people call the machine, which is its hostname.
+        address: where other machines reach it.
         memory_bytes: memory that can be allocated there now; None where the machine did not say.
     """
 
@@ -29,6 +31,11 @@ class Host:
     num_cpus: float
     num_gpus: float
     memory_bytes: int | None
+    address: str = ""
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` is the machine's hostname, with its domain or without, its address or its id."""
+        return name in (self.name, self.name.partition(".")[0], self.address, self.host_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,19 @@ def need_of(device: DeviceSpec, labels: Mapping[str, str]) -> Need:
     if device.kind == "cpu":
         return Need(num_cpus=device.num_threads, num_gpus=0, labels=labels)
     return Need(num_cpus=1, num_gpus=1, labels=labels)
+
+
+def pin(need: Need, host: Host) -> Need:
+    """Returns the same need of that machine alone."""
+    return replace(need, labels={**need.labels, NODE_ID_LABEL: host.host_id})
+
+
+def could_swap(one: Need, other: Need, hosts: Sequence[Host]) -> bool:
+    """Whether two workers could run on two of the machines either way round."""
+    for here, there in itertools.combinations(hosts, 2):
+        if all(_fits(need, host, host.num_cpus, host.num_gpus) for need in (one, other) for host in (here, there)):
+            return True
+    return False
 
 
 def seat(needs: Sequence[Need], hosts: Sequence[Host]) -> tuple[Host, ...] | None:

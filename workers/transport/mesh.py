@@ -25,9 +25,14 @@ TOKEN_BYTES = 32
 _HELLO = struct.Struct(f"<{TOKEN_BYTES}sIB")  # token, rank, channel
 _RETRY_S = 0.05
 _CONNECT_S = 2.0
+# A rank listens before it is told of, and its kernel takes connections for it: who gets none by then is kept out.
+_REACH_S = 10.0
 _CHECK_S = 0.1
 # A visitor that connects and sends nothing is turned away after this time.
 _HELLO_S = 2.0
+
+
+_FIX = "let all TCP ports pass between the machines (a firewall?), or set cluster.bind_host to an address they reach"
 
 
 class Channel(IntEnum):
@@ -123,11 +128,12 @@ def join(
 def _connect(members: Members, peer: int, channel: Channel, deadline_s: float, alive: Callable[[], None]) -> Link:
     """Connects to a lower rank, and waits until it takes the connection. Raises PeerFailed, and what ``alive`` does."""
     host, port = members.addresses[peer]
+    reach_s = min(deadline_s, time.monotonic() + _REACH_S)
     while True:
         alive()
-        left_s = deadline_s - time.monotonic()
+        left_s = reach_s - time.monotonic()
         if left_s <= 0:
-            raise PeerFailed(peer, f"could not be reached at {host}:{port}")
+            raise PeerFailed(peer, f"could not be reached at {host}:{port} from {socket.gethostname()}: {_FIX}")
         try:
             link = Link(
                 socket.create_connection((host, port), timeout=min(left_s, _CONNECT_S)), peer=peer, epoch=members.epoch

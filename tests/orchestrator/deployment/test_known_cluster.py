@@ -1,6 +1,7 @@
 """What is planned for a Ray cluster that was there before: who shares a machine, and what memory the machine has."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from orchestrator.config.document import Config
 from orchestrator.deployment.known_cluster import Machine
+from orchestrator.deployment.plan_lines import plan_lines
 from orchestrator.deployment.preflight import Checked, by_speed, on_hosts, preflight
 from orchestrator.deployment.seats import rank_labels, worker_needs
 from placement.errors import NotEnoughMemory
@@ -124,12 +126,27 @@ def test_a_cut_that_only_one_machine_allows_is_not_refused_before_machines_are_k
     assert ranks(check(config)) == [[(0, "node-0"), (1, "node-0"), (2, "node-0")]]
 
 
+def test_a_plan_names_the_machine_and_the_worker_of_each_rank_as_far_as_they_are_known(config: Config) -> None:
+    def said(checked: Checked) -> list[tuple[str, str]]:
+        lines = [dict(pair.split("=", 1) for pair in shlex.split(line)) for line in plan_lines(checked)]
+        return [(line["worker"], line["node"]) for line in lines]
+
+    assert said(check(config)) == [(f"w{at}", "any") for at in range(3)]
+    assert said(check(joined(config, node="big"))) == [(f"w{at}", "big") for at in range(3)]
+    a, b = host("a"), host("b")
+    assert said(check(config, a, b, a)) == [("w0", "a"), ("w2", "a"), ("w1", "b")]
+
+
 def test_each_rank_is_started_on_the_machine_that_it_was_planned_for(config: Config) -> None:
     config = joined(config, node_labels={"at": "in(a, b)"})
     checked = check(config)
-    assert rank_labels(checked) == {("replica-0", rank): {"at": "in(a, b)"} for rank in range(3)}
+    assert rank_labels(checked, worker_needs(checked)) == {("replica-0", rank): {"at": "in(a, b)"} for rank in range(3)}
     hosts = seat(worker_needs(checked), [host("b", num_cpus=3), host("a", num_cpus=3), host("c", num_cpus=64)])
     assert hosts is not None and [each.name for each in hosts] == ["a", "b", "a"]
     checked = on_hosts(checked, hosts)
-    assert [labels[NODE_ID_LABEL] for labels in rank_labels(checked).values()] == ["id-a", "id-a", "id-b"]
-    assert all(labels["at"] == "in(a, b)" for labels in rank_labels(checked).values())
+    assert [labels[NODE_ID_LABEL] for labels in rank_labels(checked, worker_needs(checked)).values()] == [
+        "id-a",
+        "id-a",
+        "id-b",
+    ]
+    assert all(labels["at"] == "in(a, b)" for labels in rank_labels(checked, worker_needs(checked)).values())

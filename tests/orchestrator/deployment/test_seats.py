@@ -1,20 +1,58 @@
-"""How long ``serve`` looks for machines with room for its workers."""
+"""Where the workers of a joined cluster run: who looks how long for room, who names a machine, who is told apart."""
 
+import dataclasses
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator.config.document import Config
 from orchestrator.deployment import seats
+from orchestrator.deployment.seats import Seats, find_seats, listening_host, pin_named
+from orchestrator.deployment.telling_apart import check_told_apart, unequal_pairs
 from orchestrator.errors import LaunchFailed
-from placement.planning.seating import Host, Need
+from placement.errors import InvalidConfig
+from placement.planning.seating import NODE_ID_LABEL, Host, Need, seat
 from tests.support.clocks import PATIENCE_S
-
-NEEDS = [Need(num_cpus=1, num_gpus=0, labels={})]
-HOST = Host(host_id="a", name="a", labels={}, num_cpus=1, num_gpus=0, memory_bytes=None)
+from tests.support.deploying.deployment import in_stages, make_config, shared_sequences, two_ranks
 
 
-def test_who_is_asked_to_stop_looks_for_no_more_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def host(name: str, address: str, num_cpus: float = 4, **labels: str) -> Host:
+    return Host(
+        host_id=f"id-{name}",
+        name=name,
+        labels=labels | {NODE_ID_LABEL: f"id-{name}"},
+        num_cpus=num_cpus,
+        num_gpus=0,
+        memory_bytes=None,
+        address=address,
+    )
+
+
+BIG, SMALL = host("big.lan", "10.0.0.1", kind="big"), host("small.lan", "10.0.0.2", kind="small")
+ONE = Need(num_cpus=1, num_gpus=0, labels={})
+
+
+def joined(tmp_path: Path, *workers: dict[str, object], sections: dict[str, Any] | None = None) -> Config:
+    """A configuration on a Ray cluster that was there before; ``workers`` changes each of its workers."""
+    config = make_config(tmp_path, tmp_path, **(two_ranks() if sections is None else sections))
+    each = tuple(
+        dataclasses.replace(worker, count=1, name=name, **(changes if changes else {}))  # type: ignore[arg-type]
+        for worker, name, changes in zip(
+            config.cluster.each_worker, config.cluster.worker_names, workers or ({}, {}), strict=True
+        )
+    )
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, ray_address="auto", workers=each))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return joined(tmp_path, {}, sections={"cluster": {"workers": [{"threads": 1}]}})
+
+
+def test_who_is_asked_to_stop_looks_for_no_more_machines(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seats, "_SEAT_S", 10 * PATIENCE_S)
     stop = threading.Event()
 
@@ -26,12 +64,113 @@ def test_who_is_asked_to_stop_looks_for_no_more_machines(monkeypatch: pytest.Mon
     monkeypatch.setattr(seats, "find_hosts", find_hosts)
     started_s = time.monotonic()
     with pytest.raises(LaunchFailed, match="stopped while machines were looked for"):
-        seats.find_seats(NEEDS, stop)
+        find_seats(config, [ONE], stop)
     assert time.monotonic() < started_s + PATIENCE_S
 
 
-def test_room_that_becomes_free_a_moment_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_becomes_free_a_moment_later_is_found(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seats, "_SEAT_S", PATIENCE_S)
-    answers = iter([(), (), (HOST,)])
+    answers = iter([(), (), (BIG,)])
     monkeypatch.setattr(seats, "find_hosts", lambda stop: next(answers))
-    assert seats.find_seats(NEEDS, threading.Event()) == (HOST,)
+    assert find_seats(config, [ONE], threading.Event()).hosts == (BIG,)
+
+
+@pytest.mark.parametrize("names", [("small", "big"), ("small.lan", "10.0.0.1"), ("10.0.0.2", "id-big.lan")])
+def test_a_worker_runs_on_the_machine_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(seats, "find_hosts", lambda stop: (BIG, SMALL))
+    found = find_seats(joined(tmp_path, {"node": names[0]}, {"node": names[1]}), [ONE, ONE], threading.Event())
+    assert found.hosts == (SMALL, BIG)
+    assert [need.labels[NODE_ID_LABEL] for need in found.needs] == ["id-small.lan", "id-big.lan"]
+
+
+def test_a_machine_that_joins_a_moment_later_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seats, "_SEAT_S", PATIENCE_S)
+    answers = iter([(BIG,), (BIG, SMALL)])
+    monkeypatch.setattr(seats, "find_hosts", lambda stop: next(answers))
+    config = joined(tmp_path, {"node": "big"}, {"node": "small"})
+    assert find_seats(config, [ONE, ONE], threading.Event()).hosts == (BIG, SMALL)
+
+
+def test_a_name_that_no_machine_has_or_several_have_is_refused_with_those_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seats, "_SEAT_S", 0.0)
+    monkeypatch.setattr(seats, "find_hosts", lambda stop: (BIG, SMALL))
+    config = joined(tmp_path, {"node": "large"}, {})
+    with pytest.raises(InvalidConfig, match=r"node: is no machine.*'large'.*big.lan \(10.0.0.1\), small.lan \(10"):
+        find_seats(config, [ONE, ONE], threading.Event())
+    twin = dataclasses.replace(SMALL, name="big.lan")
+    with pytest.raises(InvalidConfig, match=r"several machines.*Write its address"):
+        pin_named(joined(tmp_path, {"node": "big"}, {}), [ONE, ONE], (BIG, twin))
+
+
+def test_unequal_shares_that_nothing_tells_apart_are_refused_with_the_fix(tmp_path: Path) -> None:
+    config = joined(tmp_path)
+    with pytest.raises(InvalidConfig, match=r"worker-0, worker-1.*node: big.lan \(10.0.0.1\) or small.lan \(10"):
+        check_told_apart(config, [ONE, ONE], (BIG, SMALL))
+
+
+def test_it_is_found_before_workers_are_placed_on_several_machines_but_not_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = joined(tmp_path)
+    monkeypatch.setattr(seats, "find_hosts", lambda stop: (host("a", "1", 1), host("b", "2", 1)))
+    with pytest.raises(InvalidConfig, match="unequal shares"):
+        find_seats(config, [ONE, ONE], threading.Event())
+    monkeypatch.setattr(seats, "find_hosts", lambda stop: (host("a", "1", 2), host("b", "2", 1)))
+    found = find_seats(config, [ONE, ONE], threading.Event())
+    assert found.hosts is not None and {each.name for each in found.hosts} == {"a"}
+
+
+def test_labels_names_and_sizes_tell_workers_apart(tmp_path: Path) -> None:
+    config = joined(tmp_path)
+    by_label = [dataclasses.replace(ONE, labels={"kind": kind}) for kind in ("big", "small")]
+    check_told_apart(config, by_label, (BIG, SMALL))
+    check_told_apart(config, [*by_label[:1], ONE], (BIG, SMALL))
+    check_told_apart(config, [dataclasses.replace(ONE, num_cpus=8), ONE], (BIG, dataclasses.replace(SMALL, num_cpus=8)))
+    check_told_apart(
+        config, pin_named(joined(tmp_path, {"node": "big"}, {"node": "small"}), [ONE, ONE], (BIG, SMALL)), (BIG, SMALL)
+    )
+    with pytest.raises(InvalidConfig):
+        check_told_apart(config, [dataclasses.replace(ONE, num_cpus=4), ONE], (BIG, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("sections", "pairs"),
+    [
+        (two_ranks((1, 1)), []),
+        (two_ranks((2, 2)), []),
+        (two_ranks((3, 1)), [(0, 1)]),
+        (shared_sequences((1, 2, 2)), [(0, 1), (0, 2)]),
+        (in_stages((1,), (1,)), []),
+        (in_stages((1,), (1,), last_layers=1), [(0, 1)]),
+        (in_stages((1, 1), (1,)), [(0, 2), (1, 2)]),
+        ({"cluster": {"workers": [{"count": 2, "threads": 1}]}}, []),
+    ],
+)
+def test_shares_are_unequal_where_they_are_asked_to_be(
+    tmp_path: Path, sections: dict[str, Any], pairs: list[tuple[int, int]]
+) -> None:
+    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections))) == pairs
+
+
+def test_workers_listen_on_loopback_only_where_all_are_on_this_machine(tmp_path: Path) -> None:
+    config = joined(tmp_path)
+
+    def listens(*hosts: Host, bind_host: str | None = None, ray_address: str = "auto") -> str | None:
+        cluster = dataclasses.replace(config.cluster, bind_host=bind_host, ray_address=ray_address)
+        seated = Seats(needs=(ONE, ONE), hosts=hosts or None)
+        return listening_host(dataclasses.replace(config, cluster=cluster), seated, here="id-big.lan")
+
+    assert listens(BIG, BIG) == "127.0.0.1"
+    assert listens(BIG, SMALL) is None and listens(SMALL, SMALL) is None and listens() is None
+    assert listens(ray_address="local") == "127.0.0.1"
+    assert listens(BIG, SMALL, bind_host="0.0.0.0") == "0.0.0.0"
+
+
+def test_a_seat_is_no_other_than_the_machine_that_was_named() -> None:
+    pinned = [dataclasses.replace(ONE, labels={NODE_ID_LABEL: "id-small.lan"}), ONE]
+    assert seat(pinned, (BIG, SMALL)) is not None
+    assert seat([dataclasses.replace(pinned[0], num_cpus=5)], (BIG, SMALL)) is None

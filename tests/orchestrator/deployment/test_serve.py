@@ -46,17 +46,25 @@ def controller() -> Iterator[Controller]:
 
 
 class RunningGateway:
-    """A gateway that does not end; ``looked`` counts how often that was checked."""
+    """A gateway that does not end; ``looked`` counts how often that was checked, ``asked`` how often it was asked."""
 
     looked = 0
+    asked = 0
+
+    def __init__(self, *, serves_after: int = 0) -> None:
+        self._serves_after = serves_after
+
+    def serves(self) -> bool:
+        self.asked += 1
+        return self.asked > self._serves_after
 
     def ended(self) -> bool:
         self.looked += 1
         return False
 
 
-def launch(controller: Controller, *, timeout_s: float = PATIENCE_S) -> bool:
-    gateway = cast(serve.GatewayProcess, RunningGateway())
+def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: RunningGateway | None = None) -> bool:
+    gateway = cast(serve.GatewayProcess, running or RunningGateway())
     console = Console(file=io.StringIO())
     with serve._watch(controller.address) as states, LoadProgress(console) as progress:
         return serve._launch(states, gateway, serve.StopRequest(), progress, timeout_s=timeout_s)
@@ -102,6 +110,31 @@ def test_the_controller_is_reached_past_any_proxy(controller: Controller, monkey
     monkeypatch.delenv("no_proxy", raising=False)
     controller.states = [control_pb2.WatchResponse(phase=READY)]
     assert launch(controller)
+
+
+def test_a_deployment_is_ready_once_its_gateway_serves(controller: Controller) -> None:
+    controller.states = [control_pb2.WatchResponse(phase=READY)]
+    gateway = RunningGateway(serves_after=3)
+    assert launch(controller, running=gateway)
+    assert gateway.asked == 4
+    with pytest.raises(serve.LaunchFailed, match=r"was not ready after 0\.5 s"):
+        launch(controller, running=RunningGateway(serves_after=10**9), timeout_s=0.5)
+
+
+def test_it_ends_once_no_replica_is_left(controller: Controller) -> None:
+    def state(*phases: "control_pb2.Phase.ValueType") -> control_pb2.WatchResponse:
+        replicas = [
+            control_pb2.Replica(name=f"replica-{at}", phase=phase, cause="" if phase == READY else f"no {at}")
+            for at, phase in enumerate(phases)
+        ]
+        return control_pb2.WatchResponse(phase=READY, replicas=replicas)
+
+    failed = control_pb2.PHASE_FAILED
+    controller.states = [state(READY, READY), state(READY, failed), state(failed, failed)]
+    out, gateway = io.StringIO(), cast(serve.GatewayProcess, RunningGateway())
+    with serve._watch(controller.address) as states:
+        cause = serve._supervise(states, gateway, serve.StopRequest(), Console(file=out, width=200))
+    assert cause == "no 1" and out.getvalue().count("phase=failed") == 2
 
 
 def test_serving_goes_on_without_the_controller_which_is_said_once(controller: Controller) -> None:

@@ -1,6 +1,7 @@
 """Who gets into a Ray, as far as it can be told without one."""
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -62,8 +63,9 @@ def test_a_joined_ray_keeps_its_settings_and_a_missing_token_is_told(monkeypatch
         raise ray.exceptions.AuthenticationError(f"no token for {address}")
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(InvalidConfig, match=r"no token for head:6379.* set RAY_AUTH_MODE=token .*RAY_AUTH_TOKEN"):
-        connect("head:6379", num_cpus=1)
+    words = r"no token for 127.0.0.1:\d+.* set RAY_AUTH_MODE=token .*RAY_AUTH_TOKEN"
+    with control_store(asks_for_token=True) as address, pytest.raises(InvalidConfig, match=words):
+        connect(address, num_cpus=1, stop=threading.Event())
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(os.environ)
 
 
