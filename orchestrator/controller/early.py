@@ -69,7 +69,7 @@ class EarlyWorkers:
         try:
             self._started[key] = await self._launcher.start(key, epoch=self.epoch, shard=bare)
         except WorkerFailed as error:
-            raise WorkerFailed(f"rank {key[1]} of {key[0]} on {shard.node}: {error}") from error
+            raise WorkerFailed(f"{shard.described(key[0])}: {error}") from error
 
     # -- the launcher's seam ----------------------------------------------------------------------------------
 

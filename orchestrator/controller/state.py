@@ -156,8 +156,7 @@ def _follow(replica: ReplicaState) -> ReplicaState:
     phases = {rank.phase for rank in replica.ranks}
     for rank in replica.ranks:
         if rank.phase is Phase.FAILED:
-            where = rank.node or rank.shard.node
-            cause = f"rank {rank.shard.rank} of {replica.name} on {where}: {rank.cause}"
+            cause = f"{rank.shard.described(replica.name, rank.node)}: {rank.cause}"
             return replace(replica, phase=Phase.FAILED, cause=cause)
     if phases == {Phase.STOPPED}:
         return replace(replica, phase=Phase.STOPPED)

@@ -21,10 +21,8 @@ async def check_reached(address: str, *, node: str, timeout_s: float = REACH_S) 
     host, _, port = address.rpartition(":")
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host.strip("[]"), int(port)), timeout_s)
-    except (OSError, TimeoutError) as error:
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else f"no answer within {timeout_s:g} s"
-        )
+    except OSError as error:  # among them TimeoutError
+        reason = error.strerror or f"no answer within {timeout_s:g} s"
         raise WorkerFailed(
             f"{socket.gethostname()} cannot connect to it at {address} ({reason}). Let all TCP ports pass between the "
             f"machines (a firewall on {node}?), or set cluster.bind_host to an address that the others reach"

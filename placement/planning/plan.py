@@ -31,6 +31,11 @@ class Shard:
     kv_bytes: int
     workspace_bytes: int
 
+    def described(self, replica: str, node: str = "") -> str:
+        """Names the rank of ``replica`` for people, with its worker and the node that it runs on, or is planned for."""
+        worker = f"worker {self.device.worker} " if self.device.worker else ""
+        return f"rank {self.rank} of {replica} ({worker}on {node or self.node})"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:

@@ -201,7 +201,7 @@ def test_a_failure_in_the_launch_stops_everything_and_its_cause_is_the_first() -
     state, _ = apply(state, started("replica-0", 0))
     state, commands = apply(state, failed("replica-0", 1, "out of memory"))
     assert state.phase is Phase.FAILED
-    assert state.cause == "rank 1 of replica-0 on node-1: out of memory"
+    assert state.cause == "rank 1 of replica-0 (on node-1): out of memory"
     assert {(c.replica, c.rank) for c in commands if isinstance(c, StopRank)} == {
         ("replica-0", 0),
         ("replica-0", 1),
@@ -209,14 +209,14 @@ def test_a_failure_in_the_launch_stops_everything_and_its_cause_is_the_first() -
         ("replica-1", 1),
     }
     state, _ = apply(state, failed("replica-0", 0, "lost its peer"))
-    assert state.cause == "rank 1 of replica-0 on node-1: out of memory"
+    assert state.cause == "rank 1 of replica-0 (on node-1): out of memory"
 
 
 def test_a_failure_later_ends_that_replica_and_leaves_the_other_serving() -> None:
     state, commands = apply(launched(), failed("replica-1", 0))
     assert [replica.phase for replica in state.replicas] == [Phase.READY, Phase.FAILED]
     assert state.phase is Phase.READY
-    assert state.replicas[1].cause == "rank 0 of replica-1 on host-0: killed"
+    assert state.replicas[1].cause == "rank 0 of replica-1 (on host-0): killed"
     assert {(c.replica, c.rank) for c in commands if isinstance(c, StopRank)} == {("replica-1", 0), ("replica-1", 1)}
 
 

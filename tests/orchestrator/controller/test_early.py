@@ -122,7 +122,7 @@ async def test_a_worker_that_does_not_start_fails_the_measurement_with_its_cause
 ) -> None:
     launcher = Failing()
     early = EarlyWorkers(launcher)
-    with pytest.raises(WorkerFailed, match="rank 1 of replica-0 on local: no such device"):
+    with pytest.raises(WorkerFailed, match=r"rank 1 of replica-0 \(worker .* on local\): no such device"):
         await early.measure(settings_of(preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 1))))
     await early.close()
     left = [child for child in psutil.Process().children() if "workers" in " ".join(child.cmdline())]

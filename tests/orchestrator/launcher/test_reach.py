@@ -21,9 +21,7 @@ async def test_a_worker_that_listens_is_reached_however_busy_it_is(host: str) ->
 
 
 async def test_who_refuses_is_named_with_the_fix() -> None:
-    words = (
-        r"cannot connect to it at 127.0.0.1:\d+ \(Connect.*\). Let all TCP ports pass .* on small.*cluster.bind_host"
-    )
+    words = r"cannot connect to it at 127.0.0.1:\d+ \(Connect.*\). Let all TCP ports .* on small.*cluster.bind_host"
     with pytest.raises(WorkerFailed, match=words):
         await check_reached(f"127.0.0.1:{free_port()}", node="small")
 
