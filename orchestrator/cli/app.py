@@ -1,6 +1,5 @@
 """Parses the command line and prints; other modules do the work of its commands."""
 
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ from orchestrator.cli.render import choice_blocks, ending, logprob_lines, print_
 from orchestrator.cli.timeline_command import write_timeline
 from orchestrator.config.json_schema import schema_text
 from orchestrator.config.types import parse_address
+from orchestrator.event_log import EventLog, LogFormat, LogHandler, LogLevel
 from placement.errors import HeterodyneError, InvalidConfig
+from protos.codec.log_record import log_to
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 app = typer.Typer(
@@ -34,29 +35,45 @@ _line_open = False
 ConfigPath = Annotated[Path, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one value of the file")]
 ServiceAddress = Annotated[str, typer.Option("--address", envvar="HETERODYNE_ADDRESS", help="host:port of the service")]
+LogFormatOption = Annotated[
+    LogFormat, typer.Option("--log-format", help="auto: sentences on a terminal, key=value lines elsewhere")
+]
+LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="the least important lines to print")]
 
 
 @contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Prints an error that is meant for the user as one line, without a traceback, and exits with 1."""
+def _errors_in_one_line(log: EventLog | None = None) -> Iterator[None]:
+    """Prints an error that is meant for the user as one line, without a traceback, and exits with 1.
+
+    It is the answer of the command, so it looks the same in all formats but JSON, where every line is an object.
+    """
     try:
         yield
     except HeterodyneError as error:
         if _line_open:
             _write("\n")
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if log is not None and log.format is LogFormat.JSON:
+            log.say("error", str(error), level=LogLevel.ERROR)
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
+def serve(
+    config: ConfigPath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    log_format: LogFormatOption = LogFormat.AUTO,
+    log_level: LogLevelOption = LogLevel.INFO,
+) -> None:
     """Serve a model until Ctrl-C or SIGTERM, then drain."""
     # Here, because it imports Ray, which takes a second that `generate` and `status` need not wait.
     from orchestrator.deployment.serve import serve as run
 
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s serve %(message)s")
-    with _errors_in_one_line():
-        code = run(config, overrides=overrides, console=Console())
+    log = EventLog(Console(), format=log_format, level=log_level)
+    log_to(LogHandler(log), level=log_level.value)
+    with _errors_in_one_line(log):
+        code = run(config, overrides=overrides, log=log)
     raise typer.Exit(code)
 
 
@@ -192,9 +209,13 @@ def schema() -> None:
 
 
 @app.command()
-def demo(config: ConfigPath = Path("deploy/local.yaml"), overrides: Overrides = []) -> None:  # noqa: B006
+def demo(
+    config: ConfigPath = Path("deploy/local.yaml"),
+    overrides: Overrides = [],  # noqa: B006
+    log_format: LogFormatOption = LogFormat.AUTO,
+) -> None:
     """Serve, send one prompt, show what happened, shut everything down."""
     from orchestrator.cli.demo import demo as run
 
     with _errors_in_one_line():
-        run(config, overrides=overrides, console=Console())
+        run(config, overrides=overrides, console=Console(), log_format=log_format)

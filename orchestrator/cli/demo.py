@@ -19,6 +19,7 @@ from orchestrator.cli.render import ending, print_status
 from orchestrator.config.document import load_config
 from orchestrator.deployment.preflight import preflight
 from orchestrator.errors import ServiceError
+from orchestrator.event_log import LogFormat
 from orchestrator.launcher.process import environment
 from placement.errors import HeterodyneError, InvalidConfig
 from protos.heterodyne.v1 import admin_pb2
@@ -37,7 +38,7 @@ class DemoFailed(HeterodyneError):
     """The demo did not run as it should; the text says what was seen."""
 
 
-def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
+def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: LogFormat = LogFormat.AUTO) -> None:
     """Runs the demo.
 
     Raises:
@@ -52,9 +53,12 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console) -> None:
     preflight(config)
     started_s = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides)],
+        [
+            sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides),
+            f"--log-format={log_format.value}",
+        ],
         env=environment(ray_token=True),
-    )
+    )  # fmt: skip
     family = Family(process.pid)
     try:
         _wait(process, address, family)

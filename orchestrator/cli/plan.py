@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrator.cli.output_file import write_output
 from orchestrator.cli.plan_picture import plan_svg
 from orchestrator.config.document import load_config
-from orchestrator.deployment.auto_split import split_line
+from orchestrator.deployment.auto_split import split_words
 from orchestrator.deployment.plan_lines import plan_lines
 from orchestrator.deployment.preflight import preflight
 
@@ -20,7 +20,7 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
     checked = preflight(load_config(path, overrides=overrides), listens=False)
     yield from plan_lines(checked)
     if checked.split_by is not None:
-        yield split_line(checked, when_served="by measured speed")
+        yield split_words(checked, when_served="by measured speed").pairs()
     if picture is None:
         return
     write_output(picture, plan_svg(checked.plan), field="--svg")

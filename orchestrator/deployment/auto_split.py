@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.deployment.preflight import Checked, by_speed
-from orchestrator.key_values import key_values
+from orchestrator.event_log import Said
 from placement.measured.speed import DeviceSpeed, NotMeasured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """The plan that is served, and the line that explains how the model was cut."""
+    """The plan that is served, and the words that explain how the model was cut."""
 
     checked: Checked
-    line: str
+    said: Said
 
 
 def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) -> Settled:
@@ -35,22 +35,28 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) 
     speeds = [speed for _, speed in sorted(by_place.items()) if isinstance(speed, DeviceSpeed)]
     failures = [f"{names[place]} {speed.cause}" for place, speed in by_place.items() if isinstance(speed, NotMeasured)]
     if failures:
-        return Settled(checked=provisional, line=split_line(provisional, cause="; ".join(failures)))
+        return Settled(checked=provisional, said=split_words(provisional, cause="; ".join(failures)))
     checked = by_speed(provisional, speeds)
     assert checked.workers == provisional.workers, (checked.workers, provisional.workers)
     cause = "" if checked.split_by == "speed" else "the model cannot be cut by what was measured"
-    line = split_line(
+    said = split_words(
         checked,
         cause=cause,
         weights_gb_per_s=_each(names, [speed.weight_bytes_per_s for speed in speeds]),
         prefill_gflop_per_s=_each(names, [speed.flops_per_s for speed in speeds]),
     )
-    return Settled(checked=checked, line=line)
+    return Settled(checked=checked, said=said)
 
 
-def split_line(checked: Checked, **more: str) -> str:
-    """Returns the line that says by what a model was cut."""
-    return key_values(event="auto_split", by=checked.split_by, **more)
+def split_words(checked: Checked, **more: str) -> Said:
+    """Says by what a model was cut."""
+    cause = more.get("cause", "")
+    why = f", as {cause}" if cause else ""
+    return Said(
+        event="auto_split",
+        sentence=f"No worker has memory for the whole model: it is cut by {checked.split_by}{why}.",
+        fields={"by": checked.split_by, **more},
+    )
 
 
 def _each(names: Sequence[str], rates: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from orchestrator.key_values import key_values
+from orchestrator.event_log import EventLog, LogFormat, LogLevel
 from placement.planning.memory import format_bytes
 from protos.heterodyne.control.v1 import control_pb2
 
@@ -55,13 +55,13 @@ class _RankLoad:
 
 
 class LoadProgress:
-    """Shows the loading of a deployment on ``console``. It is a context manager whose end ends the bars."""
+    """Shows the loading of a deployment on a log's console. It is a context manager whose end ends the bars."""
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console
+    def __init__(self, log: EventLog, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._log = log
         self._clock = clock
         self._ranks: dict[tuple[str, int], _RankLoad] = {}
-        self._bars = _bars(console) if console.is_terminal else None
+        self._bars = _bars(log.console) if log.console.is_terminal and log.format is LogFormat.TEXT else None
 
     def __enter__(self) -> Self:
         if self._bars is not None:
@@ -85,7 +85,7 @@ class LoadProgress:
                     load.moved_s, load.stall_shown = now_s, False
                 load.phase, load.total_bytes = rank.phase, rank.weight_bytes
                 load.loaded_bytes = rank.loaded_bytes
-                self._show(load, rank.cause or replica.cause, now_s, phase_changed=phase_changed)
+                self._show(load, now_s, phase_changed=phase_changed)
         self.tick()
 
     def tick(self) -> None:
@@ -94,8 +94,10 @@ class LoadProgress:
         for load in self._ranks.values():
             if load.is_loading and not load.stall_shown and now_s - load.moved_s >= STALL_S:
                 load.stall_shown = True
-                self._line(
-                    event="stall",
+                self._log.say(
+                    "stall",
+                    f"{load.name} has loaded nothing for {now_s - load.moved_s:.0f} s.",
+                    level=LogLevel.WARNING,
                     replica=load.replica,
                     rank=load.rank,
                     loaded_bytes=load.loaded_bytes,
@@ -116,7 +118,7 @@ class LoadProgress:
         self._ranks[replica.name, rank] = load
         return load
 
-    def _show(self, load: _RankLoad, cause: str, now_s: float, *, phase_changed: bool) -> None:
+    def _show(self, load: _RankLoad, now_s: float, *, phase_changed: bool) -> None:
         phase = control_pb2.Phase.Name(load.phase).removeprefix("PHASE_").lower()
         if self._bars is not None and load.bar is not None:
             self._bars.update(
@@ -126,9 +128,7 @@ class LoadProgress:
                 completed=load.loaded_bytes,
             )
         is_due = load.shown_s is None or now_s - load.shown_s >= LINE_EVERY_S
-        if phase_changed and cause and load.phase == control_pb2.PHASE_FAILED:
-            self._line(event="failed", replica=load.replica, rank=load.rank, cause=cause)
-        elif self._bars is None and (phase_changed or (load.phase in _LOADING and is_due)):
+        if self._bars is None and (phase_changed or (load.phase in _LOADING and is_due)):
             self._progress_line(load, phase, now_s)
 
     def _progress_line(self, load: _RankLoad, phase: str, now_s: float) -> None:
@@ -136,8 +136,9 @@ class LoadProgress:
         elapsed_s = now_s - load.started_s
         bytes_per_s = load.loaded_bytes / elapsed_s if elapsed_s > 0 else 0.0
         left_bytes = load.total_bytes - load.loaded_bytes
-        self._line(
-            event="load",
+        self._log.say(
+            "load",
+            f"{load.name} is {phase}: {format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}.",
             replica=load.replica,
             rank=load.rank,
             phase=phase,
@@ -146,9 +147,6 @@ class LoadProgress:
             bytes_per_s=f"{bytes_per_s:.0f}" if bytes_per_s else "",
             left_s=f"{left_bytes / bytes_per_s:.1f}" if bytes_per_s and load.is_loading else "",
         )
-
-    def _line(self, **pairs: object) -> None:
-        self._console.print(key_values(**pairs), markup=False, highlight=False, soft_wrap=True)
 
 
 class _Loaded(ProgressColumn):

@@ -2,14 +2,21 @@
 
 from collections.abc import Iterator
 
+from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.preflight import Checked
-from orchestrator.key_values import key_values
+from orchestrator.event_log import Said
 from placement.model.part import Span
 from placement.planning.memory import format_bytes
 
 
 def plan_lines(checked: Checked) -> Iterator[str]:
-    """Yields a line for each rank that says what it will hold."""
+    """Yields a line of ``key=value`` pairs for each rank that says what it will hold."""
+    for said in plan_events(checked):
+        yield said.pairs()
+
+
+def plan_events(checked: Checked) -> Iterator[Said]:
+    """Yields for each rank what it will hold."""
     plan = checked.plan
     ranks = [
         (replica, stage, shard)
@@ -18,25 +25,36 @@ def plan_lines(checked: Checked) -> Iterator[str]:
         for shard in ranks_of_stage.shards
     ]
     for replica, stage, shard in ranks:
-        part = shard.part
-        yield key_values(
-            event="plan",
-            replica=replica.name,
-            stage=stage,
-            rank=shard.rank,
-            worker=shard.device.worker,
-            node=shard.node if checked.is_placed(shard) else "any",
-            device=shard.device.name,
-            threads=shard.device.num_threads,
-            layers=_range(part.layers),
-            kv_heads=_range(part.kv_heads),
-            ffn_columns=_range(part.ffn_columns),
-            vocab_rows=_range(part.vocab_rows),
-            block_slots="" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
-            weights=format_bytes(shard.weight_bytes),
-            kv=format_bytes(shard.kv_bytes),
-            kv_tokens=shard.num_blocks * replica.limits.block_size,
+        part, worker = shard.part, shard.device.worker
+        node = shard.node if checked.is_placed(shard) else "any"
+        weights, kv = format_bytes(shard.weight_bytes), format_bytes(shard.kv_bytes)
+        num_layers = len(part.layers)
+        fields: dict[str, object] = {
+            "replica": replica.name,
+            "stage": stage,
+            "rank": shard.rank,
+            "worker": worker,
+            "node": node,
+            "device": shard.device.name,
+            "threads": shard.device.num_threads,
+            "layers": _range(part.layers),
+            "kv_heads": _range(part.kv_heads),
+            "ffn_columns": _range(part.ffn_columns),
+            "vocab_rows": _range(part.vocab_rows),
+            "block_slots": "" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
+            "weights": weights,
+            "kv": kv,
+            "kv_tokens": shard.num_blocks * replica.limits.block_size,
+        }
+        sentence = (
+            f"Plan: worker {worker} ({shard.device.name} on {_where(node)}) is rank {shard.rank} of {replica.name}: "
+            f"{num_layers} of {plan.model.num_layers} layers, {weights} of weights, {kv} of KV cache."
         )
+        yield Said(event="plan", sentence=sentence, fields=fields)
+
+
+def _where(node: str) -> str:
+    return {LOCAL_NODE: "this machine", "any": "any node"}.get(node, node)
 
 
 def _range(span: Span) -> str:

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from rich.console import Console
 
 from orchestrator.config.document import Config, load_config
 from orchestrator.controller.actor import ControllerFailed, ControllerHandle, Speeds
 from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.deployment import events
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import Seats, find_seats, listening_host, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
-from orchestrator.key_values import key_values
+from orchestrator.event_log import EventLog, Said
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect, own_node_id
 from orchestrator.launcher.ray_access import lets_in_anybody
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
@@ -41,7 +41,7 @@ _ENDED = (control_pb2.PHASE_FAILED, control_pb2.PHASE_STOPPED)
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
-def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
+def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
     """Serves until stopped. Returns 0 when every accepted request finished, 1 when the drain had to be cut.
 
     Raises:
@@ -56,41 +56,35 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     needs = worker_needs(checked)
     num_cpus, num_gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
     if checked.split_by is None and config.cluster.is_local:
-        _print(console, plan_lines(checked))
-    _say(console, event="connect", ray_address=address)
+        _tell(log, plan_events(checked))
+    log.tell(events.connecting(address))
     connect(address, num_cpus=num_cpus, stop=stop.asked)
     try:
         stop.install()
-        _warn_of_strangers(address, console)
+        _warn_of_strangers(address, log)
         check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
         seats = Seats(needs=tuple(needs), hosts=None)
         if not config.cluster.is_local:
             seats = find_seats(config, needs, stop.asked)
             if seats.hosts is None:
-                _say(console, event="hosts", cause="no room for all workers was found; Ray places them")
+                log.tell(events.without_hosts())
             else:
                 checked = on_hosts(checked, seats.hosts)
-            _print(console, plan_lines(checked) if checked.split_by is None else ())
+            _tell(log, plan_events(checked) if checked.split_by is None else ())
         with (
-            _controller(checked, seats, stop, console) as launched,
+            _controller(checked, seats, stop, log) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
         ):
-            return _run(config, launched.control_address, gateway, stop, console)
+            return _run(launched, gateway, stop, log)
     finally:
         disconnect()
         stop.ignore()
 
 
-def _warn_of_strangers(ray_address: str, console: Console) -> None:
+def _warn_of_strangers(ray_address: str, log: EventLog) -> None:
     """Says so where the Ray that was joined has no authentication; one that was started here has."""
     if lets_in_anybody():
-        _say(
-            console,
-            event="ray_without_authentication",
-            ray_address=ray_address,
-            risk="whoever reaches this cluster runs code on it",
-            fix="start its nodes and serve with RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate`",
-        )
+        log.tell(events.without_authentication(ray_address))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +96,7 @@ class _Launched:
 
 
 @contextmanager
-def _controller(checked: Checked, seats: Seats, stop: StopRequest, console: Console) -> Iterator[_Launched]:
+def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog) -> Iterator[_Launched]:
     """Starts a controller, measures the workers where ``auto`` cuts the model, and begins the launch."""
     config = checked.config
     handle = ControllerHandle(
@@ -114,10 +108,10 @@ def _controller(checked: Checked, seats: Seats, stop: StopRequest, console: Cons
     )
     try:
         if checked.split_by is not None:
-            _say(console, event="measure", workers=len(checked.workers))
+            log.tell(events.measuring(len(checked.workers)))
             settled = settle(checked, _measure(handle, checked, stop))
             checked = settled.checked
-            _print(console, [settled.line, *plan_lines(checked)])
+            _tell(log, [settled.said, *plan_events(checked)])
         yield _Launched(checked=checked, control_address=handle.start(_settings(checked)))
     finally:
         handle.stop()
@@ -138,24 +132,25 @@ def _settings(checked: Checked) -> DeploymentSettings:
     )
 
 
-def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: StopRequest, console: Console) -> int:
+def _run(launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: EventLog) -> int:
     """Follows the launch, then serves until asked to stop, then drains. Returns the exit code."""
-    with _watch(control_address) as states:
-        with LoadProgress(console) as progress:
+    config = launched.checked.config
+    with _watch(launched.control_address) as states:
+        with LoadProgress(log) as progress:
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
-            _say(console, event="serving", model=config.model.name, address=gateway.address)
-            if (cause := _supervise(states, gateway, stop, console)) is not None:
+            log.tell(events.ready(launched.checked, gateway.address))
+            if (cause := _supervise(states, gateway, stop, log)) is not None:
                 # Whoever still waits for an answer hears from the gateway which replica was lost.
                 gateway.stop(grace_s=config.gateway.heartbeat_timeout_s + _LOSS_SEEN_S, stop=stop)
                 raise ServiceEnded(f"no replica is left, and a lost one is not started again: {cause}")
     if not ready:
-        _say(console, event="stopped_before_ready")
+        log.tell(events.stopped_before_ready())
         gateway.stop(grace_s=0.0, stop=stop)
         return 1
-    _say(console, event="draining", grace_s=config.gateway.drain_grace_s)
+    log.tell(events.draining(config.gateway.drain_grace_s))
     finished = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop) == 0
-    _say(console, event="drained" if finished else "drain_cut")
+    log.tell(events.drained() if finished else events.drain_cut())
     return 0 if finished else 1
 
 
@@ -238,7 +233,7 @@ def _launch(
     return False
 
 
-def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, console: Console) -> str | None:
+def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, log: EventLog) -> str | None:
     """Says what changes until asked to stop. The gateway goes on without a controller, so its loss is only said.
 
     Returns:
@@ -254,23 +249,18 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, conso
         try:
             state = states()
         except _ControllerLost as lost:
-            _say(console, event="controller_lost", cause=lost)
+            log.tell(events.controller_lost(lost))
             continue
         for replica in state.replicas if state is not None else ():
             key = (replica.name, replica.epoch)
             if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
-                phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
-                _say(console, event="replica", replica=replica.name, phase=phase, cause=replica.cause)
+                log.tell(events.replica_changed(replica))
             phases[key] = replica.phase
         if state is not None and state.replicas and all(r.phase in _ENDED for r in state.replicas):
             return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
     return None
 
 
-def _say(console: Console, **pairs: object) -> None:
-    _print(console, [key_values(**pairs)])
-
-
-def _print(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _tell(log: EventLog, events: Iterable[Said]) -> None:
+    for said in events:
+        log.tell(said)

@@ -49,4 +49,4 @@ def test_a_model_too_large_for_each_worker_is_cut_by_measured_speed_and_answers(
 
 
 def lines(output: str) -> list[str]:
-    return [line for line in output.splitlines() if re.match("event=(plan|auto_split) ", line)]
+    return [line for line in output.splitlines() if re.search(" event=(plan|auto_split) ", line)]

@@ -2,7 +2,6 @@
 
 import io
 import shlex
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.cli.render import print_status, status_lines
-from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.key_values import key_values
-from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2
 
 MIB = 2**20
@@ -245,101 +242,3 @@ def test_there_is_no_table_of_measurements_where_nothing_was_measured() -> None:
 
 def test_status_lines_of_nothing_are_the_gateway_alone() -> None:
     assert len(list(status_lines(admin_pb2.GetStatusResponse()))) == 1
-
-
-class Clock:
-    """A clock that the test moves."""
-
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def loading(loaded: int, *, phase: Any = control_pb2.PHASE_LOADING, **replica: Any) -> control_pb2.WatchResponse:
-    rank = control_pb2.Rank(rank=0, phase=phase, loaded_bytes=loaded, weight_bytes=1000)
-    settings = {"name": "replica-0", "epoch": 1} | replica
-    return control_pb2.WatchResponse(replicas=[control_pb2.Replica(ranks=[rank], **settings)])
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-def test_loading_is_logged_at_most_once_a_second(clock: Clock) -> None:
-    shown = console(terminal=False)
-    with LoadProgress(shown, clock=clock) as progress:
-        for step in range(10):
-            progress.update(loading(25 * step))
-            clock.now_s += 0.25
-        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
-    lines = [pairs(line) for line in output(shown).splitlines()]
-    assert [(line["phase"], line["loaded_bytes"]) for line in lines] == [
-        ("loading", "0"), ("loading", "100"), ("loading", "200"), ("ready", "1000"),
-    ]  # fmt: skip
-    assert lines[1] == {
-        "event": "load", "replica": "replica-0", "rank": "0", "phase": "loading", "loaded_bytes": "100",
-        "total_bytes": "1000", "bytes_per_s": "100", "left_s": "9.0",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: bool) -> None:
-    shown = console(terminal=terminal)
-    with LoadProgress(shown, clock=clock) as progress:
-        progress.update(loading(100))
-        clock.now_s += 9.9
-        progress.tick()
-        assert "event=stall" not in output(shown)
-        clock.now_s += 0.2
-        progress.tick()
-        progress.tick()
-        line = "event=stall replica=replica-0 rank=0 loaded_bytes=100 total_bytes=1000 no_progress_s=10"
-        assert output(shown).count(line) == 1
-        progress.update(loading(101))
-        clock.now_s += 10.0
-        progress.tick()
-    assert output(shown).count("event=stall") == 2
-
-
-def test_rank_that_is_loaded_does_not_stall(clock: Clock) -> None:
-    shown = console(terminal=False)
-    with LoadProgress(shown, clock=clock) as progress:
-        progress.update(loading(1000))
-        clock.now_s += 60
-        progress.tick()
-    assert "stall" not in output(shown)
-
-
-def test_new_epoch_starts_from_nothing(clock: Clock) -> None:
-    shown = console(terminal=False)
-    with LoadProgress(shown, clock=clock) as progress:
-        progress.update(loading(900))
-        clock.now_s += 5
-        progress.update(loading(0, epoch=2))
-        clock.now_s += 5
-        progress.update(loading(500, epoch=2))
-    assert pairs(output(shown).splitlines()[-1])["bytes_per_s"] == "100"
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_failure_shows_its_cause(clock: Clock, terminal: bool) -> None:
-    shown = console(terminal=terminal)
-    with LoadProgress(shown, clock=clock) as progress:
-        progress.update(loading(10))
-        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
-        progress.update(loading(10, phase=control_pb2.PHASE_FAILED, cause="out of memory"))
-    assert output(shown).count('event=failed replica=replica-0 rank=0 cause="out of memory"') == 1
-
-
-def test_terminal_has_one_bar_a_rank(clock: Clock) -> None:
-    shown = console(terminal=True)
-    with LoadProgress(shown, clock=clock) as progress:
-        progress.update(loading(500))
-        progress.update(loading(0, name="replica-1"))
-        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
-    text = output(shown)
-    assert "replica-0 rank 0: ready" in text
-    assert "replica-1 rank 0: loading" in text
-    assert "event=load" not in text

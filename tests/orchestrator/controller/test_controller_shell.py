@@ -63,7 +63,7 @@ async def test_weights_that_rot_after_the_checks_fail_the_launch_with_the_ranks_
     weights.write_bytes(weights.read_bytes()[:-64])
     await shell.launch()
     await until(lambda: shell.state.phase is Phase.FAILED)
-    assert re.match(f"{who} (worker worker-[01] on here): ", shell.state.cause)
+    assert re.match(f"{who} \\(worker worker-[01] on here\\): ", shell.state.cause)
     assert "model.safetensors" in shell.state.cause
     await until(
         lambda: len(launcher.workers) == 2 and all(not psutil.pid_exists(w.pid) for w in launcher.workers.values())

@@ -103,7 +103,8 @@ async def test_a_worker_that_cannot_be_measured_leaves_the_cut_by_threads_and_is
     assert isinstance(measured[0], DeviceSpeed) and isinstance(measured[1], NotMeasured)
     settled = settle(checked, measured)
     assert settled.checked is checked and settled.checked.split_by == "threads"
-    assert settled.line.startswith('event=auto_split by=threads cause="w1 ') and "UNAVAILABLE" in settled.line
+    line = settled.said.pairs()
+    assert line.startswith('event=auto_split by=threads cause="w1 ') and "UNAVAILABLE" in line
 
 
 class Failing(LocalLauncher):

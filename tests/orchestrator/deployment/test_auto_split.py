@@ -28,7 +28,7 @@ def test_shares_are_those_of_the_measured_speeds_and_the_line_says_them(provisio
     settled = settle(provisional, [speed(20.04), speed(10)])
     assert columns(provisional) == [24, 72] and columns(settled.checked) == [64, 32]
     assert settled.checked.split_by == "speed"
-    assert settled.line == (
+    assert settled.said.pairs() == (
         'event=auto_split by=speed weights_gb_per_s="w0 20, w1 10" prefill_gflop_per_s="w0 80.2, w1 40"'
     )
 
@@ -36,13 +36,13 @@ def test_shares_are_those_of_the_measured_speeds_and_the_line_says_them(provisio
 def test_where_one_is_unknown_nothing_is_made_up(provisional: Checked) -> None:
     settled = settle(provisional, [speed(20), NotMeasured(cause="was not measured within 20 s")])
     assert settled.checked is provisional
-    assert settled.line == 'event=auto_split by=threads cause="w1 was not measured within 20 s"'
+    assert settled.said.pairs() == 'event=auto_split by=threads cause="w1 was not measured within 20 s"'
 
 
 def test_a_cut_that_leaves_a_worker_nothing_is_not_made_by_speed(provisional: Checked) -> None:
     settled = settle(provisional, [speed(1000), speed(0.1)])
     assert settled.checked.split_by == "threads"
-    assert 'cause="the model cannot be cut by what was measured"' in settled.line
+    assert 'cause="the model cannot be cut by what was measured"' in settled.said.pairs()
 
 
 def test_what_is_not_cut_is_not_split(tmp_path: Path, served_checkpoint: Path) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orchestrator.deployment import serve
 from orchestrator.deployment.load_progress import LoadProgress
+from orchestrator.event_log import EventLog
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 from tests.support.clocks import PATIENCE_S
 
@@ -65,8 +66,8 @@ class RunningGateway:
 
 def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: RunningGateway | None = None) -> bool:
     gateway = cast(serve.GatewayProcess, running or RunningGateway())
-    console = Console(file=io.StringIO())
-    with serve._watch(controller.address) as states, LoadProgress(console) as progress:
+    log = EventLog(Console(file=io.StringIO()))
+    with serve._watch(controller.address) as states, LoadProgress(log) as progress:
         return serve._launch(states, gateway, serve.StopRequest(), progress, timeout_s=timeout_s)
 
 
@@ -74,11 +75,11 @@ def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: Ru
 def test_a_joined_ray_without_authentication_is_warned_of(open_to_all: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "lets_in_anybody", lambda: open_to_all)
     out = io.StringIO()
-    serve._warn_of_strangers("10.0.0.1:6379", Console(file=out, width=200))
+    serve._warn_of_strangers("10.0.0.1:6379", EventLog(Console(file=out)))
     said = out.getvalue().splitlines()
     assert len(said) == int(open_to_all)
     for line in said:
-        assert line.startswith("event=ray_without_authentication ray_address=10.0.0.1:6379 ")
+        assert "level=warning event=ray_without_authentication ray_address=10.0.0.1:6379 " in line
         assert "RAY_AUTH_MODE=token" in line
 
 
@@ -133,7 +134,8 @@ def test_it_ends_once_no_replica_is_left(controller: Controller) -> None:
     controller.states = [state(READY, READY), state(READY, failed), state(failed, failed)]
     out, gateway = io.StringIO(), cast(serve.GatewayProcess, RunningGateway())
     with serve._watch(controller.address) as states:
-        cause = serve._supervise(states, gateway, serve.StopRequest(), Console(file=out, width=200))
+        log = EventLog(Console(file=out, width=200))
+        cause = serve._supervise(states, gateway, serve.StopRequest(), log)
     assert cause == "no 1" and out.getvalue().count("phase=failed") == 2
 
 
@@ -151,5 +153,5 @@ def test_serving_goes_on_without_the_controller_which_is_said_once(controller: C
 
     threading.Thread(target=stop_later, daemon=True).start()
     with serve._watch(controller.address) as states:
-        serve._supervise(states, cast(serve.GatewayProcess, gateway), stop, Console(file=out, width=200))
+        serve._supervise(states, cast(serve.GatewayProcess, gateway), stop, EventLog(Console(file=out)))
     assert out.getvalue().count("event=controller_lost") == 1

@@ -1,0 +1,96 @@
+"""Puts what ``serve`` says into words: each event has its name, its sentence and its fields. Pure."""
+
+from orchestrator.deployment.preflight import Checked
+from orchestrator.event_log import LogLevel, Said
+from protos.heterodyne.control.v1 import control_pb2
+
+
+def connecting(ray_address: str) -> Said:
+    """A Ray is started, or joined."""
+    local = ray_address == "local"
+    sentence = "Starting Ray on this machine." if local else f"Joining the Ray cluster at {ray_address}."
+    return Said(event="connect", sentence=sentence, fields={"ray_address": ray_address})
+
+
+def without_authentication(ray_address: str) -> Said:
+    """The Ray that was joined asks nobody for a token."""
+    risk = "whoever reaches this cluster runs code on it"
+    fix = "start its nodes and serve with RAY_AUTH_MODE=token and the token of `ray get-auth-token --generate`"
+    return Said(
+        event="ray_without_authentication",
+        sentence=f"The Ray cluster at {ray_address} has no authentication: {risk}. To mend that, {fix}.",
+        fields={"ray_address": ray_address, "risk": risk, "fix": fix},
+        level=LogLevel.WARNING,
+    )
+
+
+def without_hosts() -> Said:
+    """No machine could be chosen for each worker."""
+    cause = "no room for all workers was found; Ray places them"
+    sentence = "No room for all workers was found, so Ray places them, wherever they fit first."
+    return Said(event="hosts", sentence=sentence, fields={"cause": cause}, level=LogLevel.WARNING)
+
+
+def measuring(num_workers: int) -> Said:
+    """The speed of workers is measured before the model is cut."""
+    sentence = f"Measuring the speed of {num_workers} workers, by which the model is split."
+    return Said(event="measure", sentence=sentence, fields={"workers": num_workers})
+
+
+def ready(checked: Checked, address: str) -> Said:
+    """The service takes requests: what is served, where, and how to try it."""
+    name, served, whole = checked.config.model.name, checked.plan.model.max_context_tokens, checked.model
+    return Said(
+        event="serving",
+        sentence=f"Ready: {name} at {address} (gRPC), context {served} of {whole.max_context_tokens} tokens; "
+        f'try: heterodyne generate "Hello" --address {address}',
+        fields={
+            "model": name,
+            "address": address,
+            "context_tokens": served,
+            "model_context_tokens": whole.max_context_tokens,
+        },
+    )
+
+
+def replica_changed(replica: control_pb2.Replica) -> Said:
+    """A replica is in another phase than before."""
+    phase = control_pb2.Phase.Name(replica.phase).removeprefix("PHASE_").lower()
+    failed = replica.phase == control_pb2.PHASE_FAILED
+    return Said(
+        event="replica",
+        sentence=f"{replica.name} failed: {replica.cause}" if failed else f"{replica.name} is {phase}.",
+        fields={"replica": replica.name, "phase": phase, "cause": replica.cause},
+        level=LogLevel.ERROR if failed else LogLevel.INFO,
+    )
+
+
+def controller_lost(cause: object) -> Said:
+    """The controller's stream ended while the service runs."""
+    return Said(
+        event="controller_lost",
+        sentence=f"The controller was lost ({cause}). The replicas that run go on; Ctrl-C still drains them.",
+        fields={"cause": cause},
+        level=LogLevel.WARNING,
+    )
+
+
+def draining(grace_s: float) -> Said:
+    """The service takes nothing new, and finishes what it has."""
+    sentence = f"Stopping: waiting up to {grace_s:g} s for requests in progress; Ctrl-C again to stop now."
+    return Said(event="draining", sentence=sentence, fields={"grace_s": grace_s})
+
+
+def drained() -> Said:
+    """Everything that was accepted was finished."""
+    return Said(event="drained", sentence="Stopped; every request in progress was finished.")
+
+
+def drain_cut() -> Said:
+    """Some of what was accepted was not finished."""
+    return Said(event="drain_cut", sentence="Stopped before every request was finished.", level=LogLevel.WARNING)
+
+
+def stopped_before_ready() -> Said:
+    """It was told to stop while it started."""
+    return Said(event="stopped_before_ready", sentence="Stopped before the service was ready.")

@@ -1,0 +1,119 @@
+"""What is said looks the same whoever says it, in the format that was asked for."""
+
+import io
+import json
+import logging
+import shlex
+from typing import cast
+
+import pytest
+from rich.console import Console
+
+from orchestrator.event_log import EventLog, LogFormat, LogHandler, LogLevel, text_line
+from protos.codec.log_record import LogRecord, record_of, said
+from tests.support.deploying.lost_stderr import Loss, lost_stderr
+
+NOW_S = 1_796_040_183.1234
+
+
+def log(format: LogFormat = LogFormat.AUTO, *, terminal: bool = False, level: LogLevel = LogLevel.INFO) -> EventLog:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=40, color_system=None)
+    return EventLog(console, format=format, level=level, clock=lambda: NOW_S)
+
+
+def output(shown: EventLog) -> str:
+    return cast(io.StringIO, shown.console.file).getvalue()
+
+
+def test_a_terminal_gets_a_sentence_and_a_file_gets_pairs() -> None:
+    for terminal, expected in (
+        (True, "Ready: demo at 127.0.0.1:50051 [gRPC].\n"),
+        (False, "time=2026-11-30T12:03:03.123Z level=info event=serving model=demo context_tokens=2048\n"),
+    ):
+        shown = log(terminal=terminal)
+        shown.say("serving", "Ready: demo at 127.0.0.1:50051 [gRPC].", model="demo", cause="", context_tokens=2048)
+        assert output(shown).endswith(expected) and output(shown).count("\n") == 1
+
+
+def test_json_is_one_object_a_line_with_numbers_as_numbers() -> None:
+    shown = log(LogFormat.JSON, terminal=True)
+    shown.say("serving", 'Ready: "demo".', model="demo", context_tokens=2048)
+    assert json.loads(output(shown)) == {
+        "time": "2026-11-30T12:03:03.123Z",
+        "level": "info",
+        "source": "serve",
+        "event": "serving",
+        "message": 'Ready: "demo".',
+        "fields": {"model": "demo", "context_tokens": 2048},
+    }
+
+
+def test_a_record_that_was_read_again_is_the_same() -> None:
+    record = LogRecord(
+        time_s=NOW_S, source="worker big", message="a\nb é", event="e", level="warning", fields={"n": 1, "t": "x y"}
+    )
+    read = LogRecord.read(record.line())
+    assert read is not None and read.time_s == pytest.approx(NOW_S, abs=0.001)
+    assert (read.source, read.message, read.event, read.level) == ("worker big", "a\nb é", "e", "warning")
+    assert read.fields == {"n": 1, "t": "x y"}
+
+
+@pytest.mark.parametrize(
+    "line", ["", "words", "{", '{"time": 1}', '{"time": "soon"}', "[1]", '{"time": "2026-11-30T12:03:04Z"}']
+)
+def test_what_is_no_record_is_not_read_as_one(line: str) -> None:
+    assert LogRecord.read(line) is None
+
+
+def test_a_childs_words_go_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = log()
+    shown.pass_on(LogRecord(time_s=NOW_S, source="gateway", message="A replica is lost.", event="lost").line(), "x")
+    shown.pass_on("NCCL INFO ring 0", "worker big")
+    shown.pass_on("  ", "worker big")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("event=lost source=gateway")
+    assert second.endswith('message="NCCL INFO ring 0" source="worker big"')
+
+
+def test_text_names_who_speaks_and_what_is_wrong() -> None:
+    record = LogRecord(time_s=NOW_S, source="gateway", message="A replica\x1b[2J is lost.", level="warning")
+    assert text_line(record)[8:] == r" gateway: Warning: A replica\x1b[2J is lost."
+
+
+def test_what_matters_less_than_asked_for_is_not_printed() -> None:
+    shown = log(level=LogLevel.WARNING)
+    shown.say("connect", "Joining.")
+    shown.say("hosts", "No room.", level=LogLevel.WARNING)
+    assert output(shown).count("event=") == 1
+
+
+def test_logging_names_the_event_and_keeps_a_traceback_of_what_nobody_expected() -> None:
+    shown = log(LogFormat.TEXT)
+    logger = logging.Logger("orchestrator.test")
+    logger.addHandler(LogHandler(shown))
+    logger.warning("Telemetry was not sent.", extra=said("telemetry_not_sent", timeout_s=3.0))
+    try:
+        raise KeyError("a")
+    except KeyError:
+        logger.exception("The request failed.", extra=said("request_failed"))
+    lines = output(shown).splitlines()
+    assert lines[0].endswith("Warning: Telemetry was not sent.")
+    assert lines[1].endswith("Error: The request failed.") and lines[-1] == "    KeyError: 'a'"
+
+
+def test_pairs_of_a_traceback_stay_on_one_line() -> None:
+    try:
+        raise KeyError("a")
+    except KeyError as error:
+        info = (KeyError, error, error.__traceback__)
+    record = logging.LogRecord("x", logging.CRITICAL, "x.py", 1, "It failed.", None, info)
+    shown = log()
+    shown.print(record_of(record, "serve"))
+    (line,) = output(shown).splitlines()
+    assert "level=error" in line and any(word.startswith("traceback=Traceback") for word in shlex.split(line))
+
+
+@pytest.mark.parametrize("loss", [Loss.CLOSED, Loss.BROKEN])
+def test_a_stream_that_is_lost_ends_nothing(loss: Loss) -> None:
+    with lost_stderr(loss):
+        log().pass_on("hello", "gateway")
