@@ -36,7 +36,7 @@ def join(address: str, stop: threading.Event) -> None:
     """
     head = address if address != "auto" else _running(address)
     _wait_until_it_answers(address, head, stop)
-    _init(address, stop)
+    _init(address, head, stop)
 
 
 def _running(address: str) -> str:
@@ -66,13 +66,14 @@ def _wait_until_it_answers(address: str, head: str, stop: threading.Event) -> No
             ready.cancel()
 
 
-def _init(address: str, stop: threading.Event) -> None:
+def _init(address: str, head: str, stop: threading.Event) -> None:
     failures: list[BaseException] = []
     done = threading.Event()
 
     def run() -> None:
         try:
-            ray.init(address=address, logging_level=logging.WARNING)
+            # Its warnings are that it runs on a thread of its own, and that there is a token.
+            ray.init(address=head, logging_level=logging.ERROR)
         except BaseException as error:  # it is raised below, on the thread that waits
             failures.append(error)
         finally:

@@ -29,7 +29,10 @@ _REAP_S = 10.0
 _NUM_SUBNETS = 1 << 14
 _numbers = itertools.count()
 # The namespace is entered first; the name and the group are the process's own before it becomes what was asked for.
-_ENTER = 'echo "$1" > /proc/sys/kernel/hostname && { [ -z "$2" ] || echo $$ > "$2"; } && shift 2 && exec "$@"'
+_ENTER = (
+    'echo "$1" > /proc/sys/kernel/hostname && { [ -z "$2" ] || echo $$ > "$2"; } && '
+    '{ [ -z "$3" ] || mount --bind "$3" /tmp; } && shift 3 && exec "$@"'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +55,9 @@ class Host:
         """The command line that runs ``argv`` there, in the same process that it is started as."""
         core = [] if self.spec.core is None else ["taskset", "--cpu-list", str(self.spec.core)]
         group = "" if self.cpu_group is None else str(self.cpu_group / "cgroup.procs")
-        enter = ["nsenter", f"--net={system.NAMESPACES / self.namespace}", "unshare", "--uts"]
-        return [*core, *enter, "sh", "-c", _ENTER, "sh", self.spec.name, group, *argv]
+        enter = ["nsenter", f"--net={system.NAMESPACES / self.namespace}", "unshare", "--uts", "--mount"]
+        tmp = "" if self.spec.tmp is None else str(self.spec.tmp)
+        return [*core, *enter, "sh", "-c", _ENTER, "sh", self.spec.name, group, tmp, *argv]
 
     def popen(self, argv: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
         """Starts a process there, in a process group of its own. It is killed with all others when the lab closes.
@@ -155,7 +159,11 @@ class Lab:
 
 @contextmanager
 def lab(
-    *specs: HostSpec, conditions: LinkConditions | None = None, mtu_bytes: int = MTU_BYTES, seed: int = 0
+    *specs: HostSpec,
+    conditions: LinkConditions | None = None,
+    mtu_bytes: int = MTU_BYTES,
+    seed: int = 0,
+    subnet: str | None = None,
 ) -> Iterator[Lab]:
     """A cluster for the length of the block, after which nothing of it is left.
 
@@ -163,13 +171,14 @@ def lab(
         conditions: of all links, at first.
         mtu_bytes: of the largest packet; large ones save the relay's time, small ones let slow links share it evenly.
         seed: of the packets that are lost.
+        subnet: the first three bytes of the hosts' addresses, of which the first ends in 1. None: one of many.
     """
     assert 1 <= len(specs) <= _MOST_HOSTS and len({spec.name for spec in specs}) == len(specs), specs
     system.sweep()
     number = next(_numbers)
     with ExitStack() as stack:
         prefix = f"{system.PREFIX}-{os.getpid()}-{number}"
-        subnet = _subnet(number)
+        subnet = subnet or _subnet(number)
         hosts = [_add_host(stack, spec, prefix, f"{subnet}.{at + 1}") for at, spec in enumerate(specs)]
         namespaces = [str(system.NAMESPACES / host.namespace) for host in hosts]
         setup = Setup(namespaces=namespaces, addresses=[host.address for host in hosts], seed=seed)

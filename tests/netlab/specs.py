@@ -2,7 +2,9 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _MOST_DELAY_S = 60.0
@@ -16,11 +18,13 @@ class HostSpec:
         name: lower-case letters, digits and hyphens; what its processes take for their hostname.
         cpu_share: of one core's time, that all its processes get together; 1.5 is one core and a half. None: any.
         core: the one that its processes run on. None: any.
+        tmp: a directory that its processes find in place of /tmp, which is theirs alone. None: the machine's.
     """
 
     name: str
     cpu_share: float | None = None
     core: int | None = None
+    tmp: Path | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -38,12 +42,14 @@ class LinkConditions:
         rate_bits_per_s: None: as fast as the relay is.
         loss_fraction: of the packets, drawn by chance.
         is_partitioned: nothing arrives, not even what is on its way.
+        blocked_ports: the TCP ports that no connection can be opened to, as behind a firewall that says nothing.
     """
 
     delay_s: float = 0.0
     rate_bits_per_s: float | None = None
     loss_fraction: float = 0.0
     is_partitioned: bool = False
+    blocked_ports: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.delay_s <= _MOST_DELAY_S:

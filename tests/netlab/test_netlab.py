@@ -129,6 +129,14 @@ def test_a_host_has_its_own_name_and_nothing_but_loopback_and_its_device(net: La
     assert "'net0'" in seen[1] and "'eth" not in seen[1]
 
 
+def test_a_host_may_have_a_directory_of_its_own_and_chosen_addresses(tmp_path: Path) -> None:
+    (tmp_path / "here").touch()
+    with lab(HostSpec(name="one", tmp=tmp_path), HostSpec(name="two"), subnet="192.168.7") as net:
+        assert [net[name].address for name in ("one", "two")] == ["192.168.7.1", "192.168.7.2"]
+        assert net["one"].run(["ls", "/tmp"]).stdout == "here\n"
+        assert net["two"].run(["ls", "/tmp"]).stdout != "here\n"
+
+
 def test_a_process_that_fails_or_takes_too_long_is_told_of(net: Lab) -> None:
     with pytest.raises(subprocess.CalledProcessError, match="status 3"):
         net["one"].run(["sh", "-c", "exit 3"])

@@ -70,6 +70,23 @@ def test_a_partition_loses_what_is_on_its_way() -> None:
     assert taken(cut, 9.0) == [b"after"]
 
 
+def tcp_packet(port: int, flags: int, options: int = 0) -> bytes:
+    """An IPv4 packet with ``options`` words of options, whose TCP segment goes to ``port``."""
+    header = bytes([0x45 + options, *bytes(8), 6, *bytes(10 + 4 * options)])
+    return header + bytes(2) + port.to_bytes(2, "big") + bytes(9) + bytes([flags]) + bytes(6)
+
+
+@pytest.mark.parametrize("options", [0, 3])
+def test_a_firewall_drops_what_opens_a_connection_to_a_blocked_port_and_nothing_else(options: int) -> None:
+    syn, syn_ack, ack = 0x02, 0x12, 0x10
+    walled = Wire(LinkConditions(blocked_ports=(6379, 6381)), seed=1)
+    passes = [tcp_packet(6380, syn, options), tcp_packet(6379, ack, options), tcp_packet(6379, syn_ack, options)]
+    datagram = bytes([0x45, *bytes(8), 17, *bytes(10), 0, 0, *(6379).to_bytes(2, "big"), *bytes(40)])
+    for packet in (tcp_packet(6379, syn, options), *passes, tcp_packet(6381, syn, options), datagram):
+        walled.put(packet, 0.0)
+    assert taken(walled, 0.0) == [*passes, datagram]
+
+
 def test_the_same_seed_loses_the_same_packets() -> None:
     def arrived() -> list[bytes]:
         lossy = wire(loss_fraction=0.3)

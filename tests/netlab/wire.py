@@ -10,6 +10,8 @@ _BUFFER_S = 0.1
 _LEAST_BUFFER_BITS = 8 * 8 * 60_000
 # What may be on its way at any rate.
 _MOST_FLIGHT_BYTES = 64 << 20
+_TCP = 6
+_SYN, _ACK = 0x02, 0x10
 
 
 class Wire:
@@ -28,6 +30,7 @@ class Wire:
         self._delay_s = conditions.delay_s
         self._loss = conditions.loss_fraction
         self._is_partitioned = conditions.is_partitioned
+        self._blocked = frozenset(conditions.blocked_ports)
         self._s_per_byte = 0.0 if rate is None else 8.0 / rate
         self._most_wait_s = 0.0 if rate is None else max(_BUFFER_S, _LEAST_BUFFER_BITS / rate)
         self._free_at_s = 0.0
@@ -39,6 +42,8 @@ class Wire:
         """Takes a packet, or drops it."""
         size = len(packet)
         if self._is_partitioned or self._bytes + size > _MOST_FLIGHT_BYTES:
+            return
+        if self._blocked and opened_port(packet) in self._blocked:
             return
         if self._loss and self._chance.random() < self._loss:
             return
@@ -65,3 +70,11 @@ class Wire:
         packet = self._packets.popleft()[1]
         self._bytes -= len(packet)
         return packet
+
+
+def opened_port(packet: bytes) -> int | None:
+    """The TCP port that an IPv4 packet asks to open a connection to; None where it does not ask."""
+    start = 4 * (packet[0] & 0x0F)
+    if packet[9] != _TCP or packet[start + 13] & (_SYN | _ACK) != _SYN:
+        return None
+    return int.from_bytes(packet[start + 2 : start + 4], "big")
