@@ -9,7 +9,7 @@ import socket
 
 from orchestrator.launcher.process import WorkerFailed
 
-REACH_S = 10.0
+REACH_S = 6.0
 
 
 async def check_reached(address: str, *, node: str, timeout_s: float = REACH_S) -> None:

@@ -26,7 +26,7 @@ _HELLO = struct.Struct(f"<{TOKEN_BYTES}sIB")  # token, rank, channel
 _RETRY_S = 0.05
 _CONNECT_S = 2.0
 # A rank listens before it is told of, and its kernel takes connections for it: who gets none by then is kept out.
-_REACH_S = 10.0
+_REACH_S = 6.0
 _CHECK_S = 0.1
 # A visitor that connects and sends nothing is turned away after this time.
 _HELLO_S = 2.0
