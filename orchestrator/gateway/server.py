@@ -234,7 +234,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         max_token_bytes=longest_token_bytes(files.tokenizer),
         defaults=files.defaults,
         chat_template=files.chat_template,
-        tokenizer_file=files.tokenizer_file,
+        directory=directory.resolve(),
     )
 
 

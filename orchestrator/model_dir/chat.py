@@ -16,8 +16,6 @@ from orchestrator.model_dir.chat_sandbox import DEADLINE, MAX_RENDER_S, check_si
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 
 _MAX_REASON_CHARACTERS = 500
-# What transformers reads of special_tokens_map.json and tokenizer_config.json ends so: bos_token, eos_token, ...
-_TOKEN = "_token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,28 +105,6 @@ def _refusal(error: Exception, num_messages: int) -> InvalidRequest:
         problem=f"cannot be written as a prompt by the model's chat template: {reason}",
         fix="Send the roles, and the order of messages, that the model knows.",
     )
-
-
-def read_special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens that templates know by name, as transformers finds them.
-
-    Args:
-        tokenizer_config: tokenizer_config.json.
-        special_tokens_map: special_tokens_map.json, which counts for models saved before the former said everything.
-    """
-    sources = [tokenizer_config]
-    if "added_tokens_decoder" not in tokenizer_config:
-        sources.append(special_tokens_map)
-    extra = tokenizer_config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        sources.append(extra)
-    found: dict[str, str] = {}
-    for source in sources:
-        for name, value in source.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and (name.endswith(_TOKEN) or source is extra):
-                found[name] = text
-    return found
 
 
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:

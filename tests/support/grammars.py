@@ -2,13 +2,15 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from workers.host.model_files import read_tokenizer_of
 from workers.sampling.grammar import Grammar, GrammarFactory, GrammarFailed, GrammarSpec, GrammarState
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
@@ -105,6 +107,12 @@ class GatedFactory(GrammarFactory):
         self.entered.release()
         assert self.gate.wait(60.0)
         return super().compile(spec)
+
+
+def grammar_factory(directory: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarFactory:
+    """A factory for the tokenizer of a model directory."""
+    read = partial(read_tokenizer_of, directory, vocab_size=vocab_size)
+    return GrammarFactory(read, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
 def json_schema(schema: object) -> GrammarSpec:

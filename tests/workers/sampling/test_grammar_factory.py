@@ -19,6 +19,7 @@ from tests.support.grammars import (
     VOCAB_SIZE,
     allowed,
     generate,
+    grammar_factory,
     json_schema,
     lark,
     regex,
@@ -34,7 +35,7 @@ from workers.sampling.grammar import (
 
 @pytest.fixture(scope="module")
 def factory() -> GrammarFactory:
-    return GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    return grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ def test_a_grammar_whose_lexer_reached_its_limit_is_compiled_anew(factory: Gramm
 
 def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    unknown = GrammarFactory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    missing = GrammarFactory(tmp_path / "none", vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    too_small = GrammarFactory(DEMO, vocab_size=10, eos_token_ids=EOS)
-    endless = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=())
+    unknown = grammar_factory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    missing = grammar_factory(tmp_path / "none", vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    too_small = grammar_factory(DEMO, vocab_size=10, eos_token_ids=EOS)
+    endless = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=())
     for factory, problem in (
         (unknown, "tokenizer.json is of another kind"),
         (missing, "tokenizer.json is of another kind"),
@@ -105,7 +106,7 @@ def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Pat
 
 
 def test_threads_compile_and_walk_one_grammar_at_once(factory: GrammarFactory, closing: Tensor) -> None:
-    fresh = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    fresh = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
     answers: dict[int, list[list[int]]] = {}
 
     def walk(thread: int) -> None:
