@@ -8,6 +8,12 @@ from placement.model.part import Span
 from placement.planning.memory import format_bytes
 
 
+def warning_lines(checked: Checked) -> Iterator[str]:
+    """Yields a line for everything that is odd about the model directory."""
+    for warning in checked.warnings:
+        yield key_values(event="warning", model=checked.config.model.path, cause=warning)
+
+
 def plan_lines(checked: Checked) -> Iterator[str]:
     """Yields a line for each rank that says what it will hold."""
     plan, names = checked.plan, checked.config.cluster.worker_names

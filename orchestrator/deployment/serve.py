@@ -21,7 +21,7 @@ from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import plan_lines, warning_lines
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
@@ -47,6 +47,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     """
     config = load_config(path, overrides=overrides)
     checked = preflight(config)
+    _print(console, warning_lines(checked))
     stop = StopRequest()
     stop.install()
     address = config.cluster.ray_address or "local"

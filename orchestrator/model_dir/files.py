@@ -3,45 +3,27 @@
 :mod:`orchestrator.model_dir.directory` opens the files.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from orchestrator.model_dir.chat import ChatTemplate, template_source
+from orchestrator.model_dir.chat import LEAVES_OUT, ChatTemplate, template_source
+from orchestrator.model_dir.checkpoint import HEAD_DIFFERS, check_tensors, is_tied, read_checkpoint
 from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
-from orchestrator.model_dir.directory import (
-    inside,
-    list_directory,
-    read_bytes,
-    read_json,
-    read_json_if_there,
-    read_tokenizer_of,
-)
+from orchestrator.model_dir.directory import read_bytes, read_json, read_json_if_there, read_tokenizer_of
 from placement.errors import InvalidConfig, InvalidModel
-from placement.model.checkpoint_files import (
-    FIX_AGAIN,
-    INDEX_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_FILE,
-    is_lfs_pointer,
-    lfs_pointer,
-    parse_index,
-)
+from placement.model.checkpoint_files import FIX_AGAIN, MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
-from placement.model.missing_files import no_weights
 from placement.model.quantization import checkpoint_tensors, read_gptq
 from placement.model.special_tokens import TOKENIZER_CONFIG, TokenFiles, special_texts
 from placement.model.specs import ModelSpec
 from placement.model.tokenizer_json import TOKENIZER
-from placement.model.weights import TensorSlice, whole_model
+from placement.model.weights import whole_model
 
 MAX_TEMPLATE_BYTES = 2**20
-_POINTER_BYTES = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +35,7 @@ class ModelFiles:
         defaults: the sampling parameters that generation_config.json recommends.
         chat_template: the chat template; None where the model has none, as base models do.
         checkpoint_bytes: the size of all safetensors files.
+        warnings: what is odd about the directory, and served all the same, each in a clause.
     """
 
     config: Mapping[str, Any]
@@ -61,18 +44,14 @@ class ModelFiles:
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     checkpoint_bytes: int
+    warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
-    """A tensor as the header of a safetensors file describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_model_files(directory: Path) -> ModelFiles:
+def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) -> ModelFiles:
     """Reads the directory, and checks that everything in it fits together.
+
+    Args:
+        tied_embeddings: whether the embedding is the output head too, where that was decided before.
 
     Raises:
         InvalidConfig: ``directory`` is no directory.
@@ -86,72 +65,29 @@ def read_model_files(directory: Path) -> ModelFiles:
     config = read_json(directory, "config.json", MAX_CONFIG_BYTES)
     generation = read_json_if_there(directory, "generation_config.json", MAX_CONFIG_BYTES)
     spec = read_model_spec(config, generation)
-    defaults = default_sampling(generation)
     complete = read_tokenizer_of(directory, vocab_size=spec.vocab_size)
     spec = replace(spec, eos_token_ids=complete.eos_token_ids(spec.eos_token_ids))
-    owners = _owners(directory)
-    headers = {name: _read_header(directory, name) for name in sorted(set(owners.values()))}
-    _check_tensors(checkpoint_tensors(whole_model(spec), read_gptq(config)), owners, headers)
+    tokenizer = _make_tokenizer(complete.text)
+    checkpoint = read_checkpoint(directory)
+    warnings: list[str] = []
+    if tied_embeddings is None:
+        tied_embeddings = is_tied(spec, checkpoint)
+        if spec.tied_embeddings and not tied_embeddings:
+            warnings.append(HEAD_DIFFERS)
+    spec = replace(spec, tied_embeddings=tied_embeddings)
+    check_tensors(checkpoint_tensors(whole_model(spec), read_gptq(config)), checkpoint, is_tied=tied_embeddings)
+    chat_template = _read_chat_template(directory, complete.files)
+    if chat_template is not None and not chat_template.learn_forms():
+        warnings.append(f"chat requests will be refused: {LEAVES_OUT}")
     return ModelFiles(
         config=config,
         spec=spec,
-        defaults=defaults,
-        tokenizer=_make_tokenizer(complete.text),
-        chat_template=_read_chat_template(directory, complete.files),
-        checkpoint_bytes=sum((directory / name).stat().st_size for name in headers),
+        defaults=default_sampling(generation),
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        checkpoint_bytes=checkpoint.num_bytes,
+        warnings=tuple(warnings),
     )
-
-
-def _owners(directory: Path) -> dict[str, str]:
-    """Finds the file of each tensor. A single file wins over an index, as it does in transformers and the workers."""
-    if (directory / SINGLE_FILE).exists():
-        return dict.fromkeys(_read_header(directory, SINGLE_FILE), SINGLE_FILE)
-    if not (directory / INDEX_FILE).exists():
-        raise no_weights(list_directory(directory))
-    return parse_index(read_bytes(directory, INDEX_FILE, MAX_INDEX_BYTES))
-
-
-def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
-    """Reads the tensors of a safetensors file; the library checks sizes, overlaps and the file's length."""
-    path = inside(directory, name)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: _Tensor(dtype=part.get_dtype(), shape=tuple(part.get_shape())) for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            if is_lfs_pointer(file.read(_POINTER_BYTES)):
-                raise lfs_pointer(name) from None
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        problem = f"is damaged or truncated: {reason}"
-        raise InvalidModel(field=name, problem=problem, fix=FIX_AGAIN) from None
-
-
-def _check_tensors(
-    tensors: Iterable[tuple[TensorSlice, tuple[str, ...]]],
-    owners: Mapping[str, str],
-    headers: Mapping[str, Mapping[str, _Tensor]],
-) -> None:
-    """Checks that the files have the tensors, each of one of its number types. Raises InvalidModel."""
-    for wanted, dtypes in tensors:
-        file = owners.get(wanted.name, SINGLE_FILE if SINGLE_FILE in headers else INDEX_FILE)
-        found = headers.get(file, {}).get(wanted.name)
-        if found is None:
-            raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=FIX_AGAIN)
-        if found.shape != wanted.shape:
-            raise InvalidModel(
-                field=f"{file}: {wanted.name}",
-                value=list(found.shape),
-                problem=f"has another shape than config.json says, which is {list(wanted.shape)}",
-                fix="Use the config.json that was saved with these weights.",
-            )
-        if found.dtype not in dtypes:
-            raise InvalidModel(
-                field=f"{file}: {wanted.name}",
-                value=found.dtype,
-                problem="is of a number type that is not served",
-                fix=f"Save the model as one of {', '.join(dtypes)}.",
-            )
 
 
 def _make_tokenizer(text: str) -> Tokenizer:

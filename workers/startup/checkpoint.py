@@ -34,7 +34,7 @@ from placement.model.quantization import (
     is_layer_weight,
     loaded_bytes,
 )
-from placement.model.weights import HEAD, TensorSlice
+from placement.model.weights import HEAD, TensorSlice, stored_name
 from workers.host.device import TORCH_DTYPES
 from workers.host.model_files import inside, list_directory, read_bytes
 from workers.model.rounded import FIX_GPTQ, rounded_parts
@@ -184,9 +184,10 @@ def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence
     names = parse_index(read_bytes(path, INDEX_FILE, MAX_INDEX_BYTES))
     located: defaultdict[Path, list[TensorSlice]] = defaultdict(list)
     for slice_ in slices:
-        if slice_.name not in names:
-            raise _refusal(INDEX_FILE, slice_.name, "lacks a tensor", FIX_AGAIN)
-        located[inside(path, names[slice_.name])].append(slice_)
+        name = stored_name(slice_.name, names)
+        if name not in names:
+            raise _refusal(INDEX_FILE, name, "lacks a tensor", FIX_AGAIN)
+        located[inside(path, names[name])].append(slice_)
     return located
 
 
@@ -198,10 +199,11 @@ def _read(
     accepted: Sequence[str],
 ) -> Tensor:
     """Reads one slice of an open file as it is stored, and checks it against the shape that config.json promises."""
-    field = f"{file.name}: {slice_.name}"
-    if slice_.name not in names:
-        raise _refusal(field, slice_.name, "is missing from the file", "Use the config.json of this checkpoint.")
-    stored = reader.get_slice(slice_.name)
+    name = stored_name(slice_.name, names)
+    field = f"{file.name}: {name}"
+    if name not in names:
+        raise _refusal(field, name, "is missing from the file", "Use the config.json of this checkpoint.")
+    stored = reader.get_slice(name)
     shape = tuple(stored.get_shape())
     if shape != slice_.shape:
         problem = f"does not have the shape {slice_.shape} that config.json promises"
