@@ -57,28 +57,22 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
         InvalidConfig: ``directory`` is no directory.
         InvalidModel: a file is missing, damaged, too large, outside the directory, or contradicts another.
     """
-    if not directory.is_dir():
-        problem = "is not a directory" if directory.exists() else "does not exist"
-        fix = "Give the directory that holds config.json and the safetensors files."
-        raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
-    directory = directory.resolve()
+    directory = _found(directory)
     config = read_json(directory, "config.json", MAX_CONFIG_BYTES)
     generation = read_json_if_there(directory, "generation_config.json", MAX_CONFIG_BYTES)
-    spec = read_model_spec(config, generation)
-    complete = read_tokenizer_of(directory, vocab_size=spec.vocab_size)
-    spec = replace(spec, eos_token_ids=complete.eos_token_ids(spec.eos_token_ids))
+    configured = read_model_spec(config, generation)
+    complete = read_tokenizer_of(directory, vocab_size=configured.vocab_size)
     tokenizer = _make_tokenizer(complete.text)
     checkpoint = read_checkpoint(directory)
-    warnings: list[str] = []
-    if tied_embeddings is None:
-        tied_embeddings = is_tied(spec, checkpoint)
-        if spec.tied_embeddings and not tied_embeddings:
-            warnings.append(HEAD_DIFFERS)
-    spec = replace(spec, tied_embeddings=tied_embeddings)
-    check_tensors(checkpoint_tensors(whole_model(spec), read_gptq(config)), checkpoint, is_tied=tied_embeddings)
+    spec = replace(
+        configured,
+        eos_token_ids=complete.eos_token_ids(configured.eos_token_ids),
+        tied_embeddings=is_tied(configured, checkpoint) if tied_embeddings is None else tied_embeddings,
+    )
+    tensors = checkpoint_tensors(whole_model(spec), read_gptq(config))
+    check_tensors(tensors, checkpoint, is_tied=spec.tied_embeddings)
     chat_template = _read_chat_template(directory, complete.files)
-    if chat_template is not None and not chat_template.learn_forms():
-        warnings.append(f"chat requests will be refused: {LEAVES_OUT}")
+    keeps_words = chat_template is None or chat_template.learn_forms()
     return ModelFiles(
         config=config,
         spec=spec,
@@ -86,8 +80,20 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
         tokenizer=tokenizer,
         chat_template=chat_template,
         checkpoint_bytes=checkpoint.num_bytes,
-        warnings=tuple(warnings),
+        warnings=(
+            *((HEAD_DIFFERS,) if configured.tied_embeddings and not spec.tied_embeddings else ()),
+            *(() if keeps_words else (f"chat requests will be refused: {LEAVES_OUT}",)),
+        ),
     )
+
+
+def _found(directory: Path) -> Path:
+    """Returns the real path of the directory. Raises InvalidConfig where it is none."""
+    if directory.is_dir():
+        return directory.resolve()
+    problem = "is not a directory" if directory.exists() else "does not exist"
+    fix = "Give the directory that holds config.json and the safetensors files."
+    raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
 
 
 def _make_tokenizer(text: str) -> Tokenizer:

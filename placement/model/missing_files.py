@@ -32,15 +32,20 @@ class Listing:
         names: the names of what is in it.
         model_folders: directories below it that have a config.json, the best to give first. Of a repository in the
             cache of Hugging Face these are its snapshots.
+        exists: whether there is such a directory at all.
     """
 
     path: str
     names: Sequence[str] = ()
     model_folders: Sequence[str] = ()
+    exists: bool = True
 
 
 def missing_file(name: str, listing: Listing) -> InvalidModel:
     """Makes the error for a file that a model directory must have and this one has not."""
+    if not listing.exists:
+        fix = "Put the model there: model.path is the same on all machines."
+        return _refusal(f"{listing.path} is no directory of this machine", fix)
     cached = _cached(listing)
     if cached is not None:
         return cached

@@ -46,12 +46,14 @@ class NamedToken:
         content: its text.
         id: the id that the file gives it; None: the next that is free.
         file: the file that gives the id, and the key in it.
+        is_named: whether it has a name, such as ``eos_token``, which makes it special.
         flags: ``single_word``, ``lstrip``, ``rstrip``, ``normalized`` and ``special``, as tokenizer.json has them.
     """
 
     content: str
     id: int | None = None
     file: str = ""
+    is_named: bool = False
     flags: Mapping[str, bool]
 
 
@@ -64,7 +66,7 @@ def special_tokens(files: TokenFiles) -> tuple[NamedToken, ...]:
     """Lists the special tokens that have a name, in the order in which transformers adds them."""
     named = _named(files)
     order = [name for name in _COMMON if name in named] + [name for name in named if name not in _COMMON]
-    return tuple(_token(named[name], special=True) for name in order)
+    return tuple(_token(named[name], is_named=True) for name in order)
 
 
 def extra_tokens(files: TokenFiles) -> tuple[NamedToken, ...]:
@@ -108,14 +110,13 @@ def _legacy_tokens(files: TokenFiles) -> Iterator[NamedToken]:
 def _named(files: TokenFiles) -> dict[str, Any]:
     """Returns the special tokens that have a name, by name: a text, or an object that has it as ``content``."""
     sources = [files.config] if files.are_recent else [files.config, files.special_tokens_map]
-    extra = files.config.get(_EXTRA)
-    if isinstance(extra, Mapping):
-        sources.append(extra)
+    extras = [source.get(_EXTRA) for source in sources]
+    sources.extend(extra for extra in extras if isinstance(extra, Mapping))
     return {
         name: value
         for source in sources
         for name, value in source.items()
-        if (name.endswith(_TOKEN) or source is extra) and _content(value)
+        if (name.endswith(_TOKEN) or source in extras) and _content(value)
     }
 
 
@@ -138,16 +139,16 @@ def _content(value: object) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _token(value: Any, *, special: bool | None = None, id: int | None = None, file: str = "") -> NamedToken:
-    """Makes a token of a text, which is special, or of an object, which is so where it says so or ``special`` does."""
+def _token(value: Any, *, id: int | None = None, file: str = "", is_named: bool = False) -> NamedToken:
+    """Makes a token of a text, which is special, or of an object, which is so where it says so or it has a name."""
     given: Mapping[str, Any] = value if isinstance(value, Mapping) else {"special": True}
-    is_special = special or given.get("special") is True
+    is_special = is_named or given.get("special") is True
     normalized = given.get("normalized")
     flags = {name: given.get(name) is True for name in _FLAGS} | {
         "normalized": normalized if isinstance(normalized, bool) else not is_special,
         "special": is_special,
     }
-    return NamedToken(content=_content(value), id=id, file=file, flags=flags)
+    return NamedToken(content=_content(value), id=id, file=file, is_named=is_named, flags=flags)
 
 
 def _not_tokens(where: str) -> InvalidModel:

@@ -112,19 +112,19 @@ def complete_tokenizer(tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: i
     """
     _check_ids(tokenizer, vocab_size)
     vocabulary = _Vocabulary(tokenizer)
-    for token in numbered_tokens(files):
+    listed = numbered_tokens(files)
+    for token in listed:
         if vocabulary.id_of(token.content) is None:
             _check_new(token, vocabulary.next_id(token.content), vocab_size)
         vocabulary.add(token)
-    for token in special_tokens(files):
-        if vocabulary.is_added(token.content):
-            # Newer files say of every token whether it is special, older ones only here.
-            if not files.are_recent:
+    added = frozenset(vocabulary.added)
+    # Newer files list all tokens with their flags. Older ones leave those of tokenizer.json out.
+    flagged = frozenset(token.content for token in listed) if files.are_recent else added
+    for token in (*special_tokens(files), *extra_tokens(files)):
+        if token.content in added:
+            if token.content in flagged and token.is_named:
                 vocabulary.mark_special(token.content)
         elif vocabulary.next_id(token.content) < vocab_size:
-            vocabulary.add(token)
-    for token in extra_tokens(files):
-        if not vocabulary.is_added(token.content) and vocabulary.next_id(token.content) < vocab_size:
             vocabulary.add(token)
     changes: dict[str, Any] = {key: None for key in ("truncation", "padding") if tokenizer.get(key) is not None}
     if vocabulary.is_changed:
@@ -147,10 +147,6 @@ class _Vocabulary:
         self.is_changed = False
         for entry in tokenizer.get("added_tokens") or []:
             self._insert(str(entry.get("content")), dict(entry))
-
-    def is_added(self, content: str) -> bool:
-        """Tells whether the token is an added one, which is found in a text before anything else."""
-        return content in self.added
 
     def id_of(self, content: str) -> int | None:
         """Returns the token's id; None where it has none."""

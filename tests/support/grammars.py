@@ -97,7 +97,8 @@ class GatedFactory(GrammarFactory):
     """A factory that compiles once its gate is open, and records what it was asked for and when."""
 
     def __init__(self) -> None:
-        super().__init__(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+        read = partial(read_tokenizer_of, DEMO, vocab_size=VOCAB_SIZE)
+        super().__init__(read, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.calls: list[GrammarSpec] = []

@@ -24,7 +24,8 @@ def inside(directory: Path, name: str) -> Path:
 
 def list_directory(directory: Path) -> Listing:
     """Looks at what the directory holds, for an error's text."""
-    return Listing(path=str(directory), names=tuple(sorted(file.name for file in directory.glob("*"))))
+    names = sorted(file.name for file in directory.glob("*"))
+    return Listing(path=str(directory), names=names, exists=directory.is_dir())
 
 
 def read_bytes(directory: Path, name: str, limit_bytes: int) -> bytes:

@@ -1,5 +1,6 @@
 """Checks which grammars are refused, how long they are kept compiled, and how threads share them."""
 
+import json
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from tests.support.grammars import (
     lark,
     regex,
 )
+from tests.support.tokenizer import save_tokenizer
 from workers.sampling.grammar import (
     MAX_SOURCE_BYTES,
     GrammarFactory,
@@ -103,6 +105,27 @@ def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Pat
         factory.prepare()
         with pytest.raises(InvalidRequest, match=problem):
             factory.compile(regex("a"))
+
+
+def test_ends_that_the_tokenizer_lacks_hinder_no_grammar() -> None:
+    """A model may have more rows than its tokenizer has tokens, and configurations name such as ends."""
+    beyond = VOCAB_SIZE - 1
+    factory = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=(*EOS, beyond))
+    state = factory.compile(regex("a")).start()
+    assert not allowed(state)[beyond]
+    only = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=(beyond,))
+    with pytest.raises(InvalidRequest, match="tokenizer lacks its end-of-sequence id"):
+        only.compile(regex("a"))
+
+
+def test_grammars_know_the_tokens_that_other_files_add(tmp_path: Path) -> None:
+    """Without them the model could not end such an answer: its turns end with a token that tokenizer.json lacks."""
+    tokenizer = save_tokenizer(tmp_path)
+    end = tokenizer.get_vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": end}))
+    factory = grammar_factory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=(end,))
+    state = factory.compile(regex("a?")).start()
+    assert allowed(state)[end]
 
 
 def test_threads_compile_and_walk_one_grammar_at_once(factory: GrammarFactory, closing: Tensor) -> None:
