@@ -10,17 +10,18 @@ class FieldError(HeterodyneError):
 
     Attributes:
         field: the dotted name of what was wrong, as the user wrote it (``serving.block_size``, ``model.safetensors``).
-        value: the value that was given.
+        value: the value that was given; None where there is none that a user would know, such as for a damaged file.
         problem: the reason for the refusal, in a clause.
         fix: the thing to do about it, in a sentence.
     """
 
-    def __init__(self, *, field: str, value: object, problem: str, fix: str) -> None:
+    def __init__(self, *, field: str, value: object = None, problem: str, fix: str) -> None:
         self.field = field
         self.value = value
         self.problem = problem
         self.fix = fix
-        super().__init__(f"{field}: {problem} (got {shorten(value)}). {fix}")
+        given = "" if value is None else f" (got {shorten(value)})"
+        super().__init__(f"{field}: {problem}{given}. {fix}")
 
 
 class InvalidConfig(FieldError):

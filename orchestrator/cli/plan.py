@@ -7,7 +7,7 @@ from orchestrator.cli.output_file import write_output
 from orchestrator.cli.plan_picture import plan_svg
 from orchestrator.config.document import load_config
 from orchestrator.deployment.auto_split import split_words
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import preflight
 
 
@@ -18,7 +18,8 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
         HeterodyneError: a mistake in the input.
     """
     checked = preflight(load_config(path, overrides=overrides), listens=False)
-    yield from plan_lines(checked)
+    for said in (*warning_events(checked), *plan_events(checked)):
+        yield said.pairs()
     if checked.split_by is not None:
         yield split_words(checked, when_served="by measured speed").pairs()
     if picture is None:

@@ -49,6 +49,9 @@ class DeploymentSettings:
             max_context_tokens=self.plan.model.max_context_tokens,
             members=members,
             token=token if members else b"",
+            facts=worker_pb2.ModelFacts(
+                eos_token_ids=self.plan.model.eos_token_ids, tied_embeddings=self.plan.model.tied_embeddings
+            ),
         )
         set_limits(request, self._limits(replica))
         return request

@@ -84,6 +84,7 @@ def gateway_process(
         [
             sys.executable, "-m", "orchestrator.gateway", str(path.resolve()), "--control", control_address,
             "--max-context-tokens", str(checked.plan.model.max_context_tokens), "--dtype", checked.plan.dtype.value,
+            "--embeddings", "tied" if checked.plan.model.tied_embeddings else "untied",
             "--parent-pid", str(os.getpid()), *(f"--set={override}" for override in overrides),
         ],
         env=environment(),

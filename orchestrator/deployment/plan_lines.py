@@ -4,15 +4,17 @@ from collections.abc import Iterator
 
 from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.preflight import Checked
-from orchestrator.event_log import Said
+from orchestrator.event_log import LogLevel, Said
 from placement.model.part import Span
 from placement.planning.memory import format_bytes
 
 
-def plan_lines(checked: Checked) -> Iterator[str]:
-    """Yields a line of ``key=value`` pairs for each rank that says what it will hold."""
-    for said in plan_events(checked):
-        yield said.pairs()
+def warning_events(checked: Checked) -> Iterator[Said]:
+    """Yields what is odd about the model directory."""
+    path = checked.config.model.path
+    for warning in checked.warnings:
+        fields = {"model": path, "cause": warning}
+        yield Said(event="warning", sentence=f"{path}: {warning}.", fields=fields, level=LogLevel.WARNING)
 
 
 def plan_events(checked: Checked) -> Iterator[Said]:

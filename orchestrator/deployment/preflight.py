@@ -44,6 +44,7 @@ class Checked:
         machine: what this machine had to give.
         hosts: the machine of each worker in a cluster that was joined; None where that is not known.
         checkpoint_bytes: size of the safetensors files.
+        warnings: what is odd about the model directory, and served all the same.
     """
 
     config: Config
@@ -55,6 +56,7 @@ class Checked:
     hosts: tuple[Host, ...] | None
     num_parameters: int
     checkpoint_bytes: int
+    warnings: tuple[str, ...] = ()
 
     def is_placed(self, shard: Shard) -> bool:
         """Whether it is known where the rank will run; else its plan has a placeholder for the node."""
@@ -100,6 +102,7 @@ def preflight(
         hosts=hosts,
         num_parameters=num_parameters(files.spec),
         checkpoint_bytes=files.checkpoint_bytes,
+        warnings=files.warnings,
     )
 
 

@@ -21,7 +21,7 @@ from orchestrator.deployment import events
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
-from orchestrator.deployment.plan_lines import plan_events
+from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import Seats, find_seats, listening_host, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
@@ -50,6 +50,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
     """
     config = load_config(path, overrides=overrides)
     checked = preflight(config)
+    _tell(log, warning_events(checked))
     stop = StopRequest()
     stop.install()
     address = config.cluster.ray_address or "local"

@@ -21,6 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--control", required=True, help="host:port of the controller")
     parser.add_argument("--max-context-tokens", type=int, required=True)
     parser.add_argument("--dtype", choices=[dtype.value for dtype in DType], required=True)
+    parser.add_argument("--embeddings", choices=["tied", "untied"], help="what the plan found them to be")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
     return parser.parse_args(argv)
 
@@ -37,6 +38,7 @@ def main() -> int:
             control_address=args.control,
             max_context_tokens=args.max_context_tokens,
             dtype=DType(args.dtype),
+            tied_embeddings=None if args.embeddings is None else args.embeddings == "tied",
         )
         return asyncio.run(run(settings))
     except HeterodyneError as error:

@@ -17,7 +17,7 @@ class ServedModel:
     """Holds everything the gateway knows of the model.
 
     Attributes:
-        tokenizer_file: where ``tokenizer`` was read from; None where it was made in memory.
+        directory: where ``tokenizer`` was read from; None where it was made in memory.
         chat_template: writes conversations out as prompts; None where the model has none.
     """
 
@@ -29,7 +29,7 @@ class ServedModel:
     max_token_bytes: int
     defaults: DefaultSampling
     chat_template: ChatTemplate | None = None
-    tokenizer_file: Path | None = None
+    directory: Path | None = None
 
     def message(self) -> pb.Model:
         """Returns the model as clients see it."""

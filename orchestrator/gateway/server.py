@@ -59,12 +59,14 @@ class GatewaySettings:
     Attributes:
         max_context_tokens: the context that the plan gives, at most the model's own.
         dtype: the number type that the plan computes in.
+        tied_embeddings: whether the plan takes the embedding for the output head too; None: to be found out.
     """
 
     config: Config
     control_address: str
     max_context_tokens: int
     dtype: DType
+    tied_embeddings: bool | None = None
 
 
 class Gateway:
@@ -224,7 +226,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
     """Reads the served model from its directory. Raises InvalidModel."""
     config = settings.config
     directory = Path(config.model.path)
-    files = read_model_files(directory)
+    files = read_model_files(directory, tied_embeddings=settings.tied_embeddings)
     return ServedModel(
         name=config.model.name or directory.name,
         spec=files.spec,
@@ -234,7 +236,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         max_token_bytes=longest_token_bytes(files.tokenizer),
         defaults=files.defaults,
         chat_template=files.chat_template,
-        tokenizer_file=files.tokenizer_file,
+        directory=directory.resolve(),
     )
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from orchestrator.brief import brief
+from orchestrator.model_dir.chat_form import ALL_TEXT, Forms, find_forms, written
 from orchestrator.model_dir.chat_sandbox import DEADLINE, MAX_RENDER_S, check_size, compile_template
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 
+LEAVES_OUT = "the model's chat template leaves out what messages say, given as text and as parts"
 _MAX_REASON_CHARACTERS = 500
-# What transformers reads of special_tokens_map.json and tokenizer_config.json ends so: bos_token, eos_token, ...
-_TOKEN = "_token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Message:
 
 class ChatTemplate:
     """A compiled chat template. Safe to use from several threads.
+
+    It gets what messages say as texts, unless :meth:`learn_forms` finds that it wants parts.
 
     Args:
         source: the template.
@@ -50,12 +52,21 @@ class ChatTemplate:
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self._special_tokens = dict(special_tokens)
+        self._forms: Forms | None = ALL_TEXT
         try:
             self._template = compile_template(source, now=now)
         except TemplateSyntaxError as error:
             raise _not_a_template(field, source, f"line {error.lineno}: {error.message}") from None
         except Exception as error:  # what Python has against the code that Jinja makes of it
             raise _not_a_template(field, source, cause_of(error)) from None
+
+    def learn_forms(self) -> bool:
+        """Finds out in which form the template reads what messages say; returns whether it keeps that in any.
+
+        Where it does not, conversations are refused from now on.
+        """
+        self._forms = find_forms(lambda messages: self._write(messages, add_generation_prompt=True))
+        return self._forms is not None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """Returns the conversation as the model's prompt. Special tokens are written out: tokenizing must add none.
@@ -65,21 +76,30 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses the conversation, fails on it, takes too long or writes too much.
         """
+        forms = self._forms
+        if forms is None:
+            raise _unread(len(messages))
         deadline_s = time.monotonic() + MAX_RENDER_S
-        values = {
-            **self._special_tokens,
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            DEADLINE: deadline_s,
-        }
         try:
-            return self._write(values)
+            return self._write(
+                [written(message.role, message.content, forms) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                deadline_s=deadline_s,
+            )
         except Exception as error:  # templates compute: whatever Python can raise, they can
             raise _refusal(error, len(messages)) from None
 
-    def _write(self, values: Mapping[str, Any]) -> str:
+    def _write(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, deadline_s: float | None = None
+    ) -> str:
+        values = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            DEADLINE: time.monotonic() + MAX_RENDER_S if deadline_s is None else deadline_s,
+        }
         pieces: list[str] = []
         num_characters = 0
         for piece in self._template.generate(values):
@@ -109,26 +129,13 @@ def _refusal(error: Exception, num_messages: int) -> InvalidRequest:
     )
 
 
-def read_special_tokens(tokenizer_config: Mapping[str, Any], special_tokens_map: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the special tokens that templates know by name, as transformers finds them.
-
-    Args:
-        tokenizer_config: tokenizer_config.json.
-        special_tokens_map: special_tokens_map.json, which counts for models saved before the former said everything.
-    """
-    sources = [tokenizer_config]
-    if "added_tokens_decoder" not in tokenizer_config:
-        sources.append(special_tokens_map)
-    extra = tokenizer_config.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        sources.append(extra)
-    found: dict[str, str] = {}
-    for source in sources:
-        for name, value in source.items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str) and (name.endswith(_TOKEN) or source is extra):
-                found[name] = text
-    return found
+def _unread(num_messages: int) -> InvalidRequest:
+    return InvalidRequest(
+        field="chat",
+        value=f"{num_messages} messages",
+        problem=f"cannot be written as a prompt: {LEAVES_OUT}",
+        fix="Send prompt instead, or serve the model with another chat_template.jinja.",
+    )
 
 
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:

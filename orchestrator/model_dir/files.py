@@ -1,40 +1,28 @@
 """Reads a model directory in the Hugging Face layout: its configuration, tokenizer and headers, but no weights.
 
-Only files below the directory are opened; a symlink or an index that leads out of it is refused.
+:mod:`orchestrator.model_dir.directory` opens the files.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from orchestrator.model_dir.chat import ChatTemplate, read_special_tokens, template_source
+from orchestrator.model_dir.chat import LEAVES_OUT, ChatTemplate, template_source
+from orchestrator.model_dir.checkpoint import HEAD_DIFFERS, check_tensors, is_tied, read_checkpoint
 from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
+from orchestrator.model_dir.directory import read_bytes, read_json, read_json_if_there, read_tokenizer_of
 from placement.errors import InvalidConfig, InvalidModel
-from placement.model.checkpoint_files import (
-    FIX_AGAIN,
-    INDEX_FILE,
-    MAX_CONFIG_BYTES,
-    MAX_INDEX_BYTES,
-    SINGLE_FILE,
-    leads_outside,
-    missing_file,
-    no_weights,
-    parse_index,
-    parse_object,
-    too_large,
-)
+from placement.model.checkpoint_files import FIX_AGAIN, MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
 from placement.model.quantization import checkpoint_tensors, read_gptq
+from placement.model.special_tokens import TOKENIZER_CONFIG, TokenFiles, special_texts
 from placement.model.specs import ModelSpec
-from placement.model.weights import TensorSlice, whole_model
+from placement.model.tokenizer_json import TOKENIZER
+from placement.model.weights import whole_model
 
-TOKENIZER = "tokenizer.json"
-MAX_TOKENIZER_BYTES = 2**28
-MAX_TOKENIZER_CONFIG_BYTES = 2**24
 MAX_TEMPLATE_BYTES = 2**20
 
 
@@ -45,192 +33,88 @@ class ModelFiles:
     Attributes:
         config: the content of config.json.
         defaults: the sampling parameters that generation_config.json recommends.
-        tokenizer_file: the file that ``tokenizer`` was read from.
         chat_template: the chat template; None where the model has none, as base models do.
         checkpoint_bytes: the size of all safetensors files.
+        warnings: what is odd about the directory, and served all the same, each in a clause.
     """
 
     config: Mapping[str, Any]
     spec: ModelSpec
     defaults: DefaultSampling
     tokenizer: Tokenizer
-    tokenizer_file: Path
     chat_template: ChatTemplate | None
     checkpoint_bytes: int
+    warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
-    """A tensor as the header of a safetensors file describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_model_files(directory: Path) -> ModelFiles:
+def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) -> ModelFiles:
     """Reads the directory, and checks that everything in it fits together.
+
+    Args:
+        tied_embeddings: whether the embedding is the output head too, where that was decided before.
 
     Raises:
         InvalidConfig: ``directory`` is no directory.
         InvalidModel: a file is missing, damaged, too large, outside the directory, or contradicts another.
     """
-    if not directory.is_dir():
-        problem = "is not a directory" if directory.exists() else "does not exist"
-        fix = "Give the directory that holds config.json and the safetensors files."
-        raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
-    directory = directory.resolve()
-    config = _read_json(directory, "config.json", MAX_CONFIG_BYTES)
-    generation = _read_json_if_there(directory, "generation_config.json", MAX_CONFIG_BYTES)
-    spec = read_model_spec(config, generation)
-    defaults = default_sampling(generation)
-    tokenizer = _read_tokenizer(directory, spec)
-    owners = _owners(directory)
-    headers = {name: _read_header(directory, name) for name in sorted(set(owners.values()))}
-    _check_tensors(checkpoint_tensors(whole_model(spec), read_gptq(config)), owners, headers)
+    directory = _found(directory)
+    config = read_json(directory, "config.json", MAX_CONFIG_BYTES)
+    generation = read_json_if_there(directory, "generation_config.json", MAX_CONFIG_BYTES)
+    configured = read_model_spec(config, generation)
+    complete = read_tokenizer_of(directory, vocab_size=configured.vocab_size)
+    tokenizer = _make_tokenizer(complete.text)
+    checkpoint = read_checkpoint(directory)
+    spec = replace(
+        configured,
+        eos_token_ids=complete.eos_token_ids(configured.eos_token_ids),
+        tied_embeddings=is_tied(configured, checkpoint) if tied_embeddings is None else tied_embeddings,
+    )
+    tensors = checkpoint_tensors(whole_model(spec), read_gptq(config))
+    check_tensors(tensors, checkpoint, is_tied=spec.tied_embeddings)
+    chat_template = _read_chat_template(directory, complete.files)
+    keeps_words = chat_template is None or chat_template.learn_forms()
     return ModelFiles(
         config=config,
         spec=spec,
-        defaults=defaults,
+        defaults=default_sampling(generation),
         tokenizer=tokenizer,
-        tokenizer_file=_inside(directory, TOKENIZER),
-        chat_template=_read_chat_template(directory),
-        checkpoint_bytes=sum((directory / name).stat().st_size for name in headers),
+        chat_template=chat_template,
+        checkpoint_bytes=checkpoint.num_bytes,
+        warnings=(
+            *((HEAD_DIFFERS,) if configured.tied_embeddings and not spec.tied_embeddings else ()),
+            *(() if keeps_words else (f"chat requests will be refused: {LEAVES_OUT}",)),
+        ),
     )
 
 
-def _owners(directory: Path) -> dict[str, str]:
-    """Finds the file of each tensor. A single file wins over an index, as it does in transformers and the workers."""
-    if (directory / SINGLE_FILE).exists():
-        return dict.fromkeys(_read_header(directory, SINGLE_FILE), SINGLE_FILE)
-    if not (directory / INDEX_FILE).exists():
-        raise no_weights(path.name for path in directory.iterdir())
-    return parse_index(_read_bytes(directory, INDEX_FILE, MAX_INDEX_BYTES))
+def _found(directory: Path) -> Path:
+    """Returns the real path of the directory. Raises InvalidConfig where it is none."""
+    if directory.is_dir():
+        return directory.resolve()
+    problem = "is not a directory" if directory.exists() else "does not exist"
+    fix = "Give the directory that holds config.json and the safetensors files."
+    raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
 
 
-def _read_header(directory: Path, name: str) -> dict[str, _Tensor]:
-    """Reads the tensors of a safetensors file; the library checks sizes, overlaps and the file's length."""
-    path = _inside(directory, name)
+def _make_tokenizer(text: str) -> Tokenizer:
     try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: _Tensor(dtype=part.get_dtype(), shape=tuple(part.get_shape())) for key, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        problem = f"is damaged or truncated: {reason}"
-        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=FIX_AGAIN) from None
-
-
-def _check_tensors(
-    tensors: Iterable[tuple[TensorSlice, tuple[str, ...]]],
-    owners: Mapping[str, str],
-    headers: Mapping[str, Mapping[str, _Tensor]],
-) -> None:
-    """Checks that the files have the tensors, each of one of its number types. Raises InvalidModel."""
-    for wanted, dtypes in tensors:
-        file = owners.get(wanted.name, SINGLE_FILE if SINGLE_FILE in headers else INDEX_FILE)
-        found = headers.get(file, {}).get(wanted.name)
-        if found is None:
-            raise InvalidModel(field=file, value=wanted.name, problem="lacks a tensor", fix=FIX_AGAIN)
-        if found.shape != wanted.shape:
-            raise InvalidModel(
-                field=f"{file}: {wanted.name}",
-                value=list(found.shape),
-                problem=f"has another shape than config.json says, which is {list(wanted.shape)}",
-                fix="Use the config.json that was saved with these weights.",
-            )
-        if found.dtype not in dtypes:
-            raise InvalidModel(
-                field=f"{file}: {wanted.name}",
-                value=found.dtype,
-                problem="is of a number type that is not served",
-                fix=f"Save the model as one of {', '.join(dtypes)}.",
-            )
-
-
-def _read_tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
-    """Reads the tokenizer, and checks that its ids fit the model."""
-    name = TOKENIZER
-    _check_vocabulary(_read_json(directory, name, MAX_TOKENIZER_BYTES), spec)
-    try:
-        return Tokenizer.from_file(str(_inside(directory, name)))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the library has no type of its own for what it cannot read
         problem = f"cannot be read as a tokenizer: {error}"
         fix = "Save the tokenizer again as a fast one: tokenizer.save_pretrained(path)."
-        raise InvalidModel(field=name, value=None, problem=problem, fix=fix) from None
+        raise InvalidModel(field=TOKENIZER, problem=problem, fix=fix) from None
 
 
-def _check_vocabulary(tokenizer: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Checks that the tokenizer makes no id that the embedding has no row for."""
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(vocabulary, dict):
-        ids: list[Any] = list(vocabulary.values())
-    elif isinstance(vocabulary, list):
-        ids = [len(vocabulary) - 1]
-    else:
-        fix = "Save the tokenizer as a fast one: tokenizer.save_pretrained(path)."
-        raise InvalidModel(field=TOKENIZER, value=None, problem="has no model.vocab", fix=fix)
-    added = tokenizer.get("added_tokens") or []
-    ids += [token.get("id") if isinstance(token, dict) else None for token in added]
-    if not all(isinstance(token_id, int) for token_id in ids):
-        problem = "has a token whose id is not a number"
-        raise InvalidModel(field=TOKENIZER, value=None, problem=problem, fix=FIX_AGAIN)
-    largest = max(ids, default=-1)
-    if largest >= spec.vocab_size:
-        raise InvalidModel(
-            field=TOKENIZER,
-            value=largest,
-            problem=f"has a token id that is not below vocab_size = {spec.vocab_size} of config.json",
-            fix="Use the tokenizer.json that was saved with the model.",
-        )
-
-
-def _read_chat_template(directory: Path) -> ChatTemplate | None:
+def _read_chat_template(directory: Path, files: TokenFiles) -> ChatTemplate | None:
     """Reads the template in chat_template.jinja, or else that in tokenizer_config.json, as transformers does."""
-    file, config = "chat_template.jinja", "tokenizer_config.json"
-    values = _read_json_if_there(directory, config, MAX_TOKENIZER_CONFIG_BYTES)
-    special_tokens = read_special_tokens(
-        values, _read_json_if_there(directory, "special_tokens_map.json", MAX_CONFIG_BYTES)
-    )
+    file = "chat_template.jinja"
     if (directory / file).exists():
-        data = _read_bytes(directory, file, MAX_TEMPLATE_BYTES)
+        data = read_bytes(directory, file, MAX_TEMPLATE_BYTES)
         try:
             source: str | None = data.decode()
         except UnicodeDecodeError as error:
-            raise InvalidModel(field=file, value=len(data), problem=f"is not UTF-8: {error}", fix=FIX_AGAIN) from None
+            raise InvalidModel(field=file, problem=f"is not UTF-8: {error}", fix=FIX_AGAIN) from None
         field = file
     else:
-        source, field = template_source(values), f"{config}: chat_template"
-    return None if source is None else ChatTemplate(source, special_tokens=special_tokens, field=field)
-
-
-def _read_json_if_there(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
-    return _read_json(directory, name, limit_bytes) if (directory / name).exists() else {}
-
-
-def _read_json(directory: Path, name: str, limit_bytes: int) -> dict[str, Any]:
-    return parse_object(name, _read_bytes(directory, name, limit_bytes))
-
-
-def _read_bytes(directory: Path, name: str, limit_bytes: int) -> bytes:
-    """Reads a file of the directory that has at most ``limit_bytes``."""
-    path = _inside(directory, name)
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit_bytes + 1)
-    except OSError as error:
-        problem = f"cannot be read: {(error.strerror or str(error)).lower()}"
-        raise InvalidModel(field=name, value=path.stat().st_size, problem=problem, fix=FIX_AGAIN) from error
-    if len(data) > limit_bytes:
-        raise too_large(name, path.stat().st_size, limit_bytes=limit_bytes)
-    return data
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """Returns the real path of a file of the directory."""
-    path = (directory / name).resolve()
-    if not path.is_relative_to(directory):
-        raise leads_outside(name)
-    if not path.is_file():
-        raise missing_file(name)
-    return path
+        source, field = template_source(files.config), f"{TOKENIZER_CONFIG}: chat_template"
+    return None if source is None else ChatTemplate(source, special_tokens=special_texts(files), field=field)

@@ -5,8 +5,7 @@ Everything here is pure: the caller reads the files.
 """
 
 import json
-from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from placement.errors import InvalidModel
@@ -17,7 +16,8 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 26
 FIX_AGAIN = "Download or export the model again."
 
-_PICKLED = (".bin", ".pt", ".pth")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_CACHED, _SNAPSHOTS, _BLOBS = "models--", "snapshots", "blobs"
 
 
 def parse_object(name: str, data: bytes) -> dict[str, Any]:
@@ -26,6 +26,8 @@ def parse_object(name: str, data: bytes) -> dict[str, Any]:
     Raises:
         InvalidModel: the data is no JSON, or no object.
     """
+    if is_lfs_pointer(data):
+        raise lfs_pointer(name)
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -34,7 +36,7 @@ def parse_object(name: str, data: bytes) -> dict[str, Any]:
         if isinstance(values, dict):
             return values
         problem = "is not a JSON object"
-    raise InvalidModel(field=name, value=len(data), problem=problem, fix=FIX_AGAIN)
+    raise InvalidModel(field=name, problem=problem, fix=FIX_AGAIN)
 
 
 def parse_index(data: bytes) -> dict[str, str]:
@@ -64,31 +66,48 @@ def _check_file_name(name: str) -> None:
     raise InvalidModel(field=INDEX_FILE, value=name, problem=problem, fix=fix)
 
 
-def no_weights(file_names: Iterable[str]) -> InvalidModel:
-    """Makes the error for a directory with these files, which holds neither a single file nor an index."""
-    pickled = sorted(name for name in file_names if name.endswith(_PICKLED))
-    if not pickled:
-        return missing_file(SINGLE_FILE)
-    problem = "holds weights as pickles only, which can run code and are never loaded"
-    fix = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
-    return InvalidModel(field="model.path", value=pickled[0], problem=problem, fix=fix)
+def is_allowed(directory: PurePath, file: PurePath) -> bool:
+    """Tells whether a file may be read as one of the model directory.
+
+    It may where it lies in the directory. In the cache of Hugging Face, where a model directory is a snapshot of a
+    repository, its files are links, and what they lead to may lie in the ``blobs`` of the same repository.
+
+    Args:
+        directory: the real path of the directory, without links.
+        file: the real path of the file, without links.
+    """
+    if file.is_relative_to(directory):
+        return True
+    # .../models--NAME/snapshots/REVISION, or a folder in it
+    for repository in directory.parents:
+        below = directory.relative_to(repository).parts
+        if repository.name.startswith(_CACHED) and len(below) >= 2 and below[0] == _SNAPSHOTS:
+            return file.parent == repository / _BLOBS
+    return False
 
 
-def missing_file(name: str) -> InvalidModel:
-    """Makes the error for a file that the directory must have and has not."""
-    return InvalidModel(field="model.path", value=name, problem="lacks a file", fix=FIX_AGAIN)
+def is_lfs_pointer(data: bytes) -> bool:
+    """Tells whether a file that begins so is a pointer of Git LFS, which stands for a file that was not downloaded."""
+    return data.startswith(_POINTER)
+
+
+def lfs_pointer(name: str) -> InvalidModel:
+    """Makes the error for a file that is a pointer of Git LFS."""
+    problem = "is a pointer of Git LFS: the file itself was not downloaded"
+    fix = "Run git lfs pull in the model directory, or hf download MODEL --local-dir DIRECTORY."
+    return InvalidModel(field=name, problem=problem, fix=fix)
 
 
 def too_large(name: str, num_bytes: int, *, limit_bytes: int) -> InvalidModel:
     """Makes the error for a file that is larger than any sound one."""
-    return InvalidModel(field=name, value=num_bytes, problem=f"is larger than {limit_bytes} bytes", fix=FIX_AGAIN)
+    problem = f"has {num_bytes} bytes, which is more than the {limit_bytes} that are read"
+    return InvalidModel(field=name, problem=problem, fix=FIX_AGAIN)
 
 
 def leads_outside(name: str) -> InvalidModel:
     """Makes the error for a file that is a link out of the directory."""
     return InvalidModel(
         field=name,
-        value=name,
-        problem="leads out of the model directory",
+        problem="is a link that leads out of the model directory",
         fix="Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does.",
     )

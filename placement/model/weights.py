@@ -7,7 +7,7 @@ Shapes: V vocabulary, E hidden size, F feed-forward size, H query heads, K KV he
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from placement.model.layers import Dense, Gqa
@@ -73,6 +73,14 @@ def shard_tensors(model: ModelSpec, part: Part) -> tuple[TensorSlice, ...]:
         if not model.tied_embeddings:
             slices.append(_slice(HEAD, table_shape, rows=part.vocab_rows))
     return tuple(slice_ for slice_ in slices if slice_.num_elements)
+
+
+def stored_name(name: str, stored: Container[str]) -> str:
+    """Returns the name of a tensor in a checkpoint that has the tensors ``stored``.
+
+    Of a tied pair a checkpoint may have saved either: transformers takes the head's for the embedding's.
+    """
+    return HEAD if name == EMBEDDING and EMBEDDING not in stored and HEAD in stored else name
 
 
 def whole_model(model: ModelSpec) -> tuple[TensorSlice, ...]:

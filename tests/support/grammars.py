@@ -2,13 +2,15 @@
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from workers.host.model_files import read_tokenizer_of
 from workers.sampling.grammar import Grammar, GrammarFactory, GrammarFailed, GrammarSpec, GrammarState
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
@@ -95,7 +97,8 @@ class GatedFactory(GrammarFactory):
     """A factory that compiles once its gate is open, and records what it was asked for and when."""
 
     def __init__(self) -> None:
-        super().__init__(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+        read = partial(read_tokenizer_of, DEMO, vocab_size=VOCAB_SIZE)
+        super().__init__(read, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
         self.gate = threading.Event()
         self.entered = threading.Semaphore(0)
         self.calls: list[GrammarSpec] = []
@@ -105,6 +108,12 @@ class GatedFactory(GrammarFactory):
         self.entered.release()
         assert self.gate.wait(60.0)
         return super().compile(spec)
+
+
+def grammar_factory(directory: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarFactory:
+    """A factory for the tokenizer of a model directory."""
+    read = partial(read_tokenizer_of, directory, vocab_size=vocab_size)
+    return GrammarFactory(read, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
 def json_schema(schema: object) -> GrammarSpec:

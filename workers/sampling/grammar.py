@@ -11,13 +11,13 @@ of JSON. Without a limit, a weak model fills the rest of its context with blanks
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from placement.errors import InvalidRequest, cause_of
+from placement.errors import InvalidModel, InvalidRequest, cause_of
+from placement.model.tokenizer_json import CompleteTokenizer
 from placement.serving.grammar import JSON_OPTIONS, MAX_SOURCE_BYTES
 from workers.sampling.grammar_state import (
     Grammar,
@@ -69,13 +69,13 @@ class GrammarFactory:
     """Compiles grammars for the tokenizer of one model.
 
     Args:
-        directory: the model's, with its tokenizer.json.
+        read: reads the model's tokenizer; it raises InvalidModel where it cannot.
         vocab_size: the model's, padding included; ids that the tokenizer does not know are never allowed.
         eos_token_ids: the model's end-of-sequence ids.
     """
 
-    def __init__(self, directory: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._path = directory / "tokenizer.json"
+    def __init__(self, read: Callable[[], CompleteTokenizer], *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._read = read
         self._vocab_size = vocab_size
         self._eos_token_ids = tuple(eos_token_ids)
         self._limits = LLParserLimits(verbose_errors=False)
@@ -146,12 +146,13 @@ class GrammarFactory:
         if not self._eos_token_ids:
             return _NoTools(problem="this model has no end-of-sequence id")
         try:
-            tokenizer = LLTokenizer(
-                self._path.read_text(encoding="utf-8"),
-                n_vocab=self._vocab_size,
-                eos_token=list(self._eos_token_ids),
-            )
-        except (OSError, ValueError) as error:
+            complete = self._read()
+            # The library refuses ids that the tokenizer lacks; no grammar could end with one of them.
+            known = complete.known(self._eos_token_ids)
+            if not known:
+                return _NoTools(problem="this model's tokenizer lacks its end-of-sequence id")
+            tokenizer = LLTokenizer(complete.text, n_vocab=self._vocab_size, eos_token=known)
+        except (InvalidModel, OSError, ValueError) as error:
             logger.warning("no_structured_output cause=%s", cause_of(error))
             return _NoTools(problem="this model's tokenizer.json is of another kind")
         return _Tools(tokenizer=tokenizer, executor=LLExecutor(1))

@@ -21,12 +21,11 @@ from placement.model.checkpoint_files import (
     INDEX_FILE,
     MAX_INDEX_BYTES,
     SINGLE_FILE,
-    leads_outside,
-    missing_file,
-    no_weights,
+    is_lfs_pointer,
+    lfs_pointer,
     parse_index,
-    too_large,
 )
+from placement.model.missing_files import no_weights
 from placement.model.quantization import (
     LinearFormat,
     checkpoint_tensors,
@@ -35,11 +34,13 @@ from placement.model.quantization import (
     is_layer_weight,
     loaded_bytes,
 )
-from placement.model.weights import HEAD, TensorSlice
+from placement.model.weights import HEAD, TensorSlice, stored_name
 from workers.host.device import TORCH_DTYPES
+from workers.host.model_files import inside, list_directory, read_bytes
 from workers.model.rounded import FIX_GPTQ, rounded_parts
 
 _MOST_MAPPED = 16 << 20  # elements that are read of a file before its mapping is given back
+_POINTER_BYTES = 256
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 
@@ -105,8 +106,15 @@ def _read_all(
                     if len(read[slice_.name]) == len(accepted):
                         yield slice_, read.pop(slice_.name)
         except (SafetensorError, OSError) as error:
+            if is_lfs_pointer(_begin(file)):
+                raise lfs_pointer(file.name) from error
             problem = f"cannot be read as safetensors ({error})"
             raise _refusal(file.name, str(file), problem, FIX_AGAIN) from error
+
+
+def _begin(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_POINTER_BYTES)
 
 
 def _groups(parts: Sequence[TensorSlice]) -> Iterator[Sequence[TensorSlice]]:
@@ -170,30 +178,17 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
     """Finds the file that holds each slice."""
     if (path / SINGLE_FILE).is_file():
-        return {_inside(path, SINGLE_FILE): slices}
+        return {inside(path, SINGLE_FILE): slices}
     if not (path / INDEX_FILE).is_file():
-        raise no_weights(file.name for file in path.glob("*"))
-    index = _inside(path, INDEX_FILE)
-    num_bytes = index.stat().st_size
-    if num_bytes > MAX_INDEX_BYTES:
-        raise too_large(INDEX_FILE, num_bytes, limit_bytes=MAX_INDEX_BYTES)
-    names = parse_index(index.read_bytes())
+        raise no_weights(list_directory(path))
+    names = parse_index(read_bytes(path, INDEX_FILE, MAX_INDEX_BYTES))
     located: defaultdict[Path, list[TensorSlice]] = defaultdict(list)
     for slice_ in slices:
-        if slice_.name not in names:
-            raise _refusal(INDEX_FILE, slice_.name, "lacks a tensor", FIX_AGAIN)
-        located[_inside(path, names[slice_.name])].append(slice_)
+        name = stored_name(slice_.name, names)
+        if name not in names:
+            raise _refusal(INDEX_FILE, name, "lacks a tensor", FIX_AGAIN)
+        located[inside(path, names[name])].append(slice_)
     return located
-
-
-def _inside(path: Path, name: str) -> Path:
-    """Returns the path of a file of the directory ``path``. Raises InvalidModel where it is missing or leads out."""
-    file = path / name
-    if not file.is_file():
-        raise missing_file(name)
-    if not file.resolve().is_relative_to(path.resolve()):
-        raise leads_outside(name)
-    return file
 
 
 def _read(
@@ -204,10 +199,11 @@ def _read(
     accepted: Sequence[str],
 ) -> Tensor:
     """Reads one slice of an open file as it is stored, and checks it against the shape that config.json promises."""
-    field = f"{file.name}: {slice_.name}"
-    if slice_.name not in names:
-        raise _refusal(field, slice_.name, "is missing from the file", "Use the config.json of this checkpoint.")
-    stored = reader.get_slice(slice_.name)
+    name = stored_name(slice_.name, names)
+    field = f"{file.name}: {name}"
+    if name not in names:
+        raise _refusal(field, name, "is missing from the file", "Use the config.json of this checkpoint.")
+    stored = reader.get_slice(name)
     shape = tuple(stored.get_shape())
     if shape != slice_.shape:
         problem = f"does not have the shape {slice_.shape} that config.json promises"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from placement.errors import InvalidModel, InvalidRequest, NotEnoughMemory
-from placement.model.checkpoint_files import MAX_CONFIG_BYTES, parse_object, too_large
+from placement.errors import InvalidRequest, NotEnoughMemory
+from placement.model.checkpoint_files import MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
 from placement.model.quantization import LinearFormat, Quantization, check_linear_format, linear_format
 from placement.model.specs import DType, ModelSpec
@@ -15,7 +15,10 @@ from protos.codec.formats import read_dtype
 from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
+from workers.host.model_files import read_json
 from workers.replica.roster import Roster, read_roster
+
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,7 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
         InvalidRequest: the request asks for something impossible.
         NotEnoughMemory: the device has not the memory.
     """
-    model = read_model(Path(request.model_path))
+    model = with_facts(read_model(Path(request.model_path)), request)
     dtype = read_dtype(request.dtype)
     check_request(request, model)
     limits = read_limits(request)
@@ -67,8 +70,17 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
 
 def read_model(path: Path) -> ModelSpec:
     """Reads the model's specification from its directory. Raises InvalidModel."""
-    generation = path / "generation_config.json"
-    return read_model_spec(_read_json(path / "config.json"), _read_json(generation) if generation.exists() else None)
+    generation = "generation_config.json"
+    found = read_json(path, generation, MAX_CONFIG_BYTES) if (path / generation).exists() else None
+    return read_model_spec(read_json(path, _CONFIG, MAX_CONFIG_BYTES), found)
+
+
+def with_facts(model: ModelSpec, request: pb.LoadRequest) -> ModelSpec:
+    """Returns the model with what the orchestrator decided of it, which must be the same for all ranks."""
+    if not request.HasField("facts"):
+        return model
+    facts = request.facts
+    return replace(model, eos_token_ids=tuple(facts.eos_token_ids), tied_embeddings=facts.tied_embeddings)
 
 
 def read_linear_format(path: Path, quantization: Quantization) -> LinearFormat | None:
@@ -77,23 +89,7 @@ def read_linear_format(path: Path, quantization: Quantization) -> LinearFormat |
     Raises:
         InvalidModel, InvalidConfig: see :func:`placement.model.quantization.linear_format`.
     """
-    return linear_format(_read_json(path / "config.json"), quantization)
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise InvalidModel(
-            field=path.name,
-            value=str(path),
-            problem=f"cannot be read ({type(error).__name__})",
-            fix="Give a directory in the Hugging Face layout that this node can read.",
-        ) from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise too_large(path.name, path.stat().st_size, limit_bytes=MAX_CONFIG_BYTES)
-    return parse_object(path.name, data)
+    return linear_format(read_json(path, _CONFIG, MAX_CONFIG_BYTES), quantization)
 
 
 def check_request(request: pb.LoadRequest, model: ModelSpec) -> None:

@@ -5,6 +5,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
+from workers.host.model_files import read_tokenizer_of
 from workers.model.kv_cache import KVCache, allocate_kv_cache, kv_cache_bytes
 from workers.replica.follower import Follower
 from workers.replica.membership import Membership
@@ -123,7 +125,8 @@ class LoadJob:
 
     def _grammars(self, model: ModelSpec) -> GrammarFactory:
         path = Path(self._request.model_path)
-        grammars = GrammarFactory(path, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+        read = partial(read_tokenizer_of, path, vocab_size=model.vocab_size)
+        grammars = GrammarFactory(read, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
         grammars.prepare()  # else the first request that asks for one would hold up all that is served
         return grammars
 

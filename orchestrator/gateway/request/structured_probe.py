@@ -187,14 +187,14 @@ class GrammarProbe:
 
 
 def _setup(model: ServedModel) -> bytes:
-    """Returns the first line for the process, which reads the tokenizer by itself where there is a file.
+    """Returns the first line for the process, which reads the tokenizer by itself where there are files.
 
     A tokenizer is megabytes of JSON: written out here, it would hold every stream up for some tenths of a second.
     """
-    file = model.tokenizer_file
+    directory = model.directory
     setup = Setup(
-        tokenizer_file=None if file is None else str(file),
-        tokenizer=model.tokenizer.to_str() if file is None else "",
+        directory=None if directory is None else str(directory),
+        tokenizer=model.tokenizer.to_str() if directory is None else "",
         vocab_size=model.spec.vocab_size,
         eos_token_ids=[*model.spec.eos_token_ids],
     )

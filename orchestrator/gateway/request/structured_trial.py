@@ -20,6 +20,8 @@ from typing import TypedDict
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from orchestrator.brief import brief
+from orchestrator.model_dir.directory import read_tokenizer_of
+from placement.errors import HeterodyneError
 from placement.serving.grammar import JSON_OPTIONS, GrammarKind
 
 # Of the processor. A common grammar takes a millisecond.
@@ -37,7 +39,7 @@ _NUM_WALKS, _NUM_STEPS = 2, 24
 class Setup(TypedDict):
     """The first line. ``tokenizer`` holds the JSON of a tokenizer that is in no file."""
 
-    tokenizer_file: str | None
+    directory: str | None
     tokenizer: str
     vocab_size: int
     eos_token_ids: list[int]
@@ -166,11 +168,13 @@ def _supervise(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
     """Returns the tokenizer, or None where the library cannot follow it."""
-    path = setup["tokenizer_file"]
+    vocab_size, eos, source = setup["vocab_size"], setup["eos_token_ids"], setup["tokenizer"]
     try:
-        source = setup["tokenizer"] if path is None else Path(path).read_text(encoding="utf-8")
-        return LLTokenizer(source, n_vocab=setup["vocab_size"], eos_token=[*setup["eos_token_ids"]])
-    except (OSError, ValueError) as error:
+        if setup["directory"] is not None:
+            complete = read_tokenizer_of(Path(setup["directory"]), vocab_size=vocab_size)
+            source, eos = complete.text, complete.known(eos)
+        return LLTokenizer(source, n_vocab=vocab_size, eos_token=eos)
+    except (OSError, ValueError, HeterodyneError) as error:
         print(f"no structured output with this tokenizer: {error}", file=sys.stderr)
         return None
 

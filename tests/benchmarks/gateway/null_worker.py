@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -22,6 +23,7 @@ from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from tests.benchmarks.engine.engine_models import read_spec
 from tests.benchmarks.gateway.gateway_board import Board
 from workers.host.device import Device, open_device
+from workers.host.model_files import read_tokenizer_of
 from workers.sampling.grammar import GrammarFactory
 from workers.sampling.sampling import SampledToken
 from workers.service.server import WorkerService
@@ -112,7 +114,8 @@ async def main(options: argparse.Namespace) -> None:
     executor = ThreadPoolExecutor(1, thread_name_prefix="runner")
     engine = build_engine(NullRunner(Board(options.board)), executor, request=request, model=model)
     engine.thread.start()
-    grammars = GrammarFactory(options.model, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
+    read = partial(read_tokenizer_of, options.model, vocab_size=model.vocab_size)
+    grammars = GrammarFactory(read, vocab_size=model.vocab_size, eos_token_ids=model.eos_token_ids)
     loaded = Loaded(engine=engine, grammars=grammars, weight_bytes=0, kv_bytes=0)
     service, control = NullService(device=open_device("cpu", 1), loaded=loaded), Control()
     server = grpc.aio.server()

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.plan_picture import describe, plan_svg, shares
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import preflight
 from placement.errors import InvalidConfig
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
@@ -53,7 +53,7 @@ def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path,
         serving={"parallelism": {"replicas": [{"stages": stages}]}},
     )
     checked = preflight(config)
-    lines = list(plan_lines(checked))
+    lines = [said.pairs() for said in plan_events(checked)]
     assert [line.split()[1:5] for line in lines] == [
         ["replica=replica-0", "stage=0", "rank=0", "worker=b"],
         ["replica=replica-0", "stage=0", "rank=1", "worker=worker-1"],

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.config.document import Config
 from orchestrator.deployment.known_cluster import Machine
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, by_speed, on_hosts, preflight
 from orchestrator.deployment.seats import rank_labels, worker_needs
 from placement.errors import NotEnoughMemory
@@ -128,7 +128,7 @@ def test_a_cut_that_only_one_machine_allows_is_not_refused_before_machines_are_k
 
 def test_a_plan_names_the_machine_and_the_worker_of_each_rank_as_far_as_they_are_known(config: Config) -> None:
     def said(checked: Checked) -> list[tuple[str, str]]:
-        lines = [dict(pair.split("=", 1) for pair in shlex.split(line)) for line in plan_lines(checked)]
+        lines = [dict(pair.split("=", 1) for pair in shlex.split(said.pairs())) for said in plan_events(checked)]
         return [(line["worker"], line["node"]) for line in lines]
 
     assert said(check(config)) == [(f"w{at}", "any") for at in range(3)]

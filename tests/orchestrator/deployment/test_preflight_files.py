@@ -15,6 +15,7 @@ from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.weights import whole_model
 from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
+from tests.support.hub import hub_snapshot
 
 AGAIN = "Download or export the model again."
 
@@ -44,7 +45,8 @@ def test_bfloat16_shards_with_an_index_are_read(model: Path) -> None:
 def test_missing_file_is_named(model: Path, name: str) -> None:
     (model / name).unlink()
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem, error.fix) == ("model.path", name, "lacks a file", AGAIN)
+    assert (error.field, error.value, error.fix) == ("model.path", None, AGAIN)
+    assert error.problem.startswith(f"{model} has no {name}")
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
@@ -67,17 +69,16 @@ def test_damaged_json_is_refused(model: Path, name: str, text: str, problem: str
 def test_huge_json_is_not_read(model: Path) -> None:
     (model / "config.json").write_bytes(b" " * (2**20 + 1))
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.problem) == (
-        "config.json", 2**20 + 1, "is larger than 1048576 bytes",
-    )  # fmt: skip
+    problem = "has 1048577 bytes, which is more than the 1048576 that are read"
+    assert (error.field, error.value, error.problem) == ("config.json", None, problem)
 
 
 def test_symlink_out_of_the_directory_is_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model.parent / "elsewhere.safetensors")
     (model / "model.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.safetensors", "model.safetensors")
-    assert error.problem == "leads out of the model directory"
+    assert (error.field, error.value) == ("model.safetensors", None)
+    assert error.problem == "is a link that leads out of the model directory"
     assert error.fix == "Put the file itself there, as `hf download MODEL --local-dir DIRECTORY` does."
 
 
@@ -86,7 +87,56 @@ def test_symlink_of_an_index_out_of_the_directory_is_refused(model: Path) -> Non
     (model / "part.safetensors").symlink_to(model.parent / "elsewhere.safetensors")
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "part.safetensors"}}')
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.problem) == ("part.safetensors", "leads out of the model directory")
+    assert (error.field, error.problem) == ("part.safetensors", "is a link that leads out of the model directory")
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_snapshot_of_the_cache_is_a_model_directory(model: Path, absolute: bool) -> None:
+    snapshot = hub_snapshot(model, absolute=absolute)
+    assert check(snapshot).checkpoint_bytes == (model / "model.safetensors").stat().st_size
+    (model.parent / "link").symlink_to(snapshot)
+    check(model.parent / "link")
+    if not absolute:
+        moved = snapshot.parents[2].rename(model.parent / "elsewhere")
+        check(moved / snapshot.relative_to(model.parent / "model-cache"))
+
+
+def test_links_of_a_snapshot_lead_to_its_own_repository_only(model: Path) -> None:
+    snapshot, other = hub_snapshot(model), hub_snapshot(model.parent / "model", name="models--other--model")
+    for target in (other / "tokenizer.json", model / "tokenizer.json", Path("/etc/hostname")):
+        (snapshot / "tokenizer.json").unlink()
+        (snapshot / "tokenizer.json").symlink_to(target)
+        error = refused(InvalidModel, lambda: check(snapshot))
+        assert (error.field, error.problem) == ("tokenizer.json", "is a link that leads out of the model directory")
+
+
+def test_the_repository_itself_is_told_its_snapshot(model: Path) -> None:
+    snapshot = hub_snapshot(model)
+    newer = snapshot.parent / ("0" * 40)  # sorts first, and is not what refs/main names
+    newer.mkdir()
+    (newer / "config.json").symlink_to((snapshot / "config.json").resolve())
+    for given in (snapshot.parents[1], snapshot.parent):
+        error = refused(InvalidModel, lambda given=given: check(given))
+        assert f"{given} " in error.problem and "cache of Hugging Face" in error.problem
+    error = refused(InvalidModel, lambda: check(snapshot.parents[1]))
+    assert error.fix == f"Give its snapshot: {snapshot}"
+
+
+def test_what_a_directory_holds_instead_is_said(model: Path) -> None:
+    error = refused(InvalidModel, lambda: check(model.parent))
+    assert error.problem == f"{model.parent} has no config.json (it holds model, which has one)"
+    assert error.fix == f"Give {model}"
+    (model / "config.json").unlink()
+    (model / "model.safetensors").rename(model / "q4.gguf")
+    assert "(it holds GGUF files: q4.gguf)" in refused(InvalidModel, lambda: check(model)).problem
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(model: Path, name: str) -> None:
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12345\n")
+    error = refused(InvalidModel, lambda: check(model))
+    assert error.field == name and error.problem.startswith("is a pointer of Git LFS")
+    assert "(got" not in str(error)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a\0b", "sub/x.safetensors", "a\\b"])
@@ -117,8 +167,9 @@ def test_index_without_a_map_is_refused(model: Path) -> None:
 def test_pickled_weights_are_refused(model: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value) == ("model.path", "pytorch_model.bin")
-    assert error.problem == "holds weights as pickles only, which can run code and are never loaded"
+    assert error.problem == (
+        f"{model} holds weights as pickles only (pytorch_model.bin), which can run code: none is loaded"
+    )
     assert error.fix == ("Save the model as safetensors: model.save_pretrained(path, safe_serialization=True).")
 
 
@@ -155,7 +206,7 @@ def test_damaged_safetensors_file_is_refused(model: Path, damage: Callable[[byte
     file = model / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     error = refused(InvalidModel, lambda: check(model))
-    assert (error.field, error.value, error.fix) == ("model.safetensors", file.stat().st_size, AGAIN)
+    assert (error.field, error.value, error.fix) == ("model.safetensors", None, AGAIN)
     assert error.problem.startswith("is damaged or truncated: ")
 
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from orchestrator.model_dir.chat import ChatTemplate, Message, read_special_tokens, template_source
+from orchestrator.model_dir.chat import ChatTemplate, Message, template_source
 from orchestrator.model_dir.chat_sandbox import MAX_PROMPT_CHARACTERS, MAX_RENDER_S
 from placement.errors import InvalidModel, InvalidRequest
+from placement.model.special_tokens import TokenFiles, special_texts
 from tests.support.clocks import PATIENCE_S
 from tests.support.gateway.chat_templates import ALL, INSTRUCT
 from tests.support.tokenizer import save_tokenizer
@@ -229,7 +230,7 @@ def test_special_tokens_are_those_that_transformers_finds(
     if special_map:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(special_map))
     expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).special_tokens_map
-    assert read_special_tokens(config, special_map) == expected
+    assert special_texts(TokenFiles(config=config, special_tokens_map=special_map)) == expected
 
 
 def test_of_several_templates_the_default_is_taken() -> None:

@@ -44,16 +44,16 @@ def test_a_base_model_has_no_template(model: Path) -> None:
 
 
 def test_the_file_of_its_own_wins_over_the_tokenizers_configuration(model: Path) -> None:
-    configure(model, chat_template="{{ bos_token }}inside", bos_token="<|b|>")
-    assert rendered(model) == "<|b|>inside"
+    configure(model, chat_template="{{ bos_token }}inside: {{ messages[0].content }}", bos_token="<|b|>")
+    assert rendered(model) == "<|b|>inside: hello"
     (model / "chat_template.jinja").write_text("{{ bos_token }}é beside: {{ messages[0].content }}\n")
     assert rendered(model) == "<|b|>é beside: hello"
 
 
 def test_special_tokens_of_older_models_are_found(model: Path) -> None:
-    (model / "chat_template.jinja").write_text("{{ eos_token }}")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}{{ eos_token }}")
     (model / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|e|>"}}')
-    assert rendered(model) == "<|e|>"
+    assert rendered(model) == "hello<|e|>"
 
 
 def test_a_template_with_a_mistake_is_refused_before_anything_starts(model: Path) -> None:
@@ -75,14 +75,15 @@ def test_a_template_that_is_no_text_is_refused(model: Path) -> None:
 def test_a_huge_template_is_not_read(model: Path) -> None:
     (model / "chat_template.jinja").write_bytes(b" " * (MAX_TEMPLATE_BYTES + 1))
     error = refused(model)
-    assert (error.value, error.problem) == (MAX_TEMPLATE_BYTES + 1, f"is larger than {MAX_TEMPLATE_BYTES} bytes")
+    assert error.field == "chat_template.jinja"
+    assert error.problem.startswith(f"has {MAX_TEMPLATE_BYTES + 1} bytes")
 
 
 def test_a_template_outside_the_directory_is_refused(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     outside = tmp_path_factory.mktemp("outside") / "secret"
     outside.write_text("secret")
     (model / "chat_template.jinja").symlink_to(outside)
-    assert refused(model).problem == "leads out of the model directory"
+    assert refused(model).problem == "is a link that leads out of the model directory"
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])

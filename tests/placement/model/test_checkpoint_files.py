@@ -1,6 +1,7 @@
 """Checks what the index of a checkpoint may say, and how files that cannot be used are refused."""
 
 import json
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -8,9 +9,9 @@ from placement.errors import InvalidModel
 from placement.model.checkpoint_files import (
     FIX_AGAIN,
     INDEX_FILE,
-    SINGLE_FILE,
+    is_allowed,
+    is_lfs_pointer,
     leads_outside,
-    no_weights,
     parse_index,
     parse_object,
     too_large,
@@ -77,23 +78,46 @@ def test_what_is_no_json_object_is_refused(data: bytes, problem: str) -> None:
     with pytest.raises(InvalidModel) as caught:
         parse_object("config.json", data)
     error = caught.value
-    assert (error.field, error.value, error.fix) == ("config.json", len(data), FIX_AGAIN)
+    assert (error.field, error.value, error.fix) == ("config.json", None, FIX_AGAIN)
     assert error.problem.startswith(problem)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_a_directory_with_pickles_alone_is_told_the_way_out(name: str) -> None:
-    error = no_weights(["config.json", "z.bin", name])
-    assert (error.field, error.value) == ("model.path", name)
-    assert "pickle" in error.problem and "safetensors" in error.fix
-
-
-def test_a_directory_without_weights_lacks_the_single_file() -> None:
-    error = no_weights(["config.json", "bin"])
-    assert (error.field, error.value, error.problem) == ("model.path", SINGLE_FILE, "lacks a file")
-
-
-def test_refusals_name_the_file() -> None:
-    assert leads_outside("a.safetensors").field == "a.safetensors"
+def test_refusals_name_the_file_and_no_number_that_is_not_a_users() -> None:
+    assert str(leads_outside("a.safetensors")).startswith("a.safetensors: is a link that leads out of the model")
     error = too_large("config.json", 9, limit_bytes=8)
-    assert (error.field, error.value, error.problem) == ("config.json", 9, "is larger than 8 bytes")
+    assert (error.field, error.value) == ("config.json", None)
+    assert error.problem == "has 9 bytes, which is more than the 8 that are read"
+
+
+HUB = "/cache/hub/models--some--model"
+SNAPSHOT = f"{HUB}/snapshots/0123"
+
+
+@pytest.mark.parametrize(
+    ("directory", "file", "allowed"),
+    [
+        ("/models/x", "/models/x/config.json", True),
+        ("/models/x", "/models/xy/config.json", False),
+        ("/models/x", "/models/blobs/0a", False),
+        (SNAPSHOT, f"{SNAPSHOT}/config.json", True),
+        (SNAPSHOT, f"{HUB}/blobs/0a", True),
+        (f"{SNAPSHOT}/text", f"{HUB}/blobs/0a", True),
+        (SNAPSHOT, f"{HUB}/blobs/sub/0a", False),
+        (SNAPSHOT, f"{HUB}/blobs", False),
+        (SNAPSHOT, f"{HUB}/snapshots/4567/config.json", False),
+        (SNAPSHOT, "/cache/hub/models--other--model/blobs/0a", False),
+        (SNAPSHOT, "/etc/hostname", False),
+        (f"{HUB}/other/0123", f"{HUB}/blobs/0a", False),
+        (f"{HUB}/snapshots", f"{HUB}/blobs/0a", False),
+        ("/cache/hub/model/snapshots/0123", "/cache/hub/model/blobs/0a", False),
+    ],
+)
+def test_files_are_the_directorys_own_or_the_blobs_of_its_repository(directory: str, file: str, allowed: bool) -> None:
+    assert is_allowed(PurePosixPath(directory), PurePosixPath(file)) == allowed
+
+
+def test_a_pointer_of_git_lfs_is_called_one() -> None:
+    data = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    assert is_lfs_pointer(data) and not is_lfs_pointer(b"{}")
+    with pytest.raises(InvalidModel, match=r"tokenizer.json: is a pointer of Git LFS.*git lfs pull"):
+        parse_object("tokenizer.json", data)

@@ -19,10 +19,11 @@ from kernels.cpu.attention import shared, tasks
 from placement.planning.layout import Split
 from placement.serving.events import EndReason
 from tests.support.engine import BLOCK_SIZE, Gated, Listener, Parts, engines, submission
+from tests.support.grammars import grammar_factory
 from tests.support.oracle import greedy_each
 from tests.support.ranks import ranks
 from tests.support.steps import Steps
-from workers.sampling.grammar import GrammarFactory, GrammarSpec
+from workers.sampling.grammar import GrammarSpec
 from workers.sampling.sampling import SamplingParams
 
 NUM_TOKENS = 24
@@ -245,7 +246,7 @@ def test_an_answer_that_must_match_ends_with_its_grammar_beside_free_ones(
 ) -> None:
     """Random weights: nothing but the grammar makes it JSON. Its batch-mates get what they get alone."""
     tokenizer = Tokenizer.from_file(str(served_checkpoint / "tokenizer.json"))
-    factory = GrammarFactory(served_checkpoint, vocab_size=509, eos_token_ids=[2])
+    factory = grammar_factory(served_checkpoint, vocab_size=509, eos_token_ids=[2])
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yy"]}}}
     schema |= {"required": ["a", "b"], "additionalProperties": False}
     grammar = factory.compile(GrammarSpec(kind="json_schema", source=json.dumps(schema)))

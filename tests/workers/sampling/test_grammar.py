@@ -28,6 +28,7 @@ from tests.support.grammars import (
     feed,
     follows,
     generate,
+    grammar_factory,
     json_schema,
     lark,
     regex,
@@ -43,7 +44,7 @@ from workers.sampling.sampling import SampledToken, SamplerState, SamplingParams
 
 @pytest.fixture(scope="module")
 def factory() -> GrammarFactory:
-    return GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    return grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: json.dumps(schema)[:40])

@@ -1,5 +1,6 @@
 """Checks which grammars are refused, how long they are kept compiled, and how threads share them."""
 
+import json
 import sys
 import threading
 import time
@@ -19,10 +20,12 @@ from tests.support.grammars import (
     VOCAB_SIZE,
     allowed,
     generate,
+    grammar_factory,
     json_schema,
     lark,
     regex,
 )
+from tests.support.tokenizer import save_tokenizer
 from workers.sampling.grammar import (
     MAX_SOURCE_BYTES,
     GrammarFactory,
@@ -34,7 +37,7 @@ from workers.sampling.grammar import (
 
 @pytest.fixture(scope="module")
 def factory() -> GrammarFactory:
-    return GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    return grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +92,10 @@ def test_a_grammar_whose_lexer_reached_its_limit_is_compiled_anew(factory: Gramm
 
 def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    unknown = GrammarFactory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    missing = GrammarFactory(tmp_path / "none", vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
-    too_small = GrammarFactory(DEMO, vocab_size=10, eos_token_ids=EOS)
-    endless = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=())
+    unknown = grammar_factory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    missing = grammar_factory(tmp_path / "none", vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    too_small = grammar_factory(DEMO, vocab_size=10, eos_token_ids=EOS)
+    endless = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=())
     for factory, problem in (
         (unknown, "tokenizer.json is of another kind"),
         (missing, "tokenizer.json is of another kind"),
@@ -104,8 +107,29 @@ def test_a_tokenizer_that_cannot_be_followed_refuses_grammars_only(tmp_path: Pat
             factory.compile(regex("a"))
 
 
+def test_ends_that_the_tokenizer_lacks_hinder_no_grammar() -> None:
+    """A model may have more rows than its tokenizer has tokens, and configurations name such as ends."""
+    beyond = VOCAB_SIZE - 1
+    factory = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=(*EOS, beyond))
+    state = factory.compile(regex("a")).start()
+    assert not allowed(state)[beyond]
+    only = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=(beyond,))
+    with pytest.raises(InvalidRequest, match="tokenizer lacks its end-of-sequence id"):
+        only.compile(regex("a"))
+
+
+def test_grammars_know_the_tokens_that_other_files_add(tmp_path: Path) -> None:
+    """Without them the model could not end such an answer: its turns end with a token that tokenizer.json lacks."""
+    tokenizer = save_tokenizer(tmp_path)
+    end = tokenizer.get_vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": end}))
+    factory = grammar_factory(tmp_path, vocab_size=VOCAB_SIZE, eos_token_ids=(end,))
+    state = factory.compile(regex("a?")).start()
+    assert allowed(state)[end]
+
+
 def test_threads_compile_and_walk_one_grammar_at_once(factory: GrammarFactory, closing: Tensor) -> None:
-    fresh = GrammarFactory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
+    fresh = grammar_factory(DEMO, vocab_size=VOCAB_SIZE, eos_token_ids=EOS)
     answers: dict[int, list[list[int]]] = {}
 
     def walk(thread: int) -> None:

@@ -267,6 +267,7 @@ class LoadRequest(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     model_path: _builtins.str
     """A directory in the Hugging Face layout, as the worker's node sees it."""
@@ -288,6 +289,10 @@ class LoadRequest(_message.Message):
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """All ranks of the replica, this one among them, in the order of ranks; none where it has one rank alone."""
 
+    @_builtins.property
+    def facts(self) -> Global___ModelFacts:
+        """What the orchestrator decided by more files than a worker reads; without it, a worker goes by config.json."""
+
     def __init__(
         self,
         *,
@@ -304,14 +309,41 @@ class LoadRequest(_message.Message):
         quantization: Global___Quantization.ValueType = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
         token: _builtins.bytes = ...,
+        facts: Global___ModelFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["shard", b"shard"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class ModelFacts(_message.Message):
+    """What is one for all ranks of a model, and decided once, by whoever read its whole directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TIED_EMBEDDINGS_FIELD_NUMBER: _builtins.int
+    tied_embeddings: _builtins.bool
+    """The embedding is the output head too."""
+    @_builtins.property
+    def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        tied_embeddings: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "tied_embeddings", b"tied_embeddings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelFacts: _TypeAlias = ModelFacts  # noqa: Y015
 
 @_typing.final
 class Member(_message.Message):

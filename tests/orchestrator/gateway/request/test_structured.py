@@ -45,7 +45,7 @@ def model() -> ServedModel:
         tokenizer=tokenizer,
         max_token_bytes=longest_token_bytes(tokenizer),
         defaults=DefaultSampling(),
-        tokenizer_file=DEMO / "tokenizer.json",
+        directory=DEMO,
     )
 
 
@@ -241,7 +241,7 @@ async def problem_of(probe: GrammarProbe, grammar: worker_pb2.Grammar) -> str | 
 
 
 async def test_the_process_reads_the_tokenizer_by_itself(model: ServedModel) -> None:
-    in_memory, lost = replace(model, tokenizer_file=None), replace(model, tokenizer_file=DEMO / "missing.json")
+    in_memory, lost = replace(model, directory=None), replace(model, directory=DEMO / "missing")
     assert len(structured_probe._setup(model)) < 1000 < len(structured_probe._setup(in_memory))
     for served, problem in ((model, None), (in_memory, None), (lost, "cannot be followed with this model's tokenizer")):
         probe = GrammarProbe(served)

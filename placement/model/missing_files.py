@@ -1,0 +1,109 @@
+"""Says what a directory lacks to be a model's, what it holds instead, and what to give or do. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from placement.errors import InvalidModel
+from placement.model.checkpoint_files import FIX_AGAIN, SINGLE_FILE
+
+FIX_PICKLES = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
+
+_MOST_NAMED = 3
+_PICKLED = (".bin", ".pt", ".pth")
+_CACHED = "models--"
+# What a directory may hold in place of a model in the Hugging Face layout: how its files end, what they are, the fix.
+_KINDS = (
+    ((".gguf",), "GGUF files", "GGUF is not served: download the model's safetensors version."),
+    (("adapter_config.json",), "an adapter", "Merge it into its base model first: model.merge_and_unload()."),
+    (_PICKLED, "pickled weights", FIX_PICKLES),
+    ((".safetensors",), "safetensors files", FIX_AGAIN),
+)
+_FIX_TOKENIZER = "Save the tokenizer as a fast one: AutoTokenizer.from_pretrained(path).save_pretrained(path)."
+_SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What there is in a directory that was given as a model's.
+
+    Attributes:
+        path: the directory.
+        names: the names of what is in it.
+        model_folders: directories below it that have a config.json, the best to give first. Of a repository in the
+            cache of Hugging Face these are its snapshots.
+        exists: whether there is such a directory at all.
+    """
+
+    path: str
+    names: Sequence[str] = ()
+    model_folders: Sequence[str] = ()
+    exists: bool = True
+
+
+def missing_file(name: str, listing: Listing) -> InvalidModel:
+    """Makes the error for a file that a model directory must have and this one has not."""
+    if not listing.exists:
+        fix = "Put the model there: model.path is the same on all machines."
+        return _refusal(f"{listing.path} is no directory of this machine", fix)
+    cached = _cached(listing)
+    if cached is not None:
+        return cached
+    if name in listing.names:
+        problem = f"{listing.path} has a link in place of {name}, to a file that is not there"
+        return _refusal(problem, FIX_AGAIN)
+    held, fix = _instead(name, listing)
+    return _refusal(f"{listing.path} has no {name}{held}", fix)
+
+
+def no_weights(listing: Listing) -> InvalidModel:
+    """Makes the error for a directory that holds neither a single file of weights nor an index."""
+    pickled = sorted(name for name in listing.names if name.endswith(_PICKLED))
+    if not pickled or any(name.endswith((".gguf", ".safetensors")) for name in listing.names):
+        return missing_file(SINGLE_FILE, listing)
+    problem = f"{listing.path} holds weights as pickles only ({_named(pickled)}), which can run code: none is loaded"
+    return _refusal(problem, FIX_PICKLES)
+
+
+def _cached(listing: Listing) -> InvalidModel | None:
+    """Makes the error for a directory of the Hugging Face cache that is no snapshot."""
+    own_name = PurePath(listing.path).name
+    repositories = sorted(name for name in listing.names if name.startswith(_CACHED))
+    if own_name.startswith(_CACHED) and "snapshots" in listing.names:
+        what = "is a repository in the cache of Hugging Face"
+    elif own_name == "snapshots" and PurePath(listing.path).parent.name.startswith(_CACHED):
+        what = "holds the snapshots of a repository in the cache of Hugging Face"
+    elif repositories:
+        problem = f"{listing.path} is the cache of Hugging Face, with {_named(repositories)}"
+        return _refusal(problem, f"Give a snapshot of one: {listing.path}/{repositories[0]}/snapshots/REVISION.")
+    else:
+        return None
+    if not listing.model_folders:
+        return _refusal(f"{listing.path} {what}, and none of its snapshots has a config.json", FIX_AGAIN)
+    return _refusal(f"{listing.path} {what}, not a model directory", f"Give its snapshot: {listing.model_folders[0]}")
+
+
+def _instead(name: str, listing: Listing) -> tuple[str, str]:
+    """Returns what the directory holds instead of the file, in brackets, and the fix."""
+    if name == "tokenizer.json":
+        slow = [other for other in _SLOW_TOKENIZERS if other in listing.names]
+        return (f" (it holds {_named(slow)})", _FIX_TOKENIZER) if slow else ("", FIX_AGAIN)
+    if listing.model_folders:
+        folders = [PurePath(folder).name for folder in listing.model_folders]
+        return f" (it holds {_named(folders)}, which has one)", f"Give {listing.model_folders[0]}"
+    for endings, what, fix in _KINDS:
+        names = sorted(other for other in listing.names if other.endswith(endings))
+        if names:
+            return f" (it holds {what}: {_named(names)})", fix
+    if not listing.names:
+        return " (it is empty)", "Give the directory that holds config.json and the safetensors files."
+    return "", FIX_AGAIN
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMED])
+    return shown if len(names) <= _MOST_NAMED else f"{shown}, …"
+
+
+def _refusal(problem: str, fix: str) -> InvalidModel:
+    return InvalidModel(field="model.path", problem=problem, fix=fix)
