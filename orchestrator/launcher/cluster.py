@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
+from orchestrator.launcher.node import available_cores
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
 from orchestrator.launcher.ray_access import node_ip, start_own_ray
 from placement.errors import InvalidConfig, cause_of
@@ -34,7 +34,7 @@ def connect(address: str, *, num_cpus: int) -> None:
     """
     try:
         if address == "local":
-            start_own_ray(num_cpus=max(num_cpus, os.cpu_count() or 1))
+            start_own_ray(num_cpus=max(num_cpus, available_cores()))
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.AuthenticationError) as error:
