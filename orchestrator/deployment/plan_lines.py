@@ -1,4 +1,4 @@
-"""Puts a plan into words: who holds what, in a line for each rank."""
+"""Puts a plan into words: who holds what, in a line for each rank, and what about it will be slow."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from placement.planning.memory import format_bytes
 
 
 def plan_lines(checked: Checked) -> Iterator[str]:
-    """Yields a line for each rank that says what it will hold."""
+    """Yields a line for each rank that says what it will hold, and then warnings."""
     plan, names = checked.plan, checked.config.cluster.worker_names
     ranks = [
         (replica, stage, shard)
@@ -35,6 +35,21 @@ def plan_lines(checked: Checked) -> Iterator[str]:
             weights=format_bytes(shard.weight_bytes),
             kv=format_bytes(shard.kv_bytes),
             kv_tokens=shard.num_blocks * replica.limits.block_size,
+        )
+    yield from _warnings(checked)
+
+
+def _warnings(checked: Checked) -> Iterator[str]:
+    """Yields a line where the workers of this machine will take each other's cores."""
+    shards = [shard for replica in checked.plan.replicas for shard in replica.shards]
+    threads = sum(shard.device.num_threads for shard in shards if shard.device.kind == "cpu")
+    if checked.config.cluster.is_local and threads > checked.machine.num_cores:
+        yield key_values(
+            event="more_threads_than_cores",
+            threads=threads,
+            cores=checked.machine.num_cores,
+            effect="cpu workers slow each other down",
+            fix="lower threads or count in cluster.workers",
         )
 
 

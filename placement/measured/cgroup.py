@@ -65,7 +65,7 @@ def usable_cores(num_allowed: int, read: ReadText) -> int:
 
 
 def _own_groups(read: ReadText, controller: str) -> Iterator[tuple[bool, str]]:
-    """Yields the groups of this process that may limit what ``controller`` controls: whether by version 1, and where."""
+    """Yields the groups of this process that may limit what ``controller`` controls: if by version 1, and where."""
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
