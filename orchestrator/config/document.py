@@ -6,6 +6,7 @@ Precedence: command line, environment, file, default. The strings under the fiel
 
 import dataclasses
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
 
+from orchestrator.config.environment import unknown_variables, variable_of
 from orchestrator.config.parallelism import ParallelismConfig, WorkerName, check_parallelism
 from orchestrator.config.source import Layers, read_layers
 from orchestrator.config.types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
@@ -222,12 +224,22 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     layers = read_layers(path, overrides=overrides, environ=environ)
     _expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
-    errors = [*layers.errors, *violations]
+    errors = [*unknown_variables(environ, settings_variables()), *layers.errors, *violations]
     if config is not None:
         errors += _contradictions(config, layers)
     refuse(str(path), errors)
     assert config is not None
     return _resolve(config, path, layers)
+
+
+def settings_variables() -> list[str]:
+    """Returns the environment variables that stand for a key of a section."""
+    sections = typing.get_type_hints(Config)
+    return [
+        variable_of(section, key.name)
+        for section in (section.name for section in dataclasses.fields(Config))
+        for key in dataclasses.fields(sections[section])
+    ]
 
 
 def _expand_auto(layers: Layers) -> None:
