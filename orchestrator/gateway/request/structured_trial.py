@@ -20,7 +20,7 @@ from typing import TypedDict
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from orchestrator.brief import brief
-from placement.serving.grammar import JSON_OPTIONS, GrammarKind
+from placement.serving.grammar import GrammarKind, json_options
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
@@ -78,7 +78,7 @@ def _source(trial: Trial) -> str:
     match trial["kind"]:
         case "json_schema":
             # With an option the text is parsed; without, it would be pasted into a larger one.
-            return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(trial["source"], overrides=json_options(trial["source"]))
         case "regex":
             return LLMatcher.grammar_from_regex(trial["source"])
         case "lark":
