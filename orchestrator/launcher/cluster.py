@@ -11,6 +11,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
+from orchestrator.launcher.hosts import node_resources
+from orchestrator.launcher.no_room import no_room
 from orchestrator.launcher.node import available_cores
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
 from orchestrator.launcher.ray_access import node_ip, start_own_ray
@@ -136,11 +138,8 @@ class RayLauncher:
         try:
             await asyncio.wait_for(self._group.ready(), self._settings.start_timeout_s)
         except TimeoutError:
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
-            raise WorkerFailed(
-                f"the Ray cluster could not place {bundles} within {self._settings.start_timeout_s:g} s; free there: "
-                f"{free}. Lower threads or count in cluster.workers, or add nodes"
-            ) from None
+            needs = [need_of(shards[key].device, self._settings.labels.get(key, {})) for key in keys]
+            raise WorkerFailed(no_room(needs, node_resources())) from None
 
     async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
         """Starts a worker.
