@@ -20,7 +20,7 @@ import grpc
 from placement.errors import FieldError, InvalidConfig, cause_of
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening, die_with_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
-from workers.host.device import open_device
+from workers.host.device import available_cores, open_device
 from workers.service.server import WorkerService
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
@@ -48,9 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers", description="One Heterodyne rank.")
     parser.add_argument("--bind", default="127.0.0.1:0", help="host:port or [ipv6]:port; port 0 takes a free one")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:N")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads that compute, on cpu"
-    )
+    parser.add_argument("--threads", type=int, default=available_cores(), help="threads that compute, on cpu")
     parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
     return parser.parse_args(argv)

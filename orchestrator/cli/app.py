@@ -1,5 +1,6 @@
 """Parses the command line and prints; other modules do the work of its commands."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,11 @@ from orchestrator.cli.client import GenerateResult, fetch_status, stream_generat
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.render import choice_blocks, ending, logprob_lines, print_status
 from orchestrator.cli.timeline_command import write_timeline
+from orchestrator.config.document import settings_variables
+from orchestrator.config.environment import unknown_variables
 from orchestrator.config.json_schema import schema_text
 from orchestrator.config.types import parse_address
+from orchestrator.errors import refuse
 from orchestrator.event_log import EventLog, LogFormat, LogHandler, LogLevel
 from placement.errors import HeterodyneError, InvalidConfig
 from protos.codec.log_record import log_to
@@ -33,6 +37,9 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _line_open = False
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file")]
+DemoPath = Annotated[
+    Path | None, typer.Argument(metavar="CLUSTER.YAML", help="the cluster file; default: that of the demo model")
+]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="change one value of the file")]
 ServiceAddress = Annotated[str, typer.Option("--address", envvar="HETERODYNE_ADDRESS", help="host:port of the service")]
 LogFormatOption = Annotated[
@@ -136,7 +143,8 @@ def _show(result: GenerateResult, *, logprobs: bool) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raises InvalidConfig unless it is host:port."""
+    """Raises InvalidConfig unless it is host:port, and where a variable was to say it that has another name."""
+    refuse("environment", unknown_variables(os.environ, settings_variables()))
     try:
         parse_address(address)
     except ValueError:
@@ -210,12 +218,13 @@ def schema() -> None:
 
 @app.command()
 def demo(
-    config: ConfigPath = Path("deploy/local.yaml"),
+    config: DemoPath = None,
     overrides: Overrides = [],  # noqa: B006
     log_format: LogFormatOption = LogFormat.AUTO,
 ) -> None:
     """Serve, send one prompt, show what happened, shut everything down."""
     from orchestrator.cli.demo import demo as run
+    from orchestrator.cli.demo import demo_file
 
     with _errors_in_one_line():
-        run(config, overrides=overrides, console=Console(), log_format=log_format)
+        run(config or demo_file(), overrides=overrides, console=Console(), log_format=log_format)

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
+from orchestrator.cli.reach import unreached
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -23,6 +24,16 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 _RETRY_PAUSE_S = 0.1
+_OVERDUE = grpc.StatusCode.DEADLINE_EXCEEDED.name
+# How the words of a service's own limit name it; a deadline is the client's otherwise.
+_SERVICE_LIMIT = "gateway.request_timeout_s"
+# gRPC's words where the client's own clock ended the call, whatever the service was about to say.
+_OWN_CLOCK = "Deadline Exceeded"
+# How gRPC's words begin where there was no connection.
+_NOT_CONNECTED = ("failed to connect", "errors resolving", "DNS resolution failed")
+# A service that keeps a deadline may cut the stream off as much before the client's own clock says so.
+_EARLY_S = 0.25
+_CUT_OFF = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +82,7 @@ def stream_generate(
     Raises:
         ServiceError: refused, failed, not done within ``timeout_s``, or answered against the protocol.
     """
-    with open_channel(address) as channel, one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address, timeout_s):
         # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
         return _Reader(request, on_text).read(call)
@@ -83,7 +94,7 @@ def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatus
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
     """
-    with open_channel(address) as channel, one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address, timeout_s):
         return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
 
 
@@ -94,9 +105,9 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
         ServiceError: ``DEADLINE_EXCEEDED`` after ``timeout_s``, with what was seen last; or another status,
             which waiting does not mend.
     """
-    deadline, last_seen = time.monotonic() + timeout_s, "unreachable"
+    deadline, last_seen = time.monotonic() + timeout_s, ""
     request = health_pb2.HealthCheckRequest(service=service)
-    with open_channel(address) as channel, one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address, timeout_s):
         stub = health_pb2_grpc.HealthStub(channel)
         while (left_s := deadline - time.monotonic()) > 0:
             try:
@@ -107,9 +118,10 @@ def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> N
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
-                last_seen = last_seen if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else "unreachable"
+                last_seen = last_seen if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else ""
             time.sleep(min(_RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-    message = f"{service} at {address} did not serve within {timeout_s:g} s (last seen: {last_seen})"
+    seen = f"last seen: {last_seen}" if last_seen else unreached(address) or "it answers now"
+    message = f"{service} at {address} did not serve within {timeout_s:g} s ({seen})"
     raise ServiceError(code="DEADLINE_EXCEEDED", message=message)
 
 
@@ -212,19 +224,42 @@ def open_channel(address: str) -> grpc.Channel:
 
 
 @contextmanager
-def one_line_errors(address: str) -> Iterator[None]:
-    """Raises a ServiceError in place of each error of gRPC."""
+def one_line_errors(address: str, timeout_s: float) -> Iterator[None]:
+    """Raises a ServiceError in place of each error of gRPC, and of each answer that says only that time was up.
+
+    Args:
+        timeout_s: the deadline that the calls within were given.
+    """
+    started_s = time.monotonic()
     try:
         yield
     except grpc.RpcError as error:
-        raise _service_error(error, address) from None
+        late = time.monotonic() - started_s >= timeout_s - _EARLY_S
+        refused = _service_error(error)
+        if late and error.code() in _CUT_OFF:
+            refused = ServiceError(code=_OVERDUE, message=_OWN_CLOCK)
+        raise _explained(refused, address, timeout_s) from None
+    except ServiceError as error:
+        raise _explained(error, address, timeout_s) from None
 
 
-def _service_error(error: grpc.RpcError, address: str) -> ServiceError:
+def _explained(error: ServiceError, address: str, timeout_s: float) -> ServiceError:
+    """Puts the reason in words that help, where the call did not end as the service meant it to."""
+    if error.code == _OVERDUE and _SERVICE_LIMIT not in error.message:
+        # The service, or gRPC, knows only what was left of the time when the call arrived.
+        if _OWN_CLOCK in error.message:
+            return ServiceError(code=_OVERDUE, message=unreached(address) or f"not done within {timeout_s:g} s")
+        return ServiceError(code=_OVERDUE, message=f"not done within {timeout_s:g} s ({error.message})")
+    if error.code == grpc.StatusCode.UNAVAILABLE.name and error.message.startswith(_NOT_CONNECTED):
+        return ServiceError(code=error.code, message=unreached(address) or f"{address} was lost; try again")
+    if error.code == grpc.StatusCode.UNIMPLEMENTED.name:
+        return ServiceError(code=error.code, message=f"{address} speaks gRPC, but is no such service of Heterodyne")
+    return error
+
+
+def _service_error(error: grpc.RpcError) -> ServiceError:
     """Returns the error of a gRPC status with its details: field violations, and when to try again."""
     code, message = error.code(), error.details() or "no reason was given"
-    if code is grpc.StatusCode.UNAVAILABLE and message.startswith("failed to connect"):
-        message = f"nothing answers at {address}"
     violations: list[tuple[str, str]] = []
     retry_after_s: float | None = None
     try:

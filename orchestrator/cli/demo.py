@@ -27,6 +27,8 @@ from protos.heterodyne.v1 import inference_pb2 as pb
 
 PROMPT = "And it came to pass in those days, that"
 MAX_TOKENS = 160
+_FILE = Path("deploy/local.yaml")
+_TREE = Path(__file__).resolve().parents[2]
 _START_S = 120.0
 _ANSWER_S = 60.0
 _STOP_S = 60.0
@@ -36,6 +38,24 @@ _TEXT_WIDTH = 100
 
 class DemoFailed(HeterodyneError):
     """The demo did not run as it should; the text says what was seen."""
+
+
+def demo_file(root: Path = _TREE) -> Path:
+    """Returns the cluster file of the demo model: the one in the working directory, or else that beside the packages.
+
+    Args:
+        root: the directory that holds the packages.
+
+    Raises:
+        DemoFailed: there is none, as where the packages alone were installed.
+    """
+    for file in (_FILE, root / _FILE):
+        if file.is_file():
+            return file
+    raise DemoFailed(
+        f"no {_FILE} is here or in {root}: the demo model is part of the source tree and was not installed. "
+        "Run it there, or pass a cluster file of your own: heterodyne demo CLUSTER.YAML"
+    )
 
 
 def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: LogFormat = LogFormat.AUTO) -> None:

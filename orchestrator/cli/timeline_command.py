@@ -35,6 +35,6 @@ def fetch_timeline(
     Raises:
         ServiceError: refused, unreachable, or no answer within ``timeout_s``.
     """
-    with open_channel(address) as channel, one_line_errors(address):
+    with open_channel(address) as channel, one_line_errors(address, timeout_s):
         request = admin_pb2.GetTimelineRequest(last_s=last_s)
         return admin_pb2_grpc.AdminStub(channel).GetTimeline(request, timeout=timeout_s)

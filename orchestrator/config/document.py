@@ -6,6 +6,7 @@ Precedence: command line, environment, file, default. The strings under the fiel
 
 import dataclasses
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
 
+from orchestrator.config.environment import unknown_variables, variable_of
 from orchestrator.config.parallelism import ParallelismConfig, WorkerName, check_parallelism
 from orchestrator.config.source import Layers, read_layers
 from orchestrator.config.types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
@@ -37,8 +39,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number type of weights, activations and KV. auto: the one that the model was saved in."""
     quantization: Literal["none", "int8", "int4"] = "none"
-    """To what the weights of linear layers are rounded while they load: less memory and faster decoding, and slightly
-    other answers. none: as the model has them; GPTQ models are served so."""
+    """To what the weights of linear layers are rounded while they load: less memory, and slightly other answers.
+    Decoding is faster on GPUs and on CPUs with AVX512-BF16, and far slower on other CPUs. none: as the model has them;
+    GPTQ models are served so."""
     max_context_tokens: Annotated[int, Field(ge=1, le=2**27)] | None = None
     """Most tokens of prompt and answer together. Default: the model's own, or what the KV blocks hold."""
 
@@ -227,12 +230,22 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     layers = read_layers(path, overrides=overrides, environ=environ)
     _expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
-    errors = [*layers.errors, *violations]
+    errors = [*unknown_variables(environ, settings_variables()), *layers.errors, *violations]
     if config is not None:
         errors += _contradictions(config, layers)
     refuse(str(path), errors)
     assert config is not None
     return _resolve(config, path, layers)
+
+
+def settings_variables() -> list[str]:
+    """Returns the environment variables that stand for a key of a section."""
+    sections = typing.get_type_hints(Config)
+    return [
+        variable_of(section, key.name)
+        for section in (section.name for section in dataclasses.fields(Config))
+        for key in dataclasses.fields(sections[section])
+    ]
 
 
 def _expand_auto(layers: Layers) -> None:

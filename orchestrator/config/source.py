@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from orchestrator.config.environment import ENV_PREFIX, is_setting
 from placement.errors import InvalidConfig
 
 MAX_FILE_BYTES = 2**20
-ENV_PREFIX = "HETERODYNE_"
 _INDEX = re.compile("[0-9]{1,4}")
 
 Key = tuple[str | int, ...]
@@ -75,7 +75,7 @@ def read_layers(path: Path, *, overrides: Sequence[str], environ: Mapping[str, s
     """
     layers = _read_file(path)
     for name, text in sorted(environ.items()):
-        if name.startswith(ENV_PREFIX) and "__" in name:
+        if is_setting(name):
             dotted = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
             layers.put(dotted, text, f"in environment variable {name}")
     for override in overrides:

@@ -188,9 +188,11 @@ class ControllerShell:
             await self._launcher.reserve(dict(command.shards))
             self._reserved = True
         except Exception as error:  # the border, likewise
-            logger.exception("reserve_failed")
+            failure = error if isinstance(error, WorkerFailed) else WorkerFailed(cause_of(error))
+            if failure is not error:  # no user's doing: once, whatever the number of ranks
+                logger.exception("reserve_failed")
             for key, _ in command.shards:
-                await self._failed(key, command.epoch, error)
+                await self._failed(key, command.epoch, failure)
 
     async def _start(self, command: events.StartRank) -> None:
         key = (command.replica, command.rank)

@@ -4,12 +4,11 @@ On one machine everything is known. A Ray cluster that was there before is known
 shares a machine with another only where both name the same one.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.document import Config, WorkerConfig
-from orchestrator.launcher.node import available_memory_bytes
+from orchestrator.launcher.node import available_cores, available_memory_bytes
 from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
 from placement.planning.seating import NODE_ID_LABEL, Host
 
@@ -48,8 +47,8 @@ class _Node:
 
 
 def measure_machine() -> Machine:
-    """Returns the memory that is free now, within the container's limit, and the cores this process may use."""
-    return Machine(memory_bytes=available_memory_bytes(), num_cores=len(os.sched_getaffinity(0)))
+    """Returns the memory that is free now and the cores this process may use, both within the container's limits."""
+    return Machine(memory_bytes=available_memory_bytes(), num_cores=available_cores())
 
 
 def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | None = None) -> tuple[KnownCluster, ...]:

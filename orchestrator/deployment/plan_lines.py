@@ -1,4 +1,4 @@
-"""Puts a plan into words: who holds what, in a line for each rank."""
+"""Puts a plan into words: who holds what, in a line for each rank, and what about it will be slow."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,22 @@ from placement.planning.memory import format_bytes
 
 
 def warning_events(checked: Checked) -> Iterator[Said]:
-    """Yields what is odd about the model directory."""
+    """Yields what is odd about the model directory, and what will be slow."""
     path = checked.config.model.path
     for warning in checked.warnings:
         fields = {"model": path, "cause": warning}
         yield Said(event="warning", sentence=f"{path}: {warning}.", fields=fields, level=LogLevel.WARNING)
+    shards = [shard for replica in checked.plan.replicas for shard in replica.shards]
+    threads = sum(shard.device.num_threads for shard in shards if shard.device.kind == "cpu")
+    cores = checked.machine.num_cores
+    if checked.config.cluster.is_local and threads > cores:
+        effect, fix = "cpu workers slow each other down", "lower threads or count in cluster.workers"
+        yield Said(
+            event="more_threads_than_cores",
+            sentence=f"The workers have {threads} threads for {cores} cores, so {effect}: {fix}.",
+            fields={"threads": threads, "cores": cores, "effect": effect, "fix": fix},
+            level=LogLevel.WARNING,
+        )
 
 
 def plan_events(checked: Checked) -> Iterator[Said]:

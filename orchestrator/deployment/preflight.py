@@ -82,13 +82,14 @@ def preflight(
         speeds: of all workers, in their order, where they were measured.
 
     Raises:
-        InvalidConfig: a value cannot work here: no such directory, a port in use.
+        InvalidConfig: a value cannot work here: no such directory, a port in use, more threads than cores.
         InvalidModel: the model directory is not sound.
         NotEnoughMemory: a rank does not fit where it is put.
     """
     _check_environment()
     files = read_model_files(Path(config.model.path))
     machine = machine or measure_machine()
+    _check_threads(config, machine)
     cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_listening(config)
@@ -218,6 +219,19 @@ def _check_environment() -> None:
         problem="has the distribution 'kernels', whose package has the name of one of Heterodyne's",
         fix="Run: python -m pip uninstall kernels",
     )
+
+
+def _check_threads(config: Config, machine: Machine) -> None:
+    """Refuses a worker of this machine with more threads than there are cores: they would only wait for each other."""
+    for index, worker in enumerate(config.cluster.workers if config.cluster.is_local else ()):
+        if worker.device == "cpu" and (worker.threads or 0) > machine.num_cores:
+            cores = "1 core" if machine.num_cores == 1 else f"{machine.num_cores} cores"
+            raise InvalidConfig(
+                field=f"cluster.workers.{index}.threads",
+                value=worker.threads,
+                problem=f"is more than the {cores} that this machine, or the limit of its container, gives",
+                fix=f"Set it to {machine.num_cores} or less, or leave it out.",
+            )
 
 
 def _check_listening(config: Config) -> None:

@@ -137,6 +137,7 @@ class Client:
 
     Attributes:
         timeout_s: how long the request may take from its arrival.
+        has_deadline: whether that is what the client wants; else it is the most that the service allows.
         trace: the trace headers (W3C Trace Context) that came with it.
         send: sends an event; returns when there is room for the next one.
         arrived_ns: when the request arrived, in ns since 1970.
@@ -146,6 +147,7 @@ class Client:
     timeout_s: float
     trace: Mapping[str, str]
     send: Callable[[Event], Awaitable[None]]
+    has_deadline: bool = False
     arrived_ns: int = field(default_factory=time.time_ns)
     arrived_s: float = field(default_factory=time.monotonic)
 
@@ -159,4 +161,6 @@ class Client:
 
     def overdue(self) -> DeadlineExceeded:
         """Returns the error of a request whose time is up."""
-        return DeadlineExceeded(f"the request took longer than its {self.timeout_s:g} s")
+        if self.has_deadline:  # some of its time was up when it arrived, so that a number would be another than it set
+            return DeadlineExceeded("the deadline passed before the answer was complete")
+        return DeadlineExceeded(f"the request took longer than gateway.request_timeout_s = {self.timeout_s:g} allows")

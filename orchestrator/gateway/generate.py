@@ -93,6 +93,7 @@ class Generator:
                     max_tokens=request.max_tokens,
                     journal=self.journal,
                     text=TextStream(self._detokenizer, request.stop, request.prompt_ids),
+                    grammar=request.grammar,
                 )
             )
         text, judged = TextStream(self._detokenizer, (), ()), request.logprobs is not None

@@ -36,6 +36,7 @@ def grpc_client(context: Context, *, max_timeout_s: float) -> Client:
 
     return Client(
         timeout_s=max_timeout_s if timeout_s is None else min(max_timeout_s, timeout_s),
+        has_deadline=timeout_s is not None and timeout_s < max_timeout_s,
         trace={key: metadata[key] for key in _TRACE_HEADERS if key in metadata},
         send=send,
     )

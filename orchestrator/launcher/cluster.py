@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.launcher.agent import NodeAgent, NotStarted, Probe, Started
+from orchestrator.launcher.hosts import node_resources
 from orchestrator.launcher.joining import join, not_joined
+from orchestrator.launcher.no_room import no_room
+from orchestrator.launcher.node import available_cores
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
 from orchestrator.launcher.ray_access import node_ip, start_own_ray
 from orchestrator.launcher.reach import check_reached
@@ -40,7 +42,7 @@ def connect(address: str, *, num_cpus: int, stop: threading.Event) -> None:
         join(address, stop)
         return
     try:
-        start_own_ray(num_cpus=max(num_cpus, os.cpu_count() or 1))
+        start_own_ray(num_cpus=max(num_cpus, available_cores()))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise not_joined(address, str(error)) from error
 
@@ -140,11 +142,8 @@ class RayLauncher:
         try:
             await asyncio.wait_for(self._group.ready(), self._settings.start_timeout_s)
         except TimeoutError:
-            free = ray.available_resources()  # type: ignore[no-untyped-call]
-            raise WorkerFailed(
-                f"the Ray cluster could not place {bundles} within {self._settings.start_timeout_s:g} s; free there: "
-                f"{free}. Lower threads or count in cluster.workers, or add nodes"
-            ) from None
+            needs = [need_of(shards[key].device, self._settings.labels.get(key, {})) for key in keys]
+            raise WorkerFailed(no_room(needs, node_resources())) from None
 
     async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
         """Starts a worker.

@@ -9,6 +9,7 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.launcher.no_room import NodeResources
 from orchestrator.launcher.node import available_memory_bytes
 from placement.planning.seating import Host
 
@@ -39,6 +40,21 @@ def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
         for node in nodes
     ]
     return tuple(sorted(hosts, key=lambda host: (host.name, host.host_id)))
+
+
+def node_resources() -> tuple[NodeResources, ...]:
+    """Returns what each node that lives has, and what of it is free."""
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return tuple(
+        NodeResources(
+            name=node["NodeManagerHostname"],
+            labels=node["Labels"],
+            total=node["Resources"],
+            free=free.get(node["NodeID"], {}),
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    )
 
 
 def _available_memory(host_ids: list[str], stop: threading.Event) -> dict[str, int]:

@@ -1,11 +1,12 @@
-"""Tells the free memory of this node, and where others reach what listens on it. No Ray here."""
+"""Tells the free memory and the cores of this node, and where others reach what listens on it. No Ray here."""
 
 import ipaddress
+import os
 from pathlib import Path
 
 import psutil
 
-from placement.measured.cgroup import container_available
+from placement.measured.cgroup import container_available, usable_cores
 
 
 def available_memory_bytes() -> int:
@@ -13,6 +14,11 @@ def available_memory_bytes() -> int:
     free = psutil.virtual_memory().available
     limit = container_available(_read)
     return free if limit is None else min(free, limit)
+
+
+def available_cores() -> int:
+    """Returns the cores that this process may use, by its affinity and within the container's quota."""
+    return usable_cores(len(os.sched_getaffinity(0)), _read)
 
 
 def _read(path: str) -> str | None:

@@ -1,6 +1,6 @@
-"""Finds out how much memory the control groups of a process leave it. Pure: the caller reads the files."""
+"""Finds out how much memory and CPU the control groups of a process leave it. Pure: the caller reads the files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -24,6 +24,8 @@ _V1 = _Files(
     usage="memory.usage_in_bytes",
     file_cache=("total_active_file", "total_inactive_file"),
 )
+# The controller is often mounted together with the one that counts time.
+_V1_CPU_ROOTS = ("/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct")
 _V2 = _Files(
     root="/sys/fs/cgroup",
     limit="memory.max",
@@ -39,14 +41,53 @@ def container_available(read: ReadText) -> int | None:
     often sees its own group as the root, while the path is the one that the host knows.
     """
     available = []
+    for is_v1, path in _own_groups(read, "memory"):
+        files = _V1 if is_v1 else _V2
+        available += [_available(read, group, files) for group in _up_to_root(files.root, path)]
+    return min((size for size in available if size is not None), default=None)
+
+
+def usable_cores(num_allowed: int, read: ReadText) -> int:
+    """Returns how many cores keep this process busy without being throttled; at least 1.
+
+    A container's limit, such as that of ``docker --cpus`` or of Kubernetes, is a quota of time on any of the cores: it
+    leaves the affinity as it is. Threads beyond it take each other's time, and all of them stand still together once
+    it is used up. Part of a core counts as one.
+
+    Args:
+        num_allowed: the CPUs that this process may run on, by its affinity.
+    """
+    quotas = []
+    for is_v1, path in _own_groups(read, "cpu"):
+        for root in _V1_CPU_ROOTS if is_v1 else (_V2.root,):
+            quotas += [_quota_cores(read, group, is_v1=is_v1) for group in _up_to_root(root, path)]
+    return max(1, min([num_allowed, *(cores for cores in quotas if cores is not None)]))
+
+
+def _own_groups(read: ReadText, controller: str) -> Iterator[tuple[bool, str]]:
+    """Yields the groups of this process that may limit what ``controller`` controls: if by version 1, and where."""
     for line in (read("/proc/self/cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)
-        if not controllers or "memory" in controllers.split(","):
-            files = _V1 if controllers else _V2
-            own = PurePosixPath(files.root + path)
-            groups = [own, *own.parents]
-            available += [_available(read, group, files) for group in groups if group.is_relative_to(files.root)]
-    return min((size for size in available if size is not None), default=None)
+        if not controllers or controller in controllers.split(","):
+            yield bool(controllers), path
+
+
+def _up_to_root(root: str, path: str) -> list[PurePosixPath]:
+    """Returns the directories of a group and of all those above it."""
+    own = PurePosixPath(root + path)
+    return [group for group in (own, *own.parents) if group.is_relative_to(root)]
+
+
+def _quota_cores(read: ReadText, group: PurePosixPath, *, is_v1: bool) -> int | None:
+    """Returns the cores that one group's quota is worth, rounded up; None where it has none."""
+    if is_v1:  # a quota of -1 is none
+        words = [(read(f"{group}/cpu.cfs_{name}_us") or "").strip() for name in ("quota", "period")]
+    else:
+        words = (read(f"{group}/cpu.max") or "").split()  # a quota of "max" is none
+    if len(words) != 2 or not all(word.isdecimal() and int(word) for word in words):
+        return None
+    quota, period = map(int, words)
+    return -(-quota // period)
 
 
 def _available(read: ReadText, group: PurePosixPath, files: _Files) -> int | None:

@@ -156,10 +156,11 @@ class _Search:
 
 def _fits(need: Need, host: Host, num_cpus: float, num_gpus: float) -> bool:
     """Whether a worker may run on ``host`` and finds room in what is free of it."""
-    return need.num_cpus <= num_cpus and need.num_gpus <= num_gpus and _matches(need.labels, host.labels)
+    return need.num_cpus <= num_cpus and need.num_gpus <= num_gpus and matches_labels(need.labels, host.labels)
 
 
-def _matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Whether a node's labels meet every condition of a selector."""
     return all(_meets(condition, labels.get(key)) for key, condition in selector.items())
 
 

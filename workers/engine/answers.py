@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 from placement.errors import cause_of
-from placement.serving.events import Advance, Ended, Tell
+from placement.serving.events import Advance, Ended, EndReason, Tell
 from placement.serving.step_plan import StepPlan
 from workers.engine.sequence import EngineSequence
 from workers.engine.types import Output, Sink
@@ -48,12 +48,23 @@ def step_outputs(
             sink_outputs.append(_token_output(sequence.sequence_id, command, result))
         else:
             _add_end(sink_outputs, sequence.sequence_id, command)
+            if command.reason is EndReason.FAILED:
+                problem = _grammar_problem(command, plan, result)
+                sink_outputs[-1] = replace(sink_outputs[-1], grammar_problem=problem)
     if len({command.sequence_id for command in commands}) < len(plan.chunks):
         # A sink hears of every step that computed for it, also of one that gave its sequences nothing.
         for chunk in plan.chunks:
             if chunk.sequence_id in sequences:
                 outputs.setdefault(sequences[chunk.sequence_id].sink, [])
     return outputs
+
+
+def _grammar_problem(ended: Ended, plan: StepPlan, result: StepResult) -> str | None:
+    """Returns what is wrong with the grammar of a sequence that failed; None where something else made it fail."""
+    for chunk, token in zip(plan.chunks, result.tokens, strict=True):
+        if chunk.sequence_id == ended.sequence_id and isinstance(token, SamplingFailed):
+            return token.grammar_problem
+    return None
 
 
 def _token_output(sequence_id: int, tell: Tell, result: StepResult) -> Output:

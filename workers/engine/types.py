@@ -66,6 +66,7 @@ class Output:
     Attributes:
         index: position of ``token`` in the answer; None where there is no token.
         end: why the sequence ends; set on its last output alone.
+        grammar_problem: what is wrong with the grammar, where nothing else made the sequence fail.
         queue_s: time from submission until the sequence is first scheduled; set with the first token.
         prefill_s: time from then until the first token; set with the first token.
         cached_tokens: prompt tokens found in the prefix cache; set with the first token.
@@ -77,6 +78,7 @@ class Output:
     token: SampledToken | None = None
     end: EndReason | None = None
     detail: str = ""
+    grammar_problem: str | None = None
     num_preemptions: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None

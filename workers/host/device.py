@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from placement.errors import InvalidConfig
-from placement.measured.cgroup import container_available
+from placement.measured.cgroup import container_available, usable_cores
 from placement.model.specs import DType
 
 TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16}
@@ -54,6 +54,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return by_type or by_number or re.search("can't allocate memory|not enough memory", str(error)) is not None
 
 
+def available_cores() -> int:
+    """Returns the cores that this process may use, by its affinity and within the container's quota."""
+    return usable_cores(len(os.sched_getaffinity(0)), _read)
+
+
 def _read(path: str) -> str | None:
     try:
         return Path(path).read_text()
@@ -68,7 +73,7 @@ def open_device(name: str, num_threads: int) -> Device:
         InvalidConfig: no such device on this machine, or an impossible number of threads.
     """
     if isinstance(num_threads, bool) or not 1 <= num_threads <= _MAX_THREADS:
-        fix = f"Use about one thread a core: this machine has {os.cpu_count()}."
+        fix = f"Use about one thread a core: this process may use {available_cores()}."
         problem = f"is not between 1 and {_MAX_THREADS}"
         raise InvalidConfig(field="threads", value=num_threads, problem=problem, fix=fix)
     torch_device = _torch_device(name)

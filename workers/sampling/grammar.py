@@ -4,8 +4,8 @@ llguidance does the work: an Earley parser over a lexer of regular-expression de
 vocabulary, and finds the tokens that may come next. Answers to one grammar share its lexer, which is built while it is
 used: the first answer pays for it, and the masks of the others take half the time.
 
-The model chooses the whitespace in JSON, as in llguidance and vLLM, but at most 32 characters of it between two tokens
-of JSON. Without a limit, a weak model fills the rest of its context with blanks.
+JSON has no whitespace between its tokens, unless a schema asks for it: then the model chooses it, as in llguidance and
+vLLM, but at most 32 characters at a place. Without a limit, a weak model fills the rest of its context with blanks.
 """
 
 import logging
@@ -18,7 +18,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 from placement.model.tokenizer_json import CompleteTokenizer
-from placement.serving.grammar import JSON_OPTIONS, MAX_SOURCE_BYTES
+from placement.serving.grammar import MAX_SOURCE_BYTES, json_options
 from workers.sampling.grammar_state import (
     Grammar,
     GrammarFailed,
@@ -163,7 +163,7 @@ def _llguidance_source(spec: GrammarSpec) -> str:
     match spec.kind:
         case "json_schema":
             # With options the text is parsed; without them it would be pasted into a larger one.
-            return LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(spec.source, overrides=json_options(spec.source))
         case "regex":
             return LLMatcher.grammar_from_regex(spec.source)
         case "lark":

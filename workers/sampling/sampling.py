@@ -167,7 +167,7 @@ def _finish(
             if row in errors:
                 raise errors[row]
             if not math.isfinite(peak):
-                raise _damaged(row, peak)
+                raise _damaged(row, peak, _nothing_allowed(logits[row], state))
             state.append(token_id)
             results.append(SampledToken(token_id=token_id))
         except SamplingFailed as failure:
@@ -193,13 +193,23 @@ def _with_logprobs(
     return results
 
 
-def _damaged(row: int, peak: float) -> SamplingFailed:
+def _nothing_allowed(logits: Tensor, state: SamplerState) -> str | None:
+    """Returns why the mask of a row allows nothing, whose raw logits are [V]; None where it is not to blame."""
+    if state.grammar is None or not logits.max().isfinite():
+        return None
+    if state.is_too_short:
+        return "the grammar ends the answer before it has min_tokens"
+    return "the grammar allows no token of this model"
+
+
+def _damaged(row: int, peak: float, grammar_problem: str | None) -> SamplingFailed:
     if peak == -math.inf:
         return SamplingFailed(
             row=row,
             value=peak,
             problem="allow no token",
             fix="Loosen the grammar or the minimum number of tokens, or check the model's weights.",
+            grammar_problem=grammar_problem,
         )
     return SamplingFailed(
         row=row,
@@ -210,6 +220,12 @@ def _damaged(row: int, peak: float) -> SamplingFailed:
 
 
 def _refused(row: int, error: HeterodyneError) -> SamplingFailed:
-    failure = SamplingFailed(row=row, value=cause_of(error), problem="cannot follow the mask", fix="Check the grammar.")
+    failure = SamplingFailed(
+        row=row,
+        value=cause_of(error),
+        problem="cannot follow the mask",
+        fix="Check the grammar.",
+        grammar_problem=str(error),
+    )
     failure.__cause__ = error
     return failure

@@ -68,10 +68,15 @@ class SampledToken:
 
 
 class SamplingFailed(FieldError):
-    """One sequence has no next token: its logits are damaged, or nothing is allowed. Its batch goes on."""
+    """One sequence has no next token: its logits are damaged, or nothing is allowed. Its batch goes on.
 
-    def __init__(self, *, row: int, value: object, problem: str, fix: str) -> None:
+    Attributes:
+        grammar_problem: what is wrong with the sequence's mask, where that and not the model is at fault.
+    """
+
+    def __init__(self, *, row: int, value: object, problem: str, fix: str, grammar_problem: str | None = None) -> None:
         self.row = row
+        self.grammar_problem = grammar_problem
         super().__init__(field=f"logits[{row}]", value=value, problem=problem, fix=fix)
 
 

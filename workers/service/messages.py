@@ -167,7 +167,12 @@ def sequence_output(output: Output) -> pb.SequenceOutput:
             message.top_logprobs.extend(logprob for _, logprob in output.token.top)
     if output.end is not None:
         message.end.CopyFrom(
-            pb.End(reason=_END[output.end], detail=output.detail, num_preemptions=output.num_preemptions)
+            pb.End(
+                reason=_END[output.end],
+                detail=output.detail,
+                num_preemptions=output.num_preemptions,
+                grammar_problem=output.grammar_problem,
+            )
         )
     return message
 

@@ -1,5 +1,6 @@
 """Loads a rank: the configuration, the shard's weights, the KV cache, and then the engine or the follower."""
 
+import logging
 import os
 import socket
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kernels.protocol import Kernels
-from kernels.select import kernels_for
+from kernels.select import kernels_for, why_rounded_is_slow
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
 from placement.model.part import Part
 from placement.model.specs import ModelSpec
@@ -38,6 +39,8 @@ from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, warm_up
 from workers.step.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 CHECK_VARIABLE = "HETERODYNE_CHECK_STATE"
 """The environment variable that has an engine assert its own state whenever it becomes idle."""
@@ -145,6 +148,7 @@ class LoadJob:
 
     def _load(self, checked: CheckedLoad, membership: Membership | None, grammars: GrammarFactory | None) -> Loaded:
         """Loads weights and cache, measures and warms up, and builds the engine or the follower."""
+        self._warn_of_slow_weights(checked)
         weights = self._read_weights(checked)
         cache = self._allocate_cache(checked)
         kernels = kernels_for(self._device.torch_device)
@@ -182,6 +186,20 @@ class LoadJob:
             membership=membership,
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_bytes,
+        )
+
+    def _warn_of_slow_weights(self, checked: CheckedLoad) -> None:
+        """Says so where weights of fewer bits save memory alone and cost time."""
+        if checked.linear is None:
+            return
+        bits = checked.linear.bits
+        cause = why_rounded_is_slow(self._device.torch_device, bits, TORCH_DTYPES[checked.dtype])
+        if cause is None:
+            return
+        fix = "serve it unquantized" if checked.linear.gptq is None else "use a checkpoint that is not quantized"
+        logger.warning(
+            'slow_quantization bits=%d cause="%s" effect="decodes far slower than bfloat16" fix="%s if it fits"',
+            *(bits, cause, fix),
         )
 
     def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:

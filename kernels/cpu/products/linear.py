@@ -12,7 +12,7 @@ from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products import matmul, quantized
 from kernels.linear import Linear, PlainLinear
-from kernels.rounded import RoundedLinear, RoundedWeight
+from kernels.rounded import Bits, RoundedLinear, RoundedWeight
 
 
 class ProgramLinear(Protocol):
@@ -162,6 +162,14 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
     if dtype == torch.bfloat16 and quantized.is_supported(weight):
         return RoundedColumnLinear(weight, bias)
     return RoundedLinear(weight, bias)
+
+
+def why_slow(bits: Bits, dtype: torch.dtype) -> str | None:
+    """Says why rounded weights are slower here than plain ones in bfloat16; None where they are not."""
+    missing = quantized.missing_features(bits)
+    if missing:
+        return f"this CPU lacks {' and '.join(missing)}"
+    return None if dtype == torch.bfloat16 else f"only bfloat16, and not {str(dtype).removeprefix('torch.')}, is fast"
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Linear:

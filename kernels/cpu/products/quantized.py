@@ -32,9 +32,13 @@ _PACKED_AT_ONCE = 1 << 19
 
 def is_supported(weight: RoundedWeight) -> bool:
     """Tells whether this CPU can run the code for such a weight."""
-    features = machine_code.cpu_features()
-    has_instructions = "avx512bf16" in features and (weight.bits == 4 or "avx512vbmi" in features)
-    return has_instructions and weight.group_size % (2 * PAIRS_PER_LINE[weight.bits]) == 0
+    return not missing_features(weight.bits) and weight.group_size % (2 * PAIRS_PER_LINE[weight.bits]) == 0
+
+
+def missing_features(bits: Bits) -> tuple[str, ...]:
+    """Names the features that the code for weights of ``bits`` needs, and that this CPU has not."""
+    needed = ("avx512bf16",) if bits == 4 else ("avx512bf16", "avx512vbmi")
+    return tuple(name for name in needed if name not in machine_code.cpu_features())
 
 
 class PackedWeight:

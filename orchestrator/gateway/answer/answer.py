@@ -13,8 +13,8 @@ from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.inbox import Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
-from orchestrator.gateway.request.shown import shown
-from placement.errors import HeterodyneError, InvalidRequest
+from orchestrator.gateway.request.structured import cannot_be_followed
+from placement.errors import HeterodyneError
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -147,13 +147,7 @@ class Answer:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar
         if grammar is not None and event.HasField("grammar_problem"):
-            kind = grammar.WhichOneof("format")
-            return InvalidRequest(
-                field="structured_output",
-                value=shown(getattr(grammar, kind)) if kind else "",
-                problem=f"cannot be followed: {brief(event.grammar_problem)}",
-                fix="Send a simpler or a corrected one.",
-            )
+            return cannot_be_followed(grammar, event.grammar_problem)
         return ReplicaFault(f"{self._replica} refused the request")
 
     def fail(self, error: HeterodyneError) -> None:

@@ -9,6 +9,7 @@ from orchestrator.gateway.answer.text import TextStream
 from orchestrator.gateway.client import ChoiceEnd, Delta, FinishReason, TokenScore
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.journal import Journal, JournalEntry, JournalError, Recorded
+from orchestrator.gateway.request.structured import cannot_be_followed
 from placement.errors import HeterodyneError
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -40,6 +41,7 @@ class Choice:
         epoch: the incarnation whose outputs are given to it; once the journal has moved the sequence on, they are
             fenced.
         max_tokens: 0 where only the prompt was asked about; the one token that comes then is dropped.
+        grammar: what its answer must match.
 
     Attributes:
         entry: its sequence in the journal, where its tokens are.
@@ -50,7 +52,15 @@ class Choice:
     """
 
     def __init__(
-        self, *, index: int, entry: JournalEntry, epoch: int, max_tokens: int, journal: Journal, text: TextStream
+        self,
+        *,
+        index: int,
+        entry: JournalEntry,
+        epoch: int,
+        max_tokens: int,
+        journal: Journal,
+        text: TextStream,
+        grammar: worker_pb2.Grammar | None = None,
     ) -> None:
         self.entry = entry
         self.clock = ChoiceClock()
@@ -63,6 +73,7 @@ class Choice:
         self._max_tokens = max_tokens
         self._journal = journal
         self._text = text
+        self._grammar = grammar
 
     @property
     def over(self) -> bool:
@@ -152,6 +163,10 @@ class Choice:
             logger.error(
                 'sequence_failed replica=%s detail="%s"', self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
             )
+            if self._grammar is not None and end.HasField("grammar_problem"):
+                problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
+                self.failure = cannot_be_followed(self._grammar, problem)
+                return ""
             self.failure = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
         else:
             self.failure = ReplicaFault("the replica ended the sequence without being asked")

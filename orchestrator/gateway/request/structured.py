@@ -4,6 +4,7 @@ A grammar is a program that the client wrote, and it can make the library that c
 be found out is therefore tried in a process of its own (structured_probe), never in the gateway's.
 """
 
+from orchestrator.brief import brief
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_schema import normalize_schema
@@ -41,6 +42,21 @@ def check_structured(message: pb.StructuredOutput, model: ServedModel) -> worker
             fix='Send rules such as \'start: "yes" | "no"\', or a JSON Schema in json_schema.',
         )
     return worker_pb2.Grammar(lark=source)
+
+
+def cannot_be_followed(grammar: worker_pb2.Grammar, problem: str) -> InvalidRequest:
+    """Returns the error for a grammar that a replica cannot follow, at its beginning or further on.
+
+    Args:
+        problem: what the replica says of it, in a clause.
+    """
+    kind = grammar.WhichOneof("format")
+    return InvalidRequest(
+        field="structured_output",
+        value=shown(getattr(grammar, kind)) if kind else "",
+        problem=f"cannot be followed: {brief(problem)}",
+        fix="Send a simpler or a corrected one, such as one with fewer or smaller repetitions.",
+    )
 
 
 def _check_source(field: str, source: str, model: ServedModel) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from orchestrator.brief import brief
 from orchestrator.gateway.request.shown import shown
 from placement.errors import InvalidRequest
+from placement.serving.grammar import WHITESPACE_OPTION
 
 # Beyond it a JSON number is not the same integer to every reader (RFC 8259, section 6).
 MAX_INTEGER = 2**53 - 1
@@ -75,7 +76,7 @@ def _check(schema: dict[str, object]) -> None:
             raise _too_deep()
         if isinstance(current, dict):
             for keyword, value in current.items():
-                _check_keyword(path, keyword)
+                _check_keyword(path, keyword, value)
                 if keyword in _VALUES:
                     _check_numbers(f"{path}/{keyword}", value)
                 left.extend((at, depth + 1, inner) for at, inner in _subschemas(path, keyword, value))
@@ -83,15 +84,22 @@ def _check(schema: dict[str, object]) -> None:
             raise _refusal(current, f"has no schema at {path}", "Write an object, true or false there.")
 
 
-def _check_keyword(path: str, keyword: str) -> None:
-    if keyword == "x-guidance":
-        raise _refusal(keyword, f"has options at {path} that are the service's to choose", "Leave them out.")
+def _check_keyword(path: str, keyword: str, value: object) -> None:
+    if keyword == "x-guidance" and not (path == "#" and _is_about_whitespace(value)):
+        fix = f'Leave them out; only {{"{WHITESPACE_OPTION}": true}} may be there, at the root.'
+        raise _refusal(keyword, f"has options at {path} that are the service's to choose", fix)
     if keyword not in _KNOWN and not keyword.startswith("x-"):
         raise _refusal(
             keyword,
             f"has a keyword at {path} that answers would not be held to",
             f"Leave it out, or name it x-{keyword[:40]} if it is a note.",
         )
+
+
+def _is_about_whitespace(options: object) -> bool:
+    return isinstance(options, dict) and all(
+        name == WHITESPACE_OPTION and isinstance(value, bool) for name, value in options.items()
+    )
 
 
 def _subschemas(path: str, keyword: str, value: object) -> Iterator[tuple[str, object]]:

@@ -22,7 +22,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from orchestrator.brief import brief
 from orchestrator.model_dir.directory import read_tokenizer_of
 from placement.errors import HeterodyneError
-from placement.serving.grammar import JSON_OPTIONS, GrammarKind
+from placement.serving.grammar import GrammarKind, json_options
 
 # Of the processor. A common grammar takes a millisecond.
 MAX_COMPILE_S = 3
@@ -80,7 +80,7 @@ def _source(trial: Trial) -> str:
     match trial["kind"]:
         case "json_schema":
             # With an option the text is parsed; without, it would be pasted into a larger one.
-            return LLMatcher.grammar_from_json_schema(trial["source"], overrides=JSON_OPTIONS)
+            return LLMatcher.grammar_from_json_schema(trial["source"], overrides=json_options(trial["source"]))
         case "regex":
             return LLMatcher.grammar_from_regex(trial["source"])
         case "lark":

@@ -241,7 +241,9 @@ class StructuredOutput(_message.Message):
     REGEX_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON Schema, as JSON text."""
+    """A JSON Schema, as JSON text. Answers have no white space between the tokens of JSON, unless the schema says
+    "x-guidance": {"whitespace_flexible": true} at its root: then the model chooses it, up to 32 characters at a place.
+    """
     regex: _builtins.str
     """A regular expression, in the syntax of Rust's regex."""
     grammar: _builtins.str

@@ -197,3 +197,12 @@ def test_a_prompt_may_be_looked_at_alone(service: Service) -> None:
     result = generate(service, "once", "--echo", "--max-tokens=0")
     assert result.stdout == "once \n"
     assert "0 generated" in result.stderr and "first token" not in result.stderr
+
+
+def test_a_misspelt_variable_is_refused_before_a_service_is_asked(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HETERODYNE_ADRESS", service.address)
+    result = CliRunner().invoke(app, ["generate", "once"])
+    assert result.exit_code == 1 and "Write HETERODYNE_ADDRESS" in result.stderr
+    assert not service.asked

@@ -1,5 +1,6 @@
 """The client against a real server of the generated protos."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -69,6 +70,30 @@ def service() -> Iterator[Service]:
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         return f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def foreign(behave: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that does to each connection what ``behave`` says, once the client has spoken."""
+
+    def take() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(PATIENCE_S)
+                connection.recv(1024)
+                behave(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=take)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
 
 
 ACCEPTED = inference_pb2.GenerateResponse(accepted=inference_pb2.Accepted(request_id="r1", prompt_tokens=1))
@@ -236,8 +261,40 @@ def test_silent_service_ends_at_the_deadline(service: Service) -> None:
 
     service.answer = hang
     started = time.monotonic()
-    assert failure(service, timeout_s=0.3).code == "DEADLINE_EXCEEDED"
+    assert str(failure(service, timeout_s=0.3)) == "DEADLINE_EXCEEDED: not done within 0.3 s"
     assert time.monotonic() - started < PATIENCE_S / 2
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED])
+def test_a_stream_that_is_cut_off_about_the_deadline_has_run_out_of_time(
+    service: Service, code: grpc.StatusCode
+) -> None:
+    def cut_off(context: grpc.ServicerContext) -> Iterator[inference_pb2.GenerateResponse]:
+        yield ACCEPTED
+        service.ended.wait(0.4)
+        context.abort(code, "Stream removed")
+
+    service.answer = cut_off
+    assert str(failure(service, timeout_s=0.6)) == "DEADLINE_EXCEEDED: not done within 0.6 s"
+    service.ended.clear()
+    assert failure(service, timeout_s=PATIENCE_S).code == code.name
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "the deadline passed before a slot came free",
+            "not done within 60 s (the deadline passed before ",
+        ),
+        ("the request took longer than gateway.request_timeout_s = 5 allows", "the request took longer than gateway."),
+    ],
+)
+def test_the_time_limit_that_is_named_is_the_one_that_was_set(service: Service, said: str, shown: str) -> None:
+    error = inference_pb2.Error(code=code_pb2.DEADLINE_EXCEEDED, message=said)
+    last = inference_pb2.GenerateResponse(finished=inference_pb2.Finished(error=error))
+    service.answer = fixed(ACCEPTED, last)
+    assert str(failure(service, timeout_s=60.0)).startswith(f"DEADLINE_EXCEEDED: {shown}")
 
 
 def test_leaving_early_cancels_the_request(service: Service) -> None:
@@ -258,7 +315,46 @@ def test_leaving_early_cancels_the_request(service: Service) -> None:
 def test_absent_service_is_named(free_address: str) -> None:
     with pytest.raises(ServiceError) as caught:
         fetch_status(free_address, timeout_s=PATIENCE_S)
-    assert str(caught.value) == f"UNAVAILABLE: nothing answers at {free_address}"
+    assert str(caught.value) == f"UNAVAILABLE: nothing listens at {free_address} (connection refused)"
+
+
+@pytest.mark.parametrize(
+    ("behave", "said"),
+    [
+        (lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "(it is a web server)"),
+        (lambda connection: connection.sendall(b"\x15\x03\x01\x00\x02\x02\x16\x00\x00"), "(it wants TLS)"),
+        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "(it speaks another protocol)"),
+        (lambda connection: connection.shutdown(socket.SHUT_RDWR), "(it closes the connection)"),
+    ],
+)
+def test_what_listens_and_is_no_grpc_service_is_told_apart(behave: Callable[[socket.socket], None], said: str) -> None:
+    with foreign(behave) as address, pytest.raises(ServiceError) as caught:
+        fetch_status(address, timeout_s=PATIENCE_S)
+    assert str(caught.value) == f"UNAVAILABLE: {address} does not speak gRPC {said}"
+
+
+def test_what_takes_connections_and_says_nothing_is_no_mere_lateness() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as never_reads, pytest.raises(ServiceError) as caught:
+        address = f"127.0.0.1:{never_reads.getsockname()[1]}"
+        fetch_status(address, timeout_s=0.3)
+    said = "takes connections and says nothing: it is another kind of server, or it hangs"
+    assert str(caught.value) == f"DEADLINE_EXCEEDED: {address} {said}"
+
+
+def test_a_name_without_an_address_is_said_to_have_none() -> None:
+    with pytest.raises(ServiceError) as caught:
+        fetch_status("no.such.host.invalid:1", timeout_s=PATIENCE_S)
+    assert str(caught.value) == "UNAVAILABLE: no address is known for the name 'no.such.host.invalid'"
+
+
+def test_a_grpc_server_of_others_is_told_apart() -> None:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    with pytest.raises(ServiceError) as caught:
+        fetch_status(address, timeout_s=PATIENCE_S)
+    server.stop(None).wait()
+    assert str(caught.value) == f"UNIMPLEMENTED: {address} speaks gRPC, but is no such service of Heterodyne"
 
 
 def test_status_is_fetched(service: Service) -> None:
@@ -297,4 +393,5 @@ def test_waiting_ends_at_its_deadline_and_says_what_was_seen(service: Service) -
 def test_waiting_for_nobody_ends_at_its_deadline(free_address: str) -> None:
     with pytest.raises(ServiceError) as caught:
         wait_serving(free_address, timeout_s=0.3)
-    assert str(caught.value).endswith("did not serve within 0.3 s (last seen: unreachable)")
+    reason = f"nothing listens at {free_address} (connection refused)"
+    assert str(caught.value).endswith(f"did not serve within 0.3 s ({reason})")

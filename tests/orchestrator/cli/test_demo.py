@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from orchestrator.cli.demo import WrappedText, demo, measurements
+from orchestrator.cli.demo import DemoFailed, WrappedText, demo, demo_file, measurements
 from placement.errors import InvalidConfig
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -46,6 +46,15 @@ def test_measurements_of_many_tokens_and_of_one() -> None:
     assert "100.0 tokens/s" in measured(time_to_first_token_s=0.02, time_per_output_token_s=0.01)
     one = measured(time_to_first_token_s=0.02)
     assert "time to first token" in one and "20.0 ms" in one and "tokens/s" not in one
+
+
+def test_the_demo_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo_file() == Path("deploy/local.yaml")
+    tree = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    assert demo_file() == tree / "deploy/local.yaml"
+    with pytest.raises(DemoFailed, match=r"was not installed. Run it there, or pass a cluster file of your own"):
+        demo_file(tmp_path)
 
 
 def test_an_open_port_is_refused() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.plan_picture import describe, plan_svg, shares
-from orchestrator.deployment.plan_lines import plan_events
+from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import preflight
 from placement.errors import InvalidConfig
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
@@ -15,7 +15,7 @@ from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
-from tests.support.deploying.deployment import make_config, too_large_for_each
+from tests.support.deploying.deployment import MACHINE, make_config, too_large_for_each
 from tests.support.shapes import LLAMA_8B
 
 DEVICE = DeviceSpec(kind="cpu", memory_bytes=2**40)
@@ -52,7 +52,7 @@ def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path,
         cluster={"workers": [{"name": "a", "threads": 1}, {"threads": 1}, {"name": "b", "threads": 1}]},
         serving={"parallelism": {"replicas": [{"stages": stages}]}},
     )
-    checked = preflight(config)
+    checked = preflight(config, machine=MACHINE)
     lines = [said.pairs() for said in plan_events(checked)]
     assert [line.split()[1:5] for line in lines] == [
         ["replica=replica-0", "stage=0", "rank=0", "worker=b"],
@@ -62,6 +62,18 @@ def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path,
     assert "layers=0-1 kv_heads=0-1 " in lines[0] and "layers=0-1 kv_heads=1-2 " in lines[1]
     assert "layers=1-2 kv_heads=0-2 " in lines[2] and "vocab_rows=none" in lines[2]
     assert len({line.split("kv_tokens=")[1] for line in lines}) == 1
+
+
+def test_more_threads_than_cores_are_a_warning_where_no_worker_alone_has_them(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    config = make_config(tmp_path, served_checkpoint, cluster={"workers": [{"threads": 3, "count": 3}]})
+    (warning,) = warning_events(preflight(config, machine=MACHINE))
+    last = warning.pairs()
+    assert last == (
+        'event=more_threads_than_cores threads=9 cores=8 effect="cpu workers slow each other down" '
+        'fix="lower threads or count in cluster.workers"'
+    )
 
 
 def test_ranks_of_a_replica_have_as_many_blocks_and_take_no_more_memory_than_set(plan: Plan) -> None:
@@ -106,8 +118,9 @@ def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_cuts_a_model_unasked_says_by_what_and_that_speed_counts_when_served(
-    tmp_path: Path, served_checkpoint: Path
+    tmp_path: Path, served_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("orchestrator.deployment.preflight.measure_machine", lambda: MACHINE)
     too_large_for_each(tmp_path, served_checkpoint, 1, 3)
     *ranks, last = show_plan(tmp_path / "cluster.yaml", overrides=[], picture=None)
     assert len(ranks) == 2

@@ -37,6 +37,12 @@ def test_committed_sample_is_valid() -> None:
     assert config.telemetry.prometheus_address == Address("127.0.0.1", 9464)
 
 
+def test_variable_with_one_underscore_is_refused(tmp_path: Path) -> None:
+    error = refusal(tmp_path, MINIMAL, HETERODYNE_GATEWAY_ADDRESS="h:1")
+    assert error.field == "environment variable HETERODYNE_GATEWAY_ADDRESS"
+    assert error.fix == "Write HETERODYNE_GATEWAY__ADDRESS, or unset it."
+
+
 def test_worker_counts_expand_to_one_entry_a_replica(tmp_path: Path) -> None:
     text = MINIMAL + "cluster: {workers: [{count: 2, memory: 2GiB}, {device: cuda:1}]}\n"
     workers = load(tmp_path, text).cluster.each_worker

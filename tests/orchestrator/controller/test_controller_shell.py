@@ -138,6 +138,26 @@ class FakeLauncher(LocalLauncher):
         self.calls.append("close")
 
 
+@pytest.mark.parametrize(
+    ("error", "cause", "num_tracebacks"),
+    [(WorkerFailed("no node has 1 free CPU"), "no node has 1 free CPU", 0), (KeyError("x"), "KeyError: 'x'", 1)],
+)
+async def test_a_cluster_without_room_is_said_in_words_and_what_is_not_expected_once(
+    served_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, cause: str,
+    num_tracebacks: int,
+) -> None:  # fmt: skip
+    class Full(LocalLauncher):
+        async def reserve(self, shards: Mapping[tuple[str, int], Shard]) -> None:
+            raise error
+
+    shell, _ = make_shell(tmp_path, served_checkpoint, 2, launcher=Full())
+    await shell.launch()
+    await until(lambda: shell.state.phase is Phase.FAILED)
+    assert shell.state.cause.endswith(cause)
+    assert sum(record.exc_info is not None for record in caplog.records) == num_tracebacks
+    await shell.shutdown(10.0)
+
+
 async def test_shutdown_ends_what_is_starting_before_it_closes_the_launcher(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:

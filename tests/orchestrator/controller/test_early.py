@@ -23,6 +23,7 @@ from placement.planning.plan import Shard
 from protos.heterodyne.v1 import inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S, until
 from tests.support.deploying.deployment import (
+    MACHINE,
     START_S,
     LocalLauncher,
     deploy,
@@ -62,9 +63,10 @@ class Unequal(LocalLauncher):
 
 
 async def test_the_faster_worker_gets_more_of_the_model_whatever_their_threads(
-    served_checkpoint: Path, tmp_path: Path
+    served_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By threads the first would have a quarter; measured, it has about three."""
+    monkeypatch.setattr("orchestrator.deployment.preflight.measure_machine", lambda: MACHINE)
     config = too_large_for_each(tmp_path, served_checkpoint, 1, 3)
     first, second = preflight(config).plan.replicas[0].shards
     assert len(first.part.ffn_columns) < len(second.part.ffn_columns)
@@ -94,7 +96,7 @@ class Unreachable(LocalLauncher):
 async def test_a_worker_that_cannot_be_measured_leaves_the_cut_by_threads_and_is_named(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:
-    checked = preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 3))
+    checked = preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 3), machine=MACHINE)
     early = EarlyWorkers(Unreachable())
     try:
         measured = await early.measure(settings_of(checked))

@@ -7,7 +7,7 @@ import pytest
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import Checked, preflight
 from placement.measured.speed import DeviceSpeed, NotMeasured
-from tests.support.deploying.deployment import make_config, too_large_for_each
+from tests.support.deploying.deployment import MACHINE, make_config, too_large_for_each
 
 
 def speed(gb_per_s: float) -> DeviceSpeed:
@@ -21,7 +21,7 @@ def columns(checked: Checked) -> list[int]:
 @pytest.fixture
 def provisional(tmp_path: Path, served_checkpoint: Path) -> Checked:
     """96 FFN columns over workers of 1 and 3 threads."""
-    return preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 3), listens=False)
+    return preflight(too_large_for_each(tmp_path, served_checkpoint, 1, 3), machine=MACHINE, listens=False)
 
 
 def test_shares_are_those_of_the_measured_speeds_and_the_line_says_them(provisional: Checked) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from orchestrator.config.document import Config
-from orchestrator.deployment.known_cluster import Machine
 from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, by_speed, on_hosts, preflight
 from orchestrator.deployment.seats import rank_labels, worker_needs
@@ -16,9 +15,7 @@ from placement.errors import NotEnoughMemory
 from placement.measured.speed import DeviceSpeed
 from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.seating import NODE_ID_LABEL, Host, seat
-from tests.support.deploying.deployment import make_config, too_large_for_each
-
-MACHINE = Machine(memory_bytes=2**36, num_cores=8)
+from tests.support.deploying.deployment import MACHINE, make_config, too_large_for_each
 
 
 def host(name: str, memory_bytes: int | None = 2**36, num_cpus: float = 8) -> Host:

@@ -96,6 +96,16 @@ def test_workers_that_do_not_fit_in_memory_are_refused(model: Path) -> None:
     assert error.problem.endswith("and cpu of node local has 100 MiB")
 
 
+def test_a_worker_of_more_threads_than_cores_is_refused_on_this_machine_only(model: Path) -> None:
+    workers = [{"device": "cuda:0", "threads": 64}, {"threads": 64}]
+    error = refused(InvalidConfig, lambda: check(model, cluster={"workers": workers}))
+    assert (error.field, error.value) == ("cluster.workers.1.threads", 64)
+    assert error.problem == "is more than the 8 cores that this machine, or the limit of its container, gives"
+    assert error.fix == "Set it to 8 or less, or leave it out."
+    assert check(model, cluster={"workers": [{"threads": 8}]})
+    assert check(model, cluster={"workers": workers, "ray_address": "auto"})
+
+
 def test_gpu_of_unknown_memory_is_left_to_its_worker(model: Path) -> None:
     checked = check(model, cluster={"workers": [{"device": "cuda:3"}]})
     assert checked.plan.replicas[0].leader.device.name == "cuda:3"

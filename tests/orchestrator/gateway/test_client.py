@@ -48,9 +48,9 @@ class Listener:
         self.events.append(event)
         await self.reads.wait()
 
-    def client(self, timeout_s: float = PATIENCE_S) -> Client:
+    def client(self, timeout_s: float = PATIENCE_S, *, has_deadline: bool = False) -> Client:
         self.reads.set()
-        return Client(timeout_s=timeout_s, trace={}, send=self.send)
+        return Client(timeout_s=timeout_s, has_deadline=has_deadline, trace={}, send=self.send)
 
 
 async def test_a_client_of_any_surface_is_sent_what_happens() -> None:
@@ -71,11 +71,17 @@ async def test_a_client_of_any_surface_is_sent_what_happens() -> None:
         assert gateway.admission.in_flight == 0 and len(gateway.generator.journal) == 0
 
 
-async def test_a_client_whose_time_is_up_is_told_so_last() -> None:
+@pytest.mark.parametrize(
+    ("has_deadline", "said"),
+    [(True, "the deadline passed before the answer"), (False, "longer than gateway.request_timeout_s = 0.2 allows")],
+)
+async def test_a_client_whose_time_is_up_is_told_so_last_and_whose_limit_it_was(has_deadline: bool, said: str) -> None:
     async with stub_gateway(served_model()) as gateway:
         listener = Listener()
-        outcome = await asyncio.wait_for(gateway.generator.generate(REQUEST, listener.client(0.2)), PATIENCE_S)
-        assert isinstance(outcome, DeadlineExceeded) and "its 0.2 s" in str(outcome)
+        outcome = await asyncio.wait_for(
+            gateway.generator.generate(REQUEST, listener.client(0.2, has_deadline=has_deadline)), PATIENCE_S
+        )
+        assert isinstance(outcome, DeadlineExceeded) and said in str(outcome)
         assert [type(event) for event in listener.events] == [Accepted, Finished]
         await asyncio.wait_for(gateway.worker.cancels.get(), PATIENCE_S)
 

@@ -94,9 +94,26 @@ async def test_a_clusters_machine_is_found_with_what_is_free_and_can_be_asked_fo
     device = DeviceSpec(kind="cuda", memory_bytes=0)
     for place, found in ((host.host_id, True), ("f" * len(host.host_id), False)):
         under_test = launcher(PATIENCE_S if found else 2.0, {("a", 0): {NODE_ID_LABEL: place}})
-        with contextlib.nullcontext() if found else pytest.raises(WorkerFailed, match="could not place"):
+        with (
+            contextlib.nullcontext()
+            if found
+            else pytest.raises(WorkerFailed, match=r"no live node has labels \{ray.io/node-id: f")
+        ):
             await under_test.reserve({("a", 0): shard(0, device)})
         await under_test.close()
+
+
+async def test_cpus_that_others_have_are_said_to_be_reserved(cluster: None) -> None:
+    first, second = launcher(), launcher(start_timeout_s=2.0)
+    worker = shard(0, DeviceSpec(kind="cpu", memory_bytes=0, num_threads=2))
+    await first.reserve({("a", 0): worker})
+    with pytest.raises(WorkerFailed) as caught:
+        await second.reserve({("b", 0): worker})
+    assert str(caught.value) == (
+        "no node has 2 free CPUs: 2 of 2 are reserved by other jobs. Stop one, lower threads, or add a node"
+    )
+    await second.close()
+    await first.close()
 
 
 def test_who_is_asked_to_stop_does_not_wait_for_machines_to_answer(

@@ -1,8 +1,8 @@
-"""Checks how much memory a container's limits leave."""
+"""Checks how much memory and how many cores a container's limits leave."""
 
 import pytest
 
-from placement.measured.cgroup import container_available
+from placement.measured.cgroup import container_available, usable_cores
 
 V1 = "/sys/fs/cgroup/memory"
 V2 = "/sys/fs/cgroup"
@@ -49,3 +49,43 @@ def test_the_tightest_group_counts_and_file_cache_does_not(
 
 def test_without_control_groups_nothing_is_limited() -> None:
     assert container_available(lambda path: None) is None
+    assert usable_cores(8, lambda path: None) == 8
+
+
+def v1_cpu(group: str, quota: int, period: int = 100_000, mounted: str = "cpu") -> dict[str, str]:
+    directory = f"/sys/fs/cgroup/{mounted}{group}"
+    return {f"{directory}/cpu.cfs_quota_us": f"{quota}\n", f"{directory}/cpu.cfs_period_us": f"{period}\n"}
+
+
+def v2_cpu(group: str, text: str) -> dict[str, str]:
+    return {f"{V2}{group}/cpu.max": f"{text}\n"}
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "allowed", "cores"),
+    [
+        ("0::/\n", v2_cpu("", "100000 100000"), 8, 1),
+        ("0::/\n", v2_cpu("", "max 100000"), 8, 8),
+        ("0::/box\n", v2_cpu("/box", "150000 100000"), 8, 2),  # part of a core is one more
+        ("0::/box\n", v2_cpu("/box", "25000 100000"), 8, 1),
+        ("0::/box\n", v2_cpu("/box", "400000 100000"), 3, 3),  # bound to fewer CPUs than the quota is worth
+        ("0::/a/b/c\n", v2_cpu("/a/b/c", "max 100000") | v2_cpu("/a", "200000 100000"), 8, 2),  # a parent's quota
+        ("0::/a/b\n", v2_cpu("/a/b", "300000 100000") | v2_cpu("/a", "200000 100000"), 8, 2),
+        ("0::/seen/by/the/host\n", v2_cpu("", "200000 100000"), 8, 2),  # the container's own group is its root
+        ("1:cpu:/box\n0::/\n", v1_cpu("/box", 100_000), 8, 1),
+        ("1:cpu:/box\n0::/\n", v1_cpu("/box", -1), 8, 8),
+        ("1:cpu:/box\n0::/\n", v1_cpu("/box", 75_000, 50_000), 8, 2),
+        ("1:cpu:/a/b\n", v1_cpu("/a/b", -1) | v1_cpu("/a", 300_000), 8, 3),
+        ("4:cpu,cpuacct:/docker/1\n", v1_cpu("", 200_000, mounted="cpu,cpuacct"), 8, 2),
+        ("4:cpuset:/box\n", v1_cpu("/box", 100_000), 8, 8),  # another controller's group
+        ("0::/\n", v2_cpu("", "100000"), 8, 8),
+        ("0::/\n", v2_cpu("", "0 0"), 8, 8),
+        ("0::/\n", {}, 8, 8),
+        ("", {}, 1, 1),
+    ],
+)
+def test_cores_are_those_of_the_affinity_within_the_tightest_quota(
+    groups: str, files: dict[str, str], allowed: int, cores: int
+) -> None:
+    texts = {"/proc/self/cgroup": groups} | files
+    assert usable_cores(allowed, lambda path: texts.get(path)) == cores

@@ -16,6 +16,7 @@ from orchestrator.controller.early import EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.deployment.auto_split import settle
+from orchestrator.deployment.known_cluster import Machine
 from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
@@ -24,6 +25,8 @@ from placement.planning.memory import CPU_PROCESS_BYTES
 from placement.planning.plan import Shard
 
 START_S = 60.0
+MACHINE = Machine(memory_bytes=2**36, num_cores=8)
+"""For plans of more threads than the machine of the tests may have cores."""
 
 
 class LocalLauncher:
@@ -134,10 +137,11 @@ def too_large_for_each(directory: Path, model: Path, *threads: int) -> Config:
         "model": {"max_context_tokens": 256},
         "serving": {"token_budget": 64, "max_num_seqs": 8},
     }
-    whole = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan
+    whole = preflight(make_config(directory, model, **sections, cluster={"workers": workers}), machine=MACHINE).plan
     per_token = whole.replicas[0].leader.kv_bytes // whole.replicas[0].num_kv_tokens
     sections["serving"]["kv_cache"] = 256 * per_token
-    leader = preflight(make_config(directory, model, **sections, cluster={"workers": workers})).plan.replicas[0].leader
+    again = preflight(make_config(directory, model, **sections, cluster={"workers": workers}), machine=MACHINE)
+    leader = again.plan.replicas[0].leader
     needed = leader.weight_bytes + leader.kv_bytes + leader.workspace_bytes + CPU_PROCESS_BYTES
     small = [{**worker, "memory": needed - 1} for worker in workers]
     return make_config(directory, model, **sections, cluster={"workers": small})

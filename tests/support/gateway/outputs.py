@@ -65,7 +65,17 @@ def make_answer(
     for index, entry in enumerate(sequences):
         journal.open(entry)
         text = TextStream(Detokenizer(letters()), stop, prompt_ids)
-        choices.append(Choice(index=index, entry=entry, epoch=epoch, max_tokens=max_tokens, journal=journal, text=text))
+        choices.append(
+            Choice(
+                index=index,
+                entry=entry,
+                epoch=epoch,
+                max_tokens=max_tokens,
+                journal=journal,
+                text=text,
+                grammar=grammar,
+            )
+        )
     shown = Echo(prompt_ids, TextStream(Detokenizer(letters()), (), ()), judged=logprobs is not None) if echo else None
     return Answer(request=request, choices=choices, echo=shown), journal
 

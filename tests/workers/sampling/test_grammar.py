@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from placement.errors import InvalidRequest
-from placement.serving.grammar import MAX_WHITESPACE
+from placement.serving.grammar import MAX_WHITESPACE, WHITESPACE_OPTION
 from tests.support.grammars import (
     DEMO,
     EOS,
@@ -160,7 +160,7 @@ def test_an_end_of_sequence_id_ends_an_answer_that_could_go_on(
 def test_no_end_of_sequence_id_comes_before_the_answer_matches(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
     state = factory.compile(json_schema({"type": "object"})).start()
     assert not allowed(state)[list(EOS)].any()
-    assert not allowed(feed(state, tokenizer, '{"a": [1, 2'))[list(EOS)].any()
+    assert not allowed(feed(state, tokenizer, '{"a":[1,2'))[list(EOS)].any()
 
 
 def test_special_and_padding_tokens_are_never_allowed(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
@@ -169,8 +169,18 @@ def test_special_and_padding_tokens_are_never_allowed(factory: GrammarFactory, t
     assert not allowed(state)[[*EOS, *range(tokenizer.get_vocab_size(), VOCAB_SIZE)]].any()
 
 
-def test_whitespace_in_json_is_free_but_bounded(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
-    grammar = factory.compile(json_schema({"type": "object"}))
+def test_json_is_compact_by_default(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
+    for options in ({}, {"x-guidance": {WHITESPACE_OPTION: False}}):
+        grammar = factory.compile(json_schema({"type": "object", **options}))
+        assert follows(grammar, tokenizer, '{"a":1,"b":[]}')
+        for text in ('{ "a":1}', '{"a" :1}', '{"a": 1}', '{"a":1 }', '{"a":1, "b":[]}', '{"a":[\n]}'):
+            assert not follows(grammar, tokenizer, text)
+
+
+def test_whitespace_in_json_is_free_but_bounded_where_it_is_asked_for(
+    factory: GrammarFactory, tokenizer: Tokenizer
+) -> None:
+    grammar = factory.compile(json_schema({"type": "object", "x-guidance": {WHITESPACE_OPTION: True}}))
     for text in ('{"a":1,"b":[]}', '{ "a" : 1 ,\n\t"b" : [ ] }', "{" + " " * MAX_WHITESPACE + "}"):
         assert follows(grammar, tokenizer, text)
     for text in ("{" + " " * (MAX_WHITESPACE + 1) + "}", ' {"a":1}', '{"a":1} '):
@@ -180,7 +190,7 @@ def test_whitespace_in_json_is_free_but_bounded(factory: GrammarFactory, tokeniz
 def test_a_schema_cannot_loosen_json_by_options_of_its_own(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
     loose = {"type": "array", "x-guidance": {"item_separator": ";", "whitespace_pattern": "x", "lenient": True}}
     grammar = factory.compile(json_schema(loose))
-    assert follows(grammar, tokenizer, "[1, 2]")
+    assert follows(grammar, tokenizer, "[1,2]")
     assert not follows(grammar, tokenizer, "[1;2]") and not follows(grammar, tokenizer, "[1x,2]")
     with pytest.raises(InvalidRequest, match="not"):
         factory.compile(json_schema(loose | {"not": {"type": "null"}}))
@@ -189,8 +199,8 @@ def test_a_schema_cannot_loosen_json_by_options_of_its_own(factory: GrammarFacto
 def test_properties_come_in_the_order_of_the_schema(factory: GrammarFactory, tokenizer: Tokenizer) -> None:
     schema = {"type": "object", "properties": {"b": {}, "a": {}}, "required": ["a", "b"]}
     grammar = factory.compile(json_schema(schema))
-    assert follows(grammar, tokenizer, '{"b": 1, "a": 2}')
-    assert not follows(grammar, tokenizer, '{"a": 1, "b": 2}')
+    assert follows(grammar, tokenizer, '{"b":1,"a":2}')
+    assert not follows(grammar, tokenizer, '{"a":1,"b":2}')
 
 
 def test_a_state_that_was_given_an_answer_goes_on_where_it_ended(
@@ -206,7 +216,7 @@ def test_states_of_one_grammar_do_not_disturb_each_other(factory: GrammarFactory
     grammar = factory.compile(json_schema(PERSON))
     first, second = grammar.start(), grammar.start()
     before = allowed(second)
-    feed(first, tokenizer, '{"name": "Ada')
+    feed(first, tokenizer, '{"name":"Ada')
     assert torch.equal(allowed(second), before)
     assert not torch.equal(allowed(first), before)
 

@@ -33,6 +33,7 @@ def test_damaged_logits_fail_their_own_sequence(bad: float, size: int) -> None:
     for row, (result, state) in enumerate(zip(results[: len(WAYS)], states, strict=False)):
         assert isinstance(result, SamplingFailed)
         assert isinstance(result, HeterodyneError)
+        assert result.grammar_problem is None
         assert result.row == row and f"logits[{row}]" in str(result)
         assert state.num_tokens == 0 and state.last_token_id is None
     assert results[len(WAYS) :] == healthy[len(WAYS) :]
@@ -60,6 +61,9 @@ def test_a_row_that_allows_nothing_fails_its_own_sequence(way: dict[str, float])
     ]
     *failed, token = sample(torch.stack((nothing, LOGITS, LOGITS, LOGITS)), states)
     assert all(isinstance(failure, SamplingFailed) and "allow no token" in str(failure) for failure in failed)
+    assert [failure.grammar_problem for failure in failed if isinstance(failure, SamplingFailed)] == [
+        None, "the grammar allows no token of this model", "the grammar ends the answer before it has min_tokens",
+    ]  # fmt: skip
     assert isinstance(token, SampledToken) and token.token_id == 2
 
 
@@ -84,5 +88,6 @@ def test_a_mask_that_raises_fails_its_own_sequence(at_once: bool) -> None:
     state = SamplerState(SamplingParams(frequency_penalty=1.0), (), grammar=Broken(at_once=at_once))
     failure, token = sample(LOGITS.expand(2, -1), [state, SamplerState(SamplingParams(), ())])
     assert isinstance(failure, SamplingFailed) and "too deep" in str(failure)
+    assert failure.grammar_problem == "the grammar is too deep"
     assert (state.num_tokens, state.last_token_id) == (0, None)
     assert token == SampledToken(token_id=3)

@@ -1,10 +1,11 @@
-"""Checks which loads are refused for want of memory, before and while they run."""
+"""Checks which loads are refused for want of memory, before and while they run, and which are warned of."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kernels.cpu.machine import machine_code
 from placement.errors import NotEnoughMemory
 from placement.planning.memory import Footprint
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -14,6 +15,19 @@ from workers.startup.checks import check_memory
 from workers.startup.loading import LoadJob
 
 MIB = 2**20
+
+
+def load_request(path: Path, **fields: Any) -> pb.LoadRequest:
+    return pb.LoadRequest(
+        model_path=str(path),
+        shard=pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509}),
+        block_size=8,
+        num_blocks=64,
+        token_budget=32,
+        max_num_seqs=8,
+        max_context_tokens=256,
+        **fields,
+    )
 
 
 def need(weights: int, kv: int, workspace: int) -> Footprint:
@@ -37,21 +51,45 @@ def test_the_setting_that_would_help_is_named(available: int, field: str, fix: s
     assert "300 MiB weights + 200 MiB KV blocks + 100 MiB workspace are needed" in str(caught.value)
 
 
+class Reached(Exception):
+    """The load began to read weights."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "features", "cause"),
+    [
+        (pb.DTYPE_BFLOAT16, pb.QUANTIZATION_INT4, {"avx2"}, "this CPU lacks avx512bf16"),
+        (pb.DTYPE_BFLOAT16, pb.QUANTIZATION_INT8, {"avx512bf16"}, "this CPU lacks avx512vbmi"),
+        (pb.DTYPE_FLOAT32, pb.QUANTIZATION_INT4, {"avx512bf16"}, "only bfloat16, and not float32, is fast"),
+        (pb.DTYPE_BFLOAT16, pb.QUANTIZATION_INT4, {"avx512bf16"}, None),
+        (pb.DTYPE_BFLOAT16, pb.QUANTIZATION_INT8, {"avx512bf16", "avx512vbmi"}, None),
+        (pb.DTYPE_BFLOAT16, pb.QUANTIZATION_UNSPECIFIED, {"avx2"}, None),
+    ],
+)
+def test_rounded_weights_that_are_slow_here_are_warned_of_before_they_load(
+    llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: Any,
+    quantization: Any, features: set[str], cause: str | None,
+) -> None:  # fmt: skip
+    def load_weights(path: Path, *_: object) -> None:
+        raise Reached
+
+    monkeypatch.setattr(loading, "load_weights", load_weights)
+    monkeypatch.setattr(machine_code, "cpu_features", lambda: frozenset(features))
+    with pytest.raises(Reached):
+        LoadJob(
+            request=load_request(llama_checkpoint(), dtype=dtype, quantization=quantization),
+            device=open_device("cpu", 1),
+        ).run()
+    said = [message for message in caplog.messages if message.startswith("slow_quantization ")]
+    assert len(said) == (cause is not None) and all(f'cause="{cause}"' in message for message in said)
+
+
 def test_memory_that_runs_out_while_loading_is_typed(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_weights(path: Path, *_: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
     monkeypatch.setattr(loading, "load_weights", load_weights)
-    request = pb.LoadRequest(
-        model_path=str(llama_checkpoint()),
-        dtype=pb.DTYPE_FLOAT32,
-        shard=pb.Shard(layers={"stop": 2}, kv_heads={"stop": 2}, ffn_columns={"stop": 96}, vocab_rows={"stop": 509}),
-        block_size=8,
-        num_blocks=64,
-        token_budget=32,
-        max_num_seqs=8,
-        max_context_tokens=256,
-    )
+    request = load_request(llama_checkpoint(), dtype=pb.DTYPE_FLOAT32)
     with pytest.raises(NotEnoughMemory, match="ran out of memory while loading") as caught:
         LoadJob(request=request, device=open_device("cpu", 1)).run()
     assert caught.value.field == "serving.kv_cache"

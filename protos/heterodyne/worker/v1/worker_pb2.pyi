@@ -1234,22 +1234,28 @@ class End(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    GRAMMAR_PROBLEM_FIELD_NUMBER: _builtins.int
     reason: Global___EndReason.ValueType
     detail: _builtins.str
     """What went wrong, for END_REASON_FAILED."""
     num_preemptions: _builtins.int
+    grammar_problem: _builtins.str
+    """Set where the sequence failed by its grammar, and by nothing else: what is wrong with it."""
     def __init__(
         self,
         *,
         reason: Global___EndReason.ValueType = ...,
         detail: _builtins.str = ...,
         num_preemptions: _builtins.int = ...,
+        grammar_problem: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "grammar_problem", b"grammar_problem"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "num_preemptions", b"num_preemptions", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem", "detail", b"detail", "grammar_problem", b"grammar_problem", "num_preemptions", b"num_preemptions", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__grammar_problem: _TypeAlias = _typing.Literal["grammar_problem"]  # noqa: Y015
+    _WhichOneofArgType__grammar_problem: _TypeAlias = _typing.Literal["_grammar_problem", b"_grammar_problem"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar_problem) -> _WhichOneofReturnType__grammar_problem | None: ...
 
 Global___End: _TypeAlias = End  # noqa: Y015
 

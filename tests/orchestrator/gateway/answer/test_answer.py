@@ -112,6 +112,21 @@ def test_a_grammar_that_the_replica_cannot_follow_is_the_requests_fault() -> Non
     assert finished(other).error.code == code_pb2.INTERNAL, "another field is not the client's doing, whatever it says"
 
 
+@pytest.mark.parametrize("num_choices", [1, 3])
+@pytest.mark.parametrize("grammar", [pb.Grammar(regex="(a)"), pb.Grammar(lark="(a)"), pb.Grammar(json_schema="(a)")])
+def test_a_grammar_that_outgrows_its_limits_midway_is_the_requests_fault(grammar: pb.Grammar, num_choices: int) -> None:
+    answer, _ = make_answer(grammar=grammar, num_choices=num_choices)
+    take(answer, token(0, 3))
+    problem = "the answer cannot follow its grammar: lexer error: too many expressions constructed"
+    end = pb.End(reason=pb.END_REASON_FAILED, detail="/secret/path", grammar_problem=problem)
+    take(answer, pb.SequenceOutput(sequence_id=FIRST, end=end))
+    last = finished(answer)
+    assert last.error.code == code_pb2.INVALID_ARGUMENT
+    assert last.error.message.startswith(f"structured_output: cannot be followed: after 1 tokens, {problem}")
+    assert "(a)" in last.error.message and "secret" not in last.error.message and "replica" not in last.error.message
+    assert [choice.at_replica for choice in answer.choices] == [False] + [True] * (num_choices - 1)
+
+
 def test_a_grammar_quoted_by_the_replica_reaches_neither_log_nor_status_in_full(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

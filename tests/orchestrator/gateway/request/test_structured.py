@@ -162,6 +162,10 @@ def test_what_is_no_schema_is_refused(text: str, problem: str, model: ServedMode
         ({"$defs": {"a": {"dependentRequired": {}}}}, "dependentRequired", "#/$defs/a"),
         ({"additionalProperties": {"contains": {}}}, "contains", "#/additionalProperties"),
         ({"x-guidance": {"lenient": True}}, "x-guidance", "#"),
+        ({"x-guidance": {"whitespace_flexible": True, "lenient": True}}, "x-guidance", "#"),
+        ({"x-guidance": {"whitespace_flexible": "yes"}}, "x-guidance", "#"),
+        ({"x-guidance": True}, "x-guidance", "#"),
+        ({"items": {"x-guidance": {"whitespace_flexible": True}}}, "x-guidance", "#/items"),
     ],
 )
 def test_keywords_that_would_be_ignored_are_refused(
@@ -169,6 +173,12 @@ def test_keywords_that_would_be_ignored_are_refused(
 ) -> None:
     error = refused(asked(json_schema=json.dumps(schema)), model)
     assert error.value == keyword and f"at {path} that" in error.problem
+
+
+def test_white_space_is_the_clients_to_choose(model: ServedModel) -> None:
+    schema = '{"type":"array","x-guidance":{"whitespace_flexible":true}}'
+    grammar = check_structured(asked(json_schema=schema), model)
+    assert grammar is not None and grammar.json_schema == schema
 
 
 @pytest.mark.parametrize(
