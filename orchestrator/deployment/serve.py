@@ -21,7 +21,7 @@ from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
-from orchestrator.deployment.plan_lines import plan_lines
+from orchestrator.deployment.plan_lines import context_fields, plan_lines
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
@@ -71,7 +71,7 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
             _controller(checked, stop, console) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
         ):
-            return _run(config, launched.control_address, gateway, stop, console)
+            return _run(launched.checked, launched.control_address, gateway, stop, console)
     finally:
         disconnect()
         stop.ignore()
@@ -134,13 +134,15 @@ def _settings(checked: Checked) -> DeploymentSettings:
     )
 
 
-def _run(config: Config, control_address: str, gateway: GatewayProcess, stop: StopRequest, console: Console) -> int:
+def _run(checked: Checked, control_address: str, gateway: GatewayProcess, stop: StopRequest, console: Console) -> int:
     """Follows the launch, then serves until asked to stop, then drains. Returns the exit code."""
+    config = checked.config
     with _watch(control_address) as states:
         with LoadProgress(console) as progress:
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
-            _say(console, event="serving", model=config.model.name, address=gateway.address)
+            context = context_fields(checked)
+            _say(console, event="serving", model=config.model.name, address=gateway.address, **context)
             _supervise(states, gateway, stop, console)
     if not ready:
         _say(console, event="stopped_before_ready")

@@ -23,7 +23,7 @@ def need(weights: int, kv: int, workspace: int) -> Footprint:
 @pytest.mark.parametrize(
     ("available", "field", "fix"),
     [
-        (599 * MIB, "serving.kv_cache", "Set serving.kv_cache to 199MiB or less."),
+        (599 * MIB, "serving.kv_cache", "Set serving.kv_cache to 199 MiB or less."),
         (301 * MIB, "serving.token_budget", "Lower serving.token_budget"),
         (299 * MIB, "model.path", "smaller model"),
     ],
@@ -35,6 +35,18 @@ def test_the_setting_that_would_help_is_named(available: int, field: str, fix: s
     assert caught.value.field == field
     assert fix in caught.value.fix
     assert "300 MiB weights + 200 MiB KV blocks + 100 MiB workspace are needed" in str(caught.value)
+
+
+def test_a_kv_cache_of_less_than_a_block_is_not_proposed() -> None:
+    """A setting rounded down to whole MiB would hold no block of 1.5 MiB."""
+    block = 3 * MIB // 2
+    for available, field, fix in (
+        (block, "serving.kv_cache", "to 1536 KiB or less"),
+        (MIB, "serving.token_budget", ""),
+    ):
+        with pytest.raises(NotEnoughMemory) as caught:
+            check_memory(need(0, 3 * block, 0), available, where="cpu", least_setting=block)
+        assert caught.value.field == field and fix in caught.value.fix
 
 
 def test_memory_that_runs_out_while_loading_is_typed(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
