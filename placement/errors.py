@@ -45,14 +45,14 @@ class Remedy:
     Attributes:
         kv_cache_bytes: the size to set ``serving.kv_cache`` to; None: leave it.
         is_more_kv: whether that is more than what was set.
-        worker_bytes: the least memory to give each worker; None: leave it.
+        worker_bytes: the least memory to give who is named: ``each worker``, or single ones by device and node.
         free_bytes: the memory to free on each node that is named.
         max_context_tokens: the context to set; None: leave it.
     """
 
     kv_cache_bytes: int | None = None
     is_more_kv: bool = False
-    worker_bytes: int | None = None
+    worker_bytes: Mapping[str, int] = field(default_factory=dict)
     free_bytes: Mapping[str, int] = field(default_factory=dict)
     max_context_tokens: int | None = None
 

@@ -7,6 +7,9 @@ from placement.model.part import Part
 from placement.model.specs import DeviceSpec, NodeSpec
 from placement.planning.memory import Footprint, format_bytes
 
+EACH_WORKER = "each worker"
+"""Names all workers, where :func:`worker_name` names those of one device and node."""
+
 Blocks = Sequence[int]
 """The number of KV blocks of each replica."""
 
@@ -62,6 +65,11 @@ class Room:
         return f"{_needed(self.needs(blocks), purpose)}, and {self.name} has {format_bytes(self.memory_bytes)}"
 
 
+def worker_name(node: NodeSpec, device: DeviceSpec) -> str:
+    """Returns what people call the workers on a device."""
+    return f"{device.name} of node {node.name}"
+
+
 def rooms(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> tuple[Room, ...]:
     """Lists the memory that limits these ranks, that of single workers first.
 
@@ -76,7 +84,7 @@ def _of_workers(ranks: Sequence[Placed]) -> Iterator[Room]:
     for rank in ranks:
         # A CPU with the memory of its node has no limit of its own.
         if rank.device.kind == "cuda" or rank.device.memory_bytes != rank.node.memory_bytes:
-            name = f"{rank.device.name} of node {rank.node.name}"
+            name = worker_name(rank.node, rank.device)
             yield Room(name=name, node=None, memory_bytes=rank.device.memory_bytes, ranks=(rank,))
 
 

@@ -1,11 +1,11 @@
 """Refuses what does not fit in memory, and names changes that make it fit: each of them works when it is followed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from placement.errors import NotEnoughMemory, Remedy
-from placement.model.specs import ClusterSpec, NodeSpec
-from placement.planning.fitting import Blocks, Room, first_lacking
+from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
+from placement.planning.fitting import EACH_WORKER, Blocks, Room, first_lacking, worker_name
 from placement.planning.kv_size import Demand, most_setting
 from placement.planning.memory import format_bytes, rounded_size, size_words
 
@@ -34,9 +34,10 @@ def _check_auto(demand: Demand) -> None:
     if fewer:
         remedies.append(Remedy(max_context_tokens=fewer * demand.block_size))
     problem = room.describe(demand.least, f" to serve {demand.least_tokens} tokens")
-    field, value = "model.path", format_bytes(max(need.weight_bytes for need in room.needs(demand.least)))
+    field: str = "model.path"
+    value: object = format_bytes(max(need.weight_bytes for need in room.needs(demand.least)))
     if fewer:
-        field, value = "model.max_context_tokens", str(demand.asked_tokens or "none")
+        field, value = "model.max_context_tokens", demand.asked_tokens
     raise refusal(field=field, value=value, problem=problem, remedies=remedies, first=_first(room, demand.least))
 
 
@@ -96,13 +97,23 @@ def _too_large(demand: Demand, setting: int, room: Room) -> NotEnoughMemory:
 
 def _more_memory(demand: Demand, blocks: Blocks) -> Remedy:
     """Returns the memory with which all ranks fit."""
-    workers = [room for room in demand.rooms if room.node is None]
-    most = max(rank.need(blocks).total_bytes for ranks in demand.replicas for rank in ranks)
-    lacking = {room.node: room.lacking(blocks) for room in demand.rooms if room.node and room.lacking(blocks)}
+    lacking = [room for room in demand.rooms if room.lacking(blocks)]
     return Remedy(
-        worker_bytes=rounded_size(most, up=True) if first_lacking(workers, blocks) else None,
-        free_bytes={node: rounded_size(size, up=True) for node, size in lacking.items() if node},
+        worker_bytes=_worker_bytes(demand, {room.name for room in lacking if room.node is None}, blocks),
+        free_bytes={room.node: rounded_size(room.lacking(blocks), up=True) for room in lacking if room.node},
     )
+
+
+def _worker_bytes(demand: Demand, lacking: Set[str], blocks: Blocks) -> dict[str, int]:
+    """Returns what workers need, by the names of those that have less, or for each worker where one size does."""
+    needs: dict[str, int] = {}
+    for rank in (rank for ranks in demand.replicas for rank in ranks):
+        name = worker_name(rank.node, rank.device)
+        needs[name] = max(needs.get(name, 0), rank.need(blocks).total_bytes)
+    sizes = {name: rounded_size(need, up=True) for name, need in needs.items() if name in lacking}
+    if len(set(sizes.values())) == 1 and max(sizes.values()) >= max(needs.values()):
+        return {EACH_WORKER: max(sizes.values())}
+    return sizes
 
 
 def _first(room: Room, blocks: Blocks) -> list[str]:
@@ -132,25 +143,27 @@ def _words(remedy: Remedy) -> str:
         changes.append(f"set serving.kv_cache to {size_words(remedy.kv_cache_bytes)} or {side}")
     if remedy.max_context_tokens is not None:
         changes.append(f"set model.max_context_tokens to {remedy.max_context_tokens} or less")
-    if remedy.worker_bytes is not None:
-        changes.append(f"give each worker {size_words(remedy.worker_bytes)} or more")
-    changes += [f"free {size_words(size)} on node {node}" for node, size in remedy.free_bytes.items()]
+    if remedy.worker_bytes:
+        sizes = (f"{who} {size_words(size)} or more" for who, size in remedy.worker_bytes.items())
+        changes.append(f"give {' and '.join(sizes)}")
+    if remedy.free_bytes:
+        sizes = (f"{size_words(size)} on node {node}" for node, size in remedy.free_bytes.items())
+        changes.append(f"free {' and '.join(sizes)}")
     return " and ".join(changes)
 
 
 def followed(cluster: ClusterSpec, remedy: Remedy) -> ClusterSpec:
     """Returns the cluster once the memory was given that a remedy asks for."""
-    return ClusterSpec(
-        nodes=tuple(_followed(node, remedy.worker_bytes or 0, remedy.free_bytes) for node in cluster.nodes)
-    )
+    return ClusterSpec(nodes=tuple(_followed(node, remedy) for node in cluster.nodes))
 
 
-def _followed(node: NodeSpec, worker_bytes: int, free_bytes: Mapping[str, int]) -> NodeSpec:
-    freed = None if node.memory_bytes is None else node.memory_bytes + free_bytes.get(node.name, 0)
-    devices = tuple(
-        replace(device, memory_bytes=freed)
-        if freed is not None and device.kind == "cpu" and device.memory_bytes == node.memory_bytes
-        else replace(device, memory_bytes=max(device.memory_bytes, worker_bytes))
-        for device in node.devices
-    )
-    return replace(node, memory_bytes=freed, devices=devices)
+def _followed(node: NodeSpec, remedy: Remedy) -> NodeSpec:
+    freed = None if node.memory_bytes is None else node.memory_bytes + remedy.free_bytes.get(node.name, 0)
+
+    def given(device: DeviceSpec) -> DeviceSpec:
+        if freed is not None and device.kind == "cpu" and device.memory_bytes == node.memory_bytes:
+            return replace(device, memory_bytes=freed)
+        asked = [remedy.worker_bytes.get(name, 0) for name in (EACH_WORKER, worker_name(node, device))]
+        return replace(device, memory_bytes=max(device.memory_bytes, *asked))
+
+    return replace(node, memory_bytes=freed, devices=tuple(map(given, node.devices)))

@@ -61,7 +61,7 @@ class Advice:
 
     kv_cache_bytes: int | None = None
     max_context_tokens: int | None = None
-    worker_bytes: int | None = None
+    worker_bytes: Mapping[str, int] = field(default_factory=dict)
     free_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -82,15 +82,15 @@ def cases(draw: st.DrawFn) -> Case:
         cluster=cluster,
         unmeasured=frozenset(unmeasured),
         layouts=draw(st.sampled_from([one_each(cluster)]) | layouts(sum(len(node.devices) for node in nodes))),
-        kv_cache_bytes=draw(st.none() | st.integers(1, 80 * MIB)),
-        max_context_tokens=draw(st.none() | st.integers(1, 4096)),
+        kv_cache_bytes=draw(st.none() | st.sampled_from([1, 100_000, MIB, 5 * MIB, 20 * MIB, 40 * MIB, 80 * MIB])),
+        max_context_tokens=draw(st.none() | st.sampled_from([1, 100, 1000, 4096])),
         limits=ReplicaLimits(block_size=draw(st.sampled_from([1, 3, 16, 100])), token_budget=64, max_num_seqs=4),
     )
 
 
 def memories(num_processes: int = 1) -> st.SearchStrategy[int]:
     """Draws memory in which so many processes fit, or do not, beside a small model."""
-    return st.integers(-20 * MIB, 120 * MIB).map(lambda size: num_processes * CPU_PROCESS_BYTES + size)
+    return st.sampled_from(range(-20, 121, 7)).map(lambda size: num_processes * (CPU_PROCESS_BYTES + size * MIB))
 
 
 @st.composite
@@ -135,11 +135,12 @@ def _read(way: str) -> Advice:
         return None if found is None else int(str(parse_bytes(found[1])))
 
     context = re.search(r"set model\.max_context_tokens to (\d+) or less", way, re.IGNORECASE)
-    freed = re.findall(rf"free {_SIZE} on node (\w)", way, re.IGNORECASE)
+    given = re.findall(rf"(each worker|c[a-z0-9:]+ of node \w) {_SIZE} or more", way, re.IGNORECASE)
+    freed = re.findall(rf"(?:free|and) {_SIZE} on node (\w)", way, re.IGNORECASE)
     return Advice(
         kv_cache_bytes=size(rf"set serving\.kv_cache to {_SIZE} or (?:more|less)"),
         max_context_tokens=int(context[1]) if context else None,
-        worker_bytes=size(rf"give each worker {_SIZE} or more"),
+        worker_bytes={who: int(str(parse_bytes(text))) for who, text in given},
         free_bytes={node: int(str(parse_bytes(text))) for text, node in freed},
     )
 
@@ -150,7 +151,7 @@ def follow(case: Case, way: Advice) -> Case:
     return replace(
         case,
         cluster=ClusterSpec(nodes=nodes),
-        unmeasured=frozenset() if way.worker_bytes is not None else case.unmeasured,
+        unmeasured=frozenset() if "each worker" in way.worker_bytes else case.unmeasured,
         kv_cache_bytes=case.kv_cache_bytes if way.kv_cache_bytes is None else way.kv_cache_bytes,
         max_context_tokens=way.max_context_tokens or case.max_context_tokens,
     )
@@ -162,6 +163,8 @@ def _freed(node: NodeSpec, way: Advice) -> NodeSpec:
     for device in node.devices:
         own = device.memory_bytes
         if device.kind == "cpu" and own == node.memory_bytes:  # it is not said, so it is the node's
-            own = memory or 0
-        devices.append(replace(device, memory_bytes=max(own, way.worker_bytes or 0) if own != memory else own))
+            devices.append(replace(device, memory_bytes=memory or 0))
+            continue
+        asked = [way.worker_bytes.get(who, 0) for who in ("each worker", f"{device.name} of node {node.name}")]
+        devices.append(replace(device, memory_bytes=max(own, *asked)))
     return replace(node, memory_bytes=memory, devices=tuple(devices))
