@@ -21,7 +21,7 @@ def choose(case: Case) -> Plan:
     return choose_layouts(make_plan, case.cluster, unmeasured=case.unmeasured).plan
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_advice_for_layouts_that_are_asked_for_works(case: Case) -> None:
     try:
@@ -37,7 +37,7 @@ def test_advice_for_layouts_that_are_asked_for_works(case: Case) -> None:
             assert "kv_cache" not in str(error)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_advice_for_layouts_that_are_chosen_works(case: Case) -> None:
     try:
