@@ -1,5 +1,8 @@
 """Defines the errors that a user may see. Each names the field, the value and the fix."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 
 class HeterodyneError(Exception):
     """The base of every error that is meant for a user."""
@@ -36,8 +39,35 @@ class InvalidRequest(FieldError):
     """A request cannot be served as its client wrote it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """Changes which together make a plan fit in memory. Every size is exactly what the user is told.
+
+    Attributes:
+        kv_cache_bytes: the size to set ``serving.kv_cache`` to; None: leave it.
+        is_more_kv: whether that is more than what was set.
+        worker_bytes: the least memory to give who is named: ``each worker``, or single ones by device and node.
+        free_bytes: the memory to free on each node that is named.
+        max_context_tokens: the context to set; None: leave it.
+    """
+
+    kv_cache_bytes: int | None = None
+    is_more_kv: bool = False
+    worker_bytes: Mapping[str, int] = field(default_factory=dict)
+    free_bytes: Mapping[str, int] = field(default_factory=dict)
+    max_context_tokens: int | None = None
+
+
 class NotEnoughMemory(FieldError):
-    """A rank's weights and KV blocks do not fit where the plan puts them."""
+    """A rank's weights and KV blocks do not fit where the plan puts them.
+
+    Attributes:
+        remedies: the changes that ``fix`` names, each of which is enough.
+    """
+
+    def __init__(self, *, field: str, value: object, problem: str, fix: str, remedies: tuple[Remedy, ...] = ()) -> None:
+        self.remedies = remedies
+        super().__init__(field=field, value=value, problem=problem, fix=fix)
 
 
 def shorten(value: object, limit: int = 120) -> str:

@@ -68,7 +68,8 @@ class WorkerConfig:
     """CPU threads of each. Default: this machine's cores, divided by its cpu workers. On a Ray cluster that was
     there before, a cpu worker has no default."""
     memory: ByteSize | None = None
-    """Memory each may use. Default: what the node has."""
+    """Memory each may use. Default: what the node has. Set it for remote workers and GPUs; otherwise each is assumed to
+    hold the whole model."""
     node: Annotated[str, Field(min_length=1, max_length=253)] | None = None
     """The machine of the Ray cluster to run them on: its hostname or its address, as `ray list nodes` shows them.
     Default: any machine with room."""
@@ -131,8 +132,10 @@ class ServingConfig:
     """Most tokens of one step, decodes counted. More: answers start sooner; fewer: they stream smoother."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
-    kv_cache: ByteSize = 256 * 2**20
-    """Memory for KV blocks in each rank."""
+    kv_cache: Annotated[ByteSize | None, Field(json_schema_extra=_or_auto)] = None
+    """Memory for KV blocks in each rank. Default, auto: half of what weights, workspace and process leave of a node's
+    memory, nine tenths of what they leave of a GPU's, or 256 MiB where the memory is not known; at most what
+    max_num_seqs sequences can use, and at least 2048 tokens, or max_context_tokens where that is set."""
     parallelism: Annotated[ParallelismConfig | None, Field(json_schema_extra=_or_auto)] = None
     """Who holds what of the model. Default, auto: every worker all of it, or where that does not fit, all workers
     together one replica, by measured speed within memory: those of a node share every layer, nodes share the layers."""
@@ -249,9 +252,13 @@ def settings_variables() -> list[str]:
 
 
 def _expand_auto(layers: Layers) -> None:
-    """Replaces the word ``auto`` for parallelism by None, which stands for it."""
+    """Replaces the word ``auto`` for parallelism and for the KV cache by None, which stands for it."""
     serving = layers.values.get("serving")
-    if not isinstance(serving, dict) or not isinstance(said := serving.get("parallelism"), str):
+    if not isinstance(serving, dict):
+        return
+    if serving.get("kv_cache") == "auto":
+        serving["kv_cache"] = None
+    if not isinstance(said := serving.get("parallelism"), str):
         return
     if said != "auto":
         problem, fix = "is neither auto nor a section", "Write auto, or replicas: with the stages of each."

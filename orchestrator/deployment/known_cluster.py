@@ -107,9 +107,7 @@ def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownClu
             for place, memory in memory_of.items()
         )
         unmeasured |= {(node.name, workers[place].device) for place, memory in memory_of.items() if memory is None}
-        memory_bytes = node.memory_bytes or sum(device.memory_bytes for device in devices if device.kind == "cpu")
-        spec = NodeSpec(name=node.name, memory_bytes=memory_bytes, devices=devices)
-        specs.append(spec)
+        specs.append(NodeSpec(name=node.name, memory_bytes=node.memory_bytes, devices=devices))
     return KnownCluster(
         spec=ClusterSpec(nodes=tuple(specs)),
         unmeasured=frozenset(unmeasured),

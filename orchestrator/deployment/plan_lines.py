@@ -1,4 +1,4 @@
-"""Puts a plan into words: who holds what, in a line for each rank, and what about it will be slow."""
+"""Puts a plan into words: who holds what, in a line for each rank, what context is served, and what will be slow."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,9 @@ from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.preflight import Checked
 from orchestrator.event_log import LogLevel, Said
 from placement.model.part import Span
-from placement.planning.memory import format_bytes
+from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
+from placement.planning.memory import format_bytes, size_words
+from placement.planning.plan import Replica
 
 
 def warning_events(checked: Checked) -> Iterator[Said]:
@@ -29,7 +31,12 @@ def warning_events(checked: Checked) -> Iterator[Said]:
 
 
 def plan_events(checked: Checked) -> Iterator[Said]:
-    """Yields for each rank what it will hold."""
+    """Yields for each rank what it will hold, and then what context that gives."""
+    yield from _rank_events(checked)
+    yield context_event(checked)
+
+
+def _rank_events(checked: Checked) -> Iterator[Said]:
     plan = checked.plan
     ranks = [
         (replica, stage, shard)
@@ -54,10 +61,11 @@ def plan_events(checked: Checked) -> Iterator[Said]:
             "kv_heads": _range(part.kv_heads),
             "ffn_columns": _range(part.ffn_columns),
             "vocab_rows": _range(part.vocab_rows),
-            "block_slots": "" if part.stripe is None else f"{part.stripe.start}-{part.stripe.stop}",
+            "block_slots": "" if part.stripe is None else _range(Span(part.stripe.start, part.stripe.stop)),
             "weights": weights,
             "kv": kv,
             "kv_tokens": shard.num_blocks * replica.limits.block_size,
+            "kv_sized_by": _sized_by(replica),
         }
         sentence = (
             f"Plan: worker {worker} ({shard.device.name} on {_where(node)}) is rank {shard.rank} of {replica.name}: "
@@ -70,5 +78,48 @@ def _where(node: str) -> str:
     return {LOCAL_NODE: "this machine", "any": "any node"}.get(node, node)
 
 
+def context_event(checked: Checked) -> Said:
+    """Says what context is served of what the model has, and what would give more where that is less."""
+    words = context_words(checked)
+    served, most = checked.context_tokens, checked.model_context_tokens
+    sentence = words or f"serves {served} of the model's {most} tokens"
+    return Said(
+        event="context",
+        sentence=f"Context: {sentence}.",
+        fields={**context_fields(checked), "cause": words},
+        level=LogLevel.WARNING if words else LogLevel.INFO,
+    )
+
+
+def context_fields(checked: Checked) -> dict[str, int]:
+    """Returns the context that is served, and what the model was made for, as fields of a line."""
+    return {"context_tokens": checked.context_tokens, "model_context_tokens": checked.model_context_tokens}
+
+
+def context_words(checked: Checked) -> str:
+    """Says what would give more context, where the KV blocks hold less than the model's; else nothing."""
+    served, most = checked.context_tokens, checked.model_context_tokens
+    if served == most or checked.config.model.max_context_tokens is not None:
+        return ""
+    smallest = min(checked.plan.replicas, key=lambda replica: replica.num_blocks)
+    match smallest.kv_sized_by:
+        case "setting":
+            more = "raise serving.kv_cache"
+        case "unknown memory":
+            more = "set the memory of workers, or serving.kv_cache,"
+        case _:
+            more = "free or add memory, or set serving.kv_cache,"
+    return f"serves {served} of the model's {most} tokens: {more} for more"
+
+
+def _sized_by(replica: Replica) -> str:
+    if replica.kv_sized_by != "unknown memory":
+        return replica.kv_sized_by
+    return f"at most {size_words(UNKNOWN_MEMORY_KV_BYTES)}, as memory is not known: set it for workers"
+
+
 def _range(span: Span) -> str:
-    return f"{span.start}-{span.stop}" if len(span) else "none"
+    """Writes a span with its last number, as the picture does."""
+    if not len(span):
+        return "none"
+    return f"{span.start}-{span.stop - 1}" if len(span) > 1 else str(span.start)

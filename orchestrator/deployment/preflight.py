@@ -22,7 +22,7 @@ from placement.model.hf import saved_dtype
 from placement.model.quantization import Quantization, linear_format
 from placement.model.specs import DType, ModelSpec
 from placement.model.weights import num_parameters
-from placement.planning.auto import Choice, Layouts, SplitBy, first_that_fits
+from placement.planning.auto import Choice, MakePlan, SplitBy, choose_layouts
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan, Shard
@@ -63,6 +63,16 @@ class Checked:
         cluster = self.config.cluster
         named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
         return cluster.is_local or self.hosts is not None or named is not None
+
+    @property
+    def context_tokens(self) -> int:
+        """Returns the most tokens of prompt and answer together that are served."""
+        return self.plan.model.max_context_tokens
+
+    @property
+    def model_context_tokens(self) -> int:
+        """Returns the most tokens that the model was made for."""
+        return self.model.max_context_tokens
 
 
 def preflight(
@@ -151,30 +161,25 @@ def _choose_layouts(
     config: Config, files: ModelFiles, cluster: KnownCluster, speeds: Sequence[DeviceSpeed] | None
 ) -> Choice:
     """Returns the layouts that are asked for, or those that suit, and their plan."""
-    spec = cluster.spec
-    make_plan = partial(
+    make_plan = _planner(config, files)
+    if config.serving.parallelism is None:
+        device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
+        return choose_layouts(make_plan, cluster.spec, unmeasured=cluster.unmeasured, speeds=device_speeds)
+    layouts = _layouts(config, config.serving.parallelism, cluster)
+    return Choice(layouts=layouts, plan=make_plan(cluster.spec, layouts=layouts, unmeasured=cluster.unmeasured))
+
+
+def _planner(config: Config, files: ModelFiles) -> MakePlan:
+    """Returns a function that plans layouts on a cluster as the configuration says."""
+    return partial(
         plan_replicas,
         files.spec,
-        spec,
         dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
         kv_cache_bytes=config.serving.kv_cache,
         max_context_tokens=config.model.max_context_tokens,
         limits=_limits(config),
         linear=linear_format(files.config, Quantization(config.model.quantization)),
     )
-
-    def plan(layouts: Layouts) -> Plan:
-        return make_plan(layouts=layouts, unmeasured=cluster.unmeasured)
-
-    def draft(layouts: Layouts) -> Plan:
-        every = {(node.name, device.name) for node in spec.nodes for device in node.devices}
-        return make_plan(layouts=layouts, unmeasured=every)
-
-    if config.serving.parallelism is None:
-        device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
-        return first_that_fits(spec, plan, draft=draft, unmeasured=cluster.unmeasured, speeds=device_speeds)
-    layouts = _layouts(config, config.serving.parallelism, cluster)
-    return Choice(layouts=layouts, plan=plan(layouts))
 
 
 def _limits(config: Config) -> ReplicaLimits:

@@ -151,10 +151,15 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSpec:
-    """A machine and its devices."""
+    """A machine and its devices.
+
+    Attributes:
+        memory_bytes: the memory that ranks on its CPU share; None where it is not known. A CPU whose own
+            ``memory_bytes`` are as many has no limit of its own.
+    """
 
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
     devices: tuple[DeviceSpec, ...]
 
 

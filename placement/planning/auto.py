@@ -10,15 +10,18 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from placement.errors import HeterodyneError, NotEnoughMemory
+from placement.errors import HeterodyneError, NotEnoughMemory, Remedy
 from placement.measured.speed import DeviceSpeed, shares_by_speed
 from placement.model.specs import ClusterSpec
 from placement.planning.layout import ReplicaLayout, StageLayout, one_each
 from placement.planning.memory import CPU_PROCESS_BYTES, CUDA_PROCESS_BYTES
 from placement.planning.plan import Plan, Shard
+from placement.planning.remedies import followed, refusal
 from placement.planning.room import fit
 
 Layouts = tuple[ReplicaLayout, ...]
+MakePlan = Callable[..., Plan]
+"""Plans layouts on a cluster: :func:`placement.planning.planner.plan_replicas`, given all but these."""
 SplitBy = Literal["speed", "threads", "memory"]
 
 
@@ -37,11 +40,46 @@ class Choice:
     split_by: SplitBy | None = None
 
 
+def choose_layouts(
+    make_plan: MakePlan,
+    cluster: ClusterSpec,
+    *,
+    unmeasured: Collection[tuple[str, str]] = (),
+    speeds: Sequence[DeviceSpeed] | None = None,
+) -> Choice:
+    """Chooses the layouts of a cluster: see :func:`first_that_fits`, also for what is raised.
+
+    Where no size of the KV cache is set, shares leave room for one sequence, and KV blocks get what is then left.
+    """
+
+    def choose(remedy: Remedy, works: Callable[[Remedy], bool]) -> Choice:
+        given = followed(cluster, remedy)
+        settings = {"kv_cache_bytes": remedy.kv_cache_bytes, "max_context_tokens": remedy.max_context_tokens}
+        changes = {name: value for name, value in settings.items() if value is not None}
+        return first_that_fits(
+            given,
+            lambda layouts: make_plan(given, layouts=layouts, unmeasured=unmeasured, **changes),
+            draft=lambda layouts: make_plan(given, layouts=layouts, is_draft=True, **changes),
+            works=works,
+            unmeasured=unmeasured,
+            speeds=speeds,
+        )
+
+    def works(remedy: Remedy) -> bool:
+        try:
+            return bool(choose(remedy, lambda further: False).layouts)
+        except NotEnoughMemory:
+            return False
+
+    return choose(Remedy(), works)
+
+
 def first_that_fits(
     cluster: ClusterSpec,
     plan: Callable[[Layouts], Plan],
     *,
     draft: Callable[[Layouts], Plan],
+    works: Callable[[Remedy], bool],
     unmeasured: Collection[tuple[str, str]] = (),
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Choice:
@@ -50,11 +88,12 @@ def first_that_fits(
     Args:
         plan: a function that makes the plan of layouts, and raises NotEnoughMemory where it does not fit.
         draft: a function that makes the plan whether it fits or not.
+        works: a function that says whether some layout fits once a remedy was followed.
         unmeasured: (node, device) pairs whose memory is not known.
         speeds: the speeds of all devices, in the order of nodes and devices; None: they were not measured.
 
     Raises:
-        NotEnoughMemory: nothing fits. The error says what fewer changes mend: see :func:`easier`.
+        NotEnoughMemory: nothing fits: see :func:`easier`.
         HeterodyneError: ``plan`` raises it for a replica on each device.
     """
     simplest = one_each(cluster)
@@ -64,30 +103,32 @@ def first_that_fits(
         refused = error
 
     def fullness(weights: Sequence[float]) -> list[float]:
-        (replica,) = draft(over_all(cluster, weights)).replicas
-        return [_fullness(shard, unmeasured) for shard in replica.shards]
+        return _fullnesses(draft(over_all(cluster, weights)), unmeasured)
 
     for split_by, weights in shares(cluster, speeds):
         try:
             layouts = over_all(cluster, fit(weights, fullness))
             return Choice(layouts=layouts, plan=plan(layouts), split_by=split_by)
         except NotEnoughMemory as error:
-            refused = easier(refused, error)
+            refused = easier(refused, error, works)
         except HeterodyneError:  # this model cannot be cut so
             continue
     raise refused
 
 
-def easier(whole: NotEnoughMemory, cut: NotEnoughMemory) -> NotEnoughMemory:
+def easier(whole: NotEnoughMemory, cut: NotEnoughMemory, works: Callable[[Remedy], bool]) -> NotEnoughMemory:
     """Chooses the error to report for a model that fits neither whole on each device nor cut over all of them.
 
-    It is the error about the whole model, unless a smaller KV cache would let the model fit when it is cut over all
-    devices.
+    It is the error about the whole model, unless a smaller KV cache or context would let the model fit when it is cut
+    over all devices. What follows memory is cut otherwise once that is changed, so each remedy is tried.
     """
     if whole.field != "model.path" or cut.field == "model.path":
         return whole
+    remedies = [remedy for remedy in cut.remedies if works(remedy)]
+    if not remedies:
+        return whole
     problem = f"cut over all workers, of which none has room for the whole, {cut.problem}"
-    return NotEnoughMemory(field=cut.field, value=cut.value, problem=problem, fix=cut.fix)
+    return refusal(field=cut.field, value=cut.value, problem=problem, remedies=remedies)
 
 
 def shares(
@@ -119,6 +160,11 @@ def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
         stages.append(StageLayout(devices=devices, weights=node_weights, speed=sum(node_weights)))
         first += len(devices)
     return (ReplicaLayout(stages=tuple(stages)),)
+
+
+def _fullnesses(plan: Plan, unmeasured: Collection[tuple[str, str]]) -> list[float]:
+    (replica,) = plan.replicas
+    return [_fullness(shard, unmeasured) for shard in replica.shards]
 
 
 def _fullness(shard: Shard, unmeasured: Collection[tuple[str, str]]) -> float:

@@ -1,12 +1,17 @@
-"""Checks that ranks fit where they are placed: each in its device, and those on CPUs together in their node."""
+"""Says which ranks share which memory: a rank may have a limit of its own, and those on a CPU share their node's."""
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from placement.errors import NotEnoughMemory
 from placement.model.part import Part
 from placement.model.specs import DeviceSpec, NodeSpec
-from placement.planning.memory import Footprint, format_bytes, size_setting
+from placement.planning.memory import Footprint, format_bytes
+
+EACH_WORKER = "each worker"
+"""Names all workers, where :func:`worker_name` names those of one device and node."""
+
+Blocks = Sequence[int]
+"""The number of KV blocks of each replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,74 +20,90 @@ class Placed:
 
     Attributes:
         node, device: the machine and its device that the rank is placed on.
+        replica: the place of its replica among all replicas.
         part: the part of the model that it holds.
-        num_blocks: KV blocks that it allocates.
-        need: the bytes that it needs.
-        smallest_kv_bytes: the fewest KV bytes that would be enough.
-        setting_bytes: the KV bytes of the rank of its replica that has most, which ``serving.kv_cache`` sets.
+        fixed: the bytes that it needs without KV blocks.
+        block_bytes: the bytes of one KV block.
     """
 
     node: NodeSpec
     device: DeviceSpec
+    replica: int
     part: Part
-    num_blocks: int
-    need: Footprint
-    smallest_kv_bytes: int
-    setting_bytes: int
+    fixed: Footprint
+    block_bytes: int
+
+    def need(self, blocks: Blocks) -> Footprint:
+        """Returns the bytes that it needs, where replicas have so many blocks."""
+        return replace(self.fixed, kv_bytes=blocks[self.replica] * self.block_bytes)
 
 
-def check_memory(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> None:
-    """Checks that all ranks fit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Memory that is known, and the ranks that it must hold.
+
+    Attributes:
+        name: what people call it.
+        node: the node that it belongs to; None: it is the memory of one worker alone.
+    """
+
+    name: str
+    node: str | None
+    memory_bytes: int
+    ranks: tuple[Placed, ...]
+
+    def needs(self, blocks: Blocks) -> list[Footprint]:
+        """Returns the bytes that each rank needs."""
+        return [rank.need(blocks) for rank in self.ranks]
+
+    def lacking(self, blocks: Blocks) -> int:
+        """Counts the bytes that are missing; 0 where everything fits."""
+        return max(0, sum(need.total_bytes for need in self.needs(blocks)) - self.memory_bytes)
+
+    def describe(self, blocks: Blocks, purpose: str = "") -> str:
+        """Says in a clause what is needed here, for which purpose, and what there is."""
+        return f"{_needed(self.needs(blocks), purpose)}, and {self.name} has {format_bytes(self.memory_bytes)}"
+
+
+def worker_name(node: NodeSpec, device: DeviceSpec) -> str:
+    """Returns what people call the workers on a device."""
+    return f"{device.name} of node {node.name}"
+
+
+def rooms(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> tuple[Room, ...]:
+    """Lists the memory that limits these ranks, that of single workers first.
 
     Args:
         unmeasured: (node, device) pairs whose memory is not known.
-
-    Raises:
-        NotEnoughMemory: its field is ``serving.kv_cache`` where smaller KV caches would fit, else ``model.path``. It
-            names what would fit.
     """
     known = [rank for rank in ranks if (rank.node.name, rank.device.name) not in unmeasured]
-    for rank in known:
-        where = f"{rank.device.name} of node {rank.node.name}"
-        _check_fits([rank], rank.device.memory_bytes, where)
-    on_cpu = [rank for rank in known if rank.device.kind == "cpu"]
+    return (*_of_workers(known), *_of_nodes([rank for rank in known if rank.device.kind == "cpu"]))
+
+
+def _of_workers(ranks: Sequence[Placed]) -> Iterator[Room]:
+    for rank in ranks:
+        # A CPU with the memory of its node has no limit of its own.
+        if rank.device.kind == "cuda" or rank.device.memory_bytes != rank.node.memory_bytes:
+            name = worker_name(rank.node, rank.device)
+            yield Room(name=name, node=None, memory_bytes=rank.device.memory_bytes, ranks=(rank,))
+
+
+def _of_nodes(on_cpu: Sequence[Placed]) -> Iterator[Room]:
     for node in {rank.node.name: rank.node for rank in on_cpu}.values():
-        neighbours = [rank for rank in on_cpu if rank.node.name == node.name]
-        _check_fits(neighbours, node.memory_bytes, f"node {node.name}")
+        if node.memory_bytes is not None:
+            neighbours = tuple(rank for rank in on_cpu if rank.node.name == node.name)
+            yield Room(name=f"node {node.name}", node=node.name, memory_bytes=node.memory_bytes, ranks=neighbours)
 
 
-def _check_fits(ranks: Sequence[Placed], memory_bytes: int, where: str) -> None:
-    needs = [rank.need for rank in ranks]
-    total = sum(need.total_bytes for need in needs)
-    if total <= memory_bytes:
-        return
-    problem = f"{_needed(needs, total)}, and {where} has {format_bytes(memory_bytes)}"
-    kv_bytes = sum(need.kv_bytes for need in needs)
-    # The room that is left for KV. One setting scales all KV caches.
-    kv_room = memory_bytes - (total - kv_bytes)
-    if kv_room > 0 and all(kv_room * rank.need.kv_bytes >= kv_bytes * rank.smallest_kv_bytes for rank in ranks):
-        enough = min(rank.setting_bytes * kv_room // kv_bytes for rank in ranks if rank.need.kv_bytes)
-        raise NotEnoughMemory(
-            field="serving.kv_cache",
-            value=format_bytes(max(rank.setting_bytes for rank in ranks)),
-            problem=problem,
-            fix=f"Set serving.kv_cache to {size_setting(enough, round_up=False)} or less.",
-        )
-    least = max(rank.need.total_bytes - rank.need.kv_bytes + rank.smallest_kv_bytes for rank in ranks)
-    can_run = memory_bytes // least
-    first = f"Run {can_run} of them there" if len(ranks) > 1 and can_run else "Free memory"
-    room = size_setting(least, round_up=True)
-    raise NotEnoughMemory(
-        field="model.path",
-        value=format_bytes(max(need.weight_bytes for need in needs)),
-        problem=problem,
-        fix=f"{first}, use a smaller model, or give each worker {room} or more.",
-    )
+def first_lacking(among: Sequence[Room], blocks: Blocks) -> Room | None:
+    """Returns the first memory that does not hold its ranks; None where all do."""
+    return next((room for room in among if room.lacking(blocks)), None)
 
 
-def _needed(needs: Sequence[Footprint], total: int) -> str:
+def _needed(needs: Sequence[Footprint], purpose: str) -> str:
+    total = format_bytes(sum(need.total_bytes for need in needs))
     if len(needs) == 1:
-        return f"1 worker needs {format_bytes(total)} ({needs[0]})"
+        return f"1 worker needs {total}{purpose} ({needs[0]})"
     largest = max(needs, key=lambda need: need.total_bytes)
     shape = f"{largest}, each" if all(need == largest for need in needs) else f"the largest: {largest}"
-    return f"{len(needs)} workers need {format_bytes(total)} ({shape})"
+    return f"{len(needs)} workers need {total}{purpose} ({shape})"

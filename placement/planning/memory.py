@@ -279,7 +279,23 @@ def format_bytes(size: int) -> str:
     return f"{value / 1024:.4g} TiB"
 
 
-def size_setting(size: int, *, round_up: bool) -> str:
-    """Writes a size as the cluster YAML does. It is at most ``size`` or, rounded up, at least that."""
-    unit, name = (2**20, "MiB") if size >= 2**20 else (2**10, "KiB")
-    return f"{-(-size // unit) if round_up else size // unit}{name}"
+def rounded_size(size: int, *, up: bool, least: int = 1, most: int = 2**63) -> int:
+    """Rounds a size to a few digits, as people set it, within ``[least, most]``; ``size`` itself lies there.
+
+    It is at most ``size`` or, rounded up, at least that.
+    """
+    assert 0 < least <= size <= most, (least, size, most)
+    for unit in (2**30, 2**20, 2**10):
+        rounded = (-(-size // unit) if up else size // unit) * unit
+        digits = 100 if unit == 2**30 else 1
+        if size >= digits * unit and least <= rounded <= most:
+            return rounded
+    return size
+
+
+def size_words(size: int) -> str:
+    """Writes a size exactly, as the cluster YAML takes it: ``410 MiB``."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} B"

@@ -1,10 +1,15 @@
 """Describes who holds what: a plan has replicas, a replica has stages, and a stage has shards, one for each rank."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec
 from placement.planning.limits import ReplicaLimits
+
+KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
+"""What the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands in for
+memory that is not known; or the most that sequences can use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +56,13 @@ class Replica:
 
     Attributes:
         limits: the sizes that it serves within.
+        kv_sized_by: what decided its number of KV blocks.
     """
 
     name: str
     stages: tuple[Stage, ...]
     limits: ReplicaLimits
+    kv_sized_by: KvSizedBy = "setting"
 
     @property
     def shards(self) -> tuple[Shard, ...]:

@@ -1,8 +1,15 @@
-"""Allocates the KV cache of a rank once, before the first request; it never grows."""
+"""Allocates the KV cache of a rank once, before the first request; it never grows.
 
+On a CPU it is asked of the system, which gives a page, of zeros, when it is first written. So a large cache costs no
+time at the start, and of the memory only what sequences have used.
+"""
+
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from kernels.attention import LayerCache
 from placement.errors import NotEnoughMemory
@@ -46,12 +53,23 @@ def allocate_kv_cache(
     return KVCache(
         layers=tuple(
             LayerCache(
-                keys=torch.zeros(shape, dtype=dtype, device=device.torch_device),
-                values=torch.zeros(shape, dtype=dtype, device=device.torch_device),
+                keys=_zeros(shape, dtype, device.torch_device),
+                values=_zeros(shape, dtype, device.torch_device),
             )
             for shape in shapes
         )
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # lives as long as the tensor
+    except OSError as error:
+        raise MemoryError(f"can't allocate memory: {num_bytes} bytes of KV ({error})") from error
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def kv_cache_bytes(cache: KVCache) -> int:

@@ -10,7 +10,7 @@ from placement.model.quantization import LinearFormat, Quantization, check_linea
 from placement.model.specs import DType, ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.limits import ReplicaLimits
-from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, size_setting
+from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, rounded_size, size_words
 from protos.codec.formats import read_dtype
 from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -64,7 +64,8 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
     check_linear_format(shard_tensors(model, roster.part), linear)
     need = reckon(request.num_blocks, limits, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
     share = kv_share(model, roster, block_size=limits.block_size)
-    check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share)
+    largest = int(need.kv_bytes / share) // request.num_blocks
+    check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share, least_setting=largest)
     return CheckedLoad(model=model, roster=roster, dtype=dtype, linear=linear, need=need, limits=limits)
 
 
@@ -134,11 +135,14 @@ def reckon(
     return replace(need, process_bytes=0)
 
 
-def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share: float = 1.0) -> None:
+def check_memory(
+    need: Footprint, available_bytes: int, *, where: str, kv_share: float = 1.0, least_setting: int = 1
+) -> None:
     """Refuses a load that does not fit in ``available_bytes``; the error names the setting that would help.
 
     Args:
         kv_share: the KV bytes of this rank over those of the rank of its replica that has most.
+        least_setting: the bytes of one KV block at that rank.
 
     Raises:
         NotEnoughMemory: its field is ``serving.kv_cache`` where fewer KV blocks would fit, ``serving.token_budget``
@@ -146,10 +150,11 @@ def check_memory(need: Footprint, available_bytes: int, *, where: str, kv_share:
     """
     if need.total_bytes <= available_bytes:
         return
-    kv_room = available_bytes - need.weight_bytes - need.workspace_bytes
-    if kv_room > 0:
+    setting = int((available_bytes - need.weight_bytes - need.workspace_bytes) / kv_share)
+    if need.kv_bytes and setting >= max(least_setting, 1):
         field, size = "serving.kv_cache", int(need.kv_bytes / kv_share)
-        fix = f"Set serving.kv_cache to {size_setting(int(kv_room / kv_share), round_up=False)} or less."
+        smaller = rounded_size(setting, up=False, least=max(least_setting, 1))
+        fix = f"Set serving.kv_cache to {size_words(smaller)} or less."
     elif need.weight_bytes < available_bytes:
         field, size = "serving.token_budget", need.workspace_bytes
         fix = "Lower serving.token_budget or serving.max_num_seqs, or free memory."

@@ -53,14 +53,15 @@ def test_every_rank_has_a_line_with_its_worker_and_what_it_holds(tmp_path: Path,
         serving={"parallelism": {"replicas": [{"stages": stages}]}},
     )
     checked = preflight(config, machine=MACHINE)
-    lines = [said.pairs() for said in plan_events(checked)]
+    *lines, context = [said.pairs() for said in plan_events(checked)]
+    assert context.startswith("event=context context_tokens=")
     assert [line.split()[1:5] for line in lines] == [
         ["replica=replica-0", "stage=0", "rank=0", "worker=b"],
         ["replica=replica-0", "stage=0", "rank=1", "worker=worker-1"],
         ["replica=replica-0", "stage=1", "rank=2", "worker=a"],
     ]
-    assert "layers=0-1 kv_heads=0-1 " in lines[0] and "layers=0-1 kv_heads=1-2 " in lines[1]
-    assert "layers=1-2 kv_heads=0-2 " in lines[2] and "vocab_rows=none" in lines[2]
+    assert "layers=0 kv_heads=0 " in lines[0] and "layers=0 kv_heads=1 " in lines[1]
+    assert "layers=1 kv_heads=0-1 " in lines[2] and "vocab_rows=none" in lines[2]
     assert len({line.split("kv_tokens=")[1] for line in lines}) == 1
 
 
@@ -113,7 +114,7 @@ def test_the_plan_of_a_file_is_shown_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
     lines = list(show_plan(Path("deploy/split.yaml"), overrides=FREE[:1], picture=picture))
     assert [line.split()[3:5] for line in lines[:2]] == [["rank=0", "worker=big"], ["rank=1", "worker=small"]]
-    assert lines[2] == f"drawn in {picture}"
+    assert lines[2:] == ["event=context context_tokens=2048 model_context_tokens=2048", f"drawn in {picture}"]
     assert ElementTree.parse(picture).getroot().tag == f"{SVG}svg"
 
 
@@ -122,7 +123,7 @@ def test_a_plan_that_cuts_a_model_unasked_says_by_what_and_that_speed_counts_whe
 ) -> None:
     monkeypatch.setattr("orchestrator.deployment.preflight.measure_machine", lambda: MACHINE)
     too_large_for_each(tmp_path, served_checkpoint, 1, 3)
-    *ranks, last = show_plan(tmp_path / "cluster.yaml", overrides=[], picture=None)
+    *ranks, _, last = show_plan(tmp_path / "cluster.yaml", overrides=[], picture=None)
     assert len(ranks) == 2
     assert last == 'event=auto_split by=threads when_served="by measured speed"'
 

@@ -26,8 +26,14 @@ def test_defaults_fill_everything_but_the_model_path(tmp_path: Path) -> None:
     assert config.model.name == "demo"
     assert config.cluster.ray_address == "local"
     assert config.gateway.address == Address("127.0.0.1", 50051)
-    assert config.serving.kv_cache == 256 * 2**20
+    assert config.serving.kv_cache is None
     assert config.telemetry.prometheus_address is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("auto", None), ("null", None), ("64MiB", 2**26), ("64 MiB", 2**26)])
+def test_the_kv_cache_is_a_size_or_auto(tmp_path: Path, text: str, size: int | None) -> None:
+    assert load(tmp_path, MINIMAL + f"serving: {{kv_cache: {text}}}\n").serving.kv_cache == size
+    assert load(tmp_path, MINIMAL, f"serving.kv_cache={text}").serving.kv_cache == size
 
 
 def test_committed_sample_is_valid() -> None:

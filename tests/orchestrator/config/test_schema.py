@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from orchestrator.config.json_schema import schema_text
+from placement.planning.kv_size import CPU_SHARE, GPU_SHARE, SHORT_SEQUENCE_TOKENS, UNKNOWN_MEMORY_KV_BYTES
+from placement.planning.memory import size_words
 
 COMMITTED = Path("deploy/heterodyne.schema.json")
 
@@ -23,6 +25,12 @@ def test_every_key_is_described() -> None:
     schema = json.loads(schema_text())
     assert [name for name, value in properties(schema) if not value.get("description")] == []
     assert len(properties(schema)) > 25
+
+
+def test_what_auto_takes_for_kv_blocks_is_described_as_it_is() -> None:
+    described = dict(properties(json.loads(schema_text())))["kv_cache"]["description"]
+    assert (CPU_SHARE, GPU_SHARE) == (0.5, 0.9) and "half of" in described and "nine tenths of" in described
+    assert size_words(UNKNOWN_MEMORY_KV_BYTES) in described and f"{SHORT_SEQUENCE_TOKENS} tokens" in described
 
 
 def test_sample_names_the_schema_and_uses_only_its_keys() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from importlib import metadata
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.deployment.known_cluster import measure_machine
+from orchestrator.deployment.plan_lines import context_words, plan_events
+from orchestrator.deployment.preflight import Checked
 from placement.errors import InvalidConfig, InvalidModel, NotEnoughMemory
 from placement.model.specs import DType
 from placement.model.weights import num_parameters
@@ -119,6 +122,54 @@ def test_nodes_of_a_cluster_elsewhere_are_placeholders(model: Path) -> None:
         ("node-0", "cuda:0"), ("node-1", "cuda:0"), ("node-2", "cpu"),
     ]  # fmt: skip
     assert (leaders[2].device.memory_bytes, leaders[2].device.num_threads) == (2**32, 3)
+
+
+def lines(checked: Checked) -> list[str]:
+    return [said.pairs() for said in plan_events(checked)]
+
+
+def test_by_default_the_kv_cache_holds_all_that_sequences_can_use(model: Path) -> None:
+    checked = check(model, serving={"max_num_seqs": 3})
+    assert checked.plan.replicas[0].num_kv_tokens == 3 * 64
+    assert checked.context_tokens == checked.model_context_tokens == 64
+    assert context_words(checked) == ""
+    rank, said = lines(checked)
+    assert rank.endswith("kv_tokens=192 kv_sized_by=sequences")
+    assert said == "event=context context_tokens=64 model_context_tokens=64"
+
+
+def test_a_context_that_is_less_than_the_models_is_said_with_what_gives_more(model: Path) -> None:
+    """A block of 16 tokens takes 1 KiB."""
+    checked = check(model, serving={"kv_cache": "2KiB"})
+    assert (checked.context_tokens, checked.model_context_tokens) == (32, 64)
+    rank, said = lines(checked)
+    assert rank.endswith("kv_tokens=32 kv_sized_by=setting")
+    fields, _, words = said.partition(" cause=")
+    assert fields == "event=context context_tokens=32 model_context_tokens=64"
+    assert words == '"serves 32 of the model\'s 64 tokens: raise serving.kv_cache for more"'
+    assert check(model, serving={"kv_cache": "4KiB"}).context_tokens == 64
+    asked = check(model, serving={"kv_cache": "2KiB"}, model={"path": str(model), "max_context_tokens": 32})
+    assert context_words(asked) == "", "it is what was asked for"
+
+
+def test_of_memory_that_is_not_known_the_plan_says_so(model: Path) -> None:
+    change = CONFIG | {"max_position_embeddings": 2**24}
+    (model / "config.json").write_text(json.dumps(change))
+    rank, said = lines(check(model, cluster={"workers": [{"device": "cuda:0"}]}))
+    assert 'kv="256 MiB"' in rank
+    assert 'kv_sized_by="at most 256 MiB, as memory is not known: set it for workers"' in rank
+    assert "set the memory of workers, or serving.kv_cache, for more" in said
+    given = check(model, cluster={"workers": [{"device": "cuda:0", "memory": "20GiB"}]})
+    assert given.context_tokens > 2 * 2**22 and given.plan.replicas[0].kv_sized_by == "memory"
+
+
+def test_two_workers_of_too_little_memory_are_told_what_is_enough(model: Path) -> None:
+    """They were told 410 MiB, and then, with as much, to lower serving.kv_cache."""
+    workers = {"count": 2, "memory": "200MiB"}
+    error = refused(NotEnoughMemory, lambda: check(model, cluster={"workers": [workers]}))
+    found = re.fullmatch(r"Use a smaller model, or give each worker (\d+ MiB) or more\.", error.fix)
+    assert found is not None, error.fix
+    assert len(check(model, cluster={"workers": [workers | {"memory": found[1]}]}).plan.replicas) == 2
 
 
 def test_distribution_that_shadows_ours_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
 """Checks which layout is chosen where none is asked for."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from placement.errors import InvalidConfig, NotEnoughMemory
 from placement.measured.speed import DeviceSpeed
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
-from placement.planning.auto import Choice, Layouts, first_that_fits, shares
+from placement.planning.auto import Choice, Layouts, choose_layouts, first_that_fits, shares
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
@@ -32,18 +33,14 @@ def choose(
     cluster: ClusterSpec,
     *,
     measured: Sequence[DeviceSpeed] | None = None,
-    kv_cache_bytes: int = GIB,
+    kv_cache_bytes: int | None = GIB,
     max_context_tokens: int | None = 4096,
 ) -> Choice:
-    def make(layouts: Layouts, unmeasured: Collection[tuple[str, str]] = ()) -> Plan:
-        return plan_replicas(
-            LLAMA_8B, cluster, dtype=DType.BFLOAT16, kv_cache_bytes=kv_cache_bytes,
-            max_context_tokens=max_context_tokens, limits=LIMITS, layouts=layouts,
-            unmeasured=unmeasured,
-        )  # fmt: skip
-
-    every = {(node.name, device.name) for node in cluster.nodes for device in node.devices}
-    return first_that_fits(cluster, make, draft=lambda layouts: make(layouts, every), speeds=measured)
+    make_plan = partial(
+        plan_replicas, LLAMA_8B, dtype=DType.BFLOAT16, kv_cache_bytes=kv_cache_bytes,
+        max_context_tokens=max_context_tokens, limits=LIMITS,
+    )  # fmt: skip
+    return choose_layouts(make_plan, cluster, speeds=measured)
 
 
 def chosen(*nodes: NodeSpec, measured: Sequence[DeviceSpeed] | None = None) -> Layouts:
@@ -136,7 +133,7 @@ def test_what_is_wrong_whatever_the_layout_is_said_at_once() -> None:
         raise InvalidConfig(field="model.max_context_tokens", value=1, problem="is wrong", fix="Right it.")
 
     with pytest.raises(InvalidConfig):
-        first_that_fits(ClusterSpec(nodes=(node((4, 32), (4, 32)),)), refuse, draft=refuse)
+        first_that_fits(ClusterSpec(nodes=(node((4, 32), (4, 32)),)), refuse, draft=refuse, works=lambda remedy: True)
     assert len(asked) == 1
 
 

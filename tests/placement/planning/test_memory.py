@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.config.types import parse_bytes
 from placement.model.part import Part, Span
 from placement.model.specs import DType, ModelSpec, RopeSpec
 from placement.model.striping import Stripe
@@ -28,8 +29,9 @@ from placement.planning.memory import (
     most_own_tokens,
     num_blocks_for,
     num_blocks_of,
+    rounded_size,
     sampling_bytes,
-    size_setting,
+    size_words,
     workspace_bytes,
 )
 
@@ -183,14 +185,33 @@ def test_sizes_are_written_for_people(size: int, text: str) -> None:
     assert format_bytes(size) == text
 
 
-@given(st.integers(2**10, 2**45))
-def test_setting_is_never_on_the_wrong_side(size: int) -> None:
-    units = {"MiB": 2**20, "KiB": 2**10}
+@given(st.integers(1, 2**45), st.integers(0, 2**32), st.integers(0, 2**32))
+def test_a_size_to_set_is_never_on_the_wrong_side_and_is_read_as_it_was_meant(
+    size: int, below: int, above: int
+) -> None:
+    least, most = max(1, size - below), size + above
+    down = rounded_size(size, up=False, least=least)
+    up = rounded_size(size, up=True, most=most)
+    assert least <= down <= size <= up <= most
+    assert rounded_size(size, up=False) > size / 2 and rounded_size(size, up=True) < max(2 * size, 2)
+    for rounded in (down, up):
+        assert parse_bytes(size_words(rounded)) == rounded
 
-    def value(text: str) -> int:
-        return int(text[:-3]) * units[text[-3:]]
 
-    assert value(size_setting(size, round_up=False)) <= size <= value(size_setting(size, round_up=True))
+@pytest.mark.parametrize(
+    ("size", "up", "text"),
+    [
+        (418 * 2**20 - 5, True, "418 MiB"),
+        (418 * 2**20 - 5, False, "417 MiB"),
+        (2**30, True, "1 GiB"),
+        (15 * 2**30 + 5, True, "15361 MiB"),
+        (150 * 2**30 + 5, True, "151 GiB"),
+        (2**20 - 1, False, "1023 KiB"),
+        (5, True, "5 B"),
+    ],
+)
+def test_sizes_to_set_have_few_digits(size: int, up: bool, text: str) -> None:
+    assert size_words(rounded_size(size, up=up)) == text
 
 
 def test_a_rank_of_several_reckons_with_its_part_and_what_others_send() -> None:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -31,6 +32,26 @@ def test_a_cache_has_a_slot_for_every_layer_head_and_token() -> None:
     assert [layer.values.shape for layer in cache.layers] == [(5, 48, 4)] * 3
     assert kv_cache_bytes(cache) == 2 * 3 * 5 * 48 * 4 * 2
     assert not any(layer.keys.any() or layer.values.any() for layer in cache.layers)
+
+
+def test_a_cache_takes_memory_only_as_it_is_written() -> None:
+    """A GiB is zeroed in half a second, which its pages are not before they are used."""
+    large = replace(MODEL, num_layers=1, num_kv_heads=1, head_dim=64)
+    before = psutil.Process().memory_info().rss
+    cache = allocate_kv_cache(large, num_slots=2**22, dtype=torch.bfloat16, device=open_device("cpu", 1))
+    keys = cache.layers[0].keys
+    assert kv_cache_bytes(cache) == 2**30
+    assert psutil.Process().memory_info().rss - before < 2**26
+    assert not keys[0, -1].any() and keys.data_ptr() % 64 == 0
+    keys[0, -1] = 1
+    assert keys[0, -1].all() and not keys[0, -2].any()
+
+
+def test_a_part_without_heads_has_an_empty_cache() -> None:
+    cache = allocate_kv_cache(
+        MODEL, num_slots=16, dtype=torch.float32, device=open_device("cpu", 1), kv_heads=Span(0, 0)
+    )
+    assert [layer.keys.shape for layer in cache.layers] == [(0, 16, 4)] * 3
 
 
 def test_a_shard_caches_its_own_layers_and_heads() -> None:

@@ -37,7 +37,7 @@ def need(weights: int, kv: int, workspace: int) -> Footprint:
 @pytest.mark.parametrize(
     ("available", "field", "fix"),
     [
-        (599 * MIB, "serving.kv_cache", "Set serving.kv_cache to 199MiB or less."),
+        (599 * MIB, "serving.kv_cache", "Set serving.kv_cache to 199 MiB or less."),
         (301 * MIB, "serving.token_budget", "Lower serving.token_budget"),
         (299 * MIB, "model.path", "smaller model"),
     ],
@@ -82,6 +82,18 @@ def test_rounded_weights_that_are_slow_here_are_warned_of_before_they_load(
         ).run()
     said = [message for message in caplog.messages if message.startswith("slow_quantization ")]
     assert len(said) == (cause is not None) and all(f'cause="{cause}"' in message for message in said)
+
+
+def test_a_kv_cache_of_less_than_a_block_is_not_proposed() -> None:
+    """A setting rounded down to whole MiB would hold no block of 1.5 MiB."""
+    block = 3 * MIB // 2
+    for available, field, fix in (
+        (block, "serving.kv_cache", "to 1536 KiB or less"),
+        (MIB, "serving.token_budget", ""),
+    ):
+        with pytest.raises(NotEnoughMemory) as caught:
+            check_memory(need(0, 3 * block, 0), available, where="cpu", least_setting=block)
+        assert caught.value.field == field and fix in caught.value.fix
 
 
 def test_memory_that_runs_out_while_loading_is_typed(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
