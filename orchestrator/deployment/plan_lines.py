@@ -104,18 +104,18 @@ def context_words(checked: Checked) -> str:
     smallest = min(checked.plan.replicas, key=lambda replica: replica.num_blocks)
     match smallest.kv_sized_by:
         case "setting":
-            more = "raise serving.kv_cache"
+            more = "raise serving.kv_cache for more"
         case "unknown memory":
-            more = "set the memory of workers, or serving.kv_cache,"
+            more = "set memory for workers, or serving.kv_cache, for more"
         case _:
-            more = "free or add memory, or set serving.kv_cache,"
-    return f"serves {served} of the model's {most} tokens: {more} for more"
+            more = "free or add memory for more, or choose serving.kv_cache yourself"
+    return f"serves {served} of the model's {most} tokens: {more}"
 
 
 def _sized_by(replica: Replica) -> str:
     if replica.kv_sized_by != "unknown memory":
         return replica.kv_sized_by
-    return f"at most {size_words(UNKNOWN_MEMORY_KV_BYTES)}, as memory is not known: set it for workers"
+    return f"{size_words(UNKNOWN_MEMORY_KV_BYTES)} where memory is not known: set memory for workers"
 
 
 def _range(span: Span) -> str:

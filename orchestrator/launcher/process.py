@@ -86,6 +86,15 @@ class WorkerArgs:
         }
 
 
+def ended_by(code: int) -> str:
+    """Returns how a process ended, from its exit code, or from the negative number of the signal that killed it."""
+    if code >= 0:
+        return f"exited with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    killed = f"was killed by {names.get(-code, f'signal {-code}')}"
+    return f"{killed} (often the out-of-memory killer: see dmesg)" if -code == signal.SIGKILL else killed
+
+
 def started_late(timeout_s: float) -> str:
     """Returns the cause to tell of a worker that did not come up in time."""
     return f"did not start within launch.start_timeout_s = {timeout_s:g} s; raise it, or look at the node's load"
@@ -195,8 +204,7 @@ class WorkerProcess:
         if code == PEER_LOST_EXIT_CODE:
             cause = f"another rank of its replica was lost: {last.removeprefix('lost ')}"
             return WorkerEnd(how=HowEnded.PEER_LOST, cause=cause)
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        cause = f"worker process {self.pid} {how}" + (f": {last}" if last and code >= 0 else "")
+        cause = f"worker process {self.pid} {ended_by(code)}" + (f": {last}" if last and code >= 0 else "")
         return WorkerEnd(how=HowEnded.FAILED, cause=cause)
 
     async def stop(self, *, grace_s: float) -> None:

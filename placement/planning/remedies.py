@@ -37,7 +37,7 @@ def _check_auto(demand: Demand) -> None:
     field: str = "model.path"
     value: object = format_bytes(max(need.weight_bytes for need in room.needs(demand.least)))
     if fewer:
-        field, value = "model.max_context_tokens", demand.asked_tokens
+        field, value = "model.max_context_tokens", demand.asked_tokens or "unset"
     raise refusal(field=field, value=value, problem=problem, remedies=remedies, first=_first(room, demand.least))
 
 

@@ -53,8 +53,10 @@ class Service:
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     """The README's own; most tests of a running service share it."""
-    # float32: greedy answers then do not depend on what else is in the batch.
-    with readme.serve_as_written(HETERODYNE_MODEL__DTYPE="float32") as command:
+    # float32: greedy answers then do not depend on what else is in the batch. A KV cache that is soon all in use: until
+    # then it takes more memory as it fills.
+    settings = {"HETERODYNE_MODEL__DTYPE": "float32", "HETERODYNE_SERVING__KV_CACHE": "128MiB"}
+    with readme.serve_as_written(**settings) as command:
         yield Service(command, readme.ADDRESS, f"http://{readme.METRICS}/metrics")
         output = command.stop_cleanly()
     assert "event=drained" in output

@@ -14,6 +14,7 @@ from placement.serving.replica import ReplicaCore
 from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
 from workers.engine.loop import Loop
 from workers.engine.types import STOPS, Output, Runner, Sink, StepStats, Stopping, Submission
+from workers.transport.errors import PeerFailed
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,9 @@ class Engine:
             self._loop.run(lambda: self._stopping)
             self._end_all(Stopping(self.stop_cause))
         except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
-            logger.exception("engine_failed")
+            # That another rank was lost is expected in operation, and where this one noticed it says nothing more.
+            is_expected = isinstance(error, PeerFailed)
+            logger.error('engine_failed cause="%s"', cause_of(error), exc_info=None if is_expected else error)
             self.failure = error
             self._end_all(error)
         finally:

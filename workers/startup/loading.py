@@ -148,7 +148,6 @@ class LoadJob:
 
     def _load(self, checked: CheckedLoad, membership: Membership | None, grammars: GrammarFactory | None) -> Loaded:
         """Loads weights and cache, measures and warms up, and builds the engine or the follower."""
-        self._warn_of_slow_weights(checked)
         weights = self._read_weights(checked)
         cache = self._allocate_cache(checked)
         kernels = kernels_for(self._device.torch_device)
@@ -203,6 +202,7 @@ class LoadJob:
         )
 
     def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:
+        self._warn_of_slow_weights(checked)
         slices = shard_tensors(checked.model, checked.roster.part)
         dtype, device = TORCH_DTYPES[checked.dtype], self._device.torch_device
         return load_weights(Path(self._request.model_path), slices, dtype, device, self._progress, checked.linear)

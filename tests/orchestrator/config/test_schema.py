@@ -29,7 +29,7 @@ def test_every_key_is_described() -> None:
 
 def test_what_auto_takes_for_kv_blocks_is_described_as_it_is() -> None:
     described = dict(properties(json.loads(schema_text())))["kv_cache"]["description"]
-    assert (CPU_SHARE, GPU_SHARE) == (0.5, 0.9) and "half of" in described and "nine tenths of" in described
+    assert (CPU_SHARE, GPU_SHARE) == (0.5, 0.9) and "half of the memory" in described and "nine tenths of" in described
     assert size_words(UNKNOWN_MEMORY_KV_BYTES) in described and f"{SHORT_SEQUENCE_TOKENS} tokens" in described
 
 

@@ -157,8 +157,8 @@ def test_of_memory_that_is_not_known_the_plan_says_so(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(change))
     rank, said = lines(check(model, cluster={"workers": [{"device": "cuda:0"}]}))
     assert 'kv="256 MiB"' in rank
-    assert 'kv_sized_by="at most 256 MiB, as memory is not known: set it for workers"' in rank
-    assert "set the memory of workers, or serving.kv_cache, for more" in said
+    assert 'kv_sized_by="256 MiB where memory is not known: set memory for workers"' in rank
+    assert "set memory for workers, or serving.kv_cache, for more" in said
     given = check(model, cluster={"workers": [{"device": "cuda:0", "memory": "20GiB"}]})
     assert given.context_tokens > 2 * 2**22 and given.plan.replicas[0].kv_sized_by == "memory"
 

@@ -68,7 +68,7 @@ async def test_a_rank_that_needs_more_memory_than_is_free_is_not_started(cluster
     under_test = launcher()
     big = shard(0, DeviceSpec(kind="cpu", memory_bytes=0), weight_bytes=2**60)
     await under_test.reserve({("a", 0): big})
-    with pytest.raises(WorkerFailed, match=r"not enough memory on .*Lower serving.kv_cache"):
+    with pytest.raises(WorkerFailed, match=r"not enough memory on .*set serving.kv_cache to less"):
         await under_test.start(("a", 0), epoch=1, shard=big)
     await under_test.close()
 

@@ -3,12 +3,13 @@
 import asyncio
 import dataclasses
 import os
+import signal
 import sys
 import time
 
 import pytest
 
-from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess
+from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess, ended_by
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.lost_stderr import Loss, lost_stderr
@@ -78,6 +79,27 @@ async def test_a_second_worker_line_is_only_words() -> None:
 async def test_who_ends_before_it_listens_has_failed_with_its_last_words() -> None:
     with pytest.raises(WorkerFailed, match=r"exited with code 1: no such device$"):
         await start("import sys; print('hello'); print('no such device', file=sys.stderr); sys.exit(1)")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "exited with code 0"),
+        (3, "exited with code 3"),
+        (-9, "was killed by SIGKILL (often the out-of-memory killer: see dmesg)"),
+        (-11, "was killed by SIGSEGV"),
+        (-40, "was killed by signal 40"),  # of those for real time, which have no names
+    ],
+)
+def test_an_exit_code_is_put_in_words(code: int, words: str) -> None:
+    assert ended_by(code) == words
+
+
+async def test_a_worker_that_is_killed_from_outside_says_so_with_the_usual_reason() -> None:
+    worker = await start(f"{says()} import time; time.sleep(600)")
+    os.kill(worker.pid, signal.SIGKILL)
+    end = await asyncio.wait_for(worker.wait(), PATIENCE_S)
+    assert end.how is HowEnded.FAILED and end.cause.endswith("(often the out-of-memory killer: see dmesg)")
 
 
 async def test_how_it_ended_is_no_matter_of_words() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from placement.errors import FieldError
+from placement.errors import FieldError, cause_of
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason
 from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
 from tests.support.oracle import greedy_each
 from workers.engine.types import Submission
+from workers.transport.errors import PeerFailed
 
 NUM_TOKENS = 64
 
@@ -150,6 +151,20 @@ def test_a_step_that_raises_ends_every_sequence_with_the_cause(make_engine: Any)
     assert {output.detail for output in listener.ends.values()} == {"RuntimeError: the device is on fire"}
     parts.engine.submit(later, 3, submission([3, 4], max_tokens=5))
     assert later.ends[3].end is EndReason.FAILED, "answered at once"
+
+
+@pytest.mark.parametrize(("error", "has_traceback"), [(PeerFailed(1, "closed"), False), (RuntimeError("odd"), True)])
+def test_a_lost_peer_is_a_line_in_the_log_and_what_nobody_expects_has_its_traceback(
+    make_engine: Any, caplog: pytest.LogCaptureFixture, error: Exception, has_traceback: bool
+) -> None:
+    runner = SlowRunner()
+    runner.error = error
+    parts = make_engine(runner, vocab_size=16)
+    parts.engine.submit(Listener(), 0, submission([3, 4], max_tokens=5))
+    runner.gate.release()
+    parts.engine.ended.result(WAIT_S)
+    (record,) = [record for record in caplog.records if record.message.startswith("engine_failed ")]
+    assert cause_of(error) in record.message and (record.exc_info is not None) == has_traceback
 
 
 def test_a_draining_engine_finishes_what_it_has_and_refuses_what_comes(make_engine: Any) -> None:
