@@ -23,12 +23,13 @@ from orchestrator.deployment.gateway_process import GatewayProcess, gateway_proc
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
-from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
+from orchestrator.deployment.seats import find_seats, rank_labels, rank_names, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.event_log import EventLog, Said
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect
 from orchestrator.launcher.ray_access import lets_in_anybody
+from orchestrator.launcher.ray_output import take_output
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
@@ -55,6 +56,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
     if checked.split_by is None and config.cluster.is_local:
         _tell(log, plan_events(checked))
     log.tell(events.connecting(address))
+    take_output(log.pass_on)
     connect(address, num_cpus=num_cpus)
     try:
         stop.install()
@@ -69,7 +71,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
             _tell(log, plan_events(checked) if checked.split_by is None else ())
         with (
             _controller(checked, stop, log) as launched,
-            gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
+            gateway_process(path, overrides, launched.checked, launched.control_address, stop, log) as gateway,
         ):
             return _run(launched, gateway, stop, log)
     finally:
@@ -100,6 +102,8 @@ def _controller(checked: Checked, stop: StopRequest, log: EventLog) -> Iterator[
             bind_host=config.cluster.bind_host,
             start_timeout_s=config.launch.start_timeout_s,
             labels=rank_labels(checked),
+            names=rank_names(checked),
+            log_level=log.level.value,
         )
     )
     try:

@@ -22,6 +22,7 @@ from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
+from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -75,7 +76,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await abort(context, error)
         except Exception:
             # What gRPC would tell the client by itself may hold anything; this holds nothing.
-            logger.exception("request_failed")
+            words = "A request failed in a way that nobody foresaw."
+            logger.exception(words, extra=said("request_failed"))
             await abort(context, ReplicaFault("the service failed; its log says how"))
         if isinstance(outcome, HeterodyneError):
             await abort(context, outcome)

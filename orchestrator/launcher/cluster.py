@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -18,6 +18,7 @@ from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
 from placement.planning.seating import need_of
+from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +89,16 @@ class LaunchSettings:
 
     Attributes:
         labels: Ray node labels that a rank's node must carry, by rank.
+        names: what the cluster file calls each rank's worker.
+        log_level: the least important lines that workers and the controller log.
     """
 
     bind_host: str
     start_timeout_s: float
     labels: Mapping[RankKey, Mapping[str, str]]
     stop_grace_s: float = 5.0
+    names: Mapping[RankKey, str] = field(default_factory=dict)
+    log_level: str = "info"
 
 
 class RayLauncher:
@@ -156,6 +161,8 @@ class RayLauncher:
             device="cpu" if shard.device.kind == "cpu" else "cuda:0",
             num_threads=shard.device.num_threads,
             epoch=epoch,
+            name=self._settings.names.get(key, ""),
+            log_level=self._settings.log_level,
         )
         timeout_s = self._settings.start_timeout_s
         started: Started | NotStarted = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
@@ -216,7 +223,9 @@ class RayLauncher:
         try:
             await asyncio.wait_for(agent.stop.remote(grace_s), grace_s + 2.0)
         except (TimeoutError, ray.exceptions.RayError):
-            logger.warning("worker_stop_forced replica=%s rank=%d", *key)
+            where = {"replica": key[0], "rank": key[1]}
+            words = "Rank %d of %s did not end when it was asked to, and was killed."
+            logger.warning(words, key[1], key[0], extra=said("worker_stop_forced", **where))
         finally:
             ray.kill(agent)
 

@@ -13,6 +13,7 @@ from kernels.protocol import Kernels
 from placement.measured.collectives import unmeasured
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.specs import ModelSpec
+from protos.codec.log_record import said
 from workers.collectives.backends import Library, open_torch_group
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
@@ -113,7 +114,16 @@ class Membership:
             self._add_torch(device)
             self.group.use(measure(self.group))
             self._measured = replace(self._measured, sums=self.group.table.measured)
-            logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+            self._log_links()
+
+    def _log_links(self) -> None:
+        """Logs what was measured, once for the ranks of a stage; the whole table is in the service's status too."""
+        stage, table = self._roster.stage, self.group.table
+        if self.group.rank == 0:
+            latency_ms, gb_per_s = 1e3 * table.latency_s, 1e-9 * table.bytes_per_s
+            extra = said("links", stage=stage, latency_ms=round(latency_ms, 3), gb_per_s=round(gb_per_s, 3))
+            logger.info("Links measured: %.2g ms, %.2g GB/s.", latency_ms, gb_per_s, extra=extra)
+        logger.debug("Sums measured: %s", table, extra=said("sums", stage=stage, table=str(table)))
 
     def _add_torch(self, device: torch.device) -> None:
         """Adds a backend of torch.distributed to the all-reduces; on GPUs it replaces all others."""
@@ -148,12 +158,14 @@ class Membership:
         if sharing is not None:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)
-            logger.info("sequence_sharing %s", sharing.speeds)
+            extra = said("sequence_sharing", speeds=str(sharing.speeds))
+            logger.debug("The exchange of sequences measured: %s", sharing.speeds, extra=extra)
         elif self.group.sums and runner.can_overlap:
             self.group.agree_on_tiles(runner.is_program)
             runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
             self._measured = replace(self._measured, overlap=runner.overlap.measured)
-            logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
+            extra = said("overlap", stage=self._roster.stage, table=str(runner.overlap))
+            logger.debug("Steps in one micro-batch and in two measured: %s", runner.overlap, extra=extra)
         self._everyone.barrier(go_on)  # a rank that is done first must not wait for the others with a deadline
 
     @property

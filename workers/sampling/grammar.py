@@ -19,6 +19,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from placement.errors import InvalidRequest, cause_of
 from placement.serving.grammar import JSON_OPTIONS, MAX_SOURCE_BYTES
+from protos.codec.log_record import said
 from workers.sampling.grammar_state import (
     Grammar,
     GrammarFailed,
@@ -152,7 +153,8 @@ class GrammarFactory:
                 eos_token=list(self._eos_token_ids),
             )
         except (OSError, ValueError) as error:
-            logger.warning("no_structured_output cause=%s", cause_of(error))
+            words = "This model's tokenizer allows no structured output: %s"
+            logger.warning(words, cause_of(error), extra=said("no_structured_output", cause=cause_of(error)))
             return _NoTools(problem="this model's tokenizer.json is of another kind")
         return _Tools(tokenizer=tokenizer, executor=LLExecutor(1))
 

@@ -15,6 +15,7 @@ from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.shown import shown
 from placement.errors import HeterodyneError, InvalidRequest
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,9 @@ class Answer:
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
         """Returns the error for a refusal. What another replica, or a later time, could mend is not the request's."""
-        logger.warning('sequence_refused replica=%s message="%s"', self._replica, brief(event.message))
+        message = brief(event.message)
+        extra = said("sequence_refused", replica=self._replica, message=message)
+        logger.warning("%s refused a sequence: %s", self._replica, message, extra=extra)
         if event.code in _NOT_NOW:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar

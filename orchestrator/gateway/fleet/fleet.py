@@ -14,6 +14,7 @@ from orchestrator.background import BackgroundTasks
 from orchestrator.gateway.errors import ReplicaUnavailable
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
 from placement.serving.routing import ReplicaLoad, Route, least_loaded
+from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
 
@@ -94,10 +95,14 @@ class Fleet:
                         self._update(deployment)
             except grpc.aio.AioRpcError as error:
                 if self.controller_connected:
-                    logger.warning("controller_lost code=%s", error.code().name)
+                    # `serve` watches the controller too, and says so.
+                    logger.debug(
+                        "The controller cannot be heard.", extra=said("controller_lost", code=error.code().name)
+                    )
             except Exception:
                 # A gateway that no longer follows would serve an old plan for good.
-                logger.exception("controller_message_failed")
+                words = "What the controller said could not be followed."
+                logger.exception(words, extra=said("controller_message_failed"))
             self.controller_connected = False
             await asyncio.sleep(_RECONNECT_S)
 

@@ -10,6 +10,7 @@ import grpc
 
 from orchestrator.gateway.fleet.inbox import Inbox, Lost, Rounds
 from placement.serving.routing import ReplicaLoad
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 
@@ -146,7 +147,8 @@ class Leader:
             raise
         except Exception as error:
             # Whatever it is, a replica that is not listened to must not be given requests.
-            logger.exception("leader_stream_failed replica=%s", self.name)
+            words = "The stream to %s failed in a way that nobody foresaw."
+            logger.exception(words, self.name, extra=said("leader_stream_failed", replica=self.name))
             cause = f"the leader stream failed: {type(error).__name__}"
         self.give_up(cause)
         on_change()
@@ -236,13 +238,9 @@ class Leader:
         """Ends every sequence of this incarnation; the first cause stays."""
         if self.lost is None:
             self.lost = Lost(cause=cause)
-            logger.log(
-                logging.DEBUG if expected else logging.WARNING,
-                'replica_lost replica=%s epoch=%d cause="%s"',
-                self.name,
-                self.epoch,
-                cause,
-            )
+            # Debug, as `serve` hears of every loss, and says it with the better cause: that of the process.
+            extra = said("replica_lost", replica=self.name, epoch=self.epoch, cause=cause, expected=expected)
+            logger.debug("The gateway no longer hears %s: %s", self.name, cause, extra=extra)
             for inbox in set(self._inboxes.values()):
                 inbox.put_now(self.lost)
             self._outbox.put_nowait(None)
