@@ -82,7 +82,7 @@ def test_a_gateway_that_ends_at_its_start_says_its_exit_code() -> None:
 def test_a_gateway_that_says_why_it_ends_is_quoted_once(capfd: pytest.CaptureFixture[str]) -> None:
     line = LogRecord(time_s=0.0, source="gateway", message="x: is taken", event=LAST_WORDS, level="error").line()
     output = output_of(f"import sys; print({line!r}, file=sys.stderr); raise SystemExit(2)")
-    with pytest.raises(LaunchFailed, match="^the gateway did not start: x: is taken$"):
+    with pytest.raises(LaunchFailed, match=r"^the gateway did not start: x: is taken$"):
         _listening(output, StopRequest())
     output.close()
     assert "is taken" not in capfd.readouterr().err
