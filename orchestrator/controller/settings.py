@@ -1,7 +1,7 @@
 """What the controller is told at its start: the plan, and how ranks load it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES
@@ -19,11 +19,13 @@ class DeploymentSettings:
     Attributes:
         model_path: the model's directory, on every node.
         load_timeout_s: how long a rank may take to load.
+        workers: what the cluster file calls the worker of each rank.
     """
 
     plan: Plan
     model_path: str
     load_timeout_s: float
+    workers: Mapping[tuple[str, int], str] = field(default_factory=dict)
 
     def needed_bytes(self, shard: Shard) -> int:
         """Returns all that the rank's process takes on a CPU node: weights, KV blocks, workspace, and itself."""

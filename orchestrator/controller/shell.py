@@ -123,7 +123,7 @@ class ControllerShell:
                 while self._version == seen:
                     await self._changed.wait()
             seen = self._version
-            yield wire.deployment(self._state, version=seen)
+            yield wire.deployment(self._state, version=seen, workers=self._settings.workers)
 
     async def report_lost(self, replica: str, epoch: int, cause: str) -> None:
         """Takes the gateway's word that a leader no longer answers.

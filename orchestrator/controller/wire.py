@@ -1,9 +1,10 @@
 """Writes the controller's state as the control protocol's messages. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from orchestrator.controller.events import Member
+from orchestrator.controller.events import Loading, Member, RankKey
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
 from protos.codec.measured import measured_message
@@ -11,6 +12,7 @@ from protos.codec.parts import shard_message
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
+_NO_NAMES: Mapping[RankKey, str] = MappingProxyType({})
 _PHASES = {
     Phase.STARTING: pb.PHASE_STARTING,
     Phase.LOADING: pb.PHASE_LOADING,
@@ -19,6 +21,22 @@ _PHASES = {
     Phase.FAILED: pb.PHASE_FAILED,
     Phase.STOPPED: pb.PHASE_STOPPED,
 }
+
+
+_LOADING = {
+    Loading.CONNECT: worker_pb2.LOAD_PHASE_CONNECT,
+    Loading.WEIGHTS: worker_pb2.LOAD_PHASE_WEIGHTS,
+    Loading.KV_CACHE: worker_pb2.LOAD_PHASE_KV_CACHE,
+    Loading.COMPILE: worker_pb2.LOAD_PHASE_COMPILE,
+    Loading.MEASURE: worker_pb2.LOAD_PHASE_MEASURE,
+    Loading.WARM_UP: worker_pb2.LOAD_PHASE_WARM_UP,
+}
+_LOADING_OF = {phase: loading for loading, phase in _LOADING.items()}
+
+
+def loading(phase: worker_pb2.LoadPhase.ValueType) -> Loading:
+    """Returns what a worker does that says so."""
+    return _LOADING_OF.get(phase, Loading.WEIGHTS)
 
 
 def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
@@ -41,7 +59,7 @@ def device_speed(message: worker_pb2.MeasureSpeedResponse) -> DeviceSpeed | None
     return DeviceSpeed(weight_bytes_per_s=rates[0], flops_per_s=rates[1])
 
 
-def _rank(rank: RankState) -> pb.Rank:
+def _rank(rank: RankState, worker: str) -> pb.Rank:
     stripe = rank.shard.part.stripe
     return pb.Rank(
         token_share=None if stripe is None else stripe.share,
@@ -57,24 +75,27 @@ def _rank(rank: RankState) -> pb.Rank:
         loaded_bytes=rank.loaded_bytes,
         measured=measured_message(rank.measured),
         cause=rank.cause,
+        worker=worker,
+        load_phase=worker_pb2.LOAD_PHASE_UNSPECIFIED if rank.loading is None else _LOADING[rank.loading],
+        total_bytes=rank.total_bytes,
     )
 
 
-def _replica(replica: ReplicaState) -> pb.Replica:
+def _replica(replica: ReplicaState, workers: Mapping[RankKey, str]) -> pb.Replica:
     return pb.Replica(
         name=replica.name,
         epoch=replica.epoch,
         phase=_PHASES[replica.phase],
         cause=replica.cause,
-        ranks=[_rank(rank) for rank in replica.ranks],
+        ranks=[_rank(rank, workers.get((replica.name, rank.shard.rank), "")) for rank in replica.ranks],
     )
 
 
-def deployment(state: State, *, version: int) -> pb.WatchResponse:
-    """Returns the message of the whole deployment."""
+def deployment(state: State, *, version: int, workers: Mapping[RankKey, str] = _NO_NAMES) -> pb.WatchResponse:
+    """Returns the message of the whole deployment. ``workers`` are the names of the workers, by rank."""
     return pb.WatchResponse(
         version=version,
         phase=_PHASES[state.phase],
         cause=state.cause,
-        replicas=[_replica(replica) for replica in state.replicas],
+        replicas=[_replica(replica, workers) for replica in state.replicas],
     )

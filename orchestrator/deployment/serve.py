@@ -128,7 +128,10 @@ def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> S
 def _settings(checked: Checked) -> DeploymentSettings:
     config = checked.config
     return DeploymentSettings(
-        plan=checked.plan, model_path=config.model.path, load_timeout_s=config.launch.load_timeout_s
+        plan=checked.plan,
+        model_path=config.model.path,
+        load_timeout_s=config.launch.load_timeout_s,
+        workers=rank_names(checked),
     )
 
 
