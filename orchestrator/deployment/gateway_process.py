@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import grpc
+
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
@@ -19,12 +21,15 @@ from orchestrator.event_log import EventLog
 from orchestrator.launcher.process import environment
 from protos.codec.child_process import Listening
 from protos.codec.log_record import LAST_WORDS, LogRecord
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL_S = 0.2
 _GATEWAY_START_S = 30.0
 # Beyond the grace period: closing streams and exporters.
 _GATEWAY_STOP_S = 10.0
 _LONGEST_LINE = 1 << 16
+_STATUS_S = 1.0
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 class GatewayProcess:
@@ -37,6 +42,16 @@ class GatewayProcess:
     def ended(self) -> bool:
         """Whether the process is no more."""
         return self.process.poll() is not None
+
+    def num_requests(self) -> int | None:
+        """Returns how many requests it works on or lets wait; None where it does not say so in time."""
+        try:
+            with grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+                stub = admin_pb2_grpc.AdminStub(channel)
+                status = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=_STATUS_S)
+        except grpc.RpcError:
+            return None
+        return status.gateway.in_flight + status.gateway.queued
 
     def stop(self, *, grace_s: float, stop: StopRequest) -> int:
         """Drains it, at once when the user insists; kills it when even that takes too long. Returns its exit code."""

@@ -23,8 +23,8 @@ from rich.text import Text
 
 from orchestrator.event_log import EventLog, LogFormat, LogLevel, Said
 from placement.planning.memory import format_bytes
+from protos.codec.loading import READING, doing
 from protos.heterodyne.control.v1 import control_pb2
-from protos.heterodyne.worker.v1 import worker_pb2
 
 LINE_EVERY_S = 1.0
 STALL_S = 10.0
@@ -40,22 +40,6 @@ LONG_S: Mapping[str, float] = {
 """How long what has no bytes to count may take before that is worth a word."""
 
 _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
-_READING = "loading"
-_DOING = {
-    worker_pb2.LOAD_PHASE_CONNECT: "connecting",
-    worker_pb2.LOAD_PHASE_WEIGHTS: _READING,
-    worker_pb2.LOAD_PHASE_KV_CACHE: "allocating KV cache",
-    worker_pb2.LOAD_PHASE_COMPILE: "compiling",
-    worker_pb2.LOAD_PHASE_MEASURE: "measuring links",
-    worker_pb2.LOAD_PHASE_WARM_UP: "warming up",
-}
-
-
-def doing(rank: control_pb2.Rank) -> str:
-    """Says in a word or two what a rank does now."""
-    if rank.phase == control_pb2.PHASE_LOADING and rank.load_phase in _DOING:
-        return _DOING[rank.load_phase]
-    return control_pb2.Phase.Name(rank.phase).removeprefix("PHASE_").lower()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +72,7 @@ class _RankLoad:
 
     @property
     def is_reading(self) -> bool:
-        return self.doing == _READING and self.loaded_bytes < self.total_bytes
+        return self.doing == READING and self.loaded_bytes < self.total_bytes
 
     @property
     def long_s(self) -> float | None:

@@ -56,6 +56,12 @@ class Checked:
     num_parameters: int
     checkpoint_bytes: int
 
+    @property
+    def worker_names(self) -> dict[tuple[str, int], str]:
+        """Returns what the cluster file calls the worker of every rank, by the replica's name and the rank."""
+        names = self.config.cluster.worker_names
+        return {rank: names[worker] for rank, worker in self.workers.items()}
+
 
 def preflight(
     config: Config,

@@ -41,12 +41,6 @@ def find_seats(needs: Sequence[Need], stop: threading.Event) -> tuple[Host, ...]
         stop.wait(_POLL_S)
 
 
-def rank_names(checked: Checked) -> dict[tuple[str, int], str]:
-    """Returns what the cluster file calls each rank's worker."""
-    names = checked.config.cluster.worker_names
-    return {rank: names[worker] for rank, worker in checked.workers.items()}
-
-
 def rank_labels(checked: Checked) -> dict[tuple[str, int], dict[str, str]]:
     """Returns the labels that each rank's node must carry: those asked for, and that of the node it is planned for."""
     workers = checked.config.cluster.each_worker

@@ -23,7 +23,7 @@ from orchestrator.deployment.gateway_process import GatewayProcess, gateway_proc
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
-from orchestrator.deployment.seats import find_seats, rank_labels, rank_names, worker_needs
+from orchestrator.deployment.seats import find_seats, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.event_log import EventLog, Said
@@ -102,7 +102,7 @@ def _controller(checked: Checked, stop: StopRequest, log: EventLog) -> Iterator[
             bind_host=config.cluster.bind_host,
             start_timeout_s=config.launch.start_timeout_s,
             labels=rank_labels(checked),
-            names=rank_names(checked),
+            names=checked.worker_names,
             log_level=log.level.value,
         )
     )
@@ -131,7 +131,7 @@ def _settings(checked: Checked) -> DeploymentSettings:
         plan=checked.plan,
         model_path=config.model.path,
         load_timeout_s=config.launch.load_timeout_s,
-        workers=rank_names(checked),
+        workers=checked.worker_names,
     )
 
 
@@ -148,10 +148,13 @@ def _run(launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: E
         log.tell(events.stopped_before_ready())
         gateway.stop(grace_s=0.0, stop=stop)
         return 1
-    log.tell(events.draining(config.gateway.drain_grace_s))
-    finished = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop) == 0
-    log.tell(events.drained() if finished else events.drain_cut())
-    return 0 if finished else 1
+    log.tell(events.draining(config.gateway.drain_grace_s, gateway.num_requests()))
+    code = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop)
+    if code == 0:
+        log.tell(events.drained())
+    elif code < 0:  # else it has said itself what was cut
+        log.tell(events.gateway_killed())
+    return 0 if code == 0 else 1
 
 
 class _ControllerLost(Exception):

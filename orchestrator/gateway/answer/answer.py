@@ -10,7 +10,7 @@ from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.client import AnswerTimes, Delta, Echoed, Finished, FinishReason, Outcome
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
-from orchestrator.gateway.fleet.inbox import Lost, SequenceEvent
+from orchestrator.gateway.fleet.inbox import Loss, Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.shown import shown
@@ -133,11 +133,14 @@ class Answer:
             case worker_pb2.Rejected():
                 self._by_sequence[event.sequence_id].at_replica = False
                 self.fail(self._refused(event))
-            case Lost():
+            case Lost(kind=kind):
                 # The cause names processes and addresses: it is in the log and the status.
                 for choice in self.choices:
                     choice.at_replica = False
-                self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
+                if kind is Loss.STOPPED:
+                    self.fail(ReplicaUnavailable("the service was stopped before the answer was complete"))
+                else:
+                    self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
             case _:
                 self.fail(event)
 

@@ -150,6 +150,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
         plan=checked.plan,
         model_path=config.model.path,
         load_timeout_s=START_S,
+        workers=checked.worker_names,
     )
 
 
