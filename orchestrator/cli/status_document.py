@@ -14,7 +14,7 @@ def status_document(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
         **_known({"context_tokens": status.context_tokens, "model_context_tokens": status.model_context_tokens}),
         "gateway": _gateway(status.gateway),
         "replicas": [_replica(replica) for replica in status.replicas],
-        "measured": list(measured_pairs(status)),
+        "measured": [{name: _number(value) for name, value in pairs.items()} for pairs in measured_pairs(status)],
     }
 
 
@@ -81,6 +81,16 @@ def _rank(rank: admin_pb2.RankStatus) -> dict[str, Any]:
         if rank.HasField(name):
             document[name] = getattr(rank, name)
     return document
+
+
+def _number(value: object) -> object:
+    """Returns the number, or the numbers, that a value of a line was written from."""
+    words = str(value).split(",")
+    try:
+        numbers = [float(word) if "." in word else int(word) for word in words]
+    except ValueError:
+        return value
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:

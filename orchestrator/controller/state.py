@@ -147,8 +147,10 @@ def _change(rank: RankState, event: RankChange) -> RankState:
         case RankProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading):
             return replace(rank, loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading)
         case RankLoaded(measured=measured):
-            loaded_bytes = rank.shard.weight_bytes
-            return replace(rank, phase=Phase.READY, loading=None, loaded_bytes=loaded_bytes, measured=measured)
+            read = rank.shard.weight_bytes
+            return replace(
+                rank, phase=Phase.READY, loading=None, loaded_bytes=read, total_bytes=read, measured=measured
+            )
         case RankFailed(cause=cause):
             return replace(rank, phase=Phase.FAILED, cause=cause)
         case RankStopped():

@@ -39,6 +39,7 @@ LONG_S: Mapping[str, float] = {
 }
 """How long what has no bytes to count may take before that is worth a word."""
 
+_READY = "ready"
 _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 
@@ -181,11 +182,12 @@ class LoadProgress:
             self._say_progress(load, now_s)
 
     def _show_bar(self, bars: Progress, bar: TaskID, load: _RankLoad) -> None:
-        """Fills the bar while bytes come; what has none to count has a bar that moves, and its name."""
-        counts = load.is_reading and load.total_bytes
-        ended = load.doing not in LONG_S and not counts and load.loaded_bytes >= load.total_bytes > 0
-        total = load.total_bytes if counts or ended else None
-        bars.update(bar, description=f"{load.name}: {load.doing}", total=total, completed=load.loaded_bytes)
+        """Fills the bar while bytes come and once all is done; between, it moves, as there is nothing to count."""
+        bars.update(bar, description=f"{load.name}: {load.doing}", completed=load.loaded_bytes)
+        counts = load.total_bytes and (load.is_reading or load.doing == _READY)
+        for task in bars.tasks:
+            if task.id == bar:
+                task.total = load.total_bytes if counts else None  # `update` takes None for "as before"
 
     def _say_progress(self, load: _RankLoad, now_s: float) -> None:
         load.shown_s = now_s

@@ -46,6 +46,19 @@ def test_json_has_what_is_known_and_no_more() -> None:
     }  # fmt: skip
 
 
+def test_what_was_measured_is_numbers_too() -> None:
+    measured = status()
+    rank = measured.replicas[0].ranks[0]
+    rank.sums.add(num_bytes=1024, algorithm="direct", duration_s=0.0005)
+    rank.exchange.pairs_per_s.extend([3.0, 4.0])
+    first, *_, exchange = status_document(measured)["measured"]
+    assert first == {
+        "event": "sum", "replica": "replica-0", "stage": 0, "num_bytes": 1024, "algorithm": "direct",
+        "duration_s": 0.0005,
+    }  # fmt: skip
+    assert exchange["pairs_per_s"] == [3, 4]
+
+
 def test_json_is_one_document_even_on_a_terminal() -> None:
     shown = console(terminal=True)
     show_status(shown, "host:1", as_json=True, fetch=lambda _: status())
