@@ -5,6 +5,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from protos.codec.log_record import said
+
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +26,8 @@ class BackgroundTasks:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("background_task_failed", exc_info=error)
+            words = "A task in the background failed in a way that nobody foresaw."
+            logger.error(words, exc_info=error, extra=said("background_task_failed"))
 
     async def close(self) -> None:
         """Cancels what still runs and waits for its end."""

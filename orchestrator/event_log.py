@@ -19,6 +19,8 @@ from rich.console import Console
 from orchestrator.key_values import key_values, printable
 from protos.codec.log_record import LEVELS, LogRecord, record_of
 
+# What is said again and again is printed again once it was not said for as long as this.
+_REPETITION_S = 5.0
 SERVE = "serve"
 """The source of what the command line itself says, which text leaves out."""
 
@@ -108,6 +110,8 @@ class EventLog:
         self.level = level
         self._clock = clock
         self._lock = threading.Lock()
+        # When each of the latest warnings and errors was printed.
+        self._printed: dict[tuple[str, str], float] = {}
 
     def say(self, event: str, sentence: str, /, *, level: LogLevel = LogLevel.INFO, **fields: object) -> None:
         """Prints an event of this process."""
@@ -136,7 +140,7 @@ class EventLog:
 
     def print(self, record: LogRecord) -> None:
         """Prints a record, unless it is less important than what is asked for."""
-        if LEVELS.index(record.level) < LEVELS.index(self.level):
+        if LEVELS.index(record.level) < LEVELS.index(self.level) or self._is_repetition(record):
             return
         line = _WRITE[self.format](record)
         # A stream that is closed, or that nobody reads any more.
@@ -145,6 +149,17 @@ class EventLog:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
             else:
                 print(line, file=sys.stderr, flush=True)
+
+    def _is_repetition(self, record: LogRecord) -> bool:
+        """Whether another process said the same just now: what ends many requests is said once, not once for each."""
+        if record.source == SERVE or record.level not in ("warning", "error"):
+            return False
+        with self._lock:
+            self._printed = {key: at for key, at in self._printed.items() if abs(record.time_s - at) < _REPETITION_S}
+            key = (record.source, record.message)
+            is_repetition = key in self._printed
+            self._printed[key] = record.time_s
+        return is_repetition
 
 
 class LogHandler(logging.Handler):

@@ -14,18 +14,19 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import grpc
 
 from placement.errors import FieldError, InvalidConfig, cause_of
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening, die_with_parent
+from protos.codec.log_record import LEVELS, last_words, log_to, log_to_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import available_cores, open_device
 from workers.service.server import WorkerService
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
-
-logger = logging.getLogger("workers")
 
 _WATCH_S = 0.25
 # The longest wait for the answers of requests in progress, and then for the streams that carry them.
@@ -51,10 +52,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cores(), help="threads that compute, on cpu")
     parser.add_argument("--epoch", type=int, default=1, help="incarnation number of the replica")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
+    parser.add_argument("--name", default="", help="what the cluster file calls this worker, for its log")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="json: an object a line")
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least important lines to log")
     return parser.parse_args(argv)
 
 
-def end_within(timeout_s: float) -> None:
+def end_within(timeout_s: float, say: Callable[[str], None]) -> None:
     """Ends this process after ``timeout_s``, whatever its threads do, with exit code 1 and the names of busy threads.
 
     Python itself would wait for threads that compute, such as for a step that hangs.
@@ -64,8 +68,7 @@ def end_within(timeout_s: float) -> None:
         try:
             faulthandler.dump_traceback()
             names = sorted({thread.name for thread in threading.enumerate()} - {timer.name})
-            cause = f"error: not ended {timeout_s:g} s after it was to stop: {', '.join(names)} still at work"
-            print(cause, file=sys.stderr, flush=True)
+            say(f"error: not ended {timeout_s:g} s after it was to stop: {', '.join(names)} still at work")
         finally:
             os._exit(1)
 
@@ -75,6 +78,11 @@ def end_within(timeout_s: float) -> None:
     # The kernel's clock runs on where a thread keeps the interpreter's lock, or nobody reads what is printed.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout_s + 0.5)
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """Returns the name under which this worker logs."""
+    return f"worker {args.name}" if args.name else "worker"
 
 
 async def serve(args: argparse.Namespace) -> int:
@@ -112,16 +120,17 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     listening = Listening(address=f"{host}:{port}", ranks_port=listener.getsockname()[1], pid=os.getpid())
     print(listening.line(), flush=True)
     code = await _watch(service, stop, args.parent_pid)
-    end_within(_END_S)
+    say = partial(last_words, source=source_of(args), as_record=args.log_format == "json")
+    end_within(_END_S, say)
     failure = service.failure
     await service.stop(_ANSWER_S)
     await server.stop(_FLUSH_S)
     service.close()
     if failure is not None:  # the last line, so that the launcher can name the cause
         if isinstance(failure, PeerFailed):
-            print(f"lost {failure}", file=sys.stderr, flush=True)
+            say(f"lost {failure}")
             return PEER_LOST_EXIT_CODE
-        print(f"engine failed: {cause_of(failure)}", file=sys.stderr, flush=True)
+        say(f"engine failed: {cause_of(failure)}")
     return code
 
 
@@ -143,13 +152,18 @@ def main() -> int:
     args = parse()
     # The loop that streams tokens waits at most this long for the interpreter, while a busy engine holds it.
     sys.setswitchinterval(_SWITCH_S)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if args.log_format == "json":
+        log_to_parent(source_of(args), level=args.log_level)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+        log_to(handler, level=args.log_level)
     if args.parent_pid is not None:
         die_with_parent(args.parent_pid)
     try:
         return asyncio.run(serve(args))
     except FieldError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words(f"error: {error}", source=source_of(args), as_record=args.log_format == "json")
         return 2
 
 

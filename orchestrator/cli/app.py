@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli import generate_options as options
-from orchestrator.cli.client import GenerateResult, fetch_status, stream_generate
+from orchestrator.cli.client import GenerateResult, stream_generate
 from orchestrator.cli.plan import show_plan
-from orchestrator.cli.render import choice_blocks, ending, logprob_lines, print_status
+from orchestrator.cli.render import choice_blocks, ending, logprob_lines
+from orchestrator.cli.status_command import show_status, watch_status
 from orchestrator.cli.timeline_command import write_timeline
 from orchestrator.config.document import settings_variables
 from orchestrator.config.environment import unknown_variables
@@ -191,11 +192,19 @@ def plan(
 
 
 @app.command()
-def status(address: ServiceAddress = DEFAULT_ADDRESS) -> None:
+def status(
+    address: ServiceAddress = DEFAULT_ADDRESS,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document, whose names stay")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
+    every_s: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="how often to --watch")] = 1.0,
+) -> None:
     """Who holds what, in which state, under which load."""
     with _errors_in_one_line():
         check_address(address)
-        print_status(Console(), fetch_status(address))
+        if watch:
+            watch_status(Console(), address, every_s=every_s, as_json=as_json)
+        else:
+            show_status(Console(), address, as_json=as_json)
 
 
 @app.command()

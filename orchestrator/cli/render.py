@@ -22,15 +22,20 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "epoch", "rank", "node", "device", "pid", "address", "layers", "KV heads", "FFN", "tokens",
-    "weights", "KV", "KV used", "running", "waiting",
+    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "pid", "address", "layers", "KV heads",
+    "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
 )  # fmt: skip
+_KEYS = {"prompt tokens/s": "prompt_tokens_per_s", "tokens/s": "generated_tokens_per_s"}
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
-_DISPENSABLE = ("epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node")
+_DISPENSABLE = (
+    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node", "device",
+    "phase", "rank",
+)  # fmt: skip
 _UNLIMITED = 10_000
 _RIGHT = (
     "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
-    "stage", "size", "time", "one lane", "two lanes", "latency", "rate", "call", "before", "a layer",
+    "prompt tokens/s", "tokens/s", "stage", "size", "time", "one lane", "two lanes", "latency", "rate", "call",
+    "before", "a layer",
 )  # fmt: skip
 
 
@@ -49,6 +54,8 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group
     A replica's own figures stand in its first row. There are as many columns as ``console`` has room for.
     """
     title = f"model {status.model}"
+    if status.context_tokens:
+        title += f", context {status.context_tokens} of {status.model_context_tokens} tokens"
     rows = list(_rows(status))
     columns = [column for column in _COLUMNS if any(row[column] for row in rows)]
     table = _table(title, columns, rows)
@@ -79,6 +86,8 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
     yield key_values(
         event="gateway",
         model=status.model,
+        context_tokens=status.context_tokens or "",
+        model_context_tokens=status.model_context_tokens or "",
         in_flight=gateway.in_flight,
         max_in_flight=gateway.max_in_flight,
         queued=gateway.queued,
@@ -89,7 +98,7 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
         uptime_s=f"{gateway.uptime_s:.1f}",
     )
     for row in _rows(status):
-        named = {column.lower().replace(" ", "_"): value for column, value in row.items()}
+        named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
     for measured in measured_pairs(status):
         yield key_values(**measured)
@@ -103,9 +112,11 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
             yield {
                 "replica": replica.name,
                 "state": state,
+                "phase": rank.load_phase,
                 "epoch": str(replica.epoch),
                 "rank": str(rank.rank) if replica.ranks else "",
                 "node": rank.node,
+                "worker": rank.worker,
                 "device": rank.device,
                 "pid": str(rank.pid or ""),
                 "address": rank.address,
@@ -118,6 +129,8 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "KV used": figures.get("KV used", ""),
                 "running": figures.get("running", ""),
                 "waiting": figures.get("waiting", ""),
+                "prompt tokens/s": figures.get("prompt tokens/s", ""),
+                "tokens/s": figures.get("tokens/s", ""),
                 "cause": rank.cause or replica.cause,
             }
             figures = {}
@@ -128,7 +141,12 @@ def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
     if not replica.HasField("load"):
         return {}
     load = replica.load
-    return {
+    rates = {}
+    if load.HasField("generated_tokens_per_s"):
+        rates["tokens/s"] = f"{load.generated_tokens_per_s:.1f}"
+    if load.HasField("prompt_tokens_per_s"):
+        rates["prompt tokens/s"] = f"{load.prompt_tokens_per_s:.1f}"
+    return rates | {
         "KV used": f"{load.total_blocks - load.free_blocks}/{load.total_blocks}",
         "running": str(load.num_running),
         "waiting": str(load.num_waiting),

@@ -5,7 +5,6 @@ leaders go. It runs on the node of the command line and the gateway. Starting it
 """
 
 import logging
-import sys
 import threading
 import time
 from typing import Any
@@ -24,6 +23,7 @@ from orchestrator.launcher.process import WorkerFailed
 from orchestrator.launcher.ray_access import node_ip
 from placement.errors import HeterodyneError
 from placement.measured.speed import DeviceSpeed, NotMeasured
+from protos.codec.log_record import log_to_parent, said
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,6 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 8.0
 _PING_TIMEOUT_S = 3.0
 _POLL_S = 0.2
-_LOG_FORMAT = "%(asctime)s %(levelname)s controller %(message)s"
-
 
 # The speed of each worker, or why it is not known.
 Speeds = tuple[DeviceSpeed | NotMeasured, ...]
@@ -46,14 +44,9 @@ class ControllerFailed(HeterodyneError):
 class Controller:
     """The actor. All its methods are coroutines, so they share one event loop and need no locks."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_level: str) -> None:
         # What it does is told to whoever watches; only what went wrong is also logged, through Ray, to the driver.
-        logging.basicConfig(
-            level=logging.WARNING,
-            stream=sys.stderr,
-            format=_LOG_FORMAT,
-            force=True,
-        )
+        log_to_parent("controller", level=log_level)
         self._workers: EarlyWorkers | None = None
         self._shell: ControllerShell | None = None
         self._server: grpc.aio.Server | None = None
@@ -103,7 +96,8 @@ class ControllerHandle:
         """Creates the actor. Ray must be connected."""
         self._launch = launch
         # Ray's own types cannot follow its remote calls.
-        self._actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver()).remote()
+        actor: Any = ray.remote(num_cpus=0)(Controller).options(scheduling_strategy=beside_driver())
+        self._actor: Any = actor.remote(launch.log_level)
 
     def measure(self, settings: DeploymentSettings, stop: threading.Event) -> Speeds:
         """Starts the workers of a provisional plan and measures how fast each is, in the order of ranks.
@@ -143,5 +137,7 @@ class ControllerHandle:
             ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S + 2.0)
         except ray.exceptions.RayError as error:
             # Its workers end with it: Ray ends the actors it owns, and each worker dies with its parent.
-            logger.warning("controller_stop_forced cause=%s", type(error).__name__)
+            cause = type(error).__name__
+            words = "The controller did not end when it was asked to (%s); it was killed, and its workers with it."
+            logger.warning(words, cause, extra=said("controller_stop_forced", cause=cause))
         ray.kill(self._actor)

@@ -1,9 +1,22 @@
 """Owns the events that change the controller's state, and the commands that follow from the state."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.planning.plan import Plan, Shard
+
+
+class Loading(Enum):
+    """What a rank does while it loads."""
+
+    CONNECT = "connecting"
+    WEIGHTS = "loading"
+    KV_CACHE = "allocating KV cache"
+    COMPILE = "compiling"
+    MEASURE = "measuring links"
+    WARM_UP = "warming up"
+
 
 # -- events: what happened ------------------------------------------------------------------------------------
 
@@ -37,9 +50,16 @@ class RankStarted(RankEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProgress(RankEvent):
-    """The rank has read this much of its weights."""
+    """The rank does this now, and has read this much of its weights.
+
+    Attributes:
+        loading: what it does.
+        total_bytes: all that it has to read; 0 where it does not know yet.
+    """
 
     loaded_bytes: int
+    total_bytes: int = 0
+    loading: Loading = Loading.WEIGHTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

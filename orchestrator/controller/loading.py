@@ -58,4 +58,11 @@ def _event(command: LoadRank, progress: worker_pb2.LoadResponse) -> RankProgress
     replica, epoch, rank = command.replica, command.epoch, command.rank
     if progress.phase == worker_pb2.LOAD_PHASE_READY:
         return RankLoaded(replica=replica, epoch=epoch, rank=rank, measured=read_measurements(progress.measured))
-    return RankProgress(replica=replica, epoch=epoch, rank=rank, loaded_bytes=progress.loaded_bytes)
+    return RankProgress(
+        replica=replica,
+        epoch=epoch,
+        rank=rank,
+        loaded_bytes=progress.loaded_bytes,
+        total_bytes=progress.total_bytes,
+        loading=wire.loading(progress.phase),
+    )

@@ -25,6 +25,7 @@ from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import HowEnded, WorkerEnd, WorkerFailed
 from placement.errors import cause_of
 from placement.planning.plan import Shard
+from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ class ControllerShell:
                 async with self._changed:
                     await self._changed.wait_for(lambda: self._state.phase is machine.Phase.STOPPED)
         except TimeoutError:
-            logger.warning("shutdown_forced")
+            words = "Some workers did not end within %g s; they are killed."
+            logger.warning(words, timeout_s, extra=said("shutdown_forced", timeout_s=timeout_s))
         self._closed = True
         await self._launcher.close()
         await self._background.close()
@@ -161,7 +163,7 @@ class ControllerShell:
                 try:
                     await self._run_worker(command)
                 except Exception as error:  # the border: a worker may fail in any way
-                    await self._failed((command.replica, command.rank), command.epoch, error)
+                    await self._failed((command.replica, command.rank), command.epoch, _why(error))
 
     async def _run_worker(self, command: events.StartRank | events.FollowRank | events.LoadRank) -> None:
         match command:
@@ -172,15 +174,8 @@ class ControllerShell:
             case events.LoadRank():
                 await self._load(command)
 
-    async def _failed(self, key: RankKey, epoch: int, error: Exception) -> None:
+    async def _failed(self, key: RankKey, epoch: int, cause: str) -> None:
         replica, rank = key
-        if isinstance(error, grpc.aio.AioRpcError):
-            cause = f"{error.details()} ({error.code().name})"
-        elif isinstance(error, WorkerFailed):
-            cause = str(error)
-        else:
-            logger.exception("command_failed", exc_info=error)
-            cause = cause_of(error)
         await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=cause))
 
     async def _reserve(self, command: events.Reserve) -> None:
@@ -188,11 +183,9 @@ class ControllerShell:
             await self._launcher.reserve(dict(command.shards))
             self._reserved = True
         except Exception as error:  # the border, likewise
-            failure = error if isinstance(error, WorkerFailed) else WorkerFailed(cause_of(error))
-            if failure is not error:  # no user's doing: once, whatever the number of ranks
-                logger.exception("reserve_failed")
+            cause = _why(error)
             for key, _ in command.shards:
-                await self._failed(key, command.epoch, failure)
+                await self._failed(key, command.epoch, cause)
 
     async def _start(self, command: events.StartRank) -> None:
         key = (command.replica, command.rank)
@@ -246,6 +239,16 @@ class ControllerShell:
         await self.dispatch(events.RankFailed(replica=replica, epoch=epoch, rank=rank, cause=end.cause))
 
 
+def _why(error: Exception) -> str:
+    """Returns the cause to tell of a command that failed; what nobody foresaw is logged with its traceback as well."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.details()} ({error.code().name})"
+    if isinstance(error, WorkerFailed):
+        return str(error)
+    logger.exception("A command failed in a way that nobody foresaw.", exc_info=error, extra=said("command_failed"))
+    return cause_of(error)
+
+
 def _name_of(command: events.Command) -> tuple[object, ...]:
     """Returns what makes a command the same as one that is under way."""
     if isinstance(command, events.Reserve):
@@ -259,14 +262,11 @@ def _log_changes(before: machine.State, after: machine.State) -> None:
     for replica in after.replicas:
         if old.get(replica.name) is not replica.phase:
             failed = replica.phase is machine.Phase.FAILED
-            detail = f' cause="{replica.cause}"' if failed else ""
-            # Not an error of the controller's: `serve`, which watches it, is who tells the user.
-            logger.info(
-                "replica=%s epoch=%d phase=%s%s",
-                replica.name,
-                replica.epoch,
-                replica.phase.value,
-                detail,
-            )
+            cause = replica.cause if failed else ""
+            name, epoch, phase = replica.name, replica.epoch, replica.phase.value
+            extra = said("controller_replica", replica=name, epoch=epoch, phase=phase, cause=cause)
+            # `serve`, which watches the controller, is who tells the user.
+            logger.debug("%s is %s %s", name, phase, cause, extra=extra)
     if before.phase is not after.phase:
-        logger.info("deployment phase=%s", after.phase.value)
+        phase = after.phase.value
+        logger.debug("The deployment is %s.", phase, extra=said("controller_deployment", phase=phase))

@@ -13,6 +13,7 @@ from enum import Enum
 from orchestrator.controller.events import (
     Event,
     Launch,
+    Loading,
     RankFailed,
     RankLoaded,
     RankProgress,
@@ -47,6 +48,8 @@ class RankState:
     Attributes:
         node: the node it runs on; empty until it has started, as are ``address``, ``ranks_port`` and ``pid``.
         measured: what the ranks of its stage measured; of the first of several ranks there, once that is loaded.
+        total_bytes: what it has to read, as it says itself; 0 until then.
+        loading: what it does while it loads; None before and after.
         cause: why it failed.
     """
 
@@ -57,6 +60,8 @@ class RankState:
     ranks_port: int = 0
     pid: int = 0
     loaded_bytes: int = 0
+    total_bytes: int = 0
+    loading: Loading | None = None
     measured: StageMeasurements = NOTHING_MEASURED
     cause: str = ""
 
@@ -139,10 +144,13 @@ def _change(rank: RankState, event: RankChange) -> RankState:
     match event:
         case RankStarted(node=node, address=address, ranks_port=port, pid=pid):
             return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid)
-        case RankProgress(loaded_bytes=loaded_bytes):
-            return replace(rank, loaded_bytes=loaded_bytes)
+        case RankProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading):
+            return replace(rank, loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading)
         case RankLoaded(measured=measured):
-            return replace(rank, phase=Phase.READY, loaded_bytes=rank.shard.weight_bytes, measured=measured)
+            read = rank.shard.weight_bytes
+            return replace(
+                rank, phase=Phase.READY, loading=None, loaded_bytes=read, total_bytes=read, measured=measured
+            )
         case RankFailed(cause=cause):
             return replace(rank, phase=Phase.FAILED, cause=cause)
         case RankStopped():

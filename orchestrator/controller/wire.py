@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from orchestrator.controller.events import Member
+from orchestrator.controller.events import Loading, Member
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
 from protos.codec.measured import measured_message
@@ -19,6 +19,22 @@ _PHASES = {
     Phase.FAILED: pb.PHASE_FAILED,
     Phase.STOPPED: pb.PHASE_STOPPED,
 }
+
+
+_LOADING = {
+    Loading.CONNECT: worker_pb2.LOAD_PHASE_CONNECT,
+    Loading.WEIGHTS: worker_pb2.LOAD_PHASE_WEIGHTS,
+    Loading.KV_CACHE: worker_pb2.LOAD_PHASE_KV_CACHE,
+    Loading.COMPILE: worker_pb2.LOAD_PHASE_COMPILE,
+    Loading.MEASURE: worker_pb2.LOAD_PHASE_MEASURE,
+    Loading.WARM_UP: worker_pb2.LOAD_PHASE_WARM_UP,
+}
+_LOADING_OF = {phase: loading for loading, phase in _LOADING.items()}
+
+
+def loading(phase: worker_pb2.LoadPhase.ValueType) -> Loading:
+    """Returns what a worker does that says so."""
+    return _LOADING_OF.get(phase, Loading.WEIGHTS)
 
 
 def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
@@ -57,6 +73,9 @@ def _rank(rank: RankState) -> pb.Rank:
         loaded_bytes=rank.loaded_bytes,
         measured=measured_message(rank.measured),
         cause=rank.cause,
+        worker=rank.shard.device.worker,
+        load_phase=worker_pb2.LOAD_PHASE_UNSPECIFIED if rank.loading is None else _LOADING[rank.loading],
+        total_bytes=rank.total_bytes,
     )
 
 

@@ -75,20 +75,26 @@ def controller_lost(cause: object) -> Said:
     )
 
 
-def draining(grace_s: float) -> Said:
-    """The service takes nothing new, and finishes what it has."""
-    sentence = f"Stopping: waiting up to {grace_s:g} s for requests in progress; Ctrl-C again to stop now."
-    return Said(event="draining", sentence=sentence, fields={"grace_s": grace_s})
+def draining(grace_s: float, num_requests: int | None) -> Said:
+    """The service takes nothing new, and finishes what it has: so many requests, where that is known."""
+    count = {None: "requests in progress", 1: "1 request"}.get(num_requests, f"{num_requests} requests")
+    if num_requests == 0:
+        sentence = "Stopping: no request is in progress."
+    else:
+        sentence = f"Stopping: waiting up to {grace_s:g} s for {count}; Ctrl-C again to stop now."
+    requests = {} if num_requests is None else {"requests": num_requests}
+    return Said(event="draining", sentence=sentence, fields={"grace_s": grace_s, **requests})
 
 
 def drained() -> Said:
     """Everything that was accepted was finished."""
-    return Said(event="drained", sentence="Stopped; every request in progress was finished.")
+    return Said(event="drained", sentence="Stopped; every request was finished.")
 
 
-def drain_cut() -> Said:
-    """Some of what was accepted was not finished."""
-    return Said(event="drain_cut", sentence="Stopped before every request was finished.", level=LogLevel.WARNING)
+def gateway_killed() -> Said:
+    """The gateway had to be ended by force, with whatever it had not finished."""
+    sentence = "Stopped: the gateway did not end by itself, and was killed."
+    return Said(event="drain_cut", sentence=sentence, level=LogLevel.WARNING)
 
 
 def stopped_before_ready() -> Said:

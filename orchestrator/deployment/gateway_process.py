@@ -18,9 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
-from orchestrator.launcher.echo import print_line
+from orchestrator.event_log import EventLog
 from orchestrator.launcher.process import environment
 from protos.codec.child_process import Listening
+from protos.codec.log_record import LAST_WORDS, LogRecord
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
 
 _POLL_S = 0.2
 _GATEWAY_START_S = 30.0
@@ -28,9 +30,10 @@ _GATEWAY_START_S = 30.0
 _GATEWAY_STOP_S = 10.0
 _LONGEST_LINE = 1 << 16
 _HEALTH_S = 0.5
+_STATUS_S = 1.0
 _SERVICE = "heterodyne.v1.Inference"
 # It is this process's own child, which no proxy stands before.
-_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 500))
+_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 class GatewayProcess:
@@ -54,6 +57,16 @@ class GatewayProcess:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
+    def num_requests(self) -> int | None:
+        """Returns how many requests it works on or lets wait; None where it does not say so in time."""
+        try:
+            with grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+                stub = admin_pb2_grpc.AdminStub(channel)
+                status = stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=_STATUS_S)
+        except grpc.RpcError:
+            return None
+        return status.gateway.in_flight + status.gateway.queued
+
     def stop(self, *, grace_s: float, stop: StopRequest) -> int:
         """Drains it, at once when the user insists; kills it when even that takes too long. Returns its exit code."""
         self.process.terminate()
@@ -73,7 +86,7 @@ class GatewayProcess:
 
 @contextmanager
 def gateway_process(
-    path: Path, overrides: Sequence[str], checked: Checked, control_address: str, stop: StopRequest
+    path: Path, overrides: Sequence[str], checked: Checked, control_address: str, stop: StopRequest, log: EventLog
 ) -> Iterator[GatewayProcess]:
     """Starts the gateway and waits until it listens; at the end of the block nothing of it is left.
 
@@ -85,15 +98,17 @@ def gateway_process(
             sys.executable, "-m", "orchestrator.gateway", str(path.resolve()), "--control", control_address,
             "--max-context-tokens", str(checked.plan.model.max_context_tokens), "--dtype", checked.plan.dtype.value,
             "--embeddings", "tied" if checked.plan.model.tied_embeddings else "untied",
-            "--parent-pid", str(os.getpid()), *(f"--set={override}" for override in overrides),
+            "--parent-pid", str(os.getpid()), "--log-level", log.level.value,
+            *(f"--set={override}" for override in overrides),
         ],
         env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         # A terminal's Ctrl-C is for this process, which drains the gateway in order.
         start_new_session=True,
     )  # fmt: skip
-    output = _Output(process)
+    output = _Output(process, log)
     try:
         yield GatewayProcess(process, _listening(output, stop))
     finally:
@@ -112,29 +127,34 @@ def _listening(output: "_Output", stop: StopRequest) -> str:
         except queue.Empty:
             continue
         if listening is None:
-            raise LaunchFailed(_why_silent(output.process, timeout_s=deadline - time.monotonic()))
+            raise LaunchFailed(_why_silent(output, timeout_s=deadline - time.monotonic()))
         return listening.address
     raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
 
 
-def _why_silent(process: "subprocess.Popen[bytes]", *, timeout_s: float) -> str:
+def _why_silent(output: "_Output", *, timeout_s: float) -> str:
     """Returns why a gateway says no more before it said where it listens."""
     try:
-        code = process.wait(timeout_s)
+        code = output.process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         return "the gateway's output ended, or could not be read, before it said where it listens"
+    if output.last_words:
+        return f"the gateway did not start: {output.last_words}"
     return f"the gateway ended at its start with exit code {code}; its words are above"
 
 
 class _Output:
-    """Reads the standard output of a child process until it ends, and passes it on to standard error.
+    """Reads what a child process prints until it ends, and hands it to a log, but for its last words.
 
     Attributes:
         first: gets where the child listens, once it says so; None when its output ends before.
+        last_words: why the child says that it ends.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", log: EventLog) -> None:
         self.process = process
+        self._log = log
+        self.last_words = ""
         self.first: queue.Queue[Listening | None] = queue.Queue()
         self._thread = threading.Thread(target=self._read, name="gateway-output", daemon=True)
         self._thread.start()
@@ -146,11 +166,13 @@ class _Output:
             for line in iter(partial(self.process.stdout.readline, _LONGEST_LINE), b""):
                 text = line.decode(errors="replace").rstrip()
                 listening = None if listens else Listening.read(text)
-                if listening is None:  # a library's words
-                    print_line(text)
-                else:
+                if listening is not None:
                     listens = True
                     self.first.put(listening)
+                elif (record := LogRecord.read(text)) is not None and record.event == LAST_WORDS:
+                    self.last_words = record.message
+                else:
+                    self._log.pass_on(text, "gateway")
         finally:  # whatever ends it, nobody waits for a line that does not come
             self.first.put(None)
 

@@ -4,7 +4,7 @@ Every WatchResponse is given to it, and ``tick`` is called now and then between 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -17,41 +17,74 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
 )
 from rich.text import Text
 
-from orchestrator.event_log import EventLog, LogFormat, LogLevel
+from orchestrator.event_log import EventLog, LogFormat, LogLevel, Said
 from placement.planning.memory import format_bytes
+from protos.codec.loading import READING, doing
 from protos.heterodyne.control.v1 import control_pb2
 
-STALL_S = 10.0
 LINE_EVERY_S = 1.0
+STALL_S = 10.0
+"""How long a rank may read nothing while bytes are still to come."""
+
+LONG_S: Mapping[str, float] = {
+    "connecting": 20.0,
+    "allocating KV cache": 20.0,
+    "compiling": 120.0,
+    "measuring links": 60.0,
+    "warming up": 60.0,
+}
+"""How long what has no bytes to count may take before that is worth a word."""
+
+_READY = "ready"
 _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 
 @dataclass(slots=True, kw_only=True)
 class _RankLoad:
-    """How far one rank of one epoch has loaded. Times are readings of the clock."""
+    """How far one rank of one epoch has loaded. Times are readings of the clock.
+
+    Attributes:
+        moved_s: when it last read something, or began to do something else.
+        first_s: when its first bytes had come.
+        first_bytes: how many those were.
+    """
 
     replica: str
     epoch: int
     rank: int
-    started_s: float
+    worker: str
     moved_s: float
-    phase: "control_pb2.Phase.ValueType" = control_pb2.PHASE_UNSPECIFIED
+    doing: str = ""
     loaded_bytes: int = 0
     total_bytes: int = 0
+    first_s: float | None = None
+    first_bytes: int = 0
     shown_s: float | None = None
     stall_shown: bool = False
     bar: TaskID | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.replica} rank {self.rank}"
+        return f"{self.replica} rank {self.rank}" + (f" ({self.worker})" if self.worker else "")
 
     @property
-    def is_loading(self) -> bool:
-        return self.phase == control_pb2.PHASE_LOADING and self.loaded_bytes < self.total_bytes
+    def is_reading(self) -> bool:
+        return self.doing == READING and self.loaded_bytes < self.total_bytes
+
+    @property
+    def long_s(self) -> float | None:
+        """Returns how long it may stand as it is; None where it may for as long as it likes."""
+        return STALL_S if self.is_reading else LONG_S.get(self.doing)
+
+    def bytes_per_s(self, now_s: float) -> float | None:
+        """Returns how fast bytes came since the first; None where that is not known."""
+        if self.first_s is None or now_s <= self.first_s or self.loaded_bytes <= self.first_bytes:
+            return None
+        return (self.loaded_bytes - self.first_bytes) / (now_s - self.first_s)
 
 
 class LoadProgress:
@@ -79,74 +112,93 @@ class LoadProgress:
         now_s = self._clock()
         for replica in response.replicas:
             for rank in replica.ranks:
-                load = self._rank_load(replica, rank.rank, now_s)
-                phase_changed = rank.phase != load.phase
-                if rank.loaded_bytes > load.loaded_bytes or phase_changed:
+                load = self._rank_load(replica, rank, now_s)
+                now_doing = doing(rank)
+                changed = now_doing != load.doing
+                if rank.loaded_bytes > load.loaded_bytes or changed:
                     load.moved_s, load.stall_shown = now_s, False
-                load.phase, load.total_bytes = rank.phase, rank.weight_bytes
-                load.loaded_bytes = rank.loaded_bytes
-                self._show(load, now_s, phase_changed=phase_changed)
+                if rank.loaded_bytes and load.first_s is None:
+                    load.first_s, load.first_bytes = now_s, rank.loaded_bytes
+                load.doing, load.loaded_bytes = now_doing, rank.loaded_bytes
+                load.total_bytes = rank.total_bytes or rank.weight_bytes
+                is_loading = rank.phase in _LOADING
+                self._show(load, now_s, changed=changed, is_loading=is_loading)
         self.tick()
 
     def tick(self) -> None:
-        """Reports each rank that has loaded nothing for :data:`STALL_S`, once for each stall."""
+        """Reports each rank that stands for too long, once for each time."""
         now_s = self._clock()
         for load in self._ranks.values():
-            if load.is_loading and not load.stall_shown and now_s - load.moved_s >= STALL_S:
-                load.stall_shown = True
-                self._log.say(
-                    "stall",
-                    f"{load.name} has loaded nothing for {now_s - load.moved_s:.0f} s.",
-                    level=LogLevel.WARNING,
-                    replica=load.replica,
-                    rank=load.rank,
-                    loaded_bytes=load.loaded_bytes,
-                    total_bytes=load.total_bytes,
-                    no_progress_s=f"{now_s - load.moved_s:.0f}",
-                )
+            if load.long_s is None or load.stall_shown or now_s - load.moved_s < load.long_s:
+                continue
+            load.stall_shown = True
+            if load.is_reading:
+                self._say_stalled(load, now_s - load.moved_s)
+            else:
+                self._say_slow(load, now_s - load.moved_s)
 
-    def _rank_load(self, replica: control_pb2.Replica, rank: int, now_s: float) -> _RankLoad:
+    def _say_stalled(self, load: _RankLoad, stood_s: float) -> None:
+        of = f"{format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}"
+        self._log.say(
+            "stall",
+            f"{load.name} has read nothing for {stood_s:.0f} s, and stands at {of}: look at the disk of its node.",
+            level=LogLevel.WARNING,
+            replica=load.replica,
+            rank=load.rank,
+            loaded_bytes=load.loaded_bytes,
+            total_bytes=load.total_bytes,
+            no_progress_s=round(stood_s),
+        )
+
+    def _say_slow(self, load: _RankLoad, stood_s: float) -> None:
+        self._log.say(
+            "slow",
+            f"{load.name} is still {load.doing} after {stood_s:.0f} s.",
+            replica=load.replica,
+            rank=load.rank,
+            phase=load.doing,
+            for_s=round(stood_s),
+        )
+
+    def _rank_load(self, replica: control_pb2.Replica, rank: control_pb2.Rank, now_s: float) -> _RankLoad:
         """Returns the rank's record; a new epoch starts a new one."""
-        known = self._ranks.get((replica.name, rank))
+        key = (replica.name, rank.rank)
+        known = self._ranks.get(key)
         if known is not None and known.epoch == replica.epoch:
             return known
-        load = _RankLoad(replica=replica.name, epoch=replica.epoch, rank=rank, started_s=now_s, moved_s=now_s)
+        load = _RankLoad(replica=replica.name, epoch=replica.epoch, rank=rank.rank, worker=rank.worker, moved_s=now_s)
         if self._bars is not None:
             old_bar = known.bar if known is not None else None
             load.bar = self._bars.add_task(load.name, total=None) if old_bar is None else old_bar
             self._bars.reset(load.bar, completed=0)
-        self._ranks[replica.name, rank] = load
+        self._ranks[key] = load
         return load
 
-    def _show(self, load: _RankLoad, now_s: float, *, phase_changed: bool) -> None:
-        phase = control_pb2.Phase.Name(load.phase).removeprefix("PHASE_").lower()
+    def _show(self, load: _RankLoad, now_s: float, *, changed: bool, is_loading: bool) -> None:
         if self._bars is not None and load.bar is not None:
-            self._bars.update(
-                load.bar,
-                description=f"{load.name}: {phase}",
-                total=load.total_bytes or None,
-                completed=load.loaded_bytes,
-            )
+            self._show_bar(self._bars, load.bar, load)
         is_due = load.shown_s is None or now_s - load.shown_s >= LINE_EVERY_S
-        if self._bars is None and (phase_changed or (load.phase in _LOADING and is_due)):
-            self._progress_line(load, phase, now_s)
+        if self._bars is None and (changed or (is_loading and load.is_reading and is_due)):
+            self._say_progress(load, now_s)
 
-    def _progress_line(self, load: _RankLoad, phase: str, now_s: float) -> None:
+    def _show_bar(self, bars: Progress, bar: TaskID, load: _RankLoad) -> None:
+        """Fills the bar while bytes come and once all is done; between, it moves, as there is nothing to count."""
+        bars.update(bar, description=f"{load.name}: {load.doing}", completed=load.loaded_bytes)
+        counts = load.total_bytes and (load.is_reading or load.doing == _READY)
+        for task in bars.tasks:
+            if task.id == bar:
+                task.total = load.total_bytes if counts else None  # `update` takes None for "as before"
+
+    def _say_progress(self, load: _RankLoad, now_s: float) -> None:
         load.shown_s = now_s
-        elapsed_s = now_s - load.started_s
-        bytes_per_s = load.loaded_bytes / elapsed_s if elapsed_s > 0 else 0.0
+        bytes_per_s = load.bytes_per_s(now_s) if load.is_reading else None
         left_bytes = load.total_bytes - load.loaded_bytes
-        self._log.say(
-            "load",
-            f"{load.name} is {phase}: {format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}.",
-            replica=load.replica,
-            rank=load.rank,
-            phase=phase,
-            loaded_bytes=load.loaded_bytes,
-            total_bytes=load.total_bytes,
-            bytes_per_s=f"{bytes_per_s:.0f}" if bytes_per_s else "",
-            left_s=f"{left_bytes / bytes_per_s:.1f}" if bytes_per_s and load.is_loading else "",
-        )
+        fields: dict[str, object] = {"replica": load.replica, "rank": load.rank, "worker": load.worker}
+        fields |= {"phase": load.doing, "loaded_bytes": load.loaded_bytes, "total_bytes": load.total_bytes}
+        if bytes_per_s is not None:
+            fields |= {"bytes_per_s": round(bytes_per_s), "left_s": round(left_bytes / bytes_per_s, 1)}
+        of = f": {format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}" if load.is_reading else ""
+        self._log.tell(Said(event="load", sentence=f"{load.name} is {load.doing}{of}.", fields=fields))
 
 
 class _Loaded(ProgressColumn):
@@ -162,4 +214,5 @@ class _Loaded(ProgressColumn):
 
 
 def _bars(console: Console) -> Progress:
-    return Progress(TextColumn("{task.description}", markup=False), BarColumn(), _Loaded(), console=console)
+    name = TextColumn("{task.description}", markup=False)
+    return Progress(name, BarColumn(), _Loaded(), TimeElapsedColumn(), console=console)

@@ -29,6 +29,7 @@ from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.event_log import EventLog, Said
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect, own_node_id
 from orchestrator.launcher.ray_access import lets_in_anybody
+from orchestrator.launcher.ray_output import take_output
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
 _POLL_S = 0.2
@@ -59,6 +60,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
     if checked.split_by is None and config.cluster.is_local:
         _tell(log, plan_events(checked))
     log.tell(events.connecting(address))
+    take_output(log.pass_on)
     connect(address, num_cpus=num_cpus, stop=stop.asked)
     try:
         stop.install()
@@ -74,7 +76,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
             _tell(log, plan_events(checked) if checked.split_by is None else ())
         with (
             _controller(checked, seats, stop, log) as launched,
-            gateway_process(path, overrides, launched.checked, launched.control_address, stop) as gateway,
+            gateway_process(path, overrides, launched.checked, launched.control_address, stop, log) as gateway,
         ):
             return _run(launched, gateway, stop, log)
     finally:
@@ -105,6 +107,7 @@ def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog
             bind_host=listening_host(config, seats, own_node_id()),
             start_timeout_s=config.launch.start_timeout_s,
             labels=rank_labels(checked, seats.needs),
+            log_level=log.level.value,
         )
     )
     try:
@@ -129,7 +132,9 @@ def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> S
 def _settings(checked: Checked) -> DeploymentSettings:
     config = checked.config
     return DeploymentSettings(
-        plan=checked.plan, model_path=config.model.path, load_timeout_s=config.launch.load_timeout_s
+        plan=checked.plan,
+        model_path=config.model.path,
+        load_timeout_s=config.launch.load_timeout_s,
     )
 
 
@@ -149,10 +154,13 @@ def _run(launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: E
         log.tell(events.stopped_before_ready())
         gateway.stop(grace_s=0.0, stop=stop)
         return 1
-    log.tell(events.draining(config.gateway.drain_grace_s))
-    finished = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop) == 0
-    log.tell(events.drained() if finished else events.drain_cut())
-    return 0 if finished else 1
+    log.tell(events.draining(config.gateway.drain_grace_s, gateway.num_requests()))
+    code = gateway.stop(grace_s=config.gateway.drain_grace_s, stop=stop)
+    if code == 0:
+        log.tell(events.drained())
+    elif code < 0:  # else it has said itself what was cut
+        log.tell(events.gateway_killed())
+    return 0 if code == 0 else 1
 
 
 class _ControllerLost(Exception):

@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import logging
 import sys
 from pathlib import Path
 
@@ -11,6 +10,9 @@ from orchestrator.gateway.server import GatewaySettings, run
 from placement.errors import HeterodyneError
 from placement.model.specs import DType
 from protos.codec.child_process import die_with_parent
+from protos.codec.log_record import LEVELS, last_words, log_to_parent
+
+SOURCE = "gateway"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,6 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-context-tokens", type=int, required=True)
     parser.add_argument("--dtype", choices=[dtype.value for dtype in DType], required=True)
     parser.add_argument("--embeddings", choices=["tied", "untied"], help="what the plan found them to be")
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least important lines to log")
     parser.add_argument("--parent-pid", type=int, help="die with this process, which must be the parent")
     return parser.parse_args(argv)
 
@@ -29,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Runs the gateway; returns the exit code."""
     args = parse()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s gateway %(message)s")
+    log_to_parent(SOURCE, level=args.log_level)
     if args.parent_pid is not None:
         die_with_parent(args.parent_pid)
     try:
@@ -42,7 +45,7 @@ def main() -> int:
         )
         return asyncio.run(run(settings))
     except HeterodyneError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        last_words(str(error), source=SOURCE, as_record=True)
         return 2
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.inbox import Loss
 from orchestrator.telemetry.requests import Telemetry
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -43,6 +44,7 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
     gauge(
         "heterodyne.gateway.requests", "{request}", "Choices that replicas work on, and requests that wait.", requests
     )
+    _observe_losses(telemetry, fleet)
     gauge("heterodyne.replica.sequences", "{sequence}", "Sequences of a replica, by state.", sequences)
     gauge("heterodyne.replica.kv_cache.usage", "1", "Share of KV blocks in use, 0 to 1.", kv_usage)
     for name, unit, description, field in (
@@ -54,3 +56,21 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
         ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
     ):
         counter(f"heterodyne.replica.{name}", unit, description, counted(field))
+
+
+def _observe_losses(telemetry: Telemetry, fleet: Fleet) -> None:
+    """Registers what is told of a replica also when it is lost."""
+
+    def up() -> _Figures:
+        for replica in fleet.deployment.replicas:
+            leader = fleet.leader(replica.name, replica.epoch)
+            yield int(leader is not None and leader.accepting), {"replica": replica.name}
+
+    def losses() -> _Figures:
+        for replica in fleet.deployment.replicas:
+            for kind in Loss:
+                if kind is not Loss.STOPPED:
+                    yield fleet.losses[replica.name, kind], {"replica": replica.name, "cause": kind.value}
+
+    telemetry.gauge("heterodyne.replica.up", "1", "Whether a replica takes requests, 1 or 0, lost ones too.", up)
+    telemetry.counter("heterodyne.replica.losses", "{loss}", "How often a replica was lost, by kind of cause.", losses)

@@ -24,6 +24,7 @@ from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.submission import entries, submit_message
 from orchestrator.gateway.status import code_of
 from orchestrator.telemetry.requests import RequestRecord, Telemetry
+from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ class Generator:
                 for echoed in answer.opening():
                     await client.send(echoed)
                 while answer.outcome is None:
-                    said = await inbox.take()
-                    events = answer.take(said, submitted_s=submitted_s, now_s=client.age_s())
+                    message = await inbox.take()
+                    events = answer.take(message, submitted_s=submitted_s, now_s=client.age_s())
                     for sequence_id in answer.take_released():
                         leader.release(sequence_id, cancel=True)
                     for event in events:
@@ -123,7 +124,9 @@ class Generator:
                 await client.send(answer.finished(total_s=client.age_s()))
         except TimeoutError:
             # Nothing more can be sent to it, the last event included; its slot is for somebody who listens.
-            logger.info("client_deaf request_id=%s full=%s", answer.request.request_id, inbox.full)
+            request_id = answer.request.request_id
+            words = "A client no longer reads its answer (request %s)."
+            logger.info(words, request_id, extra=said("client_deaf", request_id=request_id, full=inbox.full))
             answer.outcome = ClientTooSlow("the answer was not read as fast as it came") if inbox.full else overdue
         finally:
             timer.cancel()

@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import LeaderLimits
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.load_log import LoadLog
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import AdminService, InferenceService
@@ -32,6 +34,7 @@ from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
 from placement.model.specs import DType
 from protos.codec.child_process import Listening
+from protos.codec.log_record import said
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -49,7 +52,6 @@ _SERVER_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 _LAST_WORDS_S = 1.0
-STOPPING = "the service is stopping"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ class Gateway:
             on_step=self._stepped,
         )
         self._timeline = Timeline(model=model.name)
+        self._load_log = LoadLog(self.fleet, self.admission)
         self._vllm = self._vllm_metrics(model) if config.telemetry.vllm_metrics else None
         self._telemetry = self._make_telemetry()
         self._requests = RequestReader(model=model, admission=self.admission)
@@ -112,7 +115,13 @@ class Gateway:
             telemetry=self._telemetry,
             request_timeout_s=self._config.gateway.request_timeout_s,
         )
-        admin = AdminService(model=model, fleet=self.fleet, admission=self.admission, timeline=self._timeline)
+        admin = AdminService(
+            model=model,
+            fleet=self.fleet,
+            admission=self.admission,
+            timeline=self._timeline,
+            load_log=self._load_log,
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -170,6 +179,7 @@ class Gateway:
         await self._set_health()
         await self._server.start()
         self._background.spawn(self.fleet.follow())
+        self._background.spawn(self._load_log.run())
         return str(replace(address, port=port))
 
     async def drain(self, cut: asyncio.Event | None = None) -> bool:
@@ -185,12 +195,12 @@ class Gateway:
         self._draining = True
         self.admission.start_drain()
         await self._set_health()
-        grace_s = self._config.gateway.drain_grace_s
-        idle = await self._wait_idle(grace_s, cut)
+        began_s = time.monotonic()
+        idle = await self._wait_idle(self._config.gateway.drain_grace_s, cut)
         if not idle:
-            logger.warning("drain_cut in_flight=%d after_s=%g", self.admission.in_flight, grace_s)
+            _say_cut(self.admission.in_flight + self.admission.queued, time.monotonic() - began_s)
             # What is cut still ends as promised, with a last message that says why.
-            self.fleet.give_up(STOPPING)
+            self.fleet.stop()
             await self.admission.wait_idle(_LAST_WORDS_S)
         self.fleet.drain()
         await self._server.stop(_LAST_WORDS_S)
@@ -220,6 +230,12 @@ class Gateway:
                 await self._health.set(service, state)
             # Status can be asked for as long as the gateway lives.
             await self._health.set(_ADMIN, health_pb2.HealthCheckResponse.SERVING)
+
+
+def _say_cut(num_cut: int, after_s: float) -> None:
+    requests = "1 request" if num_cut == 1 else f"{num_cut} requests"
+    extra = said("drain_cut", in_flight=num_cut, after_s=round(after_s, 1))
+    logger.warning("Stopped after %.1f s; %s had not finished.", after_s, requests, extra=extra)
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:

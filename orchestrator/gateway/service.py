@@ -12,8 +12,10 @@ from orchestrator.gateway import measured
 from orchestrator.gateway.errors import ReplicaFault
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.throughput import Rates
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.grpc_client import grpc_client
+from orchestrator.gateway.load_log import LoadLog
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.request.request import check_model
@@ -22,6 +24,8 @@ from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
+from protos.codec.loading import doing
+from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -42,6 +46,9 @@ _STATES = {
     control_pb2.PHASE_FAILED: admin_pb2.REPLICA_STATE_FAILED,
     control_pb2.PHASE_STOPPED: admin_pb2.REPLICA_STATE_STOPPED,
 }
+
+
+_BEFORE_READY = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
@@ -75,7 +82,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await abort(context, error)
         except Exception:
             # What gRPC would tell the client by itself may hold anything; this holds nothing.
-            logger.exception("request_failed")
+            words = "A request failed in a way that nobody foresaw."
+            logger.exception(words, extra=said("request_failed"))
             await abort(context, ReplicaFault("the service failed; its log says how"))
         if isinstance(outcome, HeterodyneError):
             await abort(context, outcome)
@@ -135,11 +143,14 @@ def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
 class AdminService(admin_pb2_grpc.AdminServicer):
     """Serves heterodyne.v1.Admin."""
 
-    def __init__(self, *, model: ServedModel, fleet: Fleet, admission: Admission, timeline: Timeline) -> None:
+    def __init__(
+        self, *, model: ServedModel, fleet: Fleet, admission: Admission, timeline: Timeline, load_log: LoadLog
+    ) -> None:
         self._model = model
         self._fleet = fleet
         self._admission = admission
         self._timeline = timeline
+        self._load_log = load_log
         self._building = asyncio.Lock()  # one timeline at a time: each holds megabytes
         self._started_s = time.monotonic()
 
@@ -159,6 +170,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 fenced_messages=self._fleet.fenced_messages,
             ),
             replicas=[self._replica(replica) for replica in self._fleet.deployment.replicas],
+            context_tokens=self._model.max_context_tokens,
+            model_context_tokens=self._model.spec.max_context_tokens,
         )
 
     async def GetTimeline(
@@ -186,19 +199,24 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             message.state = admin_pb2.REPLICA_STATE_FAILED
             message.cause = replica.cause or leader.lost.cause
         if leader is not None and leader.load is not None and leader.lost is None:
-            load = leader.load
-            message.load.CopyFrom(
-                admin_pb2.ReplicaLoad(
-                    num_running=load.num_running,
-                    num_waiting=load.num_waiting,
-                    free_blocks=load.free_blocks,
-                    total_blocks=load.total_blocks,
-                    steps=load.steps,
-                    num_preemptions=load.num_preemptions,
-                    age_s=leader.report_age_s,
-                )
-            )
+            rates = self._load_log.rates(replica.name, replica.epoch)
+            message.load.CopyFrom(_load(leader.load, rates, age_s=leader.report_age_s))
         return message
+
+
+def _load(load: worker_pb2.LoadReport, rates: Rates | None, *, age_s: float) -> admin_pb2.ReplicaLoad:
+    return admin_pb2.ReplicaLoad(
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        free_blocks=load.free_blocks,
+        total_blocks=load.total_blocks,
+        steps=load.steps,
+        num_preemptions=load.num_preemptions,
+        age_s=age_s,
+        prompt_tokens_per_s=None if rates is None else rates.prompt_tokens_per_s,
+        generated_tokens_per_s=None if rates is None else rates.generated_tokens_per_s,
+        prefix_cache_hit_rate=None if rates is None else rates.prefix_cache_hit_rate,
+    )
 
 
 def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
@@ -215,6 +233,8 @@ def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
         kv_bytes=rank.kv_bytes,
         loaded_bytes=rank.loaded_bytes,
         cause=rank.cause,
+        worker=rank.worker,
+        load_phase=doing(rank) if rank.phase in _BEFORE_READY else "",
         num_kv_heads=_length(rank.shard.kv_heads),
         num_ffn_columns=_length(rank.shard.ffn_columns),
         sums=measured.sums(rank.measured),

@@ -23,6 +23,7 @@ from placement.errors import InvalidConfig, cause_of
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
 from placement.planning.seating import need_of
+from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +95,14 @@ class LaunchSettings:
     Attributes:
         bind_host: the address that workers listen on; None: each on its node's own, and the controller on loopback.
         labels: Ray node labels that a rank's node must carry, by rank.
+        log_level: the least important lines that workers and the controller log.
     """
 
     bind_host: str | None
     start_timeout_s: float
     labels: Mapping[RankKey, Mapping[str, str]]
     stop_grace_s: float = 5.0
+    log_level: str = "info"
 
 
 class RayLauncher:
@@ -159,6 +162,8 @@ class RayLauncher:
             device="cpu" if shard.device.kind == "cpu" else "cuda:0",
             num_threads=shard.device.num_threads,
             epoch=epoch,
+            name=shard.device.worker,
+            log_level=self._settings.log_level,
         )
         timeout_s = self._settings.start_timeout_s
         started: Started | NotStarted = await self._answer(agent.start.remote(args, timeout_s), timeout_s + 5.0)
@@ -193,7 +198,8 @@ class RayLauncher:
             raise WorkerFailed(
                 f"not enough memory on {probe.node}: {format_bytes(needed)} are needed, "
                 f"{format_bytes(shard.weight_bytes)} for weights and {format_bytes(shard.kv_bytes)} for KV blocks, and "
-                f"{format_bytes(probe.available_bytes)} are free. Free memory there, set serving.kv_cache to less, or choose another node"
+                f"{format_bytes(probe.available_bytes)} are free. Free memory there, set serving.kv_cache to less, or "
+                "choose another node"
             )
 
     async def wait(self, key: RankKey) -> WorkerEnd:
@@ -220,7 +226,9 @@ class RayLauncher:
         try:
             await asyncio.wait_for(agent.stop.remote(grace_s), grace_s + 2.0)
         except (TimeoutError, ray.exceptions.RayError):
-            logger.warning("worker_stop_forced replica=%s rank=%d", *key)
+            where = {"replica": key[0], "rank": key[1]}
+            words = "Rank %d of %s did not end when it was asked to, and was killed."
+            logger.warning(words, key[1], key[0], extra=said("worker_stop_forced", **where))
         finally:
             ray.kill(agent)
 

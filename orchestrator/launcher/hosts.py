@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.launcher.no_room import NodeResources
 from orchestrator.launcher.node import available_memory_bytes
 from placement.planning.seating import Host
+from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,14 @@ def _available_memory(host_ids: list[str], stop: threading.Event) -> dict[str, i
         try:
             memory[answers[answer]] = ray.get(answer)
         except ray.exceptions.RayError as error:
-            logger.warning("host_memory_unknown node=%s cause=%s", answers[answer], type(error).__name__)
+            _memory_unknown(answers[answer], type(error).__name__)
     for answer in late:
         if not stop.is_set():
-            logger.warning("host_memory_unknown node=%s cause=no answer within %g s", answers[answer], _ANSWER_S)
+            _memory_unknown(answers[answer], f"no answer within {_ANSWER_S:g} s")
         ray.cancel(answer, force=True)
     return memory
+
+
+def _memory_unknown(node: str, cause: str) -> None:
+    words = "Node %s is left out: how much memory it has free could not be asked (%s)."
+    logger.warning(words, node, cause, extra=said("host_memory_unknown", node=node, cause=cause))

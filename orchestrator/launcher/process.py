@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from orchestrator.launcher.echo import Echo
 from orchestrator.launcher.node import host_port
 from placement.errors import HeterodyneError
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
+from protos.codec.log_record import LAST_WORDS, LogRecord
 
 # The directory that holds the packages: what `python -m workers` needs on its path.
 _ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,8 @@ class WorkerArgs:
     Attributes:
         bind_host: the address that it listens on; None: that of its node, which only the agent there knows.
         advertise_host: where others reach the worker, if not at ``bind_host``.
+        name: what the cluster file calls the worker, under which its lines are printed.
+        log_level: the least important lines that it logs.
     """
 
     bind_host: str | None
@@ -62,6 +66,13 @@ class WorkerArgs:
     num_threads: int
     epoch: int
     advertise_host: str | None = None
+    name: str = ""
+    log_level: str = "info"
+
+    @property
+    def source(self) -> str:
+        """Returns the source of the worker's lines."""
+        return f"worker {self.name}" if self.name else "worker"
 
     def argv(self) -> list[str]:
         """Returns the command line."""
@@ -69,6 +80,7 @@ class WorkerArgs:
         return [
             sys.executable, "-m", "workers", "--bind", host_port(self.bind_host, 0), "--device", self.device,
             "--threads", str(self.num_threads), "--epoch", str(self.epoch), "--parent-pid", str(os.getpid()),
+            f"--name={self.name}", "--log-format", "json", "--log-level", self.log_level,
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -114,12 +126,14 @@ def environment(*, ray_token: bool = False) -> dict[str, str]:
 class WorkerProcess:
     """A worker process under watch. It dies with the process that started it.
 
-    Everything it prints is read until it ends, and passed on to standard error, whatever becomes of that.
+    Everything it prints is read until it ends, and passed on to standard error as records, whatever becomes of that.
+    Its last words are not passed on: they are the cause of its end, which whoever waits for that is told.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, host: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, *, host: str, source: str) -> None:
         self._process = process
         self._host = host
+        self._source = source
         self._listening: asyncio.Future[Listening | None] = asyncio.get_running_loop().create_future()
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
         self._echo = Echo()
@@ -150,7 +164,7 @@ class WorkerProcess:
             start_new_session=True,
         )
         assert args.bind_host is not None
-        worker = cls(process, args.advertise_host or args.bind_host)
+        worker = cls(process, host=args.advertise_host or args.bind_host, source=args.source)
         try:
             await asyncio.wait_for(worker._listen(), timeout_s)
         except TimeoutError:
@@ -181,7 +195,7 @@ class WorkerProcess:
             async for line in _lines(self._process.stdout):
                 listening = None if self._listening.done() else Listening.read(line)
                 if listening is None:  # a library's words
-                    await self._echo.put(line)
+                    await self._echo.put(self._record(line).line())
                 else:
                     self._listening.set_result(listening)
         finally:  # whatever ends it, nobody waits for a line that does not come
@@ -191,8 +205,14 @@ class WorkerProcess:
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
         async for line in _lines(self._process.stderr):
-            self._stderr.append(line)
-            await self._echo.put(line)
+            record = LogRecord.read(line) or self._record(line)
+            self._stderr.append(record.message)
+            if record.event != LAST_WORDS:
+                await self._echo.put(record.line())
+
+    def _record(self, line: str) -> LogRecord:
+        """Returns a library's words as a record."""
+        return LogRecord(time_s=time.time(), source=self._source, message=line)
 
     async def wait(self) -> WorkerEnd:
         """Waits for the end of the process and says how it came."""

@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from orchestrator.config.document import TelemetryConfig
 from orchestrator.config.types import Address
 from placement.errors import InvalidConfig
+from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +237,8 @@ class Telemetry:
         for closer in closers:
             closer.join(max(0.0, deadline - time.monotonic()))
         if any(closer.is_alive() for closer in closers):
-            logger.warning("telemetry_not_sent timeout_s=%g", timeout_s)
+            words = "The last telemetry was not taken within %g s, and is lost."
+            logger.warning(words, timeout_s, extra=said("telemetry_not_sent", timeout_s=timeout_s))
 
 
 def _registry(collectors: Sequence[Collector]) -> CollectorRegistry:

@@ -57,6 +57,16 @@ class AllReduceTable:
         return " ".join(f"{size}:{name}={1000 * second:.3g}ms" for size, name, second in rows)
 
     @property
+    def latency_s(self) -> float:
+        """Returns the seconds of the fastest sum that was measured. Something was measured."""
+        return min(self.seconds)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Returns how many bytes of the largest tensor were summed in a second. Something was measured."""
+        return self.sizes[-1] / max(self.seconds[-1], 1e-9)
+
+    @property
     def measured(self) -> tuple[MeasuredSum, ...]:
         """Lists the choice for each size. It is empty where nothing was measured."""
         if not self.seconds:

@@ -8,10 +8,14 @@ the user chose. So an event has a name, a sentence and fields wherever it happen
 import json
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+
+LAST_WORDS = "last_words"
+"""The event by which a child process says why it ends. Its parent knows who waits to be told, and prints it no more."""
 
 LEVELS = ("debug", "info", "warning", "error")
 """The names of levels, from the least important to the most."""
@@ -89,6 +93,12 @@ def record_of(record: logging.LogRecord, source: str) -> LogRecord:
         level="error" if record.levelno >= logging.ERROR else record.levelname.lower(),
         fields=fields,
     )
+
+
+def last_words(cause: str, *, source: str, as_record: bool) -> None:
+    """Prints why this process ends, as the last line of standard error: a record for its parent, or plain words."""
+    record = LogRecord(time_s=time.time(), source=source, message=cause, event=LAST_WORDS, level="error")
+    print(record.line() if as_record else cause, file=sys.stderr, flush=True)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -117,3 +117,12 @@ def test_pairs_of_a_traceback_stay_on_one_line() -> None:
 def test_a_stream_that_is_lost_ends_nothing(loss: Loss) -> None:
     with lost_stderr(loss):
         log().pass_on("hello", "gateway")
+
+
+def test_a_warning_that_every_request_brings_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = log()
+    for time_s in (NOW_S, NOW_S + 1, NOW_S + 2, NOW_S + 30):
+        shown.print(LogRecord(time_s=time_s, source="gateway", message="replica-0 failed.", level="error"))
+        shown.print(LogRecord(time_s=time_s, source="gateway", message="Busy.", level="info"))
+    printed = capsys.readouterr().err
+    assert (printed.count("failed"), printed.count("Busy")) == (2, 4)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.cpu.machine.threads import work_alone
 from placement.errors import cause_of
+from protos.codec.log_record import said
 from workers.collectives.algorithms import Peers
 from workers.collectives.gloo_group import GlooGroup
 from workers.collectives.group import COLLECTIVE_S, TensorGroup
@@ -109,12 +110,13 @@ def open_torch_group(group: TensorGroup, *, host: str, device: torch.device) -> 
     """
     usable, reasons = usable_libraries(_exchange_capabilities(group, device))
     for reason in reasons:
-        logger.info("sums without %s", reason)
+        logger.debug("Sums go without %s.", reason, extra=said("sums_without", reason=reason))
     for library in usable:
         try:
             return _open(library, group, host, device)
         except SetUpFailed as error:
-            logger.warning("sums without %s: %s", library, error)
+            extra = said("sums_without", reason=f"{library}: {error}")
+            logger.info("Sums go without %s: %s", library, error, extra=extra)
     return None
 
 

@@ -11,6 +11,7 @@ from placement.errors import cause_of
 from placement.serving.admission import draining
 from placement.serving.events import Ended, EndReason, LoadSnapshot
 from placement.serving.replica import ReplicaCore
+from protos.codec.log_record import said
 from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
 from workers.engine.loop import Loop
 from workers.engine.types import STOPS, Output, Runner, Sink, StepStats, Stopping, Submission
@@ -109,9 +110,7 @@ class Engine:
             self._loop.run(lambda: self._stopping)
             self._end_all(Stopping(self.stop_cause))
         except BaseException as error:  # the border of the thread: whatever it was, every sequence must end
-            # That another rank was lost is expected in operation, and where this one noticed it says nothing more.
-            is_expected = isinstance(error, PeerFailed)
-            logger.error('engine_failed cause="%s"', cause_of(error), exc_info=None if is_expected else error)
+            _log_failure(error)
             self.failure = error
             self._end_all(error)
         finally:
@@ -145,3 +144,12 @@ class Engine:
                 detail = cause_of(self.failure)
                 failed = Output(sequence_id=message.sequence_id, end=EndReason.FAILED, detail=detail)
                 message.sink.step(StepStats(step=self._core.num_ended_steps), [failed])
+
+
+def _log_failure(error: BaseException) -> None:
+    """Logs what ended the engine. Another rank's loss is expected in operation, and needs no traceback."""
+    extra = said("engine_failed", cause=cause_of(error))
+    if isinstance(error, PeerFailed):
+        logger.debug("The engine ends, as another rank was lost.", extra=extra)
+    else:
+        logger.error("The engine failed: %s", cause_of(error), exc_info=error, extra=extra)

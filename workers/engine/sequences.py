@@ -5,6 +5,7 @@ from collections.abc import Sequence as Seq
 
 from placement.serving.admission import repeated
 from placement.serving.events import Ended
+from protos.codec.log_record import said
 from workers.engine.answers import end_outputs
 from workers.engine.sequence import EngineSequence
 from workers.engine.types import Sink, StepStats
@@ -62,4 +63,5 @@ class EngineSequences:
             try:
                 sink.step(StepStats(step=step), sink_outputs)
             except Exception:  # the other sinks are to hear of theirs
-                logger.exception("sink_failed")
+                words = "A gateway could not be told of sequences that ended."
+                logger.exception(words, extra=said("sink_failed"))

@@ -15,6 +15,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from protos.codec.log_record import said
+
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +39,8 @@ class Claim:
         try:
             os.sched_setaffinity(0, self.cpus)
         except OSError as error:  # the CPUs were taken from this process since
-            logger.warning("cores_not_pinned cause=%r", str(error))
+            words = "Threads are not pinned to cores, which makes steps slower now and then: %s"
+            logger.warning(words, error, extra=said("cores_not_pinned", cause=str(error)))
 
     def release(self) -> None:
         """Releases the CPUs for others. Call it once, when no thread works there any more."""
@@ -111,9 +114,11 @@ def claim_cores(
         _lock(locks, count, directory, [core[0] for core in cores])
         _lock(locks, count, directory, beside(cores, locks))
     except OSError as error:
-        logger.warning("cores_not_claimed cause=%r", str(error))
+        words = "Cores could not be claimed for this worker's threads: %s"
+        logger.warning(words, error, extra=said("cores_not_claimed", cause=str(error)))
     if len(locks) < count:
-        logger.info("cores_not_pinned threads=%d free_cpus=%d", count, len(locks))
+        words = "Threads are not pinned to cores: %d were to have one each, and %d are free."
+        logger.info(words, count, len(locks), extra=said("cores_not_pinned", threads=count, free_cpus=len(locks)))
         for lock in locks.values():
             os.close(lock)
         return Claim(cpus=frozenset(), locks=())

@@ -10,6 +10,7 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from placement.errors import cause_of
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.step.layout import Prepared
 from workers.step.types import Batch
@@ -125,10 +126,11 @@ class Follower:
             pass
         except BaseException as error:  # the border of the thread: whatever it was, the replica has failed
             self.failure = error
-            if isinstance(error, PeerFailed):
-                logger.error('follower_failed cause="%s"', cause_of(error))
+            extra = said("follower_failed", cause=cause_of(error))
+            if isinstance(error, PeerFailed):  # expected in operation, and that rank's own end says more
+                logger.debug("This rank ends, as another was lost.", extra=extra)
             else:
-                logger.exception("follower_failed")
+                logger.exception("This rank failed: %s", cause_of(error), extra=extra)
             self._pulse.fail(cause_of(error))
         finally:
             computing.cancel()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,6 +14,8 @@ from kernels.protocol import Kernels
 from placement.measured.collectives import unmeasured
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.specs import ModelSpec
+from protos.codec.log_record import said
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.collectives.backends import Library, open_torch_group
 from workers.collectives.group import TensorGroup
 from workers.collectives.measure import measure
@@ -34,6 +37,9 @@ from workers.transport.pulse import Pulse
 logger = logging.getLogger(__name__)
 
 HOST = torch.device("cpu")
+
+EnterPhase = Callable[[pb.LoadPhase.ValueType], None]
+"""Is told what a rank does until it is ready."""
 
 JOIN_S = 30.0
 """How long the ranks may take to connect; the controller tells all of them to at the same time."""
@@ -98,22 +104,40 @@ class Membership:
             token_budget=token_budget,
         )
 
-    def get_ready(self, go_on: Callable[[], None] = lambda: None, device: torch.device = HOST) -> None:
+    def get_ready(
+        self,
+        go_on: Callable[[], None] = lambda: None,
+        device: torch.device = HOST,
+        enter: EnterPhase = lambda _: None,
+    ) -> None:
         """Waits until all ranks are loaded, and measures which all-reduce is fastest. On the thread that computes.
 
         Args:
             go_on: is called again and again during the wait for other ranks, and raises what ends it.
             device: the device that this rank computes on.
+            enter: is told what this rank does now.
 
         Raises PeerFailed, and what ``go_on`` raises.
         """
+        enter(pb.LOAD_PHASE_COMPILE)
         self.group.compile_all_reduce()  # before the barrier, where ranks wait for each other without a deadline
+        enter(pb.LOAD_PHASE_CONNECT)
         self._everyone.barrier(go_on)
+        enter(pb.LOAD_PHASE_MEASURE)
         if self.group.sums:
             self._add_torch(device)
             self.group.use(measure(self.group))
             self._measured = replace(self._measured, sums=self.group.table.measured)
-            logger.info("sums stage=%d %s", self._roster.stage, self.group.table)
+            self._log_links()
+
+    def _log_links(self) -> None:
+        """Logs what was measured, once for the ranks of a stage; the whole table is in the service's status too."""
+        stage, table = self._roster.stage, self.group.table
+        if self.group.rank == 0:
+            latency_ms, gb_per_s = 1e3 * table.latency_s, 1e-9 * table.bytes_per_s
+            extra = said("links", stage=stage, latency_ms=round(latency_ms, 3), gb_per_s=round(gb_per_s, 3))
+            logger.info("Links measured: %.2g ms, %.2g GB/s.", latency_ms, gb_per_s, extra=extra)
+        logger.debug("Sums measured: %s", table, extra=said("sums", stage=stage, table=str(table)))
 
     def _add_torch(self, device: torch.device) -> None:
         """Adds a backend of torch.distributed to the all-reduces; on GPUs it replaces all others."""
@@ -132,6 +156,7 @@ class Membership:
         token_budget: int,
         num_slots: int,
         go_on: Callable[[], None] = lambda: None,
+        enter: EnterPhase = lambda _: None,
     ) -> None:
         """Measures what depends on the runner: how the ranks share sequences best, or which steps overlap pays for.
 
@@ -142,19 +167,30 @@ class Membership:
             sharing: this rank's side of sharing sequences; None where the ranks share none.
             token_budget: the most tokens of a step.
             go_on: is called again and again during the wait for the ranks of other stages.
+            enter: is told what this rank does now.
 
         Raises PeerFailed, and what ``go_on`` raises.
         """
         if sharing is not None:
             sharing.measure()
             self._measured = replace(self._measured, exchange=sharing.measured)
-            logger.info("sequence_sharing %s", sharing.speeds)
+            extra = said("sequence_sharing", speeds=str(sharing.speeds))
+            logger.debug("The exchange of sequences measured: %s", sharing.speeds, extra=extra)
         elif self.group.sums and runner.can_overlap:
-            self.group.agree_on_tiles(runner.is_program)
-            runner.overlap = measure_overlap(runner, self.group, token_budget=token_budget, num_slots=num_slots)
-            self._measured = replace(self._measured, overlap=runner.overlap.measured)
-            logger.info("overlap stage=%d alone/woven %s", self._roster.stage, runner.overlap)
+            enter(pb.LOAD_PHASE_COMPILE)
+            self._measure_overlap(runner, token_budget, num_slots, partial(enter, pb.LOAD_PHASE_MEASURE))
         self._everyone.barrier(go_on)  # a rank that is done first must not wait for the others with a deadline
+
+    def _measure_overlap(
+        self, runner: ModelRunner, token_budget: int, num_slots: int, compiled: Callable[[], None]
+    ) -> None:
+        self.group.agree_on_tiles(runner.is_program)
+        runner.overlap = measure_overlap(
+            runner, self.group, token_budget=token_budget, num_slots=num_slots, compiled=compiled
+        )
+        self._measured = replace(self._measured, overlap=runner.overlap.measured)
+        extra = said("overlap", stage=self._roster.stage, table=str(runner.overlap))
+        logger.debug("Steps in one micro-batch and in two measured: %s", runner.overlap, extra=extra)
 
     @property
     def measured(self) -> StageMeasurements:

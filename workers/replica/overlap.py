@@ -23,11 +23,18 @@ _LONG_S = 0.5
 
 
 @torch.inference_mode()
-def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: int, num_slots: int) -> OverlapTable:
+def measure_overlap(
+    runner: ModelRunner,
+    group: TensorGroup,
+    *,
+    token_budget: int,
+    num_slots: int,
+    compiled: Callable[[], None] = lambda: None,
+) -> OverlapTable:
     """Measures the table of this stage, which is the same at every rank.
 
     All ranks of the stage call it at the same time, before any request. Steps of more and more tokens run through a few
-    layers, until that takes long; they write to the first slots of the cache.
+    layers, until that takes long; they write to the first slots of the cache. ``compiled`` is called after the first.
 
     Raises:
         PeerFailed: a rank was lost.
@@ -35,7 +42,7 @@ def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: in
     sizes: list[int] = []
     measured: list[Tensor] = []
     for num_tokens in measured_sizes(min(token_budget, num_slots)):
-        took_s = slowest(group, torch.tensor(_measure(runner, group, num_tokens), dtype=torch.float64))
+        took_s = slowest(group, torch.tensor(_measure(runner, group, num_tokens, compiled), dtype=torch.float64))
         sizes.append(num_tokens)
         measured.append(took_s)
         if took_s.max() > _LONG_S:
@@ -44,7 +51,9 @@ def measure_overlap(runner: ModelRunner, group: TensorGroup, *, token_budget: in
     return OverlapTable(num_tokens=tuple(sizes), alone_s=tuple(alone_s), overlapped_s=tuple(overlapped_s))
 
 
-def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[float, float]:
+def _measure(
+    runner: ModelRunner, group: TensorGroup, num_tokens: int, compiled: Callable[[], None]
+) -> tuple[float, float]:
     """Returns the seconds of a step in one micro-batch and in two: the best of a few runs of each, taken in turns."""
     sequence = SequenceInput(token_ids=[0] * num_tokens, start=0, runs=((0, num_tokens),))
     batch = Batch(sequences=(sequence,))
@@ -65,4 +74,5 @@ def _measure(runner: ModelRunner, group: TensorGroup, num_tokens: int) -> tuple[
             group.settle()
             if number:
                 best_s[index] = min(best_s[index], time.monotonic() - began_s)
+        compiled()
     return best_s[0], best_s[1]

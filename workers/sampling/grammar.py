@@ -19,6 +19,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 from placement.model.tokenizer_json import CompleteTokenizer
 from placement.serving.grammar import MAX_SOURCE_BYTES, json_options
+from protos.codec.log_record import said
 from workers.sampling.grammar_state import (
     Grammar,
     GrammarFailed,
@@ -153,7 +154,8 @@ class GrammarFactory:
                 return _NoTools(problem="this model's tokenizer lacks its end-of-sequence id")
             tokenizer = LLTokenizer(complete.text, n_vocab=self._vocab_size, eos_token=known)
         except (InvalidModel, OSError, ValueError) as error:
-            logger.warning("no_structured_output cause=%s", cause_of(error))
+            words = "This model's tokenizer allows no structured output: %s"
+            logger.warning(words, cause_of(error), extra=said("no_structured_output", cause=cause_of(error)))
             return _NoTools(problem="this model's tokenizer.json is of another kind")
         return _Tools(tokenizer=tokenizer, executor=LLExecutor(1))
 

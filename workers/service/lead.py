@@ -12,6 +12,7 @@ import grpc
 from placement.errors import HeterodyneError, cause_of
 from placement.serving.admission import repeated
 from placement.serving.events import EndReason
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
 from workers.engine.types import Output, StepStats, Submission
@@ -147,7 +148,8 @@ class LeaderStream:
         """Drops the waiting messages of a gateway that does not read; its connection learns why the stream ends."""
         assert self._writing is not None, "an outbox is not full before anything is written"
         self.status = (grpc.StatusCode.RESOURCE_EXHAUSTED, "the gateway does not read what its sequences are given")
-        logger.warning('gateway_lost cause="it does not read" status=RESOURCE_EXHAUSTED')
+        words = "The gateway does not read what its sequences are given; its stream is ended."
+        logger.warning(words, extra=said("gateway_lost", cause="it does not read", status="RESOURCE_EXHAUSTED"))
         self._close()
         self._writing.cancel()
 
@@ -211,7 +213,8 @@ class LeaderStream:
         except HeterodyneError as error:
             self._send_refusal(sequence_id, error)
         except Exception as error:  # the border of the task: whatever it was, the gateway must hear of it
-            logger.exception("grammar_not_compiled")
+            words = "A grammar could not be compiled, for a reason that nobody foresaw."
+            logger.exception(words, extra=said("grammar_not_compiled"))
             self._refuse(sequence_id, wire.UNAVAILABLE, cause_of(error))
         del self._compiling[sequence_id]
 

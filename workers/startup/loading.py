@@ -6,7 +6,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
 from protos.codec.limits import read_limits
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
@@ -31,6 +32,7 @@ from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_devi
 from workers.host.model_files import read_tokenizer_of
 from workers.model.kv_cache import KVCache, allocate_kv_cache, kv_cache_bytes
 from workers.replica.follower import Follower
+from workers.replica.followers import Followers
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster
 from workers.sampling.grammar import GrammarFactory
@@ -91,6 +93,13 @@ class LoadJob:
         """Stops to wait for other ranks."""
         self._stopping.set()
 
+    @cached_property
+    def _kernels(self) -> Kernels:
+        return kernels_for(self._device.torch_device)
+
+    def _enter(self, phase: pb.LoadPhase.ValueType) -> None:
+        self.phase = phase
+
     def _go_on(self) -> None:
         if self._stopping.is_set():
             raise Stopping(STOPS)
@@ -110,6 +119,7 @@ class LoadJob:
         # Before this rank joins the others: reading a large tokenizer holds up all its threads, its pulse among them.
         grammars = self._grammars(checked.model) if checked.leads else None
         membership = self._join(checked.roster)
+        self._enter(pb.LOAD_PHASE_WEIGHTS)
         try:
             loaded = self._load(checked, membership, grammars)
             self._go_on()  # else the others would count on a rank that nobody starts
@@ -144,30 +154,21 @@ class LoadJob:
                 problem="are several ranks, and this worker does not listen for others",
                 fix="Send none.",
             )
+        self._enter(pb.LOAD_PHASE_CONNECT)
         return Membership.join(self._listener, roster, epoch=self._request.epoch, go_on=self._go_on)
 
     def _load(self, checked: CheckedLoad, membership: Membership | None, grammars: GrammarFactory | None) -> Loaded:
         """Loads weights and cache, measures and warms up, and builds the engine or the follower."""
         weights = self._read_weights(checked)
         cache = self._allocate_cache(checked)
-        kernels = kernels_for(self._device.torch_device)
-        sharing = self._sharing(checked, membership, kernels)
+        self._enter(pb.LOAD_PHASE_COMPILE)
+        sharing = self._sharing(checked, membership)
         followers = membership.followers() if membership is not None and checked.leads else None
-        runner = ModelRunner(
-            model=checked.model,
-            weights=weights,
-            cache=cache,
-            device=self._device.torch_device,
-            kernels=kernels,
-            part=checked.roster.part,
-            group=None if membership is None else membership.group,
-            team=followers,
-            sharing=sharing,
-        )
-        self.phase = pb.LOAD_PHASE_WARM_UP
+        runner = self._runner(checked, weights, cache, membership, followers, sharing)
         executor = executing_thread(self._device, _num_threads(checked))
         if membership is not None:
             self._get_ready(checked.limits, membership, runner, sharing, executor)
+            self._enter(pb.LOAD_PHASE_WARM_UP)
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
             follower = self._follower(checked, membership, runner, executor)
@@ -176,8 +177,9 @@ class LoadJob:
         if membership is not None and followers is not None:
             leading = membership.leading(runner, followers, self._device.torch_device)
         executor.submit(warm_up, leading, model=checked.model, request=self._request).result()
+        self._enter(pb.LOAD_PHASE_WARM_UP)  # the first steps have compiled what was not there yet
         if membership is None:  # the all-reduces of several ranks cannot be part of a graph
-            self._capture(runner, kernels, executor)
+            self._capture(runner, executor)
         num_stages = len(checked.roster.stages)
         return Loaded(
             engine=build_engine(leading, executor, request=self._request, model=checked.model, num_stages=num_stages),
@@ -196,9 +198,28 @@ class LoadJob:
         if cause is None:
             return
         fix = "serve it unquantized" if checked.linear.gptq is None else "use a checkpoint that is not quantized"
-        logger.warning(
-            'slow_quantization bits=%d cause="%s" effect="decodes far slower than bfloat16" fix="%s if it fits"',
-            *(bits, cause, fix),
+        words = "Weights of %d bits decode far slower here than bfloat16: %s. If memory allows, %s."
+        logger.warning(words, bits, cause, fix, extra=said("slow_quantization", bits=bits, cause=cause, fix=fix))
+
+    def _runner(
+        self,
+        checked: CheckedLoad,
+        weights: dict[str, Tensor],
+        cache: KVCache,
+        membership: Membership | None,
+        followers: Followers | None,
+        sharing: SequenceSharing | None,
+    ) -> ModelRunner:
+        return ModelRunner(
+            model=checked.model,
+            weights=weights,
+            cache=cache,
+            device=self._device.torch_device,
+            kernels=self._kernels,
+            part=checked.roster.part,
+            group=None if membership is None else membership.group,
+            team=followers,
+            sharing=sharing,
         )
 
     def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:
@@ -208,7 +229,7 @@ class LoadJob:
         return load_weights(Path(self._request.model_path), slices, dtype, device, self._progress, checked.linear)
 
     def _allocate_cache(self, checked: CheckedLoad) -> KVCache:
-        self.phase = pb.LOAD_PHASE_KV_CACHE
+        self._enter(pb.LOAD_PHASE_KV_CACHE)
         part = checked.roster.part
         return allocate_kv_cache(
             checked.model,
@@ -219,13 +240,13 @@ class LoadJob:
             kv_heads=part.kv_heads,
         )
 
-    def _sharing(self, checked: CheckedLoad, membership: Membership | None, kernels: Kernels) -> SequenceSharing | None:
+    def _sharing(self, checked: CheckedLoad, membership: Membership | None) -> SequenceSharing | None:
         """Prepares to share sequences with the other ranks of the stage, where they do."""
         if membership is None:
             return None
         device, dtype = self._device.torch_device, TORCH_DTYPES[checked.dtype]
         token_budget = checked.limits.token_budget
-        return membership.sharing(checked.model, kernels, dtype, device, token_budget=token_budget)
+        return membership.sharing(checked.model, self._kernels, dtype, device, token_budget=token_budget)
 
     def _get_ready(
         self,
@@ -236,7 +257,7 @@ class LoadJob:
         executor: ThreadPoolExecutor,
     ) -> None:
         """Waits for the other ranks, and measures with them. Everything runs on the thread that executes steps."""
-        executor.submit(membership.get_ready, self._go_on, self._device.torch_device).result()
+        executor.submit(membership.get_ready, self._go_on, self._device.torch_device, self._enter).result()
         executor.submit(
             membership.measure_runner,
             runner,
@@ -244,11 +265,12 @@ class LoadJob:
             token_budget=limits.token_budget,
             num_slots=self._request.num_blocks * limits.block_size,
             go_on=self._go_on,
+            enter=self._enter,
         ).result()
 
-    def _capture(self, runner: ModelRunner, kernels: Kernels, executor: ThreadPoolExecutor) -> None:
+    def _capture(self, runner: ModelRunner, executor: ThreadPoolExecutor) -> None:
         """Records steps of decodes, where the device can replay them."""
-        capture = capture_for(self._device.torch_device, kernels)
+        capture = capture_for(self._device.torch_device, self._kernels)
         if capture is not None:
             executor.submit(capture_decodes, runner, self._request, capture).result()
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 
 from placement.errors import HeterodyneError, cause_of
+from protos.codec.log_record import said
 from workers.transport.errors import PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import Incoming, Link, Outgoing, outgoing
@@ -92,7 +93,8 @@ class Pulse:
         except BaseException as error:  # the border of the thread
             if self._stop.is_set():  # the connections may be closed by now
                 return
-            logger.exception("pulse_failed")
+            words = "The other ranks can no longer be watched."
+            logger.exception(words, extra=said("pulse_failed"))
             for rank in self._links.keys() - self._lost.keys():
                 self._lose(PeerFailed(rank, f"can no longer be watched: {cause_of(error)}"))
 

@@ -10,11 +10,12 @@ from orchestrator.gateway.answer.choice import Choice
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.client import AnswerTimes, Delta, Echoed, Finished, FinishReason, Outcome
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
-from orchestrator.gateway.fleet.inbox import Lost, SequenceEvent
+from orchestrator.gateway.fleet.inbox import Loss, Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.structured import cannot_be_followed
 from placement.errors import HeterodyneError
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -132,17 +133,22 @@ class Answer:
             case worker_pb2.Rejected():
                 self._by_sequence[event.sequence_id].at_replica = False
                 self.fail(self._refused(event))
-            case Lost():
+            case Lost(kind=kind):
                 # The cause names processes and addresses: it is in the log and the status.
                 for choice in self.choices:
                     choice.at_replica = False
-                self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
+                if kind is Loss.STOPPED:
+                    self.fail(ReplicaUnavailable("the service was stopped before the answer was complete"))
+                else:
+                    self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
             case _:
                 self.fail(event)
 
     def _refused(self, event: worker_pb2.Rejected) -> HeterodyneError:
         """Returns the error for a refusal. What another replica, or a later time, could mend is not the request's."""
-        logger.warning('sequence_refused replica=%s message="%s"', self._replica, brief(event.message))
+        message = brief(event.message)
+        extra = said("sequence_refused", replica=self._replica, message=message)
+        logger.warning("%s refused a sequence: %s", self._replica, message, extra=extra)
         if event.code in _NOT_NOW:
             return ReplicaUnavailable(f"{self._replica} takes no requests at present; send it again")
         grammar = self.request.grammar

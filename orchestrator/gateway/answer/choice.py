@@ -11,6 +11,7 @@ from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
 from orchestrator.gateway.fleet.journal import Journal, JournalEntry, JournalError, Recorded
 from orchestrator.gateway.request.structured import cannot_be_followed
 from placement.errors import HeterodyneError
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -160,9 +161,9 @@ class Choice:
             return rest.text
         elif end.reason == worker_pb2.END_REASON_FAILED:
             # The detail is for the operator: it may name files, and clients are not to see those.
-            logger.error(
-                'sequence_failed replica=%s detail="%s"', self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
-            )
+            replica, detail = self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
+            extra = said("sequence_failed", replica=replica, detail=detail)
+            logger.error("%s failed while it computed a sequence: %s", replica, detail, extra=extra)
             if self._grammar is not None and end.HasField("grammar_problem"):
                 problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
                 self.failure = cannot_be_followed(self._grammar, problem)

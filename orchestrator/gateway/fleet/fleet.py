@@ -6,16 +6,22 @@ A controller that cannot be reached changes nothing: the last deployment it told
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import grpc
 
 from orchestrator.background import BackgroundTasks
 from orchestrator.gateway.errors import ReplicaUnavailable
+from orchestrator.gateway.fleet.inbox import Loss, Lost
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
+from orchestrator.gateway.fleet.unready import why_unready
 from placement.serving.routing import ReplicaLoad, Route, least_loaded
+from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
+from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +36,7 @@ class Fleet:
     Attributes:
         deployment: the deployment that the controller last told of.
         controller_connected: whether the controller can still be heard.
+        losses: how often each replica was lost, by its name and the kind of cause.
     """
 
     def __init__(
@@ -42,6 +49,8 @@ class Fleet:
     ) -> None:
         self.deployment = pb.WatchResponse()
         self.controller_connected = False
+        self.losses: Counter[tuple[str, Loss]] = Counter()
+        self._is_stopped = False
         self._control_address = control_address
         self._limits = limits
         self._on_change = on_change
@@ -67,6 +76,16 @@ class Fleet:
         """Returns the last load of every replica that lives."""
         return [leader.replica_load() for leader in self._leaders.values() if leader.accepting]
 
+    def reports(self) -> dict[tuple[str, int], worker_pb2.LoadReport]:
+        """Returns the last report of every replica that lives, by its name and epoch."""
+        return {
+            key: leader.load for key, leader in self._leaders.items() if leader.lost is None and leader.load is not None
+        }
+
+    def _count_loss(self, name: str, lost: Lost) -> None:
+        if lost.kind is not Loss.STOPPED:
+            self.losses[name, lost.kind] += 1
+
     def leader(self, name: str, epoch: int) -> Leader | None:
         """Returns the leader of that incarnation, if it was ever ready."""
         return self._leaders.get((name, epoch))
@@ -80,7 +99,10 @@ class Fleet:
         live = {leader.name: leader for leader in self._leaders.values() if leader.accepting}
         route = least_loaded(self.loads(), num_new_tokens)
         if route is None:
-            raise ReplicaUnavailable("no replica is ready; the service's status says why")
+            if self._is_stopped:
+                raise ReplicaUnavailable("the service was stopped")
+            lost = {leader.name: leader.lost.cause for leader in self._leaders.values() if leader.lost is not None}
+            raise ReplicaUnavailable(why_unready(self.deployment, lost))
         return live[route.replica], route
 
     async def follow(self) -> None:
@@ -94,10 +116,14 @@ class Fleet:
                         self._update(deployment)
             except grpc.aio.AioRpcError as error:
                 if self.controller_connected:
-                    logger.warning("controller_lost code=%s", error.code().name)
+                    # `serve` watches the controller too, and says so.
+                    logger.debug(
+                        "The controller cannot be heard.", extra=said("controller_lost", code=error.code().name)
+                    )
             except Exception:
                 # A gateway that no longer follows would serve an old plan for good.
-                logger.exception("controller_message_failed")
+                words = "What the controller said could not be followed."
+                logger.exception(words, extra=said("controller_message_failed"))
             self.controller_connected = False
             await asyncio.sleep(_RECONNECT_S)
 
@@ -109,12 +135,17 @@ class Fleet:
             if replica.phase == pb.PHASE_READY and key not in self._leaders:
                 self._connect(key, replica.ranks[0].address)
             elif replica.phase in (pb.PHASE_FAILED, pb.PHASE_STOPPED) and key in self._leaders:
-                self._leaders[key].give_up(replica.cause or "the replica was stopped")
+                kind = Loss.RANK_FAILED if replica.phase == pb.PHASE_FAILED else Loss.STOPPED
+                self._leaders[key].give_up(Lost(cause=replica.cause or "the replica was stopped", kind=kind))
                 self._tasks[key].cancel()
         self._on_change()
 
     def _connect(self, key: tuple[str, int], address: str) -> None:
-        leader = Leader(name=key[0], epoch=key[1], address=address, limits=self._limits, on_step=self._on_step)
+        name, epoch = key
+        count = partial(self._count_loss, name)
+        leader = Leader(
+            name=name, epoch=epoch, address=address, limits=self._limits, on_step=self._on_step, on_lost=count
+        )
         # Of older incarnations only the newest is kept, for its cause.
         for old in [old for old in self._leaders if old[0] == key[0]]:
             self._leaders.pop(old)
@@ -146,10 +177,11 @@ class Fleet:
         for leader in self._leaders.values():
             leader.drain()
 
-    def give_up(self, cause: str) -> None:
-        """Ends every sequence of every replica with that cause: the service stops now."""
+    def stop(self) -> None:
+        """Ends every sequence of every replica: the service stops now."""
+        self._is_stopped = True
         for leader in self._leaders.values():
-            leader.give_up(cause, expected=True)
+            leader.give_up(Lost(cause="the service was stopped", kind=Loss.STOPPED))
 
     async def close(self) -> None:
         """Closes every leader stream."""

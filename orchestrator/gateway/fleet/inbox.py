@@ -9,6 +9,7 @@ client carries the tokens of several.
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from placement.errors import HeterodyneError
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -22,11 +23,29 @@ _LEAST_PAUSE_S = 0.0005
 MAX_WAITING = 8192
 
 
+class Loss(StrEnum):
+    """Kinds of causes for which the gateway gives a replica up."""
+
+    RANK_FAILED = "rank_failed"
+    """The controller says so: a process ended, or a node was lost."""
+    STREAM_BROKEN = "stream_broken"
+    """The connection to its leader ended."""
+    ENGINE_FAILED = "engine_failed"
+    """Its leader says that a step failed."""
+    NO_HEARTBEAT = "no_heartbeat"
+    """Nothing was heard of its leader."""
+    STALLED = "stalled"
+    """It has sequences to compute, and finished no step."""
+    STOPPED = "stopped"
+    """It, or the whole service, was told to stop. That is no fault."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lost:
     """Says that the replica is gone; its sequences end here."""
 
     cause: str
+    kind: Loss = Loss.STREAM_BROKEN
 
 
 # Of a sequence; or what ends all sequences of a request: the replica is lost, or the gateway gives the request up.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import grpc
 
-from orchestrator.gateway.fleet.inbox import Inbox, Lost, Rounds
+from orchestrator.gateway.fleet.inbox import Inbox, Loss, Lost, Rounds
 from placement.serving.routing import ReplicaLoad
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 
@@ -50,6 +51,7 @@ class Leader:
     Args:
         on_step: is told of every step that computed something and is not fenced, after its tokens went on their way.
             It must be quick and raise nothing.
+        on_lost: is told once why the replica was given up. It must raise nothing.
 
     Attributes:
         load: its last report, None before the first.
@@ -58,7 +60,14 @@ class Leader:
     """
 
     def __init__(
-        self, *, name: str, epoch: int, address: str, limits: LeaderLimits, on_step: StepHook | None = None
+        self,
+        *,
+        name: str,
+        epoch: int,
+        address: str,
+        limits: LeaderLimits,
+        on_step: StepHook | None = None,
+        on_lost: Callable[[Lost], None] = lambda _: None,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -68,6 +77,7 @@ class Leader:
         self.fenced_messages = 0
         self._limits = limits
         self._on_step = on_step
+        self._on_lost = on_lost
         self._rounds = Rounds()
         self._reported_s = 0.0
         self._unreported_tokens = 0
@@ -138,20 +148,22 @@ class Leader:
             on_change: is called when the replica begins to accept and when it is lost.
         """
         try:
-            cause = await self._follow(on_change)
+            lost = await self._follow(on_change)
         except grpc.aio.AioRpcError as error:
-            cause = f"the leader stream broke: {error.code().name} {error.details()}"
+            kind = Loss.ENGINE_FAILED if error.code() is grpc.StatusCode.INTERNAL else Loss.STREAM_BROKEN
+            lost = Lost(cause=f"the leader stream broke: {error.code().name} {error.details()}", kind=kind)
         except asyncio.CancelledError:
-            self.give_up("the gateway let go of the replica", expected=True)
+            self.give_up(Lost(cause="the gateway let go of the replica", kind=Loss.STOPPED))
             raise
         except Exception as error:
             # Whatever it is, a replica that is not listened to must not be given requests.
-            logger.exception("leader_stream_failed replica=%s", self.name)
-            cause = f"the leader stream failed: {type(error).__name__}"
-        self.give_up(cause)
+            words = "The stream to %s failed in a way that nobody foresaw."
+            logger.exception(words, self.name, extra=said("leader_stream_failed", replica=self.name))
+            lost = Lost(cause=f"the leader stream failed: {type(error).__name__}")
+        self.give_up(lost)
         on_change()
 
-    async def _follow(self, on_change: Callable[[], None]) -> str:
+    async def _follow(self, on_change: Callable[[], None]) -> Lost:
         """Reads and watches side by side; returns why one of them ended."""
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
             stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(channel)
@@ -167,13 +179,15 @@ class Leader:
                 watching.cancel()
                 await asyncio.gather(reading, watching, return_exceptions=True)
 
-    async def _read(self, call: LeadCall, on_change: Callable[[], None]) -> str:
+    async def _read(self, call: LeadCall, on_change: Callable[[], None]) -> Lost:
         while isinstance(message := await call.read(), pb.LeadResponse):
             self._silent_s = 0.0
             self._take(message, on_change)
-        return f"the leader ended the stream: {(await call.code()).name} {await call.details()}"
+        code = await call.code()
+        kind = Loss.ENGINE_FAILED if code is grpc.StatusCode.INTERNAL else Loss.STREAM_BROKEN
+        return Lost(cause=f"the leader ended the stream: {code.name} {await call.details()}", kind=kind)
 
-    async def _watch(self) -> str:
+    async def _watch(self) -> Lost:
         """Waits until the leader is silent for too long, or makes no progress; returns which.
 
         Time is counted in small sleeps, each for no more than it asked: when this very process was held up, what the
@@ -186,8 +200,8 @@ class Leader:
             if self.load is not None and self.load.num_running:
                 self._stalled_s += tick_s
             if self._stalled_s >= self._limits.stall_timeout_s:
-                return f"no step finished for {self._limits.stall_timeout_s:g} s"
-        return f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s"
+                return Lost(cause=f"no step finished for {self._limits.stall_timeout_s:g} s", kind=Loss.STALLED)
+        return Lost(cause=f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s", kind=Loss.NO_HEARTBEAT)
 
     async def _requests(self) -> AsyncIterator[pb.LeadRequest]:
         while (message := await self._outbox.get()) is not None:
@@ -232,17 +246,14 @@ class Leader:
         if before is None:
             on_change()
 
-    def give_up(self, cause: str, *, expected: bool = False) -> None:
+    def give_up(self, lost: Lost) -> None:
         """Ends every sequence of this incarnation; the first cause stays."""
         if self.lost is None:
-            self.lost = Lost(cause=cause)
-            logger.log(
-                logging.DEBUG if expected else logging.WARNING,
-                'replica_lost replica=%s epoch=%d cause="%s"',
-                self.name,
-                self.epoch,
-                cause,
-            )
+            self.lost = lost
+            self._on_lost(lost)
+            # Debug, as `serve` hears of every loss, and says it with the better cause: that of the process.
+            extra = said("replica_lost", replica=self.name, epoch=self.epoch, cause=lost.cause, kind=lost.kind.value)
+            logger.debug("The gateway no longer hears %s: %s", self.name, lost.cause, extra=extra)
             for inbox in set(self._inboxes.values()):
                 inbox.put_now(self.lost)
             self._outbox.put_nowait(None)

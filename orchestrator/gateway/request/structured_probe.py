@@ -20,6 +20,7 @@ from orchestrator.gateway.request.structured_trial import MAX_COMPILE_S, Setup, 
 from orchestrator.launcher.process import environment
 from placement.errors import InvalidRequest
 from placement.serving.grammar import GrammarKind
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,8 @@ class GrammarProbe:
                 if waiting is not None and not waiting.done():
                     waiting.set_result(verdict["problem"])
         except ValueError:
-            logger.exception("grammar_process_misread")
+            words = "The process that tries grammars wrote what cannot be read."
+            logger.exception(words, extra=said("grammar_process_misread"))
         finally:
             self._process = None
             _kill(process)
@@ -183,7 +185,9 @@ class GrammarProbe:
             for waiting in self._waiting.values():
                 if not waiting.done():
                     waiting.set_exception(_lost())
-            logger.info("grammar_process_ended code=%d", await process.wait())
+            code = await process.wait()
+            words = "The process that tries grammars ended with exit code %d; the next grammar starts another."
+            logger.info(words, code, extra=said("grammar_process_ended", code=code))
 
 
 def _setup(model: ServedModel) -> bytes:

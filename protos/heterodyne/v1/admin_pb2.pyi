@@ -223,6 +223,8 @@ class RankStatus(_message.Message):
     TOKEN_SHARE_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    LOAD_PHASE_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -244,6 +246,10 @@ class RankStatus(_message.Message):
     num_ffn_columns: _builtins.int
     token_share: _builtins.float
     """The part of every sequence's tokens that it computes and keeps the KV of, where ranks share sequences."""
+    worker: _builtins.str
+    """What the cluster file calls its worker."""
+    load_phase: _builtins.str
+    """What it does until it is ready, such as "loading" or "measuring links"; empty once it is."""
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
@@ -276,10 +282,12 @@ class RankStatus(_message.Message):
         token_share: _builtins.float | None = ...,
         lanes: _abc.Iterable[Global___MeasuredLanes] | None = ...,
         exchange: Global___MeasuredExchange | None = ...,
+        worker: _builtins.str = ...,
+        load_phase: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "exchange", b"exchange", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "last_layer", b"last_layer", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exchange: _TypeAlias = _typing.Literal["exchange"]  # noqa: Y015
     _WhichOneofArgType__exchange: _TypeAlias = _typing.Literal["_exchange", b"_exchange"]  # noqa: Y015
@@ -313,6 +321,9 @@ class ReplicaLoad(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
     AGE_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_HIT_RATE_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     free_blocks: _builtins.int
@@ -322,6 +333,11 @@ class ReplicaLoad(_message.Message):
     num_preemptions: _builtins.int
     age_s: _builtins.float
     """Age of this report."""
+    prompt_tokens_per_s: _builtins.float
+    """Over the last ten seconds; absent until that much is known."""
+    generated_tokens_per_s: _builtins.float
+    prefix_cache_hit_rate: _builtins.float
+    """Of prompt tokens that were looked up in the prefix cache over that time; absent where none were."""
     def __init__(
         self,
         *,
@@ -332,12 +348,26 @@ class ReplicaLoad(_message.Message):
         steps: _builtins.int = ...,
         num_preemptions: _builtins.int = ...,
         age_s: _builtins.float = ...,
+        prompt_tokens_per_s: _builtins.float | None = ...,
+        generated_tokens_per_s: _builtins.float | None = ...,
+        prefix_cache_hit_rate: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s", "_prefix_cache_hit_rate", b"_prefix_cache_hit_rate", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "generated_tokens_per_s", b"generated_tokens_per_s", "prefix_cache_hit_rate", b"prefix_cache_hit_rate", "prompt_tokens_per_s", b"prompt_tokens_per_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "free_blocks", b"free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s", "_prefix_cache_hit_rate", b"_prefix_cache_hit_rate", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "age_s", b"age_s", "free_blocks", b"free_blocks", "generated_tokens_per_s", b"generated_tokens_per_s", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefix_cache_hit_rate", b"prefix_cache_hit_rate", "prompt_tokens_per_s", b"prompt_tokens_per_s", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__generated_tokens_per_s: _TypeAlias = _typing.Literal["generated_tokens_per_s"]  # noqa: Y015
+    _WhichOneofArgType__generated_tokens_per_s: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s"]  # noqa: Y015
+    _WhichOneofReturnType__prefix_cache_hit_rate: _TypeAlias = _typing.Literal["prefix_cache_hit_rate"]  # noqa: Y015
+    _WhichOneofArgType__prefix_cache_hit_rate: _TypeAlias = _typing.Literal["_prefix_cache_hit_rate", b"_prefix_cache_hit_rate"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_tokens_per_s: _TypeAlias = _typing.Literal["prompt_tokens_per_s"]  # noqa: Y015
+    _WhichOneofArgType__prompt_tokens_per_s: _TypeAlias = _typing.Literal["_prompt_tokens_per_s", b"_prompt_tokens_per_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__generated_tokens_per_s) -> _WhichOneofReturnType__generated_tokens_per_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix_cache_hit_rate) -> _WhichOneofReturnType__prefix_cache_hit_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_tokens_per_s) -> _WhichOneofReturnType__prompt_tokens_per_s | None: ...
 
 Global___ReplicaLoad: _TypeAlias = ReplicaLoad  # noqa: Y015
 
@@ -429,7 +459,12 @@ class GetStatusResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
+    CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MODEL_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    context_tokens: _builtins.int
+    """How long a request and its answer may be together, and how long they could be for the model."""
+    model_context_tokens: _builtins.int
     @_builtins.property
     def gateway(self) -> Global___GatewayStatus: ...
     @_builtins.property
@@ -440,10 +475,12 @@ class GetStatusResponse(_message.Message):
         model: _builtins.str = ...,
         gateway: Global___GatewayStatus | None = ...,
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
+        context_tokens: _builtins.int = ...,
+        model_context_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "model", b"model", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "gateway", b"gateway", "model", b"model", "model_context_tokens", b"model_context_tokens", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

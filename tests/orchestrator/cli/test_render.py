@@ -16,10 +16,13 @@ MIB = 2**20
 
 
 def status() -> admin_pb2.GetStatusResponse:
-    loading = admin_pb2.RankStatus(rank=0, node="node-1", device="cuda:0", weight_bytes=4 * MIB, loaded_bytes=MIB)
+    loading = admin_pb2.RankStatus(
+        rank=0, node="node-1", device="cuda:0", weight_bytes=4 * MIB, loaded_bytes=MIB, load_phase="compiling"
+    )
     ready = admin_pb2.RankStatus(
         rank=0,
         node="local",
+        worker="big",
         device="cpu",
         address="127.0.0.1:41000",
         pid=77,
@@ -30,8 +33,11 @@ def status() -> admin_pb2.GetStatusResponse:
         kv_bytes=256 * MIB,
     )
     load = admin_pb2.ReplicaLoad(num_running=3, num_waiting=0, free_blocks=90, total_blocks=100)
+    load.prompt_tokens_per_s, load.generated_tokens_per_s = 0.0, 41.25
     return admin_pb2.GetStatusResponse(
         model="demo [bold]",
+        context_tokens=2048,
+        model_context_tokens=131072,
         gateway=admin_pb2.GatewayStatus(
             in_flight=3, max_in_flight=256, max_queued=1024, uptime_s=12.5, controller_connected=True
         ),
@@ -65,16 +71,18 @@ def test_status_off_a_terminal_is_one_line_a_rank() -> None:
     print_status(shown, status())
     gateway, ready, loading, failed = map(pairs, output(shown).splitlines())
     assert gateway == {
-        "event": "gateway", "model": "demo [bold]", "in_flight": "3", "max_in_flight": "256", "queued": "0",
+        "event": "gateway", "model": "demo [bold]", "context_tokens": "2048", "model_context_tokens": "131072",
+        "in_flight": "3", "max_in_flight": "256", "queued": "0",
         "max_queued": "1024", "draining": "false", "controller_connected": "true", "fenced_messages": "0",
         "uptime_s": "12.5",
     }  # fmt: skip
     assert ready == {
         "event": "rank", "replica": "replica-0", "state": "READY", "epoch": "2", "rank": "0", "node": "local",
-        "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-12", "weights": "100 MiB",
-        "kv": "256 MiB", "kv_used": "10/100", "running": "3", "waiting": "0",
+        "worker": "big", "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-12",
+        "weights": "100 MiB", "kv": "256 MiB", "kv_used": "10/100", "running": "3", "waiting": "0",
+        "prompt_tokens_per_s": "0.0", "generated_tokens_per_s": "41.2",
     }  # fmt: skip
-    assert (loading["weights"], "running" in loading) == ("1 MiB of 4 MiB", False)
+    assert (loading["weights"], loading["phase"], "running" in loading) == ("1 MiB of 4 MiB", "compiling", False)
     assert (failed["state"], failed["cause"], "rank" in failed) == ("FAILED", "rank 0: no GPU", False)
 
 
@@ -82,7 +90,7 @@ def test_status_on_a_terminal_is_a_table_of_all_ranks() -> None:
     shown = console(terminal=True)
     print_status(shown, status())
     text = output(shown)
-    assert "model demo [bold]" in text
+    assert "model demo [bold], context 2048 of 131072 tokens" in text
     for cell in ("replica-0", "READY", "10/100", "127.0.0.1:41000", "1 MiB of 4 MiB", "rank 0: no GPU"):
         assert cell in text
     assert "gateway: 3/256 in flight, 0/1024 queued, up 12 s" in text
@@ -97,7 +105,7 @@ def test_table_drops_columns_before_it_breaks_words(width: int, missing: str) ->
     print_status(shown, long)
     lines = output(shown).splitlines()
     header = next(line.split() for line in lines if "replica " in line)
-    assert header[:2] == ["replica", "state"] and header[-2:] == ["running", "waiting"]
+    assert header[:2] == ["replica", "state"] and header[-1] == "tokens/s" and {"running", "waiting"} < set(header)
     assert missing not in header
     (ready,) = [line.split() for line in lines if "replica-0" in line]
     assert ready[1] == "READY" and "10/100" in ready

@@ -12,6 +12,7 @@ from orchestrator.controller.events import (
     Event,
     FollowRank,
     Launch,
+    Loading,
     LoadRank,
     RankEvent,
     RankFailed,
@@ -142,8 +143,15 @@ def test_a_started_rank_is_told_to_load_at_its_address() -> None:
     assert isinstance(command, LoadRank)
     assert (command.address, command.members) == ("127.0.0.1:7000", ())
     assert state.replicas[0].phase is Phase.LOADING
-    state, commands = apply(state, RankProgress(replica="replica-0", epoch=EPOCH, rank=0, loaded_bytes=300))
-    assert (state.replicas[0].ranks[0].loaded_bytes, commands) == (300, ())
+    compiles = Loading.COMPILE
+    progress = RankProgress(
+        replica="replica-0", epoch=EPOCH, rank=0, loaded_bytes=300, total_bytes=400, loading=compiles
+    )
+    state, commands = apply(state, progress)
+    rank = state.replicas[0].ranks[0]
+    assert (rank.loaded_bytes, rank.total_bytes, rank.loading, commands) == (300, 400, compiles, ())
+    state, _ = apply(state, RankLoaded(replica="replica-0", epoch=EPOCH, rank=0))
+    assert state.replicas[0].ranks[0].loading is None
 
 
 def test_what_a_rank_measured_is_kept_whatever_becomes_of_it() -> None:

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.controller.events import Loading
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
-from orchestrator.controller.wire import deployment, device_speed
+from orchestrator.controller.wire import deployment, device_speed, loading
 from placement.measured.collectives import MeasuredSum
 from placement.measured.exchange import ExchangeSpeeds, ExpectedExchange, MeasuredExchange
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
@@ -58,6 +59,16 @@ def test_what_a_rank_measured_reaches_the_watchers_as_it_came() -> None:
     ]
     assert read_measurements(first.measured) == MEASURED
     assert read_measurements(second.measured) == NOTHING_MEASURED
+
+
+@pytest.mark.parametrize("does", list(Loading))
+def test_a_rank_says_who_it_is_and_what_it_does_until_it_is_ready(does: Loading) -> None:
+    shard = replace(RANK.shard, device=replace(RANK.shard.device, worker="big"))
+    rank = replace(RANK, shard=shard, phase=Phase.LOADING, loading=does, loaded_bytes=10, total_bytes=900)
+    state = State(replicas=(ReplicaState(name="replica-0", epoch=1, ranks=(rank,)),))
+    (message,) = deployment(state, version=1).replicas[0].ranks
+    assert (message.worker, message.loaded_bytes, message.total_bytes) == ("big", 10, 900)
+    assert loading(message.load_phase) is does
 
 
 def test_a_speed_is_what_a_device_can_have() -> None:

@@ -10,6 +10,10 @@ from rich.console import Console
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.event_log import EventLog
 from protos.heterodyne.control.v1 import control_pb2
+from protos.heterodyne.worker.v1 import worker_pb2
+
+LOADING = control_pb2.PHASE_LOADING
+WEIGHTS, UNKNOWN = worker_pb2.LOAD_PHASE_WEIGHTS, worker_pb2.LOAD_PHASE_UNSPECIFIED
 
 
 def log(*, terminal: bool) -> EventLog:
@@ -37,8 +41,10 @@ class Clock:
         return self.now_s
 
 
-def loading(loaded: int, *, phase: Any = control_pb2.PHASE_LOADING, **replica: Any) -> control_pb2.WatchResponse:
-    rank = control_pb2.Rank(rank=0, phase=phase, loaded_bytes=loaded, weight_bytes=1000)
+def loading(loaded: int, *, does: Any = WEIGHTS, phase: Any = LOADING, **replica: Any) -> control_pb2.WatchResponse:
+    rank = control_pb2.Rank(
+        rank=0, worker="big", phase=phase, load_phase=does, loaded_bytes=loaded, total_bytes=1000, weight_bytes=1200
+    )
     settings = {"name": "replica-0", "epoch": 1} | replica
     return control_pb2.WatchResponse(replicas=[control_pb2.Replica(ranks=[rank], **settings)])
 
@@ -48,31 +54,33 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_loading_is_logged_at_most_once_a_second(clock: Clock) -> None:
+def test_loading_is_logged_at_most_once_a_second_with_a_rate_that_counts_from_the_first_byte(clock: Clock) -> None:
     shown = log(terminal=False)
     with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(0, phase=control_pb2.PHASE_STARTING, does=UNKNOWN))
+        clock.now_s += 50
         for step in range(10):
-            progress.update(loading(25 * step))
+            progress.update(loading(100 + 25 * step))
             clock.now_s += 0.25
-        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY, does=UNKNOWN))
     lines = [pairs(line) for line in output(shown).splitlines()]
     assert [(line["phase"], line["loaded_bytes"]) for line in lines] == [
-        ("loading", "0"), ("loading", "100"), ("loading", "200"), ("ready", "1000"),
+        ("starting", "0"), ("loading", "100"), ("loading", "200"), ("loading", "300"), ("ready", "1000"),
     ]  # fmt: skip
-    assert lines[1] == {
-        "event": "load", "replica": "replica-0", "rank": "0", "phase": "loading", "loaded_bytes": "100",
-        "total_bytes": "1000", "bytes_per_s": "100", "left_s": "9.0",
+    assert lines[2] == {
+        "event": "load", "replica": "replica-0", "rank": "0", "worker": "big", "phase": "loading",
+        "loaded_bytes": "200", "total_bytes": "1000", "bytes_per_s": "100", "left_s": "8.0",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: bool) -> None:
     shown = log(terminal=terminal)
+    words = "has read nothing for 10 s, and stands at" if terminal else "event=stall replica=replica-0 rank=0"
     with LoadProgress(shown, clock=clock) as progress:
         progress.update(loading(100))
         clock.now_s += 9.9
         progress.tick()
-        words = "has loaded nothing for 10 s" if terminal else "event=stall replica=replica-0 rank=0 loaded_bytes=100"
         assert words not in output(shown)
         clock.now_s += 0.2
         progress.tick()
@@ -81,16 +89,34 @@ def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: b
         progress.update(loading(101))
         clock.now_s += 10.0
         progress.tick()
-    assert output(shown).count("nothing for 10 s" if terminal else "event=stall") == 2
+    assert output(shown).count(words) == 2
 
 
-def test_rank_that_is_loaded_does_not_stall(clock: Clock) -> None:
+def test_what_has_no_bytes_to_come_does_not_stall(clock: Clock) -> None:
     shown = log(terminal=False)
     with LoadProgress(shown, clock=clock) as progress:
         progress.update(loading(1000))
         clock.now_s += 60
+        progress.update(loading(900, does=worker_pb2.LOAD_PHASE_COMPILE))
+        clock.now_s += 60
         progress.tick()
-    assert "stall" not in output(shown)
+        assert "warning" not in output(shown) and "event=slow" not in output(shown)
+        clock.now_s += 61
+        progress.tick()
+        progress.tick()
+    assert "event=stall" not in output(shown)
+    assert output(shown).count("event=slow replica=replica-0 rank=0 phase=compiling for_s=121") == 1
+
+
+def test_every_phase_has_a_name_and_a_line_as_it_begins(clock: Clock) -> None:
+    shown = log(terminal=False)
+    phases = [phase for phase in worker_pb2.LoadPhase.values() if phase not in (UNKNOWN, worker_pb2.LOAD_PHASE_READY)]
+    with LoadProgress(shown, clock=clock) as progress:
+        for phase in (*phases, phases[-1]):
+            progress.update(loading(1000, does=phase))
+    names = [pairs(line)["phase"] for line in output(shown).splitlines()]
+    assert len(names) == len(set(names)) == len(phases)
+    assert {"loading", "compiling", "measuring links", "warming up"} < set(names)
 
 
 def test_new_epoch_starts_from_nothing(clock: Clock) -> None:
@@ -98,19 +124,21 @@ def test_new_epoch_starts_from_nothing(clock: Clock) -> None:
     with LoadProgress(shown, clock=clock) as progress:
         progress.update(loading(900))
         clock.now_s += 5
-        progress.update(loading(0, epoch=2))
+        progress.update(loading(100, epoch=2))
         clock.now_s += 5
-        progress.update(loading(500, epoch=2))
+        progress.update(loading(600, epoch=2))
     assert pairs(output(shown).splitlines()[-1])["bytes_per_s"] == "100"
 
 
-def test_terminal_has_one_bar_a_rank(clock: Clock) -> None:
+def test_terminal_has_one_bar_a_rank_which_names_what_it_does(clock: Clock) -> None:
     shown = log(terminal=True)
     with LoadProgress(shown, clock=clock) as progress:
         progress.update(loading(500))
-        progress.update(loading(0, name="replica-1"))
-        progress.update(loading(1000, phase=control_pb2.PHASE_READY))
+        progress.update(loading(900, name="replica-1"))
+        progress.update(loading(900, name="replica-1", does=worker_pb2.LOAD_PHASE_COMPILE))
+        progress.update(loading(1000, phase=control_pb2.PHASE_READY, does=UNKNOWN))
     text = output(shown)
-    assert "replica-0 rank 0: ready" in text
-    assert "replica-1 rank 0: loading" in text
+    assert "replica-0 rank 0 (big): ready" in text
+    shown_last = text[text.rindex("replica-1 rank 0 (big): compiling") :]
+    assert " B of" not in shown_last.splitlines()[0], "there is nothing to count"
     assert "event=load" not in text

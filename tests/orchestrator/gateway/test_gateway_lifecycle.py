@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from protos.codec.log_record import record_of
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time, until
@@ -142,6 +144,9 @@ async def test_a_lost_worker_ends_its_requests_within_3_s_and_the_other_replica_
         await settled(running, timeout_s=PATIENCE_S)
 
 
+record_of_gateway = partial(record_of, source="gateway")
+
+
 async def outcome(call: Any) -> tuple[str, list[pb.GenerateResponse]]:
     """How the call ended, and all that it said."""
     responses = []
@@ -183,7 +188,8 @@ async def test_the_last_replica_lost_means_not_serving_and_unavailable_at_once(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer(inference_pb2_grpc.InferenceStub(channel), request())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "replica" in caught.value.details()
+        assert "replica-0 failed: " in caught.value.details()
+        assert sum(running.gateway.fleet.losses.values()) == 1
 
 
 async def test_drain_refuses_new_requests_and_finishes_those_in_flight(served_checkpoint: Path, tmp_path: Path) -> None:
@@ -241,6 +247,8 @@ async def test_a_cut_drain_ends_every_answer_with_its_last_message(slow_checkpoi
             if responses:
                 check_order(responses)
                 assert responses[-1].finished.error.code == grpc.StatusCode.UNAVAILABLE.value[0]
+                assert "the service was stopped" in responses[-1].finished.error.message
+        assert not running.gateway.fleet.losses, "a stop is no loss"
         os.kill(running.pid("replica-0"), signal.SIGCONT)
 
 
@@ -275,7 +283,9 @@ async def test_tokenizing_a_long_text_does_not_hold_the_service_up(tmp_path: Pat
         assert num_answered > 10
 
 
-async def test_a_second_request_to_stop_cuts_the_grace_period(slow_checkpoint: Path, tmp_path: Path) -> None:
+async def test_a_second_request_to_stop_cuts_the_grace_period(
+    slow_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = make_config(tmp_path, slow_checkpoint, gateway={"drain_grace_s": 60.0})
     async with deploy(config) as running, grpc.aio.insecure_channel(running.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
@@ -293,4 +303,7 @@ async def test_a_second_request_to_stop_cuts_the_grace_period(slow_checkpoint: P
         code, responses = await stream
         assert code == "UNAVAILABLE"
         check_order(responses)
+        (said,) = [record for record in map(record_of_gateway, caplog.records) if record.event == "drain_cut"]
+        assert said.message.endswith("s; 1 request had not finished.") and said.fields["in_flight"] == 1
+        assert 0.1 <= float(str(said.fields["after_s"])) < 50.0, "what went by, not the grace period"
         os.kill(running.pid("replica-0"), signal.SIGCONT)

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess, ended_by
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
+from protos.codec.log_record import LAST_WORDS, LogRecord
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.lost_stderr import Loss, lost_stderr
 
@@ -29,7 +30,7 @@ class Child(WorkerArgs):
 
 
 async def start(code: str) -> WorkerProcess:
-    args = Child(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=1, code=code)
+    args = Child(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=1, code=code, name="big")
     return await WorkerProcess.start(args, timeout_s=PATIENCE_S)
 
 
@@ -43,7 +44,9 @@ async def test_what_a_library_prints_before_and_after_never_stops_a_worker(capfd
     end = await asyncio.wait_for(worker.wait(), PATIENCE_S)
     assert end.how is HowEnded.FAILED and end.cause.endswith("exited with code 5")
     logged = capfd.readouterr().err
-    assert logged.count("NCCL INFO ring 0") == 2 and logged.endswith("the last\n")
+    records = [LogRecord.read(line) for line in logged.splitlines()]
+    assert None not in records and {record.source for record in records if record} == {"worker big"}
+    assert logged.count("NCCL INFO ring 0") == 2 and records[-1] and records[-1].message == "the last"
     assert "listening" not in logged
 
 
@@ -113,3 +116,19 @@ async def test_how_it_ended_is_no_matter_of_words() -> None:
     assert (await stopped.wait()).how is HowEnded.STOPPED
     says_stopped = await start(f"{says()} import sys; sys.stderr.write('stopped'); sys.exit(1)")
     assert (await asyncio.wait_for(says_stopped.wait(), PATIENCE_S)).how is HowEnded.FAILED
+
+
+async def test_last_words_are_the_cause_and_not_printed_as_well(capfd: pytest.CaptureFixture[str]) -> None:
+    said = LogRecord(time_s=0.0, source="worker", message="It goes on.", event="e").line()
+    last = LogRecord(time_s=0.0, source="worker", message="error: no GPU", event=LAST_WORDS).line()
+    worker = await start(f"{says()} import sys; print({said!r}, {last!r}, sep=chr(10), file=sys.stderr); sys.exit(2)")
+    end = await asyncio.wait_for(worker.wait(), PATIENCE_S)
+    assert end.cause.endswith("exited with code 2: error: no GPU")
+    logged = capfd.readouterr().err
+    assert "It goes on." in logged and "no GPU" not in logged
+
+
+async def test_who_was_killed_outright_is_said_to_have_been_so_often_for_want_of_memory() -> None:
+    worker = await start(f"{says()} import os; os.kill(os.getpid(), 9)")
+    cause = (await asyncio.wait_for(worker.wait(), PATIENCE_S)).cause
+    assert cause.endswith("was killed by SIGKILL (often the out-of-memory killer: see dmesg)")

@@ -174,7 +174,7 @@ def test_where_one_rank_cannot_listen_all_go_on_without_and_say_why(
     with joined((3,)) as members, caplog.at_level(logging.INFO):
         calls = [lambda m=member, h=host: opened(m.group, h) for member, host in zip(members, hosts, strict=True)]
         assert at_once(calls) == [None, None, None]
-        assert caplog.text.count("sums without gloo: ") == 3
+        assert caplog.text.count("Sums go without gloo: ") == 3
         # What was said meanwhile is all read: the links carry sums again.
         xs = [torch.ones(5) for _ in members]
         at_once([lambda m=member, x=x: m.group.all_reduce(x) for member, x in zip(members, xs, strict=True)])

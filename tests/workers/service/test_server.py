@@ -32,6 +32,8 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
     async with running() as (worker, stub):
         progress = await load(stub, load_request(path))
         assert progress[-1].phase == pb.LOAD_PHASE_READY
+        alone = [pb.LOAD_PHASE_WEIGHTS, pb.LOAD_PHASE_KV_CACHE, pb.LOAD_PHASE_COMPILE, pb.LOAD_PHASE_WARM_UP]
+        assert pb.LOAD_PHASE_COMPILE in {p.phase for p in progress} <= {*alone, pb.LOAD_PHASE_READY}
         assert progress[-1].loaded_bytes == progress[-1].total_bytes > 0
         assert not progress[-1].HasField("measured"), "one rank measures nothing"
         assert [p.loaded_bytes for p in progress] == sorted(p.loaded_bytes for p in progress)
@@ -222,7 +224,7 @@ async def test_a_line_of_any_length_on_stderr_does_not_hide_the_last() -> None:
     code = "import sys; sys.stderr.write('x' * 500_000 + chr(10) + 'the cause'); sys.exit(4)"
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=pipe, stderr=pipe)
-    worker = WorkerProcess(process, "127.0.0.1")
+    worker = WorkerProcess(process, host="127.0.0.1", source="worker")
     assert (await asyncio.wait_for(worker.wait(), 30.0)).cause.endswith("exited with code 4: the cause")
 
 

@@ -62,6 +62,9 @@ class Rank(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
     TOKEN_SHARE_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    LOAD_PHASE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -74,6 +77,11 @@ class Rank(_message.Message):
     cause: _builtins.str
     token_share: _builtins.float
     """Of every sequence's tokens, where ranks share sequences."""
+    worker: _builtins.str
+    """What the cluster file calls its worker."""
+    load_phase: _worker_pb2.LoadPhase.ValueType
+    """What it does while its phase is LOADING, and how many bytes it has to read for that; 0 until it has told."""
+    total_bytes: _builtins.int
     @_builtins.property
     def shard(self) -> _worker_pb2.Shard: ...
     @_builtins.property
@@ -96,10 +104,13 @@ class Rank(_message.Message):
         cause: _builtins.str = ...,
         measured: _worker_pb2.StageMeasurements | None = ...,
         token_share: _builtins.float | None = ...,
+        worker: _builtins.str = ...,
+        load_phase: _worker_pb2.LoadPhase.ValueType = ...,
+        total_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "measured", b"measured", "shard", b"shard", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "token_share", b"token_share", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "token_share", b"token_share", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
     _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015

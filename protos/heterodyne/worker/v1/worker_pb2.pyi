@@ -91,14 +91,29 @@ class _LoadPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LoadPhase.V
     LOAD_PHASE_KV_CACHE: _LoadPhase.ValueType  # 2
     LOAD_PHASE_WARM_UP: _LoadPhase.ValueType  # 3
     LOAD_PHASE_READY: _LoadPhase.ValueType  # 4
+    LOAD_PHASE_CONNECT: _LoadPhase.ValueType  # 5
+    """It waits for the other ranks of its replica."""
+    LOAD_PHASE_COMPILE: _LoadPhase.ValueType  # 6
+    """It compiles code for this device, or reads what was compiled before."""
+    LOAD_PHASE_MEASURE: _LoadPhase.ValueType  # 7
+    """It measures the links with the other ranks of its stage."""
 
-class LoadPhase(_LoadPhase, metaclass=_LoadPhaseEnumTypeWrapper): ...
+class LoadPhase(_LoadPhase, metaclass=_LoadPhaseEnumTypeWrapper):
+    """What a rank does until it is ready, in the order of doing: connect, weights, KV cache, compile and measure (where it
+    has others to measure with), warm-up.
+    """
 
 LOAD_PHASE_UNSPECIFIED: LoadPhase.ValueType  # 0
 LOAD_PHASE_WEIGHTS: LoadPhase.ValueType  # 1
 LOAD_PHASE_KV_CACHE: LoadPhase.ValueType  # 2
 LOAD_PHASE_WARM_UP: LoadPhase.ValueType  # 3
 LOAD_PHASE_READY: LoadPhase.ValueType  # 4
+LOAD_PHASE_CONNECT: LoadPhase.ValueType  # 5
+"""It waits for the other ranks of its replica."""
+LOAD_PHASE_COMPILE: LoadPhase.ValueType  # 6
+"""It compiles code for this device, or reads what was compiled before."""
+LOAD_PHASE_MEASURE: LoadPhase.ValueType  # 7
+"""It measures the links with the other ranks of its stage."""
 Global___LoadPhase: _TypeAlias = LoadPhase  # noqa: Y015
 
 class _EndReason:

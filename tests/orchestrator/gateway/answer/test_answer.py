@@ -6,7 +6,7 @@ import pytest
 from google.rpc import code_pb2
 
 from orchestrator.gateway.errors import DeadlineExceeded
-from orchestrator.gateway.fleet.inbox import Lost
+from orchestrator.gateway.fleet.inbox import Loss, Lost
 from orchestrator.gateway.status import code_of
 from placement.errors import HeterodyneError
 from protos.heterodyne.v1 import inference_pb2 as public
@@ -155,3 +155,17 @@ def test_logprobs_come_with_their_token() -> None:
     assert chunk is not None
     top = [public.TokenLogprob(token_id=3, logprob=-0.5), public.TokenLogprob(token_id=4, logprob=-1.5)]
     assert list(chunk.tokens) == [public.Token(id=3, logprob=-0.5, top=top)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Loss.STOPPED, "the service was stopped before the answer was complete"),
+        (Loss.RANK_FAILED, "replica-0 was lost; the request may be sent again"),
+    ],
+)
+def test_a_client_reads_whether_the_service_was_stopped_or_a_replica_was_lost(kind: Loss, words: str) -> None:
+    answer, _ = make_answer()
+    take(answer, Lost(cause="/secret/path", kind=kind))
+    error = finished(answer).error
+    assert (error.code, error.message) == (code_pb2.UNAVAILABLE, words)

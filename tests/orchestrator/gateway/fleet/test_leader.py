@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from orchestrator.gateway.fleet.inbox import Inbox, Lost, SequenceEvent
+from orchestrator.gateway.fleet.inbox import Inbox, Loss, Lost, SequenceEvent
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
@@ -118,7 +118,7 @@ async def test_silence_is_a_loss_that_every_sequence_hears_of(clock: LoopClock) 
         await ticks(clock, 2, of=0.3)
         for inbox in inboxes:
             (event,) = await taken(inbox)
-            assert isinstance(event, Lost) and event.cause == "no heartbeat for 0.3 s"
+            assert event == Lost(cause="no heartbeat for 0.3 s", kind=Loss.NO_HEARTBEAT)
         assert not leader.accepting
         late = submit(leader, 9)
         (event,) = await taken(late)
@@ -138,6 +138,7 @@ async def test_a_stream_that_ends_is_a_loss() -> None:
         script.say.put_nowait(None)
         await until(lambda: leader.lost is not None)
         assert leader.lost is not None and "ended the stream" in leader.lost.cause
+        assert leader.lost.kind is Loss.STREAM_BROKEN
 
 
 async def test_what_was_submitted_since_the_last_report_counts_as_pending() -> None:
@@ -165,7 +166,7 @@ async def test_heartbeats_without_steps_are_a_loss_while_sequences_run_and_none_
             await ticks(clock, 1, of=0.5)
         await ticks(clock, 1, of=0.5)
         await until(lambda: leader.lost is not None)
-        assert leader.lost is not None and leader.lost.cause == "no step finished for 0.5 s"
+        assert leader.lost == Lost(cause="no step finished for 0.5 s", kind=Loss.STALLED)
 
 
 async def test_a_pause_of_this_process_is_not_blamed_on_the_leader(clock: LoopClock) -> None:

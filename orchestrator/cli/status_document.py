@@ -1,0 +1,98 @@
+"""Writes a deployment's status as one JSON document, whose names stay. What is not known is absent, and not 0."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.cli.measured_status import measured_pairs
+from protos.heterodyne.v1 import admin_pb2
+
+
+def status_document(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
+    """Returns the document. Numbers are numbers, in bytes, seconds and shares of 1."""
+    return {
+        "model": status.model,
+        **_known({"context_tokens": status.context_tokens, "model_context_tokens": status.model_context_tokens}),
+        "gateway": _gateway(status.gateway),
+        "replicas": [_replica(replica) for replica in status.replicas],
+        "measured": [{name: _number(value) for name, value in pairs.items()} for pairs in measured_pairs(status)],
+    }
+
+
+def _gateway(gateway: admin_pb2.GatewayStatus) -> dict[str, Any]:
+    return {
+        "in_flight": gateway.in_flight,
+        "max_in_flight": gateway.max_in_flight,
+        "queued": gateway.queued,
+        "max_queued": gateway.max_queued,
+        "draining": gateway.draining,
+        "controller_connected": gateway.controller_connected,
+        "fenced_messages": gateway.fenced_messages,
+        "uptime_s": round(gateway.uptime_s, 3),
+    }
+
+
+def _replica(replica: admin_pb2.ReplicaStatus) -> dict[str, Any]:
+    return {
+        "name": replica.name,
+        "state": admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
+        "epoch": replica.epoch,
+        **_known({"cause": replica.cause}),
+        **({"load": _load(replica.load)} if replica.HasField("load") else {}),
+        "ranks": [_rank(rank) for rank in replica.ranks],
+    }
+
+
+def _load(load: admin_pb2.ReplicaLoad) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "running": load.num_running,
+        "waiting": load.num_waiting,
+        "free_blocks": load.free_blocks,
+        "total_blocks": load.total_blocks,
+        "steps": load.steps,
+        "preemptions": load.num_preemptions,
+        "age_s": round(load.age_s, 3),
+    }
+    if load.total_blocks:
+        document["kv_cache_usage"] = round(1 - load.free_blocks / load.total_blocks, 4)
+    for name in ("prompt_tokens_per_s", "generated_tokens_per_s", "prefix_cache_hit_rate"):
+        if load.HasField(name):
+            document[name] = round(getattr(load, name), 4)
+    return document
+
+
+def _rank(rank: admin_pb2.RankStatus) -> dict[str, Any]:
+    named: dict[str, Any] = {
+        "worker": rank.worker,
+        "node": rank.node,
+        "device": rank.device,
+        "address": rank.address,
+        "pid": rank.pid,
+        "phase": rank.load_phase,
+        "weight_bytes": rank.weight_bytes,
+        "kv_bytes": rank.kv_bytes,
+        "cause": rank.cause,
+    }
+    document = {"rank": rank.rank, **_known(named)}
+    if rank.weight_bytes:
+        document["loaded_bytes"] = rank.loaded_bytes
+    if rank.last_layer:
+        document |= {"first_layer": rank.first_layer, "last_layer": rank.last_layer}
+    for name in ("num_kv_heads", "num_ffn_columns", "token_share"):
+        if rank.HasField(name):
+            document[name] = getattr(rank, name)
+    return document
+
+
+def _number(value: object) -> object:
+    """Returns the number, or the numbers, that a value of a line was written from."""
+    words = str(value).split(",")
+    try:
+        numbers = [float(word) if "." in word else int(word) for word in words]
+    except ValueError:
+        return value
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out what a message has no value for."""
+    return {name: value for name, value in values.items() if value}
