@@ -1,13 +1,14 @@
 """Owns the command ``plan``, which shows in words and as a picture what ``serve`` would do, without doing it."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from orchestrator.cli.output_file import write_output
 from orchestrator.cli.plan_picture import plan_svg
 from orchestrator.config.document import load_config
 from orchestrator.deployment.auto_split import split_words
-from orchestrator.deployment.plan_lines import plan_events, warning_events
+from orchestrator.deployment.plan_lines import place_of, plan_events, warning_events
 from orchestrator.deployment.preflight import preflight
 
 
@@ -24,5 +25,5 @@ def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> 
         yield split_words(checked, when_served="by measured speed").pairs()
     if picture is None:
         return
-    write_output(picture, plan_svg(checked.plan), field="--svg")
+    write_output(picture, plan_svg(checked.plan, partial(place_of, checked)), field="--svg")
     yield f"drawn in {picture}"

@@ -1,11 +1,13 @@
 """Draws a plan as an SVG: who holds what. Pure.
 
 A replica is a block as high as its layers; a stage a band of it; a rank a box as wide as its share of the stage's
-weights of a layer, or, where ranks share sequences, of the tokens. What a rank holds is written in its box, or beside
-the pointer where there is no room.
+weights of a layer, or, where ranks share sequences, of the tokens. What a rank holds is written in its box, or below
+the band where the box has no room for all of it.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from placement.model.specs import ModelSpec
@@ -13,15 +15,38 @@ from placement.planning.memory import format_bytes
 from placement.planning.plan import Plan, Replica, Shard, Stage
 
 _WIDTH, _MARGIN, _TITLE, _GAP = 960, 16, 44, 28
-_BAND, _LEAST_BAND = 320, 76
-_LINE, _CHAR = 16, 7.2
+_BAND, _LEAST_BAND = 200, 76
+_LINE, _CHAR, _SWATCH = 16, 6.6, 12
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
 _SVG = "http://www.w3.org/2000/svg"
+_ROOM = _WIDTH - 2 * _MARGIN
+_NOTE_CHARACTERS = int((_ROOM - 2 * _SWATCH) / _CHAR)
+
+Where = Callable[[Shard], str]
+"""Says on which machine a rank runs."""
 
 
-def plan_svg(plan: Plan) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Box:
+    """A rank in its stage's band.
+
+    Attributes:
+        lines: what it holds.
+        label: the lines that are written in the box.
+        notes: the lines that are written below the band; none where the box holds all.
+    """
+
+    shard: Shard
+    width: float
+    lines: Sequence[str]
+    label: Sequence[str]
+    notes: Sequence[str]
+
+
+def plan_svg(plan: Plan, where: Where = lambda shard: shard.node) -> str:
     """Returns the picture as the text of an SVG file."""
-    heights = [_height(replica, plan.model) for replica in plan.replicas]
+    replicas = [(replica, [_boxes(stage, plan.model, where) for stage in replica.stages]) for replica in plan.replicas]
+    heights = [_height(replica, stages, plan.model) for replica, stages in replicas]
     height = _TITLE + sum(heights) + _GAP * len(heights) + _MARGIN
     root = ElementTree.Element("svg", {"xmlns": _SVG, "viewBox": f"0 0 {_WIDTH} {height}", "font-family": "sans-serif"})
     ElementTree.SubElement(root, "rect", {"width": "100%", "height": "100%", "fill": "white"})
@@ -30,45 +55,77 @@ def plan_svg(plan: Plan) -> str:
     title = f"{model.architecture}: {model.num_layers} layers, {heads}, {plan.dtype.value}"
     _text(root, _MARGIN, 26, title, size=15)
     top = _TITLE
-    for replica in plan.replicas:
-        top = _draw_replica(root, plan, replica, top) + _GAP
+    for replica, stages in replicas:
+        top = _draw_replica(root, plan, replica, stages, top) + _GAP
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _height(replica: Replica, model: ModelSpec) -> int:
-    return _LINE + sum(_band(stage, model) for stage in replica.stages)
+def _boxes(stage: Stage, model: ModelSpec, where: Where) -> list[_Box]:
+    boxes = []
+    for shard, share in zip(stage.shards, shares(stage), strict=True):
+        lines, width = describe(shard, model, where(shard)), share * _ROOM
+        fits = all(len(line) * _CHAR < width for line in lines) and (len(lines) + 1) * _LINE <= _band(stage, model)
+        short = [text for text in (shard.device.worker or f"rank {shard.rank}",) if len(text) * _CHAR < width]
+        notes = [] if fits else textwrap.wrap("; ".join(lines), _NOTE_CHARACTERS)
+        boxes.append(_Box(shard=shard, width=width, lines=lines, label=lines if fits else short, notes=notes))
+    return boxes
+
+
+def _height(replica: Replica, stages: Sequence[Sequence[_Box]], model: ModelSpec) -> int:
+    bands = sum(_band(stage, model) for stage in replica.stages)
+    return _LINE + bands + sum(_notes_height(boxes) for boxes in stages)
+
+
+def _notes_height(boxes: Sequence[_Box]) -> int:
+    return sum(_LINE * len(box.notes) + (_LINE // 2 if box.notes else 0) for box in boxes)
 
 
 def _band(stage: Stage, model: ModelSpec) -> int:
     return max(_LEAST_BAND, _BAND * len(stage.layers) // model.num_layers)
 
 
-def _draw_replica(root: ElementTree.Element, plan: Plan, replica: Replica, top: int) -> int:
-    tokens = replica.num_kv_tokens
-    _text(root, _MARGIN, top + 10, f"{replica.name}: {len(replica.shards)} ranks, {tokens} tokens of KV", size=13)
+def _draw_replica(
+    root: ElementTree.Element, plan: Plan, replica: Replica, stages: Sequence[Sequence[_Box]], top: int
+) -> int:
+    count = len(replica.shards)
+    ranks = f"{count} rank{'s' if count > 1 else ''}"
+    _text(root, _MARGIN, top + 10, f"{replica.name}: {ranks}, {replica.num_kv_tokens} tokens of KV", size=13)
     top += _LINE
-    for stage in replica.stages:
+    for stage, boxes in zip(replica.stages, stages, strict=True):
         height = _band(stage, plan.model)
-        _draw_stage(root, plan, stage, top, height)
-        top += height
+        _draw_stage(root, boxes, top, height)
+        _draw_notes(root, boxes, top + height)
+        top += height + _notes_height(boxes)
     return top
 
 
-def _draw_stage(root: ElementTree.Element, plan: Plan, stage: Stage, top: int, height: int) -> None:
-    left, room = float(_MARGIN), _WIDTH - 2 * _MARGIN
-    for shard, share in zip(stage.shards, shares(stage), strict=True):
-        width = share * room
-        box = ElementTree.SubElement(root, "g")
-        lines = describe(shard, plan.model)
-        ElementTree.SubElement(box, "title").text = "\n".join(lines)
-        look = {"fill": _COLOURS[shard.rank % len(_COLOURS)], "fill-opacity": "0.35", "stroke": "white"}
-        place = {"x": f"{left:.1f}", "y": str(top), "width": f"{max(width, 1):.1f}", "height": str(height)}
-        ElementTree.SubElement(box, "rect", look | place)
-        for at, line in enumerate(lines):
-            if len(line) * _CHAR < width and (at + 1) * _LINE < height:
-                _text(box, left + 6, top + (at + 1) * _LINE, line)
-        left += width
+def _draw_stage(root: ElementTree.Element, boxes: Sequence[_Box], top: int, height: int) -> None:
+    left = float(_MARGIN)
+    for box in boxes:
+        drawn = ElementTree.SubElement(root, "g")
+        ElementTree.SubElement(drawn, "title").text = "\n".join(box.lines)
+        place = {"x": f"{left:.1f}", "y": str(top), "width": f"{max(box.width, 1):.1f}", "height": str(height)}
+        ElementTree.SubElement(drawn, "rect", _look(box.shard) | place)
+        for at, line in enumerate(box.label):
+            _text(drawn, left + 6, top + (at + 1) * _LINE, line)
+        left += box.width
+
+
+def _draw_notes(root: ElementTree.Element, boxes: Sequence[_Box], top: int) -> None:
+    for box in boxes:
+        if not box.notes:
+            continue
+        top += _LINE // 2
+        place = {"x": str(_MARGIN), "y": str(top + 3), "width": str(_SWATCH), "height": str(_SWATCH)}
+        ElementTree.SubElement(root, "rect", _look(box.shard) | place)
+        for line in box.notes:
+            top += _LINE
+            _text(root, _MARGIN + 1.5 * _SWATCH, top - 3, line)
+
+
+def _look(shard: Shard) -> dict[str, str]:
+    return {"fill": _COLOURS[shard.rank % len(_COLOURS)], "fill-opacity": "0.35", "stroke": "white"}
 
 
 def shares(stage: Stage) -> tuple[float, ...]:
@@ -80,11 +137,13 @@ def shares(stage: Stage) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
 
 
-def describe(shard: Shard, model: ModelSpec) -> Sequence[str]:
-    """Says in a few lines what a rank holds."""
+def describe(shard: Shard, model: ModelSpec, where: str) -> Sequence[str]:
+    """Says in a few lines what a rank holds, and where it runs."""
     part = shard.part
+    worker = f": worker {shard.device.worker}" if shard.device.worker else ""
     lines = [
-        f"rank {shard.rank}: {shard.device.name} of {shard.node}",
+        f"rank {shard.rank}{worker}",
+        f"{shard.device.name} of {where}",
         f"layers {part.layers.start} to {part.layers.stop - 1}",
         f"KV heads {_some(part.kv_heads.start, part.kv_heads.stop, model.num_kv_heads)}",
         f"FFN columns {_some(part.ffn_columns.start, part.ffn_columns.stop, model.ffn_size)}",
@@ -99,7 +158,9 @@ def describe(shard: Shard, model: ModelSpec) -> Sequence[str]:
 def _some(start: int, stop: int, of: int) -> str:
     if stop == start:
         return "none"
-    return f"all {of}" if stop - start == of else f"{start} to {stop - 1} of {of}"
+    if stop - start == of:
+        return f"all {of}"
+    return f"{start} to {stop - 1} of {of}" if stop - start > 1 else f"{start} of {of}"
 
 
 def _text(parent: ElementTree.Element, x: float, y: int, text: str, size: int = 12) -> None:

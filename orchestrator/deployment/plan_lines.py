@@ -8,7 +8,7 @@ from orchestrator.event_log import LogLevel, Said
 from placement.model.part import Span
 from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
 from placement.planning.memory import format_bytes, size_words
-from placement.planning.plan import Replica
+from placement.planning.plan import Replica, Shard
 
 
 def warning_events(checked: Checked) -> Iterator[Said]:
@@ -68,14 +68,17 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "kv_sized_by": _sized_by(replica),
         }
         sentence = (
-            f"Plan: worker {worker} ({shard.device.name} on {_where(node)}) is rank {shard.rank} of {replica.name}: "
-            f"{num_layers} of {plan.model.num_layers} layers, {weights} of weights, {kv} of KV cache."
+            f"Plan: worker {worker} ({shard.device.name} of {place_of(checked, shard)}) is rank {shard.rank} of "
+            f"{replica.name}: {num_layers} of {plan.model.num_layers} layers, {weights} of weights, {kv} of KV cache."
         )
         yield Said(event="plan", sentence=sentence, fields=fields)
 
 
-def _where(node: str) -> str:
-    return {LOCAL_NODE: "this machine", "any": "any node"}.get(node, node)
+def place_of(checked: Checked, shard: Shard) -> str:
+    """Says in words on which machine a rank runs."""
+    if not checked.is_placed(shard):
+        return "any node"
+    return "this machine" if shard.node == LOCAL_NODE else f"node {shard.node}"
 
 
 def context_event(checked: Checked) -> Said:

@@ -97,8 +97,29 @@ def test_the_picture_has_a_box_for_every_rank_as_wide_as_its_share(plan: Plan) -
     assert "vocabulary" in titles[0] and "vocabulary" not in titles[2]
 
 
+def test_nothing_of_what_a_rank_holds_is_left_out_however_narrow_its_box_is(plan: Plan) -> None:
+    layout = ReplicaLayout(
+        stages=(
+            StageLayout(devices=(0, 1, 2), weights=(62, 1, 1)),
+            StageLayout(devices=(3,), weights=(1,), num_layers=1),
+        )
+    )
+    narrow = plan_replicas(
+        LLAMA_8B, CLUSTER, dtype=DType.BFLOAT16, kv_cache_bytes=2**33, max_context_tokens=None,
+        limits=ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=32), layouts=(layout,),
+    )  # fmt: skip
+    for drawn in (plan, narrow):
+        root = ElementTree.fromstring(plan_svg(drawn, lambda shard: f"node {shard.node}"))
+        written = " ".join(text.text or "" for text in root.iter(f"{SVG}text"))
+        bottom = max(float(text.get("y", "0")) for text in root.iter(f"{SVG}text"))
+        assert bottom < float(root.get("viewBox", "").split()[3])
+        for shard in (shard for replica in drawn.replicas for shard in replica.shards):
+            for line in describe(shard, drawn.model, f"node {shard.node}"):
+                assert line in written, line
+
+
 def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
-    lines = describe(plan.replicas[0].shards[2], plan.model)
+    lines = describe(plan.replicas[0].shards[2], plan.model, "c")
     assert "KV heads all 8" in lines
     layouts = (ReplicaLayout(stages=(StageLayout(devices=(0, 1), weights=(1, 0)),)),)
     made = plan_replicas(
@@ -106,7 +127,7 @@ def test_a_rank_without_a_share_is_said_to_have_none(plan: Plan) -> None:
         limits=ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=32), layouts=layouts,
     )  # fmt: skip
     idle = made.replicas[0].shards[1]
-    assert {"KV heads none", "FFN columns none"} <= set(describe(idle, made.model))
+    assert {"KV heads none", "FFN columns none"} <= set(describe(idle, made.model, "b"))
     assert idle.kv_bytes == 0
 
 
