@@ -189,7 +189,8 @@ class RayLauncher:
             raise WorkerFailed(
                 f"not enough memory on {probe.node}: {format_bytes(needed)} are needed, "
                 f"{format_bytes(shard.weight_bytes)} for weights and {format_bytes(shard.kv_bytes)} for KV blocks, and "
-                f"{format_bytes(probe.available_bytes)} are free. Free memory there, set serving.kv_cache to less, or choose another node"
+                f"{format_bytes(probe.available_bytes)} are free. Free memory there, "
+                "set serving.kv_cache to less, or choose another node"
             )
 
     async def wait(self, key: RankKey) -> WorkerEnd:
