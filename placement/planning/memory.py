@@ -282,13 +282,14 @@ def format_bytes(size: int) -> str:
 def rounded_size(size: int, *, up: bool, least: int = 1, most: int = 2**63) -> int:
     """Rounds a size to a few digits, as people set it, within ``[least, most]``; ``size`` itself lies there.
 
-    It is at most ``size`` or, rounded up, at least that.
+    It is at most ``size`` or, rounded up, at least that. What is rounded down is often memory that was free a moment
+    ago, so it may lose more.
     """
     assert 0 < least <= size <= most, (least, size, most)
     for unit in (2**30, 2**20, 2**10):
         rounded = (-(-size // unit) if up else size // unit) * unit
-        digits = 100 if unit == 2**30 else 1
-        if size >= digits * unit and least <= rounded <= most:
+        fewest = (100 if up else 10) if unit == 2**30 else 1
+        if size >= fewest * unit and least <= rounded <= most:
             return rounded
     return size
 

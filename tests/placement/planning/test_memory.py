@@ -205,6 +205,7 @@ def test_a_size_to_set_is_never_on_the_wrong_side_and_is_read_as_it_was_meant(
         (418 * 2**20 - 5, False, "417 MiB"),
         (2**30, True, "1 GiB"),
         (15 * 2**30 + 5, True, "15361 MiB"),
+        (15 * 2**30 + 5, False, "15 GiB"),
         (150 * 2**30 + 5, True, "151 GiB"),
         (2**20 - 1, False, "1023 KiB"),
         (5, True, "5 B"),
