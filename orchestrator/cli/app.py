@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +29,7 @@ from protos.codec.log_record import log_to
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 app = typer.Typer(
-    name="python -m orchestrator",
+    name="heterodyne",
     help="Heterodyne serves one large language model on the machines a team really has.",
     no_args_is_help=True,
     add_completion=False,
@@ -67,12 +69,33 @@ def _errors_in_one_line(log: EventLog | None = None) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def _show_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        version = metadata.version("heterodyne")
+    except metadata.PackageNotFoundError:  # the code was copied here, as --working-dir does
+        version = "of this directory, which is not installed"
+    _write(f"heterodyne {version}\n")
+    raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Heterodyne serves one large language model on the machines a team really has."""
+
+
 @app.command()
 def serve(
     config: ConfigPath,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
     log_format: LogFormatOption = LogFormat.AUTO,
     log_level: LogLevelOption = LogLevel.INFO,
+    ready_fd: Annotated[int | None, typer.Option("--ready-fd", hidden=True)] = None,
 ) -> None:
     """Serve a model until Ctrl-C or SIGTERM, then drain."""
     # Here, because it imports Ray, which takes a second that `generate` and `status` need not wait.
@@ -81,8 +104,15 @@ def serve(
     log = EventLog(Console(), format=log_format, level=log_level)
     log_to(LogHandler(log), level=log_level.value)
     with _errors_in_one_line(log):
-        code = run(config, overrides=overrides, log=log)
+        code = run(config, overrides=overrides, log=log, on_ready=partial(_tell_ready, ready_fd))
     raise typer.Exit(code)
+
+
+def _tell_ready(descriptor: int | None) -> None:
+    """Writes a byte to the descriptor that whoever started ``serve`` waits at."""
+    if descriptor is not None:
+        with suppress(OSError):  # nobody waits any more
+            os.write(descriptor, b"1")
 
 
 @app.command()
@@ -187,7 +217,7 @@ def plan(
 ) -> None:
     """Who would hold what, without starting anything."""
     with _errors_in_one_line():
-        for line in show_plan(config, overrides=overrides, picture=svg):
+        for line in show_plan(config, overrides=overrides, picture=svg, in_words=sys.stdout.isatty()):
             print(line)
 
 

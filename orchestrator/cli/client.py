@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from orchestrator.cli.reach import unreached
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-SERVICE = "heterodyne.v1.Inference"
 _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 * 2**20),
@@ -96,33 +94,6 @@ def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatus
     """
     with open_channel(address) as channel, one_line_errors(address, timeout_s):
         return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
-
-
-def wait_serving(address: str, *, timeout_s: float, service: str = SERVICE) -> None:
-    """Returns once the service says that it serves; it need not be listening yet.
-
-    Raises:
-        ServiceError: ``DEADLINE_EXCEEDED`` after ``timeout_s``, with what was seen last; or another status,
-            which waiting does not mend.
-    """
-    deadline, last_seen = time.monotonic() + timeout_s, ""
-    request = health_pb2.HealthCheckRequest(service=service)
-    with open_channel(address) as channel, one_line_errors(address, timeout_s):
-        stub = health_pb2_grpc.HealthStub(channel)
-        while (left_s := deadline - time.monotonic()) > 0:
-            try:
-                for response in stub.Watch(request, timeout=left_s, wait_for_ready=True):
-                    if response.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                    last_seen = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
-            except grpc.RpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                    raise
-                last_seen = last_seen if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else ""
-            time.sleep(min(_RETRY_PAUSE_S, max(0.0, deadline - time.monotonic())))
-    seen = f"last seen: {last_seen}" if last_seen else unreached(address) or "it answers now"
-    message = f"{service} at {address} did not serve within {timeout_s:g} s ({seen})"
-    raise ServiceError(code="DEADLINE_EXCEEDED", message=message)
 
 
 class _Received:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -14,11 +15,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from orchestrator.cli.client import fetch_status, stream_generate, wait_serving
+from orchestrator.cli.client import fetch_status, stream_generate
 from orchestrator.cli.render import ending, print_status
 from orchestrator.config.document import load_config
 from orchestrator.deployment.preflight import preflight
-from orchestrator.errors import ServiceError
 from orchestrator.event_log import LogFormat
 from orchestrator.launcher.process import environment
 from placement.errors import HeterodyneError, InvalidConfig
@@ -30,6 +30,7 @@ MAX_TOKENS = 160
 _FILE = Path("deploy/local.yaml")
 _TREE = Path(__file__).resolve().parents[2]
 _START_S = 120.0
+_LOOK_S = 0.5
 _ANSWER_S = 60.0
 _STOP_S = 60.0
 _SETTLE_S = 2.0
@@ -72,21 +73,25 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: 
         raise InvalidConfig(field="gateway.address", value=address, problem=problem, fix=fix)
     preflight(config)
     started_s = time.monotonic()
+    ready, tells = os.pipe()
     process = subprocess.Popen(
         [
             sys.executable, "-m", "orchestrator", "serve", str(path), *(f"--set={o}" for o in overrides),
-            f"--log-format={log_format.value}",
+            f"--log-format={log_format.value}", f"--ready-fd={tells}",
         ],
         env=environment(ray_token=True),
+        pass_fds=(tells,),
     )  # fmt: skip
+    os.close(tells)
     family = Family(process.pid)
     try:
-        _wait(process, address, family)
+        _wait(process, ready, family)
         console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {PROMPT!r}")
         _ask(address, console)
         console.rule("what ran where")
         print_status(console, _settled_status(address))
     finally:
+        os.close(ready)
         family.look()
         _stop(process)
     left = family.alive()
@@ -95,17 +100,15 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: 
     console.rule(f"stopped, {len(family.seen)} processes ended, none left")
 
 
-def _wait(process: "subprocess.Popen[bytes]", address: str, family: "Family") -> None:
+def _wait(process: "subprocess.Popen[bytes]", ready: int, family: "Family") -> None:
+    """Waits until the service says that it serves, by a byte at ``ready``."""
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         family.look()
-        if process.poll() is not None:
-            raise DemoFailed(f"the service ended at its start with exit code {process.returncode}")
-        try:
-            wait_serving(address, timeout_s=1.0)
-        except ServiceError:
-            continue
-        return
+        if select.select([ready], (), (), _LOOK_S)[0]:
+            if os.read(ready, 1):
+                return
+            raise DemoFailed(f"the service ended at its start with exit code {process.wait(_STOP_S)}")
     raise DemoFailed(f"the service was not ready after {_START_S:g} s")
 
 

@@ -12,17 +12,21 @@ from orchestrator.deployment.plan_lines import place_of, plan_events, warning_ev
 from orchestrator.deployment.preflight import preflight
 
 
-def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None) -> Iterator[str]:
+def show_plan(path: Path, *, overrides: Sequence[str], picture: Path | None, in_words: bool = False) -> Iterator[str]:
     """Yields the lines of the plan for a cluster file, and writes ``picture`` where one is asked for. Starts nothing.
+
+    Args:
+        in_words: whether the lines are sentences; else they are ``key=value`` pairs.
 
     Raises:
         HeterodyneError: a mistake in the input.
     """
     checked = preflight(load_config(path, overrides=overrides), listens=False)
-    for said in (*warning_events(checked), *plan_events(checked)):
-        yield said.pairs()
+    events = [*warning_events(checked), *plan_events(checked)]
     if checked.split_by is not None:
-        yield split_words(checked, when_served="by measured speed").pairs()
+        events.append(split_words(checked, when_served="by measured speed"))
+    for said in events:
+        yield said.sentence if in_words else said.pairs()
     if picture is None:
         return
     write_output(picture, plan_svg(checked.plan, partial(place_of, checked)), field="--svg")

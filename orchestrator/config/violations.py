@@ -74,7 +74,7 @@ def _range(kind: str, context: dict[str, Any], message: str) -> tuple[str, str]:
             return "is empty", "Give at least one." if kind == "too_short" else "Give a name."
         case "too_long" | "string_too_long":
             return "is too long", f"Give at most {context['max_length']}."
-    return message[:1].lower() + message[1:], "See `python -m orchestrator schema`."
+    return message[:1].lower() + message[1:], "See `heterodyne schema`."
 
 
 def _nearest_word(value: object, expected: str) -> str:

@@ -48,7 +48,6 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
         part, worker = shard.part, shard.device.worker
         node = shard.node if checked.is_placed(shard) else "any"
         weights, kv = format_bytes(shard.weight_bytes), format_bytes(shard.kv_bytes)
-        num_layers = len(part.layers)
         fields: dict[str, object] = {
             "replica": replica.name,
             "stage": stage,
@@ -67,9 +66,11 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "kv_tokens": shard.num_blocks * replica.limits.block_size,
             "kv_sized_by": _sized_by(replica),
         }
+        heads = f", KV heads {_range(part.kv_heads)} of {plan.model.num_kv_heads}"
         sentence = (
-            f"Plan: worker {worker} ({shard.device.name} of {place_of(checked, shard)}) is rank {shard.rank} of "
-            f"{replica.name}: {num_layers} of {plan.model.num_layers} layers, {weights} of weights, {kv} of KV cache."
+            f"{replica.name} rank {shard.rank}: worker {worker}, {shard.device.name} of {place_of(checked, shard)}, "
+            f"{shard.device.num_threads} thread(s): layers {_range(part.layers)} of {plan.model.num_layers}"
+            f"{heads}, {weights} of weights, {kv} of KV cache."
         )
         yield Said(event="plan", sentence=sentence, fields=fields)
 

@@ -42,8 +42,11 @@ _ENDED = (control_pb2.PHASE_FAILED, control_pb2.PHASE_STOPPED)
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
-def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
+def serve(path: Path, *, overrides: Sequence[str], log: EventLog, on_ready: Callable[[], None] = lambda: None) -> int:
     """Serves until stopped. Returns 0 when every accepted request finished, 1 when the drain had to be cut.
+
+    Args:
+        on_ready: is called once requests are served.
 
     Raises:
         HeterodyneError: a mistake in the input, before anything was started; a launch that failed; or a part
@@ -78,7 +81,7 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog) -> int:
             _controller(checked, seats, stop, log) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop, log) as gateway,
         ):
-            return _run(launched, gateway, stop, log)
+            return _run(launched, gateway, stop, log, on_ready)
     finally:
         disconnect()
         stop.ignore()
@@ -138,7 +141,9 @@ def _settings(checked: Checked) -> DeploymentSettings:
     )
 
 
-def _run(launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: EventLog) -> int:
+def _run(
+    launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: EventLog, on_ready: Callable[[], None]
+) -> int:
     """Follows the launch, then serves until asked to stop, then drains. Returns the exit code."""
     config = launched.checked.config
     with _watch(launched.control_address) as states:
@@ -146,6 +151,7 @@ def _run(launched: _Launched, gateway: GatewayProcess, stop: StopRequest, log: E
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready:
             log.tell(events.ready(launched.checked, gateway.address))
+            on_ready()
             if (cause := _supervise(states, gateway, stop, log)) is not None:
                 # Whoever still waits for an answer hears from the gateway which replica was lost.
                 gateway.stop(grace_s=config.gateway.heartbeat_timeout_s + _LOSS_SEEN_S, stop=stop)

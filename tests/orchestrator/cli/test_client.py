@@ -12,10 +12,9 @@ import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from orchestrator.cli.client import SERVICE, fetch_status, stream_generate, wait_serving
+from orchestrator.cli.client import fetch_status, stream_generate
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S
@@ -32,7 +31,6 @@ class Service(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServicer
     expected: inference_pb2.GenerateRequest = field(default_factory=lambda: REQUEST)
     address: str = ""
     ended: threading.Event = field(default_factory=threading.Event)
-    watched: health.HealthServicer = field(default_factory=health.HealthServicer)
 
     def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
@@ -52,7 +50,6 @@ def start(service: Service, address: str = "127.0.0.1:0") -> grpc.Server:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     admin_pb2_grpc.add_AdminServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(service.watched, server)
     service.address = f"127.0.0.1:{server.add_insecure_port(address)}"
     server.start()
     return server
@@ -359,39 +356,3 @@ def test_a_grpc_server_of_others_is_told_apart() -> None:
 
 def test_status_is_fetched(service: Service) -> None:
     assert fetch_status(service.address).model == "demo"
-
-
-def test_waiting_ends_when_the_service_says_that_it_serves(service: Service) -> None:
-    service.watched.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-    serving = health_pb2.HealthCheckResponse.SERVING
-    timer = threading.Timer(0.2, service.watched.set, (SERVICE, serving))
-    timer.start()
-    wait_serving(service.address, timeout_s=PATIENCE_S)
-    timer.join()
-
-
-def test_waiting_outlasts_a_service_that_is_not_listening_yet(free_address: str) -> None:
-    late = Service()
-    late.watched.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    servers: list[grpc.Server] = []
-    timer = threading.Timer(0.3, lambda: servers.append(start(late, free_address)))
-    timer.start()
-    wait_serving(free_address, timeout_s=PATIENCE_S)
-    timer.join()
-    servers[0].stop(None).wait()
-
-
-def test_waiting_ends_at_its_deadline_and_says_what_was_seen(service: Service) -> None:
-    service.watched.set(SERVICE, health_pb2.HealthCheckResponse.NOT_SERVING)
-    with pytest.raises(ServiceError) as caught:
-        wait_serving(service.address, timeout_s=3.0)
-    assert str(caught.value) == (
-        f"DEADLINE_EXCEEDED: {SERVICE} at {service.address} did not serve within 3 s (last seen: NOT_SERVING)"
-    )
-
-
-def test_waiting_for_nobody_ends_at_its_deadline(free_address: str) -> None:
-    with pytest.raises(ServiceError) as caught:
-        wait_serving(free_address, timeout_s=0.3)
-    reason = f"nothing listens at {free_address} (connection refused)"
-    assert str(caught.value).endswith(f"did not serve within 0.3 s ({reason})")
