@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-memory bench-prefix bench-quantization bench-gpu clean
+.PHONY: help setup demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-memory bench-prefix bench-quantization bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -49,6 +49,10 @@ protos: setup  ## Generate the gRPC code again from the .proto files
 	# The packages live under protos/, so the generated imports do too.
 	find $(PROTO_OUT)/heterodyne -name '*_pb2*.py*' -not -path '*/__pycache__/*' -exec \
 		sed -i -E 's/^(from|import) heterodyne/\1 protos.heterodyne/; /^_builder\./s/(, .)heterodyne/\1protos.heterodyne/' {} +
+
+pictures: setup  ## Draw the pictures of the README again, in deploy/pictures
+	mkdir -p deploy/pictures
+	$(BIN)/python -m orchestrator plan deploy/split.yaml --svg deploy/pictures/split.svg
 
 bench-attention: setup  ## Decode attention over paged KV against gathering it; writes build/bench/attention.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_attention.py $(BENCH_ARGS)

@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,14 +168,19 @@ def compare_all(repeats: int, warm_up: int) -> tuple[dict[str, Metric], list[Row
     return metrics, tables
 
 
-def main() -> int:
-    """Measure, print a table, write build/bench/attention.json."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--output", type=Path, default=RESULTS / "attention.json")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table, write build/bench/attention.json."""
+    options = parse(argv)
     torch.set_num_threads(options.threads)
     load_at_start = os.getloadavg()
     metrics, tables = compare_all(options.repeats, options.warm_up)

@@ -108,13 +108,18 @@ def report(found: Mapping[str, Sequence[Measured]]) -> Report:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures all layouts, or those that are named."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(layouts(2)), help="ways of cutting; default: all")
     parser.add_argument("--shape", default=SHAPE, choices=SHAPES)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory.json")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures all layouts, or those that are named."""
+    options = parse(argv)
     load_at_start = os.getloadavg()
     model = checkpoint(options.shape).absolute()
     ways = layouts(read_spec(model).num_layers)

@@ -145,8 +145,8 @@ def make_report(samples: dict[tuple[int, bool], list[float]], *, settings: dict[
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and report."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--kv-heads", type=int, choices=(4, 8, 16, 32), default=4)
@@ -154,7 +154,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and report."""
+    args = parse(argv)
     load = os.getloadavg()
     case = make_case(
         num_layers=args.layers,

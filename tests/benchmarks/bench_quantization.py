@@ -177,15 +177,20 @@ def tables(metrics: Mapping[str, Metric]) -> list[Rows]:
     ]
 
 
-def main() -> int:
-    """Measure, print tables, write build/bench/quantization.json."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument(
         "--copies", type=int, default=NUM_COPIES, help="fewer may fit a cache: only to see that it runs"
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "quantization.json")
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print tables, write build/bench/quantization.json."""
+    options = parse(argv)
     torch.set_num_threads(1)
     load_at_start = os.getloadavg()
     metrics = measure_quality(DEMO)

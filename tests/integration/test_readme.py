@@ -1,6 +1,7 @@
 """Every command of the README runs as it is written.
 
-``serve`` and what talks to it: test_serve, by the functions here. ``ray job submit`` and its cluster: test_ray_job.
+``serve`` and what talks to it: test_serve, by the functions here. ``ray job submit`` and its cluster: test_ray_job. The
+section on two machines: test_two_machines.
 """
 
 import os
@@ -19,7 +20,7 @@ from tests.support.deploying.service import REPOSITORY, Command, free_port
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 README = (REPOSITORY / "README.md").read_text()
-SERVE = "python -m orchestrator serve deploy/local.yaml"
+SERVE = "heterodyne serve deploy/local.yaml"
 ELSEWHERE = {
     "make test",  # is what runs this test
     "source .venv/bin/activate",  # below, in front of every command
@@ -81,7 +82,7 @@ def run_every_command_that_talks_to_it() -> None:
     """To the service of :func:`serve_as_written`, while that runs."""
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 11
+    assert len(rest) == 12
     for command in rest:
         result = subprocess.run(
             shell(command),
@@ -112,9 +113,16 @@ def run_python_example() -> None:
 
 def test_the_yaml_shown_is_that_of_the_files() -> None:
     shown = [yaml.safe_load(block) for block in blocks("yaml")]
-    assert shown == [
-        yaml.safe_load((REPOSITORY / "deploy" / name).read_text()) for name in ("local.yaml", "split.yaml")
-    ]
+    names = ("local.yaml", "two-machines.yaml", "split.yaml")
+    assert shown == [yaml.safe_load((REPOSITORY / "deploy" / name).read_text()) for name in names]
+
+
+def test_what_a_link_or_a_picture_points_to_is_there() -> None:
+    files = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "tests/benchmarks/README.md")]
+    for file in files:
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text())
+        missing = [target for target in targets if not (file.parent / target).exists()]
+        assert not missing, (file, missing)
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
