@@ -216,7 +216,7 @@ def test_missing_tensor_is_named(model: Path) -> None:
     save_file(weights, model / "model.safetensors")
     error = refused(InvalidModel, lambda: check(model))
     assert (error.field, error.value, error.problem) == (
-        "model.safetensors", "model.norm.weight", "lacks a tensor",
+        "model.safetensors", None, "lacks the tensor model.norm.weight",
     )  # fmt: skip
 
 
