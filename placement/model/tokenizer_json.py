@@ -141,7 +141,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._model = _model_ids(tokenizer)
         self._ids: dict[str, int] = {}
-        self._largest = len(self._model) - 1
+        self._largest = len(tokenizer["model"]["vocab"]) - 1
         self.added: dict[str, dict[str, Any]] = {}
         self.is_changed = False
         for entry in tokenizer.get("added_tokens") or []:

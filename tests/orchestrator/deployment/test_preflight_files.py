@@ -160,7 +160,7 @@ def test_the_repository_itself_is_told_its_snapshot(model: Path) -> None:
 
 def test_what_a_directory_holds_instead_is_said(model: Path) -> None:
     error = refused(InvalidModel, lambda: check(model.parent))
-    assert error.problem == f"{model.parent} has no config.json (it holds model, which has one)"
+    assert error.problem == f"{model.parent} has no config.json (it holds the model directory model)"
     assert error.fix == f"Give {model}"
     (model / "config.json").unlink()
     (model / "model.safetensors").rename(model / "q4.gguf")

@@ -195,6 +195,7 @@ def test_an_id_beyond_the_models_rows_is_refused(model: Path) -> None:
         ("tokenizer_config", {"added_tokens_decoder": {"a": {"content": START}}}),
         ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": START}}}),
         ("tokenizer_config", {"added_tokens_decoder": {"400": START}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"4" * 5000: flags(START)}}),
         ("tokenizer_config", {"added_tokens_decoder": {"400": {"content": 7}}}),
         ("added_tokens", {START: "400"}),
         ("added_tokens", {START: True}),
