@@ -56,9 +56,9 @@ class ChatTemplate:
         try:
             self._template = compile_template(source, now=now)
         except TemplateSyntaxError as error:
-            raise _not_a_template(field, source, f"line {error.lineno}: {error.message}") from None
+            raise _not_a_template(field, f"line {error.lineno}: {error.message}") from None
         except Exception as error:  # what Python has against the code that Jinja makes of it
-            raise _not_a_template(field, source, cause_of(error)) from None
+            raise _not_a_template(field, cause_of(error)) from None
 
     def learn_forms(self) -> bool:
         """Finds out in which form the template reads what messages say; returns whether it keeps that in any.
@@ -109,10 +109,9 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _not_a_template(field: str, source: str, reason: str) -> InvalidModel:
+def _not_a_template(field: str, reason: str) -> InvalidModel:
     return InvalidModel(
         field=field,
-        value=f"{len(source)} characters",
         problem=f"is not a chat template in Jinja's language: {reason}",
         fix="Use the chat template that was saved with the model.",
     )

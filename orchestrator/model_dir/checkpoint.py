@@ -83,7 +83,7 @@ def check_tensors(
         file, found = checkpoint.file_of(name), checkpoint.find(name)
         if found is None:
             fix = _FIX_HEAD if name == HEAD else FIX_AGAIN
-            raise InvalidModel(field=file, value=name, problem="lacks a tensor", fix=fix)
+            raise InvalidModel(field=file, problem=f"lacks the tensor {name}", fix=fix)
         if found.shape != wanted.shape:
             raise InvalidModel(
                 field=f"{file}: {name}",

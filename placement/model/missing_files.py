@@ -90,7 +90,8 @@ def _instead(name: str, listing: Listing) -> tuple[str, str]:
         return (f" (it holds {_named(slow)})", _FIX_TOKENIZER) if slow else ("", FIX_AGAIN)
     if listing.model_folders:
         folders = [PurePath(folder).name for folder in listing.model_folders]
-        return f" (it holds {_named(folders)}, which has one)", f"Give {listing.model_folders[0]}"
+        held = "the model directory" if len(folders) == 1 else "model directories:"
+        return f" (it holds {held} {_named(folders)})", f"Give {listing.model_folders[0]}"
     for endings, what, fix in _KINDS:
         names = sorted(other for other in listing.names if other.endswith(endings))
         if names:

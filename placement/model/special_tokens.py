@@ -21,6 +21,7 @@ _ADDITIONAL = "additional_special_tokens"  # what older files call the former
 # What transformers reads of special_tokens_map.json and tokenizer_config.json ends so: bos_token, eos_token, ...
 _TOKEN = "_token"
 _COMMON = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MOST_DIGITS = 9
 _FLAGS = ("single_word", "lstrip", "rstrip")
 
 
@@ -89,7 +90,8 @@ def _decoder_tokens(decoder: object) -> Iterator[NamedToken]:
     if not isinstance(decoder, Mapping):
         raise _not_tokens(where)
     for number, value in decoder.items():
-        if not (number.isascii() and number.isdigit() and isinstance(value, Mapping) and _content(value)):
+        is_id = number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS
+        if not (is_id and isinstance(value, Mapping) and _content(value)):
             raise _not_tokens(where)
         yield _token(value, id=int(number), file=where)
 

@@ -14,7 +14,6 @@ from placement.errors import InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, parse_object
 from placement.model.special_tokens import (
     ADDED_TOKENS,
-    FIX_TOKENIZER,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
     NamedToken,
@@ -142,7 +141,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._model = _model_ids(tokenizer)
         self._ids: dict[str, int] = {}
-        self._largest = len(self._model) - 1
+        self._largest = len(tokenizer["model"]["vocab"]) - 1
         self.added: dict[str, dict[str, Any]] = {}
         self.is_changed = False
         for entry in tokenizer.get("added_tokens") or []:
@@ -186,19 +185,12 @@ class _Vocabulary:
 def _check_new(token: NamedToken, number: int, vocab_size: int) -> None:
     """Raises InvalidModel where a token that tokenizer.json lacks cannot have the id that its file gives it."""
     if number != token.id:
-        raise InvalidModel(
-            field=token.file,
-            value=token.content,
-            problem=f"has a token that {TOKENIZER} lacks, as {token.id}, and the next free id there is {number}",
-            fix=FIX_TOKENIZER,
-        )
+        problem = f"gives {token.content!r} the id {token.id}; {TOKENIZER} lacks it, and the next free id is {number}"
+        raise InvalidModel(field=token.file, problem=problem, fix="Use the files that were saved with the model.")
     if number >= vocab_size:
-        raise InvalidModel(
-            field=token.file,
-            value=token.content,
-            problem=f"has a token whose id {number} is not below vocab_size = {vocab_size} of config.json",
-            fix="Use the tokenizer files that were saved with the model, or remove this token from them.",
-        )
+        problem = f"gives {token.content!r} the id {number}, which is not below vocab_size = {vocab_size}"
+        fix = "Use the files that were saved with the model, or remove this token from them."
+        raise InvalidModel(field=token.file, problem=problem, fix=fix)
 
 
 def _model_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -186,7 +186,7 @@ def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence
     for slice_ in slices:
         name = stored_name(slice_.name, names)
         if name not in names:
-            raise _refusal(INDEX_FILE, name, "lacks a tensor", FIX_AGAIN)
+            raise _refusal(INDEX_FILE, None, f"lacks the tensor {name}", FIX_AGAIN)
         located[inside(path, names[name])].append(slice_)
     return located
 
@@ -202,7 +202,7 @@ def _read(
     name = stored_name(slice_.name, names)
     field = f"{file.name}: {name}"
     if name not in names:
-        raise _refusal(field, name, "is missing from the file", "Use the config.json of this checkpoint.")
+        raise _refusal(field, None, "is missing from the file", "Use the config.json of this checkpoint.")
     stored = reader.get_slice(name)
     shape = tuple(stored.get_shape())
     if shape != slice_.shape:

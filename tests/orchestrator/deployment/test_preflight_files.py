@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from orchestrator.controller.settings import DeploymentSettings
+from orchestrator.deployment.plan_lines import warning_lines
 from orchestrator.model_dir.files import read_model_files
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
@@ -90,6 +92,40 @@ def test_symlink_of_an_index_out_of_the_directory_is_refused(model: Path) -> Non
     assert (error.field, error.problem) == ("part.safetensors", "is a link that leads out of the model directory")
 
 
+def test_a_head_of_its_own_is_planned_for_and_told_to_ranks(model: Path) -> None:
+    """Whether there is one is said by config.json and by the files, which workers are not to compare again."""
+    (model / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    head = tensors()["lm_head.weight"]
+    for weight, is_tied in ((head, True), (head + 1, False)):
+        save_file(tensors(**{"lm_head.weight": weight}), model / "model.safetensors")
+        checked = check(model)
+        (shard,) = checked.plan.replicas[0].stages[0].shards
+        assert checked.model.tied_embeddings == is_tied
+        assert shard.weight_bytes == 2 * (checked.num_parameters + is_tied * head.size)  # packed beside the embedding
+        assert len(checked.warnings) == (not is_tied)
+        settings = DeploymentSettings(plan=checked.plan, model_path=str(model), load_timeout_s=1.0)
+        facts = settings.load_request("replica-0", shard, epoch=1).facts
+        assert (facts.tied_embeddings, list(facts.eos_token_ids)) == (is_tied, [])
+        assert [line.split()[0] for line in warning_lines(checked)] == ["event=warning"] * (not is_tied)
+
+
+def test_ranks_are_told_the_tokenizers_own_end(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | {"eos_token_id": 3}))
+    (model / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    checked = check(model)
+    settings = DeploymentSettings(plan=checked.plan, model_path=str(model), load_timeout_s=1.0)
+    request = settings.load_request("replica-0", checked.plan.replicas[0].leader, epoch=1)
+    assert list(request.facts.eos_token_ids) == list(checked.model.eos_token_ids) == [3, 19]
+
+
+def test_a_template_that_keeps_no_words_is_warned_of(model: Path) -> None:
+    (model / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.role }}>{% endfor %}")
+    (line,) = warning_lines(check(model))
+    assert "chat requests will be refused" in line
+    (model / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content[0].text }}{% endfor %}")
+    assert check(model).warnings == ()
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_snapshot_of_the_cache_is_a_model_directory(model: Path, absolute: bool) -> None:
     snapshot = hub_snapshot(model, absolute=absolute)
@@ -124,7 +160,7 @@ def test_the_repository_itself_is_told_its_snapshot(model: Path) -> None:
 
 def test_what_a_directory_holds_instead_is_said(model: Path) -> None:
     error = refused(InvalidModel, lambda: check(model.parent))
-    assert error.problem == f"{model.parent} has no config.json (it holds model, which has one)"
+    assert error.problem == f"{model.parent} has no config.json (it holds the model directory model)"
     assert error.fix == f"Give {model}"
     (model / "config.json").unlink()
     (model / "model.safetensors").rename(model / "q4.gguf")
@@ -216,7 +252,7 @@ def test_missing_tensor_is_named(model: Path) -> None:
     save_file(weights, model / "model.safetensors")
     error = refused(InvalidModel, lambda: check(model))
     assert (error.field, error.value, error.problem) == (
-        "model.safetensors", "model.norm.weight", "lacks a tensor",
+        "model.safetensors", None, "lacks the tensor model.norm.weight",
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_special_tokens_of_older_models_are_found(model: Path) -> None:
 def test_a_template_with_a_mistake_is_refused_before_anything_starts(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{% for %}")
     error = refused(model)
-    assert (error.field, error.value) == ("chat_template.jinja", "9 characters")
+    assert (error.field, error.value) == ("chat_template.jinja", None)
     assert error.fix == "Use the chat template that was saved with the model."
     (model / "chat_template.jinja").unlink()
     configure(model, chat_template="{% endif %}")

@@ -108,7 +108,7 @@ def test_a_model_that_is_not_tied_must_have_a_head(llama_checkpoint: Callable[..
         path = model_with(llama_checkpoint(tie_word_embeddings=True), absent, tie_word_embeddings=said)
         with pytest.raises(InvalidModel) as caught:
             read_model_files(path)
-        assert (caught.value.field, caught.value.value) == (SINGLE_FILE, HEAD)
+        assert (caught.value.field, caught.value.problem) == (SINGLE_FILE, f"lacks the tensor {HEAD}")
         assert "Set tie_word_embeddings to true" in caught.value.fix
 
 
@@ -116,7 +116,7 @@ def test_a_model_that_is_not_tied_must_have_an_embedding(llama_checkpoint: Calla
     path = model_with(llama_checkpoint(), lambda weights: weights.pop(EMBEDDING))
     with pytest.raises(InvalidModel) as caught:
         read_model_files(path)
-    assert caught.value.value == EMBEDDING
+    assert caught.value.problem == f"lacks the tensor {EMBEDDING}"
 
 
 def test_a_head_of_another_shape_is_refused(llama_checkpoint: Callable[..., Path]) -> None:

@@ -174,8 +174,8 @@ def test_an_id_that_cannot_be_a_tokens_is_refused(model: Path, file: str, gap: i
     write(model, **{file: decoder if file == "tokenizer_config" else {START: token_id}})
     with pytest.raises(InvalidModel) as caught:
         read_tokenizer_of(model, vocab_size=ROWS)
-    assert caught.value.field.startswith(f"{file}.json") and caught.value.value == START
-    problem = f"has a token that tokenizer.json lacks, as {token_id}, and the next free id there is {first}"
+    assert caught.value.field.startswith(f"{file}.json")
+    problem = f"gives '{START}' the id {token_id}; tokenizer.json lacks it, and the next free id is {first}"
     assert caught.value.problem == problem
 
 
@@ -184,8 +184,8 @@ def test_an_id_beyond_the_models_rows_is_refused(model: Path) -> None:
     write(model, added_tokens={START: first})
     with pytest.raises(InvalidModel) as caught:
         read_tokenizer_of(model, vocab_size=first)
-    assert (caught.value.field, caught.value.value) == ("added_tokens.json", START)
-    assert caught.value.problem == f"has a token whose id {first} is not below vocab_size = {first} of config.json"
+    problem = f"gives '{START}' the id {first}, which is not below vocab_size = {first}"
+    assert (caught.value.field, caught.value.problem) == ("added_tokens.json", problem)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,7 @@ def test_an_id_beyond_the_models_rows_is_refused(model: Path) -> None:
         ("tokenizer_config", {"added_tokens_decoder": {"a": {"content": START}}}),
         ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": START}}}),
         ("tokenizer_config", {"added_tokens_decoder": {"400": START}}),
+        ("tokenizer_config", {"added_tokens_decoder": {"4" * 5000: flags(START)}}),
         ("tokenizer_config", {"added_tokens_decoder": {"400": {"content": 7}}}),
         ("added_tokens", {START: "400"}),
         ("added_tokens", {START: True}),

@@ -21,7 +21,9 @@ FIX_EMPTY = "Give the directory that holds config.json and the safetensors files
          "/m has no config.json (it holds an adapter: adapter_config.json). "
          "Merge it into its base model first: model.merge_and_unload()."),
         ("config.json", ["llm", "vision"], ["/m/llm"],
-         "/m has no config.json (it holds llm, which has one). Give /m/llm"),
+         "/m has no config.json (it holds the model directory llm). Give /m/llm"),
+        ("config.json", ["a", "b"], ["/m/a", "/m/b"],
+         "/m has no config.json (it holds model directories: a, b). Give /m/a"),
         ("config.json", [], [], f"/m has no config.json (it is empty). {FIX_EMPTY}"),
         ("config.json", ["notes.txt"], [], "/m has no config.json. Download or export the model again."),
         ("config.json", ["config.json"], [],

@@ -161,7 +161,7 @@ async def test_a_bad_submission_is_rejected_and_the_stream_lives(
 @pytest.mark.parametrize(
     ("fields", "code", "word"),
     [
-        ({"model_path": "/nowhere"}, "FAILED_PRECONDITION", "config.json"),
+        ({"model_path": "/nowhere"}, "FAILED_PRECONDITION", "no directory of this machine"),
         ({"dtype": pb.DTYPE_UNSPECIFIED}, "INVALID_ARGUMENT", "dtype"),
         ({"block_size": 0}, "INVALID_ARGUMENT", "block_size"),
         ({"max_context_tokens": 100_000}, "INVALID_ARGUMENT", "max_context_tokens"),

@@ -216,7 +216,7 @@ def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_index_without_the_tensor_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path, {"weight_map": {}})
-    assert refusal(tmp_path).value == NAME
+    assert refusal(tmp_path).problem == f"lacks the tensor {NAME}"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3", "[" * 100_000, "\xff"])
