@@ -59,7 +59,8 @@ def serve(path: Path, *, overrides: Sequence[str], console: Console) -> int:
     try:
         stop.install()
         _warn_of_strangers(address, console)
-        check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
+        most_cpus = max(need.num_cpus for need in needs)
+        check_resources(num_cpus=num_cpus, num_gpus=num_gpus, most_cpus=most_cpus)
         if not config.cluster.is_local:
             hosts = find_seats(needs, stop.asked)
             if hosts is None:
