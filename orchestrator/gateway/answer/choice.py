@@ -159,18 +159,21 @@ class Choice:
             self._end(FinishReason.STOP if rest.matched_stop else reason, rest.matched_stop)
             return rest.text
         elif end.reason == worker_pb2.END_REASON_FAILED:
-            # The detail is for the operator: it may name files, and clients are not to see those.
-            logger.error(
-                'sequence_failed replica=%s detail="%s"', self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
-            )
-            if self._grammar is not None and end.HasField("grammar_problem"):
-                problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
-                self.failure = cannot_be_followed(self._grammar, problem)
-                return ""
-            self.failure = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
+            self.failure = self._failed(end)
         else:
             self.failure = ReplicaFault("the replica ended the sequence without being asked")
         return ""
+
+    def _failed(self, end: worker_pb2.End) -> HeterodyneError:
+        """Returns the error of a sequence that the replica could not go on with: its own, or else the replica's."""
+        # The detail is for the operator: it may name files, and clients are not to see those.
+        detail = brief(end.detail, _DETAIL_CHARACTERS)
+        if self._grammar is not None and end.HasField("grammar_problem"):
+            logger.warning('grammar_not_followed replica=%s detail="%s"', self.entry.replica, detail)
+            problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
+            return cannot_be_followed(self._grammar, problem)
+        logger.error('sequence_failed replica=%s detail="%s"', self.entry.replica, detail)
+        return ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
 
     def _end(self, reason: FinishReason, matched_stop: str | None) -> None:
         self.end = ChoiceEnd(
