@@ -68,7 +68,8 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog, on_ready: Call
     try:
         stop.install()
         _warn_of_strangers(address, log)
-        check_resources(num_cpus=num_cpus, num_gpus=num_gpus)
+        most_cpus = max(need.num_cpus for need in needs)
+        check_resources(num_cpus=num_cpus, num_gpus=num_gpus, most_cpus=most_cpus)
         seats = Seats(needs=tuple(needs), hosts=None)
         if not config.cluster.is_local:
             seats = find_seats(config, needs, stop.asked)

@@ -53,11 +53,14 @@ def own_node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def check_resources(*, num_cpus: int, num_gpus: int) -> None:
+def check_resources(*, num_cpus: int, num_gpus: int, most_cpus: int) -> None:
     """Refuses what the whole cluster could never place, before anything is launched on it.
 
+    Args:
+        most_cpus: the CPUs of the worker that asks for most of them, all of which one node must have.
+
     Raises:
-        InvalidConfig: the cluster has fewer CPUs or GPUs than the workers ask for.
+        InvalidConfig: the cluster has fewer CPUs or GPUs than the workers ask for, or no node has what one asks for.
     """
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
     for name, needed, key in (("GPU", num_gpus, "device"), ("CPU", num_cpus, "threads")):
@@ -71,6 +74,14 @@ def check_resources(*, num_cpus: int, num_gpus: int) -> None:
                 if name == "CPU"
                 else "Set device: cpu, or start Ray on nodes with GPUs.",
             )
+    largest = int(max((node.total.get("CPU", 0.0) for node in node_resources()), default=0.0))
+    if most_cpus > largest:
+        raise InvalidConfig(
+            field="cluster.workers: threads",
+            value=most_cpus,
+            problem=f"is more than the {largest} CPU that a node of the Ray cluster has at most",
+            fix=f"Set it to {largest} or less, or add a node that has as many.",
+        )
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

@@ -160,18 +160,23 @@ class Choice:
             self._end(FinishReason.STOP if rest.matched_stop else reason, rest.matched_stop)
             return rest.text
         elif end.reason == worker_pb2.END_REASON_FAILED:
-            # The detail is for the operator: it may name files, and clients are not to see those.
-            replica, detail = self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
-            extra = said("sequence_failed", replica=replica, detail=detail)
-            logger.error("%s failed while it computed a sequence: %s", replica, detail, extra=extra)
-            if self._grammar is not None and end.HasField("grammar_problem"):
-                problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
-                self.failure = cannot_be_followed(self._grammar, problem)
-                return ""
-            self.failure = ReplicaUnavailable(f"{self.entry.replica} failed while it computed the request")
+            self.failure = self._failed(end)
         else:
             self.failure = ReplicaFault("the replica ended the sequence without being asked")
         return ""
+
+    def _failed(self, end: worker_pb2.End) -> HeterodyneError:
+        """Returns the error of a sequence that the replica could not go on with: its own, or else the replica's."""
+        # The detail is for the operator: it may name files, and clients are not to see those.
+        replica, detail = self.entry.replica, brief(end.detail, _DETAIL_CHARACTERS)
+        if self._grammar is not None and end.HasField("grammar_problem"):
+            extra = said("grammar_not_followed", replica=replica, detail=detail)
+            logger.warning("A grammar could not be followed on %s: %s", replica, detail, extra=extra)
+            problem = f"after {len(self.entry.emitted_ids)} tokens, {end.grammar_problem}"
+            return cannot_be_followed(self._grammar, problem)
+        extra = said("sequence_failed", replica=replica, detail=detail)
+        logger.error("%s failed while it computed a sequence: %s", replica, detail, extra=extra)
+        return ReplicaUnavailable(f"{replica} failed while it computed the request")
 
     def _end(self, reason: FinishReason, matched_stop: str | None) -> None:
         self.end = ChoiceEnd(

@@ -12,9 +12,18 @@ import pytest
 import ray
 
 from orchestrator.launcher import hosts
-from orchestrator.launcher.cluster import LaunchSettings, RankKey, RayLauncher, beside_driver, disconnect
+from orchestrator.launcher.cluster import (
+    LaunchSettings,
+    RankKey,
+    RayLauncher,
+    beside_driver,
+    check_resources,
+    disconnect,
+)
 from orchestrator.launcher.hosts import find_hosts
+from orchestrator.launcher.no_room import NodeResources
 from orchestrator.launcher.process import HowEnded, WorkerFailed
+from placement.errors import InvalidConfig
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
 from placement.planning.plan import Shard
@@ -128,6 +137,20 @@ def test_who_is_asked_to_stop_does_not_wait_for_machines_to_answer(
     (host,) = find_hosts(stop)
     assert host.memory_bytes is None and time.monotonic() < started_s + PATIENCE_S
     asking.join()
+
+
+def test_more_cpus_than_any_node_has_are_refused_before_the_launch(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_resources(num_cpus=2, num_gpus=2, most_cpus=2)
+    with pytest.raises(InvalidConfig, match=r"asks for more than the 2 CPU of the Ray cluster"):
+        check_resources(num_cpus=3, num_gpus=0, most_cpus=1)
+    halves = [NodeResources(name=name, labels={}, total={"CPU": 1.0}, free={}) for name in "ab"]
+    monkeypatch.setattr("orchestrator.launcher.cluster.node_resources", lambda: halves)
+    with pytest.raises(InvalidConfig) as caught:
+        check_resources(num_cpus=2, num_gpus=0, most_cpus=2)
+    assert (caught.value.field, caught.value.value) == ("cluster.workers: threads", 2)
+    assert caught.value.fix == "Set it to 1 or less, or add a node that has as many."
 
 
 class Somewhere:
