@@ -165,13 +165,12 @@ def _supervise(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 
 def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
-    """Returns the tokenizer, or None where the library cannot follow it."""
+    """Returns the tokenizer, or None where the library cannot follow it; a worker, which reads it too, says why."""
     path = setup["tokenizer_file"]
     try:
         source = setup["tokenizer"] if path is None else Path(path).read_text(encoding="utf-8")
         return LLTokenizer(source, n_vocab=setup["vocab_size"], eos_token=[*setup["eos_token_ids"]])
-    except (OSError, ValueError) as error:
-        print(f"no structured output with this tokenizer: {error}", file=sys.stderr)
+    except (OSError, ValueError):
         return None
 
 
