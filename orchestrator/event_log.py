@@ -143,8 +143,8 @@ class EventLog:
         if LEVELS.index(record.level) < LEVELS.index(self.level) or self._is_repetition(record):
             return
         line = _WRITE[self.format](record)
-        # A stream that is closed, or that nobody reads any more.
-        with self._lock, contextlib.suppress(OSError, ValueError):
+        # A stream that is closed, or that nobody reads any more; for the latter a console would end the program.
+        with self._lock, contextlib.suppress(OSError, ValueError, SystemExit):
             if record.source == SERVE:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
             else:

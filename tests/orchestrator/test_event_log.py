@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import shlex
+import sys
 from typing import cast
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -117,6 +119,13 @@ def test_pairs_of_a_traceback_stay_on_one_line() -> None:
 def test_a_stream_that_is_lost_ends_nothing(loss: Loss) -> None:
     with lost_stderr(loss):
         log().pass_on("hello", "gateway")
+
+
+def test_a_console_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its own answer to that is to point the process's standard output elsewhere, which the test's has to keep.
+    monkeypatch.setattr(Console, "on_broken_pipe", mock.Mock(side_effect=SystemExit(1)))
+    with lost_stderr(Loss.BROKEN):
+        EventLog(Console(file=sys.stderr)).say("drained", "Stopped.")
 
 
 def test_a_warning_that_every_request_brings_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,15 +167,14 @@ def _supervise(trial: Trial, tokenizer: LLTokenizer) -> str | None:
 
 
 def _read_tokenizer(setup: Setup) -> LLTokenizer | None:
-    """Returns the tokenizer, or None where the library cannot follow it."""
+    """Returns the tokenizer, or None where the library cannot follow it; a worker, which reads it too, says why."""
     vocab_size, eos, source = setup["vocab_size"], setup["eos_token_ids"], setup["tokenizer"]
     try:
         if setup["directory"] is not None:
             complete = read_tokenizer_of(Path(setup["directory"]), vocab_size=vocab_size)
             source, eos = complete.text, complete.known(eos)
         return LLTokenizer(source, n_vocab=vocab_size, eos_token=eos)
-    except (OSError, ValueError, HeterodyneError) as error:
-        print(f"no structured output with this tokenizer: {error}", file=sys.stderr)
+    except (OSError, ValueError, HeterodyneError):
         return None
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import grpc
 import psutil
 import yaml
+from rich.console import Console
 
 from orchestrator.config.document import load_config
 from orchestrator.deployment.gateway_process import gateway_process
 from orchestrator.deployment.preflight import preflight
 from orchestrator.deployment.stop_request import StopRequest
+from orchestrator.event_log import EventLog
 from orchestrator.launcher.process import environment
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc as pb_grpc
@@ -66,7 +68,7 @@ def running(directory: Path, *, most_streams: int) -> Iterator[Setup]:
     checked = preflight(load_config(config_path, environ={}))
     with (
         _worker(model, board_path, most_streams) as (worker, control),
-        gateway_process(config_path, (), checked, control, StopRequest()) as gateway,
+        gateway_process(config_path, (), checked, control, StopRequest(), EventLog(Console())) as gateway,
     ):
         setup = Setup(
             address=gateway.address,
