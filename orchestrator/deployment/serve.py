@@ -52,40 +52,52 @@ def serve(path: Path, *, overrides: Sequence[str], log: EventLog, on_ready: Call
         HeterodyneError: a mistake in the input, before anything was started; a launch that failed; or a part
             that ended by itself.
     """
-    config = load_config(path, overrides=overrides)
-    checked = preflight(config)
+    checked = preflight(load_config(path, overrides=overrides))
     _tell(log, warning_events(checked))
-    stop = StopRequest()
-    stop.install()
-    address = config.cluster.ray_address or "local"
-    needs = worker_needs(checked)
-    num_cpus, num_gpus = sum(need.num_cpus for need in needs), sum(need.num_gpus for need in needs)
-    if checked.split_by is None and config.cluster.is_local:
-        _tell(log, plan_events(checked))
-    log.tell(events.connecting(address))
-    take_output(log.pass_on)
-    connect(address, num_cpus=num_cpus, stop=stop.asked)
-    try:
-        stop.install()
-        _warn_of_strangers(address, log)
-        most_cpus = max(need.num_cpus for need in needs)
-        check_resources(num_cpus=num_cpus, num_gpus=num_gpus, most_cpus=most_cpus)
-        seats = Seats(needs=tuple(needs), hosts=None)
-        if not config.cluster.is_local:
-            seats = find_seats(config, needs, stop.asked)
-            if seats.hosts is None:
-                log.tell(events.without_hosts())
-            else:
-                checked = on_hosts(checked, seats.hosts)
-            _tell(log, plan_events(checked) if checked.split_by is None else ())
+    with StopRequest.taken() as stop, _ray(checked, stop, log):
+        checked, seats = _seated(checked, stop, log)
         with (
             _controller(checked, seats, stop, log) as launched,
             gateway_process(path, overrides, launched.checked, launched.control_address, stop, log) as gateway,
         ):
             return _run(launched, gateway, stop, log, on_ready)
+
+
+@contextmanager
+def _ray(checked: Checked, stop: StopRequest, log: EventLog) -> Iterator[None]:
+    """Starts or joins Ray, and sees that it has what the workers ask for. Leaves it at the end of the block."""
+    cluster, needs = checked.config.cluster, worker_needs(checked)
+    address, num_cpus = cluster.ray_address or "local", sum(need.num_cpus for need in needs)
+    if checked.split_by is None and cluster.is_local:
+        _tell(log, plan_events(checked))
+    log.tell(events.connecting(address))
+    take_output(log.pass_on)
+    connect(address, num_cpus=num_cpus, stop=stop.asked)
+    try:
+        stop.install()  # Ray takes the signals when it connects
+        _warn_of_strangers(address, log)
+        check_resources(
+            num_cpus=num_cpus,
+            num_gpus=sum(need.num_gpus for need in needs),
+            most_cpus=max(need.num_cpus for need in needs),
+        )
+        yield
     finally:
         disconnect()
-        stop.ignore()
+
+
+def _seated(checked: Checked, stop: StopRequest, log: EventLog) -> tuple[Checked, Seats]:
+    """Gives each worker a machine of a cluster that was joined, and plans for these machines."""
+    needs = worker_needs(checked)
+    if checked.config.cluster.is_local:
+        return checked, Seats(needs=tuple(needs), hosts=None)
+    seats = find_seats(checked.config, needs, stop.asked)
+    if seats.hosts is None:
+        log.tell(events.without_hosts())
+    else:
+        checked = on_hosts(checked, seats.hosts)
+    _tell(log, plan_events(checked) if checked.split_by is None else ())
+    return checked, seats
 
 
 def _warn_of_strangers(ray_address: str, log: EventLog) -> None:

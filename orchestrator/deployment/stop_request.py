@@ -2,6 +2,8 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -14,6 +16,17 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.forced = threading.Event()
+
+    @classmethod
+    @contextmanager
+    def taken(cls) -> Iterator["StopRequest"]:
+        """Takes the signals for the length of the block, after which they are ignored."""
+        request = cls()
+        request.install()
+        try:
+            yield request
+        finally:
+            request.ignore()
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Notes a signal."""

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from orchestrator.controller.settings import DeploymentSettings
-from orchestrator.deployment.plan_lines import warning_lines
+from orchestrator.deployment.plan_lines import warning_events
 from orchestrator.model_dir.files import read_model_files
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
@@ -106,7 +106,7 @@ def test_a_head_of_its_own_is_planned_for_and_told_to_ranks(model: Path) -> None
         settings = DeploymentSettings(plan=checked.plan, model_path=str(model), load_timeout_s=1.0)
         facts = settings.load_request("replica-0", shard, epoch=1).facts
         assert (facts.tied_embeddings, list(facts.eos_token_ids)) == (is_tied, [])
-        assert [line.split()[0] for line in warning_lines(checked)] == ["event=warning"] * (not is_tied)
+        assert [said.event for said in warning_events(checked)] == ["warning"] * (not is_tied)
 
 
 def test_ranks_are_told_the_tokenizers_own_end(model: Path) -> None:
@@ -120,8 +120,8 @@ def test_ranks_are_told_the_tokenizers_own_end(model: Path) -> None:
 
 def test_a_template_that_keeps_no_words_is_warned_of(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.role }}>{% endfor %}")
-    (line,) = warning_lines(check(model))
-    assert "chat requests will be refused" in line
+    (said,) = warning_events(check(model))
+    assert "chat requests will be refused" in said.sentence
     (model / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content[0].text }}{% endfor %}")
     assert check(model).warnings == ()
 
