@@ -197,3 +197,15 @@ def test_a_prompt_may_be_looked_at_alone(service: Service) -> None:
     result = generate(service, "once", "--echo", "--max-tokens=0")
     assert result.stdout == "once \n"
     assert "0 generated" in result.stderr and "first token" not in result.stderr
+
+
+@pytest.mark.parametrize("log_format", ["auto", "json"])
+def test_an_error_of_serve_is_one_line_in_every_format(log_format: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "missing.yaml"), "--log-format", log_format])
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    if log_format == "json":
+        said = json.loads(line)
+        assert (said["event"], said["level"]) == ("error", "error") and "missing.yaml" in said["message"]
+    else:
+        assert line.startswith("error: ") and "missing.yaml" in line
