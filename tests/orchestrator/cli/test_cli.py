@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import grpc
@@ -206,3 +207,22 @@ def test_a_misspelt_variable_is_refused_before_a_service_is_asked(
     result = CliRunner().invoke(app, ["generate", "once"])
     assert result.exit_code == 1 and "Write HETERODYNE_ADDRESS" in result.stderr
     assert not service.asked
+
+
+@pytest.mark.parametrize("log_format", ["auto", "json"])
+def test_an_error_of_serve_is_one_line_in_every_format(log_format: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["serve", str(tmp_path / "missing.yaml"), "--log-format", log_format])
+    assert result.exit_code == 1
+    (line,) = result.output.splitlines()
+    if log_format == "json":
+        said = json.loads(line)
+        assert (said["event"], said["level"]) == ("error", "error") and "missing.yaml" in said["message"]
+    else:
+        assert line.startswith("error: ") and "missing.yaml" in line
+
+
+@pytest.mark.parametrize("entry", [["--version"], []])
+def test_the_command_says_its_version_or_what_it_can_do(entry: list[str]) -> None:
+    result = CliRunner().invoke(app, entry)
+    words = f"heterodyne {metadata.version('heterodyne')}" if entry else "Usage: heterodyne"
+    assert words in result.output
