@@ -227,6 +227,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document, whose names stay")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
     every_s: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="how often to --watch")] = 1.0,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="also what links and overlap were found to take")
+    ] = False,
 ) -> None:
     """Who holds what, in which state, under which load."""
     with _errors_in_one_line():
@@ -234,7 +237,7 @@ def status(
         if watch:
             watch_status(Console(), address, every_s=every_s, as_json=as_json)
         else:
-            show_status(Console(), address, as_json=as_json)
+            show_status(Console(), address, as_json=as_json, measured=measured)
 
 
 @app.command()

@@ -17,7 +17,7 @@ class Shown:
 
 
 _SUM_COLUMNS = ("replica", "stage", "size", "algorithm", "time")
-_LANE_COLUMNS = ("replica", "stage", "tokens", "one lane", "two lanes", "taken")
+_OVERLAP_COLUMNS = ("replica", "stage", "tokens", "one batch", "two micro-batches", "taken")
 _SPEED_COLUMNS = ("replica", "stage", "latency", "rate", "queries x tokens", "call")
 _EXPECTED_COLUMNS = ("replica", "stage", "tokens", "before", "exchange", "a layer")
 
@@ -25,8 +25,8 @@ _EXPECTED_COLUMNS = ("replica", "stage", "tokens", "before", "exchange", "a laye
 def measured_tables(status: admin_pb2.GetStatusResponse) -> Iterator[Shown]:
     """Yields a table for each kind of measurement that some stage made."""
     for title, columns, rows in (
-        ("sums within a stage", _SUM_COLUMNS, _sum_rows(status)),
-        ("some layers of a step, in one lane and in two", _LANE_COLUMNS, _lane_rows(status)),
+        ("all-reduces within a stage", _SUM_COLUMNS, _sum_rows(status)),
+        ("some layers of a step, in one batch and overlapped in two", _OVERLAP_COLUMNS, _overlap_rows(status)),
         ("ranks that share sequences", _SPEED_COLUMNS, _speed_rows(status)),
         ("their exchange for a chunk of a prompt", _EXPECTED_COLUMNS, _expected_rows(status)),
     ):
@@ -37,7 +37,7 @@ def measured_tables(status: admin_pb2.GetStatusResponse) -> Iterator[Shown]:
 
 def measured_pairs(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, object]]:
     """Yields the pairs of a line for each measurement; ``event`` says what was measured. Numbers are plain."""
-    for pairs_of in (_sum_pairs, _lane_pairs, _exchange_pairs):
+    for pairs_of in (_sum_pairs, _overlap_pairs, _exchange_pairs):
         for where, rank in _stages(status):
             for event, pairs in pairs_of(rank):
                 yield {"event": event, **where, **pairs}
@@ -49,10 +49,10 @@ def _sum_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str, obje
         yield "sum", {"num_bytes": each.num_bytes, "algorithm": each.algorithm, "duration_s": duration_s}
 
 
-def _lane_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str, object]]]:
-    for step in rank.lanes:
-        times_s = {"one_lane_s": f"{step.alone_s:.6f}", "two_lanes_s": f"{step.woven_s:.6f}"}
-        yield "lanes", {"num_tokens": step.num_tokens, **times_s, "lanes": 2 if step.is_woven else 1}
+def _overlap_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str, object]]]:
+    for step in rank.overlap:
+        times_s = {"one_batch_s": f"{step.alone_s:.6f}", "two_micro_batches_s": f"{step.overlapped_s:.6f}"}
+        yield "overlap", {"num_tokens": step.num_tokens, **times_s, "micro_batches": 2 if step.is_overlapped else 1}
 
 
 def _exchange_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str, object]]]:
@@ -88,11 +88,11 @@ def _sum_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
             yield {**where, "size": size, "algorithm": each.algorithm, "time": _ms(each.duration_s)}
 
 
-def _lane_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+def _overlap_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
     for where, rank in _stages(status):
-        for lanes in rank.lanes:
-            times = {"one lane": _ms(lanes.alone_s), "two lanes": _ms(lanes.woven_s)}
-            yield {**where, "tokens": str(lanes.num_tokens), **times, "taken": "two" if lanes.is_woven else "one"}
+        for step in rank.overlap:
+            times = {"one batch": _ms(step.alone_s), "two micro-batches": _ms(step.overlapped_s)}
+            yield {**where, "tokens": str(step.num_tokens), **times, "taken": "two" if step.is_overlapped else "one"}
 
 
 def _speed_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:

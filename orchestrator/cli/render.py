@@ -34,22 +34,26 @@ _DISPENSABLE = (
 _UNLIMITED = 10_000
 _RIGHT = (
     "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
-    "prompt tokens/s", "tokens/s", "stage", "size", "time", "one lane", "two lanes", "latency", "rate", "call",
+    "prompt tokens/s", "tokens/s", "stage", "size", "time", "one batch", "two micro-batches", "latency", "rate", "call",
     "before", "a layer",
 )  # fmt: skip
 
 
-def print_status(console: Console, status: admin_pb2.GetStatusResponse) -> None:
-    """Prints tables where ``console`` is a terminal, else ``key=value`` lines, for other programs."""
+def print_status(console: Console, status: admin_pb2.GetStatusResponse, *, measured: bool = False) -> None:
+    """Prints tables where ``console`` is a terminal, else ``key=value`` lines, for other programs.
+
+    Args:
+        measured: whether what the ranks measured at their start is shown too.
+    """
     if console.is_terminal:
-        console.print(status_table(console, status))
+        console.print(status_table(console, status, measured=measured))
         return
-    for line in status_lines(status):
+    for line in status_lines(status, measured=measured):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group:
-    """Returns a row for each rank, then why some failed, tables of what was measured, and a line on the gateway.
+def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measured: bool = False) -> Group:
+    """Returns a row for each rank, then why some failed, tables of what was ``measured``, and a line on the gateway.
 
     A replica's own figures stand in its first row. There are as many columns as ``console`` has room for.
     """
@@ -66,7 +70,8 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse) -> Group
         columns = [kept for kept in columns if kept != column]
         table = _table(title, columns, rows)
     causes = [Text(printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
-    below = [_table(shown.title, shown.columns, shown.rows) for shown in measured_tables(status)]
+    tables = measured_tables(status) if measured else ()
+    below = [_table(shown.title, shown.columns, shown.rows) for shown in tables]
     return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
 
 
@@ -80,8 +85,11 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]
     return table
 
 
-def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
-    """Yields lines of ``key=value`` pairs on the gateway, each rank and each measurement, without what is unknown."""
+def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False) -> Iterator[str]:
+    """Yields lines of ``key=value`` pairs on the gateway and each rank, and on what was ``measured``.
+
+    What is unknown is left out.
+    """
     gateway = status.gateway
     yield key_values(
         event="gateway",
@@ -100,8 +108,16 @@ def status_lines(status: admin_pb2.GetStatusResponse) -> Iterator[str]:
     for row in _rows(status):
         named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
-    for measured in measured_pairs(status):
-        yield key_values(**measured)
+    for pairs in measured_pairs(status) if measured else ():
+        yield key_values(**pairs)
+
+
+def _layers(rank: admin_pb2.RankStatus) -> str:
+    """Writes the layers with the last of them, as the plan does; nothing where they are not known."""
+    if not rank.last_layer:
+        return ""
+    last = rank.last_layer - 1
+    return f"{rank.first_layer}-{last}" if last > rank.first_layer else str(last)
 
 
 def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
@@ -120,7 +136,7 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "device": rank.device,
                 "pid": str(rank.pid or ""),
                 "address": rank.address,
-                "layers": f"{rank.first_layer}-{rank.last_layer}" if rank.last_layer else "",
+                "layers": _layers(rank),
                 "KV heads": str(rank.num_kv_heads) if rank.HasField("num_kv_heads") else "",
                 "FFN": str(rank.num_ffn_columns) if rank.HasField("num_ffn_columns") else "",
                 "tokens": f"{rank.token_share:.0%}" if rank.HasField("token_share") else "",

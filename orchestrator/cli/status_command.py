@@ -15,8 +15,10 @@ from protos.heterodyne.v1 import admin_pb2
 Fetch = Callable[[str], admin_pb2.GetStatusResponse]
 
 
-def show_status(console: Console, address: str, *, as_json: bool, fetch: Fetch = fetch_status) -> None:
-    """Prints the status once.
+def show_status(
+    console: Console, address: str, *, as_json: bool, measured: bool = False, fetch: Fetch = fetch_status
+) -> None:
+    """Prints the status once. JSON always has what was ``measured`` at the start.
 
     Raises:
         ServiceError: the service does not answer.
@@ -25,7 +27,7 @@ def show_status(console: Console, address: str, *, as_json: bool, fetch: Fetch =
     if as_json:
         _print_json(console, status, indent=2)
     else:
-        print_status(console, status)
+        print_status(console, status, measured=measured)
 
 
 def watch_status(

@@ -76,7 +76,7 @@ def _rank(rank: admin_pb2.RankStatus) -> dict[str, Any]:
     if rank.weight_bytes:
         document["loaded_bytes"] = rank.loaded_bytes
     if rank.last_layer:
-        document |= {"first_layer": rank.first_layer, "last_layer": rank.last_layer}
+        document |= {"first_layer": rank.first_layer, "last_layer": rank.last_layer - 1}
     for name in ("num_kv_heads", "num_ffn_columns", "token_share"):
         if rank.HasField(name):
             document[name] = getattr(rank, name)

@@ -12,13 +12,16 @@ def sums(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredSum]:
     ]
 
 
-def lanes(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredLanes]:
-    """Returns which steps the ranks compute in two lanes."""
+def overlap(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredOverlap]:
+    """Returns which steps the ranks compute in two micro-batches."""
     return [
-        admin_pb2.MeasuredLanes(
-            num_tokens=item.num_tokens, alone_s=item.alone_s, woven_s=item.woven_s, is_woven=item.is_woven
+        admin_pb2.MeasuredOverlap(
+            num_tokens=item.num_tokens,
+            alone_s=item.alone_s,
+            overlapped_s=item.overlapped_s,
+            is_overlapped=item.is_overlapped,
         )
-        for item in measured.lanes
+        for item in measured.overlap
     ]
 
 

@@ -238,7 +238,7 @@ def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
         num_kv_heads=_length(rank.shard.kv_heads),
         num_ffn_columns=_length(rank.shard.ffn_columns),
         sums=measured.sums(rank.measured),
-        lanes=measured.lanes(rank.measured),
+        overlap=measured.overlap(rank.measured),
         exchange=measured.exchange(rank.measured),
     )
 

@@ -71,7 +71,7 @@ class Replica:
 
     @property
     def leader(self) -> Shard:
-        """Returns the shard of rank 0. Routing between prefill and decode replicas needs it (issue 14)."""
+        """Returns the shard of rank 0. Routing between prefill and decode replicas needs it."""
         return self.shards[0]
 
     @property

@@ -38,7 +38,7 @@ class SequenceSpec:
         ship_to: the replica that the keys and values of the prompt go to, once they are computed; the answer is then
             one token long. None where it is continued here.
 
-    Nothing sets the last two yet: serving prefill and decode on different replicas does (issue 14).
+    Nothing sets the last two yet: serving prefill and decode on different replicas does.
     """
 
     prompt_ids: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Records the events of a core and its commands, and plays the events again.
 
-Tests print it; the simulator, which drives the same core, needs it to show what it found (issue 18).
+Tests print it; the simulator, which drives the same core, needs it to show what it found.
 """
 
 from collections.abc import Iterator

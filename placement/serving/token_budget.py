@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-# No caller yet: the cost model chooses serving.token_budget by the objective's time between tokens with it (issue 18).
+# No caller yet: the cost model chooses serving.token_budget by the objective's time between tokens with it.
 def choose_token_budget(profile: Sequence[tuple[int, float]], objective_s: float, tile: int) -> int:
     """Chooses the largest token budget that meets a time-between-tokens objective (Sarathi-Serve, 4.3).
 

@@ -1,6 +1,6 @@
 """Keeps the transfers of keys and values between replicas, each with a lease.
 
-Workers send none yet: serving prefill and decode on different replicas needs this (issue 14).
+Workers send none yet: serving prefill and decode on different replicas needs this.
 """
 
 from dataclasses import dataclass

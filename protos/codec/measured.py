@@ -18,10 +18,10 @@ def read_measurements(message: pb.StageMeasurements) -> StageMeasurements:
             MeasuredOverlap(
                 num_tokens=row.num_tokens,
                 alone_s=row.alone_s,
-                overlapped_s=row.woven_s,
-                is_overlapped=row.is_woven,
+                overlapped_s=row.overlapped_s,
+                is_overlapped=row.is_overlapped,
             )
-            for row in message.lanes
+            for row in message.overlap
         ),
         exchange=_exchange(message.exchange) if message.HasField("exchange") else None,
     )
@@ -49,12 +49,12 @@ def measured_message(measured: StageMeasurements) -> pb.StageMeasurements:
             pb.MeasuredSum(num_bytes=row.num_bytes, algorithm=row.algorithm, duration_s=row.duration_s)
             for row in measured.sums
         ],
-        lanes=[
-            pb.MeasuredLanes(
+        overlap=[
+            pb.MeasuredOverlap(
                 num_tokens=row.num_tokens,
                 alone_s=row.alone_s,
-                woven_s=row.overlapped_s,
-                is_woven=row.is_overlapped,
+                overlapped_s=row.overlapped_s,
+                is_overlapped=row.is_overlapped,
             )
             for row in measured.overlap
         ],

@@ -100,7 +100,9 @@ def test_the_ranks_are_on_different_hosts(service: Service) -> None:
 def test_small_sums_between_two_hosts_are_found_to_be_fastest_by_pairwise_exchange(service: Service) -> None:
     # It takes one latency; each other way takes two.
     service.command.wait_for(r"event=links source=\S.* stage=0 latency_ms=\S+ gb_per_s=", PATIENCE_S)
-    found = re.findall(r"event=sum replica=replica-0 stage=0 num_bytes=(\d+) algorithm=(\S+)", service.ask("status"))
+    found = re.findall(
+        r"event=sum replica=replica-0 stage=0 num_bytes=(\d+) algorithm=(\S+)", service.ask("status", "--measured")
+    )
     assert found[:3] == [("1024", "direct"), ("4096", "direct"), ("16384", "direct")]
 
 

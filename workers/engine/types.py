@@ -32,7 +32,7 @@ class Submission:
             nothing.
         cache_salt: keys and values are shared among sequences of equal salt.
         grammar: what the answer must match.
-        emitted_ids: tokens of the answer that another replica has given already; recovery sends them (issue 16).
+        emitted_ids: tokens of the answer that another replica has given already; recovery sends them.
     """
 
     prompt_ids: tuple[int, ...]

@@ -120,7 +120,7 @@ class Journal:
     def move(self, sequence_id: int, *, replica: str, epoch: int) -> JournalEntry:
         """Makes another replica, or another epoch, the owner; tokens of the old one are fenced.
 
-        Recovery onto another replica needs this (issue 16).
+        Recovery onto another replica needs this.
         """
         entry = self._entries[sequence_id]
         entry.replica, entry.epoch = replica, epoch
@@ -133,6 +133,6 @@ class Journal:
     def on_replica(self, replica: str, epoch: int) -> list[JournalEntry]:
         """Returns the sequences that an incarnation of a replica owns, in the order in which they were opened.
 
-        Recovery onto another replica needs this (issue 16).
+        Recovery onto another replica needs this.
         """
         return [entry for entry in self._entries.values() if (entry.replica, entry.epoch) == (replica, epoch)]

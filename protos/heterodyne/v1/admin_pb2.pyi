@@ -93,36 +93,36 @@ class MeasuredSum(_message.Message):
 Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
 
 @_typing.final
-class MeasuredLanes(_message.Message):
-    """A step of one size, in one lane and in two: so that one's sums hide behind the other's computation."""
+class MeasuredOverlap(_message.Message):
+    """A step of one size, in one batch and in two micro-batches: the all-reduces of one overlap with the computation of the other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     ALONE_S_FIELD_NUMBER: _builtins.int
-    WOVEN_S_FIELD_NUMBER: _builtins.int
-    IS_WOVEN_FIELD_NUMBER: _builtins.int
+    OVERLAPPED_S_FIELD_NUMBER: _builtins.int
+    IS_OVERLAPPED_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     alone_s: _builtins.float
     """What some layers of it took when the stage was started, at its slowest rank."""
-    woven_s: _builtins.float
-    is_woven: _builtins.bool
-    """Such steps are computed in two lanes."""
+    overlapped_s: _builtins.float
+    is_overlapped: _builtins.bool
+    """Such steps are computed in two micro-batches."""
     def __init__(
         self,
         *,
         num_tokens: _builtins.int = ...,
         alone_s: _builtins.float = ...,
-        woven_s: _builtins.float = ...,
-        is_woven: _builtins.bool = ...,
+        overlapped_s: _builtins.float = ...,
+        is_overlapped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_woven", b"is_woven", "num_tokens", b"num_tokens", "woven_s", b"woven_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_overlapped", b"is_overlapped", "num_tokens", b"num_tokens", "overlapped_s", b"overlapped_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___MeasuredLanes: _TypeAlias = MeasuredLanes  # noqa: Y015
+Global___MeasuredOverlap: _TypeAlias = MeasuredOverlap  # noqa: Y015
 
 @_typing.final
 class MeasuredExchange(_message.Message):
@@ -221,7 +221,7 @@ class RankStatus(_message.Message):
     NUM_FFN_COLUMNS_FIELD_NUMBER: _builtins.int
     SUMS_FIELD_NUMBER: _builtins.int
     TOKEN_SHARE_FIELD_NUMBER: _builtins.int
-    LANES_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     LOAD_PHASE_FIELD_NUMBER: _builtins.int
@@ -255,7 +255,7 @@ class RankStatus(_message.Message):
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
 
     @_builtins.property
-    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLanes]:
+    def overlap(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredOverlap]:
         """Of its stage, by tokens, ascending: set on the first rank of a stage whose ranks sum."""
 
     @_builtins.property
@@ -280,14 +280,14 @@ class RankStatus(_message.Message):
         num_ffn_columns: _builtins.int | None = ...,
         sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
         token_share: _builtins.float | None = ...,
-        lanes: _abc.Iterable[Global___MeasuredLanes] | None = ...,
+        overlap: _abc.Iterable[Global___MeasuredOverlap] | None = ...,
         exchange: Global___MeasuredExchange | None = ...,
         worker: _builtins.str = ...,
         load_phase: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "exchange", b"exchange", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "lanes", b"lanes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "overlap", b"overlap", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exchange: _TypeAlias = _typing.Literal["exchange"]  # noqa: Y015
     _WhichOneofArgType__exchange: _TypeAlias = _typing.Literal["_exchange", b"_exchange"]  # noqa: Y015

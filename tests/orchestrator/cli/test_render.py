@@ -78,7 +78,7 @@ def test_status_off_a_terminal_is_one_line_a_rank() -> None:
     }  # fmt: skip
     assert ready == {
         "event": "rank", "replica": "replica-0", "state": "READY", "epoch": "2", "rank": "0", "node": "local",
-        "worker": "big", "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-12",
+        "worker": "big", "device": "cpu", "pid": "77", "address": "127.0.0.1:41000", "layers": "0-11",
         "weights": "100 MiB", "kv": "256 MiB", "kv_used": "10/100", "running": "3", "waiting": "0",
         "prompt_tokens_per_s": "0.0", "generated_tokens_per_s": "41.2",
     }  # fmt: skip
@@ -157,7 +157,7 @@ def summing() -> admin_pb2.GetStatusResponse:
 
 
 def test_sums_off_a_terminal_are_a_line_for_each_size_of_each_stage() -> None:
-    lines = [pairs(line) for line in status_lines(summing())]
+    lines = [pairs(line) for line in status_lines(summing(), measured=True)]
     assert [line["event"] for line in lines] == ["gateway", *["rank"] * 5, *["sum"] * 3]
     base = {"event": "sum", "replica": "cut"}
     assert lines[6:] == [
@@ -170,9 +170,9 @@ def test_sums_off_a_terminal_are_a_line_for_each_size_of_each_stage() -> None:
 @pytest.mark.parametrize("width", [60, 240])
 def test_sums_on_a_terminal_are_a_table_under_that_of_ranks(width: int) -> None:
     shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    print_status(shown, summing())
+    print_status(shown, summing(), measured=True)
     lines = [line.split() for line in output(shown).splitlines() if line.strip()]
-    title = lines.index(["sums", "within", "a", "stage"])
+    title = lines.index(["all-reduces", "within", "a", "stage"])
     assert lines[title + 1] == ["replica", "stage", "size", "algorithm", "time"]
     assert lines[title + 3 : title + 6] == [
         ["cut", "0", "1", "KiB", "direct", "0.052", "ms"],
@@ -183,10 +183,10 @@ def test_sums_on_a_terminal_are_a_table_under_that_of_ranks(width: int) -> None:
 
 
 def sharing() -> admin_pb2.GetStatusResponse:
-    """A replica of two stages: one whose ranks sum in lanes, then one whose ranks share sequences."""
-    lanes = [
-        admin_pb2.MeasuredLanes(num_tokens=64, alone_s=1e-3, woven_s=0.0012),
-        admin_pb2.MeasuredLanes(num_tokens=128, alone_s=2e-3, woven_s=0.0015, is_woven=True),
+    """A replica of two stages: one whose ranks overlap all-reduces, then one whose ranks share sequences."""
+    overlap = [
+        admin_pb2.MeasuredOverlap(num_tokens=64, alone_s=1e-3, overlapped_s=0.0012),
+        admin_pb2.MeasuredOverlap(num_tokens=128, alone_s=2e-3, overlapped_s=0.0015, is_overlapped=True),
     ]
     expected = [
         admin_pb2.ExpectedExchange(num_tokens=512, num_before=0, way="all_gather", layer_s=0.0043211),
@@ -196,7 +196,7 @@ def sharing() -> admin_pb2.GetStatusResponse:
         latency_s=2.7e-4, bytes_per_s=194_300_000.4, pairs_per_s=[223_000_000, 198_400_000], call_s=8e-5,
         expected=expected,
     )  # fmt: skip
-    first = admin_pb2.RankStatus(first_layer=0, last_layer=3, lanes=lanes)
+    first = admin_pb2.RankStatus(first_layer=0, last_layer=3, overlap=overlap)
     second = admin_pb2.RankStatus(first_layer=3, last_layer=4, exchange=exchange)
     ranks = [first, admin_pb2.RankStatus(last_layer=3), second, admin_pb2.RankStatus(first_layer=3, last_layer=4)]
     return admin_pb2.GetStatusResponse(
@@ -205,13 +205,17 @@ def sharing() -> admin_pb2.GetStatusResponse:
     )
 
 
-def test_lanes_and_exchanges_off_a_terminal_are_a_line_each() -> None:
-    lines = [pairs(line) for line in status_lines(sharing())]
-    base = {"event": "lanes", "replica": "cut", "stage": "0"}
+def test_overlap_and_exchanges_off_a_terminal_are_a_line_each() -> None:
+    lines = [pairs(line) for line in status_lines(sharing(), measured=True)]
+    base = {"event": "overlap", "replica": "cut", "stage": "0"}
     chunk = {"event": "expected_exchange", "replica": "cut", "stage": "1", "num_tokens": "512"}
     assert lines[5:] == [
-        base | {"num_tokens": "64", "one_lane_s": "0.001000", "two_lanes_s": "0.001200", "lanes": "1"},
-        base | {"num_tokens": "128", "one_lane_s": "0.002000", "two_lanes_s": "0.001500", "lanes": "2"},
+        base | {
+            "num_tokens": "64", "one_batch_s": "0.001000", "two_micro_batches_s": "0.001200", "micro_batches": "1",
+        },
+        base | {
+            "num_tokens": "128", "one_batch_s": "0.002000", "two_micro_batches_s": "0.001500", "micro_batches": "2",
+        },
         {
             "event": "exchange", "replica": "cut", "stage": "1", "latency_s": "0.000270", "bytes_per_s": "194300000",
             "pairs_per_s": "223000000,198400000", "call_s": "0.000080",
@@ -222,9 +226,9 @@ def test_lanes_and_exchanges_off_a_terminal_are_a_line_each() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 240])
-def test_lanes_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -> None:
+def test_overlap_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -> None:
     shown = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    print_status(shown, sharing())
+    print_status(shown, sharing(), measured=True)
     lines = [" ".join(line.split()) for line in output(shown).splitlines() if line.strip()]
     tables = [
         ["cut 0 64 1.000 ms 1.200 ms one", "cut 0 128 2.000 ms 1.500 ms two"],
@@ -232,7 +236,7 @@ def test_lanes_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -
         ["cut 1 512 0 all_gather 4.321 ms", "cut 1 512 8192 token_ring 500.000 ms"],
     ]
     headers = [
-        "replica stage tokens one lane two lanes taken",
+        "replica stage tokens one batch two micro-batches taken",
         "replica stage latency rate queries x tokens call",
         "replica stage tokens before exchange a layer",
     ]
@@ -242,10 +246,12 @@ def test_lanes_and_exchanges_on_a_terminal_are_tables_of_their_own(width: int) -
     assert lines[-1].startswith("gateway:")
 
 
-def test_there_is_no_table_of_measurements_where_nothing_was_measured() -> None:
+@pytest.mark.parametrize("measured", [False, True])
+def test_there_is_no_table_of_measurements_where_nothing_was_measured_or_asked_for(measured: bool) -> None:
     shown = console(terminal=True)
-    print_status(shown, status())
-    assert not any(word in output(shown) for word in ("sums", "lane", "exchange"))
+    print_status(shown, status() if measured else sharing(), measured=measured)
+    assert not any(word in output(shown) for word in ("all-reduces", "micro-batch", "exchange"))
+    assert not any("event=overlap" in line for line in status_lines(sharing()))
 
 
 def test_status_lines_of_nothing_are_the_gateway_alone() -> None:

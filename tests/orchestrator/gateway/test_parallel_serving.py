@@ -85,21 +85,21 @@ async def check_measured(channel: grpc.aio.Channel, *, summing: Sequence[str], s
     """The status has what these stages of the first replica measured, and of no other.
 
     Args:
-        summing: those whose ranks sum, in one lane or in two.
+        summing: those whose ranks sum, in one batch or in two.
         sharing: those whose ranks share sequences.
     """
     status = await admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=PATIENCE_S)
-    lines = [dict(word.split("=", 1) for word in shlex.split(line)) for line in status_lines(status)]
+    lines = [dict(word.split("=", 1) for word in shlex.split(line)) for line in status_lines(status, measured=True)]
     sums = [line for line in lines if line["event"] == "sum"]
     expected = [("replica-0", stage, str(num_bytes)) for stage in summing for num_bytes in MEASURED_BYTES]
     assert [(line["replica"], line["stage"], line["num_bytes"]) for line in sums] == expected
     assert all(line["algorithm"] in (*ALL_REDUCES, Library.GLOO) and float(line["duration_s"]) > 0 for line in sums), (
         sums
     )
-    lanes = [line for line in lines if line["event"] == "lanes"]
-    assert [line["stage"] for line in lanes if line["num_tokens"] == "64"] == list(summing)
-    assert all(float(line["one_lane_s"]) > 0 < float(line["two_lanes_s"]) for line in lanes), lanes
-    assert all(line["lanes"] in "12" for line in lanes), lanes
+    overlap = [line for line in lines if line["event"] == "overlap"]
+    assert [line["stage"] for line in overlap if line["num_tokens"] == "64"] == list(summing)
+    assert all(float(line["one_batch_s"]) > 0 < float(line["two_micro_batches_s"]) for line in overlap), overlap
+    assert all(line["micro_batches"] in "12" for line in overlap), overlap
     exchanges = [line for line in lines if line["event"] == "exchange"]
     assert [line["stage"] for line in exchanges] == list(sharing)
     assert all(float(line["latency_s"]) > 0 and "," in line["pairs_per_s"] for line in exchanges), exchanges

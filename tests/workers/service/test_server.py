@@ -55,7 +55,11 @@ async def test_the_first_of_two_ranks_tells_at_the_end_of_its_load_how_they_comp
             pb.Member(host="127.0.0.1", port=worker.ranks_port, shard=half(rank))
             for rank, worker in enumerate((first, second))
         ]
-        fields = {"members": members, "token": bytes(32), "token_budget": 64}  # as many tokens as two lanes take
+        fields = {
+            "members": members,
+            "token": bytes(32),
+            "token_budget": 64,
+        }  # as many tokens as two micro-batches take
         requests = [load_request(path, shard=half(rank), **fields) for rank in range(2)]
         told = await asyncio.gather(load(first_stub, requests[0]), load(second_stub, requests[1]))
     *before, last = told[0]
@@ -65,8 +69,8 @@ async def test_the_first_of_two_ranks_tells_at_the_end_of_its_load_how_they_comp
         measured.algorithm in (*ALL_REDUCES, Library.GLOO) and measured.duration_s > 0
         for measured in last.measured.sums
     )
-    lanes = last.measured.lanes
-    assert lanes and all(measured.num_tokens and measured.alone_s > 0 < measured.woven_s for measured in lanes)
+    overlap = last.measured.overlap
+    assert overlap and all(each.num_tokens and each.alone_s > 0 < each.overlapped_s for each in overlap)
     assert not last.measured.HasField("exchange"), "they share no sequences"
 
 

@@ -549,14 +549,14 @@ class StageMeasurements(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SUMS_FIELD_NUMBER: _builtins.int
-    LANES_FIELD_NUMBER: _builtins.int
+    OVERLAP_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """By size, ascending. None where ranks share sequences."""
 
     @_builtins.property
-    def lanes(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredLanes]:
+    def overlap(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredOverlap]:
         """By tokens, ascending. None where no step may be computed in two."""
 
     @_builtins.property
@@ -567,12 +567,12 @@ class StageMeasurements(_message.Message):
         self,
         *,
         sums: _abc.Iterable[Global___MeasuredSum] | None = ...,
-        lanes: _abc.Iterable[Global___MeasuredLanes] | None = ...,
+        overlap: _abc.Iterable[Global___MeasuredOverlap] | None = ...,
         exchange: Global___MeasuredExchange | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "lanes", b"lanes", "sums", b"sums"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "overlap", b"overlap", "sums", b"sums"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -608,36 +608,36 @@ class MeasuredSum(_message.Message):
 Global___MeasuredSum: _TypeAlias = MeasuredSum  # noqa: Y015
 
 @_typing.final
-class MeasuredLanes(_message.Message):
-    """A step of one size, in one lane and in two: so that one's sums hide behind the other's computation."""
+class MeasuredOverlap(_message.Message):
+    """A step of one size, in one batch and in two micro-batches: the all-reduces of one overlap with the computation of the other."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     ALONE_S_FIELD_NUMBER: _builtins.int
-    WOVEN_S_FIELD_NUMBER: _builtins.int
-    IS_WOVEN_FIELD_NUMBER: _builtins.int
+    OVERLAPPED_S_FIELD_NUMBER: _builtins.int
+    IS_OVERLAPPED_FIELD_NUMBER: _builtins.int
     num_tokens: _builtins.int
     alone_s: _builtins.float
     """What some layers of it took when the stage was started, at its slowest rank."""
-    woven_s: _builtins.float
-    is_woven: _builtins.bool
-    """Such steps are computed in two lanes."""
+    overlapped_s: _builtins.float
+    is_overlapped: _builtins.bool
+    """Such steps are computed in two micro-batches."""
     def __init__(
         self,
         *,
         num_tokens: _builtins.int = ...,
         alone_s: _builtins.float = ...,
-        woven_s: _builtins.float = ...,
-        is_woven: _builtins.bool = ...,
+        overlapped_s: _builtins.float = ...,
+        is_overlapped: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_woven", b"is_woven", "num_tokens", b"num_tokens", "woven_s", b"woven_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone_s", b"alone_s", "is_overlapped", b"is_overlapped", "num_tokens", b"num_tokens", "overlapped_s", b"overlapped_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___MeasuredLanes: _TypeAlias = MeasuredLanes  # noqa: Y015
+Global___MeasuredOverlap: _TypeAlias = MeasuredOverlap  # noqa: Y015
 
 @_typing.final
 class MeasuredExchange(_message.Message):
