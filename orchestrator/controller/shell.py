@@ -242,7 +242,7 @@ class ControllerShell:
 def _why(error: Exception) -> str:
     """Returns the cause to tell of a command that failed; what nobody foresaw is logged with its traceback as well."""
     if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.details()} ({error.code().name})"
+        return error.details() or error.code().name
     if isinstance(error, WorkerFailed):
         return str(error)
     logger.exception("A command failed in a way that nobody foresaw.", exc_info=error, extra=said("command_failed"))

@@ -137,9 +137,10 @@ async def test_a_request_ends_with_unavailable_when_its_hosts_are_cut_off_from_e
     await asyncio.to_thread(service.command.wait_for, words, PATIENCE_S)
 
 
-def test_a_service_whose_hosts_are_cut_off_stops_in_order_and_leaves_nothing(service: Service) -> None:
-    service.command.process.terminate()
-    assert service.command.process.wait(STOP_S) == 0, service.command.output()
+def test_a_service_that_has_no_replica_left_ends_with_1_and_leaves_nothing(service: Service) -> None:
+    assert service.command.process.wait(STOP_S) == 1, service.command.output()
+    last = service.command.output().rstrip().splitlines()[-1]
+    assert last.startswith("error: no replica is left, and a lost one is not started again: rank "), last
     left = [line for line in service.ours() if line.startswith("big: ")]
     assert not left, left
     service.net.heal("big", "small")
