@@ -33,7 +33,7 @@ def unknown_variables(environ: Mapping[str, str], settings: Collection[str]) -> 
         settings: the variables that stand for keys, see :func:`variable_of`.
     """
     return [
-        _unknown(name, value, [*settings, *OTHER_VARIABLES])
+        _unknown(name, [*settings, *OTHER_VARIABLES])
         for name, value in sorted(environ.items())
         if name.startswith(ENV_PREFIX)
         and name not in OTHER_VARIABLES
@@ -47,9 +47,10 @@ def _is_of_kubernetes(name: str, value: str) -> bool:
     return is_port or _KUBERNETES.fullmatch(name) is not None
 
 
-def _unknown(name: str, value: str, known: Collection[str]) -> InvalidConfig:
+def _unknown(name: str, known: Collection[str]) -> InvalidConfig:
     same = [candidate for candidate in known if candidate.replace(_BETWEEN, "_") == name]
     near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     form = f"{ENV_PREFIX}SECTION{_BETWEEN}KEY, with two underscores between section and key"
     fix = f"Write {near[0]}, or unset it." if near else f"Write it as {form}, or unset it."
-    return InvalidConfig(field=f"environment variable {name}", value=value, problem="is not known", fix=fix)
+    # Its value may be a secret, such as a token.
+    return InvalidConfig(field=f"environment variable {name}", problem="is not known", fix=fix)

@@ -17,10 +17,10 @@ from orchestrator.controller.early import MEASURE_TIMEOUT_S, EarlyWorkers
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.launcher.agent import NotStarted
-from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver, ray_cause
+from orchestrator.launcher.cluster import LaunchSettings, RayLauncher, beside_driver
 from orchestrator.launcher.node import advertised_host
 from orchestrator.launcher.process import WorkerFailed
-from orchestrator.launcher.ray_access import node_ip
+from orchestrator.launcher.ray_access import node_ip, ray_cause
 from placement.errors import HeterodyneError
 from placement.measured.speed import DeviceSpeed, NotMeasured
 from protos.codec.log_record import log_to_parent, said

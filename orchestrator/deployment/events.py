@@ -69,7 +69,7 @@ def controller_lost(cause: object) -> Said:
     """The controller's stream ended while the service runs."""
     return Said(
         event="controller_lost",
-        sentence=f"The controller was lost ({cause}). The replicas that run go on; Ctrl-C still drains them.",
+        sentence=f"The controller was lost ({cause}), and most likely its workers with it. What still serves goes on.",
         fields={"cause": cause},
         level=LogLevel.WARNING,
     )

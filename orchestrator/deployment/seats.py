@@ -10,8 +10,9 @@ from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.telling_apart import check_told_apart
 from orchestrator.errors import LaunchFailed
 from orchestrator.launcher.hosts import find_hosts
+from orchestrator.launcher.no_room import NodeResources, no_place
 from placement.errors import InvalidConfig
-from placement.planning.seating import NODE_ID_LABEL, Host, Need, need_of, pin, seat
+from placement.planning.seating import NODE_ID_LABEL, Host, Need, named, need_of, pin, seat
 
 # What ended a moment ago counts as free only once its node has said so.
 _SEAT_S = 5.0
@@ -20,7 +21,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seats:
-    """Where the workers of a deployment run.
+    """Says where the workers of a deployment run.
 
     Attributes:
         needs: what each worker reserves, and the labels that its machine must carry.
@@ -42,12 +43,12 @@ def worker_needs(checked: Checked) -> list[Need]:
     return [need_of(devices[place], worker.node_labels) for place, worker in enumerate(workers)]
 
 
-def find_seats(config: Config, needs: Sequence[Need], stop: threading.Event) -> Seats:
-    """Finds a machine for each worker; it looks for some seconds where there is no room.
+def find_seats(config: Config, needs: Sequence[Need], stop: threading.Event, *, num_layers: int) -> Seats:
+    """Finds a machine for each worker of a model of so many layers; it looks for some seconds where there is no room.
 
     Raises:
-        InvalidConfig: a worker names a machine that is not there, or two have unequal shares and nothing tells on
-            which machine each of them runs.
+        InvalidConfig: a worker names a machine that is not there, no machine is large enough for a worker, or two have
+            unequal shares and nothing tells on which machine each of them runs.
         LaunchFailed: ``stop`` was set before the end.
     """
     deadline = time.monotonic() + _SEAT_S
@@ -58,13 +59,14 @@ def find_seats(config: Config, needs: Sequence[Need], stop: threading.Event) -> 
         is_late = time.monotonic() > deadline
         try:
             pinned = pin_named(config, needs, hosts)
+            check_large_enough(config, pinned, hosts)
         except InvalidConfig:  # a machine may be about to join
             if is_late:
                 raise
         else:
             seats = seat(pinned, hosts)
             if seats is not None or is_late:
-                check_told_apart(config, pinned, hosts if seats is None else seats)
+                check_told_apart(config, num_layers, pinned, hosts, seats)
                 return Seats(needs=pinned, hosts=seats)
         stop.wait(_POLL_S)
 
@@ -83,13 +85,36 @@ def pin_named(config: Config, needs: Sequence[Need], hosts: Sequence[Host]) -> t
 
 
 def _named(name: str, hosts: Sequence[Host]) -> Host:
-    found = [host for host in hosts if host.is_called(name)]
+    found = named(name, hosts)
     if len(found) == 1:
         return found[0]
-    there = ", ".join(f"{host.name} ({host.address})" for host in hosts)
-    problem = "is the name of several machines of the Ray cluster" if found else "is no machine of the Ray cluster"
-    fix = f"Name one of {there}." if not found else f"Write its address: the machines are {there}."
+    if found:
+        alike = len({host.address for host in found}) < len(found)
+        there = ", ".join(host.host_id if alike else host.address for host in found)
+        problem = "is the name of several machines of the Ray cluster"
+        fix = f"Write {'the id' if alike else 'the address'} of one: {there}."
+    else:
+        there = ", ".join(f"{host.name} ({host.address})" for host in hosts)
+        problem, fix = "is no machine of the Ray cluster", f"Name one of {there}."
     raise InvalidConfig(field="cluster.workers: node", value=name, problem=problem, fix=fix)
+
+
+def check_large_enough(config: Config, needs: Sequence[Need], hosts: Sequence[Host]) -> None:
+    """Checks that some machine could take each worker if nothing else ran there.
+
+    Raises:
+        InvalidConfig: there is none for one of them.
+    """
+    nodes = [_as_if_free(host) for host in hosts]
+    for name, need in zip(config.cluster.worker_names, needs, strict=True):
+        if (problem := no_place(need, nodes)) is not None:
+            said, _, fix = problem.partition(". ")
+            raise InvalidConfig(field="cluster.workers", value=name, problem=f"finds no place: {said}", fix=f"{fix}.")
+
+
+def _as_if_free(host: Host) -> NodeResources:
+    total = {"CPU": host.total_cpus, "GPU": host.total_gpus}
+    return NodeResources(name=host.name, labels={NODE_ID_LABEL: host.host_id, **host.labels}, total=total, free=total)
 
 
 def rank_labels(checked: Checked, needs: Sequence[Need]) -> dict[tuple[str, int], dict[str, str]]:

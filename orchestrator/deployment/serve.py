@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -37,6 +37,8 @@ _POLL_S = 0.2
 _LAUNCH_SLACK_S = 30.0
 # Beyond the silence after which the gateway takes a replica for lost.
 _LOSS_SEEN_S = 1.0
+# A gateway that serves nothing for so long after the controller was lost has no workers any more.
+_ALONE_S = 10.0
 _ENDED = (control_pb2.PHASE_FAILED, control_pb2.PHASE_STOPPED)
 # The controller is reached directly, whatever proxy the environment names.
 _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
@@ -91,7 +93,7 @@ def _seated(checked: Checked, stop: StopRequest, log: EventLog) -> tuple[Checked
     needs = worker_needs(checked)
     if checked.config.cluster.is_local:
         return checked, Seats(needs=tuple(needs), hosts=None)
-    seats = find_seats(checked.config, needs, stop.asked)
+    seats = find_seats(checked.config, needs, stop.asked, num_layers=checked.model.num_layers)
     if seats.hosts is None:
         log.tell(events.without_hosts())
     else:
@@ -162,14 +164,14 @@ def _run(
     with _watch(launched.control_address) as states:
         with LoadProgress(log) as progress:
             ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
-        if ready:
+        if ready is not None:
             log.tell(events.ready(launched.checked, gateway.address))
             on_ready()
-            if (cause := _supervise(states, gateway, stop, log)) is not None:
+            if (cause := _supervise(ready, states, gateway, stop, log)) is not None:
                 # Whoever still waits for an answer hears from the gateway which replica was lost.
                 gateway.stop(grace_s=config.gateway.heartbeat_timeout_s + _LOSS_SEEN_S, stop=stop)
                 raise ServiceEnded(f"no replica is left, and a lost one is not started again: {cause}")
-    if not ready:
+    if ready is None:
         log.tell(events.stopped_before_ready())
         gateway.stop(grace_s=0.0, stop=stop)
         return 1
@@ -233,14 +235,14 @@ def _launch_limit_s(config: Config) -> float:
 
 def _launch(
     states: States, gateway: GatewayProcess, stop: StopRequest, progress: LoadProgress, *, timeout_s: float
-) -> bool:
-    """Waits until a request would be served. Returns False when asked to stop before.
+) -> control_pb2.WatchResponse | None:
+    """Waits until a request would be served. Returns the deployment as it is then; None when asked to stop before.
 
     Raises:
         LaunchFailed: the first failing rank's cause; the controller or the gateway was lost; or ``timeout_s`` passed.
     """
     deadline = time.monotonic() + timeout_s
-    ready = False
+    ready: control_pb2.WatchResponse | None = None
     while not stop.asked.is_set():
         try:
             state = states()
@@ -255,14 +257,21 @@ def _launch(
             progress.update(state)
             if state.phase == control_pb2.PHASE_FAILED:
                 raise LaunchFailed(state.cause)
-            ready = state.phase == control_pb2.PHASE_READY
-        if ready and gateway.serves():
-            return True
-    return False
+            ready = state if state.phase == control_pb2.PHASE_READY else None
+        if ready is not None and gateway.serves():
+            return ready
+    return None
 
 
-def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, log: EventLog) -> str | None:
-    """Says what changes until asked to stop. The gateway goes on without a controller, so its loss is only said.
+def _supervise(
+    state: control_pb2.WatchResponse | None, states: States, gateway: GatewayProcess, stop: StopRequest, log: EventLog
+) -> str | None:
+    """Says what changes until asked to stop.
+
+    A controller that is lost takes its workers with it, unless only the connection to it broke: then they serve on.
+
+    Args:
+        state: the deployment as it is now.
 
     Returns:
         Why the last replica was lost, once none is left; None where it was asked to stop.
@@ -270,23 +279,46 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, log: 
     Raises:
         ServiceEnded: the gateway ended by itself.
     """
-    phases: dict[tuple[str, int], control_pb2.Phase.ValueType] = {}
+    phases: dict[tuple[str, int], int] = {}
+    alone: _Alone | None = None
     while not stop.asked.is_set():
+        if state is not None:
+            _tell_changes(phases, state, log)
+            if state.replicas and all(replica.phase in _ENDED for replica in state.replicas):
+                return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
         if gateway.ended():
             raise ServiceEnded(f"the gateway ended by itself with exit code {gateway.process.returncode}")
+        if alone is not None and alone.is_over(gateway):
+            return f"the controller was lost ({alone.cause}), and no replica answers any more"
         try:
             state = states()
         except _ControllerLost as lost:
             log.tell(events.controller_lost(lost))
-            continue
-        for replica in state.replicas if state is not None else ():
-            key = (replica.name, replica.epoch)
-            if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
-                log.tell(events.replica_changed(replica))
-            phases[key] = replica.phase
-        if state is not None and state.replicas and all(r.phase in _ENDED for r in state.replicas):
-            return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
+            alone, state = _Alone(cause=str(lost)), None
     return None
+
+
+def _tell_changes(phases: dict[tuple[str, int], int], state: control_pb2.WatchResponse, log: EventLog) -> None:
+    """Says which replicas are in another phase than in ``phases``, and keeps the new ones there."""
+    for replica in state.replicas:
+        key = (replica.name, replica.epoch)
+        if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
+            log.tell(events.replica_changed(replica))
+        phases[key] = replica.phase
+
+
+@dataclass(slots=True, kw_only=True)
+class _Alone:
+    """How the gateway fares since the controller was lost. ``served_s``: when it last served, by the clock."""
+
+    cause: str
+    served_s: float = field(default_factory=time.monotonic)
+
+    def is_over(self, gateway: GatewayProcess) -> bool:
+        """Returns whether the gateway has served nothing for so long that it will not again."""
+        if gateway.serves():
+            self.served_s = time.monotonic()
+        return time.monotonic() - self.served_s > _ALONE_S
 
 
 def _tell(log: EventLog, events: Iterable[Said]) -> None:

@@ -4,49 +4,69 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from orchestrator.config.document import Config
-from orchestrator.config.parallelism import StageConfig
+from orchestrator.config.parallelism import ReplicaConfig, StageConfig
 from placement.errors import InvalidConfig
 from placement.planning.seating import Host, Need, could_swap
 
-# The layers of the worker's stage, where they are given, and its part of the stage.
-_Share = tuple[int | None, float]
+# Whether workers share sequences, and the part of the model, or of the sequences, that a worker is asked to take.
+_Share = tuple[bool, float]
 
 
-def check_told_apart(config: Config, needs: Sequence[Need], hosts: Sequence[Host]) -> None:
+def check_told_apart(
+    config: Config, num_layers: int, needs: Sequence[Need], hosts: Sequence[Host], seats: Sequence[Host] | None
+) -> None:
     """Checks that no two workers with unequal shares could as well run on each other's machines.
 
     Args:
+        num_layers: the layers of the model.
         needs: what each worker reserves, and the labels that its machine must carry.
-        hosts: the machines that they may run on.
+        hosts: all machines.
+        seats: the machine that each worker was given; None where that is left to Ray.
 
     Raises:
         InvalidConfig: nothing tells two workers apart. It says how to.
     """
     names = config.cluster.worker_names
-    different = {host.host_id: host for host in hosts}.values()
-    for one, other in unequal_pairs(config):
-        if could_swap(needs[one], needs[other], tuple(different)):
-            there = " or ".join(f"{host.name} ({host.address})" for host in different)
+    for one, other in unequal_pairs(config, num_layers):
+        there = hosts if seats is None else _different([seats[one], seats[other]])
+        if could_swap(needs[one], needs[other], there):
+            choices = " or ".join(f"{host.name} ({host.address})" for host in there)
             raise InvalidConfig(
                 field="cluster.workers",
                 value=f"{names[one]}, {names[other]}",
                 problem="have unequal shares, and nothing says which of them runs on which machine",
-                fix=f"Give each of them a node: {there}. Labels of their machines, as node_labels, do as well.",
+                fix=f"Give each of them a node: {choices}. Labels of their machines, as node_labels, do as well.",
             )
 
 
-def unequal_pairs(config: Config) -> Iterator[tuple[int, int]]:
-    """Yields the places of any two workers of one replica that are asked to hold unequal shares."""
+def _different(hosts: Sequence[Host]) -> Sequence[Host]:
+    return tuple({host.host_id: host for host in hosts}.values())
+
+
+def unequal_pairs(config: Config, num_layers: int) -> Iterator[tuple[int, int]]:
+    """Yields the places of any two workers that are asked to hold unequal shares of a model of so many layers."""
     parallelism = config.serving.parallelism
     places = {name: place for place, name in enumerate(config.cluster.worker_names)}
-    for replica in () if parallelism is None else parallelism.replicas:
-        shares = {places[name]: share for stage in replica.stages for name, share in _shares(stage)}
-        for one, other in itertools.combinations(sorted(shares), 2):
-            if shares[one] != shares[other]:
-                yield one, other
+    shares = {
+        places[name]: share
+        for replica in (() if parallelism is None else parallelism.replicas)
+        for stage, part in zip(replica.stages, _parts(replica, num_layers), strict=True)
+        for name, share in _shares(stage, part)
+    }
+    for one, other in itertools.combinations(sorted(shares), 2):
+        if shares[one] != shares[other]:
+            yield one, other
 
 
-def _shares(stage: StageConfig) -> Iterator[tuple[str, _Share]]:
+def _parts(replica: ReplicaConfig, num_layers: int) -> list[float]:
+    """Returns the part of the layers of each stage; those that do not say share the rest alike."""
+    said = sum(stage.layers or 0 for stage in replica.stages)
+    silent = sum(stage.layers is None for stage in replica.stages)
+    rest = (num_layers - said) / silent if silent else 0.0
+    return [(stage.layers or rest) / num_layers for stage in replica.stages]
+
+
+def _shares(stage: StageConfig, part: float) -> Iterator[tuple[str, _Share]]:
     weights = stage.sequence_split or stage.tensor_split or (1.0,) * len(stage.workers)
     for name, weight in zip(stage.workers, weights, strict=True):
-        yield name, (stage.layers, round(weight / (sum(weights) or 1.0), 6))
+        yield name, (stage.sequence_split is not None, round(part * weight / (sum(weights) or 1.0), 6))

@@ -17,9 +17,9 @@ from orchestrator.launcher.joining import join, not_joined
 from orchestrator.launcher.no_room import no_room
 from orchestrator.launcher.node import available_cores
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, WorkerFailed, started_late
-from orchestrator.launcher.ray_access import node_ip, start_own_ray
+from orchestrator.launcher.ray_access import node_ip, ray_cause, start_own_ray
 from orchestrator.launcher.reach import check_reached
-from placement.errors import InvalidConfig, cause_of
+from placement.errors import InvalidConfig
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
 from placement.planning.seating import need_of
@@ -92,11 +92,6 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
 def disconnect() -> None:
     """Leave Ray; a cluster that ``connect`` started ends."""
     ray.shutdown()
-
-
-def ray_cause(error: ray.exceptions.RayError) -> str:
-    """Returns what went wrong in one line, as Ray's own texts are tracebacks and lists."""
-    return cause_of(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

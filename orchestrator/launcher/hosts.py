@@ -3,6 +3,8 @@
 import logging
 import threading
 import time
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import ray
@@ -11,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.launcher.no_room import NodeResources
 from orchestrator.launcher.node import available_memory_bytes
+from orchestrator.launcher.ray_access import ray_cause
 from placement.planning.seating import Host
 from protos.codec.log_record import said
 
@@ -27,7 +30,8 @@ def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
-    memory = _available_memory([node["NodeID"] for node in nodes], stop)
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes}
+    memory = _available_memory(names, stop)
     hosts = [
         Host(
             host_id=node["NodeID"],
@@ -36,6 +40,8 @@ def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
             num_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
             num_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
             memory_bytes=memory.get(node["NodeID"]),
+            total_cpus=node["Resources"].get("CPU", 0.0),
+            total_gpus=node["Resources"].get("GPU", 0.0),
             address=node["NodeManagerAddress"],
         )
         for node in nodes
@@ -58,11 +64,15 @@ def node_resources() -> tuple[NodeResources, ...]:
     )
 
 
-def _available_memory(host_ids: list[str], stop: threading.Event) -> dict[str, int]:
-    """Asks all machines at once; one that is lost, or cannot run our code, is left out."""
+def _available_memory(names: Mapping[str, str], stop: threading.Event) -> dict[str, int]:
+    """Asks all machines at once, by id; the answer lacks one that is lost, or cannot run our code.
+
+    Args:
+        names: what people call each machine, by its id.
+    """
     probe = ray.remote(num_cpus=0, max_retries=0)(available_memory_bytes)
     answers: dict[Any, str] = {}
-    for host_id in host_ids:
+    for host_id in names:
         there = NodeAffinitySchedulingStrategy(host_id, soft=False)
         answers[probe.options(scheduling_strategy=there).remote()] = host_id
     deadline = time.monotonic() + _ANSWER_S
@@ -75,14 +85,16 @@ def _available_memory(host_ids: list[str], stop: threading.Event) -> dict[str, i
         try:
             memory[answers[answer]] = ray.get(answer)
         except ray.exceptions.RayError as error:
-            _memory_unknown(answers[answer], type(error).__name__)
+            _memory_unknown(names[answers[answer]], ray_cause(error))
     for answer in late:
         if not stop.is_set():
-            _memory_unknown(answers[answer], f"no answer within {_ANSWER_S:g} s")
+            _memory_unknown(names[answers[answer]], f"no answer within {_ANSWER_S:g} s")
         ray.cancel(answer, force=True)
     return memory
 
 
+@cache
 def _memory_unknown(node: str, cause: str) -> None:
-    words = "Node %s is left out: how much memory it has free could not be asked (%s)."
+    """Says so once, as machines are asked again and again while room is looked for."""
+    words = "How much memory is free on node %s is not known (%s). Is Heterodyne installed there?"
     logger.warning(words, node, cause, extra=said("host_memory_unknown", node=node, cause=cause))

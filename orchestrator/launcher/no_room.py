@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from placement.planning.seating import Need, matches_labels
+from placement.planning.seating import NODE_ID_LABEL, Need, matches_labels
 
 _KEYS = {"CPU": "lower threads", "GPU": "use device: cpu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeResources:
-    """What a node that lives has, and what of it is free, by Ray's names for resources."""
+    """Says what a node that lives has, and what of it is free, by Ray's names for resources."""
 
     name: str
     labels: Mapping[str, str]
@@ -21,7 +21,7 @@ class NodeResources:
 def no_room(needs: Sequence[Need], nodes: Sequence[NodeResources]) -> str:
     """Returns why not all of ``needs`` found a place at once, and what to do about it."""
     for need in needs:
-        problem = _no_place(need, nodes)
+        problem = no_place(need, nodes)
         if problem is not None:
             return problem
     for name in ("CPU", "GPU"):
@@ -35,29 +35,42 @@ def no_room(needs: Sequence[Need], nodes: Sequence[NodeResources]) -> str:
     )
 
 
-def _no_place(need: Need, nodes: Sequence[NodeResources]) -> str | None:
-    """Says why one worker alone would find no place; None where it would."""
+def no_place(need: Need, nodes: Sequence[NodeResources]) -> str | None:
+    """Returns why one worker alone would find no place, and what to do about it; None where it would find one."""
     fitting = [node for node in nodes if matches_labels(need.labels, node.labels)]
     if not fitting:
-        wanted = ", ".join(f"{key}: {value}" for key, value in sorted(need.labels.items()))
-        return f"no live node has labels {{{wanted}}}. Correct node_labels, or start a node that has them"
+        return _no_such_node(need, nodes)
     for name in ("CPU", "GPU"):
         needed = _amount(need, name)
         if any(needed <= node.free.get(name, 0.0) for node in fitting):
             continue
         most = max(node.total.get(name, 0.0) for node in fitting)
-        where = " with its labels" if need.labels else ""
+        where = _where(need, fitting)
         if needed > most:
-            return f"no node{where} has {_count(needed, name)}: the largest has {most:g}. {_fix(name, stop=False)}"
+            largest = "it" if NODE_ID_LABEL in need.labels else "the largest"
+            return f"{where} {_count(needed, name)}: {largest} has {most:g}. {_fix(name, stop=False)}"
         total = _total(fitting, name)
         reserved = total - _sum(fitting, name)
-        said = (
-            f"no node{where} has {_count(needed, f'free {name}')}: {reserved:g} of {total:g} are reserved by other jobs"
-        )
+        said = f"{where} {_count(needed, f'free {name}')}: {reserved:g} of {total:g} are reserved by other jobs"
         return f"{said}. {_fix(name)}"
     if not any(all(_amount(need, name) <= node.free.get(name, 0.0) for name in _KEYS) for node in fitting):
         return f"no node has {_count(need.num_cpus, 'free CPU')} beside a free GPU. {_fix('GPU')}"
     return None
+
+
+def _no_such_node(need: Need, nodes: Sequence[NodeResources]) -> str:
+    labels = {key: value for key, value in need.labels.items() if key != NODE_ID_LABEL}
+    there = ", ".join(node.name for node in nodes)
+    if not labels:
+        return f"the node that it was to run on has left the cluster. Start Ray there again, or use one of {there}"
+    wanted = ", ".join(f"{key}: {value}" for key, value in sorted(labels.items()))
+    return f"no live node has labels {{{wanted}}}. Correct node_labels, or start a node that has them"
+
+
+def _where(need: Need, fitting: Sequence[NodeResources]) -> str:
+    if NODE_ID_LABEL in need.labels:
+        return f"node {fitting[0].name} does not have"
+    return "no node with its labels has" if need.labels else "no node has"
 
 
 def _amount(need: Need, name: str) -> int:

@@ -15,6 +15,8 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from placement.errors import cause_of
+
 # A call that changes nothing; where Ray asks for a token, it does so for every call.
 _HARMLESS_CALL = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _ANSWER_TIMEOUT_S = 5.0
@@ -68,3 +70,8 @@ def answers_without_token(gcs_address: str) -> bool:
         except grpc.RpcError:
             return False
     return True
+
+
+def ray_cause(error: ray.exceptions.RayError) -> str:
+    """Returns what went wrong in one line, as Ray's own texts are tracebacks and lists."""
+    return cause_of(error.cause if isinstance(error, ray.exceptions.RayTaskError) else error)

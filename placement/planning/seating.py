@@ -23,6 +23,7 @@ class Host:
         name: what people call the machine, which is its hostname.
         address: where other machines reach it.
         memory_bytes: memory that can be allocated there now; None where the machine did not say.
+        total_cpus, total_gpus: what the machine has, free or not.
     """
 
     host_id: str
@@ -31,11 +32,9 @@ class Host:
     num_cpus: float
     num_gpus: float
     memory_bytes: int | None
+    total_cpus: float
+    total_gpus: float
     address: str = ""
-
-    def is_called(self, name: str) -> bool:
-        """Whether ``name`` is the machine's hostname, with its domain or without, its address or its id."""
-        return name in (self.name, self.name.partition(".")[0], self.address, self.host_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +58,27 @@ def pin(need: Need, host: Host) -> Need:
     return replace(need, labels={**need.labels, NODE_ID_LABEL: host.host_id})
 
 
+def named(name: str, hosts: Sequence[Host]) -> list[Host]:
+    """Returns the machines that ``name`` stands for: an id, a hostname, an address, or a hostname without its domain.
+
+    The first of these that some machine has counts.
+    """
+    for of in (lambda host: host.host_id, lambda host: host.name, lambda host: host.address, _short_name):
+        if found := [host for host in hosts if of(host) == name]:
+            return found
+    return []
+
+
+def _short_name(host: Host) -> str:
+    return host.name.partition(".")[0]
+
+
 def could_swap(one: Need, other: Need, hosts: Sequence[Host]) -> bool:
-    """Whether two workers could run on two of the machines either way round."""
-    for here, there in itertools.combinations(hosts, 2):
-        if all(_fits(need, host, host.num_cpus, host.num_gpus) for need in (one, other) for host in (here, there)):
-            return True
-    return False
+    """Returns whether two workers could run on two of the machines either way round, once these are free."""
+    return any(
+        all(_fits(need, host, host.total_cpus, host.total_gpus) for need in (one, other) for host in pair)
+        for pair in itertools.combinations(hosts, 2)
+    )
 
 
 def seat(needs: Sequence[Need], hosts: Sequence[Host]) -> tuple[Host, ...] | None:

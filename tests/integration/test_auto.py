@@ -1,5 +1,6 @@
 """A model that no worker has memory for, through real Ray: cut by what was measured, and served."""
 
+import os
 import re
 import shlex
 
@@ -14,7 +15,8 @@ from tests.support.deploying.service import serve
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 # The demo model takes 412 MiB of a worker, 384 of them the process; its context takes all of the KV cache.
-WORKERS = "[{name: one, device: cpu, threads: 2, memory: 411MiB}, {name: two, device: cpu, threads: 1, memory: 411MiB}]"
+THREADS = min(2, os.cpu_count() or 1)
+WORKERS = f"[{{name: one, device: cpu, threads: {THREADS}, memory: 411MiB}}, {{name: two, device: cpu, threads: 1, memory: 411MiB}}]"
 SETTINGS = (
     f"cluster.workers={WORKERS}",
     "model.max_context_tokens=1024",

@@ -176,7 +176,8 @@ async def test_a_node_that_has_no_model_directory_is_named_with_the_fix(machines
 
 
 async def test_unequal_shares_of_workers_that_name_no_machine_are_refused_with_the_fix(machines: Machines) -> None:
-    unnamed = "cluster.workers=[{name: most, threads: 2}, {name: rest, threads: 2}]"
+    all_cores = f"threads: {os.cpu_count()}"  # so that a machine has room for one of them
+    unnamed = f"cluster.workers=[{{name: most, {all_cores}}}, {{name: rest, {all_cores}}}]"
     error = await told(machines, "big", serve(f"'{unnamed}'"))
     assert "most, rest" in error and "node: big (192.168.7.1) or small (192.168.7.2)" in error, error
 

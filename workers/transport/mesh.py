@@ -30,8 +30,6 @@ _REACH_S = 6.0
 _CHECK_S = 0.1
 # A visitor that connects and sends nothing is turned away after this time.
 _HELLO_S = 2.0
-
-
 _FIX = "let all TCP ports pass between the machines (a firewall?), or set cluster.bind_host to an address they reach"
 
 

@@ -20,7 +20,14 @@ from tests.support.deploying.deployment import MACHINE, make_config, too_large_f
 
 def host(name: str, memory_bytes: int | None = 2**36, num_cpus: float = 8) -> Host:
     return Host(
-        host_id=f"id-{name}", name=name, labels={"at": name}, num_cpus=num_cpus, num_gpus=0, memory_bytes=memory_bytes
+        host_id=f"id-{name}",
+        name=name,
+        labels={"at": name},
+        num_cpus=num_cpus,
+        num_gpus=0,
+        memory_bytes=memory_bytes,
+        total_cpus=num_cpus,
+        total_gpus=0,
     )
 
 

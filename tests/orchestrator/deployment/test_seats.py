@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 from orchestrator.config.document import Config
 from orchestrator.deployment import seats
-from orchestrator.deployment.seats import Seats, find_seats, listening_host, pin_named
+from orchestrator.deployment.seats import Seats, check_large_enough, find_seats, listening_host, pin_named
 from orchestrator.deployment.telling_apart import check_told_apart, unequal_pairs
 from orchestrator.errors import LaunchFailed
 from placement.errors import InvalidConfig
-from placement.planning.seating import NODE_ID_LABEL, Host, Need, seat
+from placement.planning.seating import NODE_ID_LABEL, Host, Need, named, seat
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.deployment import in_stages, make_config, shared_sequences, two_ranks
 
@@ -27,6 +28,8 @@ def host(name: str, address: str, num_cpus: float = 4, **labels: str) -> Host:
         num_cpus=num_cpus,
         num_gpus=0,
         memory_bytes=None,
+        total_cpus=num_cpus,
+        total_gpus=0,
         address=address,
     )
 
@@ -64,7 +67,7 @@ def test_who_is_asked_to_stop_looks_for_no_more_machines(config: Config, monkeyp
     monkeypatch.setattr(seats, "find_hosts", find_hosts)
     started_s = time.monotonic()
     with pytest.raises(LaunchFailed, match="stopped while machines were looked for"):
-        find_seats(config, [ONE], stop)
+        find_seats(config, [ONE], stop, num_layers=8)
     assert time.monotonic() < started_s + PATIENCE_S
 
 
@@ -72,7 +75,7 @@ def test_room_that_becomes_free_a_moment_later_is_found(config: Config, monkeypa
     monkeypatch.setattr(seats, "_SEAT_S", PATIENCE_S)
     answers = iter([(), (), (BIG,)])
     monkeypatch.setattr(seats, "find_hosts", lambda stop: next(answers))
-    assert find_seats(config, [ONE], threading.Event()).hosts == (BIG,)
+    assert find_seats(config, [ONE], threading.Event(), num_layers=8).hosts == (BIG,)
 
 
 @pytest.mark.parametrize("names", [("small", "big"), ("small.lan", "10.0.0.1"), ("10.0.0.2", "id-big.lan")])
@@ -80,7 +83,9 @@ def test_a_worker_runs_on_the_machine_that_it_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(seats, "find_hosts", lambda stop: (BIG, SMALL))
-    found = find_seats(joined(tmp_path, {"node": names[0]}, {"node": names[1]}), [ONE, ONE], threading.Event())
+    found = find_seats(
+        joined(tmp_path, {"node": names[0]}, {"node": names[1]}), [ONE, ONE], threading.Event(), num_layers=8
+    )
     assert found.hosts == (SMALL, BIG)
     assert [need.labels[NODE_ID_LABEL] for need in found.needs] == ["id-small.lan", "id-big.lan"]
 
@@ -90,7 +95,7 @@ def test_a_machine_that_joins_a_moment_later_is_waited_for(tmp_path: Path, monke
     answers = iter([(BIG,), (BIG, SMALL)])
     monkeypatch.setattr(seats, "find_hosts", lambda stop: next(answers))
     config = joined(tmp_path, {"node": "big"}, {"node": "small"})
-    assert find_seats(config, [ONE, ONE], threading.Event()).hosts == (BIG, SMALL)
+    assert find_seats(config, [ONE, ONE], threading.Event(), num_layers=8).hosts == (BIG, SMALL)
 
 
 def test_a_name_that_no_machine_has_or_several_have_is_refused_with_those_there_are(
@@ -100,16 +105,29 @@ def test_a_name_that_no_machine_has_or_several_have_is_refused_with_those_there_
     monkeypatch.setattr(seats, "find_hosts", lambda stop: (BIG, SMALL))
     config = joined(tmp_path, {"node": "large"}, {})
     with pytest.raises(InvalidConfig, match=r"node: is no machine.*'large'.*big.lan \(10.0.0.1\), small.lan \(10"):
-        find_seats(config, [ONE, ONE], threading.Event())
+        find_seats(config, [ONE, ONE], threading.Event(), num_layers=8)
     twin = dataclasses.replace(SMALL, name="big.lan")
-    with pytest.raises(InvalidConfig, match=r"several machines.*Write its address"):
+    with pytest.raises(InvalidConfig, match=r"several machines.*Write the address of one: 10.0.0.1, 10"):
         pin_named(joined(tmp_path, {"node": "big"}, {}), [ONE, ONE], (BIG, twin))
+
+
+def check(config: Config, needs: Sequence[Need], *seats: Host, hosts: Sequence[Host] = (BIG, SMALL)) -> None:
+    check_told_apart(config, 8, needs, hosts, seats or None)
 
 
 def test_unequal_shares_that_nothing_tells_apart_are_refused_with_the_fix(tmp_path: Path) -> None:
     config = joined(tmp_path)
-    with pytest.raises(InvalidConfig, match=r"worker-0, worker-1.*node: big.lan \(10.0.0.1\) or small.lan \(10"):
-        check_told_apart(config, [ONE, ONE], (BIG, SMALL))
+    for seated in ((BIG, SMALL), (SMALL, BIG), ()):
+        with pytest.raises(
+            InvalidConfig, match=r"worker-0, worker-1.*node: (big|small).lan \(10.0.0.\d\) or (big|small)"
+        ):
+            check(config, [ONE, ONE], *seated)
+
+
+def test_that_a_machine_is_full_tells_nobody_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [dataclasses.replace(each, num_cpus=0.0) for each in (BIG, SMALL)]
+    with pytest.raises(InvalidConfig, match="unequal shares"):
+        check(joined(tmp_path), [ONE, ONE], hosts=full)
 
 
 def test_it_is_found_before_workers_are_placed_on_several_machines_but_not_on_one(
@@ -118,23 +136,44 @@ def test_it_is_found_before_workers_are_placed_on_several_machines_but_not_on_on
     config = joined(tmp_path)
     monkeypatch.setattr(seats, "find_hosts", lambda stop: (host("a", "1", 1), host("b", "2", 1)))
     with pytest.raises(InvalidConfig, match="unequal shares"):
-        find_seats(config, [ONE, ONE], threading.Event())
+        find_seats(config, [ONE, ONE], threading.Event(), num_layers=8)
     monkeypatch.setattr(seats, "find_hosts", lambda stop: (host("a", "1", 2), host("b", "2", 1)))
-    found = find_seats(config, [ONE, ONE], threading.Event())
+    found = find_seats(config, [ONE, ONE], threading.Event(), num_layers=8)
     assert found.hosts is not None and {each.name for each in found.hosts} == {"a"}
 
 
 def test_labels_names_and_sizes_tell_workers_apart(tmp_path: Path) -> None:
     config = joined(tmp_path)
     by_label = [dataclasses.replace(ONE, labels={"kind": kind}) for kind in ("big", "small")]
-    check_told_apart(config, by_label, (BIG, SMALL))
-    check_told_apart(config, [*by_label[:1], ONE], (BIG, SMALL))
-    check_told_apart(config, [dataclasses.replace(ONE, num_cpus=8), ONE], (BIG, dataclasses.replace(SMALL, num_cpus=8)))
-    check_told_apart(
-        config, pin_named(joined(tmp_path, {"node": "big"}, {"node": "small"}), [ONE, ONE], (BIG, SMALL)), (BIG, SMALL)
-    )
+    check(config, by_label, BIG, SMALL)
+    check(config, [*by_label[:1], ONE], BIG, SMALL)
+    large, larger = dataclasses.replace(ONE, num_cpus=8), dataclasses.replace(SMALL, total_cpus=8)
+    check(config, [large, ONE], larger, BIG)
+    apart = joined(tmp_path, {"node": "big"}, {"node": "small"})
+    check(apart, pin_named(apart, [ONE, ONE], (BIG, SMALL)), BIG, SMALL)
     with pytest.raises(InvalidConfig):
-        check_told_apart(config, [dataclasses.replace(ONE, num_cpus=4), ONE], (BIG, SMALL))
+        check(config, [dataclasses.replace(ONE, num_cpus=4), ONE], BIG, SMALL)
+
+
+def test_a_machine_that_nobody_could_swap_to_is_no_choice(tmp_path: Path) -> None:
+    """The third machine would take both, but each of the two was given another."""
+    pinned = [dataclasses.replace(ONE, labels={NODE_ID_LABEL: f"id-{each.name}"}) for each in (BIG, SMALL)]
+    check(joined(tmp_path), pinned, BIG, SMALL, hosts=(BIG, SMALL, host("third", "10.0.0.3")))
+
+
+def test_a_worker_that_no_machine_could_ever_take_is_refused_at_once(tmp_path: Path) -> None:
+    apart = joined(tmp_path, {"node": "small"}, {"node": "big"})
+    pinned = pin_named(apart, [dataclasses.replace(ONE, num_cpus=5), ONE], (BIG, SMALL))
+    with pytest.raises(InvalidConfig, match=r"node small.lan does not have 5 CPUs: it has 4 .*Lower threads"):
+        check_large_enough(apart, pinned, (BIG, SMALL))
+    check_large_enough(apart, [ONE, pinned[1]], (dataclasses.replace(BIG, num_cpus=0.0), SMALL))
+
+
+def test_an_exact_name_counts_before_a_short_one_and_an_address_may_be_of_two() -> None:
+    exact = dataclasses.replace(SMALL, name="big")
+    assert named("big", (BIG, exact)) == [exact] and named("big", (BIG, SMALL)) == [BIG]
+    twin = dataclasses.replace(BIG, host_id="other")
+    assert named("10.0.0.1", (BIG, twin)) == [BIG, twin] and named("id-big.lan", (BIG, twin)) == [BIG]
 
 
 @pytest.mark.parametrize(
@@ -143,8 +182,10 @@ def test_labels_names_and_sizes_tell_workers_apart(tmp_path: Path) -> None:
         (two_ranks((1, 1)), []),
         (two_ranks((2, 2)), []),
         (two_ranks((3, 1)), [(0, 1)]),
+        (two_ranks((1, 1), count=2), []),
         (shared_sequences((1, 2, 2)), [(0, 1), (0, 2)]),
         (in_stages((1,), (1,)), []),
+        (in_stages((1,), (1,), last_layers=4), []),
         (in_stages((1,), (1,), last_layers=1), [(0, 1)]),
         (in_stages((1, 1), (1,)), [(0, 2), (1, 2)]),
         ({"cluster": {"workers": [{"count": 2, "threads": 1}]}}, []),
@@ -153,7 +194,16 @@ def test_labels_names_and_sizes_tell_workers_apart(tmp_path: Path) -> None:
 def test_shares_are_unequal_where_they_are_asked_to_be(
     tmp_path: Path, sections: dict[str, Any], pairs: list[tuple[int, int]]
 ) -> None:
-    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections))) == pairs
+    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == pairs
+
+
+def test_a_whole_replica_is_a_larger_share_than_half_of_another(tmp_path: Path) -> None:
+    stages = [[{"workers": ["worker-0"]}], [{"workers": ["worker-1", "worker-2"]}]]
+    sections = {
+        "cluster": {"workers": [{"count": 3, "threads": 1}]},
+        "serving": {"parallelism": {"replicas": [{"stages": each} for each in stages]}},
+    }
+    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == [(0, 1), (0, 2)]
 
 
 def test_workers_listen_on_loopback_only_where_all_are_on_this_machine(tmp_path: Path) -> None:

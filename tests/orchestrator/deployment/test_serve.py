@@ -18,7 +18,7 @@ from orchestrator.event_log import EventLog
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 from tests.support.clocks import PATIENCE_S
 
-READY = control_pb2.PHASE_READY
+READY, FAILED = control_pb2.PHASE_READY, control_pb2.PHASE_FAILED
 
 
 @dataclass
@@ -64,7 +64,7 @@ class RunningGateway:
         return False
 
 
-def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: RunningGateway | None = None) -> bool:
+def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: RunningGateway | None = None) -> Any:
     gateway = cast(serve.GatewayProcess, running or RunningGateway())
     log = EventLog(Console(file=io.StringIO()))
     with serve._watch(controller.address) as states, LoadProgress(log) as progress:
@@ -122,21 +122,42 @@ def test_a_deployment_is_ready_once_its_gateway_serves(controller: Controller) -
         launch(controller, running=RunningGateway(serves_after=10**9), timeout_s=0.5)
 
 
-def test_it_ends_once_no_replica_is_left(controller: Controller) -> None:
-    def state(*phases: "control_pb2.Phase.ValueType") -> control_pb2.WatchResponse:
-        replicas = [
-            control_pb2.Replica(name=f"replica-{at}", phase=phase, cause="" if phase == READY else f"no {at}")
-            for at, phase in enumerate(phases)
-        ]
-        return control_pb2.WatchResponse(phase=READY, replicas=replicas)
+def replicas(*phases: "control_pb2.Phase.ValueType") -> control_pb2.WatchResponse:
+    """A deployment that was ready once, with replicas in these phases."""
+    each = [
+        control_pb2.Replica(name=f"replica-{at}", phase=phase, cause="" if phase == READY else f"no {at}")
+        for at, phase in enumerate(phases)
+    ]
+    return control_pb2.WatchResponse(phase=READY, replicas=each)
 
-    failed = control_pb2.PHASE_FAILED
-    controller.states = [state(READY, READY), state(READY, failed), state(failed, failed)]
-    out, gateway = io.StringIO(), cast(serve.GatewayProcess, RunningGateway())
+
+def supervise(
+    controller: Controller,
+    gateway: RunningGateway,
+    out: io.StringIO,
+    *,
+    at_first: control_pb2.WatchResponse | None = None,
+    stop: serve.StopRequest | None = None,
+) -> str | None:
+    log = EventLog(Console(file=out, width=200))
     with serve._watch(controller.address) as states:
-        log = EventLog(Console(file=out, width=200))
-        cause = serve._supervise(states, gateway, serve.StopRequest(), log)
-    assert cause == "no 1" and out.getvalue().count("phase=failed") == 2
+        return serve._supervise(at_first, states, cast(serve.GatewayProcess, gateway), stop or serve.StopRequest(), log)
+
+
+def test_it_ends_once_no_replica_is_left(controller: Controller) -> None:
+    controller.states = [replicas(READY, READY), replicas(READY, FAILED), replicas(FAILED, FAILED)]
+    out = io.StringIO()
+    assert supervise(controller, RunningGateway(), out) == "no 1"
+    assert out.getvalue().count("phase=failed") == 2
+
+
+def test_a_replica_that_was_lost_before_the_gateway_served_is_told_of_too(controller: Controller) -> None:
+    controller.states = [replicas(READY, FAILED)]
+    at_first = launch(controller)
+    controller.states = [replicas(FAILED, FAILED)]
+    out = io.StringIO()
+    assert supervise(controller, RunningGateway(), out, at_first=at_first) == "no 1"
+    assert [line.split("replica=")[1].split()[0] for line in out.getvalue().splitlines()] == ["replica-1", "replica-0"]
 
 
 def test_serving_goes_on_without_the_controller_which_is_said_once(controller: Controller) -> None:
@@ -152,6 +173,14 @@ def test_serving_goes_on_without_the_controller_which_is_said_once(controller: C
         stop.asked.set()
 
     threading.Thread(target=stop_later, daemon=True).start()
-    with serve._watch(controller.address) as states:
-        serve._supervise(states, cast(serve.GatewayProcess, gateway), stop, EventLog(Console(file=out)))
+    assert supervise(controller, gateway, out, stop=stop) is None
     assert out.getvalue().count("event=controller_lost") == 1
+
+
+def test_a_gateway_that_serves_nothing_once_the_controller_is_lost_is_the_end(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_ALONE_S", 0.5)
+    controller.end.set()
+    cause = supervise(controller, RunningGateway(serves_after=10**9), io.StringIO())
+    assert cause is not None and "the controller was lost" in cause and "no replica answers any more" in cause

@@ -13,7 +13,10 @@ from placement.planning.seating import Host, Need, need_of, seat
 
 
 def host(name: str, num_cpus: float = 8, num_gpus: float = 0, **labels: str) -> Host:
-    return Host(host_id=name, name=name, labels=labels, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=None)
+    return Host(
+        host_id=name, name=name, labels=labels, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=None,
+        total_cpus=num_cpus, total_gpus=num_gpus,
+    )  # fmt: skip
 
 
 def cpu(num_threads: int, **labels: str) -> Need:
