@@ -15,10 +15,12 @@ from tests.support.deploying.service import serve
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 # The demo model takes 412 MiB of a worker, 384 of them the process; its context takes all of the KV cache.
-THREADS = min(2, os.cpu_count() or 1)
-WORKERS = f"[{{name: one, device: cpu, threads: {THREADS}, memory: 411MiB}}, {{name: two, device: cpu, threads: 1, memory: 411MiB}}]"
+WORKERS = ", ".join(
+    f"{{name: {name}, device: cpu, threads: {threads}, memory: 411MiB}}"
+    for name, threads in (("one", min(2, os.cpu_count() or 1)), ("two", 1))
+)
 SETTINGS = (
-    f"cluster.workers={WORKERS}",
+    f"cluster.workers=[{WORKERS}]",
     "model.max_context_tokens=1024",
     "serving.kv_cache=4MiB",
     "serving.token_budget=64",
