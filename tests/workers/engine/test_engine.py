@@ -11,6 +11,7 @@ import torch
 from placement.errors import FieldError, cause_of
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason
+from protos.codec.log_record import record_of
 from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
 from tests.support.oracle import greedy_each
 from workers.engine.types import Submission
@@ -160,11 +161,15 @@ def test_a_lost_peer_is_a_line_in_the_log_and_what_nobody_expects_has_its_traceb
     runner = SlowRunner()
     runner.error = error
     parts = make_engine(runner, vocab_size=16)
-    parts.engine.submit(Listener(), 0, submission([3, 4], max_tokens=5))
-    runner.gate.release()
-    parts.engine.ended.result(WAIT_S)
-    (record,) = [record for record in caplog.records if record.message.startswith("engine_failed ")]
-    assert cause_of(error) in record.message and (record.exc_info is not None) == has_traceback
+    with caplog.at_level("DEBUG"):
+        parts.engine.submit(Listener(), 0, submission([3, 4], max_tokens=5))
+        runner.gate.release()
+        parts.engine.ended.result(WAIT_S)
+    (found,) = [
+        said for said in (record_of(each, "worker") for each in caplog.records) if said.event == "engine_failed"
+    ]
+    assert found.fields["cause"] == cause_of(error) and ("traceback" in found.fields) == has_traceback
+    assert found.level == ("error" if has_traceback else "debug")
 
 
 def test_a_draining_engine_finishes_what_it_has_and_refuses_what_comes(make_engine: Any) -> None:
