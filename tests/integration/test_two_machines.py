@@ -105,14 +105,16 @@ def test_the_readme_word_for_word(machines: Machines) -> None:
     host, submit = step(2)
     with Command(machines.script(host, submit), env=ENV) as job:
         name = job.wait_for(r"Job '(raysubmit_\w+)' submitted", START_S)[1]
-        job.wait_for("event=serving .*address=127.0.0.1:50051", START_S)
-        assert "event=ray_without_authentication" not in job.output()
-        host, look = step(3)
-        said = machines.run(host, look)
-        assert places(said) == [("big", "192.168.7.1"), ("small", "192.168.7.2")]
-        assert "node=big worker=most " in said and "node=small worker=rest " in said, said
-        assert "16 generated" in said
-        machines.run("big", f"ray job stop --address http://127.0.0.1:8265 {name}\n")
+        try:
+            job.wait_for("event=serving .*address=127.0.0.1:50051", START_S)
+            assert "event=ray_without_authentication" not in job.output()
+            host, look = step(3)
+            said = machines.run(host, look)
+            assert places(said) == [("big", "192.168.7.1"), ("small", "192.168.7.2")]
+            assert "node=big worker=most " in said and "node=small worker=rest " in said, said
+            assert "16 generated" in said
+        finally:  # the job outlives the command that follows its log
+            machines.run("big", f"ray job stop --address http://127.0.0.1:8265 {name}\n")
         job.wait_for("event=drained", PATIENCE_S)
 
 
