@@ -170,5 +170,8 @@ class LogHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints it."""
-        self._log.print(record_of(record, SERVE))
+        """Prints it. What cannot be printed is no error of whoever logs it."""
+        try:
+            self._log.print(record_of(record, SERVE))
+        except Exception:
+            self.handleError(record)
