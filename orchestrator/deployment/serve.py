@@ -248,7 +248,7 @@ def _launch(
             raise LaunchFailed(f"the controller was lost while the deployment started ({lost})") from None
         progress.tick()
         if gateway.ended():
-            raise LaunchFailed(f"the gateway ended with exit code {gateway.process.returncode}")
+            raise LaunchFailed(gateway.why_ended())
         if time.monotonic() > deadline:
             raise LaunchFailed(f"the deployment was not ready after {timeout_s:g} s")
         if state is not None:
@@ -273,7 +273,7 @@ def _supervise(states: States, gateway: GatewayProcess, stop: StopRequest, log: 
     phases: dict[tuple[str, int], control_pb2.Phase.ValueType] = {}
     while not stop.asked.is_set():
         if gateway.ended():
-            raise ServiceEnded(f"the gateway ended by itself with exit code {gateway.process.returncode}")
+            raise ServiceEnded(gateway.why_ended())
         try:
             state = states()
         except _ControllerLost as lost:
