@@ -17,6 +17,7 @@ from enum import StrEnum
 from rich.console import Console
 
 from orchestrator.key_values import key_values, printable
+from orchestrator.output import dropped_words
 from protos.codec.log_record import LEVELS, LogRecord, record_of
 
 # What is said again and again is printed again once it was not said for as long as this.
@@ -109,7 +110,7 @@ class EventLog:
         self.format = format
         self.level = level
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may log at any time
         # When each of the latest warnings and errors was printed.
         self._printed: dict[tuple[str, str], float] = {}
 
@@ -119,8 +120,11 @@ class EventLog:
 
     def tell(self, said: Said) -> None:
         """Prints an event of this process."""
+        self.print(self._record(said))
+
+    def _record(self, said: Said) -> LogRecord:
         fields = {name: value for name, value in said.fields.items() if str(value)}
-        record = LogRecord(
+        return LogRecord(
             time_s=self._clock(),
             source=SERVE,
             message=said.sentence,
@@ -128,7 +132,16 @@ class EventLog:
             level=said.level.value,
             fields=fields,
         )
-        self.print(record)
+
+    def dropped_line(self, num_lines: int) -> str:
+        """Returns the line, with its end, that stands where lines were dropped, as nothing read them."""
+        words, fields = dropped_words(num_lines), {"lines": num_lines}
+        said = Said(event="output_dropped", sentence=words, fields=fields, level=LogLevel.WARNING)
+        return f"{self.line(said)}\n"
+
+    def line(self, said: Said) -> str:
+        """Returns how an event of this process is written."""
+        return _WRITE[self.format](self._record(said))
 
     def pass_on(self, line: str, source: str) -> None:
         """Prints a line of another process, which is a record of ours or a library's words."""
@@ -170,5 +183,8 @@ class LogHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints it."""
-        self._log.print(record_of(record, SERVE))
+        """Prints it. What cannot be printed is no error of whoever logs it."""
+        try:
+            self._log.print(record_of(record, SERVE))
+        except Exception:
+            self.handleError(record)

@@ -23,7 +23,8 @@ from orchestrator.config.environment import unknown_variables
 from orchestrator.config.json_schema import schema_text
 from orchestrator.config.types import parse_address
 from orchestrator.errors import refuse
-from orchestrator.event_log import EventLog, LogFormat, LogHandler, LogLevel
+from orchestrator.event_log import EventLog, LogFormat, LogHandler, LogLevel, Said
+from orchestrator.output import queued_output
 from placement.errors import HeterodyneError, InvalidConfig
 from protos.codec.log_record import log_to
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -53,7 +54,7 @@ LogLevelOption = Annotated[LogLevel, typer.Option("--log-level", help="the least
 
 @contextmanager
 def _errors_in_one_line(log: EventLog | None = None) -> Iterator[None]:
-    """Prints an error that is meant for the user as one line, without a traceback, and exits with 1.
+    """Prints an error that is meant for the user as one line on standard error, without a traceback; exits with 1.
 
     It is the answer of the command, so it looks the same in all formats but JSON, where every line is an object.
     """
@@ -62,10 +63,10 @@ def _errors_in_one_line(log: EventLog | None = None) -> Iterator[None]:
     except HeterodyneError as error:
         if _line_open:
             _write("\n")
+        line = f"error: {error}"
         if log is not None and log.format is LogFormat.JSON:
-            log.say("error", str(error), level=LogLevel.ERROR)
-        else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            line = log.line(Said(event="error", sentence=str(error), level=LogLevel.ERROR))
+        print(line, file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
 
@@ -102,8 +103,9 @@ def serve(
     from orchestrator.deployment.serve import serve as run
 
     log = EventLog(Console(), format=log_format, level=log_level)
-    log_to(LogHandler(log), level=log_level.value)
-    with _errors_in_one_line(log):
+    # A terminal that is paused, or a pager, must not stop the service.
+    with queued_output(log.dropped_line), _errors_in_one_line(log):
+        log_to(LogHandler(log), level=log_level.value)
         code = run(config, overrides=overrides, log=log, on_ready=partial(_tell_ready, ready_fd))
     raise typer.Exit(code)
 

@@ -170,6 +170,9 @@ def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
 
 
 def _loaded(rank: admin_pb2.RankStatus) -> str:
+    """Writes how much a rank holds of its weights; nothing where that is not known."""
+    if not rank.weight_bytes:
+        return ""
     total = format_bytes(rank.weight_bytes)
     return total if rank.loaded_bytes >= rank.weight_bytes else f"{format_bytes(rank.loaded_bytes)} of {total}"
 

@@ -1,22 +1,10 @@
 """Owns the events that change the controller's state, and the commands that follow from the state."""
 
 from dataclasses import dataclass
-from enum import Enum
 
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.planning.plan import Plan, Shard
-
-
-class Loading(Enum):
-    """What a rank does while it loads."""
-
-    CONNECT = "connecting"
-    WEIGHTS = "loading"
-    KV_CACHE = "allocating KV cache"
-    COMPILE = "compiling"
-    MEASURE = "measuring links"
-    WARM_UP = "warming up"
-
+from protos.codec.loading import Loading
 
 # -- events: what happened ------------------------------------------------------------------------------------
 

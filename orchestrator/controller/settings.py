@@ -1,4 +1,4 @@
-"""What the controller is told at its start: the plan, and how ranks load it."""
+"""Owns what the controller is told at its start: the plan, and how ranks load it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from protos.heterodyne.worker.v1 import worker_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentSettings:
-    """The plan, and where and how long its ranks load the model.
+    """Holds the plan, and says where and for how long its ranks load the model.
 
     Attributes:
         model_path: the model's directory, on every node.

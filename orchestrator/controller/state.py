@@ -13,7 +13,6 @@ from enum import Enum
 from orchestrator.controller.events import (
     Event,
     Launch,
-    Loading,
     RankFailed,
     RankLoaded,
     RankProgress,
@@ -23,6 +22,7 @@ from orchestrator.controller.events import (
 )
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.planning.plan import Shard
+from protos.codec.loading import Loading
 
 
 class Phase(Enum):

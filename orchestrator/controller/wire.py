@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from orchestrator.controller.events import Loading, Member
+from orchestrator.controller.events import Member
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
+from protos.codec.loading import LOAD_PHASES, Loading, part_of
 from protos.codec.measured import measured_message
 from protos.codec.parts import shard_message
 from protos.heterodyne.control.v1 import control_pb2 as pb
@@ -21,20 +22,9 @@ _PHASES = {
 }
 
 
-_LOADING = {
-    Loading.CONNECT: worker_pb2.LOAD_PHASE_CONNECT,
-    Loading.WEIGHTS: worker_pb2.LOAD_PHASE_WEIGHTS,
-    Loading.KV_CACHE: worker_pb2.LOAD_PHASE_KV_CACHE,
-    Loading.COMPILE: worker_pb2.LOAD_PHASE_COMPILE,
-    Loading.MEASURE: worker_pb2.LOAD_PHASE_MEASURE,
-    Loading.WARM_UP: worker_pb2.LOAD_PHASE_WARM_UP,
-}
-_LOADING_OF = {phase: loading for loading, phase in _LOADING.items()}
-
-
 def loading(phase: worker_pb2.LoadPhase.ValueType) -> Loading:
     """Returns what a worker does that says so."""
-    return _LOADING_OF.get(phase, Loading.WEIGHTS)
+    return part_of(phase) or Loading.WEIGHTS
 
 
 def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
@@ -74,7 +64,7 @@ def _rank(rank: RankState) -> pb.Rank:
         measured=measured_message(rank.measured),
         cause=rank.cause,
         worker=rank.shard.device.worker,
-        load_phase=worker_pb2.LOAD_PHASE_UNSPECIFIED if rank.loading is None else _LOADING[rank.loading],
+        load_phase=worker_pb2.LOAD_PHASE_UNSPECIFIED if rank.loading is None else LOAD_PHASES[rank.loading],
         total_bytes=rank.total_bytes,
     )
 

@@ -1,5 +1,7 @@
 """Puts what ``serve`` says into words: each event has its name, its sentence and its fields. Pure."""
 
+import ipaddress
+
 from orchestrator.deployment.preflight import Checked
 from orchestrator.event_log import LogLevel, Said
 from protos.heterodyne.control.v1 import control_pb2
@@ -40,10 +42,12 @@ def measuring(num_workers: int) -> Said:
 def ready(checked: Checked, address: str) -> Said:
     """The service takes requests: what is served, where, and how to try it."""
     name, served, whole = checked.config.model.name, checked.plan.model.max_context_tokens, checked.model
+    here = _reached_here(address)
+    where = address if here == address else f"{address}, which is every interface"
     return Said(
         event="serving",
-        sentence=f"Ready: {name} at {address} (gRPC), context {served} of {whole.max_context_tokens} tokens; "
-        f'try: heterodyne generate "Hello" --address {address}',
+        sentence=f"Ready: {name} at {where} (gRPC), context {served} of {whole.max_context_tokens} tokens; "
+        f'try: heterodyne generate "Hello" --address {here}',
         fields={
             "model": name,
             "address": address,
@@ -51,6 +55,18 @@ def ready(checked: Checked, address: str) -> Said:
             "model_context_tokens": whole.max_context_tokens,
         },
     )
+
+
+def _reached_here(address: str) -> str:
+    """Returns where this machine reaches what listens on ``address``: a wildcard is no address to connect to."""
+    host, _, port = address.rpartition(":")
+    try:
+        wildcard = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:  # a name
+        return address
+    if not wildcard.is_unspecified:
+        return address
+    return f"127.0.0.1:{port}" if wildcard.version == 4 else f"[::1]:{port}"
 
 
 def replica_changed(replica: control_pb2.Replica) -> Said:

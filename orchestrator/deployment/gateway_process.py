@@ -19,7 +19,7 @@ from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
 from orchestrator.event_log import EventLog
-from orchestrator.launcher.process import environment
+from orchestrator.launcher.process import ended_by, environment
 from protos.codec.child_process import Listening
 from protos.codec.log_record import LAST_WORDS, LogRecord
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
@@ -29,6 +29,8 @@ _GATEWAY_START_S = 30.0
 # Beyond the grace period: closing streams and exporters.
 _GATEWAY_STOP_S = 10.0
 _LONGEST_LINE = 1 << 16
+# A child of the gateway's own may hold the pipe for longer.
+_LAST_OUTPUT_S = 1.0
 _HEALTH_S = 0.5
 _STATUS_S = 1.0
 _SERVICE = "heterodyne.v1.Inference"
@@ -39,16 +41,24 @@ _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 class GatewayProcess:
     """The gateway process, and the address it listens on."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", address: str) -> None:
-        self.process = process
+    def __init__(self, output: "_Output", address: str) -> None:
+        self.process = output.process
         self.address = address
+        self._output = output
 
     def ended(self) -> bool:
-        """Whether the process is no more."""
+        """Returns whether the process has ended."""
         return self.process.poll() is not None
 
+    def why_ended(self) -> str:
+        """Says in a clause how the process ended, with its last words where it had any. It has ended."""
+        assert self.process.returncode is not None
+        self._output.wait_end()
+        words = f": {self._output.last_words}" if self._output.last_words else ""
+        return f"the gateway {ended_by(self.process.returncode)}{words}"
+
     def serves(self) -> bool:
-        """Whether it would take a request now, as its own health service says."""
+        """Returns whether it would take a request now, as its own health service says."""
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
             with grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
@@ -110,7 +120,7 @@ def gateway_process(
     )  # fmt: skip
     output = _Output(process, log)
     try:
-        yield GatewayProcess(process, _listening(output, stop))
+        yield GatewayProcess(output, _listening(output, stop))
     finally:
         if process.poll() is None:
             process.kill()
@@ -140,7 +150,7 @@ def _why_silent(output: "_Output", *, timeout_s: float) -> str:
         return "the gateway's output ended, or could not be read, before it said where it listens"
     if output.last_words:
         return f"the gateway did not start: {output.last_words}"
-    return f"the gateway ended at its start with exit code {code}; its words are above"
+    return f"the gateway {ended_by(code)} at its start" + ("; its words are above" if code >= 0 else "")
 
 
 class _Output:
@@ -176,9 +186,13 @@ class _Output:
         finally:  # whatever ends it, nobody waits for a line that does not come
             self.first.put(None)
 
+    def wait_end(self) -> None:
+        """Reads what is left of a child that has ended, for a moment at most."""
+        self._thread.join(timeout=_LAST_OUTPUT_S)
+
     def close(self) -> None:
         """Reads what is left of a child that has ended, and closes the pipe."""
-        self._thread.join(timeout=_POLL_S)
+        self.wait_end()
         if not self._thread.is_alive():  # else a child of the gateway's still holds the other end
             assert self.process.stdout is not None
             self.process.stdout.close()

@@ -23,19 +23,20 @@ from rich.text import Text
 
 from orchestrator.event_log import EventLog, LogFormat, LogLevel, Said
 from placement.planning.memory import format_bytes
-from protos.codec.loading import READING, doing
+from protos.codec.loading import Loading, doing, part_of_rank
 from protos.heterodyne.control.v1 import control_pb2
 
 LINE_EVERY_S = 1.0
-STALL_S = 10.0
-"""How long a rank may read nothing while bytes are still to come."""
+STALL_S = 30.0
+"""How long a rank may have no more weights while some are to come. They count whole tensors, once these are converted,
+which for a large one takes some seconds."""
 
-LONG_S: Mapping[str, float] = {
-    "connecting": 20.0,
-    "allocating KV cache": 20.0,
-    "compiling": 120.0,
-    "measuring links": 60.0,
-    "warming up": 60.0,
+LONG_S: Mapping[Loading, float] = {
+    Loading.CONNECT: 20.0,
+    Loading.KV_CACHE: 20.0,
+    Loading.COMPILE: 120.0,
+    Loading.MEASURE: 60.0,
+    Loading.WARM_UP: 60.0,
 }
 """How long what has no bytes to count may take before that is worth a word."""
 
@@ -49,6 +50,8 @@ class _RankLoad:
 
     Attributes:
         moved_s: when it last read something, or began to do something else.
+        part: the part of its load that it is at.
+        knows_total: whether it has said how much it has to read, with which its reading begins.
         first_s: when its first bytes had come.
         first_bytes: how many those were.
     """
@@ -59,6 +62,8 @@ class _RankLoad:
     worker: str
     moved_s: float
     doing: str = ""
+    part: Loading | None = None
+    knows_total: bool = False
     loaded_bytes: int = 0
     total_bytes: int = 0
     first_s: float | None = None
@@ -73,12 +78,14 @@ class _RankLoad:
 
     @property
     def is_reading(self) -> bool:
-        return self.doing == READING and self.loaded_bytes < self.total_bytes
+        return self.part is Loading.WEIGHTS and self.knows_total and self.loaded_bytes < self.total_bytes
 
     @property
     def long_s(self) -> float | None:
         """Returns how long it may stand as it is; None where it may for as long as it likes."""
-        return STALL_S if self.is_reading else LONG_S.get(self.doing)
+        if self.is_reading:
+            return STALL_S
+        return None if self.part is None else LONG_S.get(self.part)
 
     def bytes_per_s(self, now_s: float) -> float | None:
         """Returns how fast bytes came since the first; None where that is not known."""
@@ -115,11 +122,13 @@ class LoadProgress:
                 load = self._rank_load(replica, rank, now_s)
                 now_doing = doing(rank)
                 changed = now_doing != load.doing
-                if rank.loaded_bytes > load.loaded_bytes or changed:
+                begins = rank.total_bytes > 0 and not load.knows_total
+                if rank.loaded_bytes > load.loaded_bytes or changed or begins:
                     load.moved_s, load.stall_shown = now_s, False
                 if rank.loaded_bytes and load.first_s is None:
                     load.first_s, load.first_bytes = now_s, rank.loaded_bytes
-                load.doing, load.loaded_bytes = now_doing, rank.loaded_bytes
+                load.doing, load.part, load.loaded_bytes = now_doing, part_of_rank(rank), rank.loaded_bytes
+                load.knows_total = rank.total_bytes > 0
                 load.total_bytes = rank.total_bytes or rank.weight_bytes
                 is_loading = rank.phase in _LOADING
                 self._show(load, now_s, changed=changed, is_loading=is_loading)
@@ -139,9 +148,10 @@ class LoadProgress:
 
     def _say_stalled(self, load: _RankLoad, stood_s: float) -> None:
         of = f"{format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}"
+        why = "its disk is slow, or a large tensor is being converted"
         self._log.say(
             "stall",
-            f"{load.name} has read nothing for {stood_s:.0f} s, and stands at {of}: look at the disk of its node.",
+            f"{load.name} has stood at {of} for {stood_s:.0f} s: {why}.",
             level=LogLevel.WARNING,
             replica=load.replica,
             rank=load.rank,

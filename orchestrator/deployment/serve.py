@@ -250,7 +250,7 @@ def _launch(
             raise LaunchFailed(f"the controller was lost while the deployment started ({lost})") from None
         progress.tick()
         if gateway.ended():
-            raise LaunchFailed(f"the gateway ended with exit code {gateway.process.returncode}")
+            raise LaunchFailed(gateway.why_ended())
         if time.monotonic() > deadline:
             raise LaunchFailed(f"the deployment was not ready after {timeout_s:g} s")
         if state is not None:
@@ -287,7 +287,7 @@ def _supervise(
             if state.replicas and all(replica.phase in _ENDED for replica in state.replicas):
                 return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
         if gateway.ended():
-            raise ServiceEnded(f"the gateway ended by itself with exit code {gateway.process.returncode}")
+            raise ServiceEnded(gateway.why_ended())
         if alone is not None and alone.is_over(gateway):
             return f"the controller was lost ({alone.cause}), and no replica answers any more"
         try:

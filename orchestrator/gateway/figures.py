@@ -73,4 +73,8 @@ def _observe_losses(telemetry: Telemetry, fleet: Fleet) -> None:
                     yield fleet.losses[replica.name, kind], {"replica": replica.name, "cause": kind.value}
 
     telemetry.gauge("heterodyne.replica.up", "1", "Whether a replica takes requests, 1 or 0, lost ones too.", up)
-    telemetry.counter("heterodyne.replica.losses", "{loss}", "How often a replica was lost, by kind of cause.", losses)
+    description = (
+        "How often a replica was lost, by what was seen of it first: a killed process is mostly stream_broken, as its "
+        "connection breaks before the controller tells of it (rank_failed). The status has the cause itself."
+    )
+    telemetry.counter("heterodyne.replica.losses", "{loss}", description, losses)

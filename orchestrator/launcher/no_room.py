@@ -90,5 +90,5 @@ def _count(number: int, name: str) -> str:
 
 
 def _fix(name: str, *, stop: bool = True) -> str:
-    first = f"Stop one, {_KEYS[name]}" if stop else _KEYS[name].capitalize()
+    first = f"Stop another job, {_KEYS[name]}" if stop else _KEYS[name].capitalize()
     return f"{first}, or add a node"

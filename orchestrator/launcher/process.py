@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from orchestrator.launcher.echo import Echo
 from orchestrator.launcher.node import host_port
+from orchestrator.output import OutputWriter, dropped_words
 from placement.errors import HeterodyneError
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 from protos.codec.log_record import LAST_WORDS, LogRecord
@@ -136,7 +136,8 @@ class WorkerProcess:
         self._source = source
         self._listening: asyncio.Future[Listening | None] = asyncio.get_running_loop().create_future()
         self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
-        self._echo = Echo()
+        # On an event loop nobody may wait for whoever reads standard error.
+        self._written = OutputWriter(say_dropped=self._dropped)
         self._output = asyncio.create_task(self._read_all())
         self._stopping = False
         self.address = ""
@@ -186,8 +187,8 @@ class WorkerProcess:
         try:
             await asyncio.wait([asyncio.create_task(read()) for read in (self._read_stdout, self._read_stderr)])
         finally:
-            self._echo.end()
-        await self._echo.ended()
+            self._written.end()
+        await self._written.ended()
 
     async def _read_stdout(self) -> None:
         assert self._process.stdout is not None
@@ -195,7 +196,7 @@ class WorkerProcess:
             async for line in _lines(self._process.stdout):
                 listening = None if self._listening.done() else Listening.read(line)
                 if listening is None:  # a library's words
-                    await self._echo.put(self._record(line).line())
+                    await self._write(self._record(line))
                 else:
                     self._listening.set_result(listening)
         finally:  # whatever ends it, nobody waits for a line that does not come
@@ -208,7 +209,23 @@ class WorkerProcess:
             record = LogRecord.read(line) or self._record(line)
             self._stderr.append(record.message)
             if record.event != LAST_WORDS:
-                await self._echo.put(record.line())
+                await self._write(record)
+
+    async def _write(self, record: LogRecord) -> None:
+        if sys.stderr is not None:
+            await self._written.put_async(f"{record.line()}\n", sys.stderr)
+
+    def _dropped(self, num_lines: int) -> str:
+        words, fields = dropped_words(num_lines), {"lines": num_lines}
+        record = LogRecord(
+            time_s=time.time(),
+            source=self._source,
+            message=words,
+            event="output_dropped",
+            level="warning",
+            fields=fields,
+        )
+        return f"{record.line()}\n"
 
     def _record(self, line: str) -> LogRecord:
         """Returns a library's words as a record."""

@@ -6,6 +6,9 @@ from typing import Literal, TypedDict
 GrammarKind = Literal["json_schema", "regex", "lark"]
 """How a grammar is written: a field of worker.v1.Grammar."""
 
+ENDS_TOO_SOON = "the grammar ends the answer before it has min_tokens"
+"""Why an answer cannot go on whose grammar would end it, in a clause that ends what a replica says of it."""
+
 MAX_SOURCE_BYTES = 64 * 1024
 # The most white space between two tokens of JSON. Without a limit a weak model fills the rest of its context with it.
 MAX_WHITESPACE = 32

@@ -90,9 +90,17 @@ def record_of(record: logging.LogRecord, source: str) -> LogRecord:
         source=source,
         message=record.getMessage(),
         event=getattr(record, _EVENT, ""),
-        level="error" if record.levelno >= logging.ERROR else record.levelname.lower(),
+        level=_level(record.levelno),
         fields=fields,
     )
+
+
+def _level(number: int) -> str:
+    """Returns the name of ours that a level of Python's comes nearest to from below: a library may have its own."""
+    for name, least in (("error", logging.ERROR), ("warning", logging.WARNING), ("info", logging.INFO)):
+        if number >= least:
+            return name
+    return "debug"
 
 
 def last_words(cause: str, *, source: str, as_record: bool) -> None:

@@ -103,6 +103,22 @@ def test_logging_names_the_event_and_keeps_a_traceback_of_what_nobody_expected()
     assert lines[1].endswith("Error: The request failed.") and lines[-1] == "    KeyError: 'a'"
 
 
+def test_levels_of_a_library_are_named_by_their_number() -> None:
+    shown = log()
+    logger = logging.Logger("library")
+    logger.addHandler(LogHandler(shown))
+    for level in (5, 25, 35, 60):
+        logger.log(level, "It was said.")
+    assert [line.split()[1] for line in output(shown).splitlines()] == ["level=info", "level=warning", "level=error"]
+
+
+def test_words_that_cannot_be_printed_raise_nothing_where_they_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("library")
+    logger.addHandler(LogHandler(log()))
+    logger.warning("%d", "x")
+    assert "Logging error" in capsys.readouterr().err
+
+
 def test_pairs_of_a_traceback_stay_on_one_line() -> None:
     try:
         raise KeyError("a")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from placement.errors import HeterodyneError, cause_of
+from placement.serving.grammar import ENDS_TOO_SOON
 from workers.sampling.adjust import adjust
 from workers.sampling.draw import FEW, DrawSettings, draw_open, draw_top_k, draw_top_p
 from workers.sampling.logprobs import token_logprobs
@@ -198,7 +199,7 @@ def _nothing_allowed(logits: Tensor, state: SamplerState) -> str | None:
     if state.grammar is None or not logits.max().isfinite():
         return None
     if state.is_too_short:
-        return "the grammar ends the answer before it has min_tokens"
+        return ENDS_TOO_SOON
     return "the grammar allows no token of this model"
 
 

@@ -61,8 +61,8 @@ def load_weights(
         slices: the parts of tensors to read.
         dtype: the number type of the result; float32, bfloat16 and float16 files are converted.
         device: the device that the result goes to.
-        progress: a function that is called after every tensor with the bytes loaded so far and in all, counted as they
-            are held.
+        progress: a function that is called at first and after every tensor with the bytes loaded so far and in all,
+            counted as they are held.
         linear: the format of linear layers; None: they are held in ``dtype``.
 
     Returns:
@@ -75,6 +75,7 @@ def load_weights(
     sources = {slice_: dict(checkpoint_tensors([slice_], linear)) for slice_ in slices}
     total_bytes, done_bytes = loaded_bytes(slices, _DTYPES[dtype], linear), 0
     weights: dict[str, Tensor] = {}
+    progress(0, total_bytes)
     for slice_, read in _read_all(path, sources, device):
         held = _held(slice_, read, dtype, linear, head=head_weight(slices))
         weights.update(held)

@@ -101,7 +101,7 @@ class Fleet:
         if route is None:
             if self._is_stopped:
                 raise ReplicaUnavailable("the service was stopped")
-            lost = {leader.name: leader.lost.cause for leader in self._leaders.values() if leader.lost is not None}
+            lost = {key: leader.lost.kind for key, leader in self._leaders.items() if leader.lost is not None}
             raise ReplicaUnavailable(why_unready(self.deployment, lost))
         return live[route.replica], route
 

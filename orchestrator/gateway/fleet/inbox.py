@@ -24,12 +24,12 @@ MAX_WAITING = 8192
 
 
 class Loss(StrEnum):
-    """Kinds of causes for which the gateway gives a replica up."""
+    """Kinds of causes for which the gateway gives a replica up: what it saw first."""
 
     RANK_FAILED = "rank_failed"
-    """The controller says so: a process ended, or a node was lost."""
+    """The controller says so first: a process ended, or a node was lost."""
     STREAM_BROKEN = "stream_broken"
-    """The connection to its leader ended."""
+    """The connection to its leader ended, mostly because the leader's process did."""
     ENGINE_FAILED = "engine_failed"
     """Its leader says that a step failed."""
     NO_HEARTBEAT = "no_heartbeat"

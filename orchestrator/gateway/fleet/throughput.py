@@ -1,4 +1,4 @@
-"""How many tokens replicas computed of late, from the counters of their load reports. Pure."""
+"""Reckons how many tokens replicas computed of late, from the counters of their load reports. Pure."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ ReplicaKey = tuple[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a replica, or several, did in the last seconds.
+    """Holds what a replica, or several, did in the last seconds.
 
     Attributes:
         prefix_queries: prompt tokens that were looked up in the prefix cache in a second.
@@ -78,7 +78,7 @@ class Throughput:
 
     @property
     def was_busy(self) -> bool:
-        """Whether any replica computed, or had anything to, in the window."""
+        """Returns whether any replica computed, or had anything to, in the window."""
         for samples in self._samples.values():
             if any(report.num_running or report.num_waiting for _, report in samples):
                 return True

@@ -9,7 +9,7 @@ from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.shown import shown
 from orchestrator.gateway.request.structured_schema import normalize_schema
 from placement.errors import InvalidRequest
-from placement.serving.grammar import MAX_SOURCE_BYTES
+from placement.serving.grammar import ENDS_TOO_SOON, MAX_SOURCE_BYTES
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -51,11 +51,14 @@ def cannot_be_followed(grammar: worker_pb2.Grammar, problem: str) -> InvalidRequ
         problem: what the replica says of it, in a clause.
     """
     kind = grammar.WhichOneof("format")
+    fix = "Send a simpler or a corrected one, such as one with fewer or smaller repetitions."
+    if problem.endswith(ENDS_TOO_SOON):
+        fix = "Lower min_tokens, or send one that allows a longer answer."
     return InvalidRequest(
         field="structured_output",
         value=shown(getattr(grammar, kind)) if kind else "",
         problem=f"cannot be followed: {brief(problem)}",
-        fix="Send a simpler or a corrected one, such as one with fewer or smaller repetitions.",
+        fix=fix,
     )
 
 

@@ -1,6 +1,8 @@
 """The command line: what it refuses by itself, what it asks of a service, and what it shows of the answer."""
 
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -13,6 +15,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from orchestrator.cli.app import app
+from orchestrator.errors import LaunchFailed
+from orchestrator.event_log import EventLog
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc
 
@@ -213,12 +217,29 @@ def test_a_misspelt_variable_is_refused_before_a_service_is_asked(
 def test_an_error_of_serve_is_one_line_in_every_format(log_format: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["serve", str(tmp_path / "missing.yaml"), "--log-format", log_format])
     assert result.exit_code == 1
-    (line,) = result.output.splitlines()
+    (line,) = result.stderr.splitlines()
+    assert not result.stdout
     if log_format == "json":
         said = json.loads(line)
         assert (said["event"], said["level"]) == ("error", "error") and "missing.yaml" in said["message"]
     else:
         assert line.startswith("error: ") and "missing.yaml" in line
+
+
+def test_the_error_of_serve_comes_after_all_that_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: object, log: EventLog, **__: object) -> int:
+        assert log.console.file is not sys.__stdout__
+        for number in range(100):
+            log.say("connect", "Joining.", number=number)
+            log.pass_on("It runs.", "gateway")
+        logging.getLogger("library").warning("It ends.")
+        raise LaunchFailed("no room")
+
+    monkeypatch.setattr("orchestrator.deployment.serve.serve", run)
+    result = CliRunner().invoke(app, ["serve", str(tmp_path)])
+    lines = result.output.splitlines()
+    assert result.exit_code == 1 and len(lines) == 202
+    assert "It ends." in lines[-2] and lines[-1] == "error: no room"
 
 
 @pytest.mark.parametrize("entry", [["--version"], []])

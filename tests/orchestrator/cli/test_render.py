@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from orchestrator.cli.render import print_status, status_lines
+from orchestrator.cli.status_document import status_document
 from orchestrator.key_values import key_values
 from protos.heterodyne.v1 import admin_pb2
 
@@ -84,6 +85,16 @@ def test_status_off_a_terminal_is_one_line_a_rank() -> None:
     }  # fmt: skip
     assert (loading["weights"], loading["phase"], "running" in loading) == ("1 MiB of 4 MiB", "compiling", False)
     assert (failed["state"], failed["cause"], "rank" in failed) == ("FAILED", "rank 0: no GPU", False)
+    assert "weights" not in failed and "layers" not in failed, "they are not known"
+
+
+def test_a_stage_of_the_first_layer_alone_has_that_layer() -> None:
+    ranks = [admin_pb2.RankStatus(rank=0, last_layer=1), admin_pb2.RankStatus(rank=1, first_layer=1, last_layer=4)]
+    known = admin_pb2.GetStatusResponse(replicas=[admin_pb2.ReplicaStatus(name="replica-0", ranks=ranks)])
+    _, *lines = map(pairs, status_lines(known))
+    assert [line["layers"] for line in lines] == ["0", "1-3"]
+    (replica,) = status_document(known)["replicas"]
+    assert [(rank["first_layer"], rank["last_layer"]) for rank in replica["ranks"]] == [(0, 0), (1, 3)]
 
 
 def test_status_on_a_terminal_is_a_table_of_all_ranks() -> None:

@@ -12,7 +12,6 @@ from orchestrator.controller.events import (
     Event,
     FollowRank,
     Launch,
-    Loading,
     LoadRank,
     RankEvent,
     RankFailed,
@@ -33,6 +32,7 @@ from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec, RopeSpec
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan, Replica, Shard, Stage
+from protos.codec.loading import Loading
 
 EPOCH = 5
 MODEL = ModelSpec(

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.controller.events import Loading
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from orchestrator.controller.wire import deployment, device_speed, loading
 from placement.measured.collectives import MeasuredSum
@@ -16,6 +15,7 @@ from placement.measured.speed import DeviceSpeed
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec
 from placement.planning.plan import Shard
+from protos.codec.loading import Loading
 from protos.codec.measured import read_measurements
 from protos.heterodyne.worker.v1 import worker_pb2
 

@@ -1,5 +1,7 @@
 """What ``serve`` says, as a person reads it and as a script does."""
 
+from unittest import mock
+
 import pytest
 
 from orchestrator.deployment import events
@@ -45,3 +47,21 @@ def test_every_sentence_is_one() -> None:
     for each in said:
         assert each.sentence.endswith(".") and "=" not in each.sentence.replace("RAY_AUTH_MODE=token", "")
         assert each.pairs().startswith(f"event={each.event}")
+
+
+@pytest.mark.parametrize(
+    ("address", "tried"),
+    [
+        ("127.0.0.1:50051", "127.0.0.1:50051"),
+        ("gpu-1:50051", "gpu-1:50051"),
+        ("0.0.0.0:50051", "127.0.0.1:50051"),
+        ("[::]:50051", "[::1]:50051"),
+    ],
+)
+def test_what_is_advised_can_be_connected_to(address: str, tried: str) -> None:
+    plan = mock.Mock(model=mock.Mock(max_context_tokens=2048))
+    config = mock.Mock()
+    config.model.name = "demo"
+    said = events.ready(mock.Mock(plan=plan, config=config, model=mock.Mock(max_context_tokens=4096)), address)
+    assert said.sentence.endswith(f"--address {tried}") and said.fields["address"] == address
+    assert ("every interface" in said.sentence) == (tried != address)

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from orchestrator.deployment.gateway_process import _listening, _Output
+from orchestrator.deployment.gateway_process import GatewayProcess, _listening, _Output
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed
 from orchestrator.event_log import EventLog
@@ -57,7 +57,7 @@ def test_a_standard_error_that_is_lost_stops_no_gateway(loss: Loss) -> None:
 def test_a_reader_that_fails_says_that_there_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EventLog, "pass_on", mock.Mock(side_effect=KeyError))
     output = output_of("print('hello')")
-    with pytest.raises(LaunchFailed, match="ended at its start with exit code 0"):
+    with pytest.raises(LaunchFailed, match="exited with code 0 at its start"):
         _listening(output, StopRequest())
     output.close()
 
@@ -74,7 +74,7 @@ def test_a_gateway_that_closes_its_output_and_lives_has_failed(monkeypatch: pyte
 
 def test_a_gateway_that_ends_at_its_start_says_its_exit_code() -> None:
     output = output_of("print('hello'); raise SystemExit(7)")
-    with pytest.raises(LaunchFailed, match="ended at its start with exit code 7"):
+    with pytest.raises(LaunchFailed, match="exited with code 7 at its start; its words are above"):
         _listening(output, StopRequest())
     output.close()
 
@@ -86,6 +86,23 @@ def test_a_gateway_that_says_why_it_ends_is_quoted_once(capfd: pytest.CaptureFix
         _listening(output, StopRequest())
     output.close()
     assert "is taken" not in capfd.readouterr().err
+
+
+def test_a_gateway_that_ends_later_is_quoted_too() -> None:
+    line = LogRecord(time_s=0.0, source="gateway", message="no file is left", event=LAST_WORDS, level="error").line()
+    for code, why in (
+        (f"print({line!r}); raise SystemExit(2)", "the gateway exited with code 2: no file is left"),
+        ("raise SystemExit(3)", "the gateway exited with code 3"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "the gateway was killed by SIGKILL (often the out-of-memory killer: see dmesg)",
+        ),
+    ):
+        output = output_of(f"{SAYS} {code}")
+        gateway = GatewayProcess(output, _listening(output, StopRequest()))
+        output.process.wait(PATIENCE_S)
+        assert gateway.ended() and gateway.why_ended() == why
+        output.close()
 
 
 def test_who_is_asked_to_stop_does_not_wait_for_the_gateway() -> None:

@@ -41,9 +41,11 @@ class Clock:
         return self.now_s
 
 
-def loading(loaded: int, *, does: Any = WEIGHTS, phase: Any = LOADING, **replica: Any) -> control_pb2.WatchResponse:
+def loading(
+    loaded: int, *, does: Any = WEIGHTS, phase: Any = LOADING, total: int = 1000, **replica: Any
+) -> control_pb2.WatchResponse:
     rank = control_pb2.Rank(
-        rank=0, worker="big", phase=phase, load_phase=does, loaded_bytes=loaded, total_bytes=1000, weight_bytes=1200
+        rank=0, worker="big", phase=phase, load_phase=does, loaded_bytes=loaded, total_bytes=total, weight_bytes=1200
     )
     settings = {"name": "replica-0", "epoch": 1} | replica
     return control_pb2.WatchResponse(replicas=[control_pb2.Replica(ranks=[rank], **settings)])
@@ -76,10 +78,10 @@ def test_loading_is_logged_at_most_once_a_second_with_a_rate_that_counts_from_th
 @pytest.mark.parametrize("terminal", [False, True])
 def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: bool) -> None:
     shown = log(terminal=terminal)
-    words = "has read nothing for 10 s, and stands at" if terminal else "event=stall replica=replica-0 rank=0"
+    words = "has stood at 100 B of 1000 B for 30 s" if terminal else "event=stall replica=replica-0 rank=0"
     with LoadProgress(shown, clock=clock) as progress:
         progress.update(loading(100))
-        clock.now_s += 9.9
+        clock.now_s += 29.9
         progress.tick()
         assert words not in output(shown)
         clock.now_s += 0.2
@@ -87,9 +89,24 @@ def test_stall_is_reported_once_until_bytes_move_again(clock: Clock, terminal: b
         progress.tick()
         assert output(shown).count(words) == 1
         progress.update(loading(101))
-        clock.now_s += 10.0
+        clock.now_s += 30.0
         progress.tick()
-    assert output(shown).count(words) == 2
+    assert output(shown).count(words.replace("100 B", "101 B" if terminal else "100 B")) == (1 if terminal else 2)
+
+
+def test_no_stall_is_told_before_a_rank_reads_weights(clock: Clock) -> None:
+    shown = log(terminal=False)
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(0, total=0))
+        clock.now_s += 600  # of the tokenizer, say
+        progress.tick()
+        progress.update(loading(0))
+        clock.now_s += 29
+        progress.tick()
+        assert "event=stall" not in output(shown), "it has just begun to read"
+        clock.now_s += 1
+        progress.tick()
+    assert "event=stall" in output(shown)
 
 
 def test_what_has_no_bytes_to_come_does_not_stall(clock: Clock) -> None:

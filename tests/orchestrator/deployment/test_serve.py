@@ -63,6 +63,9 @@ class RunningGateway:
         self.looked += 1
         return False
 
+    def why_ended(self) -> str:
+        return "the gateway was killed by SIGSEGV"
+
 
 def launch(controller: Controller, *, timeout_s: float = PATIENCE_S, running: RunningGateway | None = None) -> Any:
     gateway = cast(serve.GatewayProcess, running or RunningGateway())
@@ -120,6 +123,16 @@ def test_a_deployment_is_ready_once_its_gateway_serves(controller: Controller) -
     assert gateway.asked == 4
     with pytest.raises(serve.LaunchFailed, match=r"was not ready after 0\.5 s"):
         launch(controller, running=RunningGateway(serves_after=10**9), timeout_s=0.5)
+
+
+def test_a_gateway_that_ends_is_quoted_before_and_after_the_start(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunningGateway, "ended", lambda _: True)
+    with pytest.raises(serve.LaunchFailed, match="was killed by SIGSEGV"):
+        launch(controller)
+    with pytest.raises(serve.ServiceEnded, match="was killed by SIGSEGV"):
+        supervise(controller, RunningGateway(), io.StringIO())
 
 
 def replicas(*phases: "control_pb2.Phase.ValueType") -> control_pb2.WatchResponse:

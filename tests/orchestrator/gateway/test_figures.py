@@ -42,13 +42,15 @@ class Replicas:
 
 
 class Meter:
-    """Keeps how each figure is read."""
+    """Keeps how each figure is read and described."""
 
     def __init__(self) -> None:
         self.read: dict[str, Any] = {}
+        self.descriptions: dict[str, str] = {}
 
     def gauge(self, name: str, unit: str, description: str, read: Any) -> None:
         self.read[name] = read
+        self.descriptions[name] = description
 
     counter = gauge
 
@@ -66,4 +68,5 @@ async def test_a_replica_that_is_lost_is_down_and_its_loss_is_counted_by_a_bound
     replicas.losses["replica-0", Loss.RANK_FAILED] += 1
     assert meter.figures("heterodyne.replica.up") == {("replica-0",): 0, ("replica-1",): 0}
     assert meter.figures("heterodyne.replica.losses")["replica-0", "rank_failed"] == 1
+    assert "by what was seen of it first" in meter.descriptions["heterodyne.replica.losses"]
     assert not meter.figures("heterodyne.replica.sequences"), "other figures of what is lost go"

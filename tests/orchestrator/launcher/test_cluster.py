@@ -119,7 +119,7 @@ async def test_cpus_that_others_have_are_said_to_be_reserved(cluster: None) -> N
     with pytest.raises(WorkerFailed) as caught:
         await second.reserve({("b", 0): worker})
     assert str(caught.value) == (
-        "no node has 2 free CPUs: 2 of 2 are reserved by other jobs. Stop one, lower threads, or add a node"
+        "no node has 2 free CPUs: 2 of 2 are reserved by other jobs. Stop another job, lower threads, or add a node"
     )
     await second.close()
     await first.close()

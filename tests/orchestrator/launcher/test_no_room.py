@@ -26,21 +26,23 @@ GPU = need(num_gpus=1)
     [
         (
             [need()], [node(2, 0)],
-            "no node has 1 free CPU: 2 of 2 are reserved by other jobs. Stop one, lower threads, or add a node",
+            "no node has 1 free CPU: 2 of 2 are reserved by other jobs. Stop another job, lower threads, or add a node",
         ),
         (
             [need(4)], [node(8, 3), node(4, 2)],
-            "no node has 4 free CPUs: 7 of 12 are reserved by other jobs. Stop one, lower threads, or add a node",
+            "no node has 4 free CPUs: 7 of 12 are reserved by other jobs. "
+            "Stop another job, lower threads, or add a node",
         ),
         ([need(64)], [node(8, 8), node(4, 2)], "no node has 64 CPUs: the largest has 8. Lower threads, or add a node"),
         (
             [GPU], [node(8, 8, gpus=(2, 0))],
-            "no node has 1 free GPU: 2 of 2 are reserved by other jobs. Stop one, use device: cpu, or add a node",
+            "no node has 1 free GPU: 2 of 2 are reserved by other jobs. "
+            "Stop another job, use device: cpu, or add a node",
         ),
         ([GPU], [node(8, 8)], "no node has 1 GPU: the largest has 0. Use device: cpu, or add a node"),
         (
             [GPU], [node(8, 0, gpus=(1, 1)), node(8, 8, gpus=(1, 0))],
-            "no node has 1 free CPU beside a free GPU. Stop one, use device: cpu, or add a node",
+            "no node has 1 free CPU beside a free GPU. Stop another job, use device: cpu, or add a node",
         ),
         (
             [need(labels={"disk": "fast", "at": "b"})], [node(8, 8, at="a")],
@@ -49,15 +51,15 @@ GPU = need(num_gpus=1)
         (
             [need(2, labels={"at": "b"})], [node(8, 8, at="a"), node(2, 1, at="b")],
             "no node with its labels has 2 free CPUs: 1 of 2 are reserved by other jobs. "
-            "Stop one, lower threads, or add a node",
+            "Stop another job, lower threads, or add a node",
         ),
         (
             [need(2), need(2)], [node(4, 3)],
-            "the 2 workers need 4 CPUs, and 3 of 4 are free. Stop one, lower threads, or add a node",
+            "the 2 workers need 4 CPUs, and 3 of 4 are free. Stop another job, lower threads, or add a node",
         ),
         (
             [GPU, GPU], [node(8, 8, gpus=(2, 1))],
-            "the 2 workers need 2 GPUs, and 1 of 2 are free. Stop one, use device: cpu, or add a node",
+            "the 2 workers need 2 GPUs, and 1 of 2 are free. Stop another job, use device: cpu, or add a node",
         ),
         (
             [need(2), need(2), need(2)], [node(3, 3), node(3, 3)],

@@ -73,7 +73,7 @@ def test_a_rank_gets_its_slices_and_their_bytes(llama_checkpoint: Callable[..., 
         assert loaded[slice_.name].untyped_storage().nbytes() == expected.nbytes
     total = sum(x.nbytes for x in loaded.values())
     assert [count for count, _ in reported] == sorted({count for count, _ in reported})
-    assert reported[-1] == (total, total)
+    assert (reported[0], reported[-1]) == ((0, total), (total, total)), "what is to come is known from the beginning"
     assert {count for _, count in reported} == {total}
 
 

@@ -9,6 +9,7 @@ from orchestrator.gateway.errors import DeadlineExceeded
 from orchestrator.gateway.fleet.inbox import Loss, Lost
 from orchestrator.gateway.status import code_of
 from placement.errors import HeterodyneError
+from placement.serving.grammar import ENDS_TOO_SOON
 from protos.heterodyne.v1 import inference_pb2 as public
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.gateway.outputs import EPOCH, FIRST, ending, finished, make_answer, refusal, take, take_all, token
@@ -125,6 +126,15 @@ def test_a_grammar_that_outgrows_its_limits_midway_is_the_requests_fault(grammar
     assert last.error.message.startswith(f"structured_output: cannot be followed: after 1 tokens, {problem}")
     assert "(a)" in last.error.message and "secret" not in last.error.message and "replica" not in last.error.message
     assert [choice.at_replica for choice in answer.choices] == [False] + [True] * (num_choices - 1)
+
+
+def test_a_grammar_that_ends_before_min_tokens_is_mended_by_fewer_of_them() -> None:
+    answer, _ = make_answer(grammar=pb.Grammar(regex="ab"))
+    end = pb.End(reason=pb.END_REASON_FAILED, grammar_problem=ENDS_TOO_SOON)
+    take(answer, token(0, 3), pb.SequenceOutput(sequence_id=FIRST, end=end))
+    message = finished(answer).error.message
+    assert "after 1 tokens, the grammar ends the answer before it has min_tokens" in message
+    assert "Lower min_tokens" in message and "repetitions" not in message
 
 
 def test_a_grammar_quoted_by_the_replica_reaches_neither_log_nor_status_in_full(

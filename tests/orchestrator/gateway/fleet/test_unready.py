@@ -1,7 +1,11 @@
 """What a client reads while no replica takes requests."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
+from orchestrator.gateway.fleet.inbox import Loss
 from orchestrator.gateway.fleet.unready import why_unready
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -15,8 +19,8 @@ def loading(loaded: int, total: int, phase: Any = worker_pb2.LOAD_PHASE_WEIGHTS)
     return pb.Rank(phase=pb.PHASE_LOADING, load_phase=phase, loaded_bytes=loaded, total_bytes=total)
 
 
-def why(*replicas: pb.Replica, **lost: str) -> str:
-    words = why_unready(pb.WatchResponse(replicas=replicas), {name.replace("_", "-"): lost[name] for name in lost})
+def why(*replicas: pb.Replica, lost: Mapping[tuple[str, int], Loss] | None = None) -> str:
+    words = why_unready(pb.WatchResponse(replicas=replicas), lost or {})
     return words.removeprefix("no replica takes requests: ")
 
 
@@ -29,13 +33,19 @@ def test_loading_is_told_by_how_much_is_loaded_or_by_what_is_done() -> None:
     assert why(starting) == "still loading (replica-0: starting)"
 
 
-def test_a_replica_that_failed_says_why() -> None:
-    failed = replica(0, pb.PHASE_FAILED, cause="rank 0 of replica-0 on big: worker process 7 was killed by SIGKILL")
-    assert why(failed) == f"replica-0 failed: {failed.cause}"
-    still_ready = replica(0, pb.PHASE_READY)
-    assert why(still_ready, replica_0="no heartbeat for 3 s") == "replica-0 failed: no heartbeat for 3 s"
-    long = replica(0, pb.PHASE_FAILED, cause="x\n" * 5000)
-    assert len(why(long)) < 250 and why(long).isprintable()
+@pytest.mark.parametrize("kind", list(Loss))
+def test_a_client_reads_the_kind_of_loss_and_not_its_cause(kind: Loss) -> None:
+    failed = replica(0, pb.PHASE_FAILED, cause="rank 0 on node 10.0.0.7: worker process 7 was killed, see /srv/x")
+    lost = {("replica-0", 0): kind}
+    assert why(failed, lost=lost) == why(replica(0, pb.PHASE_READY), lost=lost)
+    words = why(failed, lost=lost)
+    assert words.startswith("replica-0 failed: ")
+    assert not any(word in words for word in ("10.0.0.7", "process", "/srv"))
+
+
+def test_a_failed_replica_that_never_served_could_not_be_started() -> None:
+    failed = replica(0, pb.PHASE_FAILED, cause="no memory on big")
+    assert why(failed, lost={("replica-0", 7): Loss.STALLED}) == "replica-0 failed: it could not be started"
 
 
 def test_before_anything_is_known_the_service_is_starting() -> None:
