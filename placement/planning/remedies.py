@@ -163,7 +163,8 @@ def _followed(node: NodeSpec, remedy: Remedy) -> NodeSpec:
     def given(device: DeviceSpec) -> DeviceSpec:
         if freed is not None and device.kind == "cpu" and device.memory_bytes == node.memory_bytes:
             return replace(device, memory_bytes=freed)
-        asked = [remedy.worker_bytes.get(name, 0) for name in (EACH_WORKER, worker_name(node, device))]
-        return replace(device, memory_bytes=max(device.memory_bytes, *asked))
+        names = (EACH_WORKER, worker_name(node, device))
+        sizes = [remedy.worker_bytes[name] for name in names if name in remedy.worker_bytes]
+        return replace(device, memory_bytes=max(sizes + [device.memory_bytes or 0])) if sizes else device
 
     return replace(node, memory_bytes=freed, devices=tuple(map(given, node.devices)))
