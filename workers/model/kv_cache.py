@@ -49,7 +49,7 @@ def allocate_kv_cache(
     available_bytes = device.available_memory_bytes
     if needed_bytes > available_bytes:
         problem = f"needs {needed_bytes} bytes of KV, and {device.name} has {available_bytes} left"
-        raise NotEnoughMemory(field="num_blocks", value=num_slots, problem=problem, fix="Use fewer KV blocks.")
+        raise NotEnoughMemory(field="num_blocks", problem=problem, fix="Use fewer KV blocks.")
     shapes = [(state.num_kv_heads, num_slots, state.head_dim) for state in states]
     return KVCache(
         layers=tuple(

@@ -106,6 +106,9 @@ def test_a_context_that_memory_does_not_hold_is_refused_with_the_memory_that_doe
     error = caught.value
     assert (error.field, error.value) == ("model.max_context_tokens", 8192)
     assert "1 worker needs 16.4 GiB to serve 8192 tokens (" in error.problem
+    with pytest.raises(NotEnoughMemory) as unset:
+        plan(node("a", replace(cpu(0), memory_bytes=fixed(plan(node("a", cpu(64))).replicas[0].leader) + 100 * MIB)))
+    assert (unset.value.field, unset.value.value) == ("model.max_context_tokens", None)
     (memory, context) = error.remedies
     assert memory.worker_bytes.keys() == {"each worker"} and (context.max_context_tokens or 0) in range(1024, 8192)
     assert plan(node("a", cpu(memory.worker_bytes["each worker"] / GIB)), max_context_tokens=8192).replicas
