@@ -13,7 +13,14 @@ from tokenizers import Tokenizer
 from orchestrator.model_dir.chat import LEAVES_OUT, ChatTemplate, template_source
 from orchestrator.model_dir.checkpoint import HEAD_DIFFERS, check_tensors, is_tied, read_checkpoint
 from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
-from orchestrator.model_dir.directory import read_bytes, read_json, read_json_if_there, read_tokenizer_of
+from orchestrator.model_dir.directory import (
+    exists,
+    read_bytes,
+    read_json,
+    read_json_if_there,
+    read_tokenizer_of,
+    readable,
+)
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
@@ -88,10 +95,11 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
 
 
 def _found(directory: Path) -> Path:
-    """Returns the real path of the directory. Raises InvalidConfig where it is none."""
-    if directory.is_dir():
-        return directory.resolve()
-    problem = "is not a directory" if directory.exists() else "does not exist"
+    """Returns the real path of the directory. Raises InvalidConfig, InvalidModel."""
+    with readable(directory):
+        if directory.is_dir():
+            return directory.resolve()
+        problem = "is not a directory" if directory.exists() else "does not exist"
     fix = "Give the directory that holds config.json and the safetensors files."
     raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
 
@@ -108,7 +116,7 @@ def _make_tokenizer(text: str) -> Tokenizer:
 def _read_chat_template(directory: Path, files: TokenFiles) -> ChatTemplate | None:
     """Reads the template in chat_template.jinja, or else that in tokenizer_config.json, as transformers does."""
     file = "chat_template.jinja"
-    if (directory / file).exists():
+    if exists(directory, file):
         data = read_bytes(directory, file, MAX_TEMPLATE_BYTES)
         try:
             source: str | None = data.decode()

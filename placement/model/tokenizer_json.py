@@ -30,8 +30,10 @@ MAX_TOKENIZER_CONFIG_BYTES = 1 << 24
 MAX_TOKENS_BYTES = 1 << 20
 
 Tokenizer = Mapping[str, Any]
-Read = Callable[[str, int], bytes | None]
-"""Reads a file of the model directory, given its name and the most bytes it may have; None where it is not there."""
+Read = Callable[[str, int], bytes]
+"""Reads a file of the model directory, given its name and the most bytes it may have."""
+Exists = Callable[[str], bool]
+"""Tells whether the model directory has a file of this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,22 +65,26 @@ class CompleteTokenizer:
         return [token_id for token_id in token_ids if token_id < self.num_ids]
 
 
-def read_tokenizer(read: Read, *, vocab_size: int) -> CompleteTokenizer:
-    """Reads tokenizer.json and the files beside it.
+def read_tokenizer(read: Read, exists: Exists, *, vocab_size: int) -> CompleteTokenizer:
+    """Reads tokenizer.json and the files beside it, as far as there are any.
 
     Args:
-        read: reads a file; what it raises is passed on.
+        read, exists: what they raise is passed on.
         vocab_size: the number of the model's rows.
 
     Raises:
         InvalidModel: a file is missing or damaged, or contradicts another.
     """
+
+    def values(name: str, limit_bytes: int) -> dict[str, Any]:
+        return parse_object(name, read(name, limit_bytes)) if exists(name) else {}
+
     files = TokenFiles(
-        config=_read_object(read, TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_BYTES),
-        special_tokens_map=_read_object(read, SPECIAL_TOKENS_MAP, MAX_TOKENS_BYTES),
-        added_tokens=_read_object(read, ADDED_TOKENS, MAX_TOKENS_BYTES),
+        config=values(TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_BYTES),
+        special_tokens_map=values(SPECIAL_TOKENS_MAP, MAX_TOKENS_BYTES),
+        added_tokens=values(ADDED_TOKENS, MAX_TOKENS_BYTES),
     )
-    data = read(TOKENIZER, MAX_TOKENIZER_BYTES) or b""
+    data = read(TOKENIZER, MAX_TOKENIZER_BYTES)
     given = parse_object(TOKENIZER, data)
     tokenizer = complete_tokenizer(given, files, vocab_size=vocab_size)
     eos = special_texts(files).get("eos_token")
@@ -88,11 +94,6 @@ def read_tokenizer(read: Read, *, vocab_size: int) -> CompleteTokenizer:
         eos_token_id=None if eos is None else _Vocabulary(tokenizer).id_of(eos),
         files=files,
     )
-
-
-def _read_object(read: Read, name: str, limit_bytes: int) -> dict[str, Any]:
-    data = read(name, limit_bytes)
-    return {} if data is None else parse_object(name, data)
 
 
 def complete_tokenizer(tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: int) -> Tokenizer:

@@ -15,7 +15,7 @@ from protos.codec.formats import read_dtype
 from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
-from workers.host.model_files import read_json
+from workers.host.model_files import exists, read_json
 from workers.replica.roster import Roster, read_roster
 
 _CONFIG = "config.json"
@@ -71,9 +71,9 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
 
 def read_model(path: Path) -> ModelSpec:
     """Reads the model's specification from its directory. Raises InvalidModel."""
-    generation = "generation_config.json"
-    found = read_json(path, generation, MAX_CONFIG_BYTES) if (path / generation).exists() else None
-    return read_model_spec(read_json(path, _CONFIG, MAX_CONFIG_BYTES), found)
+    config, generation = read_json(path, _CONFIG, MAX_CONFIG_BYTES), "generation_config.json"
+    found = read_json(path, generation, MAX_CONFIG_BYTES) if exists(path, generation) else None
+    return read_model_spec(config, found)
 
 
 def with_facts(model: ModelSpec, request: pb.LoadRequest) -> ModelSpec:
