@@ -27,10 +27,11 @@ from placement.model.hf import read_model_spec
 from placement.model.quantization import checkpoint_tensors, read_gptq
 from placement.model.special_tokens import TOKENIZER_CONFIG, TokenFiles, special_texts
 from placement.model.specs import ModelSpec
-from placement.model.tokenizer_json import TOKENIZER
+from placement.model.tokenizer_json import TOKENIZER, CompleteTokenizer
 from placement.model.weights import whole_model
 
 MAX_TEMPLATE_BYTES = 2**20
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +89,7 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
         chat_template=chat_template,
         checkpoint_bytes=checkpoint.num_bytes,
         warnings=(
+            *((_left_out(complete, spec),) if complete.left_out else ()),
             *((HEAD_DIFFERS,) if configured.tied_embeddings and not spec.tied_embeddings else ()),
             *(() if keeps_words else (f"chat requests will be refused: {LEAVES_OUT}",)),
         ),
@@ -102,6 +104,13 @@ def _found(directory: Path) -> Path:
         problem = "is not a directory" if directory.exists() else "does not exist"
     fix = "Give the directory that holds config.json and the safetensors files."
     raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
+
+
+def _left_out(tokenizer: CompleteTokenizer, spec: ModelSpec) -> str:
+    """Says which tokens are left out, and why."""
+    named = ", ".join(map(repr, tokenizer.left_out[:_MOST_NAMED]))
+    more = ", …" if len(tokenizer.left_out) > _MOST_NAMED else ""
+    return f"tokens whose ids are not below vocab_size = {spec.vocab_size} are left out: {named}{more}"
 
 
 def _make_tokenizer(text: str) -> Tokenizer:
