@@ -44,11 +44,11 @@ class GatewayProcess:
         self.address = address
 
     def ended(self) -> bool:
-        """Whether the process is no more."""
+        """Tells whether the process is no more."""
         return self.process.poll() is not None
 
     def serves(self) -> bool:
-        """Whether it would take a request now, as its own health service says."""
+        """Tells whether it would take a request now, as its own health service says."""
         request = health_pb2.HealthCheckRequest(service=_SERVICE)
         try:
             with grpc.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:

@@ -80,7 +80,7 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
 
 
 def _labelled(workers: Sequence[WorkerConfig]) -> list[_Node]:
-    """Each worker has a machine of its own, but those that name the same one."""
+    """Returns a machine for each worker, and one for all those that name the same one."""
     groups: dict[str, list[int]] = {}
     for place, worker in enumerate(workers):
         named = worker.node or worker.node_labels.get(NODE_ID_LABEL)
@@ -112,7 +112,7 @@ def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownClu
 
 
 def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
-    """The memory that a worker may use; None where it is not known, as that of a GPU is before its worker runs."""
+    """Returns the memory that a worker may use; None where it is not known, as that of a GPU is before its worker runs."""
     return worker.memory or (node_bytes if worker.device == "cpu" else None)
 
 

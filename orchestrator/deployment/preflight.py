@@ -59,7 +59,7 @@ class Checked:
     warnings: tuple[str, ...] = ()
 
     def is_placed(self, shard: Shard) -> bool:
-        """Whether it is known where the rank will run; else its plan has a placeholder for the node."""
+        """Tells whether it is known where the rank will run; else its plan has a placeholder for the node."""
         cluster = self.config.cluster
         named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
         return cluster.is_local or self.hosts is not None or named is not None

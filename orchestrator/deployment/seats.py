@@ -20,7 +20,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seats:
-    """Where the workers of a deployment run.
+    """Says where the workers of a deployment run.
 
     Attributes:
         needs: what each worker reserves, and the labels that its machine must carry.

@@ -4,7 +4,7 @@ import json
 from typing import Literal, TypedDict
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
-"""How a grammar is written: a field of worker.v1.Grammar."""
+"""Says how a grammar is written: a field of worker.v1.Grammar."""
 
 MAX_SOURCE_BYTES = 64 * 1024
 # The most white space between two tokens of JSON. Without a limit a weak model fills the rest of its context with it.

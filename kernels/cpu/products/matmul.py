@@ -30,7 +30,7 @@ _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
 
 
 def can_run() -> bool:
-    """Whether this CPU has the instructions of the code."""
+    """Tells whether this CPU has the instructions of the code."""
     return "avx512bf16" in machine_code.cpu_features()
 
 
