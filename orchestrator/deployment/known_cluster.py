@@ -112,7 +112,7 @@ def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownClu
 
 
 def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
-    """Returns the memory that a worker may use; None where it is not known, as that of a GPU is before its worker runs."""
+    """Returns the memory that a worker may use; None where it is not known, as a GPU's is before its worker runs."""
     return worker.memory or (node_bytes if worker.device == "cpu" else None)
 
 

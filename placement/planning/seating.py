@@ -165,7 +165,7 @@ def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bo
 
 
 def _meets(condition: str, value: str | None) -> bool:
-    """Tells whether a label's value meets one condition of Ray's selectors: ``a``, ``!a``, ``in(a, b)`` or ``!in(a, b)``.
+    """Tells whether a label's value meets a condition of Ray's selectors: ``a``, ``!a``, ``in(a, b)`` or ``!in(a, b)``.
 
     A machine without the label meets none: where Ray is more generous, a worker waits for Ray's own choice.
     """
