@@ -8,8 +8,8 @@ from placement.model.specs import DeviceSpec, DType, ModelSpec
 from placement.planning.limits import ReplicaLimits
 
 KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
-"""Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands in
-for memory that is not known; or the most that sequences can use."""
+"""Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands
+in for memory that is not known; or the most that sequences can use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
