@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from placement.errors import FieldError, cause_of
+from protos.codec.log_record import record_of
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason
 from tests.support.engine import WAIT_S, Gated, Listener, Parts, SlowRunner, engines, submission
@@ -163,8 +164,9 @@ def test_a_lost_peer_is_a_line_in_the_log_and_what_nobody_expects_has_its_traceb
     parts.engine.submit(Listener(), 0, submission([3, 4], max_tokens=5))
     runner.gate.release()
     parts.engine.ended.result(WAIT_S)
-    (record,) = [record for record in caplog.records if record.message.startswith("engine_failed ")]
-    assert cause_of(error) in record.message and (record.exc_info is not None) == has_traceback
+    records = [record_of(record, "worker") for record in caplog.records]
+    (failed,) = [record for record in records if record.event == "engine_failed"]
+    assert failed.fields["cause"] == cause_of(error) and ("traceback" in failed.fields) == has_traceback
 
 
 def test_a_draining_engine_finishes_what_it_has_and_refuses_what_comes(make_engine: Any) -> None:
