@@ -65,7 +65,9 @@ class NotEnoughMemory(FieldError):
         remedies: the changes that ``fix`` names, each of which is enough.
     """
 
-    def __init__(self, *, field: str, value: object, problem: str, fix: str, remedies: tuple[Remedy, ...] = ()) -> None:
+    def __init__(
+        self, *, field: str, value: object = None, problem: str, fix: str, remedies: tuple[Remedy, ...] = ()
+    ) -> None:
         self.remedies = remedies
         super().__init__(field=field, value=value, problem=problem, fix=fix)
 

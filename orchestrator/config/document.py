@@ -135,7 +135,8 @@ class ServingConfig:
     kv_cache: Annotated[ByteSize | None, Field(json_schema_extra=_or_auto)] = None
     """Memory for KV blocks in each rank. Default, auto: half of the memory that weights, workspace and process leave on
     a CPU, nine tenths of that on a GPU, or 256 MiB where the memory is not known; at most what max_num_seqs sequences
-    can use, and at least 2048 tokens, or model.max_context_tokens where that is set."""
+    can use, and at least 2048 tokens, or model.max_context_tokens where that is set. On a CPU memory is taken as it is
+    used, and other programs see the rest as free: set a size where they, or another serve, need memory too."""
     parallelism: Annotated[ParallelismConfig | None, Field(json_schema_extra=_or_auto)] = None
     """Who holds what of the model. Default, auto: every worker all of it, or where that does not fit, all workers
     together one replica, by measured speed within memory: those of a node share every layer, nodes share the layers."""

@@ -17,7 +17,7 @@ LOCAL_NODE = "local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this machine has to give."""
+    """Describes what this machine has to give."""
 
     memory_bytes: int
     num_cores: int
@@ -28,12 +28,10 @@ class KnownCluster:
     """The cluster that a plan is made for.
 
     Attributes:
-        unmeasured: (node, device) pairs whose memory is not known.
         workers: place in ``config.cluster.each_worker`` of each device's worker, in the order of nodes and devices.
     """
 
     spec: ClusterSpec
-    unmeasured: frozenset[tuple[str, str]]
     workers: tuple[int, ...]
 
 
@@ -65,9 +63,7 @@ def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | Non
         return (_known(config, machine, _nodes_of(hosts)),)
     apart = _known(config, machine, _labelled(workers))
     together = _known(config, machine, [_Node(name="node-0", memory_bytes=None, workers=everyone)])
-    # Beside each other, devices of one name could not be told apart where the memory of some only is known.
-    is_uniform = len({worker.memory is None for worker in workers}) == 1
-    return (apart, together) if is_uniform and len(apart.spec.nodes) > 1 else (apart,)
+    return (apart, together) if len(apart.spec.nodes) > 1 else (apart,)
 
 
 def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
@@ -84,7 +80,7 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
 
 
 def _labelled(workers: Sequence[WorkerConfig]) -> list[_Node]:
-    """Each worker has a machine of its own, but those that name the same one."""
+    """Returns a machine for each worker, and one for all those that name the same one."""
     groups: dict[str, list[int]] = {}
     for place, worker in enumerate(workers):
         named = worker.node or worker.node_labels.get(NODE_ID_LABEL)
@@ -98,29 +94,29 @@ def _labelled(workers: Sequence[WorkerConfig]) -> list[_Node]:
 def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownCluster:
     workers, names = config.cluster.each_worker, config.cluster.worker_names
     threads = max(1, machine.num_cores // max(1, sum(worker.device == "cpu" for worker in workers)))
-    specs: list[NodeSpec] = []
-    unmeasured: set[tuple[str, str]] = set()
-    for node in nodes:
-        memory_of = {place: _memory(workers[place], node.memory_bytes) for place in node.workers}
-        devices = tuple(
-            _device(workers[place], names[place], memory or node.memory_bytes or 0, threads)
-            for place, memory in memory_of.items()
+    specs = [
+        NodeSpec(
+            name=node.name,
+            memory_bytes=node.memory_bytes,
+            devices=tuple(
+                _device(workers[place], names[place], _memory(workers[place], node.memory_bytes), threads)
+                for place in node.workers
+            ),
         )
-        unmeasured |= {(node.name, workers[place].device) for place, memory in memory_of.items() if memory is None}
-        specs.append(NodeSpec(name=node.name, memory_bytes=node.memory_bytes, devices=devices))
+        for node in nodes
+    ]
     return KnownCluster(
         spec=ClusterSpec(nodes=tuple(specs)),
-        unmeasured=frozenset(unmeasured),
         workers=tuple(place for node in nodes for place in node.workers),
     )
 
 
 def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
-    """The memory that a worker may use; None where it is not known, as that of a GPU is before its worker runs."""
+    """Returns the memory that a worker may use; None where it is not known, as a GPU's is before its worker runs."""
     return worker.memory or (node_bytes if worker.device == "cpu" else None)
 
 
-def _device(worker: WorkerConfig, name: str, memory_bytes: int, num_threads: int) -> DeviceSpec:
+def _device(worker: WorkerConfig, name: str, memory_bytes: int | None, num_threads: int) -> DeviceSpec:
     kind, _, index = worker.device.partition(":")
     return DeviceSpec(
         kind="cuda" if kind == "cuda" else "cpu",

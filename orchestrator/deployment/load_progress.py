@@ -46,7 +46,7 @@ _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 @dataclass(slots=True, kw_only=True)
 class _RankLoad:
-    """How far one rank of one epoch has loaded. Times are readings of the clock.
+    """Describes how far one rank of one epoch has loaded. Times are readings of the clock.
 
     Attributes:
         moved_s: when it last read something, or began to do something else.

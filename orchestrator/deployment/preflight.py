@@ -164,9 +164,9 @@ def _choose_layouts(
     make_plan = _planner(config, files)
     if config.serving.parallelism is None:
         device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
-        return choose_layouts(make_plan, cluster.spec, unmeasured=cluster.unmeasured, speeds=device_speeds)
+        return choose_layouts(make_plan, cluster.spec, speeds=device_speeds)
     layouts = _layouts(config, config.serving.parallelism, cluster)
-    return Choice(layouts=layouts, plan=make_plan(cluster.spec, layouts=layouts, unmeasured=cluster.unmeasured))
+    return Choice(layouts=layouts, plan=make_plan(cluster.spec, layouts=layouts))
 
 
 def _planner(config: Config, files: ModelFiles) -> MakePlan:

@@ -4,21 +4,17 @@ This process is the Ray driver and the parent of the gateway. The order of start
 of stopping gateway (drained), workers, Ray. Whatever fails first is the message that the user sees.
 """
 
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import grpc
 
 from orchestrator.config.document import Config, load_config
 from orchestrator.controller.actor import ControllerFailed, ControllerHandle, Speeds
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.deployment import events
 from orchestrator.deployment.auto_split import settle
+from orchestrator.deployment.following import follow_launch, supervise, watch
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_events, warning_events
@@ -30,18 +26,11 @@ from orchestrator.event_log import EventLog, Said
 from orchestrator.launcher.cluster import LaunchSettings, check_resources, connect, disconnect, own_node_id
 from orchestrator.launcher.ray_access import lets_in_anybody
 from orchestrator.launcher.ray_output import take_output
-from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 
-_POLL_S = 0.2
 # Beyond the limits of the launch's own steps, whose causes say more.
 _LAUNCH_SLACK_S = 30.0
 # Beyond the silence after which the gateway takes a replica for lost.
 _LOSS_SEEN_S = 1.0
-# A gateway that serves nothing for so long after the controller was lost has no workers any more.
-_ALONE_S = 10.0
-_ENDED = (control_pb2.PHASE_FAILED, control_pb2.PHASE_STOPPED)
-# The controller is reached directly, whatever proxy the environment names.
-_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 def serve(path: Path, *, overrides: Sequence[str], log: EventLog, on_ready: Callable[[], None] = lambda: None) -> int:
@@ -161,13 +150,13 @@ def _run(
 ) -> int:
     """Follows the launch, then serves until asked to stop, then drains. Returns the exit code."""
     config = launched.checked.config
-    with _watch(launched.control_address) as states:
+    with watch(launched.control_address) as states:
         with LoadProgress(log) as progress:
-            ready = _launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
+            ready = follow_launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready is not None:
             log.tell(events.ready(launched.checked, gateway.address))
             on_ready()
-            if (cause := _supervise(ready, states, gateway, stop, log)) is not None:
+            if (cause := supervise(ready, states, gateway, stop, log)) is not None:
                 # Whoever still waits for an answer hears from the gateway which replica was lost.
                 gateway.stop(grace_s=config.gateway.heartbeat_timeout_s + _LOSS_SEEN_S, stop=stop)
                 raise ServiceEnded(f"no replica is left, and a lost one is not started again: {cause}")
@@ -184,141 +173,9 @@ def _run(
     return 0 if code == 0 else 1
 
 
-class _ControllerLost(Exception):
-    """The controller's stream ended. Raised once, after the last state."""
-
-
-States = Callable[[], control_pb2.WatchResponse | None]
-
-
-@contextmanager
-def _watch(control_address: str) -> Iterator[States]:
-    """Reads the controller's stream in a thread.
-
-    Yields a function that returns the next state, or None after a while without one; it raises _ControllerLost.
-    """
-    states: queue.Queue[control_pb2.WatchResponse | _ControllerLost] = queue.Queue()
-    with grpc.insecure_channel(control_address, options=_CHANNEL_OPTIONS) as channel:
-        call = control_pb2_grpc.ControlStub(channel).Watch(control_pb2.WatchRequest())
-
-        def read() -> None:
-            cause = "it ended its stream"
-            try:
-                for state in call:
-                    states.put(state)
-            except grpc.RpcError as error:
-                cause = error.code().name
-            states.put(_ControllerLost(cause))
-
-        def take() -> control_pb2.WatchResponse | None:
-            try:
-                state = states.get(timeout=_POLL_S)
-            except queue.Empty:
-                return None
-            if isinstance(state, _ControllerLost):
-                raise state
-            return state
-
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        try:
-            yield take
-        finally:
-            call.cancel()
-            thread.join(timeout=2.0)
-
-
 def _launch_limit_s(config: Config) -> float:
     """Returns the longest a launch may take: start_timeout_s each to reserve, reach and start workers, then loading."""
     return 3 * config.launch.start_timeout_s + config.launch.load_timeout_s + _LAUNCH_SLACK_S
-
-
-def _launch(
-    states: States, gateway: GatewayProcess, stop: StopRequest, progress: LoadProgress, *, timeout_s: float
-) -> control_pb2.WatchResponse | None:
-    """Waits until a request would be served. Returns the deployment as it is then; None when asked to stop before.
-
-    Raises:
-        LaunchFailed: the first failing rank's cause; the controller or the gateway was lost; or ``timeout_s`` passed.
-    """
-    deadline = time.monotonic() + timeout_s
-    ready: control_pb2.WatchResponse | None = None
-    while not stop.asked.is_set():
-        try:
-            state = states()
-        except _ControllerLost as lost:
-            raise LaunchFailed(f"the controller was lost while the deployment started ({lost})") from None
-        progress.tick()
-        if gateway.ended():
-            raise LaunchFailed(gateway.why_ended())
-        if time.monotonic() > deadline:
-            raise LaunchFailed(f"the deployment was not ready after {timeout_s:g} s")
-        if state is not None:
-            progress.update(state)
-            if state.phase == control_pb2.PHASE_FAILED:
-                raise LaunchFailed(state.cause)
-            ready = state if state.phase == control_pb2.PHASE_READY else None
-        if ready is not None and gateway.serves():
-            return ready
-    return None
-
-
-def _supervise(
-    state: control_pb2.WatchResponse | None, states: States, gateway: GatewayProcess, stop: StopRequest, log: EventLog
-) -> str | None:
-    """Says what changes until asked to stop.
-
-    A controller that is lost takes its workers with it, unless only the connection to it broke: then they serve on.
-
-    Args:
-        state: the deployment as it is now.
-
-    Returns:
-        Why the last replica was lost, once none is left; None where it was asked to stop.
-
-    Raises:
-        ServiceEnded: the gateway ended by itself.
-    """
-    phases: dict[tuple[str, int], int] = {}
-    alone: _Alone | None = None
-    while not stop.asked.is_set():
-        if state is not None:
-            _tell_changes(phases, state, log)
-            if state.replicas and all(replica.phase in _ENDED for replica in state.replicas):
-                return next((replica.cause for replica in reversed(state.replicas) if replica.cause), state.cause)
-        if gateway.ended():
-            raise ServiceEnded(gateway.why_ended())
-        if alone is not None and alone.is_over(gateway):
-            return f"the controller was lost ({alone.cause}), and no replica answers any more"
-        try:
-            state = states()
-        except _ControllerLost as lost:
-            log.tell(events.controller_lost(lost))
-            alone, state = _Alone(cause=str(lost)), None
-    return None
-
-
-def _tell_changes(phases: dict[tuple[str, int], int], state: control_pb2.WatchResponse, log: EventLog) -> None:
-    """Says which replicas are in another phase than in ``phases``, and keeps the new ones there."""
-    for replica in state.replicas:
-        key = (replica.name, replica.epoch)
-        if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
-            log.tell(events.replica_changed(replica))
-        phases[key] = replica.phase
-
-
-@dataclass(slots=True, kw_only=True)
-class _Alone:
-    """How the gateway fares since the controller was lost. ``served_s``: when it last served, by the clock."""
-
-    cause: str
-    served_s: float = field(default_factory=time.monotonic)
-
-    def is_over(self, gateway: GatewayProcess) -> bool:
-        """Returns whether the gateway has served nothing for so long that it will not again."""
-        if gateway.serves():
-            self.served_s = time.monotonic()
-        return time.monotonic() - self.served_s > _ALONE_S
 
 
 def _tell(log: EventLog, events: Iterable[Said]) -> None:

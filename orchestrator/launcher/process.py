@@ -93,7 +93,7 @@ class WorkerArgs:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "GOMP_SPINCOUNT": spin,
-            # Large tensors, the KV cache among them, on huge pages: streaming through them takes half the time.
+            # Large tensors on huge pages, as the KV cache is: streaming through them takes half the time.
             "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.model_dir.directory import list_directory, read_bytes
+from orchestrator.model_dir.directory import exists, list_directory, read_bytes, readable
 from orchestrator.model_dir.stored import StoredTensor, are_equal, read_header
 from placement.errors import InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, INDEX_FILE, MAX_INDEX_BYTES, SINGLE_FILE, parse_index
@@ -51,16 +51,16 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         InvalidModel: a file is missing or damaged.
     """
-    if (directory / SINGLE_FILE).exists():
+    if exists(directory, SINGLE_FILE):
         owners = dict.fromkeys(read_header(directory, SINGLE_FILE), SINGLE_FILE)
-    elif (directory / INDEX_FILE).exists():
+    elif exists(directory, INDEX_FILE):
         owners = parse_index(read_bytes(directory, INDEX_FILE, MAX_INDEX_BYTES))
     else:
         raise no_weights(list_directory(directory))
     headers = {name: read_header(directory, name) for name in sorted(set(owners.values()))}
-    return Checkpoint(
-        owners=owners, headers=headers, num_bytes=sum((directory / name).stat().st_size for name in headers)
-    )
+    with readable(directory):
+        num_bytes = sum((directory / name).stat().st_size for name in headers)
+    return Checkpoint(owners=owners, headers=headers, num_bytes=num_bytes)
 
 
 def is_tied(spec: ModelSpec, checkpoint: Checkpoint) -> bool:

@@ -13,17 +13,25 @@ from tokenizers import Tokenizer
 from orchestrator.model_dir.chat import LEAVES_OUT, ChatTemplate, template_source
 from orchestrator.model_dir.checkpoint import HEAD_DIFFERS, check_tensors, is_tied, read_checkpoint
 from orchestrator.model_dir.default_sampling import DefaultSampling, default_sampling
-from orchestrator.model_dir.directory import read_bytes, read_json, read_json_if_there, read_tokenizer_of
+from orchestrator.model_dir.directory import (
+    exists,
+    read_bytes,
+    read_json,
+    read_json_if_there,
+    read_tokenizer_of,
+    readable,
+)
 from placement.errors import InvalidConfig, InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
 from placement.model.quantization import checkpoint_tensors, read_gptq
 from placement.model.special_tokens import TOKENIZER_CONFIG, TokenFiles, special_texts
 from placement.model.specs import ModelSpec
-from placement.model.tokenizer_json import TOKENIZER
+from placement.model.tokenizer_json import TOKENIZER, CompleteTokenizer
 from placement.model.weights import whole_model
 
 MAX_TEMPLATE_BYTES = 2**20
+_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +89,7 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
         chat_template=chat_template,
         checkpoint_bytes=checkpoint.num_bytes,
         warnings=(
+            *((_left_out(complete, spec),) if complete.left_out else ()),
             *((HEAD_DIFFERS,) if configured.tied_embeddings and not spec.tied_embeddings else ()),
             *(() if keeps_words else (f"chat requests will be refused: {LEAVES_OUT}",)),
         ),
@@ -88,12 +97,20 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
 
 
 def _found(directory: Path) -> Path:
-    """Returns the real path of the directory. Raises InvalidConfig where it is none."""
-    if directory.is_dir():
-        return directory.resolve()
-    problem = "is not a directory" if directory.exists() else "does not exist"
+    """Returns the real path of the directory. Raises InvalidConfig, InvalidModel."""
+    with readable(directory):
+        if directory.is_dir():
+            return directory.resolve()
+        problem = "is not a directory" if directory.exists() else "does not exist"
     fix = "Give the directory that holds config.json and the safetensors files."
     raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
+
+
+def _left_out(tokenizer: CompleteTokenizer, spec: ModelSpec) -> str:
+    """Says which tokens are left out, and why."""
+    named = ", ".join(map(repr, tokenizer.left_out[:_MOST_NAMED]))
+    more = ", …" if len(tokenizer.left_out) > _MOST_NAMED else ""
+    return f"tokens whose ids are not below vocab_size = {spec.vocab_size} are left out: {named}{more}"
 
 
 def _make_tokenizer(text: str) -> Tokenizer:
@@ -108,7 +125,7 @@ def _make_tokenizer(text: str) -> Tokenizer:
 def _read_chat_template(directory: Path, files: TokenFiles) -> ChatTemplate | None:
     """Reads the template in chat_template.jinja, or else that in tokenizer_config.json, as transformers does."""
     file = "chat_template.jinja"
-    if (directory / file).exists():
+    if exists(directory, file):
         data = read_bytes(directory, file, MAX_TEMPLATE_BYTES)
         try:
             source: str | None = data.decode()

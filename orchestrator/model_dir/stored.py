@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.model_dir.directory import inside
+from orchestrator.model_dir.directory import inside, readable
 from placement.errors import InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, is_lfs_pointer, lfs_pointer
 
@@ -52,12 +52,12 @@ def read_header(directory: Path, name: str) -> dict[str, StoredTensor]:
     """Reads the tensors of a safetensors file; the library checks sizes, overlaps and the file's length."""
     path = inside(directory, name)
     try:
-        with safe_open(path, framework="numpy"), path.open("rb") as file:
+        with readable(path), path.open("rb") as file, safe_open(path, framework="numpy"):
             num_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             header = json.loads(file.read(num_bytes))
             status = os.fstat(file.fileno())
-    except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
+    except SafetensorError as error:
+        with readable(path), path.open("rb") as file:
             if is_lfs_pointer(file.read(_POINTER_BYTES)):
                 raise lfs_pointer(name) from None
         reason = str(error).removeprefix("Error while deserializing header: ")
@@ -88,7 +88,7 @@ def are_equal(first: StoredTensor, second: StoredTensor) -> bool:
     step = max(1, total // _NUM_SAMPLES)
     samples = [(start, _SAMPLE_ELEMENTS) for start in range(0, total, step)]
     blocks = [(start, _BLOCK_ELEMENTS) for start in range(0, total, _BLOCK_ELEMENTS)]
-    with first.file.open("rb") as one, second.file.open("rb") as other:
+    with readable(first.file), first.file.open("rb") as one, second.file.open("rb") as other:
         for start, most in [*samples, *blocks]:
             num = min(most, total - start)
             if first.dtype == second.dtype:

@@ -1,11 +1,11 @@
-"""Says what a directory lacks to be a model's, what it holds instead, and what to give or do. Pure."""
+"""Says what a directory lacks to be a model's, or why it cannot be read, and what to give or do. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from placement.errors import InvalidModel
-from placement.model.checkpoint_files import FIX_AGAIN, SINGLE_FILE
+from placement.model.checkpoint_files import FIX_AGAIN, SINGLE_FILE, is_allowed, leads_outside
 
 FIX_PICKLES = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
 
@@ -19,13 +19,14 @@ _KINDS = (
     (_PICKLED, "pickled weights", FIX_PICKLES),
     ((".safetensors",), "safetensors files", FIX_AGAIN),
 )
+_FIX_RIGHTS = "Give the user that runs Heterodyne the right to read it, or give another directory."
 _FIX_TOKENIZER = "Save the tokenizer as a fast one: AutoTokenizer.from_pretrained(path).save_pretrained(path)."
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What there is in a directory that was given as a model's.
+    """Describes what there is in a directory that was given as a model's.
 
     Attributes:
         path: the directory.
@@ -39,6 +40,31 @@ class Listing:
     names: Sequence[str] = ()
     model_folders: Sequence[str] = ()
     exists: bool = True
+
+
+def check_file(
+    name: str, *, directory: PurePath, file: PurePath, is_file: Callable[[], bool], listing: Callable[[], Listing]
+) -> None:
+    """Checks that the model directory has the file ``name``, and that it may be read as one of it.
+
+    Args:
+        directory, file: the real paths of both, without links.
+        is_file: tells whether there is a file; it is asked only about a file that may be read.
+        listing: looks at what the directory holds; it is called where the file is missing.
+
+    Raises:
+        InvalidModel: the file leads out of the directory, or is missing.
+    """
+    if not is_allowed(directory, file):
+        raise leads_outside(name)
+    if not is_file():
+        raise missing_file(name, listing())
+
+
+def unreadable(path: str, error: OSError) -> InvalidModel:
+    """Makes the error for a directory, or a file in it, that the system refuses to read."""
+    problem = f"{error.filename or path} cannot be read: {(error.strerror or str(error)).lower()}"
+    return _refusal(problem, _FIX_RIGHTS if isinstance(error, PermissionError) else FIX_AGAIN)
 
 
 def missing_file(name: str, listing: Listing) -> InvalidModel:

@@ -134,12 +134,14 @@ class DeviceSpec:
     """A device that computes: the CPU of a node, or one of its GPUs.
 
     Attributes:
+        memory_bytes: the memory that its worker may use; None where it is not known, as that of a GPU is not before
+            its worker runs.
         worker: what the configuration calls the worker that computes on it; empty where nobody calls it anything.
     """
 
     kind: Literal["cpu", "cuda"]
     index: int = 0
-    memory_bytes: int
+    memory_bytes: int | None
     num_threads: int = 1
     worker: str = ""
 

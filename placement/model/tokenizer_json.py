@@ -30,8 +30,10 @@ MAX_TOKENIZER_CONFIG_BYTES = 1 << 24
 MAX_TOKENS_BYTES = 1 << 20
 
 Tokenizer = Mapping[str, Any]
-Read = Callable[[str, int], bytes | None]
-"""Reads a file of the model directory, given its name and the most bytes it may have; None where it is not there."""
+Read = Callable[[str, int], bytes]
+"""Reads a file of the model directory, given its name and the most bytes it may have."""
+Exists = Callable[[str], bool]
+"""Tells whether the model directory has a file of this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,14 @@ class CompleteTokenizer:
         num_ids: one more than its largest id.
         eos_token_id: the id that ends a sequence by the tokenizer's own files; None where they name none.
         files: what the files beside tokenizer.json say.
+        left_out: the tokens that a file gives an id which the model has no row for.
     """
 
     text: str
     num_ids: int
     eos_token_id: int | None
     files: TokenFiles
+    left_out: tuple[str, ...] = ()
 
     def eos_token_ids(self, configured: Iterable[int]) -> tuple[int, ...]:
         """Returns all ids that end a sequence: those of the model's configuration, and the tokenizer's own.
@@ -63,42 +67,46 @@ class CompleteTokenizer:
         return [token_id for token_id in token_ids if token_id < self.num_ids]
 
 
-def read_tokenizer(read: Read, *, vocab_size: int) -> CompleteTokenizer:
-    """Reads tokenizer.json and the files beside it.
+def read_tokenizer(read: Read, exists: Exists, *, vocab_size: int) -> CompleteTokenizer:
+    """Reads tokenizer.json and the files beside it, as far as there are any.
 
     Args:
-        read: reads a file; what it raises is passed on.
+        read, exists: what they raise is passed on.
         vocab_size: the number of the model's rows.
 
     Raises:
         InvalidModel: a file is missing or damaged, or contradicts another.
     """
+
+    def values(name: str, limit_bytes: int) -> dict[str, Any]:
+        return parse_object(name, read(name, limit_bytes)) if exists(name) else {}
+
     files = TokenFiles(
-        config=_read_object(read, TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_BYTES),
-        special_tokens_map=_read_object(read, SPECIAL_TOKENS_MAP, MAX_TOKENS_BYTES),
-        added_tokens=_read_object(read, ADDED_TOKENS, MAX_TOKENS_BYTES),
+        config=values(TOKENIZER_CONFIG, MAX_TOKENIZER_CONFIG_BYTES),
+        special_tokens_map=values(SPECIAL_TOKENS_MAP, MAX_TOKENS_BYTES),
+        added_tokens=values(ADDED_TOKENS, MAX_TOKENS_BYTES),
     )
-    data = read(TOKENIZER, MAX_TOKENIZER_BYTES) or b""
+    data = read(TOKENIZER, MAX_TOKENIZER_BYTES)
     given = parse_object(TOKENIZER, data)
-    tokenizer = complete_tokenizer(given, files, vocab_size=vocab_size)
+    tokenizer, left_out = complete_tokenizer(given, files, vocab_size=vocab_size)
     eos = special_texts(files).get("eos_token")
     return CompleteTokenizer(
         text=data.decode() if tokenizer is given else json.dumps(tokenizer),
         num_ids=max(_ids(tokenizer), default=-1) + 1,
         eos_token_id=None if eos is None else _Vocabulary(tokenizer).id_of(eos),
         files=files,
+        left_out=left_out,
     )
 
 
-def _read_object(read: Read, name: str, limit_bytes: int) -> dict[str, Any]:
-    data = read(name, limit_bytes)
-    return {} if data is None else parse_object(name, data)
+def complete_tokenizer(
+    tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: int
+) -> tuple[Tokenizer, tuple[str, ...]]:
+    """Returns the content of tokenizer.json with all tokens, and without truncation and padding; and what is left out.
 
-
-def complete_tokenizer(tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: int) -> Tokenizer:
-    """Returns the content of tokenizer.json with all tokens, and without truncation and padding.
-
-    A named token that has no id in any file, and would get one that the model has no row for, is left out.
+    A token that a file beside it names is left out where its id is, or would be, one that the model has no row for.
+    Fine-tunes often have such a token for padding, which is never computed. Only those that a file gives an id are
+    returned.
 
     Args:
         tokenizer: the content of tokenizer.json; it is returned as it is where nothing is to change.
@@ -107,15 +115,12 @@ def complete_tokenizer(tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: i
 
     Raises:
         InvalidModel: the tokenizer has no vocabulary, or an id that the model has no row for; or a file gives a token
-            an id that the tokenizer cannot give it.
+            an id that the tokenizer cannot give it, or the model has no row for the token that ends a sequence.
     """
     _check_ids(tokenizer, vocab_size)
     vocabulary = _Vocabulary(tokenizer)
     listed = numbered_tokens(files)
-    for token in listed:
-        if vocabulary.id_of(token.content) is None:
-            _check_new(token, vocabulary.next_id(token.content), vocab_size)
-        vocabulary.add(token)
+    left_out = _add_numbered(vocabulary, listed, vocab_size, eos=special_texts(files).get("eos_token"))
     added = frozenset(vocabulary.added)
     # Newer files list all tokens with their flags. Older ones leave those of tokenizer.json out.
     flagged = frozenset(token.content for token in listed) if files.are_recent else added
@@ -123,12 +128,12 @@ def complete_tokenizer(tokenizer: Tokenizer, files: TokenFiles, *, vocab_size: i
         if token.content in added:
             if token.content in flagged and token.is_named:
                 vocabulary.mark_special(token.content)
-        elif vocabulary.next_id(token.content) < vocab_size:
+        elif token.content not in left_out and vocabulary.next_id(token.content) < vocab_size:
             vocabulary.add(token)
     changes: dict[str, Any] = {key: None for key in ("truncation", "padding") if tokenizer.get(key) is not None}
     if vocabulary.is_changed:
         changes["added_tokens"] = list(vocabulary.added.values())
-    return {**tokenizer, **changes} if changes else tokenizer
+    return {**tokenizer, **changes} if changes else tokenizer, left_out
 
 
 class _Vocabulary:
@@ -182,14 +187,33 @@ class _Vocabulary:
         self.added[content] = entry
 
 
+def _add_numbered(
+    vocabulary: _Vocabulary, listed: Iterable[NamedToken], vocab_size: int, *, eos: str | None
+) -> tuple[str, ...]:
+    """Adds the tokens to which a file gives an id; returns those that are left out. Raises InvalidModel."""
+    left_out: list[str] = []
+    for token in listed:
+        is_new = vocabulary.id_of(token.content) is None
+        if is_new and (token.id or 0) >= vocab_size and token.content != eos:
+            left_out.append(token.content)
+            continue
+        if is_new:
+            _check_new(token, vocabulary.next_id(token.content), vocab_size)
+        vocabulary.add(token)
+    return tuple(left_out)
+
+
 def _check_new(token: NamedToken, number: int, vocab_size: int) -> None:
     """Raises InvalidModel where a token that tokenizer.json lacks cannot have the id that its file gives it."""
     if number != token.id:
         problem = f"gives {token.content!r} the id {token.id}; {TOKENIZER} lacks it, and the next free id is {number}"
         raise InvalidModel(field=token.file, problem=problem, fix="Use the files that were saved with the model.")
     if number >= vocab_size:
-        problem = f"gives {token.content!r} the id {number}, which is not below vocab_size = {vocab_size}"
-        fix = "Use the files that were saved with the model, or remove this token from them."
+        problem = (
+            f"gives {token.content!r}, which ends a sequence, the id {number}, "
+            f"which is not below vocab_size = {vocab_size}"
+        )
+        fix = "Use the files that were saved with the model, or name another eos_token."
         raise InvalidModel(field=token.file, problem=problem, fix=fix)
 
 

@@ -6,7 +6,7 @@ of threads, and where that does not fit, the memory.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +44,6 @@ def choose_layouts(
     make_plan: MakePlan,
     cluster: ClusterSpec,
     *,
-    unmeasured: Collection[tuple[str, str]] = (),
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Choice:
     """Chooses the layouts of a cluster: see :func:`first_that_fits`, also for what is raised.
@@ -58,10 +57,9 @@ def choose_layouts(
         changes = {name: value for name, value in settings.items() if value is not None}
         return first_that_fits(
             given,
-            lambda layouts: make_plan(given, layouts=layouts, unmeasured=unmeasured, **changes),
+            lambda layouts: make_plan(given, layouts=layouts, **changes),
             draft=lambda layouts: make_plan(given, layouts=layouts, is_draft=True, **changes),
             works=works,
-            unmeasured=unmeasured,
             speeds=speeds,
         )
 
@@ -80,7 +78,6 @@ def first_that_fits(
     *,
     draft: Callable[[Layouts], Plan],
     works: Callable[[Remedy], bool],
-    unmeasured: Collection[tuple[str, str]] = (),
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Choice:
     """Chooses a replica on each device, or, where the model is too large for that, one over all of them.
@@ -89,7 +86,6 @@ def first_that_fits(
         plan: a function that makes the plan of layouts, and raises NotEnoughMemory where it does not fit.
         draft: a function that makes the plan whether it fits or not.
         works: a function that says whether some layout fits once a remedy was followed.
-        unmeasured: (node, device) pairs whose memory is not known.
         speeds: the speeds of all devices, in the order of nodes and devices; None: they were not measured.
 
     Raises:
@@ -103,7 +99,7 @@ def first_that_fits(
         refused = error
 
     def fullness(weights: Sequence[float]) -> list[float]:
-        return _fullnesses(draft(over_all(cluster, weights)), unmeasured)
+        return _fullnesses(draft(over_all(cluster, weights)))
 
     for split_by, weights in shares(cluster, speeds):
         try:
@@ -146,8 +142,9 @@ def shares(
         yield "speed", shares_by_speed(speeds)
     if len({device.kind for device in devices}) == 1:  # threads of a CPU say nothing of a GPU
         yield "threads", tuple(float(device.num_threads) for device in devices)
-    if all(device.memory_bytes for device in devices):
-        yield "memory", tuple(float(device.memory_bytes) for device in devices)
+    memory_bytes = [float(device.memory_bytes) for device in devices if device.memory_bytes]
+    if len(memory_bytes) == len(devices):  # what is not known divides nothing
+        yield "memory", tuple(memory_bytes)
 
 
 def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
@@ -162,15 +159,15 @@ def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
     return (ReplicaLayout(stages=tuple(stages)),)
 
 
-def _fullnesses(plan: Plan, unmeasured: Collection[tuple[str, str]]) -> list[float]:
+def _fullnesses(plan: Plan) -> list[float]:
     (replica,) = plan.replicas
-    return [_fullness(shard, unmeasured) for shard in replica.shards]
+    return [_fullness(shard) for shard in replica.shards]
 
 
-def _fullness(shard: Shard, unmeasured: Collection[tuple[str, str]]) -> float:
+def _fullness(shard: Shard) -> float:
     """Divides what a rank needs by what its device has, without its process in both; 0 where that is not known."""
     device = shard.device
-    if (shard.node, device.name) in unmeasured or not device.memory_bytes:
+    if device.memory_bytes is None:
         return 0.0
     room = device.memory_bytes - (CPU_PROCESS_BYTES if device.kind == "cpu" else CUDA_PROCESS_BYTES)
     needed = shard.weight_bytes + shard.kv_bytes + shard.workspace_bytes

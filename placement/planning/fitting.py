@@ -1,6 +1,6 @@
 """Says which ranks share which memory: a rank may have a limit of its own, and those on a CPU share their node's."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from placement.model.part import Part
@@ -8,7 +8,7 @@ from placement.model.specs import DeviceSpec, NodeSpec
 from placement.planning.memory import Footprint, format_bytes
 
 EACH_WORKER = "each worker"
-"""Names all workers, where :func:`worker_name` names those of one device and node."""
+"""Names all workers, where :func:`worker_name` names one."""
 
 Blocks = Sequence[int]
 """The number of KV blocks of each replica."""
@@ -66,26 +66,21 @@ class Room:
 
 
 def worker_name(node: NodeSpec, device: DeviceSpec) -> str:
-    """Returns what people call the workers on a device."""
-    return f"{device.name} of node {node.name}"
+    """Returns what people call the worker on a device: its name, since workers of one node may share the CPU."""
+    return f"worker {device.worker}" if device.worker else f"{device.name} of node {node.name}"
 
 
-def rooms(ranks: Sequence[Placed], unmeasured: Collection[tuple[str, str]]) -> tuple[Room, ...]:
-    """Lists the memory that limits these ranks, that of single workers first.
-
-    Args:
-        unmeasured: (node, device) pairs whose memory is not known.
-    """
-    known = [rank for rank in ranks if (rank.node.name, rank.device.name) not in unmeasured]
-    return (*_of_workers(known), *_of_nodes([rank for rank in known if rank.device.kind == "cpu"]))
+def rooms(ranks: Sequence[Placed]) -> tuple[Room, ...]:
+    """Lists the memory that limits these ranks, as far as it is known, that of single workers first."""
+    return (*_of_workers(ranks), *_of_nodes([rank for rank in ranks if rank.device.kind == "cpu"]))
 
 
 def _of_workers(ranks: Sequence[Placed]) -> Iterator[Room]:
     for rank in ranks:
+        own = rank.device.memory_bytes
         # A CPU with the memory of its node has no limit of its own.
-        if rank.device.kind == "cuda" or rank.device.memory_bytes != rank.node.memory_bytes:
-            name = worker_name(rank.node, rank.device)
-            yield Room(name=name, node=None, memory_bytes=rank.device.memory_bytes, ranks=(rank,))
+        if own is not None and (rank.device.kind == "cuda" or own != rank.node.memory_bytes):
+            yield Room(name=worker_name(rank.node, rank.device), node=None, memory_bytes=own, ranks=(rank,))
 
 
 def _of_nodes(on_cpu: Sequence[Placed]) -> Iterator[Room]:

@@ -1,6 +1,6 @@
 """Decides how many KV blocks each replica has: as many as a setting gives, or as the memory that is left does."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.planning.fitting import Blocks, Placed, Room
@@ -72,7 +72,7 @@ class Demand:
         return [num_blocks_for(kv_cache_bytes, bytes_per_block=size) for size in self.largest_block_bytes]
 
 
-def auto_blocks(demand: Demand, unmeasured: Collection[tuple[str, str]]) -> list[tuple[int, KvSizedBy]]:
+def auto_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
     """Returns the blocks of each replica where no size is set, and what decided their number.
 
     All ranks of a replica have as many, so the one with the least memory for its share of a block decides. The ranks of
@@ -87,7 +87,7 @@ def auto_blocks(demand: Demand, unmeasured: Collection[tuple[str, str]]) -> list
                 limits[rank.replica].append((num_blocks, "memory"))
     for ranks in demand.replicas:
         for rank in ranks:
-            if rank.block_bytes and (rank.node.name, rank.device.name) in unmeasured:
+            if rank.block_bytes and rank.device.memory_bytes is None:
                 limits[rank.replica].append((UNKNOWN_MEMORY_KV_BYTES // rank.block_bytes, "unknown memory"))
     fewest = [min(of_replica, key=lambda limit: limit[0]) for of_replica in limits]
     return [(max(num_blocks, demand.least_blocks), sized_by) for num_blocks, sized_by in fewest]

@@ -8,13 +8,13 @@ from placement.model.specs import DeviceSpec, DType, ModelSpec
 from placement.planning.limits import ReplicaLimits
 
 KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
-"""What the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands in for
-memory that is not known; or the most that sequences can use."""
+"""Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands
+in for memory that is not known; or the most that sequences can use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What one rank holds, and where the rank runs.
+    """Describes what one rank holds, and where the rank runs.
 
     Attributes:
         rank: the number of the rank within its replica; the leader is 0.

@@ -1,7 +1,7 @@
 """Plans where weights go, and proves that they fit in memory."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.errors import InvalidConfig
@@ -35,12 +35,12 @@ class _Sizes:
     limits: ReplicaLimits
     linear: LinearFormat | None
 
-    def demand(self, placed: Sequence[_Ranks], unmeasured: Collection[tuple[str, str]]) -> Demand:
+    def demand(self, placed: Sequence[_Ranks]) -> Demand:
         """Describes what must fit where."""
         replicas = tuple(tuple(rank for stage in replica for rank in stage) for replica in placed)
         return Demand(
             replicas=replicas,
-            rooms=rooms([rank for ranks in replicas for rank in ranks], unmeasured),
+            rooms=rooms([rank for ranks in replicas for rank in ranks]),
             kv_cache_bytes=self.kv_cache_bytes,
             block_size=self.limits.block_size,
             max_num_seqs=self.limits.max_num_seqs,
@@ -76,7 +76,6 @@ def plan_replicas(
     kv_cache_bytes: int | None,
     max_context_tokens: int | None,
     limits: ReplicaLimits,
-    unmeasured: Collection[tuple[str, str]] = (),
     linear: LinearFormat | None = None,
     layouts: Sequence[ReplicaLayout] | None = None,
     is_draft: bool = False,
@@ -88,7 +87,6 @@ def plan_replicas(
             which take less memory on those with fewer layers or KV heads. None: see :func:`auto_blocks`.
         limits: the sizes that each replica serves within.
         max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
-        unmeasured: (node, device) pairs whose memory is not known yet.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
         layouts: the devices of each replica and their shares; None: each device, in order, has a replica.
         is_draft: whether the plan is made whether it fits or not, with the fewest KV blocks where no size is set.
@@ -96,7 +94,8 @@ def plan_replicas(
     Raises:
         InvalidConfig: the model knows a smaller context, or it cannot be rounded, or cut as a layout says.
         InvalidModel: the sizes of a GPTQ checkpoint contradict each other, or it cannot be cut as a layout says.
-        NotEnoughMemory: the KV blocks hold too little, or ranks do not fit in their devices or in their node.
+        NotEnoughMemory: the KV blocks hold too little, or ranks do not fit in their devices or in their node, as far as
+            their memory is known.
     """
     sizes = _Sizes(
         model=model,
@@ -106,20 +105,14 @@ def plan_replicas(
         limits=limits,
         linear=linear,
     )
-    return _plan(sizes, cluster, one_each(cluster) if layouts is None else layouts, unmeasured, is_draft)
+    return _plan(sizes, cluster, one_each(cluster) if layouts is None else layouts, is_draft)
 
 
-def _plan(
-    sizes: _Sizes,
-    cluster: ClusterSpec,
-    layouts: Sequence[ReplicaLayout],
-    unmeasured: Collection[tuple[str, str]],
-    is_draft: bool,
-) -> Plan:
+def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout], is_draft: bool) -> Plan:
     """Cuts the model, checks that every rank fits where it is placed, and chooses the KV blocks and the context."""
     placed = _place_all(sizes, cluster, layouts)
-    demand = sizes.demand(placed, unmeasured)
-    blocks = _draft_blocks(demand) if is_draft else _checked_blocks(demand, unmeasured)
+    demand = sizes.demand(placed)
+    blocks = _draft_blocks(demand) if is_draft else _checked_blocks(demand)
     replicas = tuple(
         _replica(f"replica-{index}", stages, [num_blocks for num_blocks, _ in blocks], sizes.limits, sized_by)
         for index, (stages, (_, sized_by)) in enumerate(zip(placed, blocks, strict=True))
@@ -141,11 +134,11 @@ def _place_all(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLay
     ]
 
 
-def _checked_blocks(demand: Demand, unmeasured: Collection[tuple[str, str]]) -> list[tuple[int, KvSizedBy]]:
+def _checked_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
     """Returns the KV blocks of each replica, with which all ranks fit. Raises NotEnoughMemory."""
     check_fits(demand)
     if demand.kv_cache_bytes is None:
-        return auto_blocks(demand, unmeasured)
+        return auto_blocks(demand)
     return [(num_blocks, "setting") for num_blocks in demand.blocks_of(demand.kv_cache_bytes)]
 
 

@@ -34,11 +34,13 @@ def _check_auto(demand: Demand) -> None:
     if fewer:
         remedies.append(Remedy(max_context_tokens=fewer * demand.block_size))
     problem = room.describe(demand.least, f" to serve {demand.least_tokens} tokens")
-    field: str = "model.path"
-    value: object = format_bytes(max(need.weight_bytes for need in room.needs(demand.least)))
-    if fewer:
-        field, value = "model.max_context_tokens", demand.asked_tokens or "unset"
-    raise refusal(field=field, value=value, problem=problem, remedies=remedies, first=_first(room, demand.least))
+    raise refusal(
+        field="model.max_context_tokens" if fewer else "model.path",
+        value=demand.asked_tokens if fewer else None,
+        problem=problem,
+        remedies=remedies,
+        first=_first(room, demand.least),
+    )
 
 
 def _most_blocks(demand: Demand) -> int:
@@ -91,8 +93,7 @@ def _too_large(demand: Demand, setting: int, room: Room) -> NotEnoughMemory:
         smaller_bytes = rounded_size(in_nodes, up=False, least=least)
         blocks = demand.blocks_of(smaller_bytes)
         remedy = replace(_more_memory(demand, blocks), kv_cache_bytes=smaller_bytes)
-    weights = format_bytes(max(need.weight_bytes for need in room.needs(blocks)))
-    return refusal(field="model.path", value=weights, problem=problem, remedies=[remedy], first=_first(room, blocks))
+    return refusal(field="model.path", problem=problem, remedies=[remedy], first=_first(room, blocks))
 
 
 def _more_memory(demand: Demand, blocks: Blocks) -> Remedy:
@@ -126,9 +127,13 @@ def _first(room: Room, blocks: Blocks) -> list[str]:
 
 
 def refusal(
-    *, field: str, value: object, problem: str, remedies: Sequence[Remedy], first: Sequence[str] = ()
+    *, field: str, value: object = None, problem: str, remedies: Sequence[Remedy], first: Sequence[str] = ()
 ) -> NotEnoughMemory:
-    """Returns the error whose fix says one of ``remedies`` is to be followed, or what ``first`` says."""
+    """Returns the error whose fix says one of ``remedies`` is to be followed, or what ``first`` says.
+
+    Args:
+        value: the value that the user gave; None where they gave none.
+    """
     ways = [*first, *(_words(remedy) for remedy in remedies)]
     fix = ", or ".join([*([", ".join(ways[:-1])] if len(ways) > 1 else []), ways[-1]])
     return NotEnoughMemory(
@@ -163,7 +168,8 @@ def _followed(node: NodeSpec, remedy: Remedy) -> NodeSpec:
     def given(device: DeviceSpec) -> DeviceSpec:
         if freed is not None and device.kind == "cpu" and device.memory_bytes == node.memory_bytes:
             return replace(device, memory_bytes=freed)
-        asked = [remedy.worker_bytes.get(name, 0) for name in (EACH_WORKER, worker_name(node, device))]
-        return replace(device, memory_bytes=max(device.memory_bytes, *asked))
+        names = (EACH_WORKER, worker_name(node, device))
+        sizes = [remedy.worker_bytes[name] for name in names if name in remedy.worker_bytes]
+        return replace(device, memory_bytes=max([*sizes, device.memory_bytes or 0])) if sizes else device
 
     return replace(node, memory_bytes=freed, devices=tuple(map(given, node.devices)))

@@ -39,7 +39,7 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """What a worker reserves of its machine, and the labels that the machine must carry."""
+    """Describes what a worker reserves of its machine, and the labels that the machine must carry."""
 
     num_cpus: int
     num_gpus: int
@@ -169,17 +169,17 @@ class _Search:
 
 
 def _fits(need: Need, host: Host, num_cpus: float, num_gpus: float) -> bool:
-    """Whether a worker may run on ``host`` and finds room in what is free of it."""
+    """Tells whether a worker may run on ``host`` and finds room in what is free of it."""
     return need.num_cpus <= num_cpus and need.num_gpus <= num_gpus and matches_labels(need.labels, host.labels)
 
 
 def matches_labels(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a node's labels meet every condition of a selector."""
+    """Tells whether a node's labels meet every condition of a selector."""
     return all(_meets(condition, labels.get(key)) for key, condition in selector.items())
 
 
 def _meets(condition: str, value: str | None) -> bool:
-    """Whether a label's value meets one condition of Ray's selectors: ``a``, ``!a``, ``in(a, b)`` or ``!in(a, b)``.
+    """Tells whether a label's value meets a condition of Ray's selectors: ``a``, ``!a``, ``in(a, b)`` or ``!in(a, b)``.
 
     A machine without the label meets none: where Ray is more generous, a worker waits for Ray's own choice.
     """

@@ -14,7 +14,7 @@ from placement.serving.step_plan import StepPlan
 
 
 class EndReason(Enum):
-    """Why a sequence ended."""
+    """Says why a sequence ended."""
 
     STOP = "stop"
     LENGTH = "length"

@@ -4,7 +4,7 @@ import json
 from typing import Literal, TypedDict
 
 GrammarKind = Literal["json_schema", "regex", "lark"]
-"""How a grammar is written: a field of worker.v1.Grammar."""
+"""Says how a grammar is written: a field of worker.v1.Grammar."""
 
 ENDS_TOO_SOON = "the grammar ends the answer before it has min_tokens"
 """Why an answer cannot go on whose grammar would end it, in a clause that ends what a replica says of it."""

@@ -8,7 +8,7 @@ from placement.serving.kv.holds import Hold
 
 
 class Phase(Enum):
-    """Where a sequence stands between its submission and its end."""
+    """Says where a sequence stands between its submission and its end."""
 
     WAITING = "waiting"
     """It holds no blocks: it is new, or was preempted."""

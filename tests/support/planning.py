@@ -31,22 +31,20 @@ MODEL = ModelSpec(
     tied_embeddings=True,
 )
 _SIZE = r"(\d+ (?:B|KiB|MiB|GiB))"
-Pairs = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is to be planned. Devices of a node are told apart by their index."""
+    """What is to be planned. Devices are told apart by the names of their workers."""
 
     cluster: ClusterSpec
-    unmeasured: Pairs
     layouts: tuple[ReplicaLayout, ...] | None
     kv_cache_bytes: int | None
     max_context_tokens: int | None
     limits: ReplicaLimits
 
     def arguments(self) -> dict[str, Any]:
-        """Returns all but the cluster, the layouts and who is unmeasured, as a planner takes them."""
+        """Returns all but the cluster and the layouts, as a planner takes them."""
         return {
             "dtype": DType.FLOAT32,
             "kv_cache_bytes": self.kv_cache_bytes,
@@ -69,18 +67,14 @@ class Advice:
 def cases(draw: st.DrawFn) -> Case:
     """Draws one to three nodes of one or two devices. The memory of either may be known."""
     nodes = []
-    unmeasured = set()
     for name in "abc"[: draw(st.integers(1, 3))]:
         num_devices = draw(st.integers(1, 2))
         own = draw(st.none() | memories(num_devices))
-        devices = [draw(_devices(index, own)) for index in range(num_devices)]
-        if own is None:
-            unmeasured |= {(name, device.name) for device in devices if not device.memory_bytes}
+        devices = [draw(_devices(name, index, own)) for index in range(num_devices)]
         nodes.append(NodeSpec(name=name, memory_bytes=own, devices=tuple(devices)))
     cluster = ClusterSpec(nodes=tuple(nodes))
     return Case(
         cluster=cluster,
-        unmeasured=frozenset(unmeasured),
         layouts=draw(st.sampled_from([one_each(cluster)]) | layouts(sum(len(node.devices) for node in nodes))),
         kv_cache_bytes=draw(st.none() | st.sampled_from([1, 100_000, MIB, 5 * MIB, 20 * MIB, 40 * MIB, 80 * MIB])),
         max_context_tokens=draw(st.none() | st.sampled_from([1, 100, 1000, 4096])),
@@ -94,11 +88,13 @@ def memories(num_processes: int = 1) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def _devices(draw: st.DrawFn, index: int, of_node: int | None) -> DeviceSpec:
+def _devices(draw: st.DrawFn, node: str, index: int, of_node: int | None) -> DeviceSpec:
     said = draw(st.none() | memories())
-    if draw(st.booleans()) and said is not None:
-        return DeviceSpec(kind="cuda", index=index, memory_bytes=said + 400 * MIB)
-    return DeviceSpec(kind="cpu", index=index, memory_bytes=said or of_node or 0)
+    worker = f"{node}{index}"
+    if draw(st.booleans()):
+        of_gpu = None if said is None else said + 400 * MIB
+        return DeviceSpec(kind="cuda", index=index, memory_bytes=of_gpu, worker=worker)
+    return DeviceSpec(kind="cpu", memory_bytes=said or of_node, worker=worker)
 
 
 @st.composite
@@ -135,7 +131,7 @@ def _read(way: str) -> Advice:
         return None if found is None else int(str(parse_bytes(found[1])))
 
     context = re.search(r"set model\.max_context_tokens to (\d+) or less", way, re.IGNORECASE)
-    given = re.findall(rf"(each worker|c[a-z0-9:]+ of node \w) {_SIZE} or more", way, re.IGNORECASE)
+    given = re.findall(rf"(each worker|worker \w+) {_SIZE} or more", way, re.IGNORECASE)
     freed = re.findall(rf"(?:free|and) {_SIZE} on node (\w)", way, re.IGNORECASE)
     return Advice(
         kv_cache_bytes=size(rf"set serving\.kv_cache to {_SIZE} or (?:more|less)"),
@@ -151,7 +147,6 @@ def follow(case: Case, way: Advice) -> Case:
     return replace(
         case,
         cluster=ClusterSpec(nodes=nodes),
-        unmeasured=frozenset() if "each worker" in way.worker_bytes else case.unmeasured,
         kv_cache_bytes=case.kv_cache_bytes if way.kv_cache_bytes is None else way.kv_cache_bytes,
         max_context_tokens=way.max_context_tokens or case.max_context_tokens,
     )
@@ -163,8 +158,8 @@ def _freed(node: NodeSpec, way: Advice) -> NodeSpec:
     for device in node.devices:
         own = device.memory_bytes
         if device.kind == "cpu" and own == node.memory_bytes:  # it is not said, so it is the node's
-            devices.append(replace(device, memory_bytes=memory or 0))
+            devices.append(replace(device, memory_bytes=memory))
             continue
-        asked = [way.worker_bytes.get(who, 0) for who in ("each worker", f"{device.name} of node {node.name}")]
-        devices.append(replace(device, memory_bytes=max(own, *asked)))
+        asked = [way.worker_bytes.get(who, 0) for who in ("each worker", f"worker {device.worker}")]
+        devices.append(replace(device, memory_bytes=max(own or 0, *asked) or None))
     return replace(node, memory_bytes=memory, devices=tuple(devices))

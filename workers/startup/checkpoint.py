@@ -36,7 +36,7 @@ from placement.model.quantization import (
 )
 from placement.model.weights import HEAD, TensorSlice, stored_name
 from workers.host.device import TORCH_DTYPES
-from workers.host.model_files import inside, list_directory, read_bytes
+from workers.host.model_files import exists, inside, list_directory, read_bytes, readable
 from workers.model.rounded import FIX_GPTQ, rounded_parts
 
 _MOST_MAPPED = 16 << 20  # elements that are read of a file before its mapping is given back
@@ -114,7 +114,7 @@ def _read_all(
 
 
 def _begin(file: Path) -> bytes:
-    with file.open("rb") as opened:
+    with readable(file), file.open("rb") as opened:
         return opened.read(_POINTER_BYTES)
 
 
@@ -178,9 +178,9 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
 
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
     """Finds the file that holds each slice."""
-    if (path / SINGLE_FILE).is_file():
+    if exists(path, SINGLE_FILE):
         return {inside(path, SINGLE_FILE): slices}
-    if not (path / INDEX_FILE).is_file():
+    if not exists(path, INDEX_FILE):
         raise no_weights(list_directory(path))
     names = parse_index(read_bytes(path, INDEX_FILE, MAX_INDEX_BYTES))
     located: defaultdict[Path, list[TensorSlice]] = defaultdict(list)

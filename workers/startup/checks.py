@@ -15,7 +15,7 @@ from protos.codec.formats import read_dtype
 from protos.codec.limits import read_limits
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
-from workers.host.model_files import read_json
+from workers.host.model_files import exists, read_json
 from workers.replica.roster import Roster, read_roster
 
 _CONFIG = "config.json"
@@ -71,9 +71,9 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
 
 def read_model(path: Path) -> ModelSpec:
     """Reads the model's specification from its directory. Raises InvalidModel."""
-    generation = "generation_config.json"
-    found = read_json(path, generation, MAX_CONFIG_BYTES) if (path / generation).exists() else None
-    return read_model_spec(read_json(path, _CONFIG, MAX_CONFIG_BYTES), found)
+    config, generation = read_json(path, _CONFIG, MAX_CONFIG_BYTES), "generation_config.json"
+    found = read_json(path, generation, MAX_CONFIG_BYTES) if exists(path, generation) else None
+    return read_model_spec(config, found)
 
 
 def with_facts(model: ModelSpec, request: pb.LoadRequest) -> ModelSpec:
@@ -152,17 +152,17 @@ def check_memory(
         return
     setting = int((available_bytes - need.weight_bytes - need.workspace_bytes) / kv_share)
     if need.kv_bytes and setting >= max(least_setting, 1):
-        field, size = "serving.kv_cache", int(need.kv_bytes / kv_share)
+        field = "serving.kv_cache"
         smaller = rounded_size(setting, up=False, least=max(least_setting, 1))
         fix = f"Set serving.kv_cache to {size_words(smaller)} or less."
     elif need.weight_bytes < available_bytes:
-        field, size = "serving.token_budget", need.workspace_bytes
+        field = "serving.token_budget"
         fix = "Lower serving.token_budget or serving.max_num_seqs, or free memory."
     else:
-        field, size = "model.path", need.weight_bytes
+        field = "model.path"
         fix = "Free memory, or use a smaller model."
     problem = f"{need} are needed, and {where} has {format_bytes(max(available_bytes, 0))} left"
-    raise NotEnoughMemory(field=field, value=format_bytes(size), problem=problem, fix=fix)
+    raise NotEnoughMemory(field=field, problem=problem, fix=fix)
 
 
 def kv_share(model: ModelSpec, roster: Roster, *, block_size: int) -> float:

@@ -18,7 +18,6 @@ from placement.model.part import Part
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.limits import ReplicaLimits
-from placement.planning.memory import format_bytes
 from placement.serving.admission import Limits
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
@@ -131,7 +130,6 @@ class LoadJob:
                 raise
             raise NotEnoughMemory(
                 field="serving.kv_cache",
-                value=format_bytes(checked.need.kv_bytes),
                 problem=f"{self._device.name} ran out of memory while loading ({cause_of(error)})",
                 fix="Lower it, free memory, or use a smaller model.",
             ) from error

@@ -69,8 +69,8 @@ def measure_speed(device: Device, products: Products, *, meet: Callable[[], None
     if device.available_memory_bytes < needed:
         raise NotEnoughMemory(
             field="memory of " + device.name,
-            value=format_bytes(device.available_memory_bytes),
-            problem=f"leaves no room to measure its speed, for which {format_bytes(needed)} must be free",
+            problem=f"is too little to measure its speed: {format_bytes(needed)} must be free, and "
+            f"{format_bytes(max(device.available_memory_bytes, 0))} are",
             fix="Free memory, or write shares into serving.parallelism.",
         )
     on_cpu = device.torch_device.type == "cpu"

@@ -6,8 +6,6 @@ units. In between, where a library's matrix product does neither well, it gains 
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
 
-import contextlib
-import mmap
 import struct
 from functools import cache
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from kernels.cpu.machine import machine_code, threads
 from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
+from kernels.cpu.machine.pages import HUGE_PAGE, map_zeros
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, HEADER, PRODUCT, tile, tile_name
 
@@ -28,11 +27,10 @@ _SHAPES = ((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1))
 _MANY_ROWS = (8, 3)
 # The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together.
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
-_HUGE_PAGE = 2 << 20
 
 
 def can_run() -> bool:
-    """Whether this CPU has the instructions of the code."""
+    """Tells whether this CPU has the instructions of the code."""
     return "avx512bf16" in machine_code.cpu_features()
 
 
@@ -67,15 +65,9 @@ class PackedWeight:
 def huge_empty(shape: tuple[int, ...]) -> Tensor:
     """Allocates 32-bit integers, on huge pages where the system has them, so that reads walk the page tables less."""
     num_bytes = 4 * torch.Size(shape).numel()
-    if num_bytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if num_bytes < HUGE_PAGE:
         return torch.empty(shape, dtype=torch.int32)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    integers = torch.frombuffer(memory, dtype=torch.int32)
-    start = -integers.data_ptr() % _HUGE_PAGE
-    with contextlib.suppress(OSError):  # the system was built without huge pages
-        # Only whole pages: the last would take up to 2 MiB more than was planned.
-        memory.madvise(mmap.MADV_HUGEPAGE, start, num_bytes // _HUGE_PAGE * _HUGE_PAGE)
-    return integers[start // 4 : (start + num_bytes) // 4].view(shape)
+    return map_zeros(num_bytes).view(torch.int32).view(shape)
 
 
 def tile_shape(num_tokens: int) -> tuple[int, int, int]:

@@ -47,5 +47,5 @@ def test_a_cut_that_leaves_a_worker_nothing_is_not_made_by_speed(provisional: Ch
 
 def test_what_is_not_cut_is_not_split(tmp_path: Path, served_checkpoint: Path) -> None:
     workers = {"workers": [{"device": "cpu", "threads": 1, "count": 2}]}
-    checked = preflight(make_config(tmp_path, served_checkpoint, cluster=workers), listens=False)
+    checked = preflight(make_config(tmp_path, served_checkpoint, cluster=workers), machine=MACHINE, listens=False)
     assert checked.split_by is None and len(checked.plan.replicas) == 2

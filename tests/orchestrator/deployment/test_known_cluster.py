@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config.document import Config
+from orchestrator.deployment.known_cluster import known_clusters
 from orchestrator.deployment.plan_lines import plan_events
 from orchestrator.deployment.preflight import Checked, by_speed, on_hosts, preflight
 from orchestrator.deployment.seats import rank_labels, worker_needs
@@ -101,7 +102,7 @@ def test_what_workers_of_one_machine_need_is_added_up(tmp_path: Path, served_che
     roomy, tight, full = (host("a", memory_bytes=size) for size in (2 * each, 2 * each - 1, CPU_PROCESS_BYTES))
     assert len(check(asked, roomy, roomy).plan.replicas) == 2
     assert ranks(check(asked, tight, tight)) == [[(0, "a"), (1, "a")]], "cut, as on one machine"
-    with pytest.raises(NotEnoughMemory, match=r"node a has|of node a"):
+    with pytest.raises(NotEnoughMemory, match=r"node a has|worker worker-\d has"):
         check(asked, full, full)
 
 
@@ -112,6 +113,24 @@ def test_a_machine_that_does_not_say_its_memory_is_checked_by_its_workers(
     asked = joined(make_config(tmp_path, served_checkpoint, cluster=workers))
     silent = host("a", memory_bytes=None)
     assert len(check(asked, silent, silent).plan.replicas) == 2
+
+
+def test_a_stated_memory_counts_beside_a_worker_of_the_machine_that_states_none(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    workers = [{"name": "silent", "threads": 1}, {"name": "small", "threads": 1, "memory": "100MiB"}]
+    asked = joined(make_config(tmp_path, served_checkpoint, cluster={"workers": workers}))
+    silent = host("a", memory_bytes=None)
+    for hosts in ((), (silent, silent)):
+        with pytest.raises(NotEnoughMemory, match="worker small has 100 MiB"):
+            check(asked, *hosts)
+
+
+def test_a_gpu_has_not_the_memory_of_its_machine(tmp_path: Path, served_checkpoint: Path) -> None:
+    workers = [{"device": "cuda:0"}, {"device": "cuda:1", "memory": "24GiB"}, {"threads": 1}]
+    asked = make_config(tmp_path, served_checkpoint, cluster={"workers": workers})
+    (cluster,) = known_clusters(asked, MACHINE)
+    assert [device.memory_bytes for device in cluster.spec.nodes[0].devices] == [None, 24 * 2**30, MACHINE.memory_bytes]
 
 
 def test_before_the_cluster_is_joined_only_labels_say_who_shares_a_machine(

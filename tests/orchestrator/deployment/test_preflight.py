@@ -96,7 +96,7 @@ def test_address_of_another_machine_is_refused(model: Path) -> None:
 def test_workers_that_do_not_fit_in_memory_are_refused(model: Path) -> None:
     error = refused(NotEnoughMemory, lambda: check(model, cluster={"workers": [{"memory": "100MiB"}]}))
     assert error.field == "model.path"
-    assert error.problem.endswith("and cpu of node local has 100 MiB")
+    assert error.problem.endswith("and worker worker-0 has 100 MiB")
 
 
 def test_a_worker_of_more_threads_than_cores_is_refused_on_this_machine_only(model: Path) -> None:

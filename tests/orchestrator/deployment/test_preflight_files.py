@@ -118,6 +118,12 @@ def test_ranks_are_told_the_tokenizers_own_end(model: Path) -> None:
     assert list(request.facts.eos_token_ids) == list(checked.model.eos_token_ids) == [3, 19]
 
 
+def test_tokens_that_the_model_has_no_rows_for_are_warned_of(model: Path) -> None:
+    (model / "added_tokens.json").write_text('{"[PAD]": 20}')
+    (said,) = warning_events(check(model))
+    assert "tokens whose ids are not below vocab_size = 20 are left out: '[PAD]'" in said.sentence
+
+
 def test_a_template_that_keeps_no_words_is_warned_of(model: Path) -> None:
     (model / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.role }}>{% endfor %}")
     (said,) = warning_events(check(model))

@@ -179,12 +179,26 @@ def test_an_id_that_cannot_be_a_tokens_is_refused(model: Path, file: str, gap: i
     assert caught.value.problem == problem
 
 
-def test_an_id_beyond_the_models_rows_is_refused(model: Path) -> None:
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("file", ["tokenizer_config", "added_tokens"])
+def test_a_token_whose_id_is_beyond_the_models_rows_is_left_out(model: Path, file: str, gap: int) -> None:
+    """Fine-tunes of Llama 2 have 32000 rows, and ``[PAD]`` with the id 32000."""
+    rows = write(model) + gap
+    listing = {"added_tokens_decoder": {str(rows): flags("[PAD]")}} if file == "tokenizer_config" else {"[PAD]": rows}
+    write(model, tokenizer_config=BASE | {"pad_token": "[PAD]", "eos_token": "<|e|>"})
+    write(model, **{file: BASE | {"pad_token": "[PAD]"} | listing if file == "tokenizer_config" else listing})
+    complete = read_tokenizer_of(model, vocab_size=rows)
+    assert model_files.read_tokenizer_of(model, vocab_size=rows) == complete
+    assert "[PAD]" not in complete.text and complete.left_out == ("[PAD]",)
+    assert complete.num_ids == write(model)
+
+
+def test_an_end_of_sequence_beyond_the_models_rows_is_refused(model: Path) -> None:
     first = write(model)
-    write(model, added_tokens={START: first})
+    write(model, tokenizer_config=BASE | {"eos_token": START}, added_tokens={START: first})
     with pytest.raises(InvalidModel) as caught:
         read_tokenizer_of(model, vocab_size=first)
-    problem = f"gives '{START}' the id {first}, which is not below vocab_size = {first}"
+    problem = f"gives '{START}', which ends a sequence, the id {first}, which is not below vocab_size = {first}"
     assert (caught.value.field, caught.value.problem) == ("added_tokens.json", problem)
 
 

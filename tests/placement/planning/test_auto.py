@@ -143,3 +143,10 @@ def test_threads_are_not_compared_with_gpus() -> None:
     cluster = ClusterSpec(nodes=(NodeSpec(name="a", memory_bytes=40 * GIB, devices=(gpu, cpu)),))
     assert list(shares(cluster)) == [("memory", (80.0 * GIB, 40.0 * GIB))]
     assert next(shares(cluster, speeds(3000, 50))) == ("speed", (3000e9, 50e9))
+
+
+def test_memory_divides_nothing_where_some_is_not_known() -> None:
+    gpu = DeviceSpec(kind="cuda", num_threads=1, memory_bytes=None)
+    cpu = DeviceSpec(kind="cpu", num_threads=64, memory_bytes=64 * GIB)
+    cluster = ClusterSpec(nodes=(NodeSpec(name="a", memory_bytes=256 * GIB, devices=(gpu, cpu)),))
+    assert list(shares(cluster)) == []

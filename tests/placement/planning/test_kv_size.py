@@ -1,5 +1,6 @@
 """Checks how many KV blocks there are where no size is set."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -85,8 +86,8 @@ def test_nobody_gets_more_than_all_sequences_can_use() -> None:
 
 
 def test_where_memory_is_not_known_there_is_a_size_that_stands_in_for_it() -> None:
-    gpu = DeviceSpec(kind="cuda", memory_bytes=0)
-    made = plan(node("a", gpu), node("b", cpu(64)), unmeasured={("a", "cuda:0")})
+    gpu = DeviceSpec(kind="cuda", memory_bytes=None)
+    made = plan(node("a", gpu), node("b", cpu(64)))
     unknown, known = made.replicas
     assert (unknown.leader.kv_bytes, unknown.kv_sized_by) == (UNKNOWN_MEMORY_KV_BYTES, "unknown memory")
     assert known.kv_sized_by == "memory" and known.leader.kv_bytes > GIB
@@ -94,8 +95,8 @@ def test_where_memory_is_not_known_there_is_a_size_that_stands_in_for_it() -> No
 
 
 def test_a_context_that_is_asked_for_is_held_even_where_memory_is_not_known() -> None:
-    gpu = DeviceSpec(kind="cuda", memory_bytes=0)
-    made = plan(node("a", gpu), unmeasured={("a", "cuda:0")}, max_context_tokens=8000)
+    gpu = DeviceSpec(kind="cuda", memory_bytes=None)
+    made = plan(node("a", gpu), max_context_tokens=8000)
     assert made.replicas[0].num_kv_tokens == made.model.max_context_tokens == 8000
 
 
@@ -105,6 +106,9 @@ def test_a_context_that_memory_does_not_hold_is_refused_with_the_memory_that_doe
     error = caught.value
     assert (error.field, error.value) == ("model.max_context_tokens", 8192)
     assert "1 worker needs 16.4 GiB to serve 8192 tokens (" in error.problem
+    with pytest.raises(NotEnoughMemory) as unset:
+        plan(node("a", replace(cpu(0), memory_bytes=fixed(plan(node("a", cpu(64))).replicas[0].leader) + 100 * MIB)))
+    assert (unset.value.field, unset.value.value) == ("model.max_context_tokens", None)
     (memory, context) = error.remedies
     assert memory.worker_bytes.keys() == {"each worker"} and (context.max_context_tokens or 0) in range(1024, 8192)
     assert plan(node("a", cpu(memory.worker_bytes["each worker"] / GIB)), max_context_tokens=8192).replicas
@@ -145,7 +149,7 @@ def test_kv_blocks_take_what_the_cut_leaves_and_do_not_push_it() -> None:
 
 def auto(case: Case) -> Plan:
     return plan_replicas(
-        MODEL, case.cluster, layouts=case.layouts, unmeasured=case.unmeasured,
+        MODEL, case.cluster, layouts=case.layouts,
         **(case.arguments() | {"kv_cache_bytes": None}),
     )  # fmt: skip
 
@@ -170,12 +174,8 @@ def test_kv_blocks_fit_hold_a_sequence_and_are_no_more_than_of_use(case: Case) -
         assert replica.num_blocks <= case.limits.max_num_seqs * -(-longest // size)
     assert made.model.max_context_tokens >= (case.max_context_tokens or SHORT_SEQUENCE_TOKENS)
     for each in case.cluster.nodes:
-        there = [
-            shard
-            for shard in shards
-            if shard.node == each.name and (each.name, shard.device.name) not in case.unmeasured
-        ]
-        assert all(fixed(shard) + shard.kv_bytes <= shard.device.memory_bytes for shard in there)
+        there = [shard for shard in shards if shard.node == each.name]
+        assert all(fixed(shard) + shard.kv_bytes <= (shard.device.memory_bytes or math.inf) for shard in there)
         on_cpu = [shard for shard in there if shard.device.kind == "cpu"]
         if each.memory_bytes is not None:
             assert sum(fixed(shard) + shard.kv_bytes for shard in on_cpu) <= each.memory_bytes
@@ -189,7 +189,8 @@ def test_more_memory_never_gives_fewer_blocks(case: Case, which: int, device: in
     grown = nodes[which % len(nodes)]
     devices = list(grown.devices)
     place = device % len(devices)
-    devices[place] = replace(devices[place], memory_bytes=devices[place].memory_bytes + more)
+    if (known := devices[place].memory_bytes) is not None:
+        devices[place] = replace(devices[place], memory_bytes=known + more)
     own = None if grown.memory_bytes is None else grown.memory_bytes + more
     nodes[which % len(nodes)] = replace(grown, memory_bytes=own, devices=tuple(devices))
     after = auto(replace(case, cluster=ClusterSpec(nodes=tuple(nodes))))
@@ -205,7 +206,7 @@ def test_the_size_that_auto_chose_gives_the_same_plan_when_it_is_set(case: Case)
     if len(sizes) > 1:  # one setting is for all replicas
         reject()
     same = plan_replicas(
-        MODEL, case.cluster, layouts=case.layouts, unmeasured=case.unmeasured,
+        MODEL, case.cluster, layouts=case.layouts,
         **(case.arguments() | {"kv_cache_bytes": max(sizes)}),
     )  # fmt: skip
     assert all(replica.kv_sized_by == "setting" for replica in same.replicas)

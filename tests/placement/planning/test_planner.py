@@ -132,7 +132,7 @@ def test_cache_that_does_not_fit_the_device_is_refused_with_the_size_that_does()
 def test_model_that_does_not_fit_the_device_is_refused_with_the_memory_it_needs() -> None:
     error = refused(node(cpu(CPU_PROCESS_BYTES), memory_bytes=2**36))
     enough = -(-(FIXED + 16 * MIB) // MIB)
-    assert (error.field, error.value) == ("model.path", "11 MiB")
+    assert (error.field, error.value) == ("model.path", None) and "(11 MiB weights" in error.problem
     assert error.fix == f"Use a smaller model, or give each worker {enough} MiB or more."
     assert plan(node(cpu(enough * MIB), memory_bytes=2**36)).replicas
 
@@ -154,10 +154,24 @@ def test_refusal_says_how_many_workers_a_node_can_run() -> None:
 
 
 def test_unmeasured_device_is_planned_unchecked() -> None:
-    gpu = DeviceSpec(kind="cuda", index=1, memory_bytes=1)
-    made = plan(node(gpu, memory_bytes=1), unmeasured={("local", "cuda:1")})
+    gpu = DeviceSpec(kind="cuda", index=1, memory_bytes=None)
+    made = plan(node(gpu, memory_bytes=1))
     assert made.replicas[0].leader.device == gpu
-    assert refused(node(gpu, memory_bytes=1)).field == "model.path"
+    assert refused(node(dataclasses.replace(gpu, memory_bytes=1), memory_bytes=1)).field == "model.path"
+
+
+def test_a_stated_memory_counts_beside_a_neighbour_that_states_none() -> None:
+    """Both are called cpu, and neither is known by its node's memory."""
+    stated, silent = (
+        dataclasses.replace(cpu(CPU_PROCESS_BYTES), worker="big"),
+        DeviceSpec(kind="cpu", memory_bytes=None),
+    )
+    nodes = NodeSpec(name="a", memory_bytes=None, devices=(silent, stated))
+    error = refused(nodes)
+    assert error.field == "model.path" and "worker big has 384 MiB" in error.problem
+    (size,) = error.remedies[0].worker_bytes.values()
+    enough = dataclasses.replace(stated, memory_bytes=size)
+    assert len(plan(dataclasses.replace(nodes, devices=(silent, enough))).replicas) == 2
 
 
 def cut_over(*weights: float) -> ReplicaLayout:

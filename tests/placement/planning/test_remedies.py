@@ -13,12 +13,12 @@ from tests.support.planning import MODEL, Case, advice, cases, follow
 
 
 def plan(case: Case) -> Plan:
-    return plan_replicas(MODEL, case.cluster, layouts=case.layouts, unmeasured=case.unmeasured, **case.arguments())
+    return plan_replicas(MODEL, case.cluster, layouts=case.layouts, **case.arguments())
 
 
 def choose(case: Case) -> Plan:
     make_plan = partial(plan_replicas, MODEL, **case.arguments())
-    return choose_layouts(make_plan, case.cluster, unmeasured=case.unmeasured).plan
+    return choose_layouts(make_plan, case.cluster).plan
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,5 +1,6 @@
 """The engine with a real model: whatever a step is made of, a sequence's tokens are those that transformers gives."""
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_a_step_that_raises_ends_every_sequence_with_the_cause(make_engine: Any)
 def test_a_lost_peer_is_a_line_in_the_log_and_what_nobody_expects_has_its_traceback(
     make_engine: Any, caplog: pytest.LogCaptureFixture, error: Exception, has_traceback: bool
 ) -> None:
+    caplog.set_level(logging.DEBUG, logger="workers")
     runner = SlowRunner()
     runner.error = error
     parts = make_engine(runner, vocab_size=16)

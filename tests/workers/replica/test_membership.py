@@ -47,4 +47,4 @@ def test_a_rank_says_what_it_does_until_it_is_ready_and_a_stage_says_its_links_o
             one.result(READY_S)
     assert phases == [[pb.LOAD_PHASE_COMPILE, pb.LOAD_PHASE_CONNECT, pb.LOAD_PHASE_MEASURE]] * 2
     (line,) = [message for message in caplog.messages if "measured" in message]
-    assert re.fullmatch(r"Links measured: [\d.e-]+ ms, [\d.e-]+ GB/s\.", line), "the table is for those who debug"
+    assert re.fullmatch(r"Links measured: [\d.e+-]+ ms, [\d.e+-]+ GB/s\.", line), "the table is for those who debug"

@@ -58,7 +58,7 @@ def test_a_measurement_ends_when_the_others_do_not_come() -> None:
 
 def test_without_memory_to_spare_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "available_memory_bytes", 300 * 2**20)
-    with pytest.raises(NotEnoughMemory, match=r"memory of cpu: .* 512 MiB must be free .*serving.parallelism"):
+    with pytest.raises(NotEnoughMemory, match=r"of cpu: .* 512 MiB must be free, and 300 MiB are\. .*parallelism"):
         measure_speed(open_device("cpu", 1), Products(dtype=DType.BFLOAT16), meet=nothing)
 
 
