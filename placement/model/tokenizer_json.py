@@ -104,9 +104,8 @@ def complete_tokenizer(
 ) -> tuple[Tokenizer, tuple[str, ...]]:
     """Returns the content of tokenizer.json with all tokens, and without truncation and padding; and what is left out.
 
-    A token that a file beside it names is left out where its id is, or would be, one that the model has no row for.
-    Fine-tunes often have such a token for padding, which is never computed. Only those that a file gives an id are
-    returned.
+    An added token is left out where its id is, or would be, one that the model has no row for. Fine-tunes often have
+    such a token for padding, which is never computed. Only those that a file gives an id are returned.
 
     Args:
         tokenizer: the content of tokenizer.json; it is returned as it is where nothing is to change.
@@ -117,10 +116,12 @@ def complete_tokenizer(
         InvalidModel: the tokenizer has no vocabulary, or an id that the model has no row for; or a file gives a token
             an id that the tokenizer cannot give it, or the model has no row for the token that ends a sequence.
     """
+    eos = special_texts(files).get("eos_token")
+    tokenizer, beyond = _within_rows(tokenizer, vocab_size, eos=eos)
     _check_ids(tokenizer, vocab_size)
     vocabulary = _Vocabulary(tokenizer)
     listed = numbered_tokens(files)
-    left_out = _add_numbered(vocabulary, listed, vocab_size, eos=special_texts(files).get("eos_token"))
+    left_out = tuple(dict.fromkeys((*beyond, *_add_numbered(vocabulary, listed, vocab_size, eos=eos))))
     added = frozenset(vocabulary.added)
     # Newer files list all tokens with their flags. Older ones leave those of tokenizer.json out.
     flagged = frozenset(token.content for token in listed) if files.are_recent else added
@@ -185,6 +186,27 @@ class _Vocabulary:
         self._ids[content] = number = self.next_id(content)
         self._largest = max(self._largest, number)
         self.added[content] = entry
+
+
+def _within_rows(tokenizer: Tokenizer, vocab_size: int, *, eos: str | None) -> tuple[Tokenizer, tuple[str, ...]]:
+    """Returns the tokenizer without added tokens that the model has no row for and that it can do without; and those.
+
+    It can do without those that neither end a sequence nor are put around every text.
+    """
+    added = tokenizer.get("added_tokens")
+    needed = json.dumps(tokenizer.get("post_processor"))
+
+    def is_beyond(entry: object) -> bool:
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            return False
+        number, content = entry.get("id"), entry["content"]
+        is_spare = content != eos and json.dumps(content) not in needed
+        return isinstance(number, int) and number >= vocab_size and is_spare
+
+    if not isinstance(added, list) or not any(map(is_beyond, added)):
+        return tokenizer, ()
+    kept = [entry for entry in added if not is_beyond(entry)]
+    return {**tokenizer, "added_tokens": kept}, tuple(entry["content"] for entry in added if is_beyond(entry))
 
 
 def _add_numbered(

@@ -193,6 +193,30 @@ def test_a_token_whose_id_is_beyond_the_models_rows_is_left_out(model: Path, fil
     assert complete.num_ids == write(model)
 
 
+@pytest.mark.parametrize("beside", [{}, {"added_tokens": True}])
+def test_a_token_of_tokenizer_json_beyond_the_models_rows_is_left_out(model: Path, beside: dict[str, bool]) -> None:
+    rows = write(model)
+    values = json.loads((model / "tokenizer.json").read_text())
+    values["added_tokens"].append({"id": rows} | flags("[PAD]"))
+    write(model, tokenizer=values, tokenizer_config=BASE | {"pad_token": "[PAD]", "eos_token": "<|e|>"})
+    write(model, **{name: {"[PAD]": rows} for name in beside})
+    complete = read_tokenizer_of(model, vocab_size=rows)
+    assert "[PAD]" not in complete.text and complete.left_out == ("[PAD]",)
+    assert complete.num_ids == rows and complete.eos_token_id == 2
+
+
+@pytest.mark.parametrize("use", ["eos_token", "post_processor"])
+def test_a_token_of_tokenizer_json_that_is_needed_must_have_a_row(model: Path, use: str) -> None:
+    rows = write(model)
+    values = json.loads((model / "tokenizer.json").read_text())
+    values["added_tokens"].append({"id": rows} | flags(START))
+    if use == "post_processor":
+        values[use] = {"type": "BertProcessing", "sep": [START, rows], "cls": ["<|b|>", 1]}
+    write(model, tokenizer=values, tokenizer_config=BASE | {"eos_token": START if use == "eos_token" else "<|e|>"})
+    with pytest.raises(InvalidModel, match=f"not below vocab_size = {rows} of config.json"):
+        read_tokenizer_of(model, vocab_size=rows)
+
+
 def test_an_end_of_sequence_beyond_the_models_rows_is_refused(model: Path) -> None:
     first = write(model)
     write(model, tokenizer_config=BASE | {"eos_token": START}, added_tokens={START: first})
