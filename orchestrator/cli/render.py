@@ -28,8 +28,8 @@ _COLUMNS = (
 _KEYS = {"prompt tokens/s": "prompt_tokens_per_s", "tokens/s": "generated_tokens_per_s"}
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = (
-    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "node", "device",
-    "phase", "rank",
+    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "device", "phase",
+    "rank", "node",
 )  # fmt: skip
 _UNLIMITED = 10_000
 _RIGHT = (

@@ -1,6 +1,7 @@
 """Puts what ``serve`` says into words: each event has its name, its sentence and its fields. Pure."""
 
 import ipaddress
+from collections.abc import Sequence
 
 from orchestrator.deployment.preflight import Checked
 from orchestrator.event_log import LogLevel, Said
@@ -31,6 +32,17 @@ def without_hosts() -> Said:
     cause = "no room for all workers was found; Ray places them"
     sentence = "No room for all workers was found, so Ray places them, wherever they fit first."
     return Said(event="hosts", sentence=sentence, fields={"cause": cause}, level=LogLevel.WARNING)
+
+
+def crowded(used: str, idle: Sequence[str]) -> Said:
+    """All workers of a replica found room on one machine, and others have none of them."""
+    fix = "give each worker a node to spread them"
+    return Said(
+        event="machines_not_used",
+        sentence=f"All workers of a replica are on {used}; not used: {', '.join(idle)}. If that is not wanted, {fix}.",
+        fields={"used": used, "idle": ",".join(idle), "fix": fix},
+        level=LogLevel.WARNING,
+    )
 
 
 def measuring(num_workers: int) -> Said:

@@ -26,10 +26,12 @@ class Seats:
     Attributes:
         needs: what each worker reserves, and the labels that its machine must carry.
         hosts: the machine of each worker; None where some worker found no room, so that Ray places them.
+        machines: all machines of the cluster.
     """
 
     needs: tuple[Need, ...]
     hosts: tuple[Host, ...] | None
+    machines: tuple[Host, ...] = ()
 
 
 def worker_needs(checked: Checked) -> list[Need]:
@@ -67,7 +69,7 @@ def find_seats(config: Config, needs: Sequence[Need], stop: threading.Event, *, 
             seats = seat(pinned, hosts)
             if seats is not None or is_late:
                 check_told_apart(config, num_layers, pinned, hosts, seats)
-                return Seats(needs=pinned, hosts=seats)
+                return Seats(needs=pinned, hosts=seats, machines=hosts)
         stop.wait(_POLL_S)
 
 
@@ -77,14 +79,14 @@ def pin_named(config: Config, needs: Sequence[Need], hosts: Sequence[Host]) -> t
     Raises:
         InvalidConfig: no machine has that name, or several have.
     """
-    workers = config.cluster.each_worker
+    entries = [(at, worker.node) for at, worker in enumerate(config.cluster.workers) for _ in range(worker.count)]
     return tuple(
-        need if worker.node is None else pin(need, _named(worker.node, hosts))
-        for worker, need in zip(workers, needs, strict=True)
+        need if node is None else pin(need, _named(f"cluster.workers.{at}.node", node, hosts))
+        for (at, node), need in zip(entries, needs, strict=True)
     )
 
 
-def _named(name: str, hosts: Sequence[Host]) -> Host:
+def _named(field: str, name: str, hosts: Sequence[Host]) -> Host:
     found = named(name, hosts)
     if len(found) == 1:
         return found[0]
@@ -96,7 +98,7 @@ def _named(name: str, hosts: Sequence[Host]) -> Host:
     else:
         there = ", ".join(f"{host.name} ({host.address})" for host in hosts)
         problem, fix = "is no machine of the Ray cluster", f"Name one of {there}."
-    raise InvalidConfig(field="cluster.workers: node", value=name, problem=problem, fix=fix)
+    raise InvalidConfig(field=field, value=name, problem=problem, fix=fix)
 
 
 def check_large_enough(config: Config, needs: Sequence[Need], hosts: Sequence[Host]) -> None:
@@ -115,6 +117,28 @@ def check_large_enough(config: Config, needs: Sequence[Need], hosts: Sequence[Ho
 def _as_if_free(host: Host) -> NodeResources:
     total = {"CPU": host.total_cpus, "GPU": host.total_gpus}
     return NodeResources(name=host.name, labels={NODE_ID_LABEL: host.host_id, **host.labels}, total=total, free=total)
+
+
+def crowded(config: Config, seats: Seats) -> tuple[Host, Sequence[Host]] | None:
+    """Returns a machine that has all workers of a replica, and those that might have had some; None where none has.
+
+    Workers that say where they run are where they are wanted.
+    """
+    hosts, parallelism = seats.hosts, config.serving.parallelism
+    if hosts is None or parallelism is None:
+        return None
+    workers = config.cluster.each_worker
+    places = {name: place for place, name in enumerate(config.cluster.worker_names)}
+    for replica in parallelism.replicas:
+        members = [places[name] for stage in replica.stages for name in stage.workers]
+        movable = [place for place in members if workers[place].node is None and not workers[place].node_labels]
+        here = {hosts[place].host_id: hosts[place] for place in members}
+        if len(members) == 1 or not movable or len(here) > 1:
+            continue
+        others = [host for host in seats.machines if host.host_id not in here]
+        if idle := [host for host in others if seat([seats.needs[movable[0]]], [host])]:
+            return next(iter(here.values())), idle
+    return None
 
 
 def rank_labels(checked: Checked, needs: Sequence[Need]) -> dict[tuple[str, int], dict[str, str]]:

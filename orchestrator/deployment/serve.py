@@ -19,7 +19,7 @@ from orchestrator.deployment.gateway_process import GatewayProcess, gateway_proc
 from orchestrator.deployment.load_progress import LoadProgress
 from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
-from orchestrator.deployment.seats import Seats, find_seats, listening_host, rank_labels, worker_needs
+from orchestrator.deployment.seats import Seats, crowded, find_seats, listening_host, rank_labels, worker_needs
 from orchestrator.deployment.stop_request import StopRequest
 from orchestrator.errors import LaunchFailed, ServiceEnded
 from orchestrator.event_log import EventLog, Said
@@ -87,6 +87,8 @@ def _seated(checked: Checked, stop: StopRequest, log: EventLog) -> tuple[Checked
         log.tell(events.without_hosts())
     else:
         checked = on_hosts(checked, seats.hosts)
+    if (found := crowded(checked.config, seats)) is not None:
+        log.tell(events.crowded(found[0].name, [host.name for host in found[1]]))
     _tell(log, plan_events(checked) if checked.split_by is None else ())
     return checked, seats
 

@@ -64,7 +64,15 @@ def _no_such_node(need: Need, nodes: Sequence[NodeResources]) -> str:
     if not labels:
         return f"the node that it was to run on has left the cluster. Start Ray there again, or use one of {there}"
     wanted = ", ".join(f"{key}: {value}" for key, value in sorted(labels.items()))
-    return f"no live node has labels {{{wanted}}}. Correct node_labels, or start a node that has them"
+    fix = "Correct node_labels, or start a node that has them"
+    said = "; ".join(f"{node.name} has {_own_labels(node)}" for node in nodes)
+    return f"no live node has labels {{{wanted}}}{f' ({said})' if said else ''}. {fix}"
+
+
+def _own_labels(node: NodeResources) -> str:
+    """Writes the labels that people gave a node; Ray's own begin with its name."""
+    own = {key: value for key, value in sorted(node.labels.items()) if not key.startswith("ray.io/")}
+    return ", ".join(f"{key}={value}" for key, value in own.items()) or "none"
 
 
 def _where(need: Need, fitting: Sequence[NodeResources]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.config.document import Config
 from orchestrator.deployment import seats
-from orchestrator.deployment.seats import Seats, check_large_enough, find_seats, listening_host, pin_named
+from orchestrator.deployment.seats import Seats, check_large_enough, crowded, find_seats, listening_host, pin_named
 from orchestrator.deployment.telling_apart import check_told_apart, unequal_pairs
 from orchestrator.errors import LaunchFailed
 from placement.errors import InvalidConfig
@@ -104,7 +104,9 @@ def test_a_name_that_no_machine_has_or_several_have_is_refused_with_those_there_
     monkeypatch.setattr(seats, "_SEAT_S", 0.0)
     monkeypatch.setattr(seats, "find_hosts", lambda stop: (BIG, SMALL))
     config = joined(tmp_path, {"node": "large"}, {})
-    with pytest.raises(InvalidConfig, match=r"node: is no machine.*'large'.*big.lan \(10.0.0.1\), small.lan \(10"):
+    with pytest.raises(
+        InvalidConfig, match=r"cluster.workers.0.node: is no machine.*'large'.*big.lan \(10.0.0.1\), small.lan \(10"
+    ):
         find_seats(config, [ONE, ONE], threading.Event(), num_layers=8)
     twin = dataclasses.replace(SMALL, name="big.lan")
     with pytest.raises(InvalidConfig, match=r"several machines.*Write the address of one: 10.0.0.1, 10"):
@@ -204,6 +206,22 @@ def test_a_whole_replica_is_a_larger_share_than_half_of_another(tmp_path: Path) 
         "serving": {"parallelism": {"replicas": [{"stages": each} for each in stages]}},
     }
     assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == [(0, 1), (0, 2)]
+
+
+def test_machines_that_are_not_used_are_told_of_where_one_has_all_of_a_replica(tmp_path: Path) -> None:
+    def found(config: Config, *hosts: Host) -> object:
+        return crowded(config, Seats(needs=(ONE, ONE), hosts=hosts, machines=(BIG, SMALL)))
+
+    config = joined(tmp_path)
+    assert found(config, BIG, BIG) == (BIG, [SMALL])
+    assert found(config, BIG, SMALL) is None
+    assert found(joined(tmp_path, {"node": "big"}, {"node": "big"}), BIG, BIG) is None
+    assert (
+        found(joined(tmp_path, {}, {}, sections={"cluster": {"workers": [{"threads": 1, "count": 2}]}}), BIG, BIG)
+        is None
+    )
+    full = Seats(needs=(ONE, ONE), hosts=(BIG, BIG), machines=(BIG, dataclasses.replace(SMALL, num_cpus=0.0)))
+    assert crowded(config, full) is None
 
 
 def test_workers_listen_on_loopback_only_where_all_are_on_this_machine(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ GPU = need(num_gpus=1)
         ),
         (
             [need(labels={"disk": "fast", "at": "b"})], [node(8, 8, at="a")],
-            "no live node has labels {at: b, disk: fast}. Correct node_labels, or start a node that has them",
+            "no live node has labels {at: b, disk: fast} (n has at=a). Correct node_labels, or start a node that "
+            "has them",
         ),
         (
             [need(2, labels={"at": "b"})], [node(8, 8, at="a"), node(2, 1, at="b")],
