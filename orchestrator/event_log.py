@@ -6,7 +6,6 @@ read as :class:`LogRecord` and printed in the same format; a library's own words
 
 import contextlib
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -86,12 +85,12 @@ _WRITE: Mapping[LogFormat, Callable[[LogRecord], str]] = {
 
 
 class EventLog:
-    """Prints events, those of this process to ``console`` and those of its children to standard error.
+    """Prints the events of this process and of its children, all of them to one stream, in their order.
 
     Threads may share it. Where nobody reads what it prints any more, it prints nothing: no service ends for that.
 
     Attributes:
-        console: where to draw what is no line, such as bars.
+        console: where lines are printed, and where to draw what is no line, such as bars.
         format: how lines are written; never AUTO.
         level: the least important events that are printed.
     """
@@ -158,10 +157,10 @@ class EventLog:
         line = _WRITE[self.format](record)
         # A stream that is closed, or that nobody reads any more; for the latter a console would end the program.
         with self._lock, contextlib.suppress(OSError, ValueError, SystemExit):
-            if record.source == SERVE:
+            if self.console.is_terminal:  # where a line goes above the bars
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
             else:
-                print(line, file=sys.stderr, flush=True)
+                print(line, file=self.console.file, flush=True)
 
     def _is_repetition(self, record: LogRecord) -> bool:
         """Whether another process said the same just now: what ends many requests is said once, not once for each."""

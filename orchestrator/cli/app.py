@@ -226,7 +226,7 @@ def plan(
 @app.command()
 def status(
     address: ServiceAddress = DEFAULT_ADDRESS,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON document, whose names stay")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document with stable names")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
     every_s: Annotated[float, typer.Option("--every", metavar="SECONDS", min=0.1, help="how often to --watch")] = 1.0,
     measured: Annotated[

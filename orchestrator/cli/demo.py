@@ -18,7 +18,10 @@ from rich.table import Table
 from orchestrator.cli.client import fetch_status, stream_generate
 from orchestrator.cli.render import ending, print_status
 from orchestrator.config.document import load_config
-from orchestrator.deployment.preflight import preflight
+from orchestrator.config.environment import variable_of
+from orchestrator.config.types import parse_address
+from orchestrator.deployment.preflight import IN_USE, free_address, preflight
+from orchestrator.errors import InvalidConfigs
 from orchestrator.event_log import LogFormat
 from orchestrator.launcher.process import environment
 from placement.errors import HeterodyneError, InvalidConfig
@@ -65,13 +68,7 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: 
     Raises:
         HeterodyneError: a mistake in the configuration, a service that did not come up, or a process left over.
     """
-    config = load_config(path, overrides=overrides)
-    address = str(config.gateway.address)
-    if config.gateway.address.port == 0:
-        problem = "leaves the port open, and the demo has to know where to connect"
-        fix = "Give a port, for instance 127.0.0.1:50051."
-        raise InvalidConfig(field="gateway.address", value=address, problem=problem, fix=fix)
-    preflight(config)
+    address = _checked_address(path, overrides)
     started_s = time.monotonic()
     ready, tells = os.pipe()
     process = subprocess.Popen(
@@ -98,6 +95,31 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: 
     if left:
         raise DemoFailed(f"processes were left: {left}")
     console.rule(f"stopped, {len(family.seen)} processes ended, none left")
+
+
+def _checked_address(path: Path, overrides: Sequence[str]) -> str:
+    """Returns where the service will be reached, once nothing speaks against its start. Raises HeterodyneError."""
+    config = load_config(path, overrides=overrides)
+    address = str(config.gateway.address)
+    if config.gateway.address.port == 0:
+        problem = "leaves the port open, and the demo has to know where to connect"
+        fix = "Give a port, for instance 127.0.0.1:50051."
+        raise InvalidConfig(field="gateway.address", value=address, problem=problem, fix=fix)
+    try:
+        preflight(config)
+    except InvalidConfig as error:
+        raise on_other_ports(error) from None
+    return address
+
+
+def on_other_ports(error: InvalidConfig) -> HeterodyneError:
+    """Adds the command that runs the demo on free ports where those of the file are taken: make takes no ``--set``."""
+    errors = error.errors if isinstance(error, InvalidConfigs) else (error,)
+    free = {each.field: free_address(parse_address(str(each.value))) for each in errors if each.problem == IN_USE}
+    if not free or None in free.values():
+        return error
+    settings = " ".join(f"{variable_of(*field.split('.'))}={address}" for field, address in free.items())
+    return DemoFailed(f"{error}\nRun it on free ports: {settings} make demo")
 
 
 def _wait(process: "subprocess.Popen[bytes]", ready: int, family: "Family") -> None:

@@ -17,9 +17,9 @@ Prompt = Annotated[str, typer.Argument(help="text to continue; - reads standard 
 Chat = Annotated[bool, typer.Option("--chat", help="the prompt is what a user says to the assistant")]
 System = Annotated[str | None, typer.Option(help="with --chat: what the assistant is told first")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=0, max=_INT32, help="most tokens; default: to the text's end; 0 with --echo")
+    int | None, typer.Option(min=0, max=_INT32, help="most tokens; default: until the model ends; 0 with --echo")
 ]
-MinTokens = Annotated[int, typer.Option(min=0, max=_INT32, help="no end of text before as many")]
+MinTokens = Annotated[int, typer.Option(min=0, max=_INT32, help="generate at least this many tokens")]
 NumChoices = Annotated[int, typer.Option("--n", min=1, max=64, help="how many continuations")]
 Temperature = Annotated[float | None, typer.Option(min=0.0, max=100.0, help="0 is greedy")]
 TopK = Annotated[int | None, typer.Option(min=0, max=_INT32, help="0 is all tokens")]

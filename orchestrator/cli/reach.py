@@ -8,6 +8,7 @@ from orchestrator.config.types import parse_address
 # What a client of HTTP/2 says first: the preface and empty settings. A server answers with settings of its own.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _FRAME_HEADER_BYTES, _TYPE, _SETTINGS = 9, 3, 4
+_FIX_NOTHING = "Start a service with `heterodyne serve FILE`, or say where it is with --address."
 _TLS_ALERT = b"\x15\x03"
 
 
@@ -22,7 +23,7 @@ def unreached(address: str, *, timeout_s: float = 1.0) -> str | None:
         with socket.create_connection((where.host, where.port), timeout_s) as connection:
             return _foreign(address, connection)
     except ConnectionRefusedError:
-        return f"nothing listens at {address} (connection refused)"
+        return f"nothing listens at {address} (connection refused). {_FIX_NOTHING}"
     except socket.gaierror:
         return f"no address is known for the name {where.host!r}"
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""Writes a deployment's status as one JSON document, whose names stay. What is not known is absent, and not 0."""
+"""Writes a deployment's status as one JSON document with stable names. What is not known is absent, and not 0."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -313,8 +313,8 @@ def _worker_contradictions(config: Config, layers: Layers) -> list[InvalidConfig
             problem = "is given to more than one worker of this machine"
             errors.append(layers.refusal((*where, "device"), worker.device, problem, "Give each GPU to one worker."))
         if not is_local and worker.device == "cpu" and worker.threads is None:
-            problem = f"is missing, and the nodes of the Ray cluster at {config.cluster.ray_address} are not known yet"
-            fix = f"Set cluster.workers[{index}].threads to the cores that each such worker shall have."
+            problem = "is required with cluster.ray_address, as the machines are not known yet"
+            fix = "Set it to the cores that each such worker shall have."
             errors.append(layers.refusal((*where, "threads"), None, problem, fix))
         if is_local and worker.node is not None:
             problem = "names a machine, and without a Ray cluster all workers run on this one"

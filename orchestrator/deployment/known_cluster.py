@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.document import Config, WorkerConfig
-from orchestrator.launcher.node import available_cores, available_memory_bytes
+from orchestrator.launcher.node import available_cores, available_memory_bytes, has_gpu
 from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
 from placement.planning.seating import NODE_ID_LABEL, Host
 
@@ -17,10 +17,11 @@ LOCAL_NODE = "local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Describes what this machine has to give."""
+    """Describes what this machine has to give. ``has_gpu`` is False only where it has none for certain."""
 
     memory_bytes: int
     num_cores: int
+    has_gpu: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class _Node:
 
 def measure_machine() -> Machine:
     """Returns the memory that is free now and the cores this process may use, both within the container's limits."""
-    return Machine(memory_bytes=available_memory_bytes(), num_cores=available_cores())
+    return Machine(memory_bytes=available_memory_bytes(), num_cores=available_cores(), has_gpu=has_gpu())
 
 
 def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | None = None) -> tuple[KnownCluster, ...]:

@@ -1,6 +1,6 @@
 """Checks a configuration before any process starts, so that a mistake costs a second and not a failed launch.
 
-Whether a GPU that was asked for exists is checked by the worker on its node.
+Which GPUs a machine has is checked by the worker on its node; here only whether this one has any.
 """
 
 import errno
@@ -15,6 +15,7 @@ from orchestrator.config.document import Config
 from orchestrator.config.parallelism import ParallelismConfig, StageConfig
 from orchestrator.config.types import Address
 from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
+from orchestrator.errors import refuse
 from orchestrator.model_dir.files import ModelFiles, read_model_files
 from placement.errors import HeterodyneError, InvalidConfig
 from placement.measured.speed import DeviceSpeed
@@ -29,6 +30,7 @@ from placement.planning.plan import Plan, Shard
 from placement.planning.planner import plan_replicas
 from placement.planning.seating import Host
 
+IN_USE = "is in use by another process"
 _PORTS_TRIED = 100
 
 
@@ -102,7 +104,7 @@ def preflight(
     _check_threads(config, machine)
     cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
-        _check_listening(config)
+        _check_start(config, machine)
     return Checked(
         config=config,
         model=files.spec,
@@ -239,43 +241,65 @@ def _check_threads(config: Config, machine: Machine) -> None:
             )
 
 
+def _check_start(config: Config, machine: Machine) -> None:
+    """Checks what must be there where the deployment is to start here, and now."""
+    _check_gpus(config, machine)
+    _check_listening(config)
+
+
+def _check_gpus(config: Config, machine: Machine) -> None:
+    """Refuses a worker of this machine on a GPU where there is none; a plan may be for another machine."""
+    for index, worker in enumerate(config.cluster.workers if config.cluster.is_local else ()):
+        if worker.device != "cpu" and not machine.has_gpu:
+            raise InvalidConfig(
+                field=f"cluster.workers.{index}.device",
+                value=worker.device,
+                problem="this machine has no CUDA GPU",
+                fix="Set device: cpu.",
+            )
+
+
 def _check_listening(config: Config) -> None:
-    _check_port("gateway.address", config.gateway.address)
-    if config.cluster.is_local and config.cluster.bind_host is not None:
-        _check_bind_host(config.cluster.bind_host)
-    if config.telemetry.prometheus_address is not None:
-        _check_port("telemetry.prometheus_address", config.telemetry.prometheus_address)
+    """Raises InvalidConfig where a server could not listen as configured; where several could not, for all of them."""
+    bind_host = config.cluster.bind_host if config.cluster.is_local else None
+    refusals = (
+        _port_refusal("gateway.address", config.gateway.address),
+        None if bind_host is None else _bind_host_refusal(bind_host),
+        _port_refusal("telemetry.prometheus_address", config.telemetry.prometheus_address),
+    )
+    refuse("the configuration", [refusal for refusal in refusals if refusal is not None])
 
 
-def _check_port(field: str, address: Address) -> None:
-    """Raises InvalidConfig where a server could not listen on ``address``."""
-    error = _bind_error(address)
-    if error is None:
-        return
+def _port_refusal(field: str, address: Address | None) -> InvalidConfig | None:
+    """Returns the error where a server could not listen on ``address``."""
+    error = None if address is None else _bind_error(address)
+    if address is None or error is None:
+        return None
     if error.errno == errno.EADDRINUSE:
-        free = _free_address(address)
+        free = free_address(address)
         other = f"another port, such as {free}" if free else "another port"
-        problem, fix = "is in use by another process", f"Stop that process, or set {field} to {other}."
+        problem, fix = IN_USE, f"Stop that process, or set {field} to {other}."
     elif error.errno == errno.EACCES:
         problem, fix = "needs rights that this process lacks", f"Set {field} to a port of 1024 or above."
     else:
         problem = "is not an address of this machine"
         fix = f"Set {field} to 127.0.0.1:{address.port}, or to 0.0.0.0:{address.port} for all interfaces."
-    raise InvalidConfig(field=field, value=str(address), problem=problem, fix=fix)
+    return InvalidConfig(field=field, value=str(address), problem=problem, fix=fix)
 
 
-def _check_bind_host(host: str) -> None:
-    """Raises InvalidConfig where workers of this machine could not listen on ``host``."""
-    if _bind_error(Address(host, 0)) is not None:
-        raise InvalidConfig(
-            field="cluster.bind_host",
-            value=host,
-            problem="is not an address of this machine",
-            fix="Set it to 127.0.0.1, or to an address that this machine has.",
-        )
+def _bind_host_refusal(host: str) -> InvalidConfig | None:
+    """Returns the error where workers of this machine could not listen on ``host``."""
+    if _bind_error(Address(host, 0)) is None:
+        return None
+    return InvalidConfig(
+        field="cluster.bind_host",
+        value=host,
+        problem="is not an address of this machine",
+        fix="Set it to 127.0.0.1, or to an address that this machine has.",
+    )
 
 
-def _free_address(address: Address) -> Address | None:
+def free_address(address: Address) -> Address | None:
     """Returns the address with the next free port after the one in use."""
     ports = range(address.port + 1, min(address.port + _PORTS_TRIED, 65536))
     candidates = (Address(address.host, port) for port in ports)

@@ -8,6 +8,15 @@ import psutil
 
 from placement.measured.cgroup import container_available, usable_cores
 
+# What the drivers of GPUs make in /dev: of NVIDIA's cards, of Windows' for Linux within it, of Jetsons, of AMD's cards,
+# which PyTorch calls CUDA devices too. No environment variable hides them.
+_GPU_DEVICES = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "nvgpu", "kfd")
+
+
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Returns whether there is any sign of a GPU that PyTorch could use. Of a machine without one this is certain."""
+    return any(next(devices.glob(pattern), None) is not None for pattern in _GPU_DEVICES)
+
 
 def available_memory_bytes() -> int:
     """Returns the memory that can be allocated now, within the container's limit."""

@@ -21,9 +21,10 @@ from orchestrator.model_dir.directory import (
     read_tokenizer_of,
     readable,
 )
-from placement.errors import InvalidConfig, InvalidModel
+from placement.errors import InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, MAX_CONFIG_BYTES
 from placement.model.hf import read_model_spec
+from placement.model.missing_files import no_directory
 from placement.model.quantization import checkpoint_tensors, read_gptq
 from placement.model.special_tokens import TOKENIZER_CONFIG, TokenFiles, special_texts
 from placement.model.specs import ModelSpec
@@ -101,9 +102,9 @@ def _found(directory: Path) -> Path:
     with readable(directory):
         if directory.is_dir():
             return directory.resolve()
-        problem = "is not a directory" if directory.exists() else "does not exist"
-    fix = "Give the directory that holds config.json and the safetensors files."
-    raise InvalidConfig(field="model.path", value=str(directory), problem=problem, fix=fix)
+        above = next(parent for parent in directory.absolute().parents if parent.is_dir())
+        missing = directory.absolute().relative_to(above)
+        raise no_directory(str(directory), is_there=directory.exists(), missing=str(missing))
 
 
 def _left_out(tokenizer: CompleteTokenizer, spec: ModelSpec) -> str:

@@ -1,10 +1,11 @@
 """Says what a directory lacks to be a model's, or why it cannot be read, and what to give or do. Pure."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from placement.errors import InvalidModel
+from placement.errors import InvalidConfig, InvalidModel
 from placement.model.checkpoint_files import FIX_AGAIN, SINGLE_FILE, is_allowed, leads_outside
 
 FIX_PICKLES = "Save the model as safetensors: model.save_pretrained(path, safe_serialization=True)."
@@ -20,6 +21,9 @@ _KINDS = (
     ((".safetensors",), "safetensors files", FIX_AGAIN),
 )
 _FIX_RIGHTS = "Give the user that runs Heterodyne the right to read it, or give another directory."
+_FIX_NO_DIRECTORY = "Give the directory that holds config.json and the safetensors files."
+# What may be a model's name on the Hugging Face Hub: of whom, and which.
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]{1,96}/(?!\.)[\w.-]{1,96}", re.ASCII)
 _FIX_TOKENIZER = "Save the tokenizer as a fast one: AutoTokenizer.from_pretrained(path).save_pretrained(path)."
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
@@ -59,6 +63,22 @@ def check_file(
         raise leads_outside(name)
     if not is_file():
         raise missing_file(name, listing())
+
+
+def no_directory(path: str, *, is_there: bool, missing: str) -> InvalidConfig | InvalidModel:
+    """Makes the error for a path that is no directory: a file, or nothing at all.
+
+    Args:
+        missing: the part of ``path`` below what there is.
+    """
+    name = PurePath(path).name
+    for endings, _, fix in _KINDS if is_there else ():
+        if name.endswith(endings) and fix != FIX_AGAIN:
+            return _refusal(f"{path} is a single file, not a model directory", fix)
+    problem, fix = "is not a directory" if is_there else "does not exist", _FIX_NO_DIRECTORY
+    if not is_there and _HUB_NAME.fullmatch(missing):
+        fix = f"{fix} Nothing is downloaded: `hf download {missing}` prints the directory to give here."
+    return InvalidConfig(field="model.path", value=path, problem=problem, fix=fix)
 
 
 def unreadable(path: str, error: OSError) -> InvalidModel:
@@ -123,7 +143,7 @@ def _instead(name: str, listing: Listing) -> tuple[str, str]:
         if names:
             return f" (it holds {what}: {_named(names)})", fix
     if not listing.names:
-        return " (it is empty)", "Give the directory that holds config.json and the safetensors files."
+        return " (it is empty)", _FIX_NO_DIRECTORY
     return "", FIX_AGAIN
 
 

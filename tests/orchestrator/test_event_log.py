@@ -67,14 +67,26 @@ def test_what_is_no_record_is_not_read_as_one(line: str) -> None:
     assert LogRecord.read(line) is None
 
 
-def test_a_childs_words_go_under_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_childs_words_go_under_its_name() -> None:
     shown = log()
     shown.pass_on(LogRecord(time_s=NOW_S, source="gateway", message="A replica is lost.", event="lost").line(), "x")
     shown.pass_on("NCCL INFO ring 0", "worker big")
     shown.pass_on("  ", "worker big")
-    first, second = capsys.readouterr().err.splitlines()
+    first, second = output(shown).splitlines()
     assert first.endswith("event=lost source=gateway")
     assert second.endswith('message="NCCL INFO ring 0" source="worker big"')
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_all_lines_go_to_one_stream_in_their_order(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = EventLog(Console(force_terminal=terminal, color_system=None), format=LogFormat.LOGFMT)
+    shown.say("serving", "Ready.")
+    shown.pass_on("Loading libraries", "gateway")
+    shown.say("drained", "Stopped.")
+    printed = capsys.readouterr()
+    said_what = [line.split()[2] for line in printed.out.splitlines()]
+    assert said_what == ["event=serving", 'message="Loading', "event=drained"]
+    assert printed.err == ""
 
 
 def test_text_names_who_speaks_and_what_is_wrong() -> None:
@@ -134,7 +146,7 @@ def test_pairs_of_a_traceback_stay_on_one_line() -> None:
 @pytest.mark.parametrize("loss", [Loss.CLOSED, Loss.BROKEN])
 def test_a_stream_that_is_lost_ends_nothing(loss: Loss) -> None:
     with lost_stderr(loss):
-        log().pass_on("hello", "gateway")
+        EventLog(Console(file=sys.stderr)).pass_on("hello", "gateway")
 
 
 def test_a_console_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +156,10 @@ def test_a_console_that_nobody_reads_ends_nothing(monkeypatch: pytest.MonkeyPatc
         EventLog(Console(file=sys.stderr)).say("drained", "Stopped.")
 
 
-def test_a_warning_that_every_request_brings_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_that_every_request_brings_is_printed_once() -> None:
     shown = log()
     for time_s in (NOW_S, NOW_S + 1, NOW_S + 2, NOW_S + 30):
         shown.print(LogRecord(time_s=time_s, source="gateway", message="replica-0 failed.", level="error"))
         shown.print(LogRecord(time_s=time_s, source="gateway", message="Busy.", level="info"))
-    printed = capsys.readouterr().err
+    printed = output(shown)
     assert (printed.count("failed"), printed.count("Busy")) == (2, 4)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from google.rpc import code_pb2
 
 from orchestrator.brief import brief
-from orchestrator.gateway.answer.choice import Choice
+from orchestrator.gateway.answer.choice import Choice, worker_lost
 from orchestrator.gateway.answer.echo import Echo
 from orchestrator.gateway.client import AnswerTimes, Delta, Echoed, Finished, FinishReason, Outcome
 from orchestrator.gateway.errors import ReplicaFault, ReplicaUnavailable
@@ -140,7 +140,7 @@ class Answer:
                 if kind is Loss.STOPPED:
                     self.fail(ReplicaUnavailable("the service was stopped before the answer was complete"))
                 else:
-                    self.fail(ReplicaUnavailable(f"{self._replica} was lost; the request may be sent again"))
+                    self.fail(worker_lost(self._replica))
             case _:
                 self.fail(event)
 

@@ -176,9 +176,14 @@ class Choice:
             return cannot_be_followed(self._grammar, problem)
         extra = said("sequence_failed", replica=replica, detail=detail)
         logger.error("%s failed while it computed a sequence: %s", replica, detail, extra=extra)
-        return ReplicaUnavailable(f"{replica} failed while it computed the request")
+        return worker_lost(replica)
 
     def _end(self, reason: FinishReason, matched_stop: str | None) -> None:
         self.end = ChoiceEnd(
             finish_reason=reason, matched_stop=matched_stop, completion_tokens=len(self.entry.emitted_ids)
         )
+
+
+def worker_lost(replica: str) -> ReplicaUnavailable:
+    """Makes the error of a request whose replica is gone, whoever noticed that first: a client can only try again."""
+    return ReplicaUnavailable(f"{replica}: one of its workers was lost; the request may be sent again")

@@ -58,6 +58,7 @@ class GrammarProbe:
         self._starting = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._is_closed = False
         self._proven = False  # whether the process has given a verdict
         self._num_useless = 0  # processes in a row that ended before their first verdict
         self._ids = itertools.count(1)
@@ -96,6 +97,7 @@ class GrammarProbe:
 
     async def close(self) -> None:
         """Ends the process. Requests that still wait for it are told that it was lost."""
+        self._is_closed = True
         tasks = [trial.task for trial in self._trials.values()]
         for task in tasks:
             task.cancel()
@@ -186,8 +188,9 @@ class GrammarProbe:
                 if not waiting.done():
                     waiting.set_exception(_lost())
             code = await process.wait()
-            words = "The process that tries grammars ended with exit code %d; the next grammar starts another."
-            logger.info(words, code, extra=said("grammar_process_ended", code=code))
+            if not self._is_closed:  # else it was killed to end with the gateway, and there is no next one
+                words = "The process that tries grammars ended with exit code %d; the next grammar starts another."
+                logger.info(words, code, extra=said("grammar_process_ended", code=code))
 
 
 def _setup(model: ServedModel) -> bytes:

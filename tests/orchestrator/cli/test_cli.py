@@ -247,3 +247,10 @@ def test_the_command_says_its_version_or_what_it_can_do(entry: list[str]) -> Non
     result = CliRunner().invoke(app, entry)
     words = f"heterodyne {metadata.version('heterodyne')}" if entry else "Usage: heterodyne"
     assert words in result.output
+
+
+def test_help_speaks_plainly() -> None:
+    generate = " ".join(CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "300"}).stdout.split())
+    assert "generate at least this many tokens" in generate and "default: until the model ends" in generate
+    status = CliRunner().invoke(app, ["status", "--help"], env={"COLUMNS": "300"}).stdout
+    assert "one JSON document with stable names" in status

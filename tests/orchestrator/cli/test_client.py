@@ -312,7 +312,8 @@ def test_leaving_early_cancels_the_request(service: Service) -> None:
 def test_absent_service_is_named(free_address: str) -> None:
     with pytest.raises(ServiceError) as caught:
         fetch_status(free_address, timeout_s=PATIENCE_S)
-    assert str(caught.value) == f"UNAVAILABLE: nothing listens at {free_address} (connection refused)"
+    fix = "Start a service with `heterodyne serve FILE`, or say where it is with --address."
+    assert str(caught.value) == f"UNAVAILABLE: nothing listens at {free_address} (connection refused). {fix}"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What the demo shows, and what it refuses."""
 
 import io
+import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,28 @@ def test_an_open_port_is_refused() -> None:
     with pytest.raises(InvalidConfig) as caught:
         demo(Path("deploy/local.yaml"), overrides=["gateway.address=127.0.0.1:0"], console=Console(file=io.StringIO()))
     assert (caught.value.field, caught.value.value) == ("gateway.address", "127.0.0.1:0")
+
+
+def test_ports_that_are_taken_are_told_at_once_with_what_to_run() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        taken = [f"127.0.0.1:{server.getsockname()[1]}" for server in (first, second)]
+        sets = [f"gateway.address={taken[0]}", f"telemetry.prometheus_address={taken[1]}"]
+        with pytest.raises(DemoFailed) as caught:
+            demo(Path("deploy/local.yaml"), overrides=sets, console=Console(file=io.StringIO()))
+    *told, run = str(caught.value).splitlines()
+    assert all(f"is in use by another process (got '{address}')" in "\n".join(told) for address in taken)
+    variables = (
+        r"HETERODYNE_GATEWAY__ADDRESS=127\.0\.0\.1:\d+ HETERODYNE_TELEMETRY__PROMETHEUS_ADDRESS=127\.0\.0\.1:\d+"
+    )
+    assert re.fullmatch(rf"Run it on free ports: {variables} make demo", run)
+    assert not any(f"={address} " in run for address in taken)
+
+
+def test_of_one_taken_port_only_its_variable_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        sets = [f"gateway.address={address}", "telemetry.prometheus_address=null"]
+        with pytest.raises(DemoFailed, match=r"^gateway\.address: is in use") as caught:
+            demo(Path("deploy/local.yaml"), overrides=sets, console=Console(file=io.StringIO()))
+    assert "Run it on free ports: HETERODYNE_GATEWAY__ADDRESS=" in str(caught.value)
+    assert "PROMETHEUS" not in str(caught.value)

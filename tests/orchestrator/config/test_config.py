@@ -215,8 +215,8 @@ def test_cpu_worker_of_a_cluster_that_was_there_before_must_say_its_threads(tmp_
     text = MINIMAL + "cluster: {ray_address: auto, workers: [{threads: 2}, {device: cuda:0}, {device: cpu}]}\n"
     error = refusal(tmp_path, text)
     assert (error.field, error.value) == ("cluster.workers.2.threads", None)
-    assert error.problem.startswith("is missing, and the nodes of the Ray cluster at auto are not known yet")
-    assert error.fix == "Set cluster.workers[2].threads to the cores that each such worker shall have."
+    assert error.problem.startswith("is required with cluster.ray_address, as the machines are not known yet")
+    assert error.fix == "Set it to the cores that each such worker shall have."
     assert refusal(tmp_path, MINIMAL, RAY_ADDRESS="h:1").field == "cluster.workers.0.threads"
     assert load(tmp_path, text, "cluster.ray_address=local").cluster.workers[2].threads is None
 

@@ -1,6 +1,5 @@
 """The gateway as a child process: whatever it prints, it is read."""
 
-import io
 import subprocess
 import sys
 from unittest import mock
@@ -26,7 +25,7 @@ def child(code: str) -> "subprocess.Popen[bytes]":
 
 
 def output_of(code: str) -> _Output:
-    return _Output(child(code), EventLog(Console(file=io.StringIO())))
+    return _Output(child(code), EventLog(Console()))
 
 
 def test_what_the_gateway_prints_never_stops_it(capfd: pytest.CaptureFixture[str]) -> None:
@@ -35,7 +34,7 @@ def test_what_the_gateway_prints_never_stops_it(capfd: pytest.CaptureFixture[str
     assert output.process.wait(PATIENCE_S) == 0
     output._thread.join(PATIENCE_S)
     output.close()
-    logged = capfd.readouterr().err
+    logged = capfd.readouterr().out
     assert (
         logged.count("x" * 80) == 100_000
         and logged.endswith('message="the last" source=gateway\n')
@@ -44,9 +43,9 @@ def test_what_the_gateway_prints_never_stops_it(capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("loss", [Loss.CLOSED, Loss.BROKEN])
-def test_a_standard_error_that_is_lost_stops_no_gateway(loss: Loss) -> None:
+def test_an_output_that_is_lost_stops_no_gateway(loss: Loss) -> None:
     with lost_stderr(loss):
-        output = output_of(f"{CHATTER} {SAYS} {CHATTER}")
+        output = _Output(child(f"{CHATTER} {SAYS} {CHATTER}"), EventLog(Console(file=sys.stderr)))
         assert _listening(output, StopRequest()) == "127.0.0.1:7000"
         assert output.process.wait(PATIENCE_S) == 0
         output._thread.join(PATIENCE_S)
@@ -85,7 +84,7 @@ def test_a_gateway_that_says_why_it_ends_is_quoted_once(capfd: pytest.CaptureFix
     with pytest.raises(LaunchFailed, match=r"^the gateway did not start: x: is taken$"):
         _listening(output, StopRequest())
     output.close()
-    assert "is taken" not in capfd.readouterr().err
+    assert "is taken" not in capfd.readouterr().out
 
 
 def test_a_gateway_that_ends_later_is_quoted_too() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from orchestrator.config.document import load_config
 from orchestrator.deployment.known_cluster import measure_machine
 from orchestrator.deployment.plan_lines import context_words, plan_events
-from orchestrator.deployment.preflight import Checked
+from orchestrator.deployment.preflight import Checked, preflight
 from placement.errors import InvalidConfig, InvalidModel, NotEnoughMemory
 from placement.model.specs import DType
 from placement.model.weights import num_parameters
-from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
+from tests.support.deploying.preflight import CONFIG, MACHINE, check, configured, make_model, refused, tensors
 
 
 @pytest.fixture
@@ -55,6 +57,29 @@ def test_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert (error.field, error.value) == ("model.path", str(tmp_path / "none"))
     assert error.problem == "does not exist"
     assert error.fix == "Give the directory that holds config.json and the safetensors files."
+    hub = "meta-llama/Llama-3.2-1B"
+    (tmp_path / "cluster.yaml").write_text(f"model: {{path: {hub}}}")
+    error = refused(InvalidConfig, lambda: preflight(load_config(tmp_path / "cluster.yaml", environ={}), listens=False))
+    assert error.fix.endswith(f" Nothing is downloaded: `hf download {hub}` prints the directory to give here.")
+    assert "hf download" not in refused(InvalidConfig, lambda: check(tmp_path / "none")).fix
+
+
+def test_a_file_in_place_of_a_directory_is_called_what_it_is(model: Path) -> None:
+    gguf = model / "q4.gguf"
+    gguf.write_bytes(b"GGUF")
+    error = refused(InvalidModel, lambda: check(gguf))
+    assert error.problem == f"{gguf} is a single file, not a model directory"
+    assert error.fix == "GGUF is not served: download the model's safetensors version."
+    error = refused(InvalidConfig, lambda: check(model / "model.safetensors"))
+    assert (error.field, error.problem) == ("model.path", "is not a directory")
+    assert error.fix == "Give the directory that holds config.json and the safetensors files."
+
+
+def test_a_slow_tokenizer_alone_is_told_how_to_make_a_fast_one(model: Path) -> None:
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    error = refused(InvalidModel, lambda: check(model))
+    assert error.problem == f"{model} has no tokenizer.json (it holds tokenizer.model)"
+    assert error.fix.endswith("AutoTokenizer.from_pretrained(path).save_pretrained(path).")
 
 
 def test_sampling_defaults_that_no_sampler_could_use_are_refused(model: Path) -> None:
@@ -112,6 +137,17 @@ def test_a_worker_of_more_threads_than_cores_is_refused_on_this_machine_only(mod
 def test_gpu_of_unknown_memory_is_left_to_its_worker(model: Path) -> None:
     checked = check(model, cluster={"workers": [{"device": "cuda:3"}]})
     assert checked.plan.replicas[0].leader.device.name == "cuda:3"
+
+
+def test_a_gpu_of_a_machine_without_any_is_refused_before_anything_starts(model: Path) -> None:
+    machine = replace(MACHINE, has_gpu=False)
+    config = configured(model, cluster={"workers": [{}, {"device": "cuda:0"}]})
+    error = refused(InvalidConfig, lambda: preflight(config, machine=machine))
+    assert str(error) == "cluster.workers.1.device: this machine has no CUDA GPU (got 'cuda:0'). Set device: cpu."
+    assert preflight(config, machine=machine, listens=False), "a plan may be for another machine"
+    elsewhere = configured(model, cluster={"workers": [{"device": "cuda:0"}], "ray_address": "auto"})
+    assert preflight(elsewhere, machine=machine)
+    assert preflight(configured(model), machine=machine)
 
 
 def test_nodes_of_a_cluster_elsewhere_are_placeholders(model: Path) -> None:

@@ -1,10 +1,12 @@
 """What a node says of itself."""
 
+from pathlib import Path
+
 import psutil
 import pytest
 
 from orchestrator.launcher import node
-from orchestrator.launcher.node import advertised_host, available_memory_bytes, host_port
+from orchestrator.launcher.node import advertised_host, available_memory_bytes, has_gpu, host_port
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,12 @@ def test_memory_is_what_the_container_leaves_of_the_machines(monkeypatch: pytest
     assert available_memory_bytes() == 1234
     monkeypatch.setattr(node, "container_available", lambda read: 2**62)
     assert 1234 < available_memory_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize("name", ["nvidia0", "nvidia12", "dxg", "nvhost-gpu"])
+def test_a_gpu_is_known_by_its_drivers_device(name: str, tmp_path: Path) -> None:
+    (tmp_path / "nvidiactl").touch()
+    (tmp_path / "null").touch()
+    assert not has_gpu(tmp_path)
+    (tmp_path / name).touch()
+    assert has_gpu(tmp_path)

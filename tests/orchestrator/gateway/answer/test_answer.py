@@ -14,6 +14,8 @@ from protos.heterodyne.v1 import inference_pb2 as public
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.gateway.outputs import EPOCH, FIRST, ending, finished, make_answer, refusal, take, take_all, token
 
+WORKER_LOST = "replica-0: one of its workers was lost; the request may be sent again"
+
 
 def test_several_tokens_make_one_chunk_and_the_end_its_reason() -> None:
     answer, _ = make_answer()
@@ -167,11 +169,18 @@ def test_logprobs_come_with_their_token() -> None:
     assert list(chunk.tokens) == [public.Token(id=3, logprob=-0.5, top=top)]
 
 
+def test_a_client_reads_the_same_where_the_replica_itself_says_that_a_worker_was_lost() -> None:
+    answer, _ = make_answer()
+    take(answer, token(0, 3), ending(pb.END_REASON_FAILED, detail="PeerFailed: /secret/path"))
+    error = finished(answer).error
+    assert (error.code, error.message) == (code_pb2.UNAVAILABLE, WORKER_LOST)
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
         (Loss.STOPPED, "the service was stopped before the answer was complete"),
-        (Loss.RANK_FAILED, "replica-0 was lost; the request may be sent again"),
+        (Loss.RANK_FAILED, WORKER_LOST),
     ],
 )
 def test_a_client_reads_whether_the_service_was_stopped_or_a_replica_was_lost(kind: Loss, words: str) -> None:

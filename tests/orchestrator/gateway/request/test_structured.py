@@ -179,6 +179,16 @@ async def test_the_process_reads_the_tokenizer_by_itself(model: ServedModel) -> 
             await probe.close()
 
 
+async def test_an_end_that_was_asked_for_is_not_told(model: ServedModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    probe = GrammarProbe(model)
+    await probe.check(worker_pb2.Grammar(regex="a+"))
+    process = probe._process
+    assert process is not None
+    await probe.close()
+    assert process.returncode is not None and not caplog.messages
+
+
 async def test_grammars_that_compile_pass(probe: GrammarProbe) -> None:
     for grammar in (
         schema_of({}),
