@@ -1,7 +1,7 @@
 """Owns what the controller is told at its start: the plan, and how ranks load it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES
@@ -19,11 +19,13 @@ class DeploymentSettings:
     Attributes:
         model_path: the model's directory, on every node.
         load_timeout_s: how long a rank may take to load.
+        fingerprint: the digest of every file of the model, by its name; empty: ranks do not compare theirs.
     """
 
     plan: Plan
     model_path: str
     load_timeout_s: float
+    fingerprint: Mapping[str, bytes] = field(default_factory=dict)
 
     def needed_bytes(self, shard: Shard) -> int:
         """Returns all that the rank's process takes on a CPU node: weights, KV blocks, workspace, and itself."""
@@ -50,7 +52,9 @@ class DeploymentSettings:
             members=members,
             token=token if members else b"",
             facts=worker_pb2.ModelFacts(
-                eos_token_ids=self.plan.model.eos_token_ids, tied_embeddings=self.plan.model.tied_embeddings
+                eos_token_ids=self.plan.model.eos_token_ids,
+                tied_embeddings=self.plan.model.tied_embeddings,
+                fingerprint=self.fingerprint,
             ),
         )
         set_limits(request, self._limits(replica))

@@ -17,6 +17,7 @@ from orchestrator.config.types import Address
 from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
 from orchestrator.errors import refuse
 from orchestrator.model_dir.files import ModelFiles, read_model_files
+from orchestrator.model_dir.fingerprint import read_fingerprint
 from placement.errors import HeterodyneError, InvalidConfig
 from placement.measured.speed import DeviceSpeed
 from placement.model.hf import saved_dtype
@@ -46,6 +47,7 @@ class Checked:
         machine: what this machine had to give.
         hosts: the machine of each worker in a cluster that was joined; None where that is not known.
         checkpoint_bytes: size of the safetensors files.
+        fingerprint: the digest of every file of the model, by its name.
         warnings: what is odd about the model directory, and served all the same.
     """
 
@@ -56,8 +58,8 @@ class Checked:
     split_by: SplitBy | None
     machine: Machine
     hosts: tuple[Host, ...] | None
-    num_parameters: int
     checkpoint_bytes: int
+    fingerprint: Mapping[str, bytes]
     warnings: tuple[str, ...] = ()
 
     def is_placed(self, shard: Shard) -> bool:
@@ -65,6 +67,11 @@ class Checked:
         cluster = self.config.cluster
         named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
         return cluster.is_local or self.hosts is not None or named is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """Counts the model's parameters."""
+        return num_parameters(self.model)
 
     @property
     def context_tokens(self) -> int:
@@ -85,7 +92,7 @@ def preflight(
     hosts: tuple[Host, ...] | None = None,
     speeds: Sequence[DeviceSpeed] | None = None,
 ) -> Checked:
-    """Checks everything that can be checked without starting anything. Reads headers, no weights.
+    """Checks everything that can be checked without starting anything. Reads headers, and of the weights samples.
 
     Args:
         machine: what this machine has; measured when None.
@@ -113,8 +120,8 @@ def preflight(
         split_by=choice.split_by,
         machine=machine,
         hosts=hosts,
-        num_parameters=num_parameters(files.spec),
         checkpoint_bytes=files.checkpoint_bytes,
+        fingerprint=read_fingerprint(Path(config.model.path)),
         warnings=files.warnings,
     )
 

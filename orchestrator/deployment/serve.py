@@ -144,6 +144,7 @@ def _settings(checked: Checked) -> DeploymentSettings:
         plan=checked.plan,
         model_path=config.model.path,
         load_timeout_s=config.launch.load_timeout_s,
+        fingerprint=checked.fingerprint,
     )
 
 

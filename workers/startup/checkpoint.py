@@ -176,6 +176,11 @@ def _unpack(slice_: TensorSlice, read: Mapping[str, Tensor], linear: LinearForma
         raise _refusal(slice_.name, None, f"is no such GPTQ weight: {error}", FIX_GPTQ) from error
 
 
+def weight_files(path: Path, slices: Sequence[TensorSlice], linear: LinearFormat | None) -> tuple[str, ...]:
+    """Names the files that hold the slices. Raises InvalidModel where one is missing."""
+    return tuple(file.name for file in _locate(path, [part for part, _ in checkpoint_tensors(slices, linear)]))
+
+
 def _locate(path: Path, slices: Sequence[TensorSlice]) -> Mapping[Path, Sequence[TensorSlice]]:
     """Finds the file that holds each slice."""
     if exists(path, SINGLE_FILE):

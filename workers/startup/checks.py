@@ -17,6 +17,7 @@ from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
 from workers.host.model_files import exists, read_json
 from workers.replica.roster import Roster, read_roster
+from workers.startup.same_files import check_same_descriptions, check_same_weights
 
 _CONFIG = "config.json"
 
@@ -48,20 +49,25 @@ class CheckedLoad:
 
 
 def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
-    """Checks the model's configuration, the request's sizes, the cut, and the memory of the device.
+    """Checks the model's files, the request's sizes, the cut, and the memory of the device.
 
     Raises:
-        InvalidModel: the model's configuration is missing, damaged, or of a kind that is not served.
+        InvalidModel: the model's configuration is missing, damaged, or of a kind that is not served; or a file that
+            this rank uses is not the one that the orchestrator has read.
         InvalidRequest: the request asks for something impossible.
         NotEnoughMemory: the device has not the memory.
     """
-    model = with_facts(read_model(Path(request.model_path)), request)
+    path, expected = Path(request.model_path), request.facts.fingerprint
+    check_same_descriptions(path, expected, tokenizer=request.shard.rank == 0)
+    model = with_facts(read_model(path), request)
     dtype = read_dtype(request.dtype)
     check_request(request, model)
     limits = read_limits(request)
     roster = read_roster(request, model)
-    linear = read_linear_format(Path(request.model_path), limits.quantization)
-    check_linear_format(shard_tensors(model, roster.part), linear)
+    linear = read_linear_format(path, limits.quantization)
+    slices = shard_tensors(model, roster.part)
+    check_linear_format(slices, linear)
+    check_same_weights(path, expected, slices, linear)
     need = reckon(request.num_blocks, limits, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
     share = kv_share(model, roster, block_size=limits.block_size)
     largest = int(need.kv_bytes / share) // request.num_blocks

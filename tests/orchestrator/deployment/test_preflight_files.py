@@ -16,6 +16,7 @@ from orchestrator.model_dir.files import read_model_files
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.weights import whole_model
+from tests.support.deploying.deployment import settings_of
 from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
 from tests.support.hub import hub_snapshot
 
@@ -116,6 +117,20 @@ def test_ranks_are_told_the_tokenizers_own_end(model: Path) -> None:
     settings = DeploymentSettings(plan=checked.plan, model_path=str(model), load_timeout_s=1.0)
     request = settings.load_request("replica-0", checked.plan.replicas[0].leader, epoch=1)
     assert list(request.facts.eos_token_ids) == list(checked.model.eos_token_ids) == [3, 19]
+
+
+def test_ranks_are_told_what_to_compare_their_own_files_with(model: Path) -> None:
+    def told() -> dict[str, bytes]:
+        checked = check(model)
+        request = settings_of(checked).load_request("replica-0", checked.plan.replicas[0].leader, epoch=1)
+        return dict(request.facts.fingerprint)
+
+    first = told()
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= first.keys()
+    assert told() == first
+    save_file({name: tensor + 1 for name, tensor in tensors().items()}, model / "model.safetensors")
+    second = told()
+    assert [name for name in first if first[name] != second[name]] == ["model.safetensors"]
 
 
 def test_tokens_that_the_model_has_no_rows_for_are_warned_of(model: Path) -> None:

@@ -154,6 +154,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
         plan=checked.plan,
         model_path=config.model.path,
         load_timeout_s=START_S,
+        fingerprint=checked.fingerprint,
     )
 
 
