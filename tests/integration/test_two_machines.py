@@ -177,6 +177,21 @@ async def test_a_node_that_has_no_model_directory_is_named_with_the_fix(machines
     assert "Put the model there" in error
 
 
+async def test_another_model_of_the_same_shapes_on_one_machine_is_refused(machines: Machines) -> None:
+    for host in ("big", "small"):
+        shutil.copytree(REPOSITORY / "deploy/demo", machines.tmp / host / "tuned")
+    weights = machines.tmp / "small" / "tuned" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    half = len(content) // 2
+    content[half:] = bytes(len(content) - half)
+    weights.write_bytes(content)
+    error = await told(machines, "big", serve("model.path=/tmp/tuned"))
+    assert (
+        "worker rest on small" in error and "/tmp/tuned is not the same as on the machine that serve runs on" in error
+    )
+    assert "model.safetensors differs. Copy the model there again" in error, error
+
+
 async def test_unequal_shares_of_workers_that_name_no_machine_are_refused_with_the_fix(machines: Machines) -> None:
     all_cores = f"threads: {os.cpu_count()}"  # so that a machine has room for one of them
     unnamed = f"cluster.workers=[{{name: most, {all_cores}}}, {{name: rest, {all_cores}}}]"
