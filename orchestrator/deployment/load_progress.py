@@ -40,7 +40,7 @@ LONG_S: Mapping[Loading, float] = {
 }
 """How long what has no bytes to count may take before that is worth a word."""
 
-_READY = "ready"
+_READY, _FAILED = "ready", "failed"
 _LOADING = (control_pb2.PHASE_STARTING, control_pb2.PHASE_LOADING)
 
 
@@ -54,6 +54,7 @@ class _RankLoad:
         knows_total: whether it has said how much it has to read, with which its reading begins.
         first_s: when its first bytes had come.
         first_bytes: how many those were.
+        cause: why it failed, where it did.
     """
 
     replica: str
@@ -62,6 +63,7 @@ class _RankLoad:
     worker: str
     moved_s: float
     doing: str = ""
+    cause: str = ""
     part: Loading | None = None
     knows_total: bool = False
     loaded_bytes: int = 0
@@ -128,6 +130,7 @@ class LoadProgress:
                 if rank.loaded_bytes and load.first_s is None:
                     load.first_s, load.first_bytes = now_s, rank.loaded_bytes
                 load.doing, load.part, load.loaded_bytes = now_doing, part_of_rank(rank), rank.loaded_bytes
+                load.cause = rank.cause if rank.phase == control_pb2.PHASE_FAILED else ""
                 load.knows_total = rank.total_bytes > 0
                 load.total_bytes = rank.total_bytes or rank.weight_bytes
                 is_loading = rank.phase in _LOADING
@@ -208,7 +211,11 @@ class LoadProgress:
         if bytes_per_s is not None:
             fields |= {"bytes_per_s": round(bytes_per_s), "left_s": round(left_bytes / bytes_per_s, 1)}
         of = f": {format_bytes(load.loaded_bytes)} of {format_bytes(load.total_bytes)}" if load.is_reading else ""
-        self._log.tell(Said(event="load", sentence=f"{load.name} is {load.doing}{of}.", fields=fields))
+        sentence, level = f"{load.name} is {load.doing}{of}.", LogLevel.INFO
+        if load.doing == _FAILED:
+            sentence, level = f"{load.name} failed: {load.cause}", LogLevel.ERROR
+            fields["cause"] = load.cause
+        self._log.tell(Said(event="load", sentence=sentence, fields=fields, level=level))
 
 
 class _Loaded(ProgressColumn):

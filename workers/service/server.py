@@ -5,17 +5,19 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
-from typing import Any, NoReturn
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 import torch
 
 from placement.errors import HeterodyneError, cause_of
 from protos.codec.formats import read_dtype, read_quantization
+from protos.codec.log_record import said
 from protos.codec.measured import measured_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers.engine.types import STOPS, Stopping
 from workers.host.device import Device
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _PROGRESS_S = 0.2
 # How long the engine's thread, which has nothing left to do, is waited for.
 _JOIN_S = 1.0
+_T = TypeVar("_T")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -43,11 +46,11 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._epoch = epoch
         self._listener = listener
         self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
-        self._job: LoadJob | None = None
         self._loaded: Loaded | None = None
         self._grammars: GrammarCompiler | None = None
         self._streams: set[LeaderStream] = set()
         self._fenced_messages = 0
+        self._stopping = asyncio.Event()
 
     @property
     def failure(self) -> BaseException | None:
@@ -67,17 +70,20 @@ class WorkerService(pb_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has loaded a model already")
         self._phase = pb.LOAD_PHASE_WEIGHTS
         started = time.monotonic()
-        job = self._job = LoadJob(request=request, device=self._device, listener=self._listener)
+        job = LoadJob(request=request, device=self._device, listener=self._listener)
         task = asyncio.create_task(asyncio.to_thread(job.run))
+        task.add_done_callback(_log_failure)
         try:
-            while not task.done():
+            while not task.done() and not self._stopping.is_set():
                 await asyncio.wait([task], timeout=_PROGRESS_S)
                 self._phase = job.phase
                 yield self._progress(job, started)
         finally:
-            if not task.done():  # whoever asked for the load has gone
+            if not task.done():  # whoever asked for the load has gone, or this worker stops
                 job.stop()
         try:
+            if not task.done():
+                raise Stopping(STOPS)
             self._loaded = task.result()
         except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
@@ -112,12 +118,12 @@ class WorkerService(pb_grpc.WorkerServicer):
         try:
             quantization = read_quantization(request.quantization)
             job = SpeedJob(self._device, Products(dtype=read_dtype(request.dtype), quantization=quantization))
-            if await job.waits():
+            if await self._unless_stopping(job.waits()):
                 yield pb.MeasureSpeedResponse(epoch=self._epoch)
-                if await anext(requests, None) is None:
+                if await self._unless_stopping(anext(requests, None)) is None:
                     return
                 job.begin()
-            speed = await job.speed
+            speed = await self._unless_stopping(job.speed)
         except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
         finally:
@@ -180,6 +186,18 @@ class WorkerService(pb_grpc.WorkerServicer):
         if stream.status is not None:
             await context.abort(*stream.status)
 
+    async def _unless_stopping(self, awaited: Awaitable[_T]) -> _T:
+        """Waits for it. Raises Stopping where this worker is to stop before."""
+        task, stopping = asyncio.ensure_future(awaited), asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Stopping(STOPS)
+            return task.result()
+        finally:
+            task.cancel()
+            stopping.cancel()
+
     async def _check_epoch(self, epoch: int, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         if epoch != self._epoch:
             self._fenced_messages += 1
@@ -194,11 +212,11 @@ class WorkerService(pb_grpc.WorkerServicer):
     async def stop(self, timeout_s: float) -> None:
         """Answers everything that is under way, then ends the streams, with UNAVAILABLE.
 
-        It waits at most ``timeout_s`` for the engine; then the streams end, even while a step executes.
+        It waits at most ``timeout_s`` for the engine; then the streams end, even while a step executes. Loading and
+        measuring end by themselves: a call that grpc has to end counts there as an error, which is logged.
         """
+        self._stopping.set()
         if self._loaded is None:
-            if self._job is not None:
-                self._job.stop()
             return
         loop = self._loaded.loop
         self._stop_loop(self._loaded)
@@ -224,3 +242,10 @@ class WorkerService(pb_grpc.WorkerServicer):
         if self._loaded is not None and self._loaded.loop.thread.is_alive():
             self._loaded.loop.stop()
             self._loaded.loop.thread.join(_JOIN_S)
+
+
+def _log_failure(load: asyncio.Task[Loaded]) -> None:
+    """Says why a load failed, for whoever debugs it: whoever asked for it may have gone."""
+    if not load.cancelled() and (error := load.exception()) is not None:
+        cause = cause_of(error)
+        logger.debug("The load failed: %s.", cause, extra=said("load_failed", cause=cause))

@@ -89,7 +89,7 @@ class LoadJob:
         self.total_bytes = 0
 
     def stop(self) -> None:
-        """Stops to wait for other ranks."""
+        """Stops to wait for other ranks, and to read weights once the next tensor is there."""
         self._stopping.set()
 
     @cached_property
@@ -111,7 +111,7 @@ class LoadJob:
             InvalidRequest: the load asks for something impossible.
             NotEnoughMemory: the device has not the memory, by reckoning before anything is read or in fact.
             PeerFailed: another rank of the replica was lost.
-            Stopping: it was stopped while it waited for another rank.
+            Stopping: it was stopped while it waited for another rank or read weights.
         """
         use_device(self._device.torch_device)
         checked = check_load(self._request, self._device)
@@ -285,6 +285,7 @@ class LoadJob:
 
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
+        self._go_on()  # a large model takes minutes, which nobody who ends this process waits for
 
 
 def _num_threads(checked: CheckedLoad) -> int:

@@ -56,6 +56,20 @@ def clock() -> Clock:
     return Clock()
 
 
+def test_a_load_that_failed_is_an_error_with_its_cause(clock: Clock) -> None:
+    shown = log(terminal=False)
+    failed = loading(100, phase=control_pb2.PHASE_FAILED, does=UNKNOWN)
+    failed.replicas[0].ranks[0].cause = "model.path: /models/x is not the same"
+    with LoadProgress(shown, clock=clock) as progress:
+        progress.update(loading(100))
+        progress.update(failed)
+        progress.update(failed)
+    before, line = output(shown).splitlines()
+    assert " level=info " in before and "cause" not in pairs(before)
+    assert " level=error " in line
+    assert (pairs(line)["phase"], pairs(line)["cause"]) == ("failed", "model.path: /models/x is not the same")
+
+
 def test_loading_is_logged_at_most_once_a_second_with_a_rate_that_counts_from_the_first_byte(clock: Clock) -> None:
     shown = log(terminal=False)
     with LoadProgress(shown, clock=clock) as progress:

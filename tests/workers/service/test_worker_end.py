@@ -61,6 +61,54 @@ async def test_sigterm_ends_a_worker_in_order() -> None:
         assert "exited with code 0" in (await asyncio.wait_for(worker.wait(), END_S)).cause
 
 
+SLOW_LOAD = """
+def run(self):
+    time.sleep(1.5)  # more than the streams have to end
+    self._go_on()
+from workers.startup import loading
+loading.LoadJob.run = run
+"""
+SLOW_MEASUREMENT = """
+def measure_speed(*_, **__):
+    time.sleep(1.5)
+from workers.startup import speed_job
+speed_job.measure_speed = measure_speed
+"""
+
+
+@pytest.mark.parametrize("slow", [SLOW_LOAD, SLOW_MEASUREMENT])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_sigterm_ends_loading_and_measuring_without_an_error_that_is_logged(slow: str, leaves: bool) -> None:
+    argv = [*worker_with("pass", more=slow), "--threads", "1", "--epoch", str(EPOCH), "--log-format", "json"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True) as worker:
+        try:
+            assert worker.stdout is not None and worker.stderr is not None
+            said = json.loads(await asyncio.to_thread(worker.stdout.readline))
+            async with connected(said["address"]) as stub:
+                if slow is SLOW_LOAD:
+                    call = stub.Load(load_request(Path("/nowhere")))
+                    await call.read()
+                else:
+                    call = stub.MeasureSpeed()
+                    await call.write(pb.MeasureSpeedRequest(epoch=EPOCH, dtype=pb.DTYPE_FLOAT32))
+                    await stub.Describe(pb.DescribeRequest(epoch=EPOCH))  # by then the worker has the former, too
+                if leaves:
+                    call.cancel()
+                worker.terminate()
+                if not leaves:
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        async with asyncio.timeout(END_S):
+                            while await call.read() is not grpc.aio.EOF:
+                                pass
+                    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+                    assert caught.value.details() == "this worker stops"
+                assert await asyncio.to_thread(worker.wait, END_S) == 0
+            assert await asyncio.to_thread(worker.stderr.read) == ""
+        finally:
+            worker.kill()
+
+
 async def test_sigterm_answers_what_is_under_way(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten sequences of a worker that holds eight, in steps so slow that none ends by itself."""
     have_accident(monkeypatch, "pass", always="time.sleep(0.1)")

@@ -10,8 +10,9 @@ from placement.errors import NotEnoughMemory
 from placement.planning.memory import Footprint
 from protos.codec.log_record import record_of
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.engine.types import Stopping
 from workers.host.device import open_device
-from workers.startup import loading
+from workers.startup import checkpoint, loading
 from workers.startup.checks import check_memory
 from workers.startup.loading import LoadJob
 
@@ -107,3 +108,24 @@ def test_memory_that_runs_out_while_loading_is_typed(llama_checkpoint: Any, monk
     with pytest.raises(NotEnoughMemory, match="ran out of memory while loading") as caught:
         LoadJob(request=request, device=open_device("cpu", 1)).run()
     assert caught.value.field == "serving.kv_cache"
+
+
+def test_a_load_that_is_stopped_reads_no_more_weights(llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = LoadJob(request=load_request(llama_checkpoint(), dtype=pb.DTYPE_FLOAT32), device=open_device("cpu", 1))
+    read: list[int] = []
+
+    def load_weights(*arguments: Any) -> None:
+        path, slices, dtype, device, progress, linear = arguments
+
+        def stop_at_the_third(loaded_bytes: int, total_bytes: int) -> None:
+            read.append(loaded_bytes)
+            if len(read) == 3:
+                job.stop()
+            progress(loaded_bytes, total_bytes)
+
+        checkpoint.load_weights(path, slices, dtype, device, stop_at_the_third, linear)
+
+    monkeypatch.setattr(loading, "load_weights", load_weights)
+    with pytest.raises(Stopping):
+        job.run()
+    assert len(read) == 3
