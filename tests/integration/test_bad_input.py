@@ -79,7 +79,7 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(refused: Callable[..., str],
 
 
 def test_a_cpu_worker_of_a_cluster_elsewhere_without_threads_is_refused(refused: Callable[..., str]) -> None:
-    assert "cluster.workers[0].threads" in refused(cluster={"ray_address": "auto"})
+    assert "cluster.workers.0.threads: is required with cluster.ray_address" in refused(cluster={"ray_address": "auto"})
 
 
 def test_truncated_weights_are_refused(refused: Callable[..., str], model: Path) -> None:
