@@ -40,7 +40,7 @@ class Controller(control_pb2_grpc.ControlServicer):
 @pytest.fixture
 def controller() -> Iterator[Controller]:
     controller = Controller()
-    server = grpc.server(futures.ThreadPoolExecutor(1))
+    server = grpc.server(futures.ThreadPoolExecutor(2))
     control_pb2_grpc.add_ControlServicer_to_server(controller, server)
     controller.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
