@@ -29,7 +29,7 @@ class LogFormat(StrEnum):
     """How lines are written."""
 
     AUTO = "auto"
-    """As text on a terminal, and as logfmt elsewhere."""
+    """Lines are text on a terminal, and logfmt elsewhere."""
     TEXT = "text"
     LOGFMT = "logfmt"
     JSON = "json"
@@ -163,7 +163,7 @@ class EventLog:
                 print(line, file=self.console.file, flush=True)
 
     def _is_repetition(self, record: LogRecord) -> bool:
-        """Whether another process said the same just now: what ends many requests is said once, not once for each."""
+        """Returns whether another process said the same just now: what ends many requests is said once."""
         if record.source == SERVE or record.level not in ("warning", "error"):
             return False
         with self._lock:

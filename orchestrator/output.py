@@ -174,7 +174,7 @@ class _QueuedStream(io.TextIOBase):
 
 @contextmanager
 def queued_output(say_dropped: SayDropped = _plain) -> Iterator[None]:
-    """Has all that this process prints for the length of the block pass through one :class:`OutputWriter`.
+    """Passes all that this process prints for the length of the block through one :class:`OutputWriter`.
 
     At its end what was printed is waited for, so that it comes before whatever is printed next.
     """

@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Sequence
 
+from orchestrator.deployment.plan_lines import context_fields
 from orchestrator.deployment.preflight import Checked
 from orchestrator.event_log import LogLevel, Said
 from protos.heterodyne.control.v1 import control_pb2
@@ -53,19 +54,14 @@ def measuring(num_workers: int) -> Said:
 
 def ready(checked: Checked, address: str) -> Said:
     """The service takes requests: what is served, where, and how to try it."""
-    name, served, whole = checked.config.model.name, checked.plan.model.max_context_tokens, checked.model
+    name, served, most = checked.config.model.name, checked.context_tokens, checked.model_context_tokens
     here = _reached_here(address)
     where = address if here == address else f"{address}, which is every interface"
     return Said(
         event="serving",
-        sentence=f"Ready: {name} at {where} (gRPC), context {served} of {whole.max_context_tokens} tokens; "
+        sentence=f"Ready: {name} at {where} (gRPC), context {served} of {most} tokens; "
         f'try: heterodyne generate "Hello" --address {here}',
-        fields={
-            "model": name,
-            "address": address,
-            "context_tokens": served,
-            "model_context_tokens": whole.max_context_tokens,
-        },
+        fields={"model": name, "address": address, **context_fields(checked)},
     )
 
 

@@ -119,14 +119,14 @@ class _JsonFormatter(logging.Formatter):
 
 
 def log_to_parent(source: str, *, level: str = "info") -> None:
-    """Has this process log JSON lines to standard error, whatever logged there before."""
+    """Makes this process log JSON lines to standard error, whatever logged there before."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(source))
     log_to(handler, level=level)
 
 
 def log_to(handler: logging.Handler, *, level: str = "info") -> None:
-    """Has this process log to ``handler`` alone. Libraries never log below ``info``, whatever is asked for."""
+    """Makes this process log to ``handler`` alone. Libraries never log below ``info``, whatever is asked for."""
     logging.basicConfig(level=max(logging.INFO, logging.getLevelName(level.upper())), handlers=[handler], force=True)
     for package in _PACKAGES:
         logging.getLogger(package).setLevel(level.upper())

@@ -18,7 +18,7 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 
 
 def script_and_options(command: str) -> list[str]:
-    """What the Makefile runs for it: the script and its options."""
+    """Returns the script that the Makefile runs for a command, and its options."""
     shown = subprocess.run(
         ["make", "--no-print-directory", "-n", "-o", "setup", *shlex.split(command)[1:]],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,

@@ -1,4 +1,4 @@
-"""What is said, and how it ends, when the only replica of a service is lost."""
+"""A service whose only replica is lost tells its client, and ends."""
 
 import psutil
 import pytest

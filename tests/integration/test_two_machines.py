@@ -52,7 +52,7 @@ class Machines:
     exports: dict[str, str]
 
     def script(self, host: str, commands: str) -> list[str]:
-        """What runs ``commands`` on a host, in a shell that has exported what the README's steps before have."""
+        """Returns the command line of ``commands`` on a host, after what earlier steps of the README exported there."""
         return self.net[host].command(["bash", "-ec", f"{self.exports[host]}{commands}"])
 
     def run(self, host: str, commands: str, *, timeout_s: float = 2 * PATIENCE_S, code: int = 0) -> str:

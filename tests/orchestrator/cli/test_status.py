@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -14,9 +14,9 @@ from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2
 
 
-def status(**load: float) -> admin_pb2.GetStatusResponse:
+def status(**load: Any) -> admin_pb2.GetStatusResponse:
     rank = admin_pb2.RankStatus(rank=1, worker="big", node="host-1", device="cpu", weight_bytes=100, num_kv_heads=0)
-    figures = admin_pb2.ReplicaLoad(num_waiting=0, free_blocks=3, total_blocks=4, **load)  # type: ignore[arg-type]
+    figures = admin_pb2.ReplicaLoad(num_waiting=0, free_blocks=3, total_blocks=4, **load)
     replica = admin_pb2.ReplicaStatus(
         name="replica-0", state=admin_pb2.REPLICA_STATE_READY, epoch=3, ranks=[rank], load=figures
     )

@@ -1,4 +1,4 @@
-"""What ``serve`` says, as a person reads it and as a script does."""
+"""People and scripts read what ``serve`` says."""
 
 from unittest import mock
 

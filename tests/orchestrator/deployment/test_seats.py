@@ -38,11 +38,11 @@ BIG, SMALL = host("big.lan", "10.0.0.1", kind="big"), host("small.lan", "10.0.0.
 ONE = Need(num_cpus=1, num_gpus=0, labels={})
 
 
-def joined(tmp_path: Path, *workers: dict[str, object], sections: dict[str, Any] | None = None) -> Config:
+def joined(tmp_path: Path, *workers: dict[str, Any], sections: dict[str, Any] | None = None) -> Config:
     """A configuration on a Ray cluster that was there before; ``workers`` changes each of its workers."""
     config = make_config(tmp_path, tmp_path, **(two_ranks() if sections is None else sections))
     each = tuple(
-        dataclasses.replace(worker, count=1, name=name, **(changes if changes else {}))  # type: ignore[arg-type]
+        dataclasses.replace(worker, count=1, name=name, **changes)
         for worker, name, changes in zip(
             config.cluster.each_worker, config.cluster.worker_names, workers or ({}, {}), strict=True
         )

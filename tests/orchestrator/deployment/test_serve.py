@@ -1,4 +1,4 @@
-"""What ``serve`` says of the Ray that it joined."""
+"""``serve`` warns of a Ray that lets in anybody."""
 
 import io
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, reject, settings
@@ -12,7 +13,7 @@ from placement.errors import HeterodyneError, NotEnoughMemory
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from placement.planning.auto import choose_layouts
 from placement.planning.kv_size import CPU_SHARE, GPU_SHARE, SHORT_SEQUENCE_TOKENS, UNKNOWN_MEMORY_KV_BYTES
-from placement.planning.layout import ReplicaLayout, StageLayout
+from placement.planning.layout import ReplicaLayout, Split, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES, CUDA_PROCESS_BYTES
 from placement.planning.plan import Plan, Shard
@@ -33,11 +34,11 @@ def node(name: str, *devices: DeviceSpec, memory_bytes: int | None = None) -> No
     return NodeSpec(name=name, memory_bytes=memory_bytes, devices=devices)
 
 
-def plan(*nodes: NodeSpec, kv_cache_bytes: int | None = None, **more: object) -> Plan:
-    settings = {"max_context_tokens": None, "limits": LIMITS} | more
+def plan(*nodes: NodeSpec, kv_cache_bytes: int | None = None, **more: Any) -> Plan:
+    settings: dict[str, Any] = {"max_context_tokens": None, "limits": LIMITS} | more
     return plan_replicas(
         LARGE, ClusterSpec(nodes=nodes), dtype=DType.BFLOAT16, kv_cache_bytes=kv_cache_bytes, **settings
-    )  # type: ignore[arg-type]
+    )
 
 
 def fixed(shard: Shard) -> int:
@@ -45,14 +46,14 @@ def fixed(shard: Shard) -> int:
     return shard.weight_bytes + shard.workspace_bytes + process
 
 
-def over(*weights: float, split: str = "tensor") -> list[ReplicaLayout]:
-    stage = StageLayout(devices=tuple(range(len(weights))), weights=weights, split=split)  # type: ignore[arg-type]
+def over(*weights: float, split: Split = "tensor") -> list[ReplicaLayout]:
+    stage = StageLayout(devices=tuple(range(len(weights))), weights=weights, split=split)
     return [ReplicaLayout(stages=(stage,))]
 
 
 @pytest.mark.parametrize(("kind", "share"), [("cpu", CPU_SHARE), ("cuda", GPU_SHARE)])
-def test_kv_blocks_get_the_stated_share_of_what_is_left(kind: str, share: float) -> None:
-    device = replace(cpu(24), kind=kind)  # type: ignore[arg-type]
+def test_kv_blocks_get_the_stated_share_of_what_is_left(kind: Literal["cpu", "cuda"], share: float) -> None:
+    device = replace(cpu(24), kind=kind)
     (replica,) = plan(node("a", device)).replicas
     (shard,) = replica.shards
     left = 24 * GIB - fixed(shard)

@@ -7,30 +7,18 @@ import pytest
 
 from placement.errors import InvalidConfig, NotEnoughMemory
 from placement.model.part import Part
-from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec, RopeSpec
+from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from placement.model.weights import num_parameters
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES, footprint, format_bytes
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
+from tests.support import planning
 
 MIB = 2**20
 # A block of 16 tokens takes 2 * 4 layers * 16 tokens * 4 heads * 64 * 4 bytes = 128 KiB.
-MODEL = ModelSpec(
-    architecture="llama",
-    num_layers=4,
-    hidden_size=256,
-    num_heads=4,
-    num_kv_heads=4,
-    head_dim=64,
-    ffn_size=512,
-    vocab_size=1000,
-    max_context_tokens=2048,
-    rms_norm_eps=1e-5,
-    rope=RopeSpec(),
-    tied_embeddings=True,
-)
+MODEL = dataclasses.replace(planning.MODEL, max_context_tokens=2048)
 LIMITS = ReplicaLimits(block_size=16, token_budget=64, max_num_seqs=4)
 BLOCK_BYTES = 128 * 2**10
 FIXED = footprint(
