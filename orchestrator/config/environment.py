@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from placement.errors import InvalidConfig
 
 ENV_PREFIX = "HETERODYNE_"
-OTHER_VARIABLES = ("HETERODYNE_ADDRESS", "HETERODYNE_CHECK_STATE")
+OTHER_VARIABLES = ("HETERODYNE_ADDRESS", "HETERODYNE_CHECK_STATE", "HETERODYNE_CPU_TARGET")
 """Variables that are read and hold no value of the cluster file."""
 
 _BETWEEN = "__"
