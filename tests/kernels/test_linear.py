@@ -6,18 +6,14 @@ from torch import Tensor
 
 from kernels.cpu.machine import threads
 from kernels.cpu.machine.columns_ir import ColumnTile
-from kernels.cpu.products import linear, matmul
-from kernels.cpu.products.linear import ColumnLinear, PackedLinear, pack, program_linear
+from kernels.cpu.products import matmul
+from kernels.cpu.products.linear import ColumnLinear, pack, program_linear
 from kernels.linear import Linear, PlainLinear
 from kernels.rounded import Bits, round_weight
 from kernels.select import pack_rounded
 
 SHAPES = [(96, 64), (509, 250), (1, 2048), (2049, 34), (320, 2048)]
-needs_columns = pytest.mark.skipif(not matmul.can_run(), reason="this CPU has no AVX512-BF16")
-needs_packing = pytest.mark.skipif(
-    not linear._can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="torch cannot pack bfloat16 weights here"
-)
-FORMS = [pytest.param(ColumnLinear, marks=needs_columns), pytest.param(PackedLinear, marks=needs_packing)]
+FORMS = [ColumnLinear]
 
 
 def random_layer(shape: tuple[int, int], *, biased: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -50,7 +46,6 @@ def test_every_form_agrees_with_plain(form: type, num_tokens: int, shape: tuple[
     assert layer.num_bytes >= plain.num_bytes
 
 
-@needs_columns
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_in_every_batch(shape: tuple[int, int]) -> None:
     layer = ColumnLinear(*random_layer(shape, biased=True))
@@ -60,7 +55,6 @@ def test_a_token_has_the_same_bits_in_every_batch(shape: tuple[int, int]) -> Non
         assert torch.equal(layer(x[:num_tokens]), alone[:num_tokens]), num_tokens
 
 
-@needs_columns
 def test_threads_do_not_change_a_bit() -> None:
     layer = ColumnLinear(*random_layer((2049, 34)))
     x = torch.randn(30, 34).bfloat16()
@@ -73,7 +67,6 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
 
 
-@needs_columns
 def test_a_batch_of_nothing_and_rows_apart_in_memory() -> None:
     layer = ColumnLinear(*random_layer((96, 64)))
     assert layer(torch.empty(0, 64, dtype=torch.bfloat16)).shape == (0, 96)
@@ -81,7 +74,6 @@ def test_a_batch_of_nothing_and_rows_apart_in_memory() -> None:
     assert torch.equal(layer(apart), layer(apart.contiguous()))
 
 
-@needs_columns
 def test_not_a_number_stays_in_its_row() -> None:
     layer = ColumnLinear(*random_layer((96, 64)))
     x = torch.randn(9, 64).bfloat16()
@@ -96,23 +88,14 @@ def test_float32_stays_plain() -> None:
     assert isinstance(pack(torch.randn(4, 4), None), PlainLinear)
 
 
-@needs_columns
 def test_bfloat16_goes_into_columns() -> None:
     assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), ColumnLinear)
 
 
-@needs_packing
-def test_an_odd_number_of_inputs_is_packed_by_torch() -> None:
-    assert isinstance(pack(torch.randn(4, 5).bfloat16(), None), PackedLinear)
+def test_an_odd_number_of_inputs_stays_plain() -> None:
+    assert isinstance(pack(torch.randn(4, 5).bfloat16(), None), PlainLinear)
 
 
-def test_without_any_of_it_the_weight_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "is_supported", lambda: False)
-    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
-    assert isinstance(pack(torch.randn(4, 4).bfloat16(), None), PlainLinear)
-
-
-@needs_columns
 @pytest.mark.parametrize("num_tokens", [1, 3, 5, 8, 11, 24, 64])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_column_tiles_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: Bits | None) -> None:
@@ -126,7 +109,7 @@ def test_column_tiles_of_a_product_have_the_bits_of_the_whole(num_tokens: int, b
     assert whole is not None
     x = torch.randn(num_tokens, 128, generator=generator).to(torch.bfloat16)
     num_tiles, num_rows = whole.tiles(num_tokens)
-    tiles = matmul.in_tiles(x, num_tiles, num_rows)
+    tiles = matmul.in_tiles(x, num_tiles, num_rows, widens=whole.widens_inputs)
     for count in (1, 2, 8, 16):
         output = torch.empty(num_tiles * num_rows, 256, dtype=torch.bfloat16)
         for number in range(count):

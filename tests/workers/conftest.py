@@ -1,13 +1,12 @@
 """A worker's parts put together for tests: a runner over a checkpoint, with slots handed out by the test."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.cpu.products import matmul
 from kernels.protocol import Kernels
 from kernels.select import kernels_for
 from placement.model.hf import read_model_spec
@@ -20,14 +19,6 @@ from workers.startup.checkpoint import load_weights
 from workers.step.runner import ModelRunner
 
 NUM_SLOTS = 4096
-
-
-@pytest.fixture(scope="session", autouse=True)
-def without_amx() -> Iterator[None]:
-    """Where a CPU has AMX its products are left to libraries; tests run the code for AVX512-BF16 there all the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matmul, "is_supported", matmul.can_run)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.cpu.layers.partial import MOST_COLUMN_TILES
 from kernels.cpu.machine import machine_code, threads
 from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
+from kernels.cpu.machine.target import has
 from placement.errors import HeterodyneError
 from workers.collectives import add_ir, direct_code
 from workers.collectives import direct_words as words
@@ -44,13 +45,10 @@ def _adds() -> dict[str, int]:
 
 @cache
 def _fold() -> int:
-    """Returns the address of the function that folds checksums."""
+    """Returns the address of the function that folds checksums; 0 where the CPU has no instruction for it."""
+    if not has(checksum_ir.FEATURE):
+        return 0
     return machine_code.addresses(checksum_ir.fold(), [checksum_ir.NAME])[checksum_ir.NAME]
-
-
-def is_available() -> bool:
-    """Tells whether this CPU supports the code."""
-    return checksum_ir.FEATURE in machine_code.cpu_features()
 
 
 class CompiledAllReduce:
@@ -69,7 +67,7 @@ class CompiledAllReduce:
         alive: Callable[[], None],
         reason: Callable[[PeerFailed], PeerFailed] = lambda error: error,
     ) -> None:
-        """Sets the memory of the compiled code up. Only where :func:`is_available`. Raises PeerFailed.
+        """Sets the memory of the compiled code up. Raises PeerFailed.
 
         Args:
             rank: the number of this rank in the group.

@@ -12,7 +12,7 @@ from kernels.cpu.layers.partial import MOST_COLUMN_TILES, Partial, SumWork
 from kernels.cpu.machine.threads import work_alone
 from placement.measured.collectives import AllReduceTable
 from workers.collectives.algorithms import AllReduce, Peers, candidates, direct, gather, scatter
-from workers.collectives.direct_sums import MOST_BYTES, CompiledAllReduce, is_available
+from workers.collectives.direct_sums import MOST_BYTES, CompiledAllReduce
 from workers.collectives.scattered import reduce_and_finish
 from workers.model.group import Group
 from workers.transport.errors import PeerFailed
@@ -125,7 +125,7 @@ class TensorGroup:
 
     def compile_all_reduce(self) -> None:
         """Has compiled code run the direct algorithm, where this CPU supports it. The first call takes seconds."""
-        if not self.sums or not self.links or not is_available():
+        if not self.sums or not self.links:
             return
         compiled = self._compiled = CompiledAllReduce(
             rank=self.rank,

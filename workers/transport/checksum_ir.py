@@ -1,4 +1,4 @@
-"""LLVM IR of CRC-32 (ISO-HDLC, as zlib's) by carry-less multiplication, about ten times as fast as with tables.
+"""LLVM IR of CRC-32 (ISO-HDLC, as zlib's) by carry-less multiplication, which is several times as fast as tables.
 
 The code folds 512 bits of a message at a time into the next 512, which leaves the checksum unchanged: a word that
 stands n bits before another is multiplied by x^n modulo the polynomial and added to it (Gopal et al. 2009, Intel). The

@@ -1,7 +1,7 @@
 """Headers and checksums of :mod:`workers.transport.frames` for compiled code, which is given addresses of memory.
 
 All numbers are 64-bit integers. ``table_at`` is the address of :func:`checksum_table`, and ``fold`` is the address of
-the function of :mod:`workers.transport.checksum_ir`.
+the function of :mod:`workers.transport.checksum_ir`, or 0 where the CPU has no instruction for it.
 """
 
 # mypy: disallow-untyped-decorators=False, disallow-any-unimported=False
@@ -25,9 +25,17 @@ _MAGIC = int.from_bytes(MAGIC, "little")
 _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
 
+_SLICES = 8
+
+
 def checksum_table() -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Returns, for each byte [256], the register of a checksum that was 0 before it."""
-    return np.array([zlib.crc32(bytes([byte]), _ONES) ^ _ONES for byte in range(256)], np.int64)
+    """Returns [8, 256]: the register of a checksum that was 0 before a byte and up to 7 bytes of zeros after it."""
+    table = np.empty((_SLICES, 256), np.int64)
+    table[0] = [zlib.crc32(bytes([byte]), _ONES) ^ _ONES for byte in range(256)]
+    for zeros in range(1, _SLICES):
+        before = table[zeros - 1]
+        table[zeros] = table[0][before & 255] ^ (before >> 8)
+    return table
 
 
 @intrinsic
@@ -74,19 +82,38 @@ def store(data, at, value, count):  # type: ignore[no-untyped-def]
 def checksum(data, start, stop, register, table):  # type: ignore[no-untyped-def]
     """Returns a checksum's register, not inverted, after the bytes from ``start`` to ``stop``."""
     for i in range(start, stop):
-        register = table[(register ^ data[i]) & 255] ^ (register >> 8)
+        register = table[0, (register ^ data[i]) & 255] ^ (register >> 8)
+    return register
+
+
+@_jit
+def sliced_checksum(data, num_bytes, register, table):  # type: ignore[no-untyped-def]
+    """As :func:`checksum` of the first bytes, a multiple of 8, by eight lookups at once (Kounavis and Berry 2005)."""
+    for i in range(0, num_bytes, 8):
+        register = (
+            table[7, (register ^ data[i]) & 255]
+            ^ table[6, ((register >> 8) ^ data[i + 1]) & 255]
+            ^ table[5, ((register >> 16) ^ data[i + 2]) & 255]
+            ^ table[4, ((register >> 24) ^ data[i + 3]) & 255]
+            ^ table[3, data[i + 4]]
+            ^ table[2, data[i + 5]]
+            ^ table[1, data[i + 6]]
+            ^ table[0, data[i + 7]]
+        )
     return register
 
 
 @_jit
 def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
     """Returns a checksum's register after ``rows`` rows of memory, which lie ``stride`` bytes apart."""
-    table = words_at(table_at, 256)
+    table = words_at(table_at, (_SLICES, 256))
     folded = row_bytes - row_bytes % MIN_BYTES
     rest = np.empty(16, np.uint8)
     for row in range(rows):
         at = start + row * stride
-        if folded > 0:
+        if folded > 0 and fold == 0:
+            register = sliced_checksum(bytes_at(at, folded), folded, register, table)
+        elif folded > 0:
             call_four(fold, at, folded, register, rest.ctypes.data)
             register = checksum(rest, 0, 16, np.int64(0), table)
         register = checksum(bytes_at(at, row_bytes), folded, row_bytes, register, table)
@@ -96,7 +123,7 @@ def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at): 
 @_jit
 def frame_checksum(head, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
     """Returns the checksum of a header's fields and the payload."""
-    register = checksum(head, 0, FIELD_BYTES, np.int64(_ONES), words_at(table_at, 256))
+    register = checksum(head, 0, FIELD_BYTES, np.int64(_ONES), words_at(table_at, (_SLICES, 256)))
     return payload_checksum(register, start, rows, row_bytes, stride, fold, table_at) ^ _ONES
 
 

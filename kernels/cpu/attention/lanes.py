@@ -5,15 +5,18 @@ Each function appends to a block under construction. Addresses are 64-bit intege
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-_FEATURES = binding.get_host_cpu_features()
-LANES = 16 if _FEATURES.get("avx512f") else 8
+from kernels.cpu.machine import numba_code  # noqa: F401  (it tells Numba the target before anything is compiled)
+from kernels.cpu.machine.target import chosen
+
+LANES = chosen().lanes
 PANEL = 2 * LANES
-ROW_COUNTS = (8, 4, 2, 1) if LANES == 16 else (4, 2, 1)  # how many rows' sums stay in registers at a time
-HAS_PAIRS = LANES == 16 and bool(_FEATURES.get("avx512bf16") and _FEATURES.get("avx512bw"))
+# How many rows' sums, two vectors each, stay in half of the registers at a time.
+ROW_COUNTS = (8, 4, 2, 1) if chosen().registers == 32 else (4, 2, 1)
+HAS_PAIRS = chosen().multiplies_pairs
 
 # What the cache stores and how it is multiplied, each named by the Numba type that stands for it.
 FLOAT32 = types.float32
@@ -129,8 +132,8 @@ def across(builder: Any, vector: Any, combine: Any) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """Returns ``a * b + c`` of vectors, rounded once."""
-    return call(builder, f"llvm.fma.v{LANES}f32", ir.FunctionType(VECTOR, [VECTOR] * 3), a, b, c)
+    """Returns ``a * b + c`` of vectors, rounded once where the target can."""
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", ir.FunctionType(VECTOR, [VECTOR] * 3), a, b, c)
 
 
 def multiply_add(builder: Any, a: Any, b: Any, total: Any, stored: Any) -> Any:

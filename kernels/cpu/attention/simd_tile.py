@@ -21,12 +21,13 @@ from kernels.cpu.attention.intrinsics import (
     softmax,
     words_in,
 )
-from kernels.cpu.attention.lanes import LANES, PANEL
+from kernels.cpu.attention.lanes import LANES, PANEL, ROW_COUNTS
 
 TILE = 256
 BLOCK_ROWS = 64  # rows of scores at a time: with a tile's keys and values they stay in the second-level cache
 
 OPTIONS = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+_MOST_ROWS = ROW_COUNTS[0]
 _LOG2_E = 1.4426950408889634
 _jit = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
 
@@ -98,7 +99,7 @@ def _multiply(a, a_stride, b, c, c_stride, num_words, num_rows, zero):  # type: 
     row = 0
     while row < num_rows:
         missing = num_rows - row
-        count = 8 if missing >= 8 and LANES == 16 else 4 if missing >= 4 else 2 if missing >= 2 else 1
+        count = 8 if missing >= 8 and _MOST_ROWS >= 8 else 4 if missing >= 4 else 2 if missing >= 2 else 1
         product(a + row * a_stride, a_stride, b, c + row * c_stride, c_stride, num_words, count, zero)
         row += count
 

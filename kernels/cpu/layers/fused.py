@@ -28,7 +28,6 @@ from kernels.cpu.layers.layer_works import Buffers, Layer, RopeTables
 from kernels.cpu.layers.partial import Finish, Partial, SumWork
 from kernels.cpu.layers.program import Program
 from kernels.cpu.layers.supported import DecoderLayer, supported_layer
-from kernels.cpu.machine import machine_code
 from kernels.cpu.rows import rows
 
 # How many programs are kept, one for each number of tokens: enough for the decodes of a busy server, and some chunks.
@@ -50,7 +49,7 @@ def fuse(
         activation: the feed-forward layers' activation, by its name in :class:`placement.model.specs.ModelSpec`.
         ladder: see :class:`placement.model.specs.ModelSpec`.
     """
-    if "avx512bf16" not in machine_code.cpu_features() or activation not in rows.ACTIVATIONS or head_dim % 32:
+    if activation not in rows.ACTIVATIONS or head_dim % 32:
         return None
     fused = [layer for layer in map(supported_layer, layers) if layer is not None]
     if len(fused) < len(layers):

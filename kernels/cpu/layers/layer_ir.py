@@ -1,7 +1,9 @@
 """LLVM IR of the operations between a layer's matrix products: zeros, packing of tiles, and rotary embedding."""
 
+from kernels.cpu.machine.numbers_ir import WIDE, WORDS, load, round_and_widen, store
+from kernels.cpu.machine.target import Target
 from kernels.cpu.machine.work_ir import load_arguments, take_tickets
-from kernels.cpu.rows.rows_ir import each_row_function, load
+from kernels.cpu.rows.rows_ir import each_row_function
 
 ROTATE_POINTERS = ("qkv", "cos", "sin", "slot", "query")
 ROTATE_SCALARS = ("heads", "kv_heads", "dim", "keys", "values", "num_slots", "weight", "eps")
@@ -11,6 +13,11 @@ CHUNK_PAIRS = 64
 """The pairs of inputs that one block of ``pack_tiles`` has."""
 
 _LANES = ", ".join(f"i64 {lane}" for lane in range(16))
+
+
+HEADER = """
+declare void @llvm.masked.scatter.v16i32.v16p0(<16 x i32>, <16 x ptr>, i32, <16 x i1>)
+"""
 
 
 def fill_zeros() -> str:
@@ -34,18 +41,19 @@ end:
 """
 
 
-def pack_tiles() -> str:
-    """Returns the function ``@pack_tiles(args)``.
+def pack_tiles(*, widens: bool) -> str:
+    """Returns the function ``@pack_tiles(args)``, or ``@pack_wide_tiles(args)`` where it ``widens``.
 
-    It lays rows [T, I / 2] of 32 bits out as ``[tiles, I / 2, rows]``, with zeros where there is no token. The threads
-    take blocks, each CHUNK_PAIRS pairs of a tile, by tickets.
+    It lays rows [T, I / 2] of pairs of bfloat16 out as ``[tiles, I / 2, rows, 2]``, with zeros where there is no token;
+    where it widens, as float32 ``[tiles, I / 2, 2, rows]``. The threads take blocks, each CHUNK_PAIRS pairs of a tile,
+    by tickets.
     """
+    step = 2 if widens else 1  # words of a pair and row
     return f"""
-declare void @llvm.masked.scatter.v16i32.v16p0(<16 x i32>, <16 x ptr>, i32, <16 x i1>)
-
-define void @pack_tiles(ptr %args) {{
+define void @{"pack_wide_tiles" if widens else "pack_tiles"}(ptr %args) {{
 entry:{load_arguments(TILES)}
-  %rows_0 = insertelement <16 x i64> poison, i64 %rows, i32 0
+  %pair_words = mul i64 %rows, {step}
+  %rows_0 = insertelement <16 x i64> poison, i64 %pair_words, i32 0
   %rows_all = shufflevector <16 x i64> %rows_0, <16 x i64> poison, <16 x i32> zeroinitializer
   %lanes = mul <16 x i64> %rows_all, <{_LANES}>{take_tickets("num_blocks", "block")}
 block:
@@ -57,10 +65,10 @@ block:
   %is_short = icmp sgt i64 %pair_over, %num_pairs
   %pair_stop = select i1 %is_short, i64 %num_pairs, i64 %pair_over
   %token_first = mul i64 %tile, %rows
-  %tile_words = mul i64 %token_first, %num_pairs
-  %tile_bytes = shl i64 %tile_words, 2
+  %tile_pairs = mul i64 %token_first, %num_pairs
+  %tile_bytes = mul i64 %tile_pairs, {4 * step}
   %tile_at = add i64 %tiles, %tile_bytes
-  br label %row{_pack_rows()}
+  br label %row{_pack_rows(_STORE_WIDE if widens else _scatter("value", "start"))}
 block_end:
   %b_next = add i64 %b, 1
   %more_blocks = icmp slt i64 %b_next, %stop
@@ -71,9 +79,25 @@ end:
 """
 
 
-def _pack_rows() -> str:
-    """Returns the loop over the rows of a block, and over the pairs of a row."""
-    return """
+def _scatter(value: str, start: str) -> str:
+    """Returns code that stores 16 words from ``%start`` on, as far from each other as the pairs of a tile."""
+    arguments = f"{WORDS} %{value}, <16 x ptr> %{value}_places, i32 4, <16 x i1> splat (i1 true)"
+    return f"""
+  %{value}_places = getelementptr i32, ptr %{start}, <16 x i64> %lanes
+  call void @llvm.masked.scatter.v16i32.v16p0({arguments})"""
+
+
+_STORE_WIDE = f"""
+  %first_of_pair = shl {WORDS} %value, splat (i32 16)
+  %second_of_pair = and {WORDS} %value, splat (i32 -65536)
+  %second_start = getelementptr i32, ptr %start, i64 %rows{_scatter("first_of_pair", "start")}{
+    _scatter("second_of_pair", "second_start")
+}"""
+
+
+def _pack_rows(store_words: str) -> str:
+    """Returns the loop over the rows of a block, and over the pairs of a row, which ``store_words`` stores."""
+    return f"""
 row:
   %r = phi i64 [0, %block], [%r_next, %row_end]
   %token = add i64 %token_first, %r
@@ -95,10 +119,8 @@ load:
   br label %stored
 stored:
   %value = phi <16 x i32> [zeroinitializer, %pair], [%loaded, %load]
-  %words = mul i64 %p, %rows
-  %start = getelementptr i32, ptr %column_ptr, i64 %words
-  %places = getelementptr i32, ptr %start, <16 x i64> %lanes
-  call void @llvm.masked.scatter.v16i32.v16p0(<16 x i32> %value, <16 x ptr> %places, i32 4, <16 x i1> splat (i1 true))
+  %words = mul i64 %p, %pair_words
+  %start = getelementptr i32, ptr %column_ptr, i64 %words{store_words}
   %p_next = add i64 %p, 16
   %more_pairs = icmp slt i64 %p_next, %pair_stop
   br i1 %more_pairs, label %pair, label %row_end
@@ -108,15 +130,14 @@ row_end:
   br i1 %more_rows, label %row, label %block_end"""
 
 
-def _rounded(name: str, operation: str, left: str, right: str) -> str:
+def _rounded(target: Target, name: str, operation: str, left: str, right: str) -> str:
     """Returns code for an operation whose result ``%name`` is rounded to bfloat16 and widened again."""
-    return f"""
-  %{name}_wide = {operation} <16 x float> %{left}, %{right}
-  %{name}_bits = fptrunc <16 x float> %{name}_wide to <16 x bfloat>
-  %{name} = fpext <16 x bfloat> %{name}_bits to <16 x float>"""
+    computed = f"""
+  %{name}_exact = {operation} {WIDE} %{left}, %{right}"""
+    return computed + round_and_widen(target, name, f"{name}_exact")
 
 
-def rotate() -> str:
+def rotate(target: Target) -> str:
     """Returns the functions ``@rotate_rows(args)`` and ``@rotate_wide_rows(args)``.
 
     For each token they norm queries and keys (where there is a weight), apply the rotary embedding, and store keys and
@@ -128,21 +149,21 @@ def rotate() -> str:
     tokens = (
         _rotate_token(scalars, wide) + each_row_function(f"rotate{wide}", pointers, scalars) for wide in ("", "_wide")
     )
-    return _rotate_head() + "".join(tokens) + "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n"
+    return _rotate_head(target) + "".join(tokens) + "declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)\n"
 
 
-def _rotate_head() -> str:
+def _rotate_head(target: Target) -> str:
     """Returns the function ``@rotate_head``, which rotates one head."""
     lines = [
         load("low", "x", "%i"),
         load("high", "x", "%j"),
         *(load(f"{name}_{half}", name, at) for name in ("cos", "sin") for half, at in (("low", "%i"), ("high", "%j"))),
-        _rounded("kept_low", "fmul", "low", "cos_low"),
-        _rounded("moved_low", "fmul", "high", "sin_low"),
-        _rounded("new_low", "fadd", "kept_low", "moved_low"),
-        _rounded("kept_high", "fmul", "high", "cos_high"),
-        _rounded("moved_high", "fmul", "low", "sin_high"),
-        _rounded("new_high", "fadd", "kept_high", "moved_high"),
+        _rounded(target, "kept_low", "fmul", "low", "cos_low"),
+        _rounded(target, "moved_low", "fmul", "high", "sin_low"),
+        _rounded(target, "new_low", "fadd", "kept_low", "moved_low"),
+        _rounded(target, "kept_high", "fmul", "high", "cos_high"),
+        _rounded(target, "moved_high", "fmul", "low", "sin_high"),
+        _rounded(target, "new_high", "fadd", "kept_high", "moved_high"),
     ]
     return f"""
 define void @rotate_head(ptr %x, ptr %cos, ptr %sin, ptr %to, i64 %dim) {{
@@ -151,11 +172,7 @@ entry:
   br label %loop
 loop:
   %i = phi i64 [0, %entry], [%i_next, %loop]
-  %j = add i64 %i, %half{"".join(lines)}
-  %to_low = getelementptr bfloat, ptr %to, i64 %i
-  store <16 x bfloat> %new_low_bits, ptr %to_low, align 2
-  %to_high = getelementptr bfloat, ptr %to, i64 %j
-  store <16 x bfloat> %new_high_bits, ptr %to_high, align 2
+  %j = add i64 %i, %half{"".join(lines)}{store("new_low_half", "to", "%i")}{store("new_high_half", "to", "%j")}
   %i_next = add i64 %i, 16
   %more = icmp slt i64 %i_next, %half
   br i1 %more, label %loop, label %done

@@ -47,6 +47,12 @@ class Layer:
         return self.attention_norm.shape[0]
 
     @property
+    def linears(self) -> tuple[ProgramLinear, ...]:
+        """Returns the linear layers that it has."""
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        return tuple(linear for linear in linears if linear is not None)
+
+    @property
     def attended_size(self) -> int:
         """Returns H * D."""
         return 0 if self.output is None else self.output.num_inputs
@@ -78,7 +84,8 @@ class Buffers:
         self.attended = self._rows(layer.attended_size)
         self.gate_up = self._rows(2 * ffn_size)
         self.activated = self._rows(ffn_size)
-        self.tiles = self._rows(max(layer.hidden_size, layer.attended_size, ffn_size))
+        number_halves = 2 if any(linear.widens_inputs for linear in layer.linears) else 1
+        self.tiles = self._rows(number_halves * max(layer.hidden_size, layer.attended_size, ffn_size))
         self.slots = torch.empty(num_tokens, dtype=torch.int64)
         windows = {layer.window for layer in layers}
         self.cos = {window: self._rows(head_dim) for window in windows}
@@ -196,6 +203,7 @@ class Writer:
             shape=(num_tiles, num_rows),
             num_threads=self.num_threads,
             ticket=self.program.ticket(),
+            widens=linear.widens_inputs,
         )
         self.program.add(*packing)
         return self.buffers.tiles.data_ptr()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kernels.cpu.layers import layer_ir, program_ir
 from kernels.cpu.layers.program_ir import PROGRAM
 from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.rows.rows_ir import HEADER, norm
 
@@ -84,18 +85,35 @@ def _lines(count: int) -> NDArray[np.int64]:
 _HEADER = struct.Struct(f"={len(PROGRAM)}q")
 
 
+NAMES = ("program", "pack_tiles", "pack_wide_tiles", "rotate_rows", "rotate_wide_rows", "fill_zeros")
+
+
 @cache
 def compiled() -> dict[str, int]:
     """Compiles the functions and returns their addresses by name."""
-    norms = norm("norm", adds=False, wide=False) + norm("norm_wide", adds=False, wide=True)
-    ir = HEADER + norms + layer_ir.rotate() + layer_ir.pack_tiles() + layer_ir.fill_zeros() + program_ir.program()
-    return machine_code.addresses(ir, ["program", "pack_tiles", "rotate_rows", "rotate_wide_rows", "fill_zeros"])
+    return machine_code.addresses(module(chosen()), list(NAMES))
+
+
+def module(target: Target) -> str:
+    """Returns the LLVM IR of the functions ``NAMES``."""
+    norms = norm(target, "norm", adds=False, wide=False) + norm(target, "norm_wide", adds=False, wide=True)
+    packs = layer_ir.pack_tiles(widens=False) + layer_ir.pack_tiles(widens=True)
+    layers = layer_ir.HEADER + layer_ir.rotate(target) + packs + layer_ir.fill_zeros()
+    return HEADER + norms + layers + program_ir.program(target)
 
 
 def pack_tiles(
-    x: int, output: int, *, num_tokens: int, num_pairs: int, shape: tuple[int, int], num_threads: int, ticket: int
+    x: int,
+    output: int,
+    *,
+    num_tokens: int,
+    num_pairs: int,
+    shape: tuple[int, int],
+    num_threads: int,
+    ticket: int,
+    widens: bool,
 ) -> Operation:
-    """Makes the operation that lays rows [T, I / 2] of 32 bits out as a product reads them.
+    """Makes the operation that lays rows [T, I / 2] of pairs of bfloat16 out as a product reads them.
 
     Args:
         x: the address of the rows.
@@ -105,12 +123,14 @@ def pack_tiles(
         shape: the number of tiles, and the rows of each.
         num_threads: how many threads share it.
         ticket: the address of a zero.
+        widens: whether the product reads float32.
     """
     num_tiles, num_rows = shape
     num_chunks = -(-num_pairs // layer_ir.CHUNK_PAIRS)
     num_blocks = num_tiles * num_chunks
     unit = -(-num_blocks // num_threads)
-    return operation("pack_tiles", ticket, num_blocks, unit, x, output, num_tokens, num_rows, num_pairs, num_chunks)
+    name = "pack_wide_tiles" if widens else "pack_tiles"
+    return operation(name, ticket, num_blocks, unit, x, output, num_tokens, num_rows, num_pairs, num_chunks)
 
 
 def operation(name: str, *arguments: int) -> Operation:

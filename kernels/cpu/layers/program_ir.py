@@ -4,6 +4,7 @@ Every thread of the team runs ``program``. An operation is a C function and the 
 operation the threads meet at a barrier, so that none begins one before all have left the one before.
 """
 
+from kernels.cpu.machine.target import Target
 from kernels.cpu.machine.work_ir import load_arguments
 
 PROGRAM = ("num_operations", "operations", "arrived", "generation", "team_size", "yield", "sleep", "stop")
@@ -23,14 +24,13 @@ _SLEEP_US = 50
 _ENDS = -1
 
 
-def program() -> str:
+def program(target: Target) -> str:
     """Returns the function ``@program(args)``.
 
     The barrier counts arrivals, and the thread that arrives last begins the next generation.
     """
     return f"""
-declare void @llvm.x86.sse2.pause()
-
+{_declared(target)}
 define void @program(ptr %args) {{
 entry:{load_arguments(PROGRAM)}
   %operations_ptr = inttoptr i64 %operations to ptr
@@ -50,7 +50,7 @@ each:
   %argument = load i64, ptr %argument_at
   %function_ptr = inttoptr i64 %function to ptr
   %argument_ptr = inttoptr i64 %argument to ptr
-  call void %function_ptr(ptr %argument_ptr){_barrier()}
+  call void %function_ptr(ptr %argument_ptr){_barrier(target)}
   %goes_on = icmp ne i64 %reached, {_ENDS}
   %is_left = icmp slt i64 %i_next, %num_operations
   %more = and i1 %goes_on, %is_left
@@ -59,6 +59,11 @@ end:
   ret void
 }}
 """
+
+
+def _declared(target: Target) -> str:
+    """Returns the declaration of the function that the target's pause calls, if any."""
+    return target.pause.replace("call", "declare")
 
 
 # The number of the thread that arrives last at a barrier, from 0, of as many as there are.
@@ -75,7 +80,7 @@ begin:
   %last = sub i64 %size, 1"""
 
 
-def _barrier() -> str:
+def _barrier(target: Target) -> str:
     """Returns code that waits for all threads, and goes on at ``passed`` with the generation ``%reached``."""
     return f"""
   %here = load atomic i64, ptr %generation_ptr acquire, align 8
@@ -100,7 +105,7 @@ spin:
   %is_long = icmp ugt i64 %waits, {_SPINS}
   br i1 %is_long, label %give, label %pause
 pause:
-  call void @llvm.x86.sse2.pause()
+  {target.pause}
   br label %again
 give:
   %is_longer = icmp ugt i64 %waits, {_SPINS + _YIELDS}

@@ -1,4 +1,4 @@
-"""Makes C functions of code that Numba compiles."""
+"""Makes C functions of code that Numba compiles, for the same target as all other code."""
 
 # mypy: disallow-any-unimported=False
 
@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from numba import cfunc
+from numba import cfunc, config
+
+from kernels.cpu.machine.target import compiled_for, is_forced
+
+if is_forced():  # Numba reads them when it first compiles
+    config.CPU_NAME, config.CPU_FEATURES = compiled_for()
 
 _KEPT: list[Any] = []  # compiled code lives as long as its Python object
 

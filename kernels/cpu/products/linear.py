@@ -26,6 +26,10 @@ class ProgramLinear(Protocol):
     def num_inputs(self) -> int:
         """Returns I."""
 
+    @property
+    def widens_inputs(self) -> bool:
+        """Tells whether tiles of several rows hold its input in float32, as ``[tiles, I, rows]``."""
+
     def tiles(self, num_tokens: int) -> tuple[int, int]:
         """Returns the number of tiles and the rows of each, in which its input lies as ``[tiles, I / 2, rows, 2]``."""
 
@@ -77,6 +81,11 @@ class ColumnLinear(_PackedColumns):
     def __call__(self, x: Tensor) -> Tensor:
         return matmul.multiply(x, self._weight)
 
+    @property
+    def widens_inputs(self) -> bool:
+        """Implements :class:`ProgramLinear`."""
+        return matmul.widens_inputs()
+
     def tiles(self, num_tokens: int) -> tuple[int, int]:
         """Implements :class:`ProgramLinear`."""
         return matmul.tile_shape(num_tokens)[:2]
@@ -86,37 +95,6 @@ class ColumnLinear(_PackedColumns):
     ) -> Operation:
         """Implements :class:`ProgramLinear`."""
         return matmul.product(self._weight, num_tokens, num_threads, tiles, output, ticket, column_tile)
-
-
-class PackedLinear:
-    """A weight that oneDNN reorders into blocks once, instead of at each call.
-
-    For CPUs that :mod:`kernels.cpu.products.matmul` has no code for. The operators are private to torch, so
-    :func:`pack` checks whether they are there.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Copies ``weight`` [O, I] and does not hold on to it; keeps ``bias`` [O]."""
-        self._num_outputs = weight.shape[0]
-        self._bias = bias
-        self._num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_TOKENS)
-
-    @property
-    def num_outputs(self) -> int:
-        return self._num_outputs
-
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return result
-
-
-# The number of tokens that oneDNN chooses its blocks for; 16 was the best, or nearly so, from 1 to 2048 tokens.
-_PACKED_FOR_TOKENS = 16
 
 
 class RoundedColumnLinear(_PackedColumns):
@@ -138,6 +116,11 @@ class RoundedColumnLinear(_PackedColumns):
 
     def __call__(self, x: Tensor) -> Tensor:
         return quantized.multiply(x, self._weight)
+
+    @property
+    def widens_inputs(self) -> bool:
+        """Implements :class:`ProgramLinear`."""
+        return not self._weight.form.tables
 
     def tiles(self, num_tokens: int) -> tuple[int, int]:
         """Implements :class:`ProgramLinear`."""
@@ -166,26 +149,10 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
 
 def why_slow(bits: Bits, dtype: torch.dtype) -> str | None:
     """Says why rounded weights are slower here than plain ones in bfloat16; None where they are not."""
-    missing = quantized.missing_features(bits)
-    if missing:
-        return f"this CPU lacks {' and '.join(missing)}"
     return None if dtype == torch.bfloat16 else f"only bfloat16, and not {str(dtype).removeprefix('torch.')}, is fast"
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Linear:
-    """Returns the fastest form of a weight on this CPU.
-
-    A float32 weight stays plain. A bfloat16 weight is packed by this package, or else by torch, where one of them can.
-    """
-    if _has_columns(weight):
-        return ColumnLinear(weight, bias)
-    return PackedLinear(weight, bias) if _can_pack(weight) else PlainLinear(weight, bias)
-
-
-def _has_columns(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and matmul.is_supported()
-
-
-def _can_pack(weight: Tensor) -> bool:
-    has_operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return has_operators and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Returns the fastest form of a weight: in columns where it is bfloat16, else plain."""
+    has_columns = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    return ColumnLinear(weight, bias) if has_columns else PlainLinear(weight, bias)

@@ -1,4 +1,4 @@
-"""Products with a bfloat16 weight on CPUs with AVX512-BF16: see :mod:`kernels.cpu.products.matmul_ir`.
+"""Products with a bfloat16 weight: see :mod:`kernels.cpu.products.matmul_ir`.
 
 For few tokens the code reads the weight at the speed of memory, and for many it computes at the speed of the vector
 units. In between, where a library's matrix product does neither well, it gains the most.
@@ -7,7 +7,8 @@ Shapes: T tokens of a batch, I inputs, O outputs.
 """
 
 import struct
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -16,27 +17,14 @@ from torch import Tensor
 from kernels.cpu.machine import machine_code, threads
 from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
 from kernels.cpu.machine.pages import HUGE_PAGE, map_zeros
+from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
-from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, HEADER, PRODUCT, tile, tile_name
+from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, PRODUCT, header, pair_bytes, tile, tile_name
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
-# (most rows of a tile, columns of a tile). Few rows are bound by memory, which is faster with one or two streams than
-# with many. From 5 rows on a tile has as many sums as fit the 32 vector registers beside the operands, since with fewer
-# it would wait for its own sums; 24 rows in one tile read the weight once.
-_SHAPES = ((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1))
-_MANY_ROWS = (8, 3)
 # The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together.
+_MOST_SUMS = 24  # so that some registers are left for masks, too
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
-
-
-def can_run() -> bool:
-    """Tells whether this CPU has the instructions of the code."""
-    return "avx512bf16" in machine_code.cpu_features()
-
-
-def is_supported() -> bool:
-    """Tells whether the code is chosen: where the CPU has a matrix unit (AMX), libraries use that and are faster."""
-    return can_run() and "amx-bf16" not in machine_code.cpu_features()
 
 
 class PackedWeight:
@@ -70,14 +58,54 @@ def huge_empty(shape: tuple[int, ...]) -> Tensor:
     return map_zeros(num_bytes).view(torch.int32).view(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The shapes of a target's tiles.
+
+    Attributes:
+        few: the most rows and the columns of the only tile of a batch, by its rows.
+        many: the most rows and the columns of each of several tiles.
+    """
+
+    few: tuple[tuple[int, int], ...]
+    many: tuple[int, int]
+
+    def shape_for(self, num_tokens: int) -> tuple[int, int, int]:
+        """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
+        for most_rows, columns in self.few:
+            if num_tokens <= most_rows:
+                return 1, num_tokens, columns
+        most_rows, columns = self.many
+        num_tiles = -(-num_tokens // most_rows)
+        return num_tiles, -(-num_tokens // num_tiles), columns
+
+
+@cache
+def shapes(target: Target) -> Shapes:
+    """Returns the shapes with as many sums as fit the target's registers, beside a weight of each column and an input.
+
+    With fewer a tile would wait for its own sums; with all rows in one tile the weight is read once. Few rows are bound
+    by memory, which is faster with one or two streams than with many.
+    """
+    if target.multiplies_pairs:  # measured on Zen 4
+        return Shapes(few=((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1)), many=(8, 3))
+    vectors = (target.registers - 2) // target.registers_per_column
+    fitting = [(min(vectors // columns - 1, _MOST_SUMS // columns), columns) for columns in (4, 3, 2, 1)]
+    few = [(rows, columns) for rows, columns in fitting if rows > 1]
+    one_row = (1, 2) if vectors >= 4 else (1, 1)
+    return Shapes(few=(one_row, *few), many=max(few, key=partial(_products_per_operand, target)))
+
+
+def _products_per_operand(target: Target, shape: tuple[int, int]) -> float:
+    """Returns how many vectors are multiplied for each input loaded, and each vector of weights loaded or widened."""
+    rows, columns = shape
+    vectors = columns * target.registers_per_column
+    return rows * vectors / (rows + 2 * vectors)
+
+
 def tile_shape(num_tokens: int) -> tuple[int, int, int]:
-    """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
-    for most_rows, columns in _SHAPES:
-        if num_tokens <= most_rows:
-            return 1, num_tokens, columns
-    most_rows, columns = _MANY_ROWS
-    num_tiles = -(-num_tokens // most_rows)
-    return num_tiles, -(-num_tokens // num_tiles), columns
+    """Returns the number of tiles for a batch, the rows of each, and its columns, on the chosen target."""
+    return shapes(chosen()).shape_for(num_tokens)
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -87,7 +115,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
     num_tiles, rows, _ = tile_shape(num_tokens)
-    tiles = in_tiles(x, num_tiles, rows)
+    tiles = in_tiles(x, num_tiles, rows, widens=widens_inputs())
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
@@ -111,20 +139,29 @@ def product(
     share = num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
     code = _compiled()
-    x_row, output_row = 2 * weight.num_inputs, 2 * LANES * weight.num_columns
+    output_row = 2 * LANES * weight.num_columns
     arguments = _ARGUMENTS.pack(
         *(tiles, weight.columns[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         *(output + 2 * LANES * first, ticket),
         *(code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        *(rows * x_row, rows * output_row, output_row, weight.num_inputs // 2 * COLUMN_BYTES),
+        *(weight.num_inputs // 2 * pair_bytes(chosen(), rows), rows * output_row, output_row),
+        weight.num_inputs // 2 * COLUMN_BYTES,
         *(weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
     )
     return code["product"], arguments
 
 
-def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
-    """Lays ``x`` [T, I] out as pairs of inputs ``[tiles, I / 2, rows]``, with zeros for missing rows."""
-    pairs = x.contiguous().view(torch.int32)
+def widens_inputs() -> bool:
+    """Tells whether tiles of several rows hold the input in float32."""
+    return not chosen().multiplies_pairs
+
+
+def in_tiles(x: Tensor, num_tiles: int, rows: int, *, widens: bool) -> Tensor:
+    """Lays ``x`` [T, I] out as pairs of inputs ``[tiles, I / 2, rows]``, with zeros for missing rows.
+
+    Where it widens and tiles have several rows, it lays float32 out as ``[tiles, I, rows]``.
+    """
+    pairs = x.float() if widens and rows > 1 else x.contiguous().view(torch.int32)
     missing = num_tiles * rows - len(x)
     if missing:
         pairs = F.pad(pairs, (0, 0, 0, missing))
@@ -134,16 +171,17 @@ def in_tiles(x: Tensor, num_tiles: int, rows: int) -> Tensor:
 @cache
 def _compiled() -> dict[str, int]:
     """Compiles the functions of all tiles and of ``product``, and returns their addresses by name."""
-    shapes = {(rows, columns) for most, columns in (*_SHAPES, _MANY_ROWS) for rows in range(1, most + 1)}
-    shapes |= {(rows, 1) for rows in range(1, _SHAPES[-1][0] + 1)}
-    needed = sorted(shape for shape in shapes if _is_used(*shape))
-    ir = HEADER + PRODUCT + "\n".join(tile(*shape) for shape in needed)
-    return machine_code.addresses(ir, ["product", *(tile_name(*shape) for shape in needed)])
+    names = ["product", *(tile_name(*shape) for shape in _needed(chosen()))]
+    return machine_code.addresses(module(chosen()), names)
 
 
-def _is_used(rows: int, columns: int) -> bool:
-    """Tells whether :func:`tile_shape` ever returns the tile, or it is one for the columns that remain."""
-    if columns == 1:
-        return True
-    shapes = {tile_shape(num_tokens)[1:] for num_tokens in range(1, 8 * _SHAPES[-1][0])}
-    return (rows, columns) in shapes
+def module(target: Target) -> str:
+    """Returns the LLVM IR of ``product`` and of all tiles."""
+    return header(target) + PRODUCT + "\n".join(tile(target, *shape) for shape in _needed(target))
+
+
+def _needed(target: Target) -> list[tuple[int, int]]:
+    """Returns the rows and columns of all tiles that are used, and of those for remaining columns."""
+    most_rows = shapes(target).few[-1][0]
+    used = {shapes(target).shape_for(num_tokens)[1:] for num_tokens in range(1, 8 * most_rows)}
+    return sorted(used | {(rows, 1) for rows in range(1, most_rows + 1)})

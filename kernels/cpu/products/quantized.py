@@ -1,4 +1,4 @@
-"""Products with rounded weights on CPUs with AVX512-BF16: see :mod:`kernels.cpu.products.quantized_ir`.
+"""Products with rounded weights: see :mod:`kernels.cpu.products.quantized_ir`.
 
 The weights are those of :mod:`kernels.rounded`, packed once.
 
@@ -14,14 +14,15 @@ from torch import Tensor
 
 from kernels.cpu.machine import machine_code, threads
 from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
+from kernels.cpu.machine.target import Target, chosen, has
 from kernels.cpu.machine.threads import Operation
-from kernels.cpu.products.matmul import huge_empty, in_tiles
-from kernels.cpu.products.quantized_ir import ARGUMENTS, HEADER, PAIRS_PER_LINE, PRODUCT, tile, tile_name
+from kernels.cpu.products.matmul import huge_empty, in_tiles, shapes
+from kernels.cpu.products.quantized_ir import ARGUMENTS, PAIRS_PER_LINE, PRODUCT, Format, header, tile, tile_name
 from kernels.rounded import Bits, RoundedWeight
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
-# The columns of a tile, by its rows: enough that the dot products do not wait for each other's sums, and no more than
-# fit the vector registers beside operands and tables. Measured on Zen 4.
+# The columns of a tile with tables, by its rows: enough that the dot products do not wait for each other's sums, and no
+# more than fit the vector registers beside operands and tables. Measured on Zen 4.
 _COLUMNS: dict[Bits, tuple[int, ...]] = {4: (8, 8, 6, 5, 4, 3), 8: (8, 5, 4, 4, 3, 3)}
 _MOST_ROWS = 24
 # The columns of a ticket: see kernels.cpu.products.matmul.
@@ -31,14 +32,13 @@ _PACKED_AT_ONCE = 1 << 19
 
 
 def is_supported(weight: RoundedWeight) -> bool:
-    """Tells whether this CPU can run the code for such a weight."""
-    return not missing_features(weight.bits) and weight.group_size % (2 * PAIRS_PER_LINE[weight.bits]) == 0
+    """Tells whether there is code for such a weight."""
+    return weight.group_size % (2 * PAIRS_PER_LINE[weight.bits]) == 0
 
 
-def missing_features(bits: Bits) -> tuple[str, ...]:
-    """Names the features that the code for weights of ``bits`` needs, and that this CPU has not."""
-    needed = ("avx512bf16",) if bits == 4 else ("avx512bf16", "avx512vbmi")
-    return tuple(name for name in needed if name not in machine_code.cpu_features())
+def has_tables(bits: Bits) -> bool:
+    """Tells whether the chosen target looks codes of ``bits`` up in tables."""
+    return chosen().multiplies_pairs and (bits == 4 or has("avx512vbmi"))
 
 
 class PackedWeight:
@@ -50,6 +50,7 @@ class PackedWeight:
         self.num_outputs, self.num_inputs = weight.num_outputs, weight.num_inputs
         self.order = weight.order
         self.has_offsets = weight.offsets is not None
+        self.form = Format(bits=self.bits, offsets=self.has_offsets, tables=has_tables(self.bits))
         self.num_columns = -(-self.num_outputs // LANES)
         self.num_groups = self.num_inputs // self.group_size
         self.num_lines = self.group_size // (2 * PAIRS_PER_LINE[self.bits])
@@ -58,16 +59,15 @@ class PackedWeight:
         lines = huge_empty((self.num_columns, self.num_groups, heads + self.num_lines, LANES))
         lines[:, :, 0] = _per_column(weight.scales, missing)
         if weight.offsets is not None:
-            # With offsets, a code of 8 bits stands for its value plus a half.
-            half = weight.scales / 2 if self.bits == 8 else 0
+            # With tables and offsets, a code of 8 bits stands for its value plus a half.
+            half = weight.scales / 2 if self.bits == 8 and self.form.tables else 0
             lines[:, :, 1] = _per_column(weight.offsets - half, missing)
         step = max(1, _PACKED_AT_ONCE // (LANES * self.num_inputs))
         for start in range(0, self.num_columns, step):
             columns = lines[start : start + step, :, heads:]
             codes = weight.codes[start * LANES : (start + step) * LANES]
             codes = F.pad(codes, (0, 0, 0, len(columns) * LANES - len(codes)))
-            packed = _lines_of_nibbles(codes) if self.bits == 4 else _lines_of_bytes(codes, halves=self.has_offsets)
-            columns.copy_(packed.view(torch.int32).view(columns.shape))
+            columns.copy_(_lines(codes, self.form).view(torch.int32).view(columns.shape))
         self.lines = lines
         given = torch.zeros(self.num_outputs) if bias is None else bias.float()
         self.bias = F.pad(given, (0, missing))
@@ -82,6 +82,21 @@ def _per_column(factors: Tensor, missing: int) -> Tensor:
     """Lays ``factors`` [O, G] out as [O / 16, G, 16], padded, with the bits of float32 as integers."""
     padded = F.pad(factors, (0, 0, 0, missing)).view(-1, LANES, factors.shape[1])
     return padded.transpose(1, 2).contiguous().view(torch.int32)
+
+
+def _lines(codes: Tensor, form: Format) -> Tensor:
+    """Lays codes, int8 [O, I] or uint8 [O, I / 2] with two codes of 4 bits, out as lines: see quantized_ir."""
+    if not form.tables:
+        return _lines_of_words(codes, form.bits)
+    return _lines_of_nibbles(codes) if form.bits == 4 else _lines_of_bytes(codes, halves=form.offsets)
+
+
+def _lines_of_words(codes: Tensor, bits: int) -> Tensor:
+    """Lays codes out as words [O / 16, lines, 16] of their two's complement, the first input in the lowest bits."""
+    if bits == 4:
+        codes = codes ^ 0x88  # from code plus 8, in both halves of a byte
+    words = codes.contiguous().view(torch.int32)
+    return words.view(len(codes) // LANES, LANES, -1).transpose(1, 2).contiguous()
 
 
 def _lines_of_nibbles(codes: Tensor) -> Tensor:
@@ -105,6 +120,19 @@ def _lines_of_bytes(codes: Tensor, *, halves: bool) -> Tensor:
 
 def tile_shape(num_tokens: int, bits: Bits) -> tuple[int, int, int]:
     """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
+    return shape_for(chosen(), num_tokens, bits, tables=has_tables(bits))
+
+
+def _columns_of_one(target: Target) -> int:
+    """Returns the columns of a tile of one token: so many that products do not wait for each other's sums."""
+    return min(8, (target.registers - 4) // target.registers_per_column)
+
+
+def shape_for(target: Target, num_tokens: int, bits: Bits, *, tables: bool) -> tuple[int, int, int]:
+    """Returns what :func:`tile_shape` does, for any target."""
+    if not tables:
+        num_tiles, rows, columns = shapes(target).shape_for(num_tokens)
+        return num_tiles, rows, _columns_of_one(target) if num_tokens == 1 else columns
     num_tiles = -(-num_tokens // _MOST_ROWS)
     rows = -(-num_tokens // num_tiles)
     by_rows = _COLUMNS[bits]
@@ -122,7 +150,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
         return x.new_empty(0, weight.num_outputs)
     num_tiles, rows, _ = tile_shape(num_tokens, weight.bits)
     x = x if weight.order is None else x.index_select(1, weight.order)
-    tiles = in_tiles(x, num_tiles, rows)
+    tiles = in_tiles(x, num_tiles, rows, widens=not weight.form.tables)
     sums = _group_sums(x, weight, num_tiles, rows) if weight.has_offsets else tiles
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
@@ -148,13 +176,14 @@ def product(
     """
     first, num_columns = column_tile.columns(weight.num_columns)
     num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
-    code = _compiled(weight.bits, weight.has_offsets)
+    code = _compiled(weight.form)
+    number_bytes = 2 if weight.form.tables or rows == 1 else 4
     row_bytes = weight.num_columns * LANES * 2
     arguments = _ARGUMENTS.pack(
         *(tiles, sums, weight.lines[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         output + 2 * LANES * first,
         *(ticket, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        *(rows * weight.num_inputs * 2, rows * weight.num_groups * 4, rows * row_bytes, row_bytes),
+        *(rows * weight.num_inputs * number_bytes, rows * weight.num_groups * 4, rows * row_bytes, row_bytes),
         *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, num_columns, num_tiles, columns),
         _unit(num_columns, columns, num_threads),
     )
@@ -177,9 +206,19 @@ def _group_sums(x: Tensor, weight: PackedWeight, num_tiles: int, rows: int) -> T
 
 
 @cache
-def _compiled(bits: Bits, offsets: bool) -> dict[str, int]:
+def _compiled(form: Format) -> dict[str, int]:
     """Compiles the functions of all tiles and of ``product``, and returns their addresses by name."""
-    shapes = {tile_shape(num_tokens, bits)[1:] for num_tokens in range(1, _MOST_ROWS + 1)}
-    needed = sorted(shapes | {(rows, 1) for rows, _ in shapes})
-    ir = HEADER + PRODUCT + "\n".join(tile(*shape, bits=bits, offsets=offsets) for shape in needed)
-    return machine_code.addresses(ir, ["product", *(tile_name(*shape) for shape in needed)])
+    names = ["product", *(tile_name(*shape) for shape in _needed(chosen(), form))]
+    return machine_code.addresses(module(chosen(), form), names)
+
+
+def module(target: Target, form: Format) -> str:
+    """Returns the LLVM IR of ``product`` and of all tiles."""
+    return header(form) + PRODUCT + "\n".join(tile(target, form, *shape) for shape in _needed(target, form))
+
+
+def _needed(target: Target, form: Format) -> list[tuple[int, int]]:
+    """Returns the rows and columns of all tiles that :func:`shape_for` returns, and of those for remaining columns."""
+    bits: Bits = 4 if form.bits == 4 else 8
+    used = {shape_for(target, n, bits, tables=form.tables)[1:] for n in range(1, 8 * _MOST_ROWS)}
+    return sorted(used | {(rows, 1) for rows, _ in used})

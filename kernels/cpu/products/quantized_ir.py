@@ -1,14 +1,14 @@
 """LLVM IR of the matrix product with rounded weights of :mod:`kernels.cpu.products.quantized`.
 
-The weight stays packed in memory and is widened to bfloat16 in registers, just before AVX512-BF16's dot product of
-pairs. So few tokens, which are bound by memory, wait for half or a quarter of the bytes. As in
-:mod:`kernels.cpu.products.matmul_ir` a column holds 16 outputs, and a tile has ``rows`` times ``columns`` float32 sums.
-Here a sum goes over one group of inputs and starts from zero, and is multiplied by the group's scale and added to its
-output's total. That order is the same in every tile, so an output's bits depend on its own row alone, and not on batch,
-tile or thread.
+The weight stays packed in memory and is widened in registers, just before it is multiplied. So few tokens, which are
+bound by memory, wait for half or a quarter of the bytes. As in :mod:`kernels.cpu.products.matmul_ir` a column holds 16
+outputs, and a tile has ``rows`` times ``columns`` vectors of float32 sums. Here a sum goes over one group of inputs and
+starts from zero, and is multiplied by the group's scale and added to its output's total. That order is the same in
+every tile, so an output's bits depend on its own row alone, and not on batch, tile or thread.
 
 A column is one stream of 64-byte lines. A group of inputs begins with its 16 scales in float32. Where the weight has
-offsets, the 16 offsets follow. Then come the codes:
+offsets, the 16 offsets follow. Then come the codes. Where the target multiplies pairs of bfloat16 and has the shuffles
+for it, they are looked up in tables of bfloat16:
 
     4 bits  A line is 4 pairs of inputs. Word [output, 2] holds the codes of the 4 pairs, the first in its lowest bits.
             The word is shifted right, and its low 5 bits are looked up in a table of 32 values. The table holds 16
@@ -16,14 +16,31 @@ offsets, the 16 offsets follow. Then come the codes:
     8 bits  A line is 2 pairs, bytes [output / 4, pair, output % 4, 2] of sign and magnitude. High and low byte of the
             bfloat16 are looked up by the magnitude, the high one gets the sign, and both are interleaved.
 
-The input lies in tiles of ``rows`` tokens, ``[T / rows, I / 2, rows, 2]``, as there.
+Everywhere else a line is 4 or 8 inputs, word [output] with the two's complement of their codes, the first in its
+lowest bits. A code is shifted to the word's upper end, the bits below are cut off, and the integer is converted to
+float32; that it is too great by a power of two is made good in the scale.
+
+The input lies in tiles of ``rows`` tokens as there, ``[T / rows, I / 2, rows, 2]`` in bfloat16 for tables, and else in
+float32 ``[T / rows, I, rows]``.
 """
 
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from kernels.cpu.machine.columns_ir import LANES, columns_function
-from kernels.cpu.products.matmul_ir import row_output
+from kernels.cpu.machine.numbers_ir import WIDE, WORDS
+from kernels.cpu.machine.target import Target
+from kernels.cpu.products.matmul_ir import (
+    DECLARE_DOT,
+    DECLARE_FMA,
+    DECLARE_PREFETCH,
+    DOT,
+    FMA,
+    input_number,
+    input_pair,
+    row_output,
+)
 
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
@@ -41,15 +58,35 @@ ARGUMENTS = (
 ``[T / rows, groups, rows]`` in float32, where the weight has offsets. ``num_lines`` is the number of lines of codes in
 a group. The others are those of :func:`kernels.cpu.machine.columns_ir.columns_function`."""
 
-HEADER = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
+_DECLARE_TABLES = """declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
 declare <64 x i8> @llvm.x86.avx512.vpermi2var.qi.512(<64 x i8>, <64 x i8>, <64 x i8>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
-_DOT = "call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512"
-_FMA = "call <16 x float> @llvm.fma.v16f32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """How a weight is packed.
+
+    Attributes:
+        bits: the bits of a code.
+        offsets: whether each group has an offset. With tables a code of 8 bits then stands for its value plus a half,
+            so that there are 256 values.
+        tables: whether codes are looked up in tables, and multiplied in pairs of bfloat16.
+    """
+
+    bits: int
+    offsets: bool
+    tables: bool
+
+    @property
+    def num_pairs(self) -> int:
+        """Returns the pairs of inputs in a line."""
+        return PAIRS_PER_LINE[self.bits]
+
+
+def header(form: Format) -> str:
+    """Returns the declarations that the tiles need."""
+    return DECLARE_PREFETCH + DECLARE_FMA + (DECLARE_DOT + _DECLARE_TABLES if form.tables else "")
 
 
 def tile_name(rows: int, columns: int) -> str:
@@ -57,13 +94,9 @@ def tile_name(rows: int, columns: int) -> str:
     return f"tile_{rows}_{columns}"
 
 
-def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
-    """Returns the function that multiplies ``x`` [I / 2, rows, 2] by ``columns`` columns and adds the bias.
-
-    With ``offsets`` a code of 8 bits stands for its value plus a half, so that there are 256 values.
-    """
+def tile(target: Target, form: Format, rows: int, columns: int) -> str:
+    """Returns the function that multiplies a tile of ``x`` by ``columns`` columns and adds the bias."""
     sums = [(row, column) for row in range(rows) for column in range(columns)]
-    last = PAIRS_PER_LINE[bits]
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %sums, ptr noalias %weight,",
         "    ptr noalias %bias, ptr noalias %output, ptr noalias %args) {",
@@ -75,27 +108,26 @@ def tile(rows: int, columns: int, *, bits: int, offsets: bool) -> str:
         "  %x_group = phi ptr [%x, %entry], [%x_next, %group_end]",
         "  %head_0 = phi ptr [%weight, %entry], [%line_next, %group_end]",
         *(f"  %total_{r}_{c} = phi <16 x float> [%bias_{c}, %entry], [%new_{r}_{c}, %group_end]" for r, c in sums),
-        f"  %codes = getelementptr i8, ptr %head_0, i64 {LINE_BYTES * (1 + offsets)}",
+        f"  %codes = getelementptr i8, ptr %head_0, i64 {LINE_BYTES * (1 + form.offsets)}",
         "  br label %loop",
-        *_loop(rows, columns, bits, offsets),
+        *_loop(form, rows, columns),
         "group_end:",
-        *(_scale(column) for column in range(columns)),
-        *(_scaled(row, column, f"%sum_{row}_{column}_{last}", offsets) for row, column in sums),
-        *(_offset(rows, columns) if offsets else ()),
+        *(_scale(form, column) for column in range(columns)),
+        *(_scaled(form, row, column) for row, column in sums),
+        *(_offset(rows, columns) if form.offsets else ()),
         "  %g_next = add i64 %g, 1",
         "  %more_groups = icmp slt i64 %g_next, %num_groups",
         "  br i1 %more_groups, label %group, label %done",
         "done:",
-        *(row_output(row, columns) for row in range(rows)),
+        *(row_output(target, row, columns) for row in range(rows)),
         "  ret void",
         "}",
     ]
     return "\n".join(lines)
 
 
-def _loop(rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
+def _loop(form: Format, rows: int, columns: int) -> Iterator[str]:
     """Yields the loop over the lines of a group, one of every column at a time."""
-    num_pairs = PAIRS_PER_LINE[bits]
     yield """
 loop:
   %line = phi i64 [0, %group], [%next, %loop]
@@ -103,14 +135,14 @@ loop:
   %line_0 = phi ptr [%codes, %group], [%line_next, %loop]"""
     for r in range(rows):
         for c in range(columns):
-            last = f"%sum_{r}_{c}_{num_pairs}"
+            last = f"%sum_{r}_{c}_{form.num_pairs}"
             yield f"  %sum_{r}_{c}_0 = phi <16 x float> [zeroinitializer, %group], [{last}, %loop]"
     for column in range(columns):
         yield _line(column, _PREFETCH_BYTES if rows < _MANY_ROWS else _PREFETCH_BYTES_OF_MANY)
-    for pair in range(num_pairs):
-        yield from _pair(pair, rows, columns, bits, offsets)
+    for pair in range(form.num_pairs):
+        yield from (_pair if form.tables else _wide_pair)(form, pair, rows, columns)
     yield f"""
-  %x_next = getelementptr i8, ptr %x_here, i64 {4 * rows * num_pairs}
+  %x_next = getelementptr i8, ptr %x_here, i64 {(4 if form.tables or rows == 1 else 8) * rows * form.num_pairs}
   %line_next = getelementptr i8, ptr %line_0, i64 {LINE_BYTES}
   %next = add i64 %line, 1
   %more = icmp slt i64 %next, %num_lines
@@ -138,22 +170,51 @@ def _beside(name: str, column: int) -> str:
 
 def _line(column: int, prefetch_bytes: int) -> str:
     return f"""{_beside("line", column)}
-  %words_{column} = load <32 x i16>, ptr %line_{column}, align {LINE_BYTES}
   %ahead_{column} = getelementptr i8, ptr %line_{column}, i64 {prefetch_bytes}
   call void @llvm.prefetch.p0(ptr %ahead_{column}, i32 0, i32 3, i32 1)"""
 
 
-def _pair(pair: int, rows: int, columns: int, bits: int, offsets: bool) -> Iterator[str]:
-    """Yields code for one pair of inputs of every column, and its products with every row."""
+def _pair(form: Format, pair: int, rows: int, columns: int) -> Iterator[str]:
+    """Yields code for one pair of inputs of every column, looked up in tables, and its products with every row."""
     for column in range(columns):
-        yield _widen_nibbles(pair, column) if bits == 4 else _widen_bytes(pair, column, offsets)
+        if pair == 0:
+            yield f"  %words_{column} = load <32 x i16>, ptr %line_{column}, align {LINE_BYTES}"
+        yield _widen_nibbles(pair, column) if form.bits == 4 else _widen_bytes(pair, column, form.offsets)
     for row in range(rows):
-        yield _input(pair, row, rows)
+        yield input_pair(f"x_{row}_{pair}", f"{4 * (pair * rows + row)}")
         for c in range(columns):
             yield (
-                f"  %sum_{row}_{c}_{pair + 1} = {_DOT}(<16 x float> %sum_{row}_{c}_{pair}, "
+                f"  %sum_{row}_{c}_{pair + 1} = {DOT}({WIDE} %sum_{row}_{c}_{pair}, "
                 f"<32 x bfloat> %w_{c}_{pair}, <32 x bfloat> %x_{row}_{pair})"
             )
+
+
+def _wide_pair(form: Format, pair: int, rows: int, columns: int) -> Iterator[str]:
+    """Yields code for one pair of inputs of every column, widened to float32, and its products with every row."""
+    for half in range(2):
+        for row in range(rows):
+            yield input_number(f"x_{row}_{pair}_{half}", rows, row, half, before=pair)
+        for c in range(columns):
+            yield _widen_code(form, 2 * pair + half, c)
+            for row in range(rows):
+                before = f"%sum_{row}_{c}_{pair}" if half == 0 else f"%mid_{row}_{c}_{pair}"
+                after = f"%mid_{row}_{c}_{pair}" if half == 0 else f"%sum_{row}_{c}_{pair + 1}"
+                factors = f"{WIDE} %w_{c}_{2 * pair + half}, {WIDE} %x_{row}_{pair}_{half}"
+                yield f"  {after} = {FMA}({factors}, {WIDE} {before})"
+
+
+def _widen_code(form: Format, number: int, column: int) -> str:
+    """Returns code for the codes of a line's input ``number`` as float32, times 2 to the power of the bits below them.
+
+    The line is loaded anew for each, since LLVM would else spill sums to keep it in registers.
+    """
+    name, below = f"{column}_{number}", 32 - form.bits
+    mask = -(1 << below)
+    return f"""
+  %line_{name} = load volatile {WORDS}, ptr %line_{column}, align {LINE_BYTES}
+  %up_{name} = shl {WORDS} %line_{name}, splat (i32 {below - form.bits * number})
+  %code_{name} = and {WORDS} %up_{name}, splat (i32 {mask})
+  %w_{name} = sitofp {WORDS} %code_{name} to {WIDE}"""
 
 
 def _vector(kind: str, values: Sequence[int]) -> str:
@@ -215,27 +276,19 @@ def _high(bits: int) -> int:
     return bits >> 8
 
 
-def _input(pair: int, row: int, rows: int) -> str:
-    """Returns code that spreads a token's pair of inputs to all lanes, for a broadcast operand of the dot product."""
-    name = f"{row}_{pair}"
-    return f"""
-  %pair_at_{name} = getelementptr i8, ptr %x_here, i64 {4 * (pair * rows + row)}
-  %pair_{name} = load i32, ptr %pair_at_{name}, align 4
-  %single_{name} = insertelement <16 x i32> poison, i32 %pair_{name}, i32 0
-  %spread_{name} = shufflevector <16 x i32> %single_{name}, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x_{name} = bitcast <16 x i32> %spread_{name} to <32 x bfloat>"""
-
-
-def _scale(column: int) -> str:
+def _scale(form: Format, column: int) -> str:
+    """Returns code for a group's scales, without the power of two that codes outside of tables have."""
+    factor = 1.0 if form.tables else 2.0 ** -(32 - form.bits)
     return f"""{_beside("head", column)}
-  %scale_{column} = load <16 x float>, ptr %head_{column}, align {LINE_BYTES}"""
+  %stored_{column} = load {WIDE}, ptr %head_{column}, align {LINE_BYTES}
+  %scale_{column} = fmul {WIDE} %stored_{column}, splat (float {factor!r})"""
 
 
-def _scaled(row: int, column: int, total: str, offsets: bool) -> str:
+def _scaled(form: Format, row: int, column: int) -> str:
     name = f"{row}_{column}"
-    result = f"%scaled_{name}" if offsets else f"%new_{name}"
-    scale = f"<16 x float> %scale_{column}"
-    return f"  {result} = {_FMA}(<16 x float> {total}, {scale}, <16 x float> %total_{name})"
+    result = f"%scaled_{name}" if form.offsets else f"%new_{name}"
+    factors = f"{WIDE} %sum_{name}_{form.num_pairs}, {WIDE} %scale_{column}"
+    return f"  {result} = {FMA}({factors}, {WIDE} %total_{name})"
 
 
 def _offset(rows: int, columns: int) -> Iterator[str]:
@@ -253,7 +306,7 @@ def _offset(rows: int, columns: int) -> Iterator[str]:
   %inputs_x_{row} = shufflevector <16 x float> %first_{row}, <16 x float> poison, <16 x i32> zeroinitializer"""
         for c in range(columns):
             operands = f"<16 x float> %inputs_x_{row}, <16 x float> %offset_{c}, <16 x float> %scaled_{row}_{c}"
-            yield f"  %new_{row}_{c} = {_FMA}({operands})"
+            yield f"  %new_{row}_{c} = {FMA}({operands})"
 
 
 PRODUCT = columns_function(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.machine.target import chosen
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.rows.rows_ir import HEADER, LANES, each_row_function, gated_row, norm
 
@@ -26,12 +27,11 @@ _NORM_POINTERS = ("update", "residual", "weight", "normed", "total")
 
 
 def is_supported(*tensors: Tensor) -> bool:
-    """Tells whether all are dense rows of bfloat16 in whole vectors, on a CPU with instructions that round to bfloat16.
+    """Tells whether all are dense rows of bfloat16 in whole vectors.
 
     Where they are not, the functions of this module run those of :mod:`kernels.reference`.
     """
-    fits = all(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] % LANES == 0 for x in tensors)
-    return fits and "avx512bf16" in machine_code.cpu_features()
+    return all(x.dtype == torch.bfloat16 and x.is_contiguous() and x.shape[-1] % LANES == 0 for x in tensors)
 
 
 def is_norm_supported(weight: Tensor) -> bool:
@@ -135,16 +135,17 @@ def each_row(name: str, num_rows: int, size: int, num_threads: int, ticket: int,
 @cache
 def _compiled() -> dict[str, int]:
     """Compiles the functions and returns their addresses by name."""
+    target = chosen()
     pointers = [(name, f"{name}_stride") for name in _NORM_POINTERS]
     scalars = [("i64", "width"), ("float", "eps")]
     parts, names = [HEADER], []
     for adds, wide in product((False, True), (False, True)):
         name = ("add_norm" if adds else "norm") + ("_wide" if wide else "")
-        parts += [norm(name, adds=adds, wide=wide), each_row_function(name, pointers, scalars)]
+        parts += [norm(target, name, adds=adds, wide=wide), each_row_function(name, pointers, scalars)]
         names.append(f"{name}_rows")
     for activation in ACTIVATIONS:
         name = gated_name(activation)
         arguments = [("gate_up", "gate_up_stride"), ("output", "output_stride")]
-        parts += [gated_row(name, activation), each_row_function(name, arguments, scalars[:1])]
+        parts += [gated_row(target, name, activation), each_row_function(name, arguments, scalars[:1])]
         names.append(f"{name}_rows")
     return machine_code.addresses("".join(parts), names)

@@ -9,18 +9,17 @@ import math
 import struct
 from collections.abc import Sequence
 
+from kernels.cpu.machine.numbers_ir import WIDE as _WIDE
+from kernels.cpu.machine.numbers_ir import WORDS, load, narrow, round_and_widen, store
+from kernels.cpu.machine.target import Target
 from kernels.cpu.machine.work_ir import load_arguments, take_tickets
 
 LANES = 16
-_WIDE, _NARROW = "<16 x float>", "<16 x bfloat>"
 
 HEADER = """
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare float @llvm.sqrt.f32(float)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
-declare <16 x float> @llvm.floor.v16f32(<16 x float>)
-declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
-declare <16 x float> @llvm.minnum.v16f32(<16 x float>, <16 x float>)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
 """
 
 
@@ -28,21 +27,7 @@ def _splat(value: str) -> str:
     return f"splat (float {value})"
 
 
-def load(name: str, pointer: str, index: str) -> str:
-    """Returns code that loads 16 numbers of a row of bfloat16 as float32 ``%name``."""
-    return f"""
-  %{name}_at = getelementptr bfloat, ptr %{pointer}, i64 {index}
-  %{name}_raw = load {_NARROW}, ptr %{name}_at, align 2
-  %{name} = fpext {_NARROW} %{name}_raw to {_WIDE}"""
-
-
-def _store(name: str, pointer: str, index: str) -> str:
-    return f"""
-  %{name}_to = getelementptr bfloat, ptr %{pointer}, i64 {index}
-  store {_NARROW} %{name}, ptr %{name}_to, align 2"""
-
-
-def norm(name: str, *, adds: bool, wide: bool) -> str:
+def norm(target: Target, name: str, *, adds: bool, wide: bool) -> str:
     """Returns the function for the root-mean-square norm of a row of ``width`` numbers.
 
     With ``adds`` it is the norm of the sum of two rows, and the sum is kept. Weights are bfloat16, or float32 where
@@ -51,9 +36,7 @@ def norm(name: str, *, adds: bool, wide: bool) -> str:
     sums = ""
     if adds:
         sums = f"""{load("a", "update", "%i")}{load("b", "residual", "%i")}
-  %ab = fadd {_WIDE} %a, %b
-  %total_out = fptrunc {_WIDE} %ab to {_NARROW}{_store("total_out", "total", "%i")}
-  %x = fpext {_NARROW} %total_out to {_WIDE}"""
+  %ab = fadd {_WIDE} %a, %b{round_and_widen(target, "x", "ab")}{store("x_half", "total", "%i")}"""
     source = "total" if adds else "residual"
     return f"""
 define void @{name}(ptr %update, ptr %residual, ptr %weight, ptr %normed, ptr %total, i64 %width, float %eps) {{
@@ -62,7 +45,7 @@ entry:
 sum:
   %i = phi i64 [0, %entry], [%i_next, %sum]
   %squares = phi {_WIDE} [zeroinitializer, %entry], [%squares_next, %sum]{sums or load("x", "residual", "%i")}
-  %squares_next = call {_WIDE} @llvm.fma.v16f32({_WIDE} %x, {_WIDE} %x, {_WIDE} %squares)
+  %squares_next = call {_WIDE} @llvm.fmuladd.v16f32({_WIDE} %x, {_WIDE} %x, {_WIDE} %squares)
   %i_next = add i64 %i, {LANES}
   %more = icmp slt i64 %i_next, %width
   br i1 %more, label %sum, label %middle
@@ -75,29 +58,27 @@ middle:
   %factor = fdiv float 1.0, %root
   %factor_0 = insertelement {_WIDE} poison, float %factor, i32 0
   %factors = shufflevector {_WIDE} %factor_0, {_WIDE} poison, <16 x i32> zeroinitializer
-  br label %scale{_scale(source, wide=wide)}
+  br label %scale{_scale(target, source, wide=wide)}
 done:
   ret void
 }}
 """
 
 
-def _scale(source: str, *, wide: bool) -> str:
+def _scale(target: Target, source: str, *, wide: bool) -> str:
     """Returns the loop that multiplies a row by the norm's factor and the weight."""
+    weight = _WIDE_WEIGHT if wide else load("w", "weight", "%j") + round_and_widen(target, "again", "scaled")
+    normed = narrow(target, "normed_out", "product") + store("normed_out", "normed", "%j")
     return f"""
 scale:
   %j = phi i64 [0, %middle], [%j_next, %scale]{load("y", source, "%j")}
-  %scaled = fmul {_WIDE} %y, %factors{_WIDE_WEIGHT if wide else load("w", "weight", "%j") + _AGAIN}
-  %product = fmul {_WIDE} %{"scaled" if wide else "again"}, %w
-  %normed_out = fptrunc {_WIDE} %product to {_NARROW}{_store("normed_out", "normed", "%j")}
+  %scaled = fmul {_WIDE} %y, %factors{weight}
+  %product = fmul {_WIDE} %{"scaled" if wide else "again"}, %w{normed}
   %j_next = add i64 %j, {LANES}
   %more_j = icmp slt i64 %j_next, %width
   br i1 %more_j, label %scale, label %done"""
 
 
-_AGAIN = f"""
-  %rounded = fptrunc {_WIDE} %scaled to {_NARROW}
-  %again = fpext {_NARROW} %rounded to {_WIDE}"""
 _WIDE_WEIGHT = f"""
   %w_at = getelementptr float, ptr %weight, i64 %j
   %w = load {_WIDE}, ptr %w_at, align 4"""
@@ -118,28 +99,39 @@ def _float(value: float) -> str:
 
 
 def exp(result: str, argument: str) -> str:
-    """Returns code for ``%result`` = e to ``%argument``, within 2 units in the last place, from 0 to infinity."""
+    """Returns code for ``%result`` = e to ``%argument``, within 2 units in the last place, from 0 to infinity.
+
+    Adding 1.5 * 2^23 leaves the whole part of a number, and here the exponent's bias, in the low bits of its float32.
+    """
+    magic = _splat(_float(12582912.0 + 127.0))
     lines = [
         f"%{result}_s = fmul {_WIDE} %{argument}, {_splat(_LOG2_E)}",
-        f"%{result}_l = call {_WIDE} @llvm.maxnum.v16f32({_WIDE} %{result}_s, {_WIDE} {_splat('-127.0')})",
-        f"%{result}_c = call {_WIDE} @llvm.minnum.v16f32({_WIDE} %{result}_l, {_WIDE} {_splat('128.0')})",
-        f"%{result}_h = fadd {_WIDE} %{result}_c, {_splat('0.5')}",
-        f"%{result}_n = call {_WIDE} @llvm.floor.v16f32({_WIDE} %{result}_h)",
-        f"%{result}_r = fsub {_WIDE} %{result}_c, %{result}_n",
+        *_clamp(f"{result}_l", f"{result}_s", "olt", "-127.0"),
+        *_clamp(f"{result}_c", f"{result}_l", "ogt", "128.0"),
+        f"%{result}_n = fadd {_WIDE} %{result}_c, {magic}",
+        f"%{result}_w = fsub {_WIDE} %{result}_n, {magic}",
+        f"%{result}_r = fsub {_WIDE} %{result}_c, %{result}_w",
     ]
     before = _splat(_float(_EXP2[0]))
     for i, factor in enumerate(_EXP2[1:]):
-        fma = f"call {_WIDE} @llvm.fma.v16f32({_WIDE} {before}, {_WIDE} %{result}_r, {_WIDE} {_splat(_float(factor))})"
-        lines.append(f"%{result}_p{i} = {fma}")
+        arguments = f"{_WIDE} {before}, {_WIDE} %{result}_r, {_WIDE} {_splat(_float(factor))}"
+        lines.append(f"%{result}_p{i} = call {_WIDE} @llvm.fmuladd.v16f32({arguments})")
         before = f"%{result}_p{i}"
     lines += [
-        f"%{result}_i = fptosi {_WIDE} %{result}_n to <16 x i32>",
-        f"%{result}_b = add <16 x i32> %{result}_i, splat (i32 127)",
-        f"%{result}_e = shl <16 x i32> %{result}_b, splat (i32 23)",
-        f"%{result}_f = bitcast <16 x i32> %{result}_e to {_WIDE}",
+        f"%{result}_i = bitcast {_WIDE} %{result}_n to {WORDS}",
+        f"%{result}_e = shl {WORDS} %{result}_i, splat (i32 23)",
+        f"%{result}_f = bitcast {WORDS} %{result}_e to {_WIDE}",
         f"%{result} = fmul {_WIDE} {before}, %{result}_f",
     ]
     return "\n  " + "\n  ".join(lines)
+
+
+def _clamp(result: str, value: str, order: str, limit: str) -> tuple[str, str]:
+    """Returns code that replaces a number by the limit where it compares so with it; a NaN stays."""
+    return (
+        f"%{result}_is = fcmp {order} {_WIDE} %{value}, {_splat(limit)}",
+        f"%{result} = select <16 x i1> %{result}_is, {_WIDE} {_splat(limit)}, {_WIDE} %{value}",
+    )
 
 
 _MINUS_SILU = f"""
@@ -153,7 +145,7 @@ _MINUS_GELU = f"""
   %minus = fmul {_WIDE} %turned, {_splat(_float(-2 * math.sqrt(2 / math.pi)))}"""
 
 
-def gated_row(name: str, activation: str) -> str:
+def gated_row(target: Target, name: str, activation: str) -> str:
     """Returns the function for ``activation(gate) * up`` of a row ``[2 * width]``.
 
     ``silu`` and ``gelu_tanh`` are both ``gate / (1 + e to a power)``.
@@ -162,17 +154,14 @@ def gated_row(name: str, activation: str) -> str:
     return f"""
 define void @{name}(ptr %gate_up, ptr %output, i64 %width) {{
 entry:
-  %up = getelementptr bfloat, ptr %gate_up, i64 %width
+  %up = getelementptr i16, ptr %gate_up, i64 %width
   br label %loop
 loop:
   %i = phi i64 [0, %entry], [%i_next, %loop]{load("g", "gate_up", "%i")}{load("u", "up", "%i")}{minus}
 {exp("power", "minus")}
   %one_more = fadd {_WIDE} %power, {_splat("1.0")}
-  %gated = fdiv {_WIDE} %g, %one_more
-  %rounded = fptrunc {_WIDE} %gated to {_NARROW}
-  %again = fpext {_NARROW} %rounded to {_WIDE}
-  %product = fmul {_WIDE} %again, %u
-  %out = fptrunc {_WIDE} %product to {_NARROW}{_store("out", "output", "%i")}
+  %gated = fdiv {_WIDE} %g, %one_more{round_and_widen(target, "again", "gated")}
+  %product = fmul {_WIDE} %again, %u{narrow(target, "out", "product")}{store("out", "output", "%i")}
   %i_next = add i64 %i, {LANES}
   %more = icmp slt i64 %i_next, %width
   br i1 %more, label %loop, label %done

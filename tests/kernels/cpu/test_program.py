@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from kernels.cpu.layers import program
 from kernels.cpu.layers.program import Program
-from kernels.cpu.machine import machine_code, threads
+from kernels.cpu.machine import threads
 from kernels.cpu.products import matmul
 from kernels.cpu.rows import rows
 
-pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
 
-
-def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int) -> None:
+def add_tiles(
+    made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int, *, widens: bool = False
+) -> None:
     packing = program.pack_tiles(
         x.data_ptr(),
         output.data_ptr(),
@@ -23,6 +23,7 @@ def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: in
         shape=(len(output), num_rows),
         num_threads=num_threads,
         ticket=made.ticket(),
+        widens=widens,
     )
     made.add(*packing)
 
@@ -34,11 +35,13 @@ def add_tiles(made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: in
 def test_rows_become_tiles(num_tokens: int, num_vectors: int, num_threads: int, seed: int) -> None:
     x = torch.randn(num_tokens, 32 * num_vectors, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     num_tiles, num_rows, _ = matmul.tile_shape(num_tokens)
-    output = torch.full((num_tiles, 16 * num_vectors, num_rows), -1, dtype=torch.int32)
-    made = Program(1)
-    add_tiles(made, x, output, num_rows, num_threads)
-    made.run(num_threads)
-    assert torch.equal(output, matmul.in_tiles(x, num_tiles, num_rows))
+    for widens in (False, True) if num_rows > 1 else (False,):
+        expected = matmul.in_tiles(x, num_tiles, num_rows, widens=widens)
+        output = torch.full_like(expected, -1)
+        made = Program(1)
+        add_tiles(made, x, output, num_rows, num_threads, widens=widens)
+        made.run(num_threads)
+        assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
@@ -70,14 +73,14 @@ def test_arguments_may_change_between_runs() -> None:
     made = Program(2)
     add_tiles(made, first, output, 4, num_threads=2)
     made.run(2)
-    assert torch.equal(output, matmul.in_tiles(first, 1, 4))
+    assert torch.equal(output, matmul.in_tiles(first, 1, 4, widens=False))
     addresses, ticket = (second.data_ptr(), output.data_ptr()), made.ticket()
     _, arguments = program.pack_tiles(
-        *addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket
+        *addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket, widens=False
     )
     made.change(0, arguments)
     made.run(2)
-    assert torch.equal(output, matmul.in_tiles(second, 1, 4))
+    assert torch.equal(output, matmul.in_tiles(second, 1, 4, widens=False))
 
 
 def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +91,7 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) 
     made = Program(1)
     add_tiles(made, x, output, 9, num_threads=4)
     made.run(4)
-    assert torch.equal(output, matmul.in_tiles(x, 1, 9))
+    assert torch.equal(output, matmul.in_tiles(x, 1, 9, widens=False))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import rounded
-from kernels.cpu.products import quantized
 from kernels.cpu.products.linear import RoundedColumnLinear
 from kernels.linear import Linear
 from kernels.rounded import Bits, RoundedLinear, RoundedWeight, dequantize, pack_nibbles, round_weight, unpack_nibbles
@@ -18,11 +17,7 @@ from kernels.select import pack_rounded
 
 SHAPES = [(96, 64, 32), (509, 256, 128), (1, 2048, 128), (2049, 96, 32), (320, 704, 64)]
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 24, 25, 49, 100]
-needs_code = pytest.mark.skipif(
-    not quantized.is_supported(RoundedWeight(codes=torch.zeros(1, 32, dtype=torch.int8), scales=torch.ones(1, 1))),
-    reason="this CPU has no AVX512-BF16, or no AVX512-VBMI",
-)
-FORMS = [RoundedLinear, pytest.param(RoundedColumnLinear, marks=needs_code)]
+FORMS = [RoundedLinear, RoundedColumnLinear]
 BITS = pytest.mark.parametrize("bits", [4, 8])
 
 
@@ -140,7 +135,6 @@ def test_in_float32_nothing_is_rounded_again(gptq: bool, bits: Bits) -> None:
     torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
 
 
-@needs_code
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gptq", [False, True])
 @BITS
@@ -152,7 +146,6 @@ def test_a_token_has_the_same_bits_in_every_batch(shape: tuple[int, int, int], g
         assert torch.equal(layer(x[:num_tokens]), alone[:num_tokens]), num_tokens
 
 
-@needs_code
 @BITS
 def test_threads_do_not_change_a_bit(bits: Bits) -> None:
     layer = RoundedColumnLinear(random_weight((2049, 96, 32), bits), None)
@@ -166,7 +159,6 @@ def test_threads_do_not_change_a_bit(bits: Bits) -> None:
         torch.set_num_threads(before)
 
 
-@needs_code
 @pytest.mark.parametrize("gptq", [False, True])
 @BITS
 def test_a_batch_of_nothing_and_rows_apart_in_memory(gptq: bool, bits: Bits) -> None:
@@ -176,7 +168,6 @@ def test_a_batch_of_nothing_and_rows_apart_in_memory(gptq: bool, bits: Bits) -> 
     assert torch.equal(layer(x[:, :64]), layer(x[:, :64].contiguous()))
 
 
-@needs_code
 @pytest.mark.parametrize("gptq", [False, True])
 @BITS
 def test_a_token_that_is_not_a_number_harms_no_other(gptq: bool, bits: Bits) -> None:
@@ -190,23 +181,15 @@ def test_a_token_that_is_not_a_number_harms_no_other(gptq: bool, bits: Bits) -> 
     assert torch.equal(result[others], expected[others])
 
 
-@needs_code
 @BITS
 def test_packed_codes_take_no_more_than_bits_and_scales(bits: Bits) -> None:
     layer = RoundedColumnLinear(random_weight((512, 1024, 128), bits), None)
     assert layer.num_bytes == 512 * 1024 * bits // 8 + 512 * 8 * 4 + 512 * 4
 
 
-@needs_code
 def test_bfloat16_goes_into_columns_where_groups_fill_lines() -> None:
     weight = random_weight((96, 64, 32), 4)
     assert isinstance(pack_rounded(weight, None, torch.bfloat16), RoundedColumnLinear)
     assert isinstance(pack_rounded(weight, None, torch.float32), RoundedLinear)
     odd = round_weight(torch.randn(8, 20), bits=4, group_size=10)
     assert isinstance(pack_rounded(odd, None, torch.bfloat16), RoundedLinear)
-
-
-@BITS
-def test_other_cpus_get_the_plain_form(bits: Bits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized, "is_supported", lambda weight: False)
-    assert isinstance(pack_rounded(random_weight((96, 64, 32), bits), None, torch.bfloat16), RoundedLinear)

@@ -13,9 +13,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-pytestmark = pytest.mark.skipif(
-    not rows.is_supported(torch.empty(1, 16, dtype=torch.bfloat16)), reason="this CPU has no AVX512-BF16"
-)
 SHAPES = [(1, 16), (1, 2048), (3, 48), (64, 2048), (700, 320)]
 
 

@@ -18,13 +18,11 @@ from kernels.cpu.machine import threads
 from kernels.cpu.machine.columns_ir import ColumnTile
 from tests.workers.transport.conftest import MakeMeshes
 from workers.collectives.algorithms import Peers, direct
-from workers.collectives.direct_sums import CompiledAllReduce, is_available
+from workers.collectives.direct_sums import CompiledAllReduce
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import HEADER_BYTES, Kind, header
 from workers.transport.link import Link
 from workers.transport.mesh import Channel
-
-pytestmark = pytest.mark.skipif(not is_available(), reason="no code for this CPU")
 
 SIZES = (1, 31, 64, 1000, 300_001)
 EPOCH = 7

@@ -11,7 +11,6 @@ import torch
 
 from kernels import reference
 from kernels.attention import SharedSpan
-from kernels.cpu.machine import machine_code
 from kernels.rounded import Bits
 from kernels.select import kernels_for
 from placement.model.hf import read_model_spec
@@ -22,8 +21,6 @@ from workers.model.kv_cache import allocate_kv_cache
 from workers.startup.checkpoint import load_weights
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
-
-pytestmark = pytest.mark.skipif("avx512bf16" not in machine_code.cpu_features(), reason="no code for this CPU")
 
 SHAPE = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "num_hidden_layers": 3}
 FAMILIES = {
