@@ -109,7 +109,7 @@ def test_column_tiles_of_a_product_have_the_bits_of_the_whole(num_tokens: int, b
     assert whole is not None
     x = torch.randn(num_tokens, 128, generator=generator).to(torch.bfloat16)
     num_tiles, num_rows = whole.tiles(num_tokens)
-    tiles = matmul.in_tiles(x, num_tiles, num_rows, widens=whole.widens_inputs)
+    tiles = matmul.in_tiles(x, num_tiles, num_rows, whole.layout)
     for count in (1, 2, 8, 16):
         output = torch.empty(num_tiles * num_rows, 256, dtype=torch.bfloat16)
         for number in range(count):

@@ -17,6 +17,7 @@ from kernels.cpu.layers.partial import SumWork
 from kernels.cpu.layers.program import Program
 from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
 from kernels.cpu.products.linear import ProgramLinear
+from kernels.cpu.products.tiling import Layout
 from kernels.cpu.rows import rows
 
 SPARE_ROWS = 32
@@ -84,8 +85,8 @@ class Buffers:
         self.attended = self._rows(layer.attended_size)
         self.gate_up = self._rows(2 * ffn_size)
         self.activated = self._rows(ffn_size)
-        number_halves = 2 if any(linear.widens_inputs for linear in layer.linears) else 1
-        self.tiles = self._rows(number_halves * max(layer.hidden_size, layer.attended_size, ffn_size))
+        halves_per_number = 2 if any(linear.layout is Layout.FLOATS for linear in layer.linears) else 1
+        self.tiles = self._rows(halves_per_number * max(layer.hidden_size, layer.attended_size, ffn_size))
         self.slots = torch.empty(num_tokens, dtype=torch.int64)
         windows = {layer.window for layer in layers}
         self.cos = {window: self._rows(head_dim) for window in windows}
@@ -193,7 +194,7 @@ class Writer:
         """Returns the address of ``x`` in tiles, which are packed where they interleave several tokens."""
         num_tiles, num_rows = linear.tiles(self.num_tokens)
         assert num_tiles * num_rows <= self.num_tokens + SPARE_ROWS, (num_tiles, num_rows, self.num_tokens)
-        if num_rows == 1:
+        if num_rows == 1 or linear.layout is Layout.ROWS:
             return x.data_ptr()
         packing = program.pack_tiles(
             x.data_ptr(),
@@ -203,7 +204,7 @@ class Writer:
             shape=(num_tiles, num_rows),
             num_threads=self.num_threads,
             ticket=self.program.ticket(),
-            widens=linear.widens_inputs,
+            widens=linear.layout is Layout.FLOATS,
         )
         self.program.add(*packing)
         return self.buffers.tiles.data_ptr()

@@ -4,6 +4,7 @@ The generators write vectors of 16 float32 numbers, whatever a register holds: L
 target. What they must know is how many there are, and how bfloat16 numbers are multiplied.
 """
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class Target:
         registers: how many vector registers there are.
         multiplies_pairs: whether one instruction multiplies pairs of bfloat16 numbers and adds both products to a
             float32 sum; where not, they are widened to float32 first, by shift and mask.
+        has_matrix_unit: whether it multiplies matrices of bfloat16 (AMX).
         pause: LLVM IR that tells the core that its thread waits for another; may be empty.
     """
 
@@ -41,6 +43,7 @@ class Target:
     lanes: int
     registers: int
     multiplies_pairs: bool = False
+    has_matrix_unit: bool = False
     pause: str = ""
 
     @property
@@ -49,8 +52,21 @@ class Target:
         return 16 // self.lanes
 
 
+# Linux's numbers for x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
 _PAUSE = "call void @llvm.x86.sse2.pause()"
 
+AMX = Target(
+    name="amx",
+    cpu="sapphirerapids",
+    needs=_AVX512 | {"avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"},
+    uses=frozenset({"pclmul"}),
+    lanes=16,
+    registers=32,
+    multiplies_pairs=True,
+    has_matrix_unit=True,
+    pause=_PAUSE,
+)
 AVX512BF16 = Target(
     name="avx512bf16",
     cpu="cooperlake",
@@ -82,7 +98,7 @@ AVX2 = Target(
 GENERIC_X86 = Target(name="generic", cpu="x86-64", lanes=4, registers=16)
 GENERIC_ARM = Target(name="generic", cpu="generic", needs=frozenset({"neon"}), lanes=4, registers=32)
 
-NAMES = tuple(target.name for target in (AVX512BF16, AVX512F, AVX2, GENERIC_X86))
+NAMES = tuple(target.name for target in (AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86))
 """The names of all targets, the fastest first."""
 
 
@@ -99,14 +115,26 @@ def host_features() -> frozenset[str]:
 def known_targets(machine: str) -> tuple[Target, ...]:
     """Returns the targets for a machine by its name in :func:`platform.machine`, the fastest first."""
     if machine in _X86:
-        return AVX512BF16, AVX512F, AVX2, GENERIC_X86
+        return AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86
     return (GENERIC_ARM if machine in _ARM else GENERIC_X86,)
 
 
 def runnable_targets() -> tuple[Target, ...]:
     """Returns the targets that this CPU can execute, the fastest first."""
     known = known_targets(platform.machine())
-    return tuple(target for target in known[:-1] if target.needs <= host_features()) + known[-1:]
+    return tuple(target for target in known if target.needs <= host_features() and _is_permitted(target))
+
+
+def _is_permitted(target: Target) -> bool:
+    """Tells whether the system lets this process use the target's registers, for which AMX needs to be asked."""
+    return not target.has_matrix_unit or _ask_for_matrix_unit()
+
+
+@cache
+def _ask_for_matrix_unit() -> bool:
+    """Asks Linux for AMX's tile registers, for all threads of this process; tells whether it has them."""
+    library = ctypes.CDLL(None)
+    return hasattr(library, "syscall") and library.syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0
 
 
 def choose(name: str, runnable: tuple[Target, ...]) -> Target:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products import matmul, quantized
+from kernels.cpu.products.tiling import Layout
 from kernels.linear import Linear, PlainLinear
 from kernels.rounded import Bits, RoundedLinear, RoundedWeight
 
@@ -27,11 +28,11 @@ class ProgramLinear(Protocol):
         """Returns I."""
 
     @property
-    def widens_inputs(self) -> bool:
-        """Tells whether tiles of several rows hold its input in float32, as ``[tiles, I, rows]``."""
+    def layout(self) -> Layout:
+        """Returns how its input lies in memory, where tiles have several rows."""
 
     def tiles(self, num_tokens: int) -> tuple[int, int]:
-        """Returns the number of tiles and the rows of each, in which its input lies as ``[tiles, I / 2, rows, 2]``."""
+        """Returns the number of tiles and the rows of each, in which its input lies."""
 
     def product(
         self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, column_tile: ColumnTile = WHOLE
@@ -68,6 +69,15 @@ class _PackedColumns:
         """Returns I."""
         return self._weight.num_inputs
 
+    @property
+    def layout(self) -> Layout:
+        """Implements :class:`ProgramLinear`."""
+        return self._weight.layout
+
+    def tiles(self, num_tokens: int) -> tuple[int, int]:
+        """Implements :class:`ProgramLinear`."""
+        return self._weight.tile_shape(num_tokens)[:2]
+
 
 class ColumnLinear(_PackedColumns):
     """A weight in columns, multiplied by :mod:`kernels.cpu.products.matmul`; a row has the same bits in any batch."""
@@ -80,15 +90,6 @@ class ColumnLinear(_PackedColumns):
 
     def __call__(self, x: Tensor) -> Tensor:
         return matmul.multiply(x, self._weight)
-
-    @property
-    def widens_inputs(self) -> bool:
-        """Implements :class:`ProgramLinear`."""
-        return matmul.widens_inputs()
-
-    def tiles(self, num_tokens: int) -> tuple[int, int]:
-        """Implements :class:`ProgramLinear`."""
-        return matmul.tile_shape(num_tokens)[:2]
 
     def product(
         self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, column_tile: ColumnTile = WHOLE
@@ -116,15 +117,6 @@ class RoundedColumnLinear(_PackedColumns):
 
     def __call__(self, x: Tensor) -> Tensor:
         return quantized.multiply(x, self._weight)
-
-    @property
-    def widens_inputs(self) -> bool:
-        """Implements :class:`ProgramLinear`."""
-        return not self._weight.form.tables
-
-    def tiles(self, num_tokens: int) -> tuple[int, int]:
-        """Implements :class:`ProgramLinear`."""
-        return quantized.tile_shape(num_tokens, self._weight.bits)[:2]
 
     def product(
         self, num_tokens: int, num_threads: int, tiles: int, output: int, ticket: int, column_tile: ColumnTile = WHOLE

@@ -1,14 +1,13 @@
-"""Products with a bfloat16 weight: see :mod:`kernels.cpu.products.matmul_ir`.
+"""Products with a bfloat16 weight: see :mod:`kernels.cpu.products.matmul_ir` and :mod:`kernels.cpu.products.amx_ir`.
 
-For few tokens the code reads the weight at the speed of memory, and for many it computes at the speed of the vector
-units. In between, where a library's matrix product does neither well, it gains the most.
+For few tokens the code reads the weight at the speed of memory, and for many it computes at the speed of the vector or
+matrix units. In between, where a library's matrix product does neither well, it gains the most.
 
 Shapes: T tokens of a batch, I inputs, O outputs.
 """
 
 import struct
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,15 @@ from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
 from kernels.cpu.machine.pages import HUGE_PAGE, map_zeros
 from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
+from kernels.cpu.products import amx_ir
 from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, PRODUCT, header, pair_bytes, tile, tile_name
+from kernels.cpu.products.tiling import MATRIX_SHAPES, Layout, shapes, used_shapes
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
+_AMX_ARGUMENTS = struct.Struct(f"={len(amx_ir.ARGUMENTS)}q")
 # The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together.
-_MOST_SUMS = 24  # so that some registers are left for masks, too
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
+_MOST_TOKENS = 200  # from there on the same tiles are used again
 
 
 class PackedWeight:
@@ -49,6 +51,23 @@ class PackedWeight:
         """Returns the memory that weight and bias take."""
         return self.columns.nbytes + self.bias.nbytes
 
+    @property
+    def layout(self) -> Layout:
+        """Returns how the input lies that it is multiplied with."""
+        return layout_for(chosen(), self.num_inputs)
+
+    def tile_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        """Returns the number of tiles for a batch, the rows of each, and its columns."""
+        fitting = MATRIX_SHAPES if self.layout is Layout.ROWS else shapes(chosen())
+        return fitting.shape_for(num_tokens)
+
+
+def layout_for(target: Target, num_inputs: int) -> Layout:
+    """Returns how the input lies for a weight with so many inputs."""
+    if target.has_matrix_unit and num_inputs % amx_ir.INPUTS == 0:
+        return Layout.ROWS
+    return Layout.PAIRS if target.multiplies_pairs else Layout.FLOATS
+
 
 def huge_empty(shape: tuple[int, ...]) -> Tensor:
     """Allocates 32-bit integers, on huge pages where the system has them, so that reads walk the page tables less."""
@@ -58,64 +77,14 @@ def huge_empty(shape: tuple[int, ...]) -> Tensor:
     return map_zeros(num_bytes).view(torch.int32).view(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Shapes:
-    """The shapes of a target's tiles.
-
-    Attributes:
-        few: the most rows and the columns of the only tile of a batch, by its rows.
-        many: the most rows and the columns of each of several tiles.
-    """
-
-    few: tuple[tuple[int, int], ...]
-    many: tuple[int, int]
-
-    def shape_for(self, num_tokens: int) -> tuple[int, int, int]:
-        """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
-        for most_rows, columns in self.few:
-            if num_tokens <= most_rows:
-                return 1, num_tokens, columns
-        most_rows, columns = self.many
-        num_tiles = -(-num_tokens // most_rows)
-        return num_tiles, -(-num_tokens // num_tiles), columns
-
-
-@cache
-def shapes(target: Target) -> Shapes:
-    """Returns the shapes with as many sums as fit the target's registers, beside a weight of each column and an input.
-
-    With fewer a tile would wait for its own sums; with all rows in one tile the weight is read once. Few rows are bound
-    by memory, which is faster with one or two streams than with many.
-    """
-    if target.multiplies_pairs:  # measured on Zen 4
-        return Shapes(few=((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1)), many=(8, 3))
-    vectors = (target.registers - 2) // target.registers_per_column
-    fitting = [(min(vectors // columns - 1, _MOST_SUMS // columns), columns) for columns in (4, 3, 2, 1)]
-    few = [(rows, columns) for rows, columns in fitting if rows > 1]
-    one_row = (1, 2) if vectors >= 4 else (1, 1)
-    return Shapes(few=(one_row, *few), many=max(few, key=partial(_products_per_operand, target)))
-
-
-def _products_per_operand(target: Target, shape: tuple[int, int]) -> float:
-    """Returns how many vectors are multiplied for each input loaded, and each vector of weights loaded or widened."""
-    rows, columns = shape
-    vectors = columns * target.registers_per_column
-    return rows * vectors / (rows + 2 * vectors)
-
-
-def tile_shape(num_tokens: int) -> tuple[int, int, int]:
-    """Returns the number of tiles for a batch, the rows of each, and its columns, on the chosen target."""
-    return shapes(chosen()).shape_for(num_tokens)
-
-
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     """Computes ``x W^T + b`` [T, O] of ``x`` [T, I], summed in float32 and rounded once."""
     num_tokens, num_inputs = x.shape
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
-    num_tiles, rows, _ = tile_shape(num_tokens)
-    tiles = in_tiles(x, num_tiles, rows, widens=widens_inputs())
+    num_tiles, rows, _ = weight.tile_shape(num_tokens)
+    tiles = in_tiles(x, num_tiles, rows, weight.layout)
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
     num_threads = min(torch.get_num_threads(), weight.num_columns)
@@ -134,38 +103,48 @@ def product(
     column_tile: ColumnTile = WHOLE,
 ) -> Operation:
     """Makes the operation of :func:`multiply`: see :meth:`kernels.cpu.products.linear.ProgramLinear.product`."""
-    num_tiles, rows, columns = tile_shape(num_tokens)
     first, num_columns = column_tile.columns(weight.num_columns)
+    num_tiles, rows, columns = weight.tile_shape(num_tokens)
     share = num_columns // (num_threads * _UNITS_PER_THREAD)
     unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
-    code = _compiled()
+    code, wide_tile, narrow_tile = _functions(weight.layout, rows, columns)
     output_row = 2 * LANES * weight.num_columns
-    arguments = _ARGUMENTS.pack(
+    fields = (
         *(tiles, weight.columns[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
-        *(output + 2 * LANES * first, ticket),
-        *(code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        *(weight.num_inputs // 2 * pair_bytes(chosen(), rows), rows * output_row, output_row),
-        weight.num_inputs // 2 * COLUMN_BYTES,
-        *(weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
+        *(output + 2 * LANES * first, ticket, wide_tile, narrow_tile),
+        *(weight.num_inputs // 2 * pair_bytes(weight.layout, rows), rows * output_row, output_row),
+        *(weight.num_inputs // 2 * COLUMN_BYTES, weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
     )
-    return code["product"], arguments
+    if weight.layout is Layout.ROWS:
+        return code, _AMX_ARGUMENTS.pack(*fields, rows)
+    return code, _ARGUMENTS.pack(*fields)
 
 
-def widens_inputs() -> bool:
-    """Tells whether tiles of several rows hold the input in float32."""
-    return not chosen().multiplies_pairs
+def _functions(layout: Layout, rows: int, columns: int) -> tuple[int, int, int]:
+    """Returns the addresses of ``product``, and of the tiles of ``columns`` columns and of one column."""
+    if layout is Layout.ROWS:
+        code, registers = _compiled_for_amx(), -(-rows // amx_ir.TOKENS)
+        return code["product"], code[amx_ir.tile_name(registers, columns)], code[amx_ir.tile_name(registers, 1)]
+    code = _compiled()
+    return code["product"], code[tile_name(rows, columns)], code[tile_name(rows, 1)]
 
 
-def in_tiles(x: Tensor, num_tiles: int, rows: int, *, widens: bool) -> Tensor:
-    """Lays ``x`` [T, I] out as pairs of inputs ``[tiles, I / 2, rows]``, with zeros for missing rows.
-
-    Where it widens and tiles have several rows, it lays float32 out as ``[tiles, I, rows]``.
-    """
-    pairs = x.float() if widens and rows > 1 else x.contiguous().view(torch.int32)
+def in_tiles(x: Tensor, num_tiles: int, rows: int, layout: Layout) -> Tensor:
+    """Lays ``x`` [T, I] out in tiles, with zeros for missing rows; a single row stays as it is."""
     missing = num_tiles * rows - len(x)
     if missing:
-        pairs = F.pad(pairs, (0, 0, 0, missing))
-    return pairs.view(num_tiles, rows, -1).transpose(1, 2).contiguous()
+        x = F.pad(x, (0, 0, 0, missing))
+    if layout is Layout.ROWS or rows == 1:
+        return x.contiguous()
+    numbers = x.float() if layout is Layout.FLOATS else x.contiguous().view(torch.int32)
+    return numbers.view(num_tiles, rows, -1).transpose(1, 2).contiguous()
+
+
+@cache
+def _compiled_for_amx() -> dict[str, int]:
+    """Compiles the functions for a matrix unit, and returns their addresses by name."""
+    names = ["product", *(amx_ir.tile_name(*shape) for shape in amx_ir.SHAPES)]
+    return machine_code.addresses(amx_ir.module(chosen()), names)
 
 
 @cache
@@ -176,12 +155,9 @@ def _compiled() -> dict[str, int]:
 
 
 def module(target: Target) -> str:
-    """Returns the LLVM IR of ``product`` and of all tiles."""
+    """Returns the LLVM IR of ``product`` and of all tiles, but those of a matrix unit."""
     return header(target) + PRODUCT + "\n".join(tile(target, *shape) for shape in _needed(target))
 
 
 def _needed(target: Target) -> list[tuple[int, int]]:
-    """Returns the rows and columns of all tiles that are used, and of those for remaining columns."""
-    most_rows = shapes(target).few[-1][0]
-    used = {shapes(target).shape_for(num_tokens)[1:] for num_tokens in range(1, 8 * most_rows)}
-    return sorted(used | {(rows, 1) for rows in range(1, most_rows + 1)})
+    return used_shapes(shapes(target).shape_for, _MOST_TOKENS)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from kernels.cpu.machine.columns_ir import LANES, columns_function
 from kernels.cpu.machine.numbers_ir import HALVES, WIDE, WORDS, narrow
 from kernels.cpu.machine.target import Target
+from kernels.cpu.products.tiling import Layout
 
 COLUMN_BYTES = 64
 """The bytes of one pair of inputs in a column of the weight: one cache line."""
@@ -53,6 +54,7 @@ def tile_name(rows: int, columns: int) -> str:
 def tile(target: Target, rows: int, columns: int) -> str:
     """Returns the function that multiplies a tile of ``x`` by ``columns`` columns and adds the bias."""
     sums = [(row, column) for row in range(rows) for column in range(columns)]
+    layout = Layout.PAIRS if target.multiplies_pairs else Layout.FLOATS
     multiplied = _multiplied_in_pairs(rows, columns) if target.multiplies_pairs else _multiplied_wide(rows, columns)
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %weight, i64 %column_stride,",
@@ -65,7 +67,7 @@ def tile(target: Target, rows: int, columns: int) -> str:
         *(f"  %sum_{r}_{c} = phi {WIDE} [%bias_{c}, %entry], [%new_{r}_{c}, %loop]" for r, c in sums),
         f"  %at = mul i64 %pair, {COLUMN_BYTES}",
         *(_weight(column, prefetch=rows >= _PREFETCH_FROM_ROWS) for column in range(columns)),
-        f"  %x_at = mul i64 %pair, {pair_bytes(target, rows)}",
+        f"  %x_at = mul i64 %pair, {pair_bytes(layout, rows)}",
         "  %x_here = getelementptr i8, ptr %x, i64 %x_at",
         *multiplied,
         "  %next = add i64 %pair, 1",
@@ -79,9 +81,9 @@ def tile(target: Target, rows: int, columns: int) -> str:
     return "\n".join(lines)
 
 
-def pair_bytes(target: Target, rows: int) -> int:
-    """Returns the bytes of one pair of inputs in a tile of ``rows`` tokens."""
-    return 4 * rows if target.multiplies_pairs or rows == 1 else 8 * rows
+def pair_bytes(layout: Layout, rows: int) -> int:
+    """Returns the bytes of one pair of inputs of ``rows`` tokens."""
+    return 8 * rows if layout is Layout.FLOATS and rows > 1 else 4 * rows
 
 
 def _bias(column: int) -> str:

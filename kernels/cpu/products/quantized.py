@@ -6,7 +6,7 @@ Shapes: T tokens of a batch, I inputs, O outputs, G groups of inputs, g inputs o
 """
 
 import struct
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,16 @@ from kernels.cpu.machine import machine_code, threads
 from kernels.cpu.machine.columns_ir import LANES, WHOLE, ColumnTile
 from kernels.cpu.machine.target import Target, chosen, has
 from kernels.cpu.machine.threads import Operation
-from kernels.cpu.products.matmul import huge_empty, in_tiles, shapes
+from kernels.cpu.products.matmul import huge_empty, in_tiles
+from kernels.cpu.products.matmul_ir import pair_bytes
 from kernels.cpu.products.quantized_ir import ARGUMENTS, PAIRS_PER_LINE, PRODUCT, Format, header, tile, tile_name
+from kernels.cpu.products.tiling import Layout, shapes, used_shapes
 from kernels.rounded import Bits, RoundedWeight
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
 # The columns of a tile with tables, by its rows: enough that the dot products do not wait for each other's sums, and no
 # more than fit the vector registers beside operands and tables. Measured on Zen 4.
-_COLUMNS: dict[Bits, tuple[int, ...]] = {4: (8, 8, 6, 5, 4, 3), 8: (8, 5, 4, 4, 3, 3)}
+_COLUMNS: dict[int, tuple[int, ...]] = {4: (8, 8, 6, 5, 4, 3), 8: (8, 5, 4, 4, 3, 3)}
 _MOST_ROWS = 24
 # The columns of a ticket: see kernels.cpu.products.matmul.
 _MOST_UNIT, _UNITS_PER_THREAD = 8, 8
@@ -77,6 +79,15 @@ class PackedWeight:
         """Returns the memory that weight and bias take."""
         return self.lines.nbytes + self.bias.nbytes + (0 if self.order is None else self.order.nbytes)
 
+    @property
+    def layout(self) -> Layout:
+        """Returns how the input lies that it is multiplied with."""
+        return Layout.PAIRS if self.form.tables else Layout.FLOATS
+
+    def tile_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
+        return shape_for(chosen(), self.form, num_tokens)
+
 
 def _per_column(factors: Tensor, missing: int) -> Tensor:
     """Lays ``factors`` [O, G] out as [O / 16, G, 16], padded, with the bits of float32 as integers."""
@@ -118,24 +129,19 @@ def _lines_of_bytes(codes: Tensor, *, halves: bool) -> Tensor:
     return pairs.permute(0, 3, 1, 4, 2).contiguous().flatten(2)
 
 
-def tile_shape(num_tokens: int, bits: Bits) -> tuple[int, int, int]:
-    """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
-    return shape_for(chosen(), num_tokens, bits, tables=has_tables(bits))
-
-
 def _columns_of_one(target: Target) -> int:
     """Returns the columns of a tile of one token: so many that products do not wait for each other's sums."""
     return min(8, (target.registers - 4) // target.registers_per_column)
 
 
-def shape_for(target: Target, num_tokens: int, bits: Bits, *, tables: bool) -> tuple[int, int, int]:
-    """Returns what :func:`tile_shape` does, for any target."""
-    if not tables:
+def shape_for(target: Target, form: Format, num_tokens: int) -> tuple[int, int, int]:
+    """Returns what :meth:`PackedWeight.tile_shape` does, for any target."""
+    if not form.tables:
         num_tiles, rows, columns = shapes(target).shape_for(num_tokens)
         return num_tiles, rows, _columns_of_one(target) if num_tokens == 1 else columns
     num_tiles = -(-num_tokens // _MOST_ROWS)
     rows = -(-num_tokens // num_tiles)
-    by_rows = _COLUMNS[bits]
+    by_rows = _COLUMNS[form.bits]
     return num_tiles, rows, by_rows[rows - 1] if num_tiles == 1 and rows <= len(by_rows) else 1
 
 
@@ -148,9 +154,9 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     assert num_inputs == weight.num_inputs and x.dtype == torch.bfloat16, (x.shape, x.dtype)
     if not num_tokens:
         return x.new_empty(0, weight.num_outputs)
-    num_tiles, rows, _ = tile_shape(num_tokens, weight.bits)
+    num_tiles, rows, _ = weight.tile_shape(num_tokens)
     x = x if weight.order is None else x.index_select(1, weight.order)
-    tiles = in_tiles(x, num_tiles, rows, widens=not weight.form.tables)
+    tiles = in_tiles(x, num_tiles, rows, weight.layout)
     sums = _group_sums(x, weight, num_tiles, rows) if weight.has_offsets else tiles
     output = torch.empty(num_tiles * rows, weight.num_columns * LANES, dtype=torch.bfloat16)
     ticket = torch.zeros(1, dtype=torch.int64)
@@ -175,15 +181,15 @@ def product(
     ``sums`` is the address of the sums of the inputs' groups, which only a weight with offsets needs.
     """
     first, num_columns = column_tile.columns(weight.num_columns)
-    num_tiles, rows, columns = tile_shape(num_tokens, weight.bits)
+    num_tiles, rows, columns = weight.tile_shape(num_tokens)
     code = _compiled(weight.form)
-    number_bytes = 2 if weight.form.tables or rows == 1 else 4
     row_bytes = weight.num_columns * LANES * 2
     arguments = _ARGUMENTS.pack(
         *(tiles, sums, weight.lines[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         output + 2 * LANES * first,
         *(ticket, code[tile_name(rows, columns)], code[tile_name(rows, 1)]),
-        *(rows * weight.num_inputs * number_bytes, rows * weight.num_groups * 4, rows * row_bytes, row_bytes),
+        *(weight.num_inputs // 2 * pair_bytes(weight.layout, rows), rows * weight.num_groups * 4),
+        *(rows * row_bytes, row_bytes),
         *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, num_columns, num_tiles, columns),
         _unit(num_columns, columns, num_threads),
     )
@@ -218,7 +224,4 @@ def module(target: Target, form: Format) -> str:
 
 
 def _needed(target: Target, form: Format) -> list[tuple[int, int]]:
-    """Returns the rows and columns of all tiles that :func:`shape_for` returns, and of those for remaining columns."""
-    bits: Bits = 4 if form.bits == 4 else 8
-    used = {shape_for(target, n, bits, tables=form.tables)[1:] for n in range(1, 8 * _MOST_ROWS)}
-    return sorted(used | {(rows, 1) for rows, _ in used})
+    return used_shapes(partial(shape_for, target, form), 8 * _MOST_ROWS)

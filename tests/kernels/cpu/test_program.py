@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from kernels.cpu.layers import program
 from kernels.cpu.layers.program import Program
 from kernels.cpu.machine import threads
+from kernels.cpu.machine.target import chosen
 from kernels.cpu.products import matmul
+from kernels.cpu.products.tiling import Layout, shapes
 from kernels.cpu.rows import rows
 
 
@@ -34,9 +36,9 @@ def add_tiles(
 @settings(max_examples=60, deadline=None)
 def test_rows_become_tiles(num_tokens: int, num_vectors: int, num_threads: int, seed: int) -> None:
     x = torch.randn(num_tokens, 32 * num_vectors, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
-    num_tiles, num_rows, _ = matmul.tile_shape(num_tokens)
+    num_tiles, num_rows, _ = shapes(chosen()).shape_for(num_tokens)
     for widens in (False, True) if num_rows > 1 else (False,):
-        expected = matmul.in_tiles(x, num_tiles, num_rows, widens=widens)
+        expected = matmul.in_tiles(x, num_tiles, num_rows, Layout.FLOATS if widens else Layout.PAIRS)
         output = torch.full_like(expected, -1)
         made = Program(1)
         add_tiles(made, x, output, num_rows, num_threads, widens=widens)
@@ -73,14 +75,14 @@ def test_arguments_may_change_between_runs() -> None:
     made = Program(2)
     add_tiles(made, first, output, 4, num_threads=2)
     made.run(2)
-    assert torch.equal(output, matmul.in_tiles(first, 1, 4, widens=False))
+    assert torch.equal(output, matmul.in_tiles(first, 1, 4, Layout.PAIRS))
     addresses, ticket = (second.data_ptr(), output.data_ptr()), made.ticket()
     _, arguments = program.pack_tiles(
         *addresses, num_tokens=4, num_pairs=32, shape=(1, 4), num_threads=1, ticket=ticket, widens=False
     )
     made.change(0, arguments)
     made.run(2)
-    assert torch.equal(output, matmul.in_tiles(second, 1, 4, widens=False))
+    assert torch.equal(output, matmul.in_tiles(second, 1, 4, Layout.PAIRS))
 
 
 def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +93,7 @@ def test_without_openmp_one_thread_does_it_all(monkeypatch: pytest.MonkeyPatch) 
     made = Program(1)
     add_tiles(made, x, output, 9, num_threads=4)
     made.run(4)
-    assert torch.equal(output, matmul.in_tiles(x, 1, 9, widens=False))
+    assert torch.equal(output, matmul.in_tiles(x, 1, 9, Layout.PAIRS))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
