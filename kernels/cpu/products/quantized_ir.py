@@ -192,11 +192,13 @@ def _pair(form: Format, pair: int, rows: int, columns: int) -> Iterator[str]:
 def _wide_pair(form: Format, pair: int, rows: int, columns: int) -> Iterator[str]:
     """Yields code for one pair of inputs of every column, widened to float32, and its products with every row."""
     for half in range(2):
+        if rows > 1:  # LLVM keeps this order, in which one input after the other takes a register
+            yield from (_widen_code(form, 2 * pair + half, c) for c in range(columns))
         for row in range(rows):
             yield input_number(f"x_{row}_{pair}_{half}", rows, row, half, before=pair)
-        for c in range(columns):
-            yield _widen_code(form, 2 * pair + half, c)
-            for row in range(rows):
+            for c in range(columns):
+                if rows == 1:
+                    yield _widen_code(form, 2 * pair + half, c)
                 before = f"%sum_{row}_{c}_{pair}" if half == 0 else f"%mid_{row}_{c}_{pair}"
                 after = f"%mid_{row}_{c}_{pair}" if half == 0 else f"%sum_{row}_{c}_{pair + 1}"
                 factors = f"{WIDE} %w_{c}_{2 * pair + half}, {WIDE} %x_{row}_{pair}_{half}"
