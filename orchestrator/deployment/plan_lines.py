@@ -65,12 +65,13 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "kv": kv,
             "kv_tokens": shard.num_blocks * replica.limits.block_size,
             "kv_sized_by": _sized_by(replica),
+            "token_budget": replica.limits.budget_words,
         }
         heads = f", KV heads {_range(part.kv_heads)} of {plan.model.num_kv_heads}"
         sentence = (
             f"{replica.name} rank {shard.rank}: worker {worker}, {shard.device.name} of {place_of(checked, shard)}, "
             f"{shard.device.num_threads} thread(s): layers {_range(part.layers)} of {plan.model.num_layers}"
-            f"{heads}, {weights} of weights, {kv} of KV cache."
+            f"{heads}, {weights} of weights, {kv} of KV cache, token budget {replica.limits.budget_words}."
         )
         yield Said(event="plan", sentence=sentence, fields=fields)
 
