@@ -11,6 +11,7 @@ from rich.text import Text
 from orchestrator.cli.client import GenerateResult
 from orchestrator.cli.measured_status import measured_pairs, measured_tables
 from orchestrator.key_values import key_values, printable
+from placement.measured.step_times import seconds
 from placement.planning.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -189,7 +190,7 @@ def _budget(replica: admin_pb2.ReplicaStatus) -> str:
     budget = replica.budget
     if not budget.token_budget:
         return ""
-    step = f"{budget.expected_s:.2g} s a step" if budget.expected_s else ""
+    step = f"{seconds(budget.expected_s)} s a step" if budget.expected_s else ""
     notes = ": ".join(note for note in ("auto" if budget.is_auto else "", step) if note)
     return f"token budget {budget.token_budget}" + (f" ({notes})" if notes else "")
 

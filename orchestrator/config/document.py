@@ -263,15 +263,17 @@ def _expand_auto(layers: Layers) -> None:
     serving = layers.values.get("serving")
     if not isinstance(serving, dict):
         return
-    for key in ("kv_cache", "token_budget"):
-        if serving.get(key) == "auto":
+    if serving.get("kv_cache") == "auto":
+        serving["kv_cache"] = None
+    others = {
+        "token_budget": ("is neither auto nor a whole number", "Write auto, or a number without quotes or unit."),
+        "parallelism": ("is neither auto nor a section", "Write auto, or replicas: with the stages of each."),
+    }
+    for key, (problem, fix) in others.items():
+        if isinstance(said := serving.get(key), str):
+            if said != "auto":
+                layers.errors.append(layers.refusal(("serving", key), said, problem, fix))
             serving[key] = None
-    if not isinstance(said := serving.get("parallelism"), str):
-        return
-    if said != "auto":
-        problem, fix = "is neither auto nor a section", "Write auto, or replicas: with the stages of each."
-        layers.errors.append(layers.refusal(("serving", "parallelism"), said, problem, fix))
-    serving["parallelism"] = None
 
 
 def _resolve(config: Config, path: Path, layers: Layers) -> Config:

@@ -61,11 +61,11 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "ffn_columns": _range(part.ffn_columns),
             "vocab_rows": _range(part.vocab_rows),
             "block_slots": "" if part.stripe is None else _range(Span(part.stripe.start, part.stripe.stop)),
+            "token_budget": replica.limits.budget_words,
             "weights": weights,
             "kv": kv,
             "kv_tokens": shard.num_blocks * replica.limits.block_size,
             "kv_sized_by": _sized_by(replica),
-            "token_budget": replica.limits.budget_words,
         }
         heads = f", KV heads {_range(part.kv_heads)} of {plan.model.num_kv_heads}"
         sentence = (

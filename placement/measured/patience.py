@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from placement.measured.step_times import seconds
+
 FACTOR = 10
 """How many times the longest step a step may take. Steps of one replica differ: long contexts, a busy machine or
 memory that is read back from a disk make one several times as long as the longest before. A rank that hangs is found
@@ -65,9 +67,9 @@ class Patience:
 
     def stall_words(self) -> str:
         """Says that no step was finished for ``limit_s``, and how long steps take otherwise."""
-        stalled = f"no step finished for {self.limit_s:.3g} s"
+        stalled = f"no step finished for {seconds(self.limit_s)} s"
         if self.seen_s > 0 and self.seen_s >= self.expected_s:
-            return f"{stalled}, where the longest of late took {self.seen_s:.2g} s"
+            return f"{stalled}, where the longest of late took {seconds(self.seen_s)} s"
         if self.expected_s > 0:
-            return f"{stalled}, where the longest was expected to take {self.expected_s:.2g} s"
+            return f"{stalled}, where the longest was expected to take {seconds(self.expected_s)} s"
         return stalled

@@ -16,6 +16,11 @@ LEAST_CHUNK = 2
 that code is compiled by the first of them."""
 
 
+def seconds(duration_s: float) -> str:
+    """Writes seconds for people, with two digits or all those before the point, such as ``0.41`` or ``84``."""
+    return f"{duration_s:.0f}" if duration_s >= 10 else f"{duration_s:.2g}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
     """The measurement of a step.
@@ -40,8 +45,8 @@ class StepTimes:
         assert sizes == sorted(set(sizes)) and min(sizes, default=1) >= 1, self
 
     def __str__(self) -> str:
-        """Writes each size with its time, such as ``1:12ms 2:14ms``."""
-        return " ".join(f"{step.num_tokens}:{1e3 * step.duration_s:.3g}ms" for step in self.steps)
+        """Writes each size with its time, such as ``1:0.012s 2:0.014s``."""
+        return " ".join(f"{step.num_tokens}:{seconds(step.duration_s)}s" for step in self.steps)
 
     def expected_s(self, num_tokens: int) -> float:
         """Returns the seconds that a step of ``num_tokens`` is expected to take at the most; 0 where none is measured.

@@ -8,7 +8,7 @@ import torch
 
 from kernels import reference
 from kernels.protocol import Kernels
-from placement.measured.step_times import StepTimes, is_believed, next_size
+from placement.measured.step_times import StepTimes, is_believed, next_size, seconds
 from placement.model.specs import ModelSpec
 from placement.planning.memory import graphed_tokens
 from placement.serving.token_budget import StepBudget
@@ -83,8 +83,8 @@ def log_budget(budget: StepBudget) -> None:
         expected_s=round(budget.expected_s, 4),
         measured=str(budget.times),
     )
-    words = "A step has %d tokens at the most, which %s; it takes about %.2g s."
-    logger.info(words, budget.token_budget, chosen, budget.expected_s, extra=extra)
+    words = "A step has %d tokens at the most, which %s; it takes about %s s."
+    logger.info(words, budget.token_budget, chosen, seconds(budget.expected_s), extra=extra)
 
 
 def _run(runner: Runner, *, start: int, num_tokens: int) -> float:
