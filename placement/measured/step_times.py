@@ -108,11 +108,11 @@ def most_spent_s(step_time_s: float | None) -> float:
 def is_believed(times: StepTimes, num_tokens: int, duration_s: float, *, step_time_s: float | None) -> bool:
     """Tells whether a measurement is believed at once, or is made once more, as something else took its time.
 
-    That is the case for the first step of a kind, which compiles code, and where the machine was busy. A step is too
-    long where it takes longer than in proportion to the size before, or than the ``step_time_s`` that would end the
-    measurement.
+    That is the case for the first step of a kind, which compiles code, and where the machine was busy. A step is made
+    once more where it takes longer than in proportion to the size before, or is the first that takes longer than
+    ``step_time_s``, which ends the measurement.
     """
     if not times.steps:
         return False
-    is_slow = step_time_s is not None and duration_s > step_time_s
-    return not is_slow and duration_s <= times.expected_s(num_tokens)
+    is_first_slow = step_time_s is not None and times.steps[-1].duration_s <= step_time_s < duration_s
+    return not is_first_slow and duration_s <= times.expected_s(num_tokens)

@@ -84,6 +84,7 @@ def test_a_measurement_that_is_too_long_is_made_once_more() -> None:
     assert not is_believed(found, 4, 0.0301, step_time_s=0.5)
     assert not is_believed(times((64, 0.4)), 128, 0.6, step_time_s=0.5), "it would end the measurement"
     assert is_believed(times((64, 0.4)), 128, 0.6, step_time_s=None)
+    assert is_believed(times((1, 0.6)), 2, 1.2, step_time_s=0.5), "the size before has ended it already"
 
 
 def test_a_log_line_has_every_size_with_its_time() -> None:
