@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli.client import GenerateResult
-from orchestrator.cli.measured_status import measured_pairs, measured_tables
+from orchestrator.cli.measured_status import measured_pairs, measured_tables, step_pairs
 from orchestrator.key_values import key_values, printable
 from placement.measured.step_times import seconds
 from placement.planning.memory import format_bytes
@@ -124,7 +124,7 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
                 auto=str(replica.budget.is_auto).lower(),
                 expected_s=f"{replica.budget.expected_s:.4g}" if replica.budget.expected_s else "",
             )
-    for pairs in measured_pairs(status) if measured else ():
+    for pairs in (*step_pairs(status), *measured_pairs(status)) if measured else ():
         yield key_values(**pairs)
 
 

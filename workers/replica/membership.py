@@ -25,7 +25,7 @@ from workers.engine.types import Runner
 from workers.replica.follower import Follower, StageTask
 from workers.replica.followers import Followers
 from workers.replica.overlap import measure_overlap
-from workers.replica.patience import PatientRunner
+from workers.replica.patience import UNMEASURED_S, PatientRunner
 from workers.replica.pipeline import PipelineRunner
 from workers.replica.roster import Roster
 from workers.replica.stages import FirstStage, LaterStage, StageLinks
@@ -120,6 +120,7 @@ class Membership:
 
         Raises PeerFailed, and what ``go_on`` raises.
         """
+        self.wait_at_most(UNMEASURED_S)
         enter(pb.LOAD_PHASE_COMPILE)
         self.group.compile_all_reduce()  # before the barrier, where ranks wait for each other without a deadline
         enter(pb.LOAD_PHASE_CONNECT)

@@ -16,8 +16,8 @@ from workers.step.types import Batch, StepResult
 STALL_TIMEOUT_S = 30.0
 """What a step may take at least where nobody says what the gateway allows."""
 
-_UNMEASURED_S = 120.0
-"""How long ranks may wait for each other before any step was measured: the first ones compile code."""
+UNMEASURED_S = 120.0
+"""How long ranks may wait for each other before any step was measured: what runs until then compiles code."""
 
 
 class PatientRunner:
@@ -36,7 +36,7 @@ class PatientRunner:
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         """Implements :meth:`workers.engine.types.Runner.prepare`."""
-        self._wait_at_most(_UNMEASURED_S if self.patience is None else self.patience.rank_limit_s)
+        self._wait_at_most(UNMEASURED_S if self.patience is None else self.patience.rank_limit_s)
         return partial(self._execute, self._runner.prepare(batch))
 
     def _execute(self, step: Callable[[], StepResult]) -> StepResult:

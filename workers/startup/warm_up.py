@@ -75,7 +75,7 @@ def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> Ste
 
 def log_budget(budget: StepBudget) -> None:
     """Logs how large steps are at the most, and how long such a step takes."""
-    chosen = "was chosen" if budget.is_auto else "is set"
+    cause = "by what was measured" if budget.is_auto else "as set"
     extra = said(
         "step_budget",
         token_budget=budget.token_budget,
@@ -83,8 +83,8 @@ def log_budget(budget: StepBudget) -> None:
         expected_s=round(budget.expected_s, 4),
         measured=str(budget.times),
     )
-    words = "A step has %d tokens at the most, which %s; it takes about %s s."
-    logger.info(words, budget.token_budget, chosen, seconds(budget.expected_s), extra=extra)
+    words = "A step has at most %d tokens, %s; so many take about %s s."
+    logger.info(words, budget.token_budget, cause, seconds(budget.expected_s), extra=extra)
 
 
 def _run(runner: Runner, *, start: int, num_tokens: int) -> float:

@@ -92,6 +92,13 @@ def test_programs_read_how_large_steps_are_and_what_was_measured() -> None:
     }
     (line,) = [line for line in status_lines(replicas) if "event=step_budget" in line]
     assert line == "event=step_budget replica=replica-0 token_budget=128 auto=true expected_s=0.4123"
+    assert [line for line in status_lines(replicas, measured=True) if "event=step " in line] == [
+        "event=step replica=replica-0 num_tokens=1 duration_s=0.100000",
+        "event=step replica=replica-0 num_tokens=128 duration_s=0.412300",
+    ]
+    shown = console(terminal=True)
+    print_status(shown, replicas, measured=True)
+    assert "412.300 ms" in output(shown)
 
 
 def console(*, terminal: bool) -> Console:

@@ -32,3 +32,6 @@ def test_sizes_that_cannot_work_are_refused_as_a_request() -> None:
     with pytest.raises(InvalidRequest) as caught:
         read_limits(pb.LoadRequest(block_size=16, token_budget=4, max_num_seqs=5))
     assert caught.value.field == "token_budget"
+    with pytest.raises(InvalidRequest) as caught:
+        read_limits(pb.LoadRequest(block_size=16, token_budget=8, max_num_seqs=5, step_time_s=float("nan")))
+    assert caught.value.field == "step_time_s"
