@@ -133,8 +133,9 @@ class ServingConfig:
     each replica measures its steps when it starts, and takes the largest budget whose step lasts step_time_s at the
     most; at least max_num_seqs, and at most 512, or 2048 where all devices are GPUs."""
     step_time_s: Annotated[float, Field(ge=0.001, le=60)] = 0.5
-    """Longest time that a step is to take, by which token_budget: auto sizes steps: running answers stream a token a
-    step. A token_budget that is set does without it."""
+    """Longest time that a step is to take, by which token_budget: auto sizes steps; a running answer gets a token with
+    each. It is measured with short sequences: behind long contexts steps take longer. A token_budget that is set does
+    without it."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
     kv_cache: Annotated[ByteSize | None, Field(json_schema_extra=_or_auto)] = None
