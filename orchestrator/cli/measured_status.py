@@ -1,4 +1,4 @@
-"""Shows what the ranks of a stage measured when they started, as tables for people and as pairs for programs."""
+"""Shows what replicas and their stages measured when they started, as tables for people and as pairs for programs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ class Shown:
     rows: Sequence[Mapping[str, str]]
 
 
+_STEP_COLUMNS = ("replica", "tokens", "time")
 _SUM_COLUMNS = ("replica", "stage", "size", "algorithm", "time")
 _OVERLAP_COLUMNS = ("replica", "stage", "tokens", "one batch", "two micro-batches", "taken")
 _SPEED_COLUMNS = ("replica", "stage", "latency", "rate", "queries x tokens", "call")
@@ -23,8 +24,9 @@ _EXPECTED_COLUMNS = ("replica", "stage", "tokens", "before", "exchange", "a laye
 
 
 def measured_tables(status: admin_pb2.GetStatusResponse) -> Iterator[Shown]:
-    """Yields a table for each kind of measurement that some stage made."""
+    """Yields a table for each kind of measurement that some replica or stage made."""
     for title, columns, rows in (
+        ("steps of one sequence, through all ranks", _STEP_COLUMNS, _step_rows(status)),
         ("all-reduces within a stage", _SUM_COLUMNS, _sum_rows(status)),
         ("some layers of a step, in one batch and overlapped in two", _OVERLAP_COLUMNS, _overlap_rows(status)),
         ("ranks that share sequences", _SPEED_COLUMNS, _speed_rows(status)),
@@ -41,6 +43,20 @@ def measured_pairs(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, ob
         for where, rank in _stages(status):
             for event, pairs in pairs_of(rank):
                 yield {"event": event, **where, **pairs}
+
+
+def step_pairs(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, object]]:
+    """Yields the pairs of a line for each step that a replica measured. JSON has them with its token budget."""
+    for replica in status.replicas:
+        for step in replica.budget.steps:
+            duration_s = f"{step.duration_s:.6f}"
+            yield {"event": "step", "replica": replica.name, "num_tokens": step.num_tokens, "duration_s": duration_s}
+
+
+def _step_rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+    for replica in status.replicas:
+        for step in replica.budget.steps:
+            yield {"replica": replica.name, "tokens": str(step.num_tokens), "time": _ms(step.duration_s)}
 
 
 def _sum_pairs(rank: admin_pb2.RankStatus) -> Iterator[tuple[str, dict[str, object]]]:

@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli.client import GenerateResult
-from orchestrator.cli.measured_status import measured_pairs, measured_tables
+from orchestrator.cli.measured_status import measured_pairs, measured_tables, step_pairs
 from orchestrator.key_values import key_values, printable
+from placement.measured.step_times import seconds
 from placement.planning.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -53,7 +54,10 @@ def print_status(console: Console, status: admin_pb2.GetStatusResponse, *, measu
 
 
 def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measured: bool = False) -> Group:
-    """Returns a row for each rank, then why some failed, tables of what was ``measured``, and a line on the gateway.
+    """Returns a row for each rank, and lines and tables below.
+
+    They say why some ranks failed, how large the steps of each replica are, what was ``measured``, and what the gateway
+    does.
 
     A replica's own figures stand in its first row. There are as many columns as ``console`` has room for.
     """
@@ -72,7 +76,10 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measu
     causes = [Text(printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
     tables = measured_tables(status) if measured else ()
     below = [_table(shown.title, shown.columns, shown.rows) for shown in tables]
-    return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
+    budgets = [
+        Text(printable(f"{replica.name}: {words}")) for replica in status.replicas if (words := _budget(replica))
+    ]
+    return Group(table, *causes, *budgets, *below, Text(_gateway_words(status.gateway)))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -108,7 +115,16 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
     for row in _rows(status):
         named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
-    for pairs in measured_pairs(status) if measured else ():
+    for replica in status.replicas:
+        if replica.budget.token_budget:
+            yield key_values(
+                event="step_budget",
+                replica=replica.name,
+                token_budget=replica.budget.token_budget,
+                auto=str(replica.budget.is_auto).lower(),
+                expected_s=f"{replica.budget.expected_s:.4g}" if replica.budget.expected_s else "",
+            )
+    for pairs in (*step_pairs(status), *measured_pairs(status)) if measured else ():
         yield key_values(**pairs)
 
 
@@ -167,6 +183,16 @@ def _load_figures(replica: admin_pb2.ReplicaStatus) -> dict[str, str]:
         "running": str(load.num_running),
         "waiting": str(load.num_waiting),
     }
+
+
+def _budget(replica: admin_pb2.ReplicaStatus) -> str:
+    """Says how large the steps of a replica are, and how long such a step takes; nothing before that is known."""
+    budget = replica.budget
+    if not budget.token_budget:
+        return ""
+    step = f"{seconds(budget.expected_s)} s a step" if budget.expected_s else ""
+    notes = ": ".join(note for note in ("auto" if budget.is_auto else "", step) if note)
+    return f"token budget {budget.token_budget}" + (f" ({notes})" if notes else "")
 
 
 def _loaded(rank: admin_pb2.RankStatus) -> str:

@@ -38,6 +38,7 @@ def _replica(replica: admin_pb2.ReplicaStatus) -> dict[str, Any]:
         "epoch": replica.epoch,
         **_known({"cause": replica.cause}),
         **({"load": _load(replica.load)} if replica.HasField("load") else {}),
+        **({"step_budget": _budget(replica.budget)} if replica.budget.token_budget else {}),
         "ranks": [_rank(rank) for rank in replica.ranks],
     }
 
@@ -58,6 +59,15 @@ def _load(load: admin_pb2.ReplicaLoad) -> dict[str, Any]:
         if load.HasField(name):
             document[name] = round(getattr(load, name), 4)
     return document
+
+
+def _budget(budget: admin_pb2.StepBudget) -> dict[str, Any]:
+    steps = [{"num_tokens": step.num_tokens, "duration_s": round(step.duration_s, 6)} for step in budget.steps]
+    return {
+        "token_budget": budget.token_budget,
+        "auto": budget.is_auto,
+        **_known({"expected_s": round(budget.expected_s, 6), "measured": steps}),
+    }
 
 
 def _rank(rank: admin_pb2.RankStatus) -> dict[str, Any]:

@@ -128,8 +128,14 @@ class ServingConfig:
 
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 32
     """Most sequences that run at once in a replica."""
-    token_budget: Annotated[int, Field(ge=1, le=2**20)] = 256
-    """Most tokens of one step, decodes counted. More: answers start sooner; fewer: they stream smoother."""
+    token_budget: Annotated[int | None, Field(ge=1, le=2**20, json_schema_extra=_or_auto)] = None
+    """Most tokens of one step, decodes counted. More: answers start sooner; fewer: they stream smoother. Default, auto:
+    each replica measures its steps when it starts, and takes the largest budget whose step lasts step_time_s at the
+    most; at least max_num_seqs, and at most 512, or 2048 where all devices are GPUs."""
+    step_time_s: Annotated[float, Field(ge=0.001, le=60)] = 0.5
+    """Longest time that a step is to take, by which token_budget: auto sizes steps; a running answer gets a token with
+    each. It is measured with short sequences: behind long contexts steps take longer. A token_budget that is set does
+    without it."""
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens of one KV block."""
     kv_cache: Annotated[ByteSize | None, Field(json_schema_extra=_or_auto)] = None
@@ -164,7 +170,8 @@ class GatewayConfig:
     heartbeat_timeout_s: Annotated[float, Field(ge=1.0, le=60)] = 2.0
     """Silence after which a replica counts as failed."""
     stall_timeout_s: Annotated[float, Field(ge=1.0, le=3600)] = 30.0
-    """How long a replica with running sequences may go without finishing a step before it counts as failed."""
+    """How long a replica with running sequences may go without finishing a step before it counts as failed. A replica
+    whose steps are slow may take ten times its longest step, where that is more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,18 +260,21 @@ def settings_variables() -> list[str]:
 
 
 def _expand_auto(layers: Layers) -> None:
-    """Replaces the word ``auto`` for parallelism and for the KV cache by None, which stands for it."""
+    """Replaces the word ``auto`` by None, which stands for it, for each key that has it."""
     serving = layers.values.get("serving")
     if not isinstance(serving, dict):
         return
     if serving.get("kv_cache") == "auto":
         serving["kv_cache"] = None
-    if not isinstance(said := serving.get("parallelism"), str):
-        return
-    if said != "auto":
-        problem, fix = "is neither auto nor a section", "Write auto, or replicas: with the stages of each."
-        layers.errors.append(layers.refusal(("serving", "parallelism"), said, problem, fix))
-    serving["parallelism"] = None
+    others = {
+        "token_budget": ("is neither auto nor a whole number", "Write auto, or a number without quotes or unit."),
+        "parallelism": ("is neither auto nor a section", "Write auto, or replicas: with the stages of each."),
+    }
+    for key, (problem, fix) in others.items():
+        if isinstance(said := serving.get(key), str):
+            if said != "auto":
+                layers.errors.append(layers.refusal(("serving", key), said, problem, fix))
+            serving[key] = None
 
 
 def _resolve(config: Config, path: Path, layers: Layers) -> Config:
@@ -282,7 +292,7 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
     """Returns a refusal for each value that is fine alone but contradicts another."""
     errors = []
     serving = config.serving
-    if serving.token_budget < serving.max_num_seqs:
+    if serving.token_budget is not None and serving.token_budget < serving.max_num_seqs:
         key = ("serving", "token_budget")
         problem = f"is less than serving.max_num_seqs = {serving.max_num_seqs}, so decodes would stall"
         fix = f"Set it to {serving.max_num_seqs} or more, or lower serving.max_num_seqs."

@@ -20,12 +20,14 @@ class DeploymentSettings:
         model_path: the model's directory, on every node.
         load_timeout_s: how long a rank may take to load.
         fingerprint: the digest of every file of the model, by its name; empty: ranks do not compare theirs.
+        stall_timeout_s: what the gateway allows every step; 0: it is not said.
     """
 
     plan: Plan
     model_path: str
     load_timeout_s: float
     fingerprint: Mapping[str, bytes] = field(default_factory=dict)
+    stall_timeout_s: float = 0.0
 
     def needed_bytes(self, shard: Shard) -> int:
         """Returns all that the rank's process takes on a CPU node: weights, KV blocks, workspace, and itself."""
@@ -51,6 +53,7 @@ class DeploymentSettings:
             max_context_tokens=self.plan.model.max_context_tokens,
             members=members,
             token=token if members else b"",
+            stall_timeout_s=self.stall_timeout_s,
             facts=worker_pb2.ModelFacts(
                 eos_token_ids=self.plan.model.eos_token_ids,
                 tied_embeddings=self.plan.model.tied_embeddings,

@@ -61,6 +61,7 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "ffn_columns": _range(part.ffn_columns),
             "vocab_rows": _range(part.vocab_rows),
             "block_slots": "" if part.stripe is None else _range(Span(part.stripe.start, part.stripe.stop)),
+            "token_budget": replica.limits.budget_words,
             "weights": weights,
             "kv": kv,
             "kv_tokens": shard.num_blocks * replica.limits.block_size,
@@ -70,7 +71,7 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
         sentence = (
             f"{replica.name} rank {shard.rank}: worker {worker}, {shard.device.name} of {place_of(checked, shard)}, "
             f"{shard.device.num_threads} thread(s): layers {_range(part.layers)} of {plan.model.num_layers}"
-            f"{heads}, {weights} of weights, {kv} of KV cache."
+            f"{heads}, {weights} of weights, {kv} of KV cache, token budget {replica.limits.budget_words}."
         )
         yield Said(event="plan", sentence=sentence, fields=fields)
 

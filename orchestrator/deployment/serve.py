@@ -145,6 +145,7 @@ def _settings(checked: Checked) -> DeploymentSettings:
         model_path=config.model.path,
         load_timeout_s=config.launch.load_timeout_s,
         fingerprint=checked.fingerprint,
+        stall_timeout_s=config.gateway.stall_timeout_s,
     )
 
 

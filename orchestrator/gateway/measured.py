@@ -1,7 +1,17 @@
-"""Writes what the ranks of a stage measured as messages of the Admin service. Pure."""
+"""Writes what the ranks of a stage, or a leader, measured as messages of the Admin service. Pure."""
 
 from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.worker.v1 import worker_pb2
+
+
+def step_budget(budget: worker_pb2.StepBudget) -> admin_pb2.StepBudget:
+    """Returns how large a replica's steps are, and how long they take."""
+    return admin_pb2.StepBudget(
+        token_budget=budget.token_budget,
+        is_auto=budget.is_auto,
+        expected_s=budget.expected_s,
+        steps=[admin_pb2.MeasuredStep(num_tokens=step.num_tokens, duration_s=step.duration_s) for step in budget.steps],
+    )
 
 
 def sums(measured: worker_pb2.StageMeasurements) -> list[admin_pb2.MeasuredSum]:

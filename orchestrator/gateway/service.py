@@ -201,6 +201,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         if leader is not None and leader.load is not None and leader.lost is None:
             rates = self._load_log.rates(replica.name, replica.epoch)
             message.load.CopyFrom(_load(leader.load, rates, age_s=leader.report_age_s))
+            message.budget.CopyFrom(measured.step_budget(leader.load.budget))
         return message
 
 

@@ -13,6 +13,8 @@ def set_limits(request: pb.LoadRequest, limits: ReplicaLimits) -> None:
     request.max_num_seqs = limits.max_num_seqs
     request.prefix_cache = limits.prefix_cache
     request.quantization = quantization_message(limits.quantization)
+    if limits.step_time_s is not None:
+        request.step_time_s = limits.step_time_s
 
 
 def read_limits(request: pb.LoadRequest) -> ReplicaLimits:
@@ -24,6 +26,7 @@ def read_limits(request: pb.LoadRequest) -> ReplicaLimits:
             max_num_seqs=request.max_num_seqs,
             prefix_cache=request.prefix_cache,
             quantization=read_quantization(request.quantization),
+            step_time_s=request.step_time_s if request.HasField("step_time_s") else None,
         )
     except InvalidConfig as error:
         field = error.field.removeprefix("serving.")

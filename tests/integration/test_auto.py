@@ -46,6 +46,7 @@ def test_a_model_too_large_for_each_worker_is_cut_by_measured_speed_and_answers(
     rates = {name: float(rate) for name, rate in (each.split() for each in split["weights_gb_per_s"].split(", "))}
     assert list(rates) == ["one", "two"] and min(rates.values()) > 0.05
     (replica,) = status.replicas
+    assert (replica.budget.token_budget, replica.budget.is_auto) == (64, False) and replica.budget.expected_s > 0
     for name, rank in zip(rates, replica.ranks, strict=True):
         share = rates[name] / sum(rates.values())
         assert rank.num_ffn_columns == pytest.approx(share * FFN_COLUMNS, abs=64), split

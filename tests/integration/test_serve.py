@@ -231,9 +231,13 @@ def test_status_shows_who_holds_what(service: Service) -> None:
     with orchestrator("status", "--address", service.address) as shown:
         assert shown.process.wait(timeout=PATIENCE_S) == 0
         output = shown.output()
-    (rank,) = status(service.address).replicas[0].ranks
-    assert f"replica=replica-0 state=READY epoch={status(service.address).replicas[0].epoch} rank=0" in output
-    assert f"pid={rank.pid}" in output and "device=cpu" in output
+    (replica,) = status(service.address).replicas
+    assert f"replica=replica-0 state=READY epoch={replica.epoch} rank=0" in output
+    assert f"pid={replica.ranks[0].pid}" in output and "device=cpu" in output
+    budget = replica.budget
+    assert f"event=step_budget replica=replica-0 token_budget={budget.token_budget} auto=true expected_s=" in output
+    assert 32 <= budget.token_budget <= 512 and budget.expected_s > 0 and budget.steps[0].num_tokens == 1
+    assert f'event=step_budget source="worker worker-0" token_budget={budget.token_budget}' in service.command.output()
 
 
 @pytest.mark.skipif((reason := missing_ss()) is not None, reason=reason or "")

@@ -31,7 +31,7 @@ from workers.collectives.gloo_group import GlooGroup
 from workers.collectives.group import COLLECTIVE_S, TensorGroup
 from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.rendezvous import LinkStore, SetUpFailed
-from workers.collectives.torch_group import Backend, TorchGroup
+from workers.collectives.torch_group import Backend, TorchGroup, let_backend_wait
 from workers.host.device import use_device
 from workers.transport.errors import PeerFailed
 
@@ -191,7 +191,7 @@ def _make(library: Library, store: LinkStore, group: TensorGroup, host: str, dev
     except (RuntimeError, OSError, ValueError) as error:  # gloo and NCCL raise RuntimeErrors of many kinds
         problem = cause_of(error)
     store.finish(problem)
-    backend._set_default_timeout(timedelta(seconds=COLLECTIVE_S + 1.0))  # longer than our own, which names a rank
+    let_backend_wait(backend, COLLECTIVE_S)
     return backend
 
 

@@ -152,6 +152,10 @@ class CompiledAllReduce:
         threads.run(self.function, arguments, 1)
         self._check()
 
+    def wait_at_most(self, timeout_s: float) -> None:
+        """Sets how long an all-reduce may take within the programs that begin from now on."""
+        self._program_limits = timeout_s, self._program_limits[1]
+
     def release(self) -> None:
         """Frees the memory for frames. Not while there are arguments that are still to be used."""
         self._frames, self._frame_bytes = [], 0

@@ -20,8 +20,8 @@ from workers.transport.link import Link
 from workers.transport.pulse import Pulse
 
 COLLECTIVE_S = 20.0
-"""How long a rank may wait for others that are alive. A step that hangs at one of them ends the replica, and that rank
-is named before the gateway gives the leader up, after ``gateway.stall_timeout_s``.
+"""How long a rank may wait for others that are alive, until the leader says by how long its steps take: see
+:mod:`workers.replica.patience`.
 """
 
 MOST_UNEVEN = 1.15
@@ -48,6 +48,7 @@ class TensorGroup:
         algorithms: the all-reduces, by the names that the table has for them.
         unchecked: the names of those whose messages have no checksums.
         device: the device of the tensors that they sum.
+        limit_s: how long a rank may wait for others that are alive.
     """
 
     device = torch.device("cpu")
@@ -69,6 +70,7 @@ class TensorGroup:
         self.pulse = pulse
         self.widths = widths
         self.algorithms: dict[str, AllReduce] = candidates(self.num_ranks)
+        self.limit_s = COLLECTIVE_S
         self._in_tiles = False
         self._compiled: CompiledAllReduce | None = None
         self.unchecked: set[str] = set()
@@ -97,7 +99,7 @@ class TensorGroup:
         if self._on_device is not None and partial.update.device == self.device:
             self._on_device.reduce(partial)
         elif partial.finish is not None and self.num_ranks > 1 and self._is_scattered(partial.update):
-            self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), COLLECTIVE_S)
+            self._run(lambda peers, _: reduce_and_finish(peers, partial), torch.empty(0), self.limit_s)
         else:
             self.all_reduce(partial.update)
 
@@ -130,7 +132,7 @@ class TensorGroup:
         compiled = self._compiled = CompiledAllReduce(
             rank=self.rank,
             links=self.links,
-            timeout_s=COLLECTIVE_S,
+            timeout_s=self.limit_s,
             num_tiles=self._num_tiles,
             alive=self.pulse.check,
             reason=self.pulse.reason,
@@ -149,6 +151,12 @@ class TensorGroup:
         self.table = table
         if self._compiled is not None:
             self._compiled.release()
+
+    def wait_at_most(self, limit_s: float) -> None:
+        """Sets ``limit_s`` for the collectives that begin from now on. Any thread may call it."""
+        self.limit_s = limit_s
+        if self._compiled is not None:
+            self._compiled.wait_at_most(limit_s)
 
     def _is_scattered(self, x: Tensor) -> bool:
         """Tells whether ``x`` is to be reduce-scattered and can be by rows: no rank may have many more than others."""
@@ -206,7 +214,7 @@ class TensorGroup:
 
     def run(self, algorithm: Callable[[Peers, Tensor], None], x: Tensor) -> None:
         """Runs one collective of all ranks on ``x``. Raises PeerFailed."""
-        self._run(algorithm, x, COLLECTIVE_S)
+        self._run(algorithm, x, self.limit_s)
 
     def _run(
         self,
@@ -230,7 +238,7 @@ class TensorGroup:
     @torch.inference_mode()
     def exchange(self, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> None:
         """Sends and receives contiguous tensors on the host, by rank. Raises PeerFailed."""
-        self._run(lambda peers, _: peers.move(sends, receives), torch.empty(0), COLLECTIVE_S)
+        self._run(lambda peers, _: peers.move(sends, receives), torch.empty(0), self.limit_s)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """Gathers the ranks' logits [R, V of the rank] at rank 0, as [R, V]; None elsewhere. Raises PeerFailed."""

@@ -8,7 +8,6 @@ from concurrent.futures import Future
 import torch
 
 from kernels.cpu.layers.partial import Partial
-from workers.collectives.group import COLLECTIVE_S
 from workers.collectives.torch_group import Backend, TorchGroup, Work
 from workers.transport.errors import PeerFailed
 from workers.transport.pulse import Pulse
@@ -45,7 +44,7 @@ class NcclGroup(TorchGroup):
         """Blocks the host until all sums are there. Raises PeerFailed."""
         torch.cuda.current_stream().wait_stream(self._side)
         event = torch.cuda.current_stream().record_event()
-        self._deadline_s = time.monotonic() + COLLECTIVE_S
+        self._deadline_s = time.monotonic() + self._limit_s
         try:
             while not event.query():
                 self._check()

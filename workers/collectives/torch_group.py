@@ -14,9 +14,9 @@ rest still comes, which takes two thirds of the time with 4 MB on one machine.
 Nothing is pickled: these are collectives of plain tensors, whose sizes all ranks know. The backend opens connections of
 its own while the group is set up, on the interface that the rank listens on; they have neither token nor checksum.
 
-A wait for a rank that is alive may take COLLECTIVE_S, but one for a rank that is lost should end with its pulse. A
-backend knows of no pulse, so waits are cut into short slices. A collective that hangs is left to a thread that keeps it
-until it ends.
+A wait for a rank that is alive may take as long as :meth:`TorchGroup.wait_at_most` says, but one for a rank that is
+lost should end with its pulse. A backend knows of no pulse, so waits are cut into short slices. A collective that hangs
+is left to a thread that keeps it until it ends.
 """
 
 import time
@@ -79,6 +79,11 @@ class Backend(Protocol):
         """Ends a backend that hangs."""
 
 
+def let_backend_wait(backend: Backend, limit_s: float) -> None:
+    """Has a backend give up a second later than a rank's own wait of ``limit_s``, which names a rank."""
+    backend._set_default_timeout(timedelta(seconds=limit_s + 1.0))
+
+
 class TorchGroup(ABC):
     """A :class:`workers.model.group.Group` over a backend of torch.distributed. For one thread at a time.
 
@@ -102,6 +107,12 @@ class TorchGroup(ABC):
         self._backend: Backend | None = backend
         self._last: Work | None = None
         self._deadline_s = 0.0
+        self._limit_s = COLLECTIVE_S
+        self._backend_limit_s = COLLECTIVE_S
+
+    def wait_at_most(self, limit_s: float) -> None:
+        """Sets how long this rank waits for others that are alive, in collectives that begin from now on."""
+        self._limit_s = limit_s
 
     @property
     def num_ranks(self) -> int:
@@ -207,12 +218,15 @@ class TorchGroup(ABC):
 
     def _run(self, start: Callable[[Backend], Work]) -> None:
         """Starts a collective and waits for it. Where it raises PeerFailed, the group has ended."""
-        backend = self._running()
+        backend, limit_s = self._running(), self._limit_s
+        if limit_s != self._backend_limit_s:
+            let_backend_wait(backend, limit_s)
+            self._backend_limit_s = limit_s
         try:
             work = self._last = start(backend)
         except RuntimeError as error:  # NCCL checks its connections here
             raise self._broken(error) from error
-        self._deadline_s = time.monotonic() + COLLECTIVE_S
+        self._deadline_s = time.monotonic() + limit_s
         try:
             self._finish(work)
         except PeerFailed:

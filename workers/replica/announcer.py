@@ -42,7 +42,7 @@ class Announcer:
         """``timeout_s`` is how long a rank may take to accept an announcement."""
         self._links = tuple(links)
         self._pulse = pulse
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()  # guards what follows, and the order of frames
         self._queue: deque[_Announcement] = deque()
         self._thread: threading.Thread | None = None
@@ -61,7 +61,7 @@ class Announcer:
                 self._failure = error
                 return
             if unsent:
-                self._enqueue(_Announcement(frames=unsent, deadline_s=time.monotonic() + self._timeout_s))
+                self._enqueue(_Announcement(frames=unsent, deadline_s=time.monotonic() + self.timeout_s))
 
     def check(self) -> None:
         """Raises what kept an announcement from being sent; PeerFailed where a rank was lost or is too slow."""

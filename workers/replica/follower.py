@@ -94,8 +94,16 @@ class Follower:
         executor: ThreadPoolExecutor,
         vocab_size: int,
         slot_limit: int,
+        wait_at_most: Callable[[float], None] = lambda _: None,
     ) -> None:
-        """``leader`` is the STEPS link to the leader. ``executor`` has the one thread that computes."""
+        """Makes the loop; whoever makes it starts ``thread``.
+
+        Args:
+            leader: the STEPS link to the leader.
+            executor: has the one thread that computes.
+            wait_at_most: is told how long this rank may wait for others, where the leader says so.
+        """
+        self._wait_at_most = wait_at_most
         self._runner = runner
         self._task = task
         self._leader = leader
@@ -146,6 +154,8 @@ class Follower:
             raise self._pulse.reason(error) from error
         except DecodeError as error:
             raise BadFrame("a STEP frame holds no step") from error
+        if message.wait_s > 0:
+            self._wait_at_most(message.wait_s)
         number, self.num_steps = self.num_steps, self.num_steps + 1
         return step_batch(message, number=number, vocab_size=self._vocab_size, slot_limit=self._slot_limit)
 

@@ -87,6 +87,7 @@ class Followers:
         self._begins = dict(begins)
         self._pulse = pulse
         self._timeout_s = timeout_s
+        self._wait_s = 0.0
         self._num_announced = 0
         self._announcer = Announcer(links=tuple(steps.values()), pulse=pulse, timeout_s=timeout_s)
 
@@ -97,8 +98,13 @@ class Followers:
         :meth:`begin` and :meth:`check`.
         """
         number, self._num_announced = self._num_announced, self._num_announced + 1
-        self._announcer.send(Kind.STEP, memoryview(step_message(batch, number).SerializeToString()))
+        message = step_message(batch, number, wait_s=self._wait_s)
+        self._announcer.send(Kind.STEP, memoryview(message.SerializeToString()))
         return number
+
+    def wait_at_most(self, limit_s: float) -> None:
+        """Sets how long a rank may take to accept a frame, and tells all with the next step how long they may wait."""
+        self._timeout_s = self._wait_s = self._announcer.timeout_s = limit_s
 
     def begin(self, number: int, token_ids: Sequence[int]) -> None:
         """Has the ranks begin a whole step, given the tokens that it awaited. Raises as :meth:`begin_part` does."""

@@ -25,6 +25,7 @@ from workers.engine.types import Runner
 from workers.replica.follower import Follower, StageTask
 from workers.replica.followers import Followers
 from workers.replica.overlap import measure_overlap
+from workers.replica.patience import UNMEASURED_S, PatientRunner
 from workers.replica.pipeline import PipelineRunner
 from workers.replica.roster import Roster
 from workers.replica.stages import FirstStage, LaterStage, StageLinks
@@ -119,6 +120,7 @@ class Membership:
 
         Raises PeerFailed, and what ``go_on`` raises.
         """
+        self.wait_at_most(UNMEASURED_S)
         enter(pb.LOAD_PHASE_COMPILE)
         self.group.compile_all_reduce()  # before the barrier, where ranks wait for each other without a deadline
         enter(pb.LOAD_PHASE_CONNECT)
@@ -204,12 +206,22 @@ class Membership:
         self._followers = Followers(steps=self.steps, begins=begins, pulse=self.pulse)
         return self._followers
 
-    def leading(self, runner: ModelRunner, followers: Followers, device: torch.device) -> Runner:
+    def leading(self, runner: ModelRunner, followers: Followers, device: torch.device) -> PatientRunner:
         """Returns what runs the steps of the leader's engine, given the runner of the leader's own part."""
-        if len(self._roster.stages) == 1:
-            return runner
-        links = self._stage_links(runner)
-        return PipelineRunner(runner=runner, followers=followers, group=self.group, links=links, device=device)
+        leading: Runner = runner
+        if len(self._roster.stages) > 1:
+            links = self._stage_links(runner)
+            leading = PipelineRunner(runner=runner, followers=followers, group=self.group, links=links, device=device)
+        return PatientRunner(leading, self.wait_at_most)
+
+    def wait_at_most(self, limit_s: float) -> None:
+        """Sets how long this rank waits for others that are alive; a leader tells the others, with the next step."""
+        for group in (self._everyone, self.group):
+            group.wait_at_most(limit_s)
+        if self._torch is not None:
+            self._torch.wait_at_most(limit_s)
+        if self._followers is not None:
+            self._followers.wait_at_most(limit_s)
 
     def follower(
         self,
@@ -229,6 +241,7 @@ class Membership:
             executor=executor,
             vocab_size=vocab_size,
             slot_limit=slot_limit,
+            wait_at_most=self.wait_at_most,
         )
 
     def _task(self, runner: ModelRunner, device: torch.device) -> StageTask:
@@ -245,6 +258,7 @@ class Membership:
             source=source,
             targets=[links[rank] for rank in self._roster.targets],
             pulse=self.pulse,
+            group=self.group,
             hidden_size=runner.hidden_size,
             dtype=runner.dtype,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.collectives.algorithms import broadcast, payload
-from workers.collectives.group import COLLECTIVE_S, TensorGroup
+from workers.collectives.group import TensorGroup
 from workers.replica.follower import PreparedSteps
 from workers.replica.followers import BeginMessage, StepPart
 from workers.step.runner import ModelRunner
@@ -28,9 +28,22 @@ class StageLinks:
     """A rank's links with the stages before and after its own. One thread may send while another receives."""
 
     def __init__(
-        self, *, source: Link | None, targets: Sequence[Link], pulse: Pulse, hidden_size: int, dtype: torch.dtype
+        self,
+        *,
+        source: Link | None,
+        targets: Sequence[Link],
+        pulse: Pulse,
+        group: TensorGroup,
+        hidden_size: int,
+        dtype: torch.dtype,
     ) -> None:
-        """``source`` leads to the rank that this one receives from, ``targets`` to those that it sends to."""
+        """Takes the links, and a group that says how long this rank may wait for others.
+
+        Args:
+            source: leads to the rank that this one receives from.
+            targets: lead to those that it sends to.
+        """
+        self._group = group
         self._source = source
         self._targets = targets
         self._pulse = pulse
@@ -45,7 +58,7 @@ class StageLinks:
         """Sends hidden states [rows, E] to the stage after this one. Raises PeerFailed."""
         on_host = x.cpu().contiguous()
         transfers = [Transfer(link=link, send=payload(on_host)) for link in self._targets]
-        self._move(transfers, COLLECTIVE_S, self._pulse.check)
+        self._move(transfers, self._group.limit_s, self._pulse.check)
 
     def receive(self, num_rows: int, alive: Callable[[], None] | None = None) -> Tensor:
         """Receives hidden states [rows, E] on the host, however long that takes. Raises PeerFailed.

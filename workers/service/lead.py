@@ -12,6 +12,7 @@ import grpc
 from placement.errors import HeterodyneError, cause_of
 from placement.serving.admission import repeated
 from placement.serving.events import EndReason
+from placement.serving.token_budget import StepBudget
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
@@ -37,8 +38,18 @@ class LeaderStream:
         fenced_messages: how many messages were refused because they carried another epoch.
     """
 
-    def __init__(self, *, engine: Engine, grammars: GrammarCompiler, epoch: int, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        grammars: GrammarCompiler,
+        epoch: int,
+        outbox: Outbox,
+        budget: StepBudget | None = None,
+    ) -> None:
+        """``budget`` is that of the engine's steps, which every load report has."""
         self._engine = engine
+        self._budget = budget
         self._grammars = grammars
         self._compiling: dict[int, asyncio.Task[None]] = {}
         self._epoch = epoch
@@ -120,7 +131,7 @@ class LeaderStream:
     async def _beat(self) -> None:
         """Sends a load report every heartbeat, for as long as the stream lasts."""
         while True:
-            report = wire.load_report(self._engine.load, fenced_messages=self.fenced_messages)
+            report = wire.load_report(self._engine.load, fenced_messages=self.fenced_messages, budget=self._budget)
             self._send(pb.LeadResponse(load=report))
             await asyncio.sleep(HEARTBEAT_S)
 

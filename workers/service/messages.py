@@ -7,6 +7,7 @@ from dataclasses import replace
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason, LoadSnapshot
+from placement.serving.token_budget import StepBudget
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Output, StepStats, Stopping, Submission
 from workers.sampling.grammar import GrammarSpec, InvalidGrammar
@@ -186,8 +187,8 @@ def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
     )
 
 
-def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
-    """Returns the message by which the heartbeat carries the engine's figures."""
+def load_report(load: LoadSnapshot, *, fenced_messages: int, budget: StepBudget | None = None) -> pb.LoadReport:
+    """Returns the message by which the heartbeat carries the engine's figures, and the ``budget`` of its steps."""
     return pb.LoadReport(
         steps=load.steps,
         num_running=load.num_running,
@@ -201,4 +202,14 @@ def load_report(load: LoadSnapshot, *, fenced_messages: int) -> pb.LoadReport:
         fenced_messages=fenced_messages,
         prefix_queries=load.prefix_queries,
         prefix_hits=load.prefix_hits,
+        budget=None if budget is None else _budget(budget),
+    )
+
+
+def _budget(budget: StepBudget) -> pb.StepBudget:
+    return pb.StepBudget(
+        token_budget=budget.token_budget,
+        is_auto=budget.is_auto,
+        expected_s=budget.expected_s,
+        steps=[pb.MeasuredStep(num_tokens=step.num_tokens, duration_s=step.duration_s) for step in budget.times.steps],
     )

@@ -152,7 +152,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             weight_bytes=loaded.weight_bytes if loaded else 0,
             kv_bytes=loaded.kv_bytes if loaded else 0,
             num_threads=torch.get_num_threads(),
-            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages)
+            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages, budget=loaded.budget)
             if loaded and loaded.engine
             else None,
         )
@@ -176,7 +176,13 @@ class WorkerService(pb_grpc.WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
             self._grammars = GrammarCompiler(grammars)
-        stream = LeaderStream(engine=engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
+        stream = LeaderStream(
+            engine=engine,
+            grammars=self._grammars,
+            epoch=self._epoch,
+            outbox=Outbox(),
+            budget=self._loaded.budget,
+        )
         self._streams.add(stream)
         try:
             await stream.run(request_iterator, context.write)

@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.protocol import Kernels
 from kernels.select import kernels_for, why_rounded_is_slow
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
+from placement.measured.patience import Patience
 from placement.model.part import Part
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
@@ -22,6 +23,7 @@ from placement.serving.admission import Limits
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
+from placement.serving.token_budget import StepBudget, budget_of
 from protos.codec.limits import read_limits
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -33,12 +35,13 @@ from workers.model.kv_cache import KVCache, allocate_kv_cache, kv_cache_bytes
 from workers.replica.follower import Follower
 from workers.replica.followers import Followers
 from workers.replica.membership import Membership
+from workers.replica.patience import STALL_TIMEOUT_S, PatientRunner
 from workers.replica.roster import Roster
 from workers.sampling.grammar import GrammarFactory
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
-from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, warm_up
+from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, log_budget, warm_up
 from workers.step.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Loaded:
         grammars: compiles the grammars of a leader; None at other ranks.
         follower: the loop of any other rank; None at the leader.
         membership: its connections with other ranks; None where the replica has one rank alone.
+        budget: the token budget of a leader's steps, and what it measured; None at other ranks.
     """
 
     weight_bytes: int
@@ -66,6 +70,7 @@ class Loaded:
     grammars: GrammarFactory | None = None
     follower: Follower | None = None
     membership: Membership | None = None
+    budget: StepBudget | None = None
 
     @property
     def loop(self) -> Engine | Follower:
@@ -174,18 +179,36 @@ class LoadJob:
         leading: Runner = runner
         if membership is not None and followers is not None:
             leading = membership.leading(runner, followers, self._device.torch_device)
-        executor.submit(warm_up, leading, model=checked.model, request=self._request).result()
-        self._enter(pb.LOAD_PHASE_WARM_UP)  # the first steps have compiled what was not there yet
+        budget = self._warm_up(checked, leading, executor)
         if membership is None:  # the all-reduces of several ranks cannot be part of a graph
             self._capture(runner, executor)
         num_stages = len(checked.roster.stages)
         return Loaded(
-            engine=build_engine(leading, executor, request=self._request, model=checked.model, num_stages=num_stages),
+            engine=build_engine(
+                leading,
+                executor,
+                request=self._request,
+                model=checked.model,
+                num_stages=num_stages,
+                token_budget=budget.token_budget,
+            ),
             grammars=grammars,
             membership=membership,
+            budget=budget,
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_bytes,
         )
+
+    def _warm_up(self, checked: CheckedLoad, leading: Runner, executor: ThreadPoolExecutor) -> StepBudget:
+        """Runs the first steps of the whole replica, and chooses the token budget by what they took."""
+        times = executor.submit(warm_up, leading, model=checked.model, request=self._request).result()
+        self._enter(pb.LOAD_PHASE_WARM_UP)  # the first steps have compiled what was not there yet
+        budget = budget_of(checked.limits, times)
+        if isinstance(leading, PatientRunner):
+            floor_s = self._request.stall_timeout_s or STALL_TIMEOUT_S
+            leading.patience = Patience(floor_s=floor_s, expected_s=budget.expected_s)
+        log_budget(budget)
+        return budget
 
     def _warn_of_slow_weights(self, checked: CheckedLoad) -> None:
         """Says so where weights of fewer bits save memory alone and cost time."""
@@ -308,16 +331,24 @@ def num_slots(request: pb.LoadRequest, part: Part) -> int:
 
 
 def build_engine(
-    runner: Runner, executor: ThreadPoolExecutor, *, request: pb.LoadRequest, model: ModelSpec, num_stages: int = 1
+    runner: Runner,
+    executor: ThreadPoolExecutor,
+    *,
+    request: pb.LoadRequest,
+    model: ModelSpec,
+    num_stages: int = 1,
+    token_budget: int | None = None,
 ) -> Engine:
-    """Builds the engine of a leader, which is not started yet."""
+    """Builds the engine of a leader, which is not started yet. ``token_budget`` replaces that of ``request``."""
     limits = read_limits(request)
     settings = CoreSettings(
         limits=Limits(
             max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=limits.block_size
         ),
         steps=SchedulerLimits(
-            token_budget=limits.token_budget, max_num_seqs=limits.max_num_seqs, num_batches=num_stages
+            token_budget=token_budget or limits.token_budget,
+            max_num_seqs=limits.max_num_seqs,
+            num_batches=num_stages,
         ),
         num_blocks=request.num_blocks,
         prefix_cache=limits.prefix_cache,

@@ -1,5 +1,6 @@
 """Makes the thread that executes steps, and warms it up before the first request."""
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -7,8 +8,11 @@ import torch
 
 from kernels import reference
 from kernels.protocol import Kernels
+from placement.measured.step_times import StepTimes, is_believed, next_size, seconds
 from placement.model.specs import ModelSpec
 from placement.planning.memory import graphed_tokens
+from placement.serving.token_budget import StepBudget
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.types import Runner
 from workers.host.cores import claim_cores
@@ -17,6 +21,8 @@ from workers.sampling.sampling import SamplerState, SamplingParams
 from workers.step.graphs import Capture, CudaCapture
 from workers.step.runner import ModelRunner
 from workers.step.types import Batch, SequenceInput
+
+logger = logging.getLogger(__name__)
 
 
 def executing_thread(device: Device, count: int = 1) -> ThreadPoolExecutor:
@@ -41,19 +47,56 @@ def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
     return CudaCapture(device)
 
 
-def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> None:
-    """Runs one prefill and one decode, so that the first request does not pay for first-touch and thread start."""
-    num_slots = request.num_blocks * request.block_size
-    num_tokens = min(request.token_budget, num_slots - 1, model.max_context_tokens - 1)
-    for start, count in ((0, num_tokens), (num_tokens, 1)) if num_tokens > 0 else ():
-        sequence = SequenceInput(
-            token_ids=[0] * count,
-            start=start,
-            runs=((0, start + count),),
-            sampler=SamplerState(SamplingParams(), ()),
-            samples=True,
-        )
-        runner.prepare(Batch(sequences=(sequence,)))()
+def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> StepTimes:
+    """Runs steps of growing size before the first request, and returns how long they take.
+
+    So the first request does not pay for compiled code, first-touch and thread start. The first step has one token;
+    see :func:`placement.measured.step_times.next_size` for the others, which the time of those before them bounds. The
+    last is a decode behind the largest chunk.
+    """
+    most_tokens = min(request.token_budget, request.num_blocks * request.block_size - 1, model.max_context_tokens - 1)
+    step_time_s = request.step_time_s if request.HasField("step_time_s") else None
+    times, spent_s, size = StepTimes(), 0.0, 0
+    while (
+        following := next_size(times, most_tokens=most_tokens, spent_s=spent_s, step_time_s=step_time_s)
+    ) is not None:
+        size = following
+        duration_s = _run(runner, start=0, num_tokens=size)
+        if not is_believed(times, size, duration_s, step_time_s=step_time_s):
+            again_s = _run(runner, start=0, num_tokens=size)
+            duration_s = min(duration_s, again_s)
+            spent_s += again_s
+        spent_s += duration_s
+        times = times.with_step(size, duration_s)
+    if size:
+        _run(runner, start=size, num_tokens=1)
+    return times
+
+
+def log_budget(budget: StepBudget) -> None:
+    """Logs how large steps are at the most, and how long such a step takes."""
+    cause = "by what was measured" if budget.is_auto else "as set"
+    extra = said(
+        "step_budget",
+        token_budget=budget.token_budget,
+        auto=budget.is_auto,
+        expected_s=round(budget.expected_s, 4),
+        measured=str(budget.times),
+    )
+    words = "A step has at most %d tokens, %s; so many take about %s s."
+    logger.info(words, budget.token_budget, cause, seconds(budget.expected_s), extra=extra)
+
+
+def _run(runner: Runner, *, start: int, num_tokens: int) -> float:
+    """Runs a step of one sequence, which has ``start`` tokens before it, and returns its seconds."""
+    sequence = SequenceInput(
+        token_ids=[0] * num_tokens,
+        start=start,
+        runs=((0, start + num_tokens),),
+        sampler=SamplerState(SamplingParams(), ()),
+        samples=True,
+    )
+    return runner.prepare(Batch(sequences=(sequence,)))().duration_s
 
 
 def capture_decodes(runner: ModelRunner, request: pb.LoadRequest, capture: Capture) -> None:

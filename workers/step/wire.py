@@ -18,8 +18,12 @@ _EXCHANGES = {
 _EXCHANGE_OF = {number: exchange for exchange, number in _EXCHANGES.items()}
 
 
-def step_message(batch: Batch, number: int) -> pb.Step:
-    """Makes the message of what other ranks must know of a batch. How tokens are sampled is no part of it."""
+def step_message(batch: Batch, number: int, *, wait_s: float = 0.0) -> pb.Step:
+    """Makes the message of what other ranks must know of a batch. How tokens are sampled is no part of it.
+
+    Args:
+        wait_s: how long ranks may wait for each other from this step on; 0: as before.
+    """
     return pb.Step(
         number=number,
         sequences=map(_sequence_message, batch.sequences),
@@ -33,6 +37,7 @@ def step_message(batch: Batch, number: int) -> pb.Step:
             for span in batch.shared
         ],
         exchange=_EXCHANGES[batch.exchange],
+        wait_s=wait_s,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import grpc
 
 from orchestrator.gateway.fleet.inbox import Inbox, Loss, Lost, Rounds
+from placement.measured.patience import Patience
 from placement.serving.routing import ReplicaLoad
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -33,7 +34,8 @@ class LeaderLimits:
 
     Attributes:
         heartbeat_timeout_s: after this long without any message.
-        stall_timeout_s: after this long with running sequences and no step finished.
+        stall_timeout_s: after this long with running sequences and no step finished, where steps are not so slow that
+            :class:`placement.measured.patience.Patience` allows more.
     """
 
     heartbeat_timeout_s: float
@@ -84,6 +86,7 @@ class Leader:
         self._reported_once_tokens = 0
         self._silent_s = 0.0
         self._stalled_s = 0.0
+        self._patience = Patience(floor_s=limits.stall_timeout_s)
         self._inboxes: dict[int, Inbox] = {}
         self._outbox: asyncio.Queue[pb.LeadRequest | None] = asyncio.Queue()
 
@@ -199,8 +202,8 @@ class Leader:
             self._silent_s += tick_s
             if self.load is not None and self.load.num_running:
                 self._stalled_s += tick_s
-            if self._stalled_s >= self._limits.stall_timeout_s:
-                return Lost(cause=f"no step finished for {self._limits.stall_timeout_s:g} s", kind=Loss.STALLED)
+            if self._stalled_s >= self._patience.limit_s:
+                return Lost(cause=self._patience.stall_words(), kind=Loss.STALLED)
         return Lost(cause=f"no heartbeat for {self._limits.heartbeat_timeout_s:g} s", kind=Loss.NO_HEARTBEAT)
 
     async def _requests(self) -> AsyncIterator[pb.LeadRequest]:
@@ -225,6 +228,7 @@ class Leader:
         computed = step.num_tokens > 0  # others only tell of sequences that ended between steps
         if computed:
             self._stalled_s = 0.0
+            self._patience = self._patience.after(step.duration_s)
         inboxes = []
         for output in step.sequences:
             # A sequence that was cancelled a moment ago has no inbox any more.
@@ -238,6 +242,7 @@ class Leader:
 
     def _take_report(self, load: pb.LoadReport, on_change: Callable[[], None]) -> None:
         before, self.load = self.load, load
+        self._patience = self._patience.expecting(load.budget.expected_s)
         self._reported_s = time.monotonic()
         # The report may be older than the last submissions: each counts until the second report after it.
         self._reported_once_tokens, self._unreported_tokens = self._unreported_tokens, 0

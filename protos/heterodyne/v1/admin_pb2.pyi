@@ -372,6 +372,66 @@ class ReplicaLoad(_message.Message):
 Global___ReplicaLoad: _TypeAlias = ReplicaLoad  # noqa: Y015
 
 @_typing.final
+class StepBudget(_message.Message):
+    """How large a replica's steps are at the most, and how long some were measured to take before the first request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    IS_AUTO_FIELD_NUMBER: _builtins.int
+    EXPECTED_S_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    token_budget: _builtins.int
+    is_auto: _builtins.bool
+    """It was chosen by the measurements; else it was set."""
+    expected_s: _builtins.float
+    """What a step of so many tokens is expected to take; 0 where nothing was measured."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredStep]:
+        """By tokens, ascending."""
+
+    def __init__(
+        self,
+        *,
+        token_budget: _builtins.int = ...,
+        is_auto: _builtins.bool = ...,
+        expected_s: _builtins.float = ...,
+        steps: _abc.Iterable[Global___MeasuredStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_s", b"expected_s", "is_auto", b"is_auto", "steps", b"steps", "token_budget", b"token_budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepBudget: _TypeAlias = StepBudget  # noqa: Y015
+
+@_typing.final
+class MeasuredStep(_message.Message):
+    """A step of one size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    duration_s: _builtins.float
+    """What it took, through all ranks of the replica."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredStep: _TypeAlias = MeasuredStep  # noqa: Y015
+
+@_typing.final
 class ReplicaStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -381,6 +441,7 @@ class ReplicaStatus(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___ReplicaState.ValueType
     epoch: _builtins.int
@@ -390,6 +451,10 @@ class ReplicaStatus(_message.Message):
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]: ...
     @_builtins.property
     def load(self) -> Global___ReplicaLoad: ...
+    @_builtins.property
+    def budget(self) -> Global___StepBudget:
+        """Absent until its leader first reports."""
+
     def __init__(
         self,
         *,
@@ -399,13 +464,19 @@ class ReplicaStatus(_message.Message):
         cause: _builtins.str = ...,
         ranks: _abc.Iterable[Global___RankStatus] | None = ...,
         load: Global___ReplicaLoad | None = ...,
+        budget: Global___StepBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_load", b"_load", "budget", b"budget", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "cause", b"cause", "epoch", b"epoch", "load", b"load", "name", b"name", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_load", b"_load", "budget", b"budget", "cause", b"cause", "epoch", b"epoch", "load", b"load", "name", b"name", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
+    _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
     _WhichOneofReturnType__load: _TypeAlias = _typing.Literal["load"]  # noqa: Y015
     _WhichOneofArgType__load: _TypeAlias = _typing.Literal["_load", b"_load"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__load) -> _WhichOneofReturnType__load | None: ...
 
 Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015

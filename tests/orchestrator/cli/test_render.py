@@ -54,6 +54,53 @@ def status() -> admin_pb2.GetStatusResponse:
     )
 
 
+BUDGET = admin_pb2.StepBudget(
+    token_budget=128,
+    is_auto=True,
+    expected_s=0.4123,
+    steps=[
+        admin_pb2.MeasuredStep(num_tokens=1, duration_s=0.1),
+        admin_pb2.MeasuredStep(num_tokens=128, duration_s=0.4123),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (BUDGET, "replica-0: token budget 128 (auto: 0.41 s a step)"),
+        (admin_pb2.StepBudget(token_budget=256, expected_s=25.6), "replica-0: token budget 256 (26 s a step)"),
+        (admin_pb2.StepBudget(token_budget=256), "replica-0: token budget 256"),
+    ],
+)
+def test_a_terminal_shows_how_large_steps_are_and_how_long_they_take(budget: admin_pb2.StepBudget, words: str) -> None:
+    shown, replicas = console(terminal=True), status()
+    replicas.replicas[0].budget.CopyFrom(budget)
+    print_status(shown, replicas)
+    assert [line.rstrip() for line in output(shown).splitlines() if "token budget" in line] == [words]
+
+
+def test_programs_read_how_large_steps_are_and_what_was_measured() -> None:
+    replicas = status()
+    assert not any("step_budget" in replica for replica in status_document(replicas)["replicas"]), "nothing is known"
+    replicas.replicas[0].budget.CopyFrom(BUDGET)
+    assert status_document(replicas)["replicas"][0]["step_budget"] == {
+        "token_budget": 128,
+        "auto": True,
+        "expected_s": 0.4123,
+        "measured": [{"num_tokens": 1, "duration_s": 0.1}, {"num_tokens": 128, "duration_s": 0.4123}],
+    }
+    (line,) = [line for line in status_lines(replicas) if "event=step_budget" in line]
+    assert line == "event=step_budget replica=replica-0 token_budget=128 auto=true expected_s=0.4123"
+    assert [line for line in status_lines(replicas, measured=True) if "event=step " in line] == [
+        "event=step replica=replica-0 num_tokens=1 duration_s=0.100000",
+        "event=step replica=replica-0 num_tokens=128 duration_s=0.412300",
+    ]
+    shown = console(terminal=True)
+    print_status(shown, replicas, measured=True)
+    assert "412.300 ms" in output(shown)
+
+
 def console(*, terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=240, color_system=None)
 

@@ -30,6 +30,14 @@ def test_defaults_fill_everything_but_the_model_path(tmp_path: Path) -> None:
     assert config.telemetry.prometheus_address is None
 
 
+def test_steps_are_sized_by_their_time_unless_a_size_is_set(tmp_path: Path) -> None:
+    serving = load(tmp_path, MINIMAL).serving
+    assert (serving.token_budget, serving.step_time_s) == (None, 0.5)
+    for text, budget in (("auto", None), ("null", None), ("48", 48)):
+        assert load(tmp_path, MINIMAL + f"serving: {{token_budget: {text}}}\n").serving.token_budget == budget
+    assert load(tmp_path, MINIMAL, HETERODYNE_SERVING__TOKEN_BUDGET="auto").serving.token_budget is None
+
+
 @pytest.mark.parametrize(("text", "size"), [("auto", None), ("null", None), ("64MiB", 2**26), ("64 MiB", 2**26)])
 def test_the_kv_cache_is_a_size_or_auto(tmp_path: Path, text: str, size: int | None) -> None:
     assert load(tmp_path, MINIMAL + f"serving: {{kv_cache: {text}}}\n").serving.kv_cache == size
@@ -183,6 +191,15 @@ def test_worker_counts_expand_to_one_entry_a_replica(tmp_path: Path) -> None:
             "serving.token_budget", 16,
             "is less than serving.max_num_seqs = 32, so decodes would stall, on line 3",
             "Set it to 32 or more, or lower serving.max_num_seqs.",
+        ),
+        (
+            MINIMAL + "serving: {token_budget: few}\n",
+            "serving.token_budget", "few", "is neither auto nor a whole number, on line 3",
+            "Write auto, or a number without quotes or unit.",
+        ),
+        (
+            MINIMAL + "serving: {step_time_s: 0}\n",
+            "serving.step_time_s", 0, "is below 0.001, on line 3", "Set it to 0.001 or more.",
         ),
         (
             MINIMAL + "telemetry: {prometheus_address: '0.0.0.0:50051'}\n",

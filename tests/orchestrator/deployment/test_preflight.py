@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,24 @@ def test_by_default_the_kv_cache_holds_all_that_sequences_can_use(model: Path) -
     rank, said = lines(checked)
     assert rank.endswith("kv_tokens=192 kv_sized_by=sequences")
     assert said == "event=context context_tokens=64 model_context_tokens=64"
+
+
+@pytest.mark.parametrize(
+    ("serving", "workers", "budget", "step_time_s", "words"),
+    [
+        ({}, [{}], 512, 0.5, '"auto (at most 512)"'),
+        ({"step_time_s": 0.25, "max_num_seqs": 700}, [{}], 700, 0.25, '"auto (at most 700)"'),
+        ({}, [{"device": "cuda:0", "memory": "20GiB"}], 2048, 0.5, '"auto (at most 2048)"'),
+        ({"token_budget": 64}, [{}], 64, None, "64"),
+    ],
+)
+def test_memory_is_planned_for_the_budget_that_is_set_or_the_most_that_can_be_chosen(
+    model: Path, serving: dict[str, Any], workers: list[dict[str, Any]], budget: int, step_time_s: float, words: str
+) -> None:
+    checked = check(model, serving=serving, cluster={"workers": workers})
+    limits = checked.plan.replicas[0].limits
+    assert (limits.token_budget, limits.step_time_s) == (budget, step_time_s)
+    assert f" token_budget={words} " in lines(checked)[0]
 
 
 def test_a_context_that_is_less_than_the_models_is_said_with_what_gives_more(model: Path) -> None:

@@ -5,7 +5,6 @@ from placement.serving.kv.blocks import BlockPool
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
-from placement.serving.token_budget import choose_token_budget
 
 
 def make_scheduler(num_blocks: int = 100, block_size: int = 4, budget: int = 16, seqs: int = 8) -> Scheduler:
@@ -321,20 +320,3 @@ def test_request_that_fits_exactly_is_taken() -> None:
     while sequence.num_output_tokens < 8:
         step(scheduler)
     assert scheduler.num_running == 0 and scheduler.num_preemptions == 0
-
-
-PROFILE = [(128, 0.010), (256, 0.018), (257, 0.024), (384, 0.026), (512, 0.034), (500, 0.030)]
-
-
-@pytest.mark.parametrize(
-    ("objective_s", "budget"),
-    [
-        (0.018, 256),  # meets it exactly
-        (0.0259, 256),  # 257 would meet it, but is not aligned
-        (0.030, 384),  # so would 500
-        (1.0, 512),  # nothing beyond what was measured
-        (0.001, 128),  # nothing meets it: the smallest tile
-    ],
-)
-def test_token_budget_is_the_largest_aligned_size_within_the_objective(objective_s: float, budget: int) -> None:
-    assert choose_token_budget(PROFILE, objective_s, 128) == budget

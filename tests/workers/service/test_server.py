@@ -40,7 +40,11 @@ async def test_load_reports_progress_and_serves(llama_checkpoint: Any) -> None:
         described = await stub.Describe(pb.DescribeRequest(epoch=EPOCH))
         assert (described.pid, described.device, described.phase) == (worker.pid, "cpu", pb.LOAD_PHASE_READY)
         assert described.kv_bytes == 2 * 2 * 2 * 64 * 8 * 16 * 4, "K and V, layers, heads, slots, head dim, float32"
+        budget = described.load.budget
+        assert (budget.token_budget, budget.is_auto) == (32, False) and budget.expected_s > 0
+        assert [step.num_tokens for step in budget.steps] == [1, 2, 4, 8, 16, 32]
         call = stub.Lead()
+        assert (await until(call, "load")).budget == budget
         await call.write(submit(max_tokens=6))
         answer = await outputs(call, 1)
         assert [output.index for output in answer] == list(range(6))

@@ -283,6 +283,8 @@ class LoadRequest(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    STEP_TIME_S_FIELD_NUMBER: _builtins.int
+    STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     model_path: _builtins.str
     """A directory in the Hugging Face layout, as the worker's node sees it."""
@@ -298,6 +300,12 @@ class LoadRequest(_message.Message):
     quantization: Global___Quantization.ValueType
     token: _builtins.bytes
     """32 bytes that only the ranks of this incarnation know: what they say when they connect with each other."""
+    step_time_s: _builtins.float
+    """How long a step may take: the leader chooses the token budget by it, and by what it measures, up to token_budget.
+    Absent: token_budget is the one to serve with.
+    """
+    stall_timeout_s: _builtins.float
+    """What the gateway allows every step before it gives the replica up; ranks wait for each other by it. 0: not said."""
     @_builtins.property
     def shard(self) -> Global___Shard: ...
     @_builtins.property
@@ -325,12 +333,16 @@ class LoadRequest(_message.Message):
         members: _abc.Iterable[Global___Member] | None = ...,
         token: _builtins.bytes = ...,
         facts: Global___ModelFacts | None = ...,
+        step_time_s: _builtins.float | None = ...,
+        stall_timeout_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "shard", b"shard"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "facts", b"facts", "shard", b"shard", "step_time_s", b"step_time_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "stall_timeout_s", b"stall_timeout_s", "step_time_s", b"step_time_s", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__step_time_s: _TypeAlias = _typing.Literal["step_time_s"]  # noqa: Y015
+    _WhichOneofArgType__step_time_s: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step_time_s) -> _WhichOneofReturnType__step_time_s | None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
 
@@ -427,10 +439,13 @@ class Step(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts from 0."""
     exchange: Global___Exchange.ValueType
     """How ranks that share sequences attend to chunks of several tokens."""
+    wait_s: _builtins.float
+    """How long ranks may wait for others that are alive, from this step on; 0: as before."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSequence]: ...
     @_builtins.property
@@ -442,10 +457,11 @@ class Step(_message.Message):
         sequences: _abc.Iterable[Global___StepSequence] | None = ...,
         shared: _abc.Iterable[Global___StepShared] | None = ...,
         exchange: Global___Exchange.ValueType = ...,
+        wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1320,6 +1336,7 @@ class LoadReport(_message.Message):
     PENDING_TOKENS_FIELD_NUMBER: _builtins.int
     PREFIX_QUERIES_FIELD_NUMBER: _builtins.int
     PREFIX_HITS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps run so far."""
     num_running: _builtins.int
@@ -1335,6 +1352,10 @@ class LoadReport(_message.Message):
     prefix_queries: _builtins.int
     """Prompt tokens looked up in the prefix cache, and found there, so far."""
     prefix_hits: _builtins.int
+    @_builtins.property
+    def budget(self) -> Global___StepBudget:
+        """The same in every report."""
+
     def __init__(
         self,
         *,
@@ -1350,14 +1371,75 @@ class LoadReport(_message.Message):
         pending_tokens: _builtins.int = ...,
         prefix_queries: _builtins.int = ...,
         prefix_hits: _builtins.int = ...,
+        budget: Global___StepBudget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fenced_messages", b"fenced_messages", "free_blocks", b"free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pending_tokens", b"pending_tokens", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "prompt_tokens", b"prompt_tokens", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "fenced_messages", b"fenced_messages", "free_blocks", b"free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pending_tokens", b"pending_tokens", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "prompt_tokens", b"prompt_tokens", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LoadReport: _TypeAlias = LoadReport  # noqa: Y015
+
+@_typing.final
+class StepBudget(_message.Message):
+    """How large steps are at the most, and how long some were measured to take before the first request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
+    IS_AUTO_FIELD_NUMBER: _builtins.int
+    EXPECTED_S_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    token_budget: _builtins.int
+    is_auto: _builtins.bool
+    """It was chosen by the measurements; else it was set."""
+    expected_s: _builtins.float
+    """What a step of so many tokens is expected to take; 0 where nothing was measured."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredStep]:
+        """By tokens, ascending."""
+
+    def __init__(
+        self,
+        *,
+        token_budget: _builtins.int = ...,
+        is_auto: _builtins.bool = ...,
+        expected_s: _builtins.float = ...,
+        steps: _abc.Iterable[Global___MeasuredStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_s", b"expected_s", "is_auto", b"is_auto", "steps", b"steps", "token_budget", b"token_budget"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepBudget: _TypeAlias = StepBudget  # noqa: Y015
+
+@_typing.final
+class MeasuredStep(_message.Message):
+    """A step of one size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    duration_s: _builtins.float
+    """What it took, through all ranks of the replica."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        duration_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredStep: _TypeAlias = MeasuredStep  # noqa: Y015
 
 @_typing.final
 class Rejected(_message.Message):

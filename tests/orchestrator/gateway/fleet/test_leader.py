@@ -214,3 +214,48 @@ async def test_a_prefill_of_many_steps_is_no_stall(clock: LoopClock) -> None:
             await said(leader, script, prefill, running)
             await ticks(clock, 9, of=0.5)
         assert leader.accepting
+
+
+def running(steps: int, *, expected_s: float = 0.0) -> pb.LeadResponse:
+    budget = pb.StepBudget(token_budget=64, expected_s=expected_s)
+    return pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(steps=steps, num_running=1, budget=budget))
+
+
+def computed(duration_s: float) -> pb.LeadResponse:
+    return pb.LeadResponse(epoch=EPOCH, step=pb.StepOutput(num_tokens=64, duration_s=duration_s))
+
+
+async def test_a_replica_whose_steps_are_slow_is_not_lost_and_one_that_hangs_is_at_ten_of_its_steps(
+    clock: LoopClock,
+) -> None:
+    async with connected(stall_timeout_s=0.5) as (leader, script):
+        await said(leader, script, computed(0.2), running(1))
+        for step in range(2, 5):
+            await ticks(clock, 39, of=0.5)
+            assert leader.accepting, "1.95 s of the 2 s that its steps of 0.2 s allow"
+            await said(leader, script, computed(0.2), running(step))
+        await ticks(clock, 39, of=0.5)
+        assert leader.accepting
+        await ticks(clock, 2, of=0.5)
+        await until(lambda: leader.lost is not None)
+        cause = "no step finished for 2 s, where the longest of late took 0.2 s"
+        assert leader.lost == Lost(cause=cause, kind=Loss.STALLED)
+
+
+async def test_the_first_step_may_take_ten_times_what_the_replica_expects(clock: LoopClock) -> None:
+    async with connected(stall_timeout_s=0.5) as (leader, script):
+        await said(leader, script, running(0, expected_s=0.1))
+        await ticks(clock, 19, of=0.5)
+        assert leader.accepting
+        await ticks(clock, 2, of=0.5)
+        await until(lambda: leader.lost is not None)
+        assert leader.lost is not None
+        assert leader.lost.cause == "no step finished for 1 s, where the longest was expected to take 0.1 s"
+
+
+async def test_silence_ends_a_replica_as_soon_as_ever_however_slow_its_steps_are(clock: LoopClock) -> None:
+    async with connected(heartbeat_timeout_s=0.3, stall_timeout_s=0.5) as (leader, script):
+        await said(leader, script, computed(60.0), running(1, expected_s=60.0))
+        await ticks(clock, 11, of=0.3)
+        await until(lambda: leader.lost is not None)
+        assert leader.lost == Lost(cause="no heartbeat for 0.3 s", kind=Loss.NO_HEARTBEAT)
