@@ -24,6 +24,7 @@ from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening, die_with_
 from protos.codec.log_record import LEVELS, last_words, log_to, log_to_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import available_cores, open_device
+from workers.host.identity import target_of
 from workers.service.server import WorkerService
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
@@ -88,6 +89,7 @@ def source_of(args: argparse.Namespace) -> str:
 async def serve(args: argparse.Namespace) -> int:
     """Listens until it is told to stop. Returns the exit code."""
     device = open_device(args.device, args.threads)
+    target_of(device.torch_device)  # a wrong one is refused before anybody counts on this worker
     with _listen(args.bind) as listener:
         return await _serve(args, WorkerService(device=device, epoch=args.epoch, listener=listener), listener)
 
@@ -117,7 +119,12 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listening = Listening(address=f"{host}:{port}", ranks_port=listener.getsockname()[1], pid=os.getpid())
+    listening = Listening(
+        address=f"{host}:{port}",
+        ranks_port=listener.getsockname()[1],
+        pid=os.getpid(),
+        target=service.target,
+    )
     print(listening.line(), flush=True)
     code = await _watch(service, stop, args.parent_pid)
     say = partial(last_words, source=source_of(args), as_record=args.log_format == "json")

@@ -11,6 +11,8 @@ from rich.text import Text
 from orchestrator.cli.client import GenerateResult
 from orchestrator.cli.measured_status import measured_pairs, measured_tables
 from orchestrator.key_values import key_values, printable
+from placement.measured.targets import mixed_words
+from placement.model.specs import DType
 from placement.planning.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -22,14 +24,14 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "pid", "address", "layers", "KV heads",
-    "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
+    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "target", "pid", "address", "layers",
+    "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
 )  # fmt: skip
 _KEYS = {"prompt tokens/s": "prompt_tokens_per_s", "tokens/s": "generated_tokens_per_s"}
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = (
-    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "device", "phase",
-    "rank", "node",
+    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "target", "device",
+    "phase", "rank", "node",
 )  # fmt: skip
 _UNLIMITED = 10_000
 _RIGHT = (
@@ -70,9 +72,10 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measu
         columns = [kept for kept in columns if kept != column]
         table = _table(title, columns, rows)
     causes = [Text(printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
+    notes = [Text(printable(words)) for words in mixed_targets(status).values()]
     tables = measured_tables(status) if measured else ()
     below = [_table(shown.title, shown.columns, shown.rows) for shown in tables]
-    return Group(table, *causes, *below, Text(_gateway_words(status.gateway)))
+    return Group(table, *causes, *notes, *below, Text(_gateway_words(status.gateway)))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -108,8 +111,20 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
     for row in _rows(status):
         named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
+    for replica, words in mixed_targets(status).items():
+        yield key_values(event="mixed_targets", replica=replica, effect=words)
     for pairs in measured_pairs(status) if measured else ():
         yield key_values(**pairs)
+
+
+def mixed_targets(status: admin_pb2.GetStatusResponse) -> dict[str, str]:
+    """Says of each replica whose ranks have several targets that answers depend on who computes, where they do."""
+    dtype = DType(status.dtype) if status.dtype else None
+    words = {
+        replica.name: mixed_words(replica.name, [rank.target for rank in replica.ranks], dtype)
+        for replica in status.replicas
+    }
+    return {name: said for name, said in words.items() if said}
 
 
 def _layers(rank: admin_pb2.RankStatus) -> str:
@@ -134,6 +149,7 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "node": rank.node,
                 "worker": rank.worker,
                 "device": rank.device,
+                "target": rank.target,
                 "pid": str(rank.pid or ""),
                 "address": rank.address,
                 "layers": _layers(rank),

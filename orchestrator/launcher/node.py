@@ -2,11 +2,13 @@
 
 import ipaddress
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from placement.measured.cgroup import container_available, usable_cores
+from placement.measured.targets import TARGET_VARIABLE, chosen_target, runnable_targets
 
 # What the drivers of GPUs make in /dev: of NVIDIA's cards, of Windows' for Linux within it, of Jetsons, of AMD's cards,
 # which PyTorch calls CUDA devices too. No environment variable hides them.
@@ -28,6 +30,29 @@ def available_memory_bytes() -> int:
 def available_cores() -> int:
     """Returns the cores that this process may use, by its affinity and within the container's quota."""
     return usable_cores(len(os.sched_getaffinity(0)), _read)
+
+
+def cpu_targets() -> tuple[str, ...]:
+    """Returns the targets that this node's CPU can execute, the fastest first."""
+    return runnable_targets(_read("/proc/cpuinfo") or "")
+
+
+def cpu_target() -> str:
+    """Returns the target that workers of this node generate code for; empty where they refuse the one that is named."""
+    return chosen_target(os.environ.get(TARGET_VARIABLE, ""), cpu_targets())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What a node says of itself: the memory that can be allocated now, and the target that its workers compute for."""
+
+    memory_bytes: int
+    target: str
+
+
+def node_facts() -> NodeFacts:
+    """Returns what this node says of itself."""
+    return NodeFacts(memory_bytes=available_memory_bytes(), target=cpu_target())
 
 
 def _read(path: str) -> str | None:

@@ -142,6 +142,7 @@ class WorkerProcess:
         self._stopping = False
         self.address = ""
         self.ranks_port = 0
+        self.target = ""
 
     @property
     def pid(self) -> int:
@@ -181,7 +182,7 @@ class WorkerProcess:
         if listening is None:
             raise WorkerFailed((await self.wait()).cause)
         self.address = host_port(self._host, int(listening.address.rpartition(":")[2]))
-        self.ranks_port = listening.ranks_port
+        self.ranks_port, self.target = listening.ranks_port, listening.target
 
     async def _read_all(self) -> None:
         try:
