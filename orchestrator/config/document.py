@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
 
-from orchestrator.config.environment import unknown_variables, variable_of
+from orchestrator.config.environment import unknown_variables, variable_of, wrong_target
 from orchestrator.config.parallelism import ParallelismConfig, WorkerName, check_parallelism
 from orchestrator.config.source import Layers, read_layers
 from orchestrator.config.types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
@@ -235,6 +235,8 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     _expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
     errors = [*unknown_variables(environ, settings_variables()), *layers.errors, *violations]
+    if (wrong := wrong_target(environ)) is not None:
+        errors.append(wrong)
     if config is not None:
         errors += _contradictions(config, layers)
     refuse(str(path), errors)

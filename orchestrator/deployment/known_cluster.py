@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.document import Config, WorkerConfig
-from orchestrator.launcher.node import available_cores, available_memory_bytes, cpu_target, cpu_targets, has_gpu
+from orchestrator.launcher.node import available_cores, available_memory_bytes, cpu_targets, has_gpu, named_target
+from placement.measured.targets import chosen_target
 from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
 from placement.planning.seating import NODE_ID_LABEL, Host
 
@@ -22,14 +23,19 @@ class Machine:
     Attributes:
         has_gpu: False only where it has none for certain.
         targets: the targets that its CPU can execute, the fastest first; empty where they are not known.
-        target: the one that workers here generate code for; empty where it is not known, or will be refused.
+        named_target: the one that the environment names; empty where it names none.
     """
 
     memory_bytes: int
     num_cores: int
     has_gpu: bool = True
     targets: tuple[str, ...] = ()
-    target: str = ""
+    named_target: str = ""
+
+    @property
+    def target(self) -> str:
+        """Returns the target that workers here generate code for; empty where it is not known, or will be refused."""
+        return chosen_target(self.named_target, self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +67,7 @@ def measure_machine() -> Machine:
         num_cores=available_cores(),
         has_gpu=has_gpu(),
         targets=cpu_targets(),
-        target=cpu_target(),
+        named_target=named_target(),
     )
 
 

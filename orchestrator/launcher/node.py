@@ -39,7 +39,12 @@ def cpu_targets() -> tuple[str, ...]:
 
 def cpu_target() -> str:
     """Returns the target that workers of this node generate code for; empty where they refuse the one that is named."""
-    return chosen_target(os.environ.get(TARGET_VARIABLE, ""), cpu_targets())
+    return chosen_target(named_target(), cpu_targets())
+
+
+def named_target() -> str:
+    """Returns the target that the environment names; empty where it names none."""
+    return os.environ.get(TARGET_VARIABLE, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,3 +132,15 @@ async def test_who_was_killed_outright_is_said_to_have_been_so_often_for_want_of
     worker = await start(f"{says()} import os; os.kill(os.getpid(), 9)")
     cause = (await asyncio.wait_for(worker.wait(), PATIENCE_S)).cause
     assert cause.endswith("was killed by SIGKILL (often the out-of-memory killer: see dmesg)")
+
+
+async def test_a_worker_with_a_wrong_cpu_target_ends_with_one_line_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HETERODYNE_CPU_TARGET", "avx3")
+    args = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=1)
+    with pytest.raises(WorkerFailed) as caught:
+        await WorkerProcess.start(args, timeout_s=PATIENCE_S)
+    cause = str(caught.value)
+    assert "exited with code 2: error: environment variable HETERODYNE_CPU_TARGET: 'avx3' is not a target" in cause
+    assert "Traceback" not in cause and len(cause.splitlines()) == 1
