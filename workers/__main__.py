@@ -25,6 +25,7 @@ from protos.codec.log_record import LEVELS, last_words, log_to, log_to_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import available_cores, open_device
 from workers.host.identity import target_of
+from workers.host.spinning import Spinning
 from workers.service.server import WorkerService
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
@@ -126,7 +127,7 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
         target=service.target,
     )
     print(listening.line(), flush=True)
-    code = await _watch(service, stop, args.parent_pid)
+    code = await _watch(service, stop, args.parent_pid, Spinning(args.threads))
     say = partial(last_words, source=source_of(args), as_record=args.log_format == "json")
     end_within(_END_S, say)
     failure = service.failure
@@ -141,8 +142,9 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     return code
 
 
-async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None) -> int:
+async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None, spinning: Spinning) -> int:
     while not stop.is_set():
+        spinning.look()
         if service.failure is not None:
             return 1
         if parent_pid is not None and os.getppid() != parent_pid:

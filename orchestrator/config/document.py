@@ -65,8 +65,9 @@ class WorkerConfig:
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of each. Default: this machine's cores, divided by its cpu workers. On a Ray cluster that was
-    there before, a cpu worker has no default."""
+    """CPU threads of each. Default: the cores that `serve` may use on this machine, by its affinity and the CPU quota
+    of its container (rounded down), divided by the cpu workers. On a Ray cluster that was there before, a cpu worker
+    has no default."""
     memory: ByteSize | None = None
     """Memory each may use. Default: what the node has. Set it for remote workers and GPUs; otherwise each is assumed to
     hold the whole model."""

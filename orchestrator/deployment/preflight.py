@@ -109,8 +109,7 @@ def preflight(
     _check_environment()
     files = read_model_files(Path(config.model.path))
     machine = machine or measure_machine()
-    _check_target(config, machine)
-    _check_threads(config, machine)
+    _check_machine(config, machine)
     cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_start(config, machine)
@@ -235,6 +234,12 @@ def _check_environment() -> None:
         problem="has the distribution 'kernels', whose package has the name of one of Heterodyne's",
         fix="Run: python -m pip uninstall kernels",
     )
+
+
+def _check_machine(config: Config, machine: Machine) -> None:
+    """Refuses what workers of this machine could not do."""
+    _check_target(config, machine)
+    _check_threads(config, machine)
 
 
 def _check_target(config: Config, machine: Machine) -> None:

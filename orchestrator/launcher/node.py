@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from placement.measured.cgroup import container_available, usable_cores
+from placement.measured.core_share import CoreShare, read_core_share
 from placement.measured.targets import TARGET_VARIABLE, chosen_target, runnable_targets
 
 # What the drivers of GPUs make in /dev: of NVIDIA's cards, of Windows' for Linux within it, of Jetsons, of AMD's cards,
@@ -30,6 +31,12 @@ def available_memory_bytes() -> int:
 def available_cores() -> int:
     """Returns the cores that this process may use, by its affinity and within the container's quota."""
     return usable_cores(len(os.sched_getaffinity(0)), _read)
+
+
+def core_share(num_threads: int) -> CoreShare:
+    """Returns what a team of ``num_threads`` threads would have of this node's cores now."""
+    allowed, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return read_core_share(num_threads, num_allowed=allowed, num_cores=cores, read=_read)
 
 
 def cpu_targets() -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from protos.codec.measured import measured_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.engine.types import STOPS, Stopping
-from workers.host.device import Device
+from workers.host.device import Device, available_cores
 from workers.host.identity import target_of
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # How often a load tells how far it is.
 _PROGRESS_S = 0.2
+# Grammars that may be compiled at once beyond one for each core, so that a few slow ones do not hold up all others.
+_MORE_GRAMMARS = 4
 # How long the engine's thread, which has nothing left to do, is waited for.
 _JOIN_S = 1.0
 _T = TypeVar("_T")
@@ -186,7 +188,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         if engine is None or grammars is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
-            self._grammars = GrammarCompiler(grammars)
+            self._grammars = GrammarCompiler(grammars, num_threads=available_cores() + _MORE_GRAMMARS)
         stream = LeaderStream(engine=engine, grammars=self._grammars, epoch=self._epoch, outbox=Outbox())
         self._streams.add(stream)
         try:
