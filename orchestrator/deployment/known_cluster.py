@@ -148,5 +148,5 @@ def _device(worker: WorkerConfig, name: str, memory_bytes: int | None, num_threa
         memory_bytes=memory_bytes,
         num_threads=worker.threads or num_threads,
         worker=name,
-        target=cpu_target if worker.device == "cpu" else "",
+        target=cpu_target if worker.device == "cpu" else "cuda",
     )

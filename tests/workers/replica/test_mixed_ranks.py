@@ -16,6 +16,7 @@ from tests.support.gateway.leader_stream import EPOCH, submit
 from tests.support.worker import have_accident, load, load_request, outputs, running
 
 LOAD_S = 120.0
+NUM_TOKENS = 12
 
 
 def half(rank: int) -> pb.Shard:
@@ -41,18 +42,40 @@ async def pair(monkeypatch: pytest.MonkeyPatch, second: str = "") -> AsyncIterat
             yield [one_stub, other_stub], members
 
 
-async def test_ranks_of_different_targets_serve_together(
-    llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "lesser", sorted({target.name for target in (runnable_targets()[1:2] + runnable_targets()[-1:])})
+)
+async def test_ranks_of_different_targets_answer_as_one_rank_does(
+    llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, lesser: str
 ) -> None:
     path = llama_checkpoint()
-    least = runnable_targets()[-1].name
-    async with pair(monkeypatch, least) as (stubs, members):
+    async with running() as (_, alone):
+        await load(alone, load_request(path))
+        expected = await answer(alone)
+    async with pair(monkeypatch, lesser) as (stubs, members):
         described = [await stub.Describe(pb.DescribeRequest(epoch=EPOCH)) for stub in stubs]
-        assert [each.target for each in described] == [runnable_targets()[0].name, least]
-        await load_both(path, stubs, members, [{}, {}])
-        call = stubs[0].Lead()
-        await call.write(submit(max_tokens=6))
-        assert [output.index for output in await outputs(call, 1)] == list(range(6))
+        assert [each.target for each in described] == [runnable_targets()[0].name, lesser]
+        assert not await load_both(path, stubs, members, [{"token_budget": 64}] * 2)  # so that steps overlap
+        assert await answer(stubs[0]) == expected
+
+
+async def test_ranks_of_different_targets_serve_together_in_bfloat16(
+    llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their products differ in the last bits, and so may their answers; they go on all the same."""
+    path = llama_checkpoint()
+    fields = {"dtype": pb.DTYPE_BFLOAT16, "token_budget": 64}
+    async with pair(monkeypatch, runnable_targets()[-1].name) as (stubs, members):
+        assert not await load_both(path, stubs, members, [fields] * 2)
+        first = await answer(stubs[0])
+        assert len(first) == NUM_TOKENS and await answer(stubs[0]) == first
+
+
+async def answer(stub: Any) -> list[int]:
+    """The tokens that follow a prompt."""
+    call = stub.Lead()
+    await call.write(submit(max_tokens=NUM_TOKENS, prompt_ids=list(range(3, 40))))
+    return [output.token_id for output in await outputs(call, 1)]
 
 
 @pytest.mark.parametrize(
