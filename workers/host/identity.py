@@ -25,15 +25,14 @@ def code_digest() -> str:
     return digest.hexdigest()[:_DIGEST_DIGITS]
 
 
-def target_of(device: torch.device) -> str:
-    """Returns what code is generated for on a device: the CPU target, or ``cuda`` and the name of the GPU.
+def cpu_target() -> str:
+    """Returns the name of the CPU target that code is generated for.
 
     Raises:
-        InvalidConfig: the environment names a CPU target that there is not, or that this CPU can't execute. A rank on
-            a GPU needs one as well, since it adds the sums of several ranks on the host.
+        InvalidConfig: the environment names a target that there is not, or that this CPU can't execute.
     """
     try:
-        cpu_target = target.chosen().name
+        return target.chosen().name
     except target.BadTarget as error:
         names = ", ".join(runnable.name for runnable in target.runnable_targets())
         problem = str(error).partition(". ")[0].removeprefix(f"{target.VARIABLE}: ")
@@ -42,4 +41,12 @@ def target_of(device: torch.device) -> str:
             problem=problem,
             fix=f"Set it to one of {names} on this machine, or unset it.",
         ) from error
-    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else cpu_target
+
+
+def target_of(device: torch.device) -> str:
+    """Returns what code is generated for on a device: the CPU target, or ``cuda`` and the name of the GPU.
+
+    Raises:
+        InvalidConfig: see :func:`cpu_target`.
+    """
+    return f"cuda {torch.cuda.get_device_name(device)}" if device.type == "cuda" else cpu_target()
