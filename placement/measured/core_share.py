@@ -70,14 +70,21 @@ def read_core_share(
     )
 
 
-def why_shared(share: CoreShare) -> str:
-    """Says why threads should not spin for long; nothing where the team has its cores for itself."""
+def why_short(share: CoreShare) -> str:
+    """Says why a team has too few cores for as long as it lives; nothing where it has enough."""
     if share.num_threads > share.usable_cores:
         return f"{share.num_threads} threads have {share.usable_cores} cores"
-    if share.throttled:
-        return "the container's CPU quota holds the process up"
     if share.quota_cores is not None and share.quota_cores % 1:
         return f"the container's CPU quota of {share.quota_cores:g} cores is no whole number"
+    return ""
+
+
+def why_shared(share: CoreShare) -> str:
+    """Says why threads should not spin for long now; nothing where the team has its cores for itself."""
+    if short := why_short(share):
+        return short
+    if share.throttled:
+        return "the container's CPU quota holds the process up"
     if share.waiting is not None:
         words = f"some thread waited for a core in {share.waiting:.0%} of the last ten seconds"
         return words if share.waiting >= MOST_WAITING else ""
@@ -94,11 +101,12 @@ def barrier_spins(share: CoreShare) -> int:
 def openmp_waits(share: CoreShare, environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables by which a process that starts has the threads of OpenMP wait; none where some are set.
 
-    They are those of GCC's runtime, which torch has on Linux, and of LLVM's. Their threads wait between operations.
+    They are those of GCC's runtime, which torch has on Linux, and of LLVM's. Their threads wait between operations. A
+    process keeps them, so what goes on while it starts, such as the start of others, does not count.
     """
     if any(name in environ for name in _OPENMP_VARIABLES):
         return {}
-    if why_shared(share):
+    if why_short(share):
         return {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
     return {"GOMP_SPINCOUNT": _OPENMP_SPINS}
 

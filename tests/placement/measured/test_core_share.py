@@ -30,7 +30,18 @@ ALONE = CoreShare(num_threads=4, usable_cores=4, waiting=0.02, num_running=5, nu
 def test_a_team_that_shares_its_cores_spins_for_a_moment_only(share: CoreShare, cause: str) -> None:
     assert why_shared(share) == cause
     assert barrier_spins(share) == FEW_SPINS
+
+
+@pytest.mark.parametrize("share", [replace(ALONE, num_threads=5), replace(ALONE, quota_cores=4.5)])
+def test_threads_of_openmp_sleep_between_operations_where_cores_are_too_few_for_good(share: CoreShare) -> None:
     assert openmp_waits(share, {}) == {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+
+
+@pytest.mark.parametrize(
+    "share", [ALONE, replace(ALONE, throttled=True), replace(ALONE, waiting=0.9), replace(ALONE, num_running=99)]
+)
+def test_what_goes_on_while_a_process_starts_does_not_have_them_sleep(share: CoreShare) -> None:
+    assert openmp_waits(share, {}) == {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.parametrize(
@@ -47,13 +58,12 @@ def test_a_team_that_shares_its_cores_spins_for_a_moment_only(share: CoreShare, 
 def test_a_team_that_has_its_cores_for_itself_spins_for_long(share: CoreShare) -> None:
     assert why_shared(share) == ""
     assert barrier_spins(share) == MANY_SPINS
-    assert openmp_waits(share, {}) == {"GOMP_SPINCOUNT": "1000"}
 
 
 @pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
 def test_what_the_user_has_set_stays(name: str) -> None:
     assert openmp_waits(ALONE, {name: "active"}) == {}
-    assert openmp_waits(replace(ALONE, throttled=True), {name: "active"}) == {}
+    assert openmp_waits(replace(ALONE, num_threads=5), {name: "active"}) == {}
 
 
 PRESSURE = "some avg10=50.00 avg60=39.07 avg300=25.33 total=1176\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
