@@ -1,7 +1,9 @@
 """Tells the free memory and the cores of this node, and where others reach what listens on it. No Ray here."""
 
+import ctypes
 import ipaddress
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,9 @@ from placement.measured.targets import TARGET_VARIABLE, chosen_target, runnable_
 # What the drivers of GPUs make in /dev: of NVIDIA's cards, of Windows' for Linux within it, of Jetsons, of AMD's cards,
 # which PyTorch calls CUDA devices too. No environment variable hides them.
 _GPU_DEVICES = ("nvidia[0-9]*", "dxg", "nvhost-gpu", "nvgpu", "kfd")
+
+# Linux's numbers for x86-64: arch_prctl(ARCH_GET_XCOMP_SUPP), and the bit of XFEATURE_XTILEDATA.
+_ARCH_PRCTL, _GET_SUPPORTED_STATE, _TILE_DATA = 158, 0x1021, 18
 
 
 def has_gpu(devices: Path = Path("/dev")) -> bool:
@@ -41,7 +46,16 @@ def core_share(num_threads: int) -> CoreShare:
 
 def cpu_targets() -> tuple[str, ...]:
     """Returns the targets that this node's CPU can execute, the fastest first."""
-    return runnable_targets(_read("/proc/cpuinfo") or "")
+    return runnable_targets(_read("/proc/cpuinfo") or "", gives_tiles=_gives_tiles())
+
+
+def _gives_tiles() -> bool:
+    """Returns whether the system gives processes the tile registers of AMX; it is not asked for them here."""
+    supported, library = ctypes.c_uint64(0), ctypes.CDLL(None)
+    if platform.machine() != "x86_64" or not hasattr(library, "syscall"):
+        return False
+    answer = library.syscall(_ARCH_PRCTL, _GET_SUPPORTED_STATE, ctypes.byref(supported))
+    return bool(answer == 0 and supported.value >> _TILE_DATA & 1)
 
 
 def cpu_target() -> str:

@@ -14,6 +14,7 @@ TARGET_VARIABLE = "HETERODYNE_CPU_TARGET"
 _GENERIC = "generic"
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _NEEDED_FLAGS: Mapping[str, frozenset[str]] = {
+    "amx": _AVX512 | {"avx512_bf16", "avx512vbmi", "amx_tile", "amx_bf16"},
     "avx512bf16": _AVX512 | {"avx512_bf16"},
     "avx512f": _AVX512,
     "avx2": frozenset({"avx2", "fma"}),
@@ -24,15 +25,17 @@ CPU_TARGETS = tuple(_NEEDED_FLAGS)
 """The names of all targets, the fastest first."""
 
 
-def runnable_targets(cpu_info: str) -> tuple[str, ...]:
+def runnable_targets(cpu_info: str, *, gives_tiles: bool) -> tuple[str, ...]:
     """Returns the targets that a CPU can execute, the fastest first.
 
     Args:
         cpu_info: the text of ``/proc/cpuinfo``; without flags that are known it is a CPU of the generic kind.
+        gives_tiles: whether the system gives processes the tile registers of a CPU that has AMX.
     """
     lines = (line.partition(":") for line in cpu_info.splitlines())
     flags = next((frozenset(words.split()) for name, _, words in lines if name.strip() == "flags"), frozenset[str]())
-    return tuple(name for name, needed in _NEEDED_FLAGS.items() if needed <= flags)
+    usable = flags if gives_tiles else flags - {"amx_tile"}
+    return tuple(name for name, needed in _NEEDED_FLAGS.items() if needed <= usable)
 
 
 def chosen_target(named: str, runnable: Sequence[str]) -> str:

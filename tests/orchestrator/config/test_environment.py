@@ -51,7 +51,7 @@ def test_a_cpu_target_that_there_is_not_is_refused_with_all_that_there_are() -> 
     assert error is not None
     assert str(error) == (
         "environment variable HETERODYNE_CPU_TARGET: is not a CPU target (got 'avx-2'). "
-        "Set it to one of avx512bf16, avx512f, avx2, generic, or unset it."
+        "Set it to one of amx, avx512bf16, avx512f, avx2, generic, or unset it."
     )
 
 

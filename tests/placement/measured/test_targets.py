@@ -1,10 +1,9 @@
 """CPU targets by the flags that Linux gives a CPU, and the words where the ranks of a replica have several."""
 
-from pathlib import Path
-
 import pytest
 
 from kernels.cpu.machine import target
+from orchestrator.launcher.node import cpu_targets
 from placement.measured.targets import CPU_TARGETS, TARGET_VARIABLE, chosen_target, mixed_words, runnable_targets
 from placement.model.specs import DType
 
@@ -23,17 +22,24 @@ AVX512 = "avx512f avx512bw avx512dq avx512vl"
 )
 def test_a_cpu_runs_the_targets_whose_flags_it_has(flags: str, runnable: tuple[str, ...]) -> None:
     cpu_info = f"processor\t: 0\nmodel name\t: A: CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: sse2\n"
-    assert runnable_targets(cpu_info) == runnable
+    assert runnable_targets(cpu_info, gives_tiles=True) == runnable
 
 
 def test_a_cpu_without_known_flags_is_generic() -> None:
-    assert runnable_targets("") == runnable_targets("Features\t: fp asimd\n") == ("generic",)
+    for cpu_info in ("", "Features\t: fp asimd\n"):
+        assert runnable_targets(cpu_info, gives_tiles=True) == ("generic",)
+
+
+def test_a_system_that_gives_no_tiles_leaves_a_cpu_its_vectors() -> None:
+    cpu_info = f"flags: {AVX512} avx512_bf16 avx512vbmi amx_tile amx_bf16 avx2 fma\n"
+    assert runnable_targets(cpu_info, gives_tiles=True) == CPU_TARGETS
+    assert runnable_targets(cpu_info, gives_tiles=False) == CPU_TARGETS[1:]
 
 
 def test_the_kernels_know_the_same_targets_variable_and_this_cpu() -> None:
     assert (CPU_TARGETS, TARGET_VARIABLE) == (target.NAMES, target.VARIABLE)
     here = tuple(each.name for each in target.runnable_targets())
-    assert runnable_targets(Path("/proc/cpuinfo").read_text()) == here
+    assert cpu_targets() == here
 
 
 def test_the_named_target_is_chosen_where_it_can_be() -> None:
