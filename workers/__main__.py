@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -24,9 +25,13 @@ from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening, die_with_
 from protos.codec.log_record import LEVELS, last_words, log_to, log_to_parent
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.host.device import available_cores, open_device
-from workers.service.server import WorkerService
+from workers.host.identity import cpu_target
 from workers.transport.errors import PeerFailed
 from workers.transport.mesh import listen
+
+if TYPE_CHECKING:
+    from workers.host.spinning import Spinning
+    from workers.service.server import WorkerService
 
 _WATCH_S = 0.25
 # The longest wait for the answers of requests in progress, and then for the streams that carry them.
@@ -87,9 +92,15 @@ def source_of(args: argparse.Namespace) -> str:
 
 async def serve(args: argparse.Namespace) -> int:
     """Listens until it is told to stop. Returns the exit code."""
+    cpu_target()
+    # Here, since kernels look at the target when they are imported, and would end this process with a traceback.
+    from workers.host.spinning import Spinning
+    from workers.service.server import WorkerService
+
     device = open_device(args.device, args.threads)
     with _listen(args.bind) as listener:
-        return await _serve(args, WorkerService(device=device, epoch=args.epoch, listener=listener), listener)
+        service = WorkerService(device=device, epoch=args.epoch, listener=listener)
+        return await _serve(args, service, listener, Spinning(args.threads))
 
 
 def _listen(bind: str) -> socket.socket:
@@ -105,7 +116,9 @@ def _not_listened_on(bind: str) -> InvalidConfig:
     return InvalidConfig(field="--bind", value=bind, problem="cannot be listened on", fix=fix)
 
 
-async def _serve(args: argparse.Namespace, service: WorkerService, listener: socket.socket) -> int:
+async def _serve(
+    args: argparse.Namespace, service: "WorkerService", listener: socket.socket, spinning: "Spinning"
+) -> int:
     server = grpc.aio.server(options=_SERVER_OPTIONS)
     pb_grpc.add_WorkerServicer_to_server(service, server)
     host = args.bind.rpartition(":")[0]
@@ -117,9 +130,14 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    listening = Listening(address=f"{host}:{port}", ranks_port=listener.getsockname()[1], pid=os.getpid())
+    listening = Listening(
+        address=f"{host}:{port}",
+        ranks_port=listener.getsockname()[1],
+        pid=os.getpid(),
+        target=service.target,
+    )
     print(listening.line(), flush=True)
-    code = await _watch(service, stop, args.parent_pid)
+    code = await _watch(service, stop, args.parent_pid, spinning)
     say = partial(last_words, source=source_of(args), as_record=args.log_format == "json")
     end_within(_END_S, say)
     failure = service.failure
@@ -134,8 +152,9 @@ async def _serve(args: argparse.Namespace, service: WorkerService, listener: soc
     return code
 
 
-async def _watch(service: WorkerService, stop: asyncio.Event, parent_pid: int | None) -> int:
+async def _watch(service: "WorkerService", stop: asyncio.Event, parent_pid: int | None, spinning: "Spinning") -> int:
     while not stop.is_set():
+        spinning.look()
         if service.failure is not None:
             return 1
         if parent_pid is not None and os.getppid() != parent_pid:

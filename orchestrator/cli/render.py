@@ -12,6 +12,8 @@ from orchestrator.cli.client import GenerateResult
 from orchestrator.cli.measured_status import measured_pairs, measured_tables, step_pairs
 from orchestrator.key_values import key_values, printable
 from placement.measured.step_times import seconds
+from placement.measured.targets import mixed_words
+from placement.model.specs import DType
 from placement.planning.memory import format_bytes
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
@@ -23,14 +25,14 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "pid", "address", "layers", "KV heads",
-    "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
+    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "target", "pid", "address", "layers",
+    "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
 )  # fmt: skip
 _KEYS = {"prompt tokens/s": "prompt_tokens_per_s", "tokens/s": "generated_tokens_per_s"}
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = (
-    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "device", "phase",
-    "rank", "node",
+    "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "target", "device",
+    "phase", "rank", "node",
 )  # fmt: skip
 _UNLIMITED = 10_000
 _RIGHT = (
@@ -74,12 +76,13 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measu
         columns = [kept for kept in columns if kept != column]
         table = _table(title, columns, rows)
     causes = [Text(printable(f"{row['replica']}: {row['cause']}"), "red") for row in rows if row["cause"]]
+    notes = [Text(printable(words)) for words in mixed_targets(status).values()]
     tables = measured_tables(status) if measured else ()
     below = [_table(shown.title, shown.columns, shown.rows) for shown in tables]
     budgets = [
         Text(printable(f"{replica.name}: {words}")) for replica in status.replicas if (words := _budget(replica))
     ]
-    return Group(table, *causes, *budgets, *below, Text(_gateway_words(status.gateway)))
+    return Group(table, *causes, *notes, *budgets, *below, Text(_gateway_words(status.gateway)))
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -124,8 +127,20 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
                 auto=str(replica.budget.is_auto).lower(),
                 expected_s=f"{replica.budget.expected_s:.4g}" if replica.budget.expected_s else "",
             )
+    for name, words in mixed_targets(status).items():
+        yield key_values(event="mixed_targets", replica=name, effect=words)
     for pairs in (*step_pairs(status), *measured_pairs(status)) if measured else ():
         yield key_values(**pairs)
+
+
+def mixed_targets(status: admin_pb2.GetStatusResponse) -> dict[str, str]:
+    """Says of each replica whose ranks have several targets that answers depend on who computes, where they do."""
+    dtype = DType(status.dtype) if status.dtype else None
+    words = {
+        replica.name: mixed_words(replica.name, [rank.target for rank in replica.ranks], dtype)
+        for replica in status.replicas
+    }
+    return {name: said for name, said in words.items() if said}
 
 
 def _layers(rank: admin_pb2.RankStatus) -> str:
@@ -150,6 +165,7 @@ def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
                 "node": rank.node,
                 "worker": rank.worker,
                 "device": rank.device,
+                "target": rank.target,
                 "pid": str(rank.pid or ""),
                 "address": rank.address,
                 "layers": _layers(rank),

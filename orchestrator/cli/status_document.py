@@ -4,16 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.cli.measured_status import measured_pairs
+from orchestrator.cli.render import mixed_targets
 from protos.heterodyne.v1 import admin_pb2
 
 
 def status_document(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
     """Returns the document. Numbers are numbers, in bytes, seconds and shares of 1."""
+    mixed = mixed_targets(status)
     return {
         "model": status.model,
         **_known({"context_tokens": status.context_tokens, "model_context_tokens": status.model_context_tokens}),
+        **_known({"dtype": status.dtype}),
         "gateway": _gateway(status.gateway),
-        "replicas": [_replica(replica) for replica in status.replicas],
+        "replicas": [_replica(replica, mixed.get(replica.name, "")) for replica in status.replicas],
         "measured": [{name: _number(value) for name, value in pairs.items()} for pairs in measured_pairs(status)],
     }
 
@@ -31,12 +34,12 @@ def _gateway(gateway: admin_pb2.GatewayStatus) -> dict[str, Any]:
     }
 
 
-def _replica(replica: admin_pb2.ReplicaStatus) -> dict[str, Any]:
+def _replica(replica: admin_pb2.ReplicaStatus, mixed: str) -> dict[str, Any]:
     return {
         "name": replica.name,
         "state": admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
         "epoch": replica.epoch,
-        **_known({"cause": replica.cause}),
+        **_known({"cause": replica.cause, "mixed_targets": mixed}),
         **({"load": _load(replica.load)} if replica.HasField("load") else {}),
         **({"step_budget": _budget(replica.budget)} if replica.budget.token_budget else {}),
         "ranks": [_rank(rank) for rank in replica.ranks],
@@ -75,6 +78,7 @@ def _rank(rank: admin_pb2.RankStatus) -> dict[str, Any]:
         "worker": rank.worker,
         "node": rank.node,
         "device": rank.device,
+        "target": rank.target,
         "address": rank.address,
         "pid": rank.pid,
         "phase": rank.load_phase,

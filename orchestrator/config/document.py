@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
 
-from orchestrator.config.environment import unknown_variables, variable_of
+from orchestrator.config.environment import unknown_variables, variable_of, wrong_target
 from orchestrator.config.parallelism import ParallelismConfig, WorkerName, check_parallelism
 from orchestrator.config.source import Layers, read_layers
 from orchestrator.config.types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
@@ -65,8 +65,9 @@ class WorkerConfig:
     count: Annotated[int, Field(ge=1, le=1024)] = 1
     """How many of them."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """CPU threads of each. Default: this machine's cores, divided by its cpu workers. On a Ray cluster that was
-    there before, a cpu worker has no default."""
+    """CPU threads of each. Default: the cores that `serve` may use on this machine, by its affinity and the CPU quota
+    of its container (rounded down), divided by the cpu workers. On a Ray cluster that was there before, a cpu worker
+    has no default."""
     memory: ByteSize | None = None
     """Memory each may use. Default: what the node has. Set it for remote workers and GPUs; otherwise each is assumed to
     hold the whole model."""
@@ -242,6 +243,8 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     _expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
     errors = [*unknown_variables(environ, settings_variables()), *layers.errors, *violations]
+    if (wrong := wrong_target(environ)) is not None:
+        errors.append(wrong)
     if config is not None:
         errors += _contradictions(config, layers)
     refuse(str(path), errors)

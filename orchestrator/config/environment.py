@@ -1,13 +1,14 @@
-"""Finds environment variables that were meant for Heterodyne and have names that nothing reads. Pure."""
+"""Finds mistakes in environment variables that were meant for Heterodyne: unknown names, and a wrong value. Pure."""
 
 import difflib
 import re
 from collections.abc import Collection, Mapping
 
 from placement.errors import InvalidConfig
+from placement.measured.targets import CPU_TARGETS, TARGET_VARIABLE
 
 ENV_PREFIX = "HETERODYNE_"
-OTHER_VARIABLES = ("HETERODYNE_ADDRESS", "HETERODYNE_CHECK_STATE", "HETERODYNE_CPU_TARGET")
+OTHER_VARIABLES = ("HETERODYNE_ADDRESS", "HETERODYNE_CHECK_STATE", TARGET_VARIABLE)
 """Variables that are read and hold no value of the cluster file."""
 
 _BETWEEN = "__"
@@ -40,6 +41,19 @@ def unknown_variables(environ: Mapping[str, str], settings: Collection[str]) -> 
         and not is_setting(name)
         and not _is_of_kubernetes(name, value)
     ]
+
+
+def wrong_target(environ: Mapping[str, str]) -> InvalidConfig | None:
+    """Returns a refusal where the environment names a CPU target that there is not. This CPU need not have it."""
+    named = environ.get(TARGET_VARIABLE, "")
+    if not named or named in CPU_TARGETS:
+        return None
+    return InvalidConfig(
+        field=f"environment variable {TARGET_VARIABLE}",
+        value=named,
+        problem="is not a CPU target",
+        fix=f"Set it to one of {', '.join(CPU_TARGETS)}, or unset it.",
+    )
 
 
 def _is_of_kubernetes(name: str, value: str) -> bool:

@@ -28,12 +28,13 @@ class RankEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankStarted(RankEvent):
-    """The rank's process listens."""
+    """The rank's process listens; ``target`` is what its code is generated for."""
 
     node: str
     address: str
     ranks_port: int
     pid: int
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

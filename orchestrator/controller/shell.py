@@ -201,6 +201,7 @@ class ControllerShell:
             address=started.address,
             ranks_port=started.ranks_port,
             pid=started.pid,
+            target=started.target,
         )
         await self.dispatch(event)
 

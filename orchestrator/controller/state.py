@@ -21,6 +21,7 @@ from orchestrator.controller.events import (
     Shutdown,
 )
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
+from placement.model.specs import DType
 from placement.planning.plan import Shard
 from protos.codec.loading import Loading
 
@@ -46,7 +47,8 @@ class RankState:
     """One worker process.
 
     Attributes:
-        node: the node it runs on; empty until it has started, as are ``address``, ``ranks_port`` and ``pid``.
+        node: the node it runs on; empty until it has started, as are ``address``, ``ranks_port``, ``pid`` and
+            ``target``, which is what its code is generated for.
         measured: what the ranks of its stage measured; of the first of several ranks there, once that is loaded.
         total_bytes: what it has to read, as it says itself; 0 until then.
         loading: what it does while it loads; None before and after.
@@ -59,6 +61,7 @@ class RankState:
     address: str = ""
     ranks_port: int = 0
     pid: int = 0
+    target: str = ""
     loaded_bytes: int = 0
     total_bytes: int = 0
     loading: Loading | None = None
@@ -79,12 +82,18 @@ class ReplicaState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The deployment; ``launched`` is set once all replicas have been ready at the same time."""
+    """The deployment.
+
+    Attributes:
+        launched: whether all replicas have been ready at the same time.
+        dtype: the number type of its plan; None before there is one.
+    """
 
     replicas: tuple[ReplicaState, ...] = ()
     phase: Phase = Phase.STARTING
     cause: str = ""
     launched: bool = False
+    dtype: DType | None = None
 
 
 def apply(state: State, event: Event) -> State:
@@ -107,7 +116,7 @@ def _launch(event: Launch) -> State:
         )
         for replica in event.plan.replicas
     )
-    return State(replicas=replicas)
+    return State(replicas=replicas, dtype=event.plan.dtype)
 
 
 def _shutdown(state: State) -> State:
@@ -142,8 +151,10 @@ def _rank_event(state: State, event: RankChange) -> State:
 
 def _change(rank: RankState, event: RankChange) -> RankState:
     match event:
-        case RankStarted(node=node, address=address, ranks_port=port, pid=pid):
-            return replace(rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid)
+        case RankStarted(node=node, address=address, ranks_port=port, pid=pid, target=target):
+            return replace(
+                rank, phase=Phase.LOADING, node=node, address=address, ranks_port=port, pid=pid, target=target
+            )
         case RankProgress(loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading):
             return replace(rank, loaded_bytes=loaded_bytes, total_bytes=total_bytes, loading=loading)
         case RankLoaded(measured=measured):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from orchestrator.controller.events import Member
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
+from protos.codec.formats import dtype_message
 from protos.codec.loading import LOAD_PHASES, Loading, part_of
 from protos.codec.measured import measured_message
 from protos.codec.parts import shard_message
@@ -66,6 +67,7 @@ def _rank(rank: RankState) -> pb.Rank:
         worker=rank.shard.device.worker,
         load_phase=worker_pb2.LOAD_PHASE_UNSPECIFIED if rank.loading is None else LOAD_PHASES[rank.loading],
         total_bytes=rank.total_bytes,
+        target=rank.target,
     )
 
 
@@ -85,5 +87,6 @@ def deployment(state: State, *, version: int) -> pb.WatchResponse:
         version=version,
         phase=_PHASES[state.phase],
         cause=state.cause,
+        dtype=worker_pb2.DTYPE_UNSPECIFIED if state.dtype is None else dtype_message(state.dtype),
         replicas=[_replica(replica) for replica in state.replicas],
     )

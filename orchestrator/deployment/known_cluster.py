@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orchestrator.config.document import Config, WorkerConfig
-from orchestrator.launcher.node import available_cores, available_memory_bytes, has_gpu
+from orchestrator.launcher.node import available_cores, available_memory_bytes, cpu_targets, has_gpu, named_target
+from placement.measured.targets import chosen_target
 from placement.model.specs import ClusterSpec, DeviceSpec, NodeSpec
 from placement.planning.seating import NODE_ID_LABEL, Host
 
@@ -17,11 +18,24 @@ LOCAL_NODE = "local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Describes what this machine has to give. ``has_gpu`` is False only where it has none for certain."""
+    """Describes what this machine has to give.
+
+    Attributes:
+        has_gpu: False only where it has none for certain.
+        targets: the targets that its CPU can execute, the fastest first; empty where they are not known.
+        named_target: the one that the environment names; empty where it names none.
+    """
 
     memory_bytes: int
     num_cores: int
     has_gpu: bool = True
+    targets: tuple[str, ...] = ()
+    named_target: str = ""
+
+    @property
+    def target(self) -> str:
+        """Returns the target that workers here generate code for; empty where it is not known, or will be refused."""
+        return chosen_target(self.named_target, self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +52,23 @@ class KnownCluster:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Node:
-    """A machine and the places of its workers. ``memory_bytes``: None where it is not known."""
+    """A machine and the places of its workers. Its memory is None, and its target empty, where it is not known."""
 
     name: str
     memory_bytes: int | None
     workers: tuple[int, ...]
+    target: str = ""
 
 
 def measure_machine() -> Machine:
     """Returns the memory that is free now and the cores this process may use, both within the container's limits."""
-    return Machine(memory_bytes=available_memory_bytes(), num_cores=available_cores(), has_gpu=has_gpu())
+    return Machine(
+        memory_bytes=available_memory_bytes(),
+        num_cores=available_cores(),
+        has_gpu=has_gpu(),
+        targets=cpu_targets(),
+        named_target=named_target(),
+    )
 
 
 def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | None = None) -> tuple[KnownCluster, ...]:
@@ -59,7 +80,8 @@ def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | Non
     workers = config.cluster.each_worker
     everyone = tuple(range(len(workers)))
     if config.cluster.is_local:
-        return (_known(config, machine, [_Node(name=LOCAL_NODE, memory_bytes=machine.memory_bytes, workers=everyone)]),)
+        here = _Node(name=LOCAL_NODE, memory_bytes=machine.memory_bytes, workers=everyone, target=machine.target)
+        return (_known(config, machine, [here]),)
     if hosts is not None:
         return (_known(config, machine, _nodes_of(hosts)),)
     apart = _known(config, machine, _labelled(workers))
@@ -75,6 +97,7 @@ def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:
             name=host.name if names.count(host.name) == 1 else f"{host.name}-{host.host_id}",
             memory_bytes=host.memory_bytes,
             workers=tuple(worker for worker, there in enumerate(hosts) if there.host_id == host.host_id),
+            target=host.target,
         )
         for host in by_id.values()
     ]
@@ -100,7 +123,7 @@ def _known(config: Config, machine: Machine, nodes: Sequence[_Node]) -> KnownClu
             name=node.name,
             memory_bytes=node.memory_bytes,
             devices=tuple(
-                _device(workers[place], names[place], _memory(workers[place], node.memory_bytes), threads)
+                _device(workers[place], names[place], _memory(workers[place], node.memory_bytes), threads, node.target)
                 for place in node.workers
             ),
         )
@@ -117,7 +140,7 @@ def _memory(worker: WorkerConfig, node_bytes: int | None) -> int | None:
     return worker.memory or (node_bytes if worker.device == "cpu" else None)
 
 
-def _device(worker: WorkerConfig, name: str, memory_bytes: int | None, num_threads: int) -> DeviceSpec:
+def _device(worker: WorkerConfig, name: str, memory_bytes: int | None, num_threads: int, cpu_target: str) -> DeviceSpec:
     kind, _, index = worker.device.partition(":")
     return DeviceSpec(
         kind="cuda" if kind == "cuda" else "cpu",
@@ -125,4 +148,5 @@ def _device(worker: WorkerConfig, name: str, memory_bytes: int | None, num_threa
         memory_bytes=memory_bytes,
         num_threads=worker.threads or num_threads,
         worker=name,
+        target=cpu_target if worker.device == "cpu" else "cuda",
     )

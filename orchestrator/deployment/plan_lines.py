@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.preflight import Checked
 from orchestrator.event_log import LogLevel, Said
+from placement.measured.targets import mixed_words
 from placement.model.part import Span
 from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
 from placement.planning.memory import format_bytes, size_words
@@ -31,8 +32,9 @@ def warning_events(checked: Checked) -> Iterator[Said]:
 
 
 def plan_events(checked: Checked) -> Iterator[Said]:
-    """Yields for each rank what it will hold, and then what context that gives."""
+    """Yields for each rank what it will hold, what follows from unequal targets, and what context there is."""
     yield from _rank_events(checked)
+    yield from _mixed_events(checked)
     yield context_event(checked)
 
 
@@ -55,6 +57,7 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             "worker": worker,
             "node": node,
             "device": shard.device.name,
+            "target": shard.device.target,
             "threads": shard.device.num_threads,
             "layers": _range(part.layers),
             "kv_heads": _range(part.kv_heads),
@@ -70,10 +73,25 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
         heads = f", KV heads {_range(part.kv_heads)} of {plan.model.num_kv_heads}"
         sentence = (
             f"{replica.name} rank {shard.rank}: worker {worker}, {shard.device.name} of {place_of(checked, shard)}, "
-            f"{shard.device.num_threads} thread(s): layers {_range(part.layers)} of {plan.model.num_layers}"
-            f"{heads}, {weights} of weights, {kv} of KV cache, token budget {replica.limits.budget_words}."
+            f"{_target_words(shard)}{shard.device.num_threads} thread(s): "
+            f"layers {_range(part.layers)} of {plan.model.num_layers}{heads}, {weights} of weights, {kv} of KV cache, "
+            f"token budget {replica.limits.budget_words}."
         )
         yield Said(event="plan", sentence=sentence, fields=fields)
+
+
+def _target_words(shard: Shard) -> str:
+    """Names the target of a rank, with a comma after it; nothing where it is not known."""
+    return f"target {shard.device.target}, " if shard.device.target else ""
+
+
+def _mixed_events(checked: Checked) -> Iterator[Said]:
+    """Says of each replica whose ranks have several targets that answers depend on who computes, where they do."""
+    for replica in checked.plan.replicas:
+        targets = [shard.device.target for shard in replica.shards]
+        if words := mixed_words(replica.name, targets, checked.plan.dtype):
+            fields = {"replica": replica.name, "effect": words}
+            yield Said(event="mixed_targets", sentence=words, fields=fields)
 
 
 def place_of(checked: Checked, shard: Shard) -> str:

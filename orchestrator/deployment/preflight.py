@@ -20,6 +20,7 @@ from orchestrator.model_dir.files import ModelFiles, read_model_files
 from orchestrator.model_dir.fingerprint import read_fingerprint
 from placement.errors import HeterodyneError, InvalidConfig
 from placement.measured.speed import DeviceSpeed
+from placement.measured.targets import TARGET_VARIABLE
 from placement.model.hf import saved_dtype
 from placement.model.quantization import Quantization, linear_format
 from placement.model.specs import DType, ModelSpec
@@ -108,7 +109,7 @@ def preflight(
     _check_environment()
     files = read_model_files(Path(config.model.path))
     machine = machine or measure_machine()
-    _check_threads(config, machine)
+    _check_machine(config, machine)
     cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_start(config, machine)
@@ -236,6 +237,24 @@ def _check_environment() -> None:
         problem="has the distribution 'kernels', whose package has the name of one of Heterodyne's",
         fix="Run: python -m pip uninstall kernels",
     )
+
+
+def _check_machine(config: Config, machine: Machine) -> None:
+    """Refuses what workers of this machine could not do."""
+    _check_target(config, machine)
+    _check_threads(config, machine)
+
+
+def _check_target(config: Config, machine: Machine) -> None:
+    """Refuses a CPU target that workers of this machine could not run; machines of a cluster have their own."""
+    named, runnable = machine.named_target, machine.targets
+    if config.cluster.is_local and named and runnable and named not in runnable:
+        raise InvalidConfig(
+            field=f"environment variable {TARGET_VARIABLE}",
+            value=named,
+            problem="is a target that this machine's CPU can't execute",
+            fix=f"Set it to one of {', '.join(runnable)}, or unset it.",
+        )
 
 
 def _check_threads(config: Config, machine: Machine) -> None:

@@ -24,6 +24,7 @@ from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
+from protos.codec.formats import read_dtype
 from protos.codec.loading import doing
 from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2
@@ -172,6 +173,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             replicas=[self._replica(replica) for replica in self._fleet.deployment.replicas],
             context_tokens=self._model.max_context_tokens,
             model_context_tokens=self._model.spec.max_context_tokens,
+            dtype=_dtype(self._fleet.deployment.dtype),
         )
 
     async def GetTimeline(
@@ -220,12 +222,18 @@ def _load(load: worker_pb2.LoadReport, rates: Rates | None, *, age_s: float) -> 
     )
 
 
+def _dtype(message: worker_pb2.Dtype.ValueType) -> str:
+    """Returns the name of a number type; empty before the controller has told it."""
+    return "" if message == worker_pb2.DTYPE_UNSPECIFIED else read_dtype(message).value
+
+
 def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
     return admin_pb2.RankStatus(
         token_share=rank.token_share if rank.HasField("token_share") else None,
         rank=rank.rank,
         node=rank.node,
         device=rank.device,
+        target=rank.target,
         address=rank.address,
         pid=rank.pid,
         first_layer=rank.shard.layers.start,

@@ -28,12 +28,14 @@ class Started:
 
     Attributes:
         ranks_port: where the other ranks of its replica connect, at the host of ``address``.
+        target: what its code is generated for, such as ``avx2``.
     """
 
     node: str
     address: str
     ranks_port: int
     pid: int
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ class NodeAgent:
             address=self._worker.address,
             ranks_port=self._worker.ranks_port,
             pid=self._worker.pid,
+            target=self._worker.target,
         )
 
     async def wait(self) -> WorkerEnd:

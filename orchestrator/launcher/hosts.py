@@ -12,7 +12,7 @@ from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.launcher.no_room import NodeResources
-from orchestrator.launcher.node import available_memory_bytes
+from orchestrator.launcher.node import NodeFacts, node_facts
 from orchestrator.launcher.ray_access import ray_cause
 from placement.planning.seating import Host
 from protos.codec.log_record import said
@@ -26,12 +26,12 @@ _POLL_S = 0.2
 def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
     """Returns the machines of the cluster that live, by name.
 
-    A machine that does not answer within 20 s, or before ``stop`` is set, is returned without its memory.
+    A machine that does not answer within 20 s, or before ``stop`` is set, is returned without its memory and target.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     names = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes}
-    memory = _available_memory(names, stop)
+    facts = _node_facts(names, stop)
     hosts = [
         Host(
             host_id=node["NodeID"],
@@ -39,7 +39,8 @@ def find_hosts(stop: threading.Event) -> tuple[Host, ...]:
             labels=node["Labels"],
             num_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
             num_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
-            memory_bytes=memory.get(node["NodeID"]),
+            memory_bytes=facts[node["NodeID"]].memory_bytes if node["NodeID"] in facts else None,
+            target=facts[node["NodeID"]].target if node["NodeID"] in facts else "",
             total_cpus=node["Resources"].get("CPU", 0.0),
             total_gpus=node["Resources"].get("GPU", 0.0),
             address=node["NodeManagerAddress"],
@@ -64,13 +65,13 @@ def node_resources() -> tuple[NodeResources, ...]:
     )
 
 
-def _available_memory(names: Mapping[str, str], stop: threading.Event) -> dict[str, int]:
+def _node_facts(names: Mapping[str, str], stop: threading.Event) -> dict[str, NodeFacts]:
     """Asks all machines at once, by id; the answer lacks one that is lost, or cannot run our code.
 
     Args:
         names: what people call each machine, by its id.
     """
-    probe = ray.remote(num_cpus=0, max_retries=0)(available_memory_bytes)
+    probe = ray.remote(num_cpus=0, max_retries=0)(node_facts)
     answers: dict[Any, str] = {}
     for host_id in names:
         there = NodeAffinitySchedulingStrategy(host_id, soft=False)
@@ -80,17 +81,17 @@ def _available_memory(names: Mapping[str, str], stop: threading.Event) -> dict[s
     late = list(answers)
     while late and not stop.is_set() and time.monotonic() < deadline:
         done, late = ray.wait(list(answers), num_returns=len(answers), timeout=_POLL_S)
-    memory: dict[str, int] = {}
+    facts: dict[str, NodeFacts] = {}
     for answer in done:
         try:
-            memory[answers[answer]] = ray.get(answer)
+            facts[answers[answer]] = ray.get(answer)
         except ray.exceptions.RayError as error:
             _memory_unknown(names[answers[answer]], ray_cause(error))
     for answer in late:
         if not stop.is_set():
             _memory_unknown(names[answers[answer]], f"no answer within {_ANSWER_S:g} s")
         ray.cancel(answer, force=True)
-    return memory
+    return facts
 
 
 @cache

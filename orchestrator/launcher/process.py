@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from orchestrator.launcher.node import host_port
+from orchestrator.launcher.node import core_share, host_port
 from orchestrator.output import OutputWriter, dropped_words
 from placement.errors import HeterodyneError
+from placement.measured.core_share import openmp_waits
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 from protos.codec.log_record import LAST_WORDS, LogRecord
 
@@ -86,13 +87,10 @@ class WorkerArgs:
     def environment(self) -> dict[str, str]:
         """Returns the environment of a worker. Thread counts must be in it, as torch reads them when it is imported."""
         threads = str(self.num_threads)
-        # OpenMP's threads wait for work by spinning, by default so long that on a machine which also does other work
-        # they take each other's cores; this is long enough to bridge the gap between two operations of a step.
-        spin = os.environ.get("GOMP_SPINCOUNT", "1000")
         return environment() | {
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
-            "GOMP_SPINCOUNT": spin,
+            **openmp_waits(core_share(self.num_threads), os.environ),
             # Large tensors on huge pages, as the KV cache is: streaming through them takes half the time.
             "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         }
@@ -142,6 +140,7 @@ class WorkerProcess:
         self._stopping = False
         self.address = ""
         self.ranks_port = 0
+        self.target = ""
 
     @property
     def pid(self) -> int:
@@ -181,7 +180,7 @@ class WorkerProcess:
         if listening is None:
             raise WorkerFailed((await self.wait()).cause)
         self.address = host_port(self._host, int(listening.address.rpartition(":")[2]))
-        self.ranks_port = listening.ranks_port
+        self.ranks_port, self.target = listening.ranks_port, listening.target
 
     async def _read_all(self) -> None:
         try:

@@ -52,16 +52,31 @@ def usable_cores(num_allowed: int, read: ReadText) -> int:
 
     A container's limit, such as that of ``docker --cpus`` or of Kubernetes, is a quota of time on any of the cores: it
     leaves the affinity as it is. Threads beyond it take each other's time, and all of them stand still together once
-    it is used up. Part of a core counts as one.
+    it is used up. Part of a core counts as none, since a thread there would be held up in every period.
 
     Args:
         num_allowed: the CPUs that this process may run on, by its affinity.
     """
-    quotas = []
+    quota = quota_cores(read)
+    return max(1, num_allowed if quota is None else min(num_allowed, int(quota)))
+
+
+def quota_cores(read: ReadText) -> float | None:
+    """Returns how many cores the tightest quota of time is worth, such as 1.5; None where there is none."""
+    quotas = (_quota_cores(read, group, is_v1=is_v1) for is_v1, group in _cpu_groups(read))
+    return min((cores for cores in quotas if cores is not None), default=None)
+
+
+def num_throttled(read: ReadText) -> int:
+    """Counts the periods so far in which a group of this process was held up, as its quota was used up."""
+    return sum(_num_throttled(read, group) for _, group in _cpu_groups(read))
+
+
+def _cpu_groups(read: ReadText) -> Iterator[tuple[bool, PurePosixPath]]:
+    """Yields the groups that may limit this process's time, up to the root: if by version 1, and the directory."""
     for is_v1, path in _own_groups(read, "cpu"):
         for root in _V1_CPU_ROOTS if is_v1 else (_V2.root,):
-            quotas += [_quota_cores(read, group, is_v1=is_v1) for group in _up_to_root(root, path)]
-    return max(1, min([num_allowed, *(cores for cores in quotas if cores is not None)]))
+            yield from ((is_v1, group) for group in _up_to_root(root, path))
 
 
 def _own_groups(read: ReadText, controller: str) -> Iterator[tuple[bool, str]]:
@@ -78,8 +93,8 @@ def _up_to_root(root: str, path: str) -> list[PurePosixPath]:
     return [group for group in (own, *own.parents) if group.is_relative_to(root)]
 
 
-def _quota_cores(read: ReadText, group: PurePosixPath, *, is_v1: bool) -> int | None:
-    """Returns the cores that one group's quota is worth, rounded up; None where it has none."""
+def _quota_cores(read: ReadText, group: PurePosixPath, *, is_v1: bool) -> float | None:
+    """Returns the cores that one group's quota is worth; None where it has none."""
     if is_v1:  # a quota of -1 is none
         words = [(read(f"{group}/cpu.cfs_{name}_us") or "").strip() for name in ("quota", "period")]
     else:
@@ -87,7 +102,13 @@ def _quota_cores(read: ReadText, group: PurePosixPath, *, is_v1: bool) -> int | 
     if len(words) != 2 or not all(word.isdecimal() and int(word) for word in words):
         return None
     quota, period = map(int, words)
-    return -(-quota // period)
+    return quota / period
+
+
+def _num_throttled(read: ReadText, group: PurePosixPath) -> int:
+    """Counts the periods in which one group was held up; both versions write them alike."""
+    lines = (line.split() for line in (read(f"{group}/cpu.stat") or "").splitlines())
+    return next((int(words[1]) for words in lines if words[0] == "nr_throttled"), 0)
 
 
 def _available(read: ReadText, group: PurePosixPath, files: _Files) -> int | None:

@@ -137,6 +137,7 @@ class DeviceSpec:
         memory_bytes: the memory that its worker may use; None where it is not known, as that of a GPU is not before
             its worker runs.
         worker: what the configuration calls the worker that computes on it; empty where nobody calls it anything.
+        target: what code is generated for there, such as ``avx2``; empty where that is not known.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -144,6 +145,7 @@ class DeviceSpec:
     memory_bytes: int | None
     num_threads: int = 1
     worker: str = ""
+    target: str = ""
 
     @property
     def name(self) -> str:

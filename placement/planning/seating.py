@@ -24,6 +24,7 @@ class Host:
         address: where other machines reach it.
         memory_bytes: memory that can be allocated there now; None where the machine did not say.
         total_cpus, total_gpus: what the machine has, free or not.
+        target: the target that workers on its CPU compute for; empty where the machine did not say.
     """
 
     host_id: str
@@ -35,6 +36,7 @@ class Host:
     total_cpus: float
     total_gpus: float
     address: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

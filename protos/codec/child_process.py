@@ -25,17 +25,18 @@ class Listening:
     Attributes:
         address: ``host:port``, as the child was told to bind.
         ranks_port: where the other ranks of a worker's replica connect; 0 of a gateway.
+        target: what the code of a worker is generated for, such as ``avx2``; empty of a gateway.
     """
 
     address: str
     pid: int
     ranks_port: int = 0
+    target: str = ""
 
     def line(self) -> str:
         """Returns the line that the child prints, without its end."""
-        return json.dumps(
-            {"event": "listening", "address": self.address, "ranks_port": self.ranks_port, "pid": self.pid}
-        )
+        said = {"address": self.address, "ranks_port": self.ranks_port, "pid": self.pid, "target": self.target}
+        return json.dumps({"event": "listening", **said})
 
     @classmethod
     def read(cls, line: str) -> "Listening | None":
@@ -44,7 +45,12 @@ class Listening:
             said = json.loads(line)
             if said["event"] != "listening":
                 return None
-            return cls(address=str(said["address"]), ranks_port=int(said["ranks_port"]), pid=int(said["pid"]))
+            return cls(
+                address=str(said["address"]),
+                ranks_port=int(said["ranks_port"]),
+                pid=int(said["pid"]),
+                target=str(said["target"]),
+            )
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
 

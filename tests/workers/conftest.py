@@ -49,6 +49,6 @@ async def factory() -> AsyncIterator[GatedFactory]:
 
 @pytest.fixture
 async def grammars(factory: GatedFactory) -> AsyncIterator[GrammarCompiler]:
-    compiler = GrammarCompiler(factory)
+    compiler = GrammarCompiler(factory, num_threads=4)
     yield compiler
     compiler.close()

@@ -168,6 +168,9 @@ ALL_REDUCES: Mapping[str, AllReduce] = {
 }
 """The algorithms by name, the simplest first."""
 
+ORDER = "adding in rank order in float32 and rounding once"
+"""How all of them add, which every rank must do alike."""
+
 
 def gather(peers: Peers, x: Tensor, others: Mapping[int, Tensor]) -> None:
     """Collects the ranks' tensors at rank 0.

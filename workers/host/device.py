@@ -40,7 +40,7 @@ class Device:
         """Returns the memory that can be allocated at this moment; for a CPU, within the container's limit."""
         if self.torch_device.type == "cuda":
             return torch.cuda.mem_get_info(self.torch_device)[0]
-        free, limit = psutil.virtual_memory().available, container_available(_read)
+        free, limit = psutil.virtual_memory().available, container_available(read_text)
         return free if limit is None else min(free, limit)
 
 
@@ -56,10 +56,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def available_cores() -> int:
     """Returns the cores that this process may use, by its affinity and within the container's quota."""
-    return usable_cores(len(os.sched_getaffinity(0)), _read)
+    return usable_cores(len(os.sched_getaffinity(0)), read_text)
 
 
-def _read(path: str) -> str | None:
+def read_text(path: str) -> str | None:
+    """Returns the text of a file of the system; None where it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from workers.collectives.measure import measure
 from workers.collectives.nccl_group import NcclGroup
 from workers.collectives.torch_group import TorchGroup
 from workers.engine.types import Runner
+from workers.replica.agreement import MOST_BYTES, RankFacts, check_alike, silent
 from workers.replica.follower import Follower, StageTask
 from workers.replica.followers import Followers
 from workers.replica.overlap import measure_overlap
@@ -31,7 +32,9 @@ from workers.replica.roster import Roster
 from workers.replica.stages import FirstStage, LaterStage, StageLinks
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.step.runner import ModelRunner
-from workers.transport.link import Link
+from workers.transport.errors import BadFrame, PeerFailed
+from workers.transport.frames import Kind
+from workers.transport.link import Link, receive, send
 from workers.transport.mesh import Channel, Members, Mesh, join
 from workers.transport.pulse import Pulse
 
@@ -76,6 +79,38 @@ class Membership:
         """Connects with all other ranks. Raises PeerFailed where one does not come, and what ``go_on`` raises."""
         members = Members(rank=roster.rank, addresses=roster.addresses, epoch=epoch, token=roster.token)
         return cls(mesh=join(listener, members, deadline_s=time.monotonic() + JOIN_S, alive=go_on), roster=roster)
+
+    def agree(self, own: RankFacts, *, go_on: Callable[[], None] = lambda: None) -> tuple[RankFacts, ...]:
+        """Tells all other ranks what this one is, and checks that all are alike where they must be.
+
+        All ranks call it at the same time, before they use the connections for anything else.
+
+        Returns:
+            What all ranks are, in rank order.
+
+        Raises:
+            RanksDiffer: they are not alike. Every rank raises it.
+            PeerFailed: a rank was lost, or did not answer in time.
+        """
+        deadline_s = time.monotonic() + JOIN_S
+
+        def alive() -> None:
+            go_on()
+            self.pulse.check()
+
+        facts = {self._roster.rank: own}
+        try:
+            for link in self._compute.values():
+                send(link, Kind.FACTS, own.pack(), deadline_s=deadline_s, alive=alive)
+            for rank, link in self._compute.items():
+                facts[rank] = _receive_facts(rank, link, deadline_s, alive)
+        except PeerFailed as error:
+            raise self.pulse.reason(error) from error
+        ranks = tuple(facts[rank] for rank in sorted(facts))
+        check_alike(ranks)
+        if self._roster.rank == 0:
+            _log_mixed(ranks)
+        return ranks
 
     def _group(self, ranks: tuple[int, ...]) -> TensorGroup:
         """Makes a group of some ranks, over the COMPUTE links."""
@@ -271,3 +306,20 @@ class Membership:
         if self._torch is not None:
             self._torch.close()
         self._mesh.close()
+
+
+def _receive_facts(rank: int, link: Link, deadline_s: float, alive: Callable[[], None]) -> RankFacts:
+    """Receives what a rank says of itself. Raises PeerFailed, and RanksDiffer for what cannot be understood."""
+    try:
+        return RankFacts.unpack(receive(link, Kind.FACTS, deadline_s=deadline_s, alive=alive, max_bytes=MOST_BYTES))
+    except BadFrame as error:
+        raise silent(rank, str(error)) from error
+
+
+def _log_mixed(ranks: Sequence[RankFacts]) -> None:
+    """Says so where ranks have different targets."""
+    if len({rank.target for rank in ranks}) == 1:
+        return
+    targets = ", ".join(f"rank {number} {rank.target}" for number, rank in enumerate(ranks))
+    extra = said("mixed_targets", targets=targets, dtype=ranks[0].values.get("dtype", ""))
+    logger.info("The ranks have different targets: %s.", targets, extra=extra)

@@ -27,11 +27,12 @@ class GrammarCompiler:
 
     Args:
         factory: compiles for the model's tokenizer, and keeps grammars that were used lately.
+        num_threads: how many grammars may be compiled at the same time.
     """
 
-    def __init__(self, factory: GrammarFactory) -> None:
+    def __init__(self, factory: GrammarFactory, *, num_threads: int) -> None:
         self._factory = factory
-        self._threads = ThreadPoolExecutor(thread_name_prefix="grammar")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="grammar")
         self._under_way: dict[GrammarSpec, _Compilation] = {}
 
     async def compile(self, spec: GrammarSpec) -> Grammar:

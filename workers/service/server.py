@@ -18,7 +18,8 @@ from protos.codec.measured import measured_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.engine.types import STOPS, Stopping
-from workers.host.device import Device
+from workers.host.device import Device, available_cores
+from workers.host.identity import target_of
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
 from workers.service.lead import LeaderStream
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # How often a load tells how far it is.
 _PROGRESS_S = 0.2
+# Grammars that may be compiled at once beyond one for each core, so that a few slow ones do not hold up all others.
+_MORE_GRAMMARS = 4
 # How long the engine's thread, which has nothing left to do, is waited for.
 _JOIN_S = 1.0
 _T = TypeVar("_T")
@@ -38,11 +41,20 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """Serves one rank. It loads once, then serves leader streams of its own epoch, or follows the rank that does."""
+    """Serves one rank. It loads once, then serves leader streams of its own epoch, or follows the rank that does.
+
+    Attributes:
+        target: what this rank's code is generated for.
+    """
 
     def __init__(self, *, device: Device, epoch: int, listener: socket.socket | None = None) -> None:
-        """``listener`` is where the other ranks of the replica connect."""
+        """Serves a rank on a device; other ranks of the replica connect at ``listener``.
+
+        Raises:
+            InvalidConfig: the environment names a CPU target that cannot be.
+        """
         self._device = device
+        self.target = target_of(device.torch_device)
         self._epoch = epoch
         self._listener = listener
         self._phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_UNSPECIFIED
@@ -145,6 +157,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             epoch=self._epoch,
             pid=os.getpid(),
             device=self._device.name,
+            target=self.target,
             torch_version=torch.__version__,
             total_memory_bytes=self._device.total_memory_bytes,
             available_memory_bytes=self._device.available_memory_bytes,
@@ -175,7 +188,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         if engine is None or grammars is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
-            self._grammars = GrammarCompiler(grammars)
+            self._grammars = GrammarCompiler(grammars, num_threads=available_cores() + _MORE_GRAMMARS)
         stream = LeaderStream(
             engine=engine,
             grammars=self._grammars,

@@ -41,6 +41,7 @@ from workers.sampling.grammar import GrammarFactory
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
+from workers.startup.facts import rank_facts
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, log_budget, warm_up
 from workers.step.runner import ModelRunner
 
@@ -116,6 +117,7 @@ class LoadJob:
             InvalidRequest: the load asks for something impossible.
             NotEnoughMemory: the device has not the memory, by reckoning before anything is read or in fact.
             PeerFailed: another rank of the replica was lost.
+            RanksDiffer: the ranks of the replica are not alike in what they must have in common.
             Stopping: it was stopped while it waited for another rank or read weights.
         """
         use_device(self._device.torch_device)
@@ -123,8 +125,10 @@ class LoadJob:
         # Before this rank joins the others: reading a large tokenizer holds up all its threads, its pulse among them.
         grammars = self._grammars(checked.model) if checked.leads else None
         membership = self._join(checked.roster)
-        self._enter(pb.LOAD_PHASE_WEIGHTS)
         try:
+            if membership is not None:
+                membership.agree(rank_facts(self._request, checked, self._device), go_on=self._go_on)
+            self._enter(pb.LOAD_PHASE_WEIGHTS)
             loaded = self._load(checked, membership, grammars)
             self._go_on()  # else the others would count on a rank that nobody starts
             return loaded

@@ -13,6 +13,11 @@ from enum import IntEnum
 from workers.transport.errors import BadFrame
 
 MAGIC = b"HetF"
+FORMAT = 1
+"""The version of the format. The frames by which ranks join each other, HELLO, WELCOME and FACTS, are the same in all
+versions; in a FACTS frame each rank says which version it writes from then on.
+"""
+
 _FIELDS = struct.Struct("<4sB3xQQQ")  # magic, kind, epoch, number, length of the payload
 _CHECKSUM = struct.Struct("<I")
 
@@ -30,6 +35,7 @@ class Kind(IntEnum):
     TENSOR = 5
     STEP = 6
     BEGIN = 7
+    FACTS = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,8 @@ def _connect(members: Members, peer: int, channel: Channel, deadline_s: float, a
         receive(link, Kind.WELCOME, deadline_s=deadline_s, alive=alive, max_bytes=0)
     except (PeerFailed, BadFrame) as error:
         link.close()
-        raise PeerFailed(peer, f"did not take the connection: {error}") from error
+        asked = "is the same version of heterodyne installed there?"
+        raise PeerFailed(peer, f"did not take the connection: {error} ({asked})") from error
     except BaseException:  # what ``alive`` raises
         link.close()
         raise

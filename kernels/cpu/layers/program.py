@@ -20,6 +20,17 @@ from kernels.cpu.rows.rows_ir import HEADER, norm
 
 _LINE_WORDS = 8  # words of a cache line of 64 bytes
 
+# How often threads spin at a barrier, some 10 ns each, until :func:`set_spins` says otherwise: longer than the others
+# usually take, and shorter than it takes to sleep and be woken.
+_spins = 2000
+
+
+def set_spins(count: int) -> None:
+    """Sets how often each thread spins at a barrier before it yields its core, in programs that run from now on."""
+    global _spins
+    assert count >= 0, count
+    _spins = count
+
 
 class Program:
     """Operations in the order in which they run.
@@ -71,7 +82,9 @@ class Program:
         team_size = threads.team_size() if num_threads > 1 else 0
         count = (len(self._arguments) if stop is None else stop) - start
         functions = team_size, *_yield_and_sleep()
-        header = _HEADER.pack(count, self._operations[start:].ctypes.data, *counters, *functions, ended_by or never)
+        header = _HEADER.pack(
+            count, self._operations[start:].ctypes.data, *counters, *functions, ended_by or never, _spins
+        )
         threads.run(compiled()["program"], header, num_threads)
 
 

@@ -7,15 +7,13 @@ operation the threads meet at a barrier, so that none begins one before all have
 from kernels.cpu.machine.target import Target
 from kernels.cpu.machine.work_ir import load_arguments
 
-PROGRAM = ("num_operations", "operations", "arrived", "generation", "team_size", "yield", "sleep", "stop")
+PROGRAM = ("num_operations", "operations", "arrived", "generation", "team_size", "yield", "sleep", "stop", "spins")
 """The arguments of ``program``, 64 bits each: the number of operations; the address of the operations, each the address
 of a function and that of its arguments; the addresses of two counters, 0 at first; the addresses of the C functions
-``omp_get_num_threads`` (0 where there is one thread), ``sched_yield`` and ``usleep``; and the address of a word that an
-operation sets to end the program."""
+``omp_get_num_threads`` (0 where there is one thread), ``sched_yield`` and ``usleep``; the address of a word that an
+operation sets to end the program; and how often a thread spins at a barrier before it yields the core, perhaps to the
+thread that it waits for."""
 
-# How often a thread spins at a barrier, some 10 ns each: longer than the others usually take, and shorter than it takes
-# to sleep and be woken. A thread that waits longer yields the core, perhaps to the one that it waits for.
-_SPINS = 2000
 # How often it yields before it sleeps. Another thread waits for the network then, and all others wait for that thread.
 _YIELDS = 1000
 _SLEEP_US = 50
@@ -38,7 +36,8 @@ entry:{load_arguments(PROGRAM)}
   %generation_ptr = inttoptr i64 %generation to ptr
   %yield_ptr = inttoptr i64 %yield to ptr
   %sleep_ptr = inttoptr i64 %sleep to ptr
-  %stop_ptr = inttoptr i64 %stop to ptr{_TEAM_SIZE}
+  %stop_ptr = inttoptr i64 %stop to ptr
+  %most_waits = add i64 %spins, {_YIELDS}{_TEAM_SIZE}
   br label %each
 each:
   %i = phi i64 [0, %begin], [%i_next, %passed]
@@ -102,13 +101,13 @@ wait:
   br i1 %is_open, label %passed, label %spin
 spin:
   %waits_next = add i64 %waits, 1
-  %is_long = icmp ugt i64 %waits, {_SPINS}
+  %is_long = icmp ugt i64 %waits, %spins
   br i1 %is_long, label %give, label %pause
 pause:
   {target.pause}
   br label %again
 give:
-  %is_longer = icmp ugt i64 %waits, {_SPINS + _YIELDS}
+  %is_longer = icmp ugt i64 %waits, %most_waits
   br i1 %is_longer, label %rest, label %let
 let:
   %let_ignored = call i32 %yield_ptr()

@@ -225,6 +225,7 @@ class RankStatus(_message.Message):
     EXCHANGE_FIELD_NUMBER: _builtins.int
     WORKER_FIELD_NUMBER: _builtins.int
     LOAD_PHASE_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -250,6 +251,10 @@ class RankStatus(_message.Message):
     """What the cluster file calls its worker."""
     load_phase: _builtins.str
     """What it does until it is ready, such as "loading" or "measuring links"; empty once it is."""
+    target: _builtins.str
+    """What its code is generated for: a CPU target such as "avx2", or "cuda" and the name of the GPU. Empty where that is
+    not known.
+    """
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
@@ -284,10 +289,11 @@ class RankStatus(_message.Message):
         exchange: Global___MeasuredExchange | None = ...,
         worker: _builtins.str = ...,
         load_phase: _builtins.str = ...,
+        target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "exchange", b"exchange", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "overlap", b"overlap", "pid", b"pid", "rank", b"rank", "sums", b"sums", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "overlap", b"overlap", "pid", b"pid", "rank", b"rank", "sums", b"sums", "target", b"target", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exchange: _TypeAlias = _typing.Literal["exchange"]  # noqa: Y015
     _WhichOneofArgType__exchange: _TypeAlias = _typing.Literal["_exchange", b"_exchange"]  # noqa: Y015
@@ -532,10 +538,13 @@ class GetStatusResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     context_tokens: _builtins.int
     """How long a request and its answer may be together, and how long they could be for the model."""
     model_context_tokens: _builtins.int
+    dtype: _builtins.str
+    """Number type of weights, activations and KV: "float32" or "bfloat16"."""
     @_builtins.property
     def gateway(self) -> Global___GatewayStatus: ...
     @_builtins.property
@@ -548,10 +557,11 @@ class GetStatusResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         context_tokens: _builtins.int = ...,
         model_context_tokens: _builtins.int = ...,
+        dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "gateway", b"gateway", "model", b"model", "model_context_tokens", b"model_context_tokens", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "dtype", b"dtype", "gateway", b"gateway", "model", b"model", "model_context_tokens", b"model_context_tokens", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -120,3 +120,10 @@ def test_zeros_are_written_by_one_thread(num_threads: int) -> None:
     made.add(*program.operation("fill_zeros", made.ticket(), memory[10:].data_ptr(), 8 * 500))
     made.run(num_threads)
     assert memory[:10].all() and not memory[10:510].any() and memory[510:].all()
+
+
+@pytest.mark.parametrize("spins", [0, 1, 50, 10_000])
+def test_threads_meet_however_often_they_spin(monkeypatch: pytest.MonkeyPatch, spins: int) -> None:
+    monkeypatch.setattr(program, "_spins", 2000)  # restores it
+    program.set_spins(spins)
+    test_each_operation_sees_all_that_those_before_it_did(num_threads=3)

@@ -15,6 +15,7 @@ from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan
 from placement.planning.planner import plan_replicas
+from placement.planning.seating import Host
 from tests.support.deploying.deployment import MACHINE, make_config, too_large_for_each
 from tests.support.shapes import LLAMA_8B
 
@@ -152,3 +153,32 @@ def test_a_plan_that_cuts_a_model_unasked_says_by_what_and_that_speed_counts_whe
 def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match=r"--svg: cannot be written: no such file"):
         list(show_plan(Path("deploy/local.yaml"), overrides=FREE, picture=tmp_path / "no" / "plan.svg"))
+
+
+def test_a_plan_names_targets_where_they_are_known_and_says_what_follows_where_they_differ(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    workers = [{"name": name, "device": "cpu", "threads": 1} for name in ("a", "b")]
+    parallelism = {"replicas": [{"stages": [{"workers": ["a", "b"]}]}]}
+    config = make_config(
+        tmp_path,
+        served_checkpoint,
+        model={"path": str(served_checkpoint), "dtype": "bfloat16"},
+        cluster={"ray_address": "auto", "workers": workers},
+        serving={"parallelism": parallelism},
+    )
+    hosts = tuple(
+        Host(
+            host_id=name, name=name, labels={}, num_cpus=1, num_gpus=0, memory_bytes=2**36, total_cpus=1, total_gpus=0,
+            target=target,
+        )
+        for name, target in (("x", "avx512f"), ("y", "generic"))
+    )  # fmt: skip
+    said = list(plan_events(preflight(config, machine=MACHINE, listens=False, hosts=hosts)))
+    assert [each.fields.get("target") for each in said[:2]] == ["avx512f", "generic"]
+    assert "cpu of node x, target avx512f, 1 thread(s)" in said[0].sentence
+    assert said[2].event == "mixed_targets" and said[2].sentence == (
+        "The ranks of replica-0 have the targets avx512f and generic: in bfloat16 answers depend on who computes."
+    )
+    unknown = list(plan_events(preflight(config, machine=MACHINE, listens=False)))
+    assert "target" not in unknown[0].pairs() and [each.event for each in unknown] == ["plan", "plan", "context"]

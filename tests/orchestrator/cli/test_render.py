@@ -314,3 +314,30 @@ def test_there_is_no_table_of_measurements_where_nothing_was_measured_or_asked_f
 
 def test_status_lines_of_nothing_are_the_gateway_alone() -> None:
     assert len(list(status_lines(admin_pb2.GetStatusResponse()))) == 1
+
+
+def mixed(dtype: str) -> admin_pb2.GetStatusResponse:
+    ranks = [admin_pb2.RankStatus(rank=0, target="avx2"), admin_pb2.RankStatus(rank=1, target="cuda NVIDIA H200")]
+    return admin_pb2.GetStatusResponse(dtype=dtype, replicas=[admin_pb2.ReplicaStatus(name="replica-0", ranks=ranks)])
+
+
+MIXED = "The ranks of replica-0 have the targets avx2 and cuda NVIDIA H200: in bfloat16 answers depend on who computes."
+
+
+def test_the_target_of_each_rank_is_shown_and_what_follows_where_they_differ() -> None:
+    shown = console(terminal=True)
+    print_status(shown, mixed("bfloat16"))
+    assert MIXED in output(shown) and "target" in output(shown)
+    _, first, second, note = [pairs(line) for line in status_lines(mixed("bfloat16"))]
+    assert (first["target"], second["target"]) == ("avx2", "cuda NVIDIA H200")
+    assert note == {"event": "mixed_targets", "replica": "replica-0", "effect": MIXED}
+    document = status_document(mixed("bfloat16"))
+    (replica,) = document["replicas"]
+    assert document["dtype"] == "bfloat16" and replica["mixed_targets"] == MIXED
+    assert [rank["target"] for rank in replica["ranks"]] == ["avx2", "cuda NVIDIA H200"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", ""])
+def test_targets_that_differ_are_no_matter_otherwise(dtype: str) -> None:
+    assert not any("mixed_targets" in line for line in status_lines(mixed(dtype)))
+    assert "mixed_targets" not in status_document(mixed(dtype))["replicas"][0]

@@ -13,7 +13,7 @@ from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.measured.overlap import MeasuredOverlap
 from placement.measured.speed import DeviceSpeed
 from placement.model.part import Part, Span
-from placement.model.specs import DeviceSpec
+from placement.model.specs import DeviceSpec, DType
 from placement.planning.plan import Shard
 from protos.codec.loading import Loading
 from protos.codec.measured import read_measurements
@@ -69,6 +69,14 @@ def test_a_rank_says_who_it_is_and_what_it_does_until_it_is_ready(does: Loading)
     (message,) = deployment(state, version=1).replicas[0].ranks
     assert (message.worker, message.loaded_bytes, message.total_bytes) == ("big", 10, 900)
     assert loading(message.load_phase) is does
+
+
+def test_watchers_learn_the_target_of_each_rank_and_the_dtype_of_all() -> None:
+    replica = ReplicaState(name="replica-0", epoch=1, ranks=(replace(RANK, target="avx2"), RANK))
+    message = deployment(State(replicas=(replica,), dtype=DType.BFLOAT16), version=1)
+    assert [rank.target for rank in message.replicas[0].ranks] == ["avx2", ""]
+    assert message.dtype == worker_pb2.DTYPE_BFLOAT16
+    assert deployment(State(), version=1).dtype == worker_pb2.DTYPE_UNSPECIFIED
 
 
 def test_a_speed_is_what_a_device_can_have() -> None:

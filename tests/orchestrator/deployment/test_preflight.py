@@ -238,3 +238,21 @@ def test_machine_is_measured() -> None:
     machine = measure_machine()
     assert machine.memory_bytes > 2**20
     assert 1 <= machine.num_cores <= (os.cpu_count() or 1)
+    assert machine.targets[-1] == "generic" and machine.target in machine.targets
+
+
+def test_a_cpu_target_that_this_machine_cannot_run_is_refused_where_workers_run_here(model: Path) -> None:
+    machine = replace(MACHINE, targets=("avx2", "generic"), named_target="avx512f")
+    here = configured(model)
+    error = refused(InvalidConfig, lambda: preflight(here, machine=machine))
+    assert (error.field, error.value) == ("environment variable HETERODYNE_CPU_TARGET", "avx512f")
+    assert error.fix == "Set it to one of avx2, generic, or unset it."
+    elsewhere = configured(model, cluster={"ray_address": "auto", "workers": [{"device": "cpu", "threads": 1}]})
+    assert preflight(elsewhere, machine=machine).plan.replicas[0].shards[0].device.target == ""
+
+
+@pytest.mark.parametrize(("named", "target"), [("", "avx2"), ("generic", "generic")])
+def test_workers_of_this_machine_have_its_target(model: Path, named: str, target: str) -> None:
+    machine = replace(MACHINE, targets=("avx2", "generic"), named_target=named)
+    (replica,) = preflight(configured(model), machine=machine).plan.replicas
+    assert [shard.device.target for shard in replica.shards] == [target]

@@ -11,11 +11,13 @@ import grpc
 import psutil
 import pytest
 
+from kernels.cpu.machine.target import chosen
 from orchestrator.cli.render import status_lines
 from orchestrator.controller.state import Phase
 from orchestrator.deployment.preflight import preflight
 from placement.measured.collectives import MEASURED_BYTES
 from placement.measured.exchange import Exchange
+from placement.model.specs import DType
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
 from tests.support.clocks import PATIENCE_S, own_time, until
@@ -90,6 +92,8 @@ async def check_measured(channel: grpc.aio.Channel, *, summing: Sequence[str], s
     """
     status = await admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=PATIENCE_S)
     lines = [dict(word.split("=", 1) for word in shlex.split(line)) for line in status_lines(status, measured=True)]
+    assert {line["target"] for line in lines if line["event"] == "rank"} == {chosen().name}
+    assert status.dtype in [dtype.value for dtype in DType]
     sums = [line for line in lines if line["event"] == "sum"]
     expected = [("replica-0", stage, str(num_bytes)) for stage in summing for num_bytes in MEASURED_BYTES]
     assert [(line["replica"], line["stage"], line["num_bytes"]) for line in sums] == expected

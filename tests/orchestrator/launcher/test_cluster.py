@@ -128,7 +128,7 @@ async def test_cpus_that_others_have_are_said_to_be_reserved(cluster: None) -> N
 def test_who_is_asked_to_stop_does_not_wait_for_machines_to_answer(
     cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "available_memory_bytes", lambda: time.sleep(600))
+    monkeypatch.setattr(hosts, "node_facts", lambda: time.sleep(600))
     monkeypatch.setattr(hosts, "_ANSWER_S", 10 * PATIENCE_S)
     stop = threading.Event()
     asking = threading.Timer(0.5, stop.set)

@@ -9,7 +9,9 @@ import time
 
 import pytest
 
+from orchestrator.launcher import process
 from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerFailed, WorkerProcess, ended_by
+from placement.measured.core_share import CoreShare
 from protos.codec.child_process import PEER_LOST_EXIT_CODE, Listening
 from protos.codec.log_record import LAST_WORDS, LogRecord
 from tests.support.clocks import PATIENCE_S
@@ -132,3 +134,34 @@ async def test_who_was_killed_outright_is_said_to_have_been_so_often_for_want_of
     worker = await start(f"{says()} import os; os.kill(os.getpid(), 9)")
     cause = (await asyncio.wait_for(worker.wait(), PATIENCE_S)).cause
     assert cause.endswith("was killed by SIGKILL (often the out-of-memory killer: see dmesg)")
+
+
+async def test_a_worker_with_a_wrong_cpu_target_ends_with_one_line_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HETERODYNE_CPU_TARGET", "avx3")
+    args = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=1)
+    with pytest.raises(WorkerFailed) as caught:
+        await WorkerProcess.start(args, timeout_s=PATIENCE_S)
+    cause = str(caught.value)
+    assert "exited with code 2: error: environment variable HETERODYNE_CPU_TARGET: 'avx3' is not a target" in cause
+    assert "Traceback" not in cause and len(cause.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "waits"),
+    [
+        (2, {"GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": None, "KMP_BLOCKTIME": None}),
+        (3, {"GOMP_SPINCOUNT": None, "OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}),
+    ],
+)
+def test_a_worker_with_more_threads_than_cores_starts_with_threads_that_wait_asleep(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, waits: dict[str, str | None]
+) -> None:
+    for name in waits:
+        monkeypatch.delenv(name, raising=False)
+    share = CoreShare(num_threads=num_threads, usable_cores=2)
+    monkeypatch.setattr(process, "core_share", lambda count: share)
+    environment = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=num_threads, epoch=1).environment()
+    assert {name: environment.get(name) for name in waits} == waits
+    assert environment["OMP_NUM_THREADS"] == str(num_threads)

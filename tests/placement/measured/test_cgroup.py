@@ -2,7 +2,7 @@
 
 import pytest
 
-from placement.measured.cgroup import container_available, usable_cores
+from placement.measured.cgroup import container_available, num_throttled, quota_cores, usable_cores
 
 V1 = "/sys/fs/cgroup/memory"
 V2 = "/sys/fs/cgroup"
@@ -66,7 +66,8 @@ def v2_cpu(group: str, text: str) -> dict[str, str]:
     [
         ("0::/\n", v2_cpu("", "100000 100000"), 8, 1),
         ("0::/\n", v2_cpu("", "max 100000"), 8, 8),
-        ("0::/box\n", v2_cpu("/box", "150000 100000"), 8, 2),  # part of a core is one more
+        ("0::/box\n", v2_cpu("/box", "150000 100000"), 8, 1),  # part of a core is none
+        ("0::/box\n", v2_cpu("/box", "399999 100000"), 8, 3),
         ("0::/box\n", v2_cpu("/box", "25000 100000"), 8, 1),
         ("0::/box\n", v2_cpu("/box", "400000 100000"), 3, 3),  # bound to fewer CPUs than the quota is worth
         ("0::/a/b/c\n", v2_cpu("/a/b/c", "max 100000") | v2_cpu("/a", "200000 100000"), 8, 2),  # a parent's quota
@@ -74,7 +75,7 @@ def v2_cpu(group: str, text: str) -> dict[str, str]:
         ("0::/seen/by/the/host\n", v2_cpu("", "200000 100000"), 8, 2),  # the container's own group is its root
         ("1:cpu:/box\n0::/\n", v1_cpu("/box", 100_000), 8, 1),
         ("1:cpu:/box\n0::/\n", v1_cpu("/box", -1), 8, 8),
-        ("1:cpu:/box\n0::/\n", v1_cpu("/box", 75_000, 50_000), 8, 2),
+        ("1:cpu:/box\n0::/\n", v1_cpu("/box", 75_000, 50_000), 8, 1),
         ("1:cpu:/a/b\n", v1_cpu("/a/b", -1) | v1_cpu("/a", 300_000), 8, 3),
         ("4:cpu,cpuacct:/docker/1\n", v1_cpu("", 200_000, mounted="cpu,cpuacct"), 8, 2),
         ("4:cpuset:/box\n", v1_cpu("/box", 100_000), 8, 8),  # another controller's group
@@ -89,3 +90,31 @@ def test_cores_are_those_of_the_affinity_within_the_tightest_quota(
 ) -> None:
     texts = {"/proc/self/cgroup": groups} | files
     assert usable_cores(allowed, lambda path: texts.get(path)) == cores
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/a/b\n", v2_cpu("/a/b", "150000 100000") | v2_cpu("/a", "400000 100000"), 1.5),
+        ("0::/box\n", v2_cpu("/box", "50000 100000"), 0.5),
+        ("0::/box\n", v2_cpu("/box", "max 100000"), None),
+        ("1:cpu:/box\n", v1_cpu("/box", 75_000, 50_000), 1.5),
+        ("", {}, None),
+    ],
+)
+def test_a_quota_is_worth_so_many_cores(groups: str, files: dict[str, str], cores: float | None) -> None:
+    texts = {"/proc/self/cgroup": groups} | files
+    assert quota_cores(lambda path: texts.get(path)) == cores
+
+
+def throttled(group: str, periods: int) -> dict[str, str]:
+    return {f"{group}/cpu.stat": f"usage_usec 900\nnr_periods 70\nnr_throttled {periods}\nthrottled_usec 5\n"}
+
+
+def test_periods_in_which_a_group_or_one_above_it_was_held_up_are_counted() -> None:
+    v2 = {"/proc/self/cgroup": "0::/a/b\n"} | throttled(f"{V2}/a/b", 3) | throttled(f"{V2}/a", 40)
+    assert num_throttled(lambda path: v2.get(path)) == 43
+    v1 = {"/proc/self/cgroup": "4:cpu,cpuacct:/box\n"} | throttled("/sys/fs/cgroup/cpu,cpuacct/box", 7)
+    assert num_throttled(lambda path: v1.get(path)) == 7
+    bare = {"/proc/self/cgroup": "0::/\n", f"{V2}/cpu.stat": "usage_usec 900\n"}
+    assert num_throttled(lambda path: bare.get(path)) == num_throttled(lambda path: None) == 0

@@ -10,7 +10,7 @@ import pytest
 from protos.codec.child_process import Listening
 
 ROOT = Path(__file__).resolve().parents[3]
-LISTENING = Listening(address="127.0.0.1:7000", ranks_port=7001, pid=12)
+LISTENING = Listening(address="127.0.0.1:7000", ranks_port=7001, pid=12, target="avx2")
 
 
 def test_what_a_child_says_is_read_back() -> None:

@@ -41,7 +41,9 @@ class LocalLauncher:
     async def start(self, key: tuple[str, int], *, epoch: int, shard: Shard) -> Started:
         args = WorkerArgs(bind_host="127.0.0.1", device="cpu", num_threads=1, epoch=epoch)
         worker = self.workers[key] = await WorkerProcess.start(args, timeout_s=START_S)
-        return Started(node="here", address=worker.address, ranks_port=worker.ranks_port, pid=worker.pid)
+        return Started(
+            node="here", address=worker.address, ranks_port=worker.ranks_port, pid=worker.pid, target=worker.target
+        )
 
     async def wait(self, key: tuple[str, int]) -> WorkerEnd:
         return await self.workers[key].wait()

@@ -793,6 +793,7 @@ class DescribeResponse(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     pid: _builtins.int
     device: _builtins.str
@@ -803,6 +804,8 @@ class DescribeResponse(_message.Message):
     weight_bytes: _builtins.int
     kv_bytes: _builtins.int
     num_threads: _builtins.int
+    target: _builtins.str
+    """What its code is generated for: a CPU target such as "avx2", or "cuda" and the name of the GPU."""
     @_builtins.property
     def load(self) -> Global___LoadReport: ...
     def __init__(
@@ -819,10 +822,11 @@ class DescribeResponse(_message.Message):
         kv_bytes: _builtins.int = ...,
         num_threads: _builtins.int = ...,
         load: Global___LoadReport | None = ...,
+        target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "device", b"device", "epoch", b"epoch", "kv_bytes", b"kv_bytes", "load", b"load", "num_threads", b"num_threads", "phase", b"phase", "pid", b"pid", "torch_version", b"torch_version", "total_memory_bytes", b"total_memory_bytes", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "device", b"device", "epoch", b"epoch", "kv_bytes", b"kv_bytes", "load", b"load", "num_threads", b"num_threads", "phase", b"phase", "pid", b"pid", "target", b"target", "torch_version", b"torch_version", "total_memory_bytes", b"total_memory_bytes", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
