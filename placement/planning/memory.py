@@ -216,11 +216,12 @@ def _token_bytes(model: ModelSpec, part: Part, dtype: DType) -> int:
     (H + 2K) D  queries, keys and values
     2 H D       rotated queries, and output of attention
     3 F         gate, up, and their product
-    max(E, F)   input of a product, in tiles
+    2 max(E, H D, F)  input of a product, in tiles; twice, since some CPUs hold it in float32
     """
     num_kv_heads, ffn_size = len(part.kv_heads), len(part.ffn_columns)
     attention = (3 * model.queries_per_kv_head + 2) * num_kv_heads * model.head_dim
-    tiles = max(model.hidden_size, ffn_size)
+    attended = model.queries_per_kv_head * num_kv_heads * model.head_dim
+    tiles = 2 * max(model.hidden_size, attended, ffn_size)
     return ((6 if model.ladder else 5) * model.hidden_size + attention + 3 * ffn_size + tiles) * dtype.itemsize
 
 

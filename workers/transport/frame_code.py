@@ -107,7 +107,7 @@ def sliced_checksum(data, num_bytes, register, table):  # type: ignore[no-untype
 def payload_checksum(register, start, rows, row_bytes, stride, fold, table_at):  # type: ignore[no-untyped-def]
     """Returns a checksum's register after ``rows`` rows of memory, which lie ``stride`` bytes apart."""
     table = words_at(table_at, (_SLICES, 256))
-    folded = row_bytes - row_bytes % MIN_BYTES
+    folded = row_bytes - row_bytes % (MIN_BYTES if fold != 0 else _SLICES)
     rest = np.empty(16, np.uint8)
     for row in range(rows):
         at = start + row * stride

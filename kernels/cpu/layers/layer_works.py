@@ -17,10 +17,10 @@ from kernels.cpu.layers.partial import SumWork
 from kernels.cpu.layers.program import Program
 from kernels.cpu.machine.columns_ir import WHOLE, ColumnTile
 from kernels.cpu.products.linear import ProgramLinear
-from kernels.cpu.products.tiling import Layout
+from kernels.cpu.products.tiling import MOST_ROWS, Layout
 from kernels.cpu.rows import rows
 
-SPARE_ROWS = 32
+SPARE_ROWS = MOST_ROWS
 """The most rows that a product writes beyond its tokens: those of one tile."""
 
 
@@ -68,6 +68,10 @@ class RopeTables(Protocol):
     def sin(self) -> Tensor: ...
 
 
+# The bfloat16 numbers that each number of a product's input takes in tiles; none where rows are read as they lie.
+_HALVES = {Layout.ROWS: 0, Layout.PAIRS: 1, Layout.FLOATS: 2}
+
+
 class Buffers:
     """Memory for the activations of at most ``num_tokens`` tokens, and for the spare rows that products write."""
 
@@ -85,8 +89,8 @@ class Buffers:
         self.attended = self._rows(layer.attended_size)
         self.gate_up = self._rows(2 * ffn_size)
         self.activated = self._rows(ffn_size)
-        halves_per_number = 2 if any(linear.layout is Layout.FLOATS for linear in layer.linears) else 1
-        self.tiles = self._rows(halves_per_number * max(layer.hidden_size, layer.attended_size, ffn_size))
+        halves = max((_HALVES[linear.layout] for layer in layers for linear in layer.linears), default=0)
+        self.tiles = self._rows(halves * max(layer.hidden_size, layer.attended_size, ffn_size))
         self.slots = torch.empty(num_tokens, dtype=torch.int64)
         windows = {layer.window for layer in layers}
         self.cos = {window: self._rows(head_dim) for window in windows}

@@ -61,8 +61,16 @@ end:
 
 
 def _declared(target: Target) -> str:
-    """Returns the declaration of the function that the target's pause calls, if any."""
-    return target.pause.replace("call", "declare")
+    """Returns the declaration of the function of the target's pause, if any."""
+    if target.pause is None:
+        return ""
+    name, argument = target.pause
+    return f"declare void @{name}({argument.split(' ', 1)[0]})\n"
+
+
+def _pause(target: Target) -> str:
+    """Returns the call of the target's pause, if any."""
+    return "" if target.pause is None else f"\n  call void @{target.pause[0]}({target.pause[1]})"
 
 
 # The number of the thread that arrives last at a barrier, from 0, of as many as there are.
@@ -103,8 +111,7 @@ spin:
   %waits_next = add i64 %waits, 1
   %is_long = icmp ugt i64 %waits, %spins
   br i1 %is_long, label %give, label %pause
-pause:
-  {target.pause}
+pause:{_pause(target)}
   br label %again
 give:
   %is_longer = icmp ugt i64 %waits, %most_waits

@@ -33,7 +33,8 @@ class Target:
         multiplies_pairs: whether one instruction multiplies pairs of bfloat16 numbers and adds both products to a
             float32 sum; where not, they are widened to float32 first, by shift and mask.
         has_matrix_unit: whether it multiplies matrices of bfloat16 (AMX).
-        pause: LLVM IR that tells the core that its thread waits for another; may be empty.
+        pause: LLVM's function that tells the core that its thread waits for another, and the argument for it; None
+            where there is none.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Target:
     registers: int
     multiplies_pairs: bool = False
     has_matrix_unit: bool = False
-    pause: str = ""
+    pause: tuple[str, str] | None = None
 
     @property
     def registers_per_column(self) -> int:
@@ -54,7 +55,7 @@ class Target:
 
 # Linux's numbers for x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 _ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
-_PAUSE = "call void @llvm.x86.sse2.pause()"
+_PAUSE = ("llvm.x86.sse2.pause", "")
 
 AMX = Target(
     name="amx",
@@ -95,11 +96,12 @@ AVX2 = Target(
     registers=16,
     pause=_PAUSE,
 )
-GENERIC_X86 = Target(name="generic", cpu="x86-64", lanes=4, registers=16)
-GENERIC_ARM = Target(name="generic", cpu="generic", needs=frozenset({"neon"}), lanes=4, registers=32)
+GENERIC_X86 = Target(name="generic", cpu="x86-64", lanes=4, registers=16, pause=_PAUSE)
+GENERIC_ARM = Target(name="generic", cpu="generic", lanes=4, registers=32, pause=("llvm.aarch64.isb", "i32 15"))
+GENERIC = Target(name="generic", cpu="", lanes=4, registers=16)
 
 NAMES = tuple(target.name for target in (AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86))
-"""The names of all targets, the fastest first."""
+"""The names of all targets."""
 
 
 class BadTarget(ValueError):
@@ -113,16 +115,36 @@ def host_features() -> frozenset[str]:
 
 
 def known_targets(machine: str) -> tuple[Target, ...]:
-    """Returns the targets for a machine by its name in :func:`platform.machine`, the fastest first."""
+    """Returns the targets for a machine by its name in :func:`platform.machine`, from the most to the least special."""
     if machine in _X86:
         return AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86
-    return (GENERIC_ARM if machine in _ARM else GENERIC_X86,)
+    return (GENERIC_ARM if machine in _ARM else GENERIC,)
 
 
+@cache
 def runnable_targets() -> tuple[Target, ...]:
     """Returns the targets that this CPU can execute, the fastest first."""
     known = known_targets(platform.machine())
-    return tuple(target for target in known if target.needs <= host_features() and _is_permitted(target))
+    runnable = tuple(target for target in known if target.needs <= host_features() and _is_permitted(target))
+    return by_speed(runnable, host_cpu())
+
+
+def host_cpu() -> str:
+    """Returns LLVM's name of this CPU, for instance ``znver4``."""
+    name: str = binding.get_host_cpu_name()
+    return name
+
+
+def by_speed(targets: tuple[Target, ...], cpu: str) -> tuple[Target, ...]:
+    """Orders targets by their speed on a CPU.
+
+    Only AMD multiplies pairs of bfloat16 twice as fast as float32 numbers. On Intel's CPUs it brings nothing, and to
+    widen them and multiply is faster by a third.
+    """
+    if cpu.startswith("znver"):
+        return targets
+    order = {AVX512BF16.name: 2, AVX512F.name: 1}
+    return tuple(sorted(targets, key=lambda target: order.get(target.name, 0 if target == AMX else 3)))
 
 
 def _is_permitted(target: Target) -> bool:
@@ -177,7 +199,11 @@ def has(feature: str) -> bool:
 
 
 def compiled_for() -> tuple[str, str]:
-    """Returns the CPU and the features that LLVM compiles for, as it takes them."""
+    """Returns the CPU and the features that LLVM compiles for, as it takes them.
+
+    What this CPU lacks of a forced target's least CPU is left out, as virtual machines may hide it.
+    """
     if not is_forced():
-        return binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
-    return chosen().cpu, ",".join(f"+{name}" for name in sorted(features()))
+        return host_cpu(), binding.get_host_cpu_features().flatten()
+    lacking = [name for name, has_it in binding.get_host_cpu_features().items() if not has_it]
+    return chosen().cpu, ",".join([*(f"+{name}" for name in sorted(features())), *(f"-{name}" for name in lacking)])

@@ -1,13 +1,14 @@
 """LLVM IR that all compiled operations share: loading arguments, and the loop in which threads take tickets."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def load_arguments(names: Sequence[str]) -> str:
-    """Returns code that loads 64-bit arguments at ``%args``, in the order of their names."""
+def load_arguments(names: Sequence[str], only: Collection[str] = ()) -> str:
+    """Returns code that loads 64-bit arguments at ``%args``, in the order of their names; all, or ``only`` some."""
     return "".join(
         f"\n  %at_{name} = getelementptr i64, ptr %args, i64 {i}\n  %{name} = load i64, ptr %at_{name}"
         for i, name in enumerate(names)
+        if name in (only or names)
     )
 
 

@@ -24,6 +24,9 @@ ARGUMENTS = (
 )
 """The arguments of ``product``: those of :mod:`kernels.cpu.products.matmul_ir`, and the rows of a tile."""
 
+SHAPES = ((1, 1), (1, 2), (2, 1), (2, 2))
+"""The tile registers of tokens, and the columns, of all tiles."""
+
 _HEADER = """
 declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
@@ -31,11 +34,9 @@ declare void @llvm.x86.tilezero(i8)
 declare void @llvm.x86.tileloadd64(i8, ptr, i64)
 declare void @llvm.x86.tilestored64(i8, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8, i8, i8)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 """
 _LINE, _REGISTER = 64, 1024  # bytes of a row of a tile register, and of all its rows
-_PREFETCH_BYTES = 4096
 # Where the tile registers' configuration has the bytes of register 0's rows, and their number; see Intel's manual.
 _ROW_BYTES_AT, _ROWS_AT = 16, 48
 _SUMS, _INPUTS, _WEIGHTS = 0, 4, 6  # the first tile register of each kind
@@ -123,22 +124,11 @@ def _multiply(registers: int, columns: int) -> str:
     for c in range(columns):
         if c:
             text += f"\n  %w_here_{c} = getelementptr i8, ptr %w_here_{c - 1}, i64 %column_stride"
-        text += _prefetch(c)
         text += f"\n  call void @llvm.x86.tileloadd64(i8 {_WEIGHTS + c}, ptr %w_here_{c}, i64 {_LINE})"
         for i in range(registers):
             operands = f"i8 {_sum(i, c, columns)}, i8 {_INPUTS + i}, i8 {_WEIGHTS + c}"
             text += f"\n  call void @llvm.x86.tdpbf16ps({operands})"
     return text
-
-
-def _prefetch(column: int) -> str:
-    """Returns code that prefetches what is loaded some steps later, since the hardware does not foresee such loads."""
-    return "".join(
-        f"""
-  %ahead_{column}_{line} = getelementptr i8, ptr %w_here_{column}, i64 {_PREFETCH_BYTES + _LINE * line}
-  call void @llvm.prefetch.p0(ptr %ahead_{column}_{line}, i32 0, i32 3, i32 1)"""
-        for line in range(_REGISTER // _LINE)
-    )
 
 
 def _output(target: Target, columns: int) -> str:
@@ -214,5 +204,3 @@ end:
   ret void
 }}
 """
-SHAPES = ((1, 1), (1, 2), (2, 1), (2, 2))
-"""The tile registers of tokens, and the columns, of all tiles."""

@@ -20,12 +20,10 @@ from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products import amx_ir
 from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, PRODUCT, header, pair_bytes, tile, tile_name
-from kernels.cpu.products.tiling import MATRIX_SHAPES, Layout, shapes, used_shapes
+from kernels.cpu.products.tiling import MATRIX_SHAPES, Layout, shapes, unit_for, used_shapes
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
 _AMX_ARGUMENTS = struct.Struct(f"={len(amx_ir.ARGUMENTS)}q")
-# The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together.
-_MOST_UNIT, _UNITS_PER_THREAD = 8, 8
 _MOST_TOKENS = 200  # from there on the same tiles are used again
 
 
@@ -50,6 +48,11 @@ class PackedWeight:
     def num_bytes(self) -> int:
         """Returns the memory that weight and bias take."""
         return self.columns.nbytes + self.bias.nbytes
+
+    @property
+    def column_bytes(self) -> int:
+        """Returns the bytes of a column."""
+        return self.num_inputs // 2 * COLUMN_BYTES
 
     @property
     def layout(self) -> Layout:
@@ -105,15 +108,14 @@ def product(
     """Makes the operation of :func:`multiply`: see :meth:`kernels.cpu.products.linear.ProgramLinear.product`."""
     first, num_columns = column_tile.columns(weight.num_columns)
     num_tiles, rows, columns = weight.tile_shape(num_tokens)
-    share = num_columns // (num_threads * _UNITS_PER_THREAD)
-    unit = max(1, min(share, _MOST_UNIT)) if share < columns else min(share, _MOST_UNIT) // columns * columns
+    unit = unit_for(num_columns, columns, num_threads, weight.column_bytes)
     code, wide_tile, narrow_tile = _functions(weight.layout, rows, columns)
     output_row = 2 * LANES * weight.num_columns
     fields = (
         *(tiles, weight.columns[first:].data_ptr(), weight.bias[first * LANES :].data_ptr()),
         *(output + 2 * LANES * first, ticket, wide_tile, narrow_tile),
         *(weight.num_inputs // 2 * pair_bytes(weight.layout, rows), rows * output_row, output_row),
-        *(weight.num_inputs // 2 * COLUMN_BYTES, weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
+        *(weight.column_bytes, weight.num_inputs // 2, num_columns, num_tiles, columns, unit),
     )
     if weight.layout is Layout.ROWS:
         return code, _AMX_ARGUMENTS.pack(*fields, rows)

@@ -19,7 +19,7 @@ from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products.matmul import huge_empty, in_tiles
 from kernels.cpu.products.matmul_ir import pair_bytes
 from kernels.cpu.products.quantized_ir import ARGUMENTS, PAIRS_PER_LINE, PRODUCT, Format, header, tile, tile_name
-from kernels.cpu.products.tiling import Layout, shapes, used_shapes
+from kernels.cpu.products.tiling import Layout, shapes, unit_for, used_shapes
 from kernels.rounded import Bits, RoundedWeight
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
@@ -27,8 +27,6 @@ _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
 # more than fit the vector registers beside operands and tables. Measured on Zen 4.
 _COLUMNS: dict[int, tuple[int, ...]] = {4: (8, 8, 6, 5, 4, 3), 8: (8, 5, 4, 4, 3, 3)}
 _MOST_ROWS = 24
-# The columns of a ticket: see kernels.cpu.products.matmul.
-_MOST_UNIT, _UNITS_PER_THREAD = 8, 8
 # How many numbers are packed at once, so that they stay in the cache.
 _PACKED_AT_ONCE = 1 << 19
 
@@ -39,8 +37,14 @@ def is_supported(weight: RoundedWeight) -> bool:
 
 
 def has_tables(bits: Bits) -> bool:
-    """Tells whether the chosen target looks codes of ``bits`` up in tables."""
-    return chosen().multiplies_pairs and (bits == 4 or has("avx512vbmi"))
+    """Tells whether the chosen target looks codes of ``bits`` up in tables.
+
+    On CPUs with a matrix unit, which are Intel's, that is faster for codes of 4 bits alone, and for one token.
+    """
+    target = chosen()
+    if bits == 4:
+        return target.multiplies_pairs
+    return target.multiplies_pairs and has("avx512vbmi") and not target.has_matrix_unit
 
 
 class PackedWeight:
@@ -82,7 +86,7 @@ class PackedWeight:
     @property
     def layout(self) -> Layout:
         """Returns how the input lies that it is multiplied with."""
-        return Layout.PAIRS if self.form.tables else Layout.FLOATS
+        return self.form.layout
 
     def tile_shape(self, num_tokens: int) -> tuple[int, int, int]:
         """Returns the number of tiles for a batch, the rows of each, and its columns. Tiles have equally many rows."""
@@ -130,8 +134,11 @@ def _lines_of_bytes(codes: Tensor, *, halves: bool) -> Tensor:
 
 
 def _columns_of_one(target: Target) -> int:
-    """Returns the columns of a tile of one token: so many that products do not wait for each other's sums."""
-    return min(8, (target.registers - 4) // target.registers_per_column)
+    """Returns the columns of a tile of one token: so many that products do not wait for each other's sums, and no more.
+
+    Each is a stream of its own in memory.
+    """
+    return min(3, (target.registers - 4) // target.registers_per_column) if target.lanes < 16 else 8
 
 
 def shape_for(target: Target, form: Format, num_tokens: int) -> tuple[int, int, int]:
@@ -191,17 +198,9 @@ def product(
         *(weight.num_inputs // 2 * pair_bytes(weight.layout, rows), rows * weight.num_groups * 4),
         *(rows * row_bytes, row_bytes),
         *(weight.lines.stride(0) * 4, weight.num_groups, weight.num_lines, num_columns, num_tiles, columns),
-        _unit(num_columns, columns, num_threads),
+        unit_for(num_columns, columns, num_threads, weight.lines.stride(0) * 4),
     )
     return code["product"], arguments
-
-
-def _unit(num_columns: int, columns: int, num_threads: int) -> int:
-    """Returns the columns of a ticket: whole tiles, unless a thread would get none then."""
-    share = num_columns // (num_threads * _UNITS_PER_THREAD)
-    if num_columns < num_threads * columns:
-        return max(1, share)
-    return max(1, min(share, _MOST_UNIT) // columns) * columns
 
 
 def _group_sums(x: Tensor, weight: PackedWeight, num_tiles: int, rows: int) -> Tensor:

@@ -18,7 +18,7 @@ for it, they are looked up in tables of bfloat16:
 
 Everywhere else a line is 4 or 8 inputs, word [output] with the two's complement of their codes, the first in its
 lowest bits. A code is shifted to the word's upper end, the bits below are cut off, and the integer is converted to
-float32; that it is too great by a power of two is made good in the scale.
+float32; that it is too great by a power of two is made good in the scale. So inputs beyond 2^90 would overflow.
 
 The input lies in tiles of ``rows`` tokens as there, ``[T / rows, I / 2, rows, 2]`` in bfloat16 for tables, and else in
 float32 ``[T / rows, I, rows]``.
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from kernels.cpu.machine.columns_ir import LANES, columns_function
 from kernels.cpu.machine.numbers_ir import WIDE, WORDS
 from kernels.cpu.machine.target import Target
+from kernels.cpu.machine.work_ir import load_arguments
 from kernels.cpu.products.matmul_ir import (
     DECLARE_DOT,
     DECLARE_FMA,
@@ -39,8 +40,10 @@ from kernels.cpu.products.matmul_ir import (
     FMA,
     input_number,
     input_pair,
+    pair_bytes,
     row_output,
 )
+from kernels.cpu.products.tiling import Layout
 
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
@@ -79,6 +82,11 @@ class Format:
     tables: bool
 
     @property
+    def layout(self) -> Layout:
+        """Returns how the input lies that it is multiplied with."""
+        return Layout.PAIRS if self.tables else Layout.FLOATS
+
+    @property
     def num_pairs(self) -> int:
         """Returns the pairs of inputs in a line."""
         return PAIRS_PER_LINE[self.bits]
@@ -100,7 +108,7 @@ def tile(target: Target, form: Format, rows: int, columns: int) -> str:
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %sums, ptr noalias %weight,",
         "    ptr noalias %bias, ptr noalias %output, ptr noalias %args) {",
-        f"entry:{_load_arguments('row_stride', 'column_stride', 'num_groups', 'num_lines')}",
+        f"entry:{load_arguments(ARGUMENTS, ('row_stride', 'column_stride', 'num_groups', 'num_lines'))}",
         *(_bias(column) for column in range(columns)),
         "  br label %group",
         "group:",
@@ -142,19 +150,11 @@ loop:
     for pair in range(form.num_pairs):
         yield from (_pair if form.tables else _wide_pair)(form, pair, rows, columns)
     yield f"""
-  %x_next = getelementptr i8, ptr %x_here, i64 {(4 if form.tables or rows == 1 else 8) * rows * form.num_pairs}
+  %x_next = getelementptr i8, ptr %x_here, i64 {pair_bytes(form.layout, rows) * form.num_pairs}
   %line_next = getelementptr i8, ptr %line_0, i64 {LINE_BYTES}
   %next = add i64 %line, 1
   %more = icmp slt i64 %next, %num_lines
   br i1 %more, label %loop, label %group_end"""
-
-
-def _load_arguments(*names: str) -> str:
-    places = {name: ARGUMENTS.index(name) for name in names}
-    return "".join(
-        f"\n  %at_{name} = getelementptr i64, ptr %args, i64 {place}\n  %{name} = load i64, ptr %at_{name}"
-        for name, place in places.items()
-    )
 
 
 def _bias(column: int) -> str:

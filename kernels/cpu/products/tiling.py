@@ -11,6 +11,10 @@ from functools import cache, partial
 from kernels.cpu.machine.target import Target
 
 _MOST_SUMS = 24  # so that some registers are left for masks, too
+# The columns of a ticket: enough that tickets cost nothing, and so few that all threads end together and that they stay
+# in the second-level cache while all tiles of rows are multiplied by them.
+_MOST_UNIT, _UNITS_PER_THREAD = 8, 8
+_MOST_UNIT_BYTES = 1 << 20
 
 
 class Layout(Enum):
@@ -26,8 +30,8 @@ class Shapes:
     """The shapes of a target's tiles.
 
     Attributes:
-        few: the most rows and the columns of the only tile of a batch, by its rows.
-        many: the most rows and the columns of each of several tiles.
+        few: for small batches, which are one tile: the most rows that a tile may have, and its columns.
+        many: the same for the tiles of larger batches.
     """
 
     few: tuple[tuple[int, int], ...]
@@ -48,9 +52,10 @@ def shapes(target: Target) -> Shapes:
     """Returns the shapes with as many sums as fit the target's registers, beside a weight of each column and an input.
 
     With fewer a tile would wait for its own sums; with all rows in one tile the weight is read once. Few rows are bound
-    by memory, which is faster with one or two streams than with many.
+    by memory, which is faster with one or two streams than with many. Where pairs are multiplied, the shapes are those
+    that were fastest on Zen 4.
     """
-    if target.multiplies_pairs:  # measured on Zen 4
+    if target.multiplies_pairs:
         return Shapes(few=((1, 1), (4, 2), (6, 4), (8, 3), (12, 2), (24, 1)), many=(8, 3))
     vectors = (target.registers - 2) // target.registers_per_column
     fitting = [(min(vectors // columns - 1, _MOST_SUMS // columns), columns) for columns in (4, 3, 2, 1)]
@@ -68,6 +73,25 @@ def _products_per_operand(target: Target, shape: tuple[int, int]) -> float:
 
 MATRIX_SHAPES = Shapes(few=((32, 2),), many=(32, 2))
 """The shapes of a matrix unit (AMX), whose tiles have one or two registers of 16 tokens."""
+
+
+def unit_for(num_columns: int, columns: int, num_threads: int, column_bytes: int) -> int:
+    """Returns the columns of a ticket: whole tiles of ``columns``, unless a thread would get none then.
+
+    Args:
+        num_columns: the columns of the product.
+        columns: those of a tile.
+        num_threads: how many threads share it.
+        column_bytes: the bytes of a column of the weight.
+    """
+    if num_columns < num_threads * columns:
+        return max(1, num_columns // (num_threads * _UNITS_PER_THREAD))
+    share = min(num_columns // (num_threads * _UNITS_PER_THREAD), _MOST_UNIT, _MOST_UNIT_BYTES // column_bytes)
+    return max(1, share // columns) * columns
+
+
+MOST_ROWS = 32
+"""The most rows of any tile."""
 
 
 def used_shapes(shape_for: Callable[[int], tuple[int, int, int]], most_tokens: int) -> list[tuple[int, int]]:
