@@ -9,6 +9,7 @@ from placement.errors import InvalidConfig
 
 _FIELD = "--png"
 _COLUMNS = 2
+_LINEAR_MS = 1.0
 _PANEL_INCHES = (6.0, 3.6)
 
 
@@ -37,8 +38,9 @@ def draw(curves: Sequence[Curve], path: Path, *, title: str) -> None:
     for panel, curve in zip(panels.flat, curves, strict=False):
         panel.step(curve.xs, curve.ys, where="post")
         panel.set(title=curve.title, xlabel=curve.x_label, ylabel=curve.y_label)
-        if curve.xs and curve.x_label == "ms" and min(curve.xs) > 0:
-            panel.set_xscale("log")
+        if curve.xs and curve.x_label == "ms":
+            # Tokens of one message have no time between them, and 0 has no logarithm.
+            panel.set_xscale("log") if min(curve.xs) > 0 else panel.set_xscale("symlog", linthresh=_LINEAR_MS)
         panel.set_ylim(bottom=0)
         panel.grid(visible=True, alpha=0.3)
     figure.suptitle(title)

@@ -41,8 +41,8 @@ def _lines(console: Console, now_s: Callable[[], float]) -> Show:
 
     def show(progress: Progress) -> None:
         nonlocal said_s
-        if now_s() - said_s >= _LINE_EVERY_S:
-            said_s = now_s()
+        if (at_s := now_s()) - said_s >= _LINE_EVERY_S:
+            said_s = at_s
             console.print(progress_line(progress), markup=False, highlight=False, soft_wrap=True)
 
     return show

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -15,10 +16,10 @@ from orchestrator.cli.replay.slo import Slo, Slowdown
 from orchestrator.key_values import key_values
 
 _NAMES = {
-    "ttft": "time to first token",
-    "tbt": "time between tokens",
-    "tpot": "mean of each request",
-    "e2e": "end to end",
+    "ttft": "time to first token (TTFT)",
+    "tbt": "time between tokens (TBT)",
+    "tpot": "mean TBT of a request",
+    "e2e": "end to end (E2E)",
     "lateness": "sent late by",
 }
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
@@ -53,7 +54,7 @@ def json_text(report: ReplayReport) -> str:
     figures = report.figures
     document = {
         "settings": dict(report.settings),
-        "stopped": report.is_stopped,
+        "interrupted": report.is_stopped,
         "requests": _requests(figures),
         "errors": {
             code: {"count": count, "first": figures.first_error[code]} for code, count in figures.errors.items()
@@ -159,9 +160,13 @@ def _sentences(report: ReplayReport) -> Iterator[str]:
         kept = figures.goodput
         rate = f"{kept.share:.1%}, {kept.per_s:.2f} a second"
         yield f"goodput: {kept.num_kept} requests kept {_bounds(report.slo)}: {rate}"
-    for item in report.slowdowns:
-        verdict = "kept" if item.is_kept else "missed"
-        yield f"slowdown of {item.metric.upper()} at P{item.percent}: {item.measured:.2f} of {item.limit:g}, {verdict}"
+    for metric, items in groupby(report.slowdowns, key=lambda item: item.metric):
+        yield f"{metric.upper()} as a multiple of that of an idle service: {', '.join(map(_multiple, items))}"
+
+
+def _multiple(item: Slowdown) -> str:
+    verdict = "" if item.is_kept else ", missed"
+    return f"P{item.percent} {item.measured:.2f} (at most {item.limit:g}{verdict})"
 
 
 def _bounds(slo: Slo) -> str:

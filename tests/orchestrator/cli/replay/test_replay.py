@@ -74,7 +74,7 @@ def check_mooncake(result: Result) -> None:
     assert [(item["metric"], item["percent"]) for item in told["slowdowns"]] == [
         (metric, percent) for metric in ("ttft", "tbt", "e2e") for percent in (50, 90, 99)
     ]
-    assert told["settings"]["rate"] == 200.0 and told["stopped"] is False
+    assert told["settings"]["rate"] == 200.0 and told["interrupted"] is False
 
 
 async def replaying(*args: object) -> asyncio.subprocess.Process:
@@ -97,7 +97,7 @@ async def test_ctrl_c_ends_it_with_a_report() -> None:
                 await command.wait()
     assert command.returncode == 0, errors.decode()
     report = json.loads(output)
-    assert report["stopped"] is True and report["requests"]["planned"] == 20
+    assert report["interrupted"] is True and report["requests"]["planned"] == 20
     assert report["requests"]["stopped"] >= 1 and report["ttft_s"] is None
 
 
