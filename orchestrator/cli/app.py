@@ -277,12 +277,12 @@ def replay(
     # Here, as it imports numpy, which other commands need not wait for.
     from orchestrator.cli.replay.command import replay as run
 
-    asked = replay_options.ReplayOptions(
-        trace=trace, address=address, rate=rate, scale=scale, duration_s=duration_s, limit=limit,
-        slo_ttft_s=slo_ttft_s, slo_tbt_s=slo_tbt_s, slowdowns=slowdowns, as_json=as_json, png=png,
-        timeout_s=timeout_s, max_in_flight=max_in_flight, seed=seed, vocab_size=vocab_size,
-    )  # fmt: skip
     with _errors_in_one_line():
+        asked = replay_options.ReplayOptions(
+            trace=trace, address=address, rate=rate, scale=scale, duration_s=duration_s, limit=limit,
+            slo_ttft_s=slo_ttft_s, slo_tbt_s=slo_tbt_s, slowdowns=slowdowns, as_json=as_json, png=png,
+            timeout_s=timeout_s, max_in_flight=max_in_flight, seed=seed, vocab_size=vocab_size,
+        )  # fmt: skip
         check_address(address)
         if not run(asked, output=Console(), progress=Console(stderr=True)):
             raise typer.Exit(1)

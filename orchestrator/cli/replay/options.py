@@ -8,24 +8,28 @@ import typer
 
 from orchestrator.cli.replay.slo import Slo
 
-# The smallest number that is not 0, for a person.
+# In place of 0, which is refused.
 _LEAST = 1e-6
+_MOST_S = 1e9  # so that infinity is refused
 _INT32, _UINT63 = 2**31 - 1, 2**63 - 1
 
 Trace = Annotated[Path, typer.Argument(metavar="TRACE", help="CSV as of the Azure traces, or Mooncake's JSON lines")]
 Rate = Annotated[float, typer.Option(min=_LEAST, max=1e6, help="how many times as fast as recorded")]
 Scale = Annotated[float, typer.Option(min=_LEAST, max=1e3, help="factor on the lengths of prompts and answers")]
 DurationS = Annotated[
-    float | None, typer.Option("--duration", metavar="SECONDS", min=_LEAST, help="only the trace's first seconds")
+    float | None,
+    typer.Option("--duration", metavar="SECONDS", min=_LEAST, max=_MOST_S, help="only the trace's first seconds"),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="only so many requests")]
 SloTtftS = Annotated[
     float | None,
-    typer.Option("--slo-ttft", metavar="SECONDS", min=_LEAST, help="goodput: longest time to first token"),
+    typer.Option("--slo-ttft", metavar="SECONDS", min=_LEAST, max=_MOST_S, help="goodput: longest time to first token"),
 ]
 SloTbtS = Annotated[
     float | None,
-    typer.Option("--slo-tbt", metavar="SECONDS", min=_LEAST, help="goodput: longest mean time between tokens"),
+    typer.Option(
+        "--slo-tbt", metavar="SECONDS", min=_LEAST, max=_MOST_S, help="goodput: longest mean time between tokens"
+    ),
 ]
 Slowdowns = Annotated[
     bool, typer.Option("--slo", help="judge by Splitwise's multiples of an idle service, which is measured first")

@@ -22,6 +22,7 @@ _NAMES = {
     "e2e": "end to end (E2E)",
     "lateness": "sent late by",
 }
+_DECIMALS = 6
 _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 
@@ -70,7 +71,16 @@ def json_text(report: ReplayReport) -> str:
         "goodput": None if figures.goodput is None else asdict(figures.goodput),
         "slowdowns": [asdict(item) | {"kept": item.is_kept} for item in report.slowdowns],
     }
-    return json.dumps(document, separators=(",", ":"), allow_nan=False)
+    return json.dumps(_rounded(document), separators=(",", ":"), allow_nan=False)
+
+
+def _rounded(value: object) -> object:
+    """Returns a JSON value whose numbers have no more decimals than microseconds need."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, _DECIMALS) if isinstance(value, float) else value
 
 
 def _requests(figures: Figures) -> dict[str, int]:

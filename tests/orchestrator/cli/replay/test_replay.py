@@ -131,3 +131,10 @@ async def test_mistakes_are_one_line_before_anything_is_sent(tmp_path: Path, mon
     assert "there is no such directory" in await error(AZURE, "--png", tmp_path / "none" / "curves.png")
     monkeypatch.setattr("orchestrator.cli.replay.picture.importlib.util.find_spec", lambda name: None)
     assert "needs matplotlib" in await error(AZURE, "--png", tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("option", ["--rate", "--scale", "--duration", "--slo-ttft", "--slo-tbt", "--timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0"])
+async def test_numbers_that_are_none_are_refused_by_name(option: str, value: str) -> None:
+    result = await run(AZURE, option, value, "--address", "127.0.0.1:1")
+    assert result.exit_code == 2 and option in result.stderr
