@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from placement.errors import HeterodyneError, InvalidConfig
+from placement.errors import FieldError, HeterodyneError, InvalidConfig
 
 
 class InvalidConfigs(InvalidConfig):
@@ -66,3 +66,7 @@ class LaunchFailed(HeterodyneError):
 
 class ServiceEnded(HeterodyneError):
     """Something that must live as long as the service ended by itself."""
+
+
+class InvalidTrace(FieldError):
+    """A recorded trace of requests holds something that cannot be replayed; the field names its file and line."""

@@ -16,6 +16,7 @@ from orchestrator.cli import generate_options as options
 from orchestrator.cli.client import GenerateResult, stream_generate
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.render import choice_blocks, ending, logprob_lines
+from orchestrator.cli.replay import options as replay_options
 from orchestrator.cli.status_command import show_status, watch_status
 from orchestrator.cli.timeline_command import write_timeline
 from orchestrator.config.document import settings_variables
@@ -252,6 +253,39 @@ def timeline(
     with _errors_in_one_line():
         check_address(address)
         print(write_timeline(address, output, last_s=last_s))
+
+
+@app.command()
+def replay(
+    trace: replay_options.Trace,
+    address: ServiceAddress = DEFAULT_ADDRESS,
+    rate: replay_options.Rate = 1.0,
+    scale: replay_options.Scale = 1.0,
+    duration_s: replay_options.DurationS = None,
+    limit: replay_options.Limit = None,
+    slo_ttft_s: replay_options.SloTtftS = None,
+    slo_tbt_s: replay_options.SloTbtS = None,
+    slowdowns: replay_options.Slowdowns = False,
+    as_json: replay_options.AsJson = False,
+    png: replay_options.Png = None,
+    timeout_s: replay_options.TimeoutS = 600.0,
+    max_in_flight: replay_options.MaxInFlight = 4096,
+    seed: replay_options.Seed = 0,
+    vocab_size: replay_options.VocabSize = None,
+) -> None:
+    """Send a recorded trace of requests at the recorded times, and report latencies."""
+    # Here, as it imports numpy, which other commands need not wait for.
+    from orchestrator.cli.replay.command import replay as run
+
+    with _errors_in_one_line():
+        asked = replay_options.ReplayOptions(
+            trace=trace, address=address, rate=rate, scale=scale, duration_s=duration_s, limit=limit,
+            slo_ttft_s=slo_ttft_s, slo_tbt_s=slo_tbt_s, slowdowns=slowdowns, as_json=as_json, png=png,
+            timeout_s=timeout_s, max_in_flight=max_in_flight, seed=seed, vocab_size=vocab_size,
+        )  # fmt: skip
+        check_address(address)
+        if not run(asked, output=Console(), progress=Console(stderr=True)):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Calls the public service for the command line; calls block, and errors are one line each."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from orchestrator.cli.reach import unreached
 from orchestrator.errors import ServiceError
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-_OPTIONS = (
+CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 * 2**20),
     # A service that is starting is noticed soon: gRPC's own pause grows to two minutes.
@@ -83,7 +83,7 @@ def stream_generate(
     with open_channel(address) as channel, one_line_errors(address, timeout_s):
         # Closing the channel cancels what still runs on it.
         call = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=timeout_s)
-        return _Reader(request, on_text).read(call)
+        return AnswerReader(request, on_text).read(call)
 
 
 def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatusResponse:
@@ -94,6 +94,17 @@ def fetch_status(address: str, *, timeout_s: float = 5.0) -> admin_pb2.GetStatus
     """
     with open_channel(address) as channel, one_line_errors(address, timeout_s):
         return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout_s)
+
+
+def fetch_model(address: str, *, timeout_s: float = 5.0) -> inference_pb2.Model:
+    """Asks a service for the limits of its only model.
+
+    Raises:
+        ServiceError: refused, unreachable, or no answer within ``timeout_s``.
+    """
+    with open_channel(address) as channel, one_line_errors(address, timeout_s):
+        request = inference_pb2.GetModelRequest()
+        return inference_pb2_grpc.InferenceStub(channel).GetModel(request, timeout=timeout_s).model
 
 
 class _Received:
@@ -115,37 +126,49 @@ class _Received:
         return Passage(text="".join(self.texts), tokens=tuple(self.tokens))
 
 
-class _Reader:
+class AnswerReader:
     """Reads the messages of an answer in their order: Accepted, the echo, the chunks of choices, Finished.
 
     Any other order is an error, as is a gap or a repeat.
     """
 
-    def __init__(self, request: inference_pb2.GenerateRequest, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, request: inference_pb2.GenerateRequest, on_text: Callable[[str], None] = lambda text: None
+    ) -> None:
         self._choices = [_Received() for _ in range(max(1, request.num_choices))]
         self._echo = _Received() if request.echo else None
         self._on_text = on_text if len(self._choices) == 1 else lambda text: None
         self._accepted: inference_pb2.Accepted | None = None
+        self._result: GenerateResult | None = None
 
-    def read(self, call: Iterator[inference_pb2.GenerateResponse]) -> GenerateResult:
+    def read(self, call: Iterable[inference_pb2.GenerateResponse]) -> GenerateResult:
         """Returns the whole answer."""
         for response in call:
-            event = response.WhichOneof("event")
-            if event == "accepted" and self._accepted is None:
-                self._accepted = response.accepted
-            elif event == "echo" and self._echo is not None and self._accepted is not None and not self._begun():
-                self._echo.take(response.echo)
-                self._on_text(response.echo.text)
-            elif event == "chunk" and self._accepted is not None:
-                self._take_chunk(response.chunk, self._accepted)
-            elif event == "finished" and self._accepted is not None:
-                result = self._finish(response.finished, self._accepted)
-                if next(call, None) is not None:
-                    raise _broken("a message came after the last one")
-                return result
-            else:
-                raise _broken(f"{event or 'an unknown message'} came out of order")
-        raise _broken("the answer ended without its last message")
+            self.take(response)
+        return self.result()
+
+    def take(self, response: inference_pb2.GenerateResponse) -> None:
+        """Takes the next message. Raises ServiceError where it says that the request failed, or is out of order."""
+        event = response.WhichOneof("event")
+        if self._result is not None:
+            raise _broken("a message came after the last one")
+        if event == "accepted" and self._accepted is None:
+            self._accepted = response.accepted
+        elif event == "echo" and self._echo is not None and self._accepted is not None and not self._begun():
+            self._echo.take(response.echo)
+            self._on_text(response.echo.text)
+        elif event == "chunk" and self._accepted is not None:
+            self._take_chunk(response.chunk, self._accepted)
+        elif event == "finished" and self._accepted is not None:
+            self._result = self._finish(response.finished, self._accepted)
+        else:
+            raise _broken(f"{event or 'an unknown message'} came out of order")
+
+    def result(self) -> GenerateResult:
+        """Returns the whole answer once no more messages come. Raises ServiceError where the last one is missing."""
+        if self._result is None:
+            raise _broken("the answer ended without its last message")
+        return self._result
 
     def _begun(self) -> bool:
         return any(choice.texts for choice in self._choices)
@@ -191,7 +214,7 @@ def _code_name(number: int) -> str:
 
 def open_channel(address: str) -> grpc.Channel:
     """Opens a channel to the service, past any proxy."""
-    return grpc.insecure_channel(address, options=_OPTIONS)
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
 @contextmanager

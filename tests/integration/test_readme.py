@@ -82,7 +82,7 @@ def run_every_command_that_talks_to_it() -> None:
     """To the service of :func:`serve_as_written`, while that runs."""
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 12
+    assert len(rest) == 14
     for command in rest:
         result = subprocess.run(
             shell(command),
