@@ -74,7 +74,7 @@ def test_blocks_of_a_sequence_hold_all_its_tokens(num_tokens: int, block_size: i
 
 
 def test_workspace_follows_its_formula() -> None:
-    per_token = 5 * 64 + (24 + 4) * 8 + 4 * 128
+    per_token = 5 * 64 + (24 + 4) * 8 + 3 * 128 + 2 * 128
     size = workspace_bytes(MODEL, WHOLE, dtype=DType.FLOAT32, max_num_seqs=50, token_budget=10)
     assert size == 10 * per_token * 4 + 50 * 100 * 4 + sampling_bytes(50, 100, on_cpu=True)
     few = workspace_bytes(MODEL, WHOLE, dtype=DType.FLOAT32, max_num_seqs=3, token_budget=10)
@@ -108,7 +108,7 @@ def test_graphs_take_what_their_largest_does() -> None:
     logits = 2 * 256 * 128_256 * 2
     partials = 2 * (2**21 // 256 + 256) * 32 * 129 * 4
     tables = 4 * 2**21 + 48 * (2**21 // 256 + 256) + 72 * 256
-    activations = 256 * (5 * 4096 + 112 * 128 + 4 * 14336) * 2
+    activations = 256 * (5 * 4096 + 112 * 128 + 5 * 14336) * 2
     assert found == logits + partials + tables + activations + 128 * 2**20
     assert graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=4096) == found
     assert graph_bytes(LARGE, dtype=DType.BFLOAT16, max_num_seqs=8) < found / 2
@@ -218,7 +218,7 @@ def test_sizes_to_set_have_few_digits(size: int, up: bool, text: str) -> None:
 def test_a_rank_of_several_reckons_with_its_part_and_what_others_send() -> None:
     part = Part(layers=Span(0, 4), kv_heads=Span(0, 1), ffn_columns=Span(0, 32), vocab_rows=Span(0, 40))
     sizes: dict[str, Any] = {"dtype": DType.FLOAT32, "max_num_seqs": 50, "token_budget": 10}
-    per_token = (5 * 64 + (3 * 4 + 2) * 8 + 3 * 32 + 64) * 4
+    per_token = (5 * 64 + (3 * 4 + 2) * 8 + 3 * 32 + 2 * 64) * 4
     follower = workspace_bytes(MODEL, part, num_ranks=2, leads=False, **sizes)
     assert follower == 10 * (per_token + 64 * 4) + 50 * 40 * 4
     leader = workspace_bytes(MODEL, part, num_ranks=2, **sizes)
