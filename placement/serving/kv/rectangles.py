@@ -46,7 +46,7 @@ class Rectangle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class RankTransfer:
     """A rectangle that one rank of the source replica sends one rank of the target replica. It is never empty."""
 
     source: int
@@ -79,11 +79,11 @@ def held_rectangles(part: Part, tokens: Span) -> tuple[Rectangle, ...]:
 
 def transfer_plan(
     source_parts: Sequence[Part], target_parts: Sequence[Part], num_tokens: int, first_token: int = 0
-) -> list[Piece]:
+) -> list[RankTransfer]:
     """Lists who sends what, so that each target rank gets all that it holds of a sequence, every number exactly once.
 
     What several source ranks hold is sent by each of them in equal portions of consecutive tokens. The list takes
-    O(num_tokens / block size) pieces for each pair of ranks where either has a stripe, and is short otherwise.
+    O(num_tokens / block size) transfers for each pair of ranks where either has a stripe, and is short otherwise.
 
     Args:
         source_parts: the part of each rank of the replica that has the keys and values.
@@ -92,7 +92,7 @@ def transfer_plan(
         first_token: the target has those of the tokens before this one already.
 
     Returns:
-        the pieces by target rank, then by layers, KV heads and tokens.
+        the transfers by target rank, then by layers, KV heads and tokens.
 
     Raises:
         InvalidRequest: no source rank holds something that a target rank needs.
@@ -104,12 +104,12 @@ def transfer_plan(
         for rank, part in enumerate(source_parts)
         if part.kv_heads and held[part.stripe]
     }
-    pieces: list[Piece] = []
+    transfers: list[RankTransfer] = []
     for target, part in enumerate(target_parts):
         needed = token_spans(part.stripe, wanted)
         if needed:
-            pieces += _pieces_for(target, part, needed, holders)
-    return pieces
+            transfers += _transfers_to(target, part, needed, holders)
+    return transfers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +121,8 @@ class _Holder:
     tokens: tuple[Span, ...]
 
 
-def _pieces_for(target: int, part: Part, needed: Spans, holders: Mapping[int, _Holder]) -> Iterator[Piece]:
-    """Yields the pieces that a target rank gets. Raises InvalidRequest."""
+def _transfers_to(target: int, part: Part, needed: Spans, holders: Mapping[int, _Holder]) -> Iterator[RankTransfer]:
+    """Yields the transfers that a target rank gets. Raises InvalidRequest."""
     for layers in _cut(part.layers, (holder.layers for holder in holders.values())):
         with_layers = {rank: holder for rank, holder in holders.items() if _contains(holder.layers, layers)}
         for heads in _cut(part.kv_heads, (holder.kv_heads for holder in with_layers.values())):
@@ -137,7 +137,7 @@ def _pieces_for(target: int, part: Part, needed: Spans, holders: Mapping[int, _H
                 )
             for source, span in dealt:
                 rectangle = Rectangle(layers=layers, kv_heads=heads, tokens=span)
-                yield Piece(source=source, target=target, rectangle=rectangle)
+                yield RankTransfer(source=source, target=target, rectangle=rectangle)
 
 
 def _deal(needed: Spans, holders: Mapping[int, Spans], *, turn: int) -> list[tuple[int, Span]]:
@@ -159,7 +159,7 @@ def _deal(needed: Spans, holders: Mapping[int, Spans], *, turn: int) -> list[tup
         for index, portion in enumerate(_portions(spans, len(ranks)))
         for span in portion
     ]
-    return sorted(dealt, key=lambda piece: piece[1].start)
+    return sorted(dealt, key=lambda transfer: transfer[1].start)
 
 
 def _by_holders(owned: Mapping[int, Spans]) -> Iterator[tuple[Span, tuple[int, ...]]]:

@@ -37,7 +37,7 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class _Candidate:
     """A replica as it would serve a prompt.
 
     Attributes:
@@ -123,10 +123,10 @@ def _candidate(
     own_speed: ReplicaSpeed | None,
     fastest: ReplicaSpeed,
     cached_tokens: int,
-) -> Candidate:
+) -> _Candidate:
     cached = max(0, min(cached_tokens, prompt_tokens - 1))  # the last token is always computed
     speed = fastest if own_speed is None else own_speed
-    return Candidate(
+    return _Candidate(
         load=load,
         speed=speed,
         is_measured=own_speed is not None,
@@ -136,7 +136,7 @@ def _candidate(
     )
 
 
-def _reason(candidates: list[Candidate], limits: ReplicaLimits) -> str:
+def _reason(candidates: list[_Candidate], limits: ReplicaLimits) -> str:
     """Says in a sentence why the first of the candidates, which are in order, was chosen."""
     best = candidates[0]
     tokens_per_s = best.new_tokens / max(1e-9, _alone_s(best.speed, best.new_tokens, limits))

@@ -12,7 +12,7 @@ from placement.errors import InvalidRequest
 from placement.model.part import Part, Span
 from placement.model.specs import DType
 from placement.model.striping import Stripe
-from placement.serving.kv.packing import PackedBlock, pack, rectangle_bytes
+from placement.serving.kv.message_layout import PackedTensor, message_layout, rectangle_bytes
 from placement.serving.kv.rectangles import Rectangle, held_rectangles, token_spans, transfer_plan
 from placement.serving.kv.runs import slot_runs
 
@@ -59,15 +59,15 @@ class Replica:
         it = self.parts[rank]
         return np.full((len(it.layers), 2, len(it.kv_heads), len(self.positions(rank)), DIM), -1, np.float32)
 
-    def slots(self, rank: int, block: PackedBlock) -> Slots:
-        """The slots of a packed block's tokens in the rank's cache."""
-        runs = slot_runs(self.table, self.block_size, block.tokens, self.parts[rank].stripe)
+    def slots(self, rank: int, tensor: PackedTensor) -> Slots:
+        """The slots of a packed tensor's tokens in the rank's cache."""
+        runs = slot_runs(self.table, self.block_size, tensor.tokens, self.parts[rank].stripe)
         return np.concatenate([np.arange(start, stop) for start, stop in runs])
 
 
-def where(part: Part, block: PackedBlock) -> tuple[int, int, slice]:
-    heads = slice(block.kv_heads.start - part.kv_heads.start, block.kv_heads.stop - part.kv_heads.start)
-    return block.layer - part.layers.start, int(block.is_value), heads
+def where(part: Part, tensor: PackedTensor) -> tuple[int, int, slice]:
+    heads = slice(tensor.kv_heads.start - part.kv_heads.start, tensor.kv_heads.stop - part.kv_heads.start)
+    return tensor.layer - part.layers.start, int(tensor.is_value), heads
 
 
 def cuts(size: int, most: int) -> st.SearchStrategy[list[tuple[int, int]]]:
@@ -112,23 +112,23 @@ def test_every_number_that_the_target_lacks_arrives_once_and_nothing_else_is_wri
 ) -> None:
     source, target, dense, first_token = move
     num_tokens = dense.shape[3]
-    pieces = transfer_plan(source.parts, target.parts, num_tokens, first_token)
+    transfers = transfer_plan(source.parts, target.parts, num_tokens, first_token)
     caches = [target.cache(rank) for rank in range(len(target.parts))]
     writes = [np.zeros(cache.shape, np.int64) for cache in caches]
     for sender, sent in enumerate(source.parts):
         own = filled(source, sender, dense)
         for receiver, received in enumerate(target.parts):
-            package = pack(pieces, source=sender, target=receiver, head_dim=DIM, dtype=DType.FLOAT32)
-            wire = np.full(package.num_bytes // 4, -2, np.float32)
-            for block in package.blocks:
-                view = packed_view(wire, block)
-                assert (view == -2).all(), "blocks overlap"
-                view[:] = own[where(sent, block)][:, source.slots(sender, block)]
+            message = message_layout(transfers, source=sender, target=receiver, head_dim=DIM, dtype=DType.FLOAT32)
+            wire = np.full(message.num_bytes // 4, -2, np.float32)
+            for tensor in message.tensors:
+                view = packed_view(wire, tensor)
+                assert (view == -2).all(), "tensors overlap"
+                view[:] = own[where(sent, tensor)][:, source.slots(sender, tensor)]
             assert (wire >= 0).all(), "a byte is sent that nobody wrote, or that holds nothing"
-            for block in package.blocks:
-                slots = target.slots(receiver, block)
-                caches[receiver][where(received, block)][:, slots] = packed_view(wire, block)
-                writes[receiver][where(received, block)][:, slots] += 1
+            for tensor in message.tensors:
+                slots = target.slots(receiver, tensor)
+                caches[receiver][where(received, tensor)][:, slots] = packed_view(wire, tensor)
+                writes[receiver][where(received, tensor)][:, slots] += 1
     for rank, cache in enumerate(caches):
         expected = filled(target, rank, dense, first_token)
         np.testing.assert_array_equal(cache, expected)
@@ -146,10 +146,10 @@ def filled(replica: Replica, rank: int, dense: NDArray[np.float32], first_token:
     return cache
 
 
-def packed_view(wire: NDArray[np.float32], block: PackedBlock) -> NDArray[np.float32]:
-    assert block.offset % 4 == block.num_bytes % 4 == 0
-    stop = (block.offset + block.num_bytes) // 4
-    return wire[block.offset // 4 : stop].reshape(len(block.kv_heads), block.num_tokens, DIM)
+def packed_view(wire: NDArray[np.float32], tensor: PackedTensor) -> NDArray[np.float32]:
+    assert tensor.offset % 4 == tensor.num_bytes % 4 == 0
+    stop = (tensor.offset + tensor.num_bytes) // 4
+    return wire[tensor.offset // 4 : stop].reshape(len(tensor.kv_heads), tensor.num_tokens, DIM)
 
 
 @given(moves())
@@ -159,49 +159,54 @@ def test_a_rank_sends_only_what_it_holds_and_a_rank_gets_only_what_it_holds(
 ) -> None:
     source, target, dense, first_token = move
     wanted = Span(first_token, dense.shape[3])
-    for piece in transfer_plan(source.parts, target.parts, dense.shape[3], first_token):
-        assert piece.rectangle.size
-        for holder in (source.parts[piece.source], target.parts[piece.target]):
-            common = [it.intersection(piece.rectangle) for it in held_rectangles(holder, wanted)]
-            assert piece.rectangle in common
+    for transfer in transfer_plan(source.parts, target.parts, dense.shape[3], first_token):
+        assert transfer.rectangle.size
+        for holder in (source.parts[transfer.source], target.parts[transfer.target]):
+            common = [it.intersection(transfer.rectangle) for it in held_rectangles(holder, wanted)]
+            assert transfer.rectangle in common
 
 
 def test_unequal_shares_of_heads_and_ranks_without_heads() -> None:
     # 3:1 of four heads, and a rank that has none, to halves.
     source = [part((0, 2), (0, 3)), part((0, 2), (3, 4)), part((0, 2), (4, 4))]
     target = [part((0, 2), (0, 2)), part((0, 2), (2, 4))]
-    pieces = transfer_plan(source, target, 10, 4)
-    sent = [(piece.source, piece.target, piece.rectangle.kv_heads) for piece in pieces]
+    transfers = transfer_plan(source, target, 10, 4)
+    sent = [(transfer.source, transfer.target, transfer.rectangle.kv_heads) for transfer in transfers]
     assert sent == [(0, 0, Span(0, 2)), (0, 1, Span(2, 3)), (1, 1, Span(3, 4))]
-    assert {piece.rectangle.tokens for piece in pieces} == {Span(4, 10)}
-    assert {piece.rectangle.layers for piece in pieces} == {Span(0, 2)}
+    assert {transfer.rectangle.tokens for transfer in transfers} == {Span(4, 10)}
+    assert {transfer.rectangle.layers for transfer in transfers} == {Span(0, 2)}
 
 
 def test_ranks_that_hold_the_same_heads_send_equal_portions() -> None:
     # One head, of which three ranks hold a copy, to one rank and to two.
     source = [part((0, 1), (0, 1))] * 3
     for num_targets in (1, 2):
-        pieces = transfer_plan(source, [part((0, 1), (0, 1))] * num_targets, 30)
+        transfers = transfer_plan(source, [part((0, 1), (0, 1))] * num_targets, 30)
         tokens = np.zeros(3, np.int64)
-        for piece in pieces:
-            tokens[piece.source] += len(piece.rectangle.tokens)
+        for transfer in transfers:
+            tokens[transfer.source] += len(transfer.rectangle.tokens)
         assert tokens.tolist() == [10 * num_targets] * 3
     # A single token comes from one of them, and another target gets it from another.
-    pieces = transfer_plan(source, [part((0, 1), (0, 1))] * 3, 1)
-    assert sorted(piece.source for piece in pieces) == [0, 1, 2]
+    transfers = transfer_plan(source, [part((0, 1), (0, 1))] * 3, 1)
+    assert sorted(transfer.source for transfer in transfers) == [0, 1, 2]
 
 
 def test_layers_come_from_the_stages_that_have_them() -> None:
     source = [part((0, 3), (0, 2)), part((3, 4), (0, 2))]
     target = [part((0, 2), (0, 2)), part((2, 4), (0, 2))]
-    sent = [(piece.source, piece.target, piece.rectangle.layers) for piece in transfer_plan(source, target, 5)]
+    sent = [
+        (transfer.source, transfer.target, transfer.rectangle.layers) for transfer in transfer_plan(source, target, 5)
+    ]
     assert sent == [(0, 0, Span(0, 2)), (0, 1, Span(2, 3)), (1, 1, Span(3, 4))]
 
 
 def test_stripes_of_unequal_blocks_meet_token_by_token() -> None:
     source = [part((0, 1), (0, 1), Stripe(0, 3, 4)), part((0, 1), (0, 1), Stripe(3, 4, 4))]
     target = [part((0, 1), (0, 1), Stripe(0, 0, 6)), part((0, 1), (0, 1), Stripe(0, 6, 6))]
-    sent = [(piece.source, piece.target, piece.rectangle.tokens) for piece in transfer_plan(source, target, 10, 1)]
+    sent = [
+        (transfer.source, transfer.target, transfer.rectangle.tokens)
+        for transfer in transfer_plan(source, target, 10, 1)
+    ]
     assert sent == [
         (0, 1, Span(1, 3)),
         (1, 1, Span(3, 4)),
@@ -213,8 +218,8 @@ def test_stripes_of_unequal_blocks_meet_token_by_token() -> None:
 
 def test_nothing_is_sent_where_the_target_has_all() -> None:
     assert transfer_plan([part((0, 2), (0, 2))], [part((0, 2), (0, 2))], 7, 7) == []
-    empty = pack([], source=0, target=0, head_dim=DIM, dtype=DType.BFLOAT16)
-    assert empty.num_bytes == 0 and not empty.blocks and not empty.layers
+    empty = message_layout([], source=0, target=0, head_dim=DIM, dtype=DType.BFLOAT16)
+    assert empty.num_bytes == 0 and not empty.tensors and not empty.layers
 
 
 @pytest.mark.parametrize(
@@ -249,21 +254,21 @@ def test_intersection_of_rectangles() -> None:
     assert rectangle_bytes(both, head_dim=64, dtype=DType.BFLOAT16) == 2 * 4 * 64 * 2
 
 
-def test_a_package_is_by_layer_then_keys_and_values_by_head_and_token() -> None:
+def test_a_message_is_by_layer_then_keys_and_values_by_head_and_token() -> None:
     source = [part((0, 2), (0, 2), Stripe(0, 1, 2)), part((0, 2), (0, 2), Stripe(1, 2, 2))]
-    pieces = transfer_plan(source, [part((0, 2), (0, 2))], 5)
-    package = pack(pieces, source=0, target=0, head_dim=DIM, dtype=DType.BFLOAT16)
+    transfers = transfer_plan(source, [part((0, 2), (0, 2))], 5)
+    message = message_layout(transfers, source=0, target=0, head_dim=DIM, dtype=DType.BFLOAT16)
     num_bytes = 2 * 3 * DIM * 2  # heads, tokens, dims, bytes
-    assert [(block.layer, block.is_value, block.offset) for block in package.blocks] == [
+    assert [(tensor.layer, tensor.is_value, tensor.offset) for tensor in message.tensors] == [
         (0, False, 0),
         (0, True, num_bytes),
         (1, False, 2 * num_bytes),
         (1, True, 3 * num_bytes),
     ]
-    assert all(block.tokens == (Span(0, 1), Span(2, 3), Span(4, 5)) for block in package.blocks)
-    assert package.layers == {0: Span(0, 2 * num_bytes), 1: Span(2 * num_bytes, 4 * num_bytes)}
-    sent = [piece.rectangle for piece in pieces if piece.source == 0]
-    assert package.num_bytes == sum(rectangle_bytes(it, head_dim=DIM, dtype=DType.BFLOAT16) for it in sent)
+    assert all(tensor.tokens == (Span(0, 1), Span(2, 3), Span(4, 5)) for tensor in message.tensors)
+    assert message.layers == {0: Span(0, 2 * num_bytes), 1: Span(2 * num_bytes, 4 * num_bytes)}
+    sent = [transfer.rectangle for transfer in transfers if transfer.source == 0]
+    assert message.num_bytes == sum(rectangle_bytes(it, head_dim=DIM, dtype=DType.BFLOAT16) for it in sent)
 
 
 def test_slot_runs_join_what_lies_side_by_side() -> None:
