@@ -70,6 +70,9 @@ class LineFit:
 class ReplicaSpeed:
     """The speed of a replica, as far as it was measured.
 
+    A step's time is that of its passage through all stages. In a pipeline other steps are under way meanwhile, so that
+    prompts which wait there are expected to take up to as many times longer than they do.
+
     Attributes:
         prefill: the time of a step by its tokens of prompts, without what its decodes add.
         decode: the time of a step without prompts by its decodes, one of each running sequence.
