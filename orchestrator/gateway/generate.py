@@ -24,6 +24,8 @@ from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.submission import entries, submit_message
 from orchestrator.gateway.status import code_of
 from orchestrator.telemetry.requests import RequestRecord, Telemetry
+from placement.serving.routing.choice import Route
+from placement.serving.routing.router import Prompt
 from protos.codec.log_record import said
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,9 @@ class Generator:
 
     async def _serve(self, request: Request, client: Client) -> Answer:
         """Routes and submits the request and talks to its client. Raises ReplicaUnavailable before acceptance only."""
-        leader, _route = self._fleet.route(len(request.prompt_ids))
+        leader, route = self._fleet.route(_prompt(request))
+        extra = said("routed", request_id=request.request_id, replica=route.replica, reason=route.reason)
+        logger.debug("Request %s goes to %s: %s.", request.request_id, route.replica, route.reason, extra=extra)
         answer, inbox = self._open(request, leader), Inbox(limit=MAX_WAITING * request.num_choices)
         try:
             submitted_s = client.age_s()
@@ -77,7 +81,7 @@ class Generator:
             for choice in answer.choices:
                 leader.release(choice.entry.sequence_id, cancel=choice.at_replica)
                 self.journal.close(choice.entry.sequence_id)
-            self._telemetry.finished(self._record(request, answer, client))
+            self._telemetry.finished(self._record(request, answer, client, route))
         return answer
 
     def _open(self, request: Request, leader: Leader) -> Answer:
@@ -140,7 +144,7 @@ class Generator:
             seed=request.seed,
         )
 
-    def _record(self, request: Request, answer: Answer, client: Client) -> RequestRecord:
+    def _record(self, request: Request, answer: Answer, client: Client, route: Route) -> RequestRecord:
         times = answer.times()
         return RequestRecord(
             request_id=request.request_id,
@@ -159,7 +163,14 @@ class Generator:
             num_choices=request.num_choices,
             cached_prompt_tokens=answer.choices[0].cached_tokens,
             max_tokens=request.max_tokens,
+            route_reason=route.reason,
         )
+
+
+def _prompt(request: Request) -> Prompt:
+    """Returns the prompt as routing sees it. One whose tokens are scored is computed whole."""
+    is_scored = request.echo and request.logprobs is not None
+    return Prompt(token_ids=request.prompt_ids, cache_salt=request.cache_salt, reuses_prefix=not is_scored)
 
 
 def _label(outcome: Outcome | None, client: Client) -> str:

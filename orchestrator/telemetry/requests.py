@@ -57,6 +57,7 @@ class RequestRecord:
         parent: the client's trace headers.
         cached_prompt_tokens: found in the prefix cache; None where the prompt was not computed.
         max_tokens: the most tokens of each choice: what was asked for, else the room that was left in the context.
+        route_reason: why the replica was chosen, in a sentence; None where it is not known.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class RequestRecord:
     num_choices: int = 1
     cached_prompt_tokens: int | None = None
     max_tokens: int | None = None
+    route_reason: str | None = None
 
 
 class Telemetry:
@@ -209,6 +211,8 @@ class Telemetry:
                 "heterodyne.outcome": record.outcome,
             },
         )
+        if record.route_reason is not None:
+            request.set_attribute("heterodyne.route.reason", record.route_reason)
         if record.failed:
             request.set_status(Status(StatusCode.ERROR, record.outcome))
         queued = stop if record.queue_s is None else start + int(record.queue_s * _NS)

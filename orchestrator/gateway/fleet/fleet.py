@@ -17,7 +17,10 @@ from orchestrator.gateway.errors import ReplicaUnavailable
 from orchestrator.gateway.fleet.inbox import Loss, Lost
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits, StepHook
 from orchestrator.gateway.fleet.unready import why_unready
-from placement.serving.routing import ReplicaLoad, Route, least_loaded
+from placement.planning.limits import ReplicaLimits
+from placement.serving.routing.choice import ReplicaLoad, Route
+from placement.serving.routing.router import Prompt, Router
+from placement.serving.step_plan import StepLoad
 from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.control.v1 import control_pb2_grpc as pb_grpc
@@ -37,6 +40,10 @@ class Fleet:
         deployment: the deployment that the controller last told of.
         controller_connected: whether the controller can still be heard.
         losses: how often each replica was lost, by its name and the kind of cause.
+
+    Args:
+        limits: says when a leader counts as lost.
+        sizes: the sizes that every replica serves within.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class Fleet:
         *,
         control_address: str,
         limits: LeaderLimits,
+        sizes: ReplicaLimits,
         on_change: Callable[[], None],
         on_step: StepHook | None = None,
     ) -> None:
@@ -55,6 +63,7 @@ class Fleet:
         self._limits = limits
         self._on_change = on_change
         self._on_step = on_step
+        self._router = Router(sizes)
         self._leaders: dict[tuple[str, int], Leader] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._background = BackgroundTasks()
@@ -90,14 +99,14 @@ class Fleet:
         """Returns the leader of that incarnation, if it was ever ready."""
         return self._leaders.get((name, epoch))
 
-    def route(self, num_new_tokens: int) -> tuple[Leader, Route]:
-        """Returns the leader that should serve a request.
+    def route(self, prompt: Prompt) -> tuple[Leader, Route]:
+        """Returns the leader that should serve a request, which is to be submitted to it at once.
 
         Raises:
             ReplicaUnavailable: no replica is ready.
         """
         live = {leader.name: leader for leader in self._leaders.values() if leader.accepting}
-        route = least_loaded(self.loads(), num_new_tokens)
+        route = self._router.route(self.loads(), prompt)
         if route is None:
             if self._is_stopped:
                 raise ReplicaUnavailable("the service was stopped")
@@ -144,14 +153,29 @@ class Fleet:
         name, epoch = key
         count = partial(self._count_loss, name)
         leader = Leader(
-            name=name, epoch=epoch, address=address, limits=self._limits, on_step=self._on_step, on_lost=count
+            name=name, epoch=epoch, address=address, limits=self._limits, on_step=self._stepped, on_lost=count
         )
+        self._router.restarted(name)
         # Of older incarnations only the newest is kept, for its cause.
         for old in [old for old in self._leaders if old[0] == key[0]]:
             self._leaders.pop(old)
             self._tasks.pop(old).cancel()
         self._leaders[key] = leader
         self._tasks[key] = self._background.spawn(self._keep(leader))
+
+    def _stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
+        """Learns of a step that a replica has run, and passes it on."""
+        load = StepLoad(
+            num_decodes=step.num_decodes,
+            num_prefill_tokens=step.num_prefill_tokens,
+            decode_context_tokens=step.decode_context_tokens,
+            prefill_pairs=step.prefill_pairs,
+        )
+        # The last token's place in the answer tells how many it has.
+        answers = [output.index + 1 for output in step.sequences if output.HasField("end") and output.HasField("index")]
+        self._router.stepped(replica, load, step.duration_s, answers)
+        if self._on_step is not None:
+            self._on_step(replica, step)
 
     async def _keep(self, leader: Leader) -> None:
         """Follows a leader to its loss, then tells the controller until it knows."""

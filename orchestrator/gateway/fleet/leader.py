@@ -10,7 +10,7 @@ import grpc
 
 from orchestrator.gateway.fleet.inbox import Inbox, Loss, Lost, Rounds
 from placement.measured.patience import Patience
-from placement.serving.routing import ReplicaLoad
+from placement.serving.routing.choice import ReplicaLoad
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc

@@ -1,6 +1,9 @@
 """Turns block tables into runs: ranges of adjacent KV slots, each of which attention reads as one view."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from placement.model.part import Span
+from placement.model.striping import Stripe
 
 
 class TableRuns:
@@ -54,4 +57,33 @@ def block_runs(block_table: Sequence[int], block_size: int, num_tokens: int) -> 
             runs[-1] = (runs[-1][0], stop)
         else:
             runs.append((start, stop))
+    return tuple(runs)
+
+
+def slot_runs(
+    block_table: Sequence[int], block_size: int, tokens: Iterable[Span], stripe: Stripe | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Returns where a rank's own KV cache has those of ``tokens`` that the rank holds, as ranges ``[start, stop)``.
+
+    The ranges are in the order of the tokens, and slots that follow each other make one range. A rank with a stripe
+    keeps its slots of all blocks without gaps.
+
+    Args:
+        block_table: the blocks of the sequence, of ``block_size`` slots each.
+        tokens: runs of positions in the sequence, in the order in which their slots are wanted.
+        stripe: the slots of every block that the rank holds; None: all. Its ``block_size`` is the same.
+    """
+    assert stripe is None or stripe.block_size == block_size, (stripe, block_size)
+    runs: list[tuple[int, int]] = []
+    for span in tokens:
+        assert span.stop <= len(block_table) * block_size, (span, len(block_table), block_size)
+        for first in range(span.start // block_size * block_size, span.stop, block_size):
+            offset = block_table[first // block_size] * block_size - first
+            start, stop = max(span.start, first) + offset, min(span.stop, first + block_size) + offset
+            if stripe is not None:
+                start, stop = stripe.count(start), stripe.count(stop)
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], stop)
+            elif start < stop:
+                runs.append((start, stop))
     return tuple(runs)

@@ -83,6 +83,7 @@ async def test_a_request_is_traced_as_queue_prefill_and_decode_without_its_text(
     assert known["heterodyne.request.id"] == "mine"
     assert known["gen_ai.usage.output_tokens"] == 6
     assert known["heterodyne.outcome"] == "length"
+    assert known["heterodyne.route.reason"].startswith("the first token is expected from replica-0 in ")
     phases = [spans[name] for name in ("queue", "prefill", "decode")]
     assert all(phase.parent_span_id == request.span_id for phase in phases)
     edges = [request.start_time_unix_nano, *(phase.end_time_unix_nano for phase in phases)]

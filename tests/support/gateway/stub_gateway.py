@@ -22,7 +22,8 @@ from orchestrator.model_dir.default_sampling import DefaultSampling
 from orchestrator.telemetry.requests import Telemetry
 from placement.model.hf import read_model_spec
 from placement.model.specs import DType
-from placement.serving.routing import Route
+from placement.serving.routing.choice import Route
+from placement.serving.routing.router import Prompt
 from protos.heterodyne.v1 import inference_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
@@ -113,7 +114,7 @@ class OneLeader:
 
     leader: Leader
 
-    def route(self, num_new_tokens: int) -> tuple[Leader, Route]:
+    def route(self, prompt: Prompt) -> tuple[Leader, Route]:
         return self.leader, Route(replica=self.leader.name, reason="it is the only one")
 
 
