@@ -15,6 +15,8 @@ from kernels.cpu.machine.target import has
 from workers.transport import checksum_ir
 from workers.transport.frame_code import checksum_table, sliced_checksum
 
+pytestmark = pytest.mark.every_target
+
 ONES = 0xFFFFFFFF
 
 needs_instruction = pytest.mark.skipif(not has(checksum_ir.FEATURE), reason="the target multiplies no polynomials")
