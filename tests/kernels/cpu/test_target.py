@@ -134,8 +134,8 @@ def test_what_the_environment_names_is_what_all_code_is_compiled_for(expected: T
     if expected == runnable_targets()[0]:
         return  # code may then use all that this very CPU has
     assert numba_cpu == expected.cpu
-    needed = {f"+{feature}" for feature in expected.needs}
-    assert needed <= set(filter(None, numba_features.split(","))) <= needed | {f"+{feature}" for feature in expected.uses}
+    used = {feature.removeprefix("+") for feature in numba_features.split(",") if feature}
+    assert expected.needs <= used <= expected.needs | expected.uses
 
 
 def test_a_process_whose_target_does_not_exist_says_so() -> None:

@@ -40,7 +40,7 @@ def print_ir(signature, entry, sources):
 module.c_function = print_ir
 {call}
 """
-_LESS = re.compile(r"%(\w+) = tail call i8 @llvm\.x86\.atomic\.sub\.cc\.i64\(ptr (?:nonnull )?(%[\w.]+), i64 1, i32 4\)")
+_LESS = re.compile(r"%(\w+) = tail call i8 @llvm\.x86\.atomic\.sub\.cc\.i64\(ptr (?:nonnull )?(%\S+), i64 1, i32 4\)")
 _ANY_LESS = r"""%before.\1 = atomicrmw sub ptr \2, i64 1 seq_cst
   %is.\1 = icmp eq i64 %before.\1, 1
   %\1 = zext i1 %is.\1 to i8"""

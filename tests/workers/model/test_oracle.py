@@ -122,9 +122,7 @@ def test_a_preempted_sequence_continues_with_the_same_tokens(case: Case) -> None
     assert [continued[0][: len(expected[0])], continued[1]] == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["odd_heads_deep", "qwen3", pytest.param("gemma3", marks=pytest.mark.every_target)]
-)
+@pytest.mark.parametrize("name", ["odd_heads_deep", "qwen3", pytest.param("gemma3", marks=pytest.mark.every_target)])
 def test_bfloat16_stays_near_float32(
     checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner], name: str
 ) -> None:
