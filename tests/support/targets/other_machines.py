@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from kernels.cpu.machine.machine_code import object_code
-from kernels.cpu.machine.target import GENERIC_ARM, GENERIC_X86
+from kernels.cpu.machine.target import GENERIC_ARM, GENERIC_X86, runnable_targets
 
 MACHINES = {"aarch64-linux-gnu": GENERIC_ARM, "x86_64-linux-gnu": GENERIC_X86}
 """The least target of each machine, by LLVM's name of the machine."""
@@ -78,7 +78,7 @@ def numba_ir(module: str, call: str) -> str:
     made = subprocess.run(
         [sys.executable, "-c", script],
         cwd=_REPOSITORY,
-        env={"PYTHONPATH": str(_REPOSITORY), "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+        env={"PYTHONPATH": str(_REPOSITORY), "NUMBA_CPU_NAME": runnable_targets()[-1].cpu, "NUMBA_CPU_FEATURES": ""},
         capture_output=True,
         text=True,
         check=False,
