@@ -35,8 +35,13 @@ class Environment:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-_INSTRUCTIONS = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16")
-_NUM_USED = {"avx512bf16": 10, "avx512f": 7, "avx2": 6, "generic": 0}
+# By the names that llama.cpp has for them.
+_INSTRUCTIONS = (
+    *("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "AVX512", "AVX512_VBMI", "AVX512_VNNI", "AVX512_BF16"),
+    *("AMX_TILE", "AMX_INT8", "AMX_BF16"),
+)
+# How many of them a kind of CPU has.
+_NUM_USED = {"amx": 13, "avx512bf16": 10, "avx512f": 7, "avx2": 6, "generic": 0}
 
 
 def llama_flags(target: str) -> tuple[str, ...]:

@@ -159,6 +159,7 @@ def _preloaded() -> dict[str, str]:
 
 
 HELD_BACK = {
+    "amx": ("AVX512_CORE_AMX", "avx512", "AVX512"),
     "avx512bf16": ("AVX512_CORE_BF16", "avx512", "AVX512"),
     "avx512f": ("AVX512_CORE", "avx512", "AVX512"),
     "avx2": ("AVX2", "avx2", "AVX2"),

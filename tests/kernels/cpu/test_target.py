@@ -9,6 +9,7 @@ import pytest
 
 from kernels.cpu.machine import target
 from kernels.cpu.machine.target import (
+    AMX,
     AVX2,
     AVX512BF16,
     AVX512F,
@@ -25,6 +26,7 @@ from kernels.cpu.machine.target import (
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HASWELL = {"avx", "avx2", "fma", "sse4.2", "pclmul"}
+SAPPHIRE = {"avx512bf16", "avx512vbmi", "amx-tile", "amx-bf16"}
 SKYLAKE = HASWELL | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
 
 # Everything that LLVM is given to compile is printed as assembly; then what Numba compiles for.
@@ -55,8 +57,8 @@ print("END", chosen().name, lanes.LANES, *cpu_target.target_context.codegen().ma
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
-def test_a_machine_of_x86_knows_four_targets(machine: str) -> None:
-    assert known_targets(machine) == (AVX512BF16, AVX512F, AVX2, GENERIC_X86)
+def test_a_machine_of_x86_knows_five_targets(machine: str) -> None:
+    assert known_targets(machine) == (AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86)
     assert tuple(known.name for known in known_targets(machine)) == NAMES
 
 
@@ -76,6 +78,7 @@ def test_any_other_machine_knows_the_generic_one(machine: str, expected: Target)
         ("x86_64", HASWELL | {"avx512f"}, [AVX2, GENERIC_X86]),
         ("x86_64", SKYLAKE, [AVX512F, AVX2, GENERIC_X86]),
         ("x86_64", SKYLAKE | {"avx512bf16"}, [AVX512BF16, AVX512F, AVX2, GENERIC_X86]),
+        ("x86_64", SKYLAKE | SAPPHIRE, [AMX, AVX512BF16, AVX512F, AVX2, GENERIC_X86]),
         ("aarch64", {"neon", "sve"}, [GENERIC_ARM]),
     ],
 )
@@ -83,8 +86,16 @@ def test_a_target_needs_all_its_features(
     monkeypatch: pytest.MonkeyPatch, machine: str, features: set[str], expected: list[Target]
 ) -> None:
     monkeypatch.setattr(target, "host_features", lambda: frozenset(features))
+    monkeypatch.setattr(target, "_ask_for_matrix_unit", lambda: True)
     monkeypatch.setattr(target.platform, "machine", lambda: machine)
     assert runnable_targets() == tuple(expected)
+
+
+def test_a_matrix_unit_that_the_system_keeps_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "host_features", lambda: frozenset(SKYLAKE | SAPPHIRE))
+    monkeypatch.setattr(target, "_ask_for_matrix_unit", lambda: False)
+    monkeypatch.setattr(target.platform, "machine", lambda: "x86_64")
+    assert runnable_targets() == (AVX512BF16, AVX512F, AVX2, GENERIC_X86)
 
 
 def test_the_best_is_chosen_unless_one_is_named() -> None:
@@ -120,8 +131,13 @@ def compiled(name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize(
     ("expected", "absent"),
-    [(AVX512F, ("bf16",)), (AVX2, ("zmm", "bf16")), (GENERIC_X86, ("zmm", "ymm", "vfmadd"))],
-    ids=["avx512f", "avx2", "generic"],
+    [
+        (AVX512BF16, ("tmm",)),
+        (AVX512F, ("tmm", "bf16")),
+        (AVX2, ("tmm", "zmm", "bf16")),
+        (GENERIC_X86, ("tmm", "zmm", "ymm", "vfmadd")),
+    ],
+    ids=["avx512bf16", "avx512f", "avx2", "generic"],
 )
 def test_what_the_environment_names_is_what_all_code_is_compiled_for(expected: Target, absent: tuple[str, ...]) -> None:
     if expected not in runnable_targets():

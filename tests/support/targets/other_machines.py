@@ -29,7 +29,9 @@ _IS_SYMBOL_TABLE = 2
 # counting of references; everything else is plain IR.
 _PRINT_IR = """
 import platform
-platform.machine = lambda: {machine!r}
+platform.machine = lambda: "aarch64"
+from kernels.cpu.machine import target
+target.host_features = lambda: frozenset({{"neon"}})
 from numba import cfunc
 import {module} as module
 
@@ -74,7 +76,7 @@ def numba_ir(module: str, call: str) -> str:
     Args:
         call: the statement after which it is compiled; the module is ``module`` there.
     """
-    script = _PRINT_IR.format(machine="aarch64", module=module, call=call)
+    script = _PRINT_IR.format(module=module, call=call)
     made = subprocess.run(
         [sys.executable, "-c", script],
         cwd=_REPOSITORY,
