@@ -47,6 +47,11 @@ class Ran:
         return "/".join(self.module.split(".")[:-1]) + self.for_target
 
     @property
+    def is_module(self) -> bool:
+        """Whether it is a module none of whose tests ran: skipped or broken, which each part tells of again."""
+        return self.module == self.name and self.name.startswith("tests.")
+
+    @property
     def for_target(self) -> str:
         """The kind of CPU, as it is appended to a name."""
         return f" ({self.target})" if self.target else ""
@@ -141,7 +146,7 @@ def run(title: str, args: Iterable[str], target: str = "") -> Part:
         command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}", *args]
         exit_code = subprocess.run(command, check=False, env=environment).returncode
         tests = read_report(report.read_text()) if report.exists() else ()
-    tests = tuple(replace(test, target=target) for test in tests)
+    tests = tuple(test if test.is_module else replace(test, target=target) for test in tests)
     return Part(title=title, exit_code=exit_code, wall_s=time.monotonic() - began_s, tests=tests)
 
 

@@ -67,6 +67,7 @@ def test_each_reason_for_skipping_is_told_with_its_count() -> None:
         "('/tests/y.py', 16, 'Skipped: no network')</skipped></testcase>",
     ]
     tests = read_report(f"<a>{''.join(cases)}</a>")
+    assert [test.is_module for test in tests] == [False, False, False, True]
     assert [test.reason for test in tests] == ["no GPU", "no GPU", "no GPU; no network", "no network"]
     assert account([part(tests)])[-1] == (
         "0 passed, 0 failed, 4 skipped (2 no GPU; 1 no GPU; no network; 1 no network)"
