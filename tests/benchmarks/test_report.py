@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.cpu.machine.target import chosen
 from tests.benchmarks.report import Curve, Metric, Report, Rows, median, publish, shown
 
 
@@ -35,6 +36,7 @@ def test_report_is_json_with_machine_versions_and_metrics_and_ends_with_the_head
     publish(report, load_at_start=os.getloadavg(), output=output)
     content = json.loads(output.read_text())
     assert {"name", "machine", "versions", "metrics", "left_out"} <= content.keys()
+    assert content["target"] == chosen().name
     assert {"cpu", "cores", "memory_bytes", "load_average_start", "load_average_end"} <= content["machine"].keys()
     assert {"python", "torch", "heterodyne", "peer"} <= content["versions"].keys()
     assert content["metrics"]["ratio"] == {"value": 2.0, "unit": "x", "samples": 3, "spread": [1.5, 2.5]}
@@ -43,6 +45,12 @@ def test_report_is_json_with_machine_versions_and_metrics_and_ends_with_the_head
     assert "car" in printed
     assert "train: not installed" in printed
     assert printed.rstrip().splitlines()[-1] == "toy: twice as fast"
+
+
+def test_a_report_names_the_kind_of_cpu_that_code_was_compiled_for(tmp_path: Path) -> None:
+    report = Report(name="toy", headline="", metrics={}, tables=[], target="avx2")
+    publish(report, load_at_start=os.getloadavg(), output=tmp_path / "toy.json")
+    assert json.loads((tmp_path / "toy.json").read_text())["target"] == "avx2"
 
 
 def test_a_figure_that_is_no_number_is_refused(tmp_path: Path) -> None:

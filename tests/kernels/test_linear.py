@@ -31,6 +31,7 @@ def test_linear_is_a_matrix_product(biased: bool) -> None:
     assert layer.num_bytes == 4 * (35 + 7 * biased)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_tokens", [1, 2, 6, 7, 8, 12, 13, 17, 24, 25, 64, 300])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,6 +47,7 @@ def test_every_form_agrees_with_plain(form: type, num_tokens: int, shape: tuple[
     assert layer.num_bytes >= plain.num_bytes
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_the_same_bits_in_every_batch(shape: tuple[int, int]) -> None:
     layer = ColumnLinear(*random_layer(shape, biased=True))
@@ -74,6 +76,7 @@ def test_a_batch_of_nothing_and_rows_apart_in_memory() -> None:
     assert torch.equal(layer(apart), layer(apart.contiguous()))
 
 
+@pytest.mark.every_target
 def test_not_a_number_stays_in_its_row() -> None:
     layer = ColumnLinear(*random_layer((96, 64)))
     x = torch.randn(9, 64).bfloat16()
@@ -96,6 +99,7 @@ def test_an_odd_number_of_inputs_stays_plain() -> None:
     assert isinstance(pack(torch.randn(4, 5).bfloat16(), None), PlainLinear)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("num_tokens", [1, 3, 5, 8, 11, 24, 64])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_column_tiles_of_a_product_have_the_bits_of_the_whole(num_tokens: int, bits: Bits | None) -> None:

@@ -8,14 +8,13 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size.
 
 import struct
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from kernels import reference
 from kernels.cpu.machine import machine_code, threads
-from kernels.cpu.machine.target import chosen
+from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.rows.rows_ir import HEADER, LANES, each_row_function, gated_row, norm
 
@@ -24,6 +23,8 @@ _SHARED_FROM = 1 << 15
 _TICKETS_PER_THREAD = 4
 ACTIVATIONS = ("silu", "gelu_tanh")
 _NORM_POINTERS = ("update", "residual", "weight", "normed", "total")
+# The function of each norm: whether it adds two rows first, and whether its weight is float32.
+_NORMS = {"norm": (False, False), "norm_wide": (False, True), "add_norm": (True, False), "add_norm_wide": (True, True)}
 
 
 def is_supported(*tensors: Tensor) -> bool:
@@ -135,17 +136,19 @@ def each_row(name: str, num_rows: int, size: int, num_threads: int, ticket: int,
 @cache
 def _compiled() -> dict[str, int]:
     """Compiles the functions and returns their addresses by name."""
-    target = chosen()
+    names = [f"{name}_rows" for name in (*_NORMS, *map(gated_name, ACTIVATIONS))]
+    return machine_code.addresses(module(chosen()), names)
+
+
+def module(target: Target) -> str:
+    """Returns the LLVM IR of all functions."""
     pointers = [(name, f"{name}_stride") for name in _NORM_POINTERS]
     scalars = [("i64", "width"), ("float", "eps")]
-    parts, names = [HEADER], []
-    for adds, wide in product((False, True), (False, True)):
-        name = ("add_norm" if adds else "norm") + ("_wide" if wide else "")
+    parts = [HEADER]
+    for name, (adds, wide) in _NORMS.items():
         parts += [norm(target, name, adds=adds, wide=wide), each_row_function(name, pointers, scalars)]
-        names.append(f"{name}_rows")
     for activation in ACTIVATIONS:
         name = gated_name(activation)
         arguments = [("gate_up", "gate_up_stride"), ("output", "output_stride")]
         parts += [gated_row(target, name, activation), each_row_function(name, arguments, scalars[:1])]
-        names.append(f"{name}_rows")
-    return machine_code.addresses("".join(parts), names)
+    return "".join(parts)

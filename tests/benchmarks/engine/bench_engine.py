@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from kernels.cpu.machine.target import BadTarget, choose, runnable_targets
 from tests.benchmarks.engine import engine_peers
 from tests.benchmarks.engine.engine_cases import (
     BEFORE,
@@ -71,12 +72,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of our deployment"
     )
+    parser.add_argument(
+        "--target",
+        default="",
+        help="a lesser kind of CPU, which our code is compiled for, and whose instructions alone the peers use",
+    )
     parser.add_argument("--before", type=Path, help="another checkout of ours, to be measured beside this one")
     parser.add_argument("--output", type=Path, default=RESULTS / "engine.json")
     return parser.parse_args(argv)
 
 
-def choose(options: argparse.Namespace) -> tuple[list[str], list[Case]]:
+def chosen_of(options: argparse.Namespace) -> tuple[list[str], list[Case]]:
     """The engines and cases asked for. Exits with the names there are where one is unknown."""
     judged = cases(context=options.context, steps=options.steps)
     every = {case.name: case for case in (*judged, *asked_for())}
@@ -86,6 +92,15 @@ def choose(options: argparse.Namespace) -> tuple[list[str], list[Case]]:
         if name not in known:
             sys.exit(f"{name!r} is not one of {', '.join(known)}")
     return engines + [BEFORE] * (options.before is not None), [every[name] for name in names]
+
+
+def lesser_target(name: str) -> str:
+    """The target of that name; empty, where it is the best. Exits with the names there are where it is none."""
+    try:
+        target = choose(name, runnable_targets())
+    except BadTarget as error:
+        sys.exit(str(error))
+    return "" if target == runnable_targets()[0] else target.name
 
 
 def start(name: str, model: Path, options: argparse.Namespace, chosen: Sequence[Case]) -> Engine:
@@ -100,9 +115,17 @@ def start(name: str, model: Path, options: argparse.Namespace, chosen: Sequence[
             settings=[*OUR_SETTINGS, *options.set],
             name=name,
             checkout=REPOSITORY if name == OURS else options.before.absolute(),
+            target=options.target,
         )
     context = read_spec(model).max_context_tokens
-    return engine_peers.start(name, model=model, threads=options.threads, max_context=context, max_sequences=most)
+    return engine_peers.start(
+        name,
+        model=model,
+        threads=options.threads,
+        max_context=context,
+        max_sequences=most,
+        target=options.target,
+    )
 
 
 def start_all(
@@ -227,7 +250,8 @@ def headline(metrics: Mapping[str, Metric], left_out: Mapping[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure everything that was asked for and report it."""
     options = parse(argv)
-    names, chosen = choose(options)
+    options.target = lesser_target(options.target)
+    names, chosen = chosen_of(options)
     # What is frozen cannot end by itself: it has to be thawed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     load_at_start = os.getloadavg()
@@ -250,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         curves=[decodes] if decodes.lines else [],
         versions=versions,
         left_out=left_out,
+        target=options.target,
         settings={key: str(value) for key, value in vars(options).items()} | {"ours": " ".join(OUR_SETTINGS)},
     )
     publish(report, load_at_start=load_at_start, output=options.output)

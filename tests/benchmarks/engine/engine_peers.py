@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kernels.cpu.machine.target import VARIABLE
 from tests.benchmarks.engine.engine_cases import LINEARS, Case, Sample
 from tests.benchmarks.report import REPOSITORY, RESULTS
 
@@ -32,15 +33,17 @@ def python_of(peer: str) -> Path:
     """The interpreter of a peer's virtual environment. Raises PeerFailed where there is none."""
     python = VENVS / peer / "bin" / "python"
     if not python.exists():
-        raise PeerFailed(f"not installed: {VENVS / peer} is made by make bench-peers")
+        _, _, target = peer.partition("llamacpp-")
+        how = f' BENCH_ARGS="--llama-target {target}"' if target else ""
+        raise PeerFailed(f"not installed: {VENVS / peer} is made by make bench-peers{how}")
     return python.absolute()
 
 
-def write_gguf(model: Path) -> Path:
-    """The GGUF of a checkpoint, written beside it if it is not there. Raises PeerFailed."""
+def write_gguf(model: Path, venv: str = "llamacpp") -> Path:
+    """The GGUF of a checkpoint, written beside it if it is not there, by a virtual environment. Raises PeerFailed."""
     file = model.with_suffix(model.suffix + ".gguf")
     if not file.exists():
-        script = [str(python_of("llamacpp")), str(_SCRIPTS / "write_gguf.py"), str(model), str(file)]
+        script = [str(python_of(venv)), str(_SCRIPTS / "write_gguf.py"), str(model), str(file)]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise PeerFailed(
@@ -155,8 +158,43 @@ def _preloaded() -> dict[str, str]:
     return {"LD_PRELOAD": str(library.absolute())} if library.exists() else {}
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe of a peer of :data:`PEERS`, or of the linear layers alone."""
+HELD_BACK = {
+    "amx": ("AVX512_CORE_AMX", "avx512", "AVX512"),
+    "avx512bf16": ("AVX512_CORE_BF16", "avx512", "AVX512"),
+    "avx512f": ("AVX512_CORE", "avx512", "AVX512"),
+    "avx2": ("AVX2", "avx2", "AVX2"),
+    "generic": ("SSE41", "default", "SSE4_2"),
+}
+"""What oneDNN, torch itself and MKL call a kind of CPU, by our name of it."""
+
+
+def held_back(target: str) -> dict[str, str]:
+    """What keeps torch to the instructions of a kind of CPU."""
+    names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    return dict(zip(names, HELD_BACK[target], strict=True))
+
+
+def recipe(name: str, target: str = "") -> Recipe:
+    """The recipe of a peer of :data:`PEERS`, or of the linear layers alone.
+
+    Args:
+        target: the kind of CPU whose instructions it may use; all that there are, where it is empty.
+
+    Raises:
+        PeerFailed: it cannot be kept to those.
+    """
+    how = _recipe(name)
+    if not target:
+        return how
+    if name == "llamacpp":
+        return replace(how, venv=f"llamacpp-{target}")
+    limits = {"transformers": held_back, LINEARS: lambda name: {VARIABLE: name}}
+    if name not in limits:
+        raise PeerFailed(f"it has code of its own for each CPU, and cannot be kept to that for {target}")
+    return replace(how, environment=dict(how.environment) | limits[name](target))
+
+
+def _recipe(name: str) -> Recipe:
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     recipes = {
         "transformers": Recipe(venv="transformers", script="transformers_peer.py"),
@@ -180,11 +218,11 @@ def recipe(name: str) -> Recipe:
     return recipes[name]
 
 
-def start(name: str, *, model: Path, threads: int, max_context: int, max_sequences: int) -> Peer:
-    """A loaded and frozen peer. Raises PeerFailed."""
-    how = recipe(name)
+def start(name: str, *, model: Path, threads: int, max_context: int, max_sequences: int, target: str = "") -> Peer:
+    """A loaded and frozen peer; see :func:`recipe` for ``target``. Raises PeerFailed."""
+    how = recipe(name, target)
     python = Path(sys.executable) if how.venv is None else python_of(how.venv)
-    path = write_gguf(model) if name == "llamacpp" else model
+    path = write_gguf(model, str(how.venv)) if name == "llamacpp" else model
     counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     peer = Peer(name, [str(python), str(_SCRIPTS / how.script)], environment=counts | dict(how.environment))
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import psutil
 
+from kernels.cpu.machine.target import VARIABLE
 from protos.heterodyne.v1 import inference_pb2 as pb
 from protos.heterodyne.v1 import inference_pb2_grpc as pb_grpc
 from tests.benchmarks.engine.engine_cases import OURS, Case, Sample
@@ -40,7 +41,9 @@ class Service:
         settings: Sequence[str],
         name: str = OURS,
         checkout: Path = REPOSITORY,
+        target: str = "",
     ) -> None:
+        """Start it. Its code is compiled for the kind of CPU named by ``target``; for the best, where it is empty."""
         self.name = name
         self.versions: dict[str, str] = {}
         self._vocab_size = vocab_size
@@ -51,6 +54,7 @@ class Service:
             f"gateway.request_timeout_s={_MEASURE_S}",
             *settings,
             checkout=checkout,
+            env={VARIABLE: target} if target else None,
         )
         try:
             self._helpers = self._find_helpers()

@@ -10,8 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.benchmarks.engine.engine_cases import Case, Sample
-from tests.benchmarks.engine.engine_peers import Peer, PeerFailed, python_of
+from kernels.cpu.machine.target import NAMES, VARIABLE
+from tests.benchmarks.engine.engine_cases import LINEARS, Case, Sample
+from tests.benchmarks.engine.engine_peers import HELD_BACK, Peer, PeerFailed, python_of, recipe
+from tests.benchmarks.make_peers import llama_flags, wanted
 
 PEERS = Path(__file__).parents[1] / "peers"
 CASE = Case(phase="decode", num_tokens=4, num_sequences=2, num_steps=3)
@@ -93,6 +95,28 @@ def test_peer_that_is_not_installed_names_the_command_that_installs_it(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PeerFailed, match="make bench-peers"):
         python_of("vllm")
+    with pytest.raises(PeerFailed, match=r'make bench-peers BENCH_ARGS="--llama-target avx2"$'):
+        python_of("llamacpp-avx2")
+
+
+def test_peers_are_kept_to_the_instructions_of_a_lesser_cpu_or_left_out() -> None:
+    environment = recipe("transformers", "avx2").environment
+    assert environment["ONEDNN_MAX_CPU_ISA"] == "AVX2" and environment["ATEN_CPU_CAPABILITY"] == "avx2"
+    assert recipe(LINEARS, "avx2").environment == {**recipe(LINEARS).environment, VARIABLE: "avx2"}
+    assert (recipe("llamacpp").venv, recipe("llamacpp", "avx2").venv) == ("llamacpp", "llamacpp-avx2")
+    assert recipe("vllm").venv == "vllm"
+    with pytest.raises(PeerFailed, match="cannot be kept to that for avx2"):
+        recipe("vllm", "avx2")
+    assert set(HELD_BACK) == set(NAMES)
+
+
+def test_a_llama_cpp_of_its_own_is_built_for_a_lesser_cpu() -> None:
+    assert [environment.name for environment in wanted([])] == ["transformers", "vllm", "llamacpp"]
+    *_, plain, lesser = wanted(["--llama-target", "avx2"])
+    assert plain.variables["CMAKE_ARGS"] == "-DGGML_RPC=ON" and lesser.name == recipe("llamacpp", "avx2").venv
+    flags = lesser.variables["CMAKE_ARGS"].split()
+    assert {"-DGGML_RPC=ON", "-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_AVX512=OFF"} <= {*flags}
+    assert not [flag for flag in llama_flags("generic") if flag.endswith("=ON")]
 
 
 @pytest.fixture

@@ -122,6 +122,7 @@ def test_cpu_attention_agrees_with_the_reference(
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("window", [None, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_contexts_in_many_runs_agree(dtype: torch.dtype, window: int | None) -> None:
@@ -166,6 +167,7 @@ def test_a_window_hides_what_it_passed(num_queries: int) -> None:
     assert torch.equal(batch.attend(cpu, 100), before)
 
 
+@pytest.mark.every_target
 def test_bits_do_not_depend_on_how_a_prompt_is_cut_into_chunks() -> None:
     whole = Batch(lengths=[(0, 700)], num_kv_heads=2, group=4, head_dim=64, dtype=torch.bfloat16, seed=4)
     before = whole.attend(cpu)

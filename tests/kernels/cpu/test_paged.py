@@ -93,6 +93,7 @@ def by_reference(query: Tensor, cache: LayerCache, spans: list[SequenceSpan], sc
     return reference.attention(query, query, query, cache, reference.plan(spans), scale)
 
 
+@pytest.mark.every_target
 @settings(deadline=None, max_examples=120)
 @given(
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=4),
@@ -160,6 +161,7 @@ def test_only_planned_rows_are_written() -> None:
     torch.testing.assert_close(output[[0, 2]], by_reference(query, cache, spans, decodes.scale)[[0, 2]])
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peak", [-1e4, 1e4])
 def test_scores_of_ten_thousand_neither_overflow_nor_vanish(dtype: torch.dtype, peak: float) -> None:
@@ -177,6 +179,7 @@ def test_scores_of_ten_thousand_neither_overflow_nor_vanish(dtype: torch.dtype, 
     assert torch.equal(run(query, cache, spans, 1.0)[0], cache.values[:, best].expand(2, -1))
 
 
+@pytest.mark.every_target
 def test_a_nan_comes_out_as_a_nan() -> None:
     """Not as a number that looks healthy: rounding a NaN's bits to bfloat16 could carry into the sign."""
     for dtype in TOLERANCE:
@@ -229,6 +232,7 @@ def allocated_bytes(num_tokens: int) -> int:
     return sum(sizes)
 
 
+@pytest.mark.every_target
 def test_exp2_is_within_two_units_in_the_last_place() -> None:
     rng = np.random.default_rng(0)
     edges = [0.0, -0.5, -1.0, -126.0, 126.5, np.nextafter(np.float32(-0.5), np.float32(0.0))]
@@ -245,6 +249,7 @@ def test_exp2_is_within_two_units_in_the_last_place() -> None:
     )
 
 
+@pytest.mark.every_target
 def test_heads_that_are_no_whole_vectors_are_left_to_others() -> None:
     def cache(head_dim: int, dtype: torch.dtype = torch.float32) -> LayerCache:
         return LayerCache(

@@ -82,6 +82,7 @@ def test_parts_of_ranks_merge_to_the_whole(
     torch.testing.assert_close(merged.to(dtype), case.whole(window), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize("num_queries", [1, 40])
 def test_a_row_that_sees_nothing_weighs_nothing(kernels: Kernels, num_queries: int) -> None:
@@ -92,6 +93,7 @@ def test_a_row_that_sees_nothing_weighs_nothing(kernels: Kernels, num_queries: i
         assert not output.any() and (mass == -torch.inf).all()
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("kernels", [cpu, reference], ids=["cpu", "reference"])
 def test_queries_that_see_nothing_beside_others_that_do(kernels: Kernels) -> None:
     case = Case(300, 50, [0], group=2, head_dim=32, dtype=torch.float32)

@@ -13,6 +13,8 @@ from kernels.cpu.products import matmul
 from kernels.cpu.products.tiling import Layout, shapes
 from kernels.cpu.rows import rows
 
+pytestmark = pytest.mark.every_target
+
 
 def add_tiles(
     made: Program, x: torch.Tensor, output: torch.Tensor, num_rows: int, num_threads: int, *, widens: bool = False

@@ -104,6 +104,7 @@ def test_nibbles_come_back(rows: list[list[int]]) -> None:
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -135,6 +136,7 @@ def test_in_float32_nothing_is_rounded_again(gptq: bool, bits: Bits) -> None:
     torch.testing.assert_close(layer(x).double(), exact, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("gptq", [False, True])
 @BITS
@@ -168,6 +170,7 @@ def test_a_batch_of_nothing_and_rows_apart_in_memory(gptq: bool, bits: Bits) -> 
     assert torch.equal(layer(x[:, :64]), layer(x[:, :64].contiguous()))
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("gptq", [False, True])
 @BITS
 def test_a_token_that_is_not_a_number_harms_no_other(gptq: bool, bits: Bits) -> None:

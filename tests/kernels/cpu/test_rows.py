@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from kernels import reference
 from kernels.cpu.rows import rows
 
+pytestmark = pytest.mark.every_target
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -127,6 +127,7 @@ def prefix(num_members: int, num_tokens: int, own: int = 40) -> Node:
     return Node(num_tokens=num_tokens, children=(Node(num_tokens=own),) * num_members)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [PART - 1, PART, 4 * PART + 300])
 def test_more_members_and_tokens_than_one_task_holds(num_tokens: int, dtype: torch.dtype) -> None:
@@ -135,6 +136,7 @@ def test_more_members_and_tokens_than_one_task_holds(num_tokens: int, dtype: tor
     torch.testing.assert_close(got, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_depend_neither_on_the_group_nor_on_threads_or_batch_mates(dtype: torch.dtype) -> None:
     group, others = prefix(7, 1300), [Node(num_tokens=900), prefix(3, 50), prefix(3, PART)]

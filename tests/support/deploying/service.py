@@ -95,10 +95,15 @@ def orchestrator(*args: str, env: dict[str, str] | None = None, checkout: Path =
     return Command([sys.executable, "-m", "orchestrator", *args], env=env, cwd=checkout)
 
 
-def serve(*overrides: str, config: str = "deploy/local.yaml", checkout: Path = REPOSITORY) -> tuple[Command, str]:
+def serve(
+    *overrides: str,
+    config: str = "deploy/local.yaml",
+    checkout: Path = REPOSITORY,
+    env: dict[str, str] | None = None,
+) -> tuple[Command, str]:
     """Start ``serve`` on any free port and wait until it serves. Returns it and its address."""
     sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", *overrides)
-    command = orchestrator("serve", config, *(f"--set={override}" for override in sets), checkout=checkout)
+    command = orchestrator("serve", config, *(f"--set={override}" for override in sets), env=env, checkout=checkout)
     try:
         return command, command.wait_for(r"event=serving .*address=(\S+)")[1]
     except BaseException:

@@ -60,6 +60,7 @@ def at_once(calls: Sequence[Callable[[], None]]) -> None:
             running.result(30.0)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_are_those_of_python_whoever_of_the_ranks_has_no_code(

@@ -78,7 +78,7 @@ def _first(runs: Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int]
     return tuple(taken)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, pytest.param(2, marks=pytest.mark.every_target), 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_cache_have_the_same_bits(
     name: str, num_threads: int, checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
@@ -93,6 +93,7 @@ def test_logits_and_cache_have_the_same_bits(
         assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize(("family", "config"), [("qwen3", {}), ("gemma3_text", {"sliding_window": 20})])
 def test_norms_of_heads_differ_from_torch_by_their_rounding_alone(
     family: str, config: dict[str, int], checkpoint: Callable[..., Path], make_runner: Callable[..., ModelRunner]
@@ -105,6 +106,7 @@ def test_norms_of_heads_differ_from_torch_by_their_rounding_alone(
         assert (logits == expected).float().mean() > 0.5
 
 
+@pytest.mark.every_target
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounded_weights_have_the_same_bits_too(bits: Bits, llama_checkpoint: Callable[..., Path]) -> None:
     path = llama_checkpoint(**(SHAPE | {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}))

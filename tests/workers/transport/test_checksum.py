@@ -17,7 +17,9 @@ from workers.transport.frame_code import checksum_table, sliced_checksum
 
 ONES = 0xFFFFFFFF
 
-needs_instruction = pytest.mark.skipif(not has(checksum_ir.FEATURE), reason="the target multiplies no polynomials")
+needs_instruction = pytest.mark.skipif(
+    not has(checksum_ir.FEATURE), reason=f"this CPU, or the target, lacks {checksum_ir.FEATURE}"
+)
 SIZES = pytest.mark.parametrize("num_bytes", [64, 128, 192, 256, 320, 1024, 1 << 16])
 BEFORE = pytest.mark.parametrize("before", [b"", b"header", bytes(100)])
 
@@ -40,6 +42,7 @@ def by_tables(data, num_bytes, register, table):  # type: ignore[no-untyped-def]
     return sliced_checksum(data, num_bytes, register, table)
 
 
+@pytest.mark.every_target
 @SIZES
 @BEFORE
 def test_tables_give_the_checksum_of_all(num_bytes: int, before: bytes) -> None:
