@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from orchestrator.config.document import Config
+from orchestrator.config.limits import replica_limits
 from orchestrator.config.parallelism import ParallelismConfig, StageConfig
 from orchestrator.config.types import Address
 from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
@@ -27,7 +28,6 @@ from placement.model.specs import DType, ModelSpec
 from placement.model.weights import num_parameters
 from placement.planning.auto import Choice, MakePlan, SplitBy, choose_layouts
 from placement.planning.layout import ReplicaLayout, StageLayout
-from placement.planning.limits import ReplicaLimits, most_auto_tokens
 from placement.planning.plan import Plan, Shard
 from placement.planning.planner import plan_replicas
 from placement.planning.seating import Host
@@ -187,22 +187,8 @@ def _planner(config: Config, files: ModelFiles) -> MakePlan:
         dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
         kv_cache_bytes=config.serving.kv_cache,
         max_context_tokens=config.model.max_context_tokens,
-        limits=_limits(config),
+        limits=replica_limits(config),
         linear=linear_format(files.config, Quantization(config.model.quantization)),
-    )
-
-
-def _limits(config: Config) -> ReplicaLimits:
-    """Returns the sizes that replicas serve within. A budget that they choose has the most that it can be as yet."""
-    serving = config.serving
-    kinds = [worker.device.partition(":")[0] for worker in config.cluster.workers]
-    return ReplicaLimits(
-        block_size=serving.block_size,
-        token_budget=serving.token_budget or most_auto_tokens(kinds, max_num_seqs=serving.max_num_seqs),
-        step_time_s=serving.step_time_s if serving.token_budget is None else None,
-        max_num_seqs=serving.max_num_seqs,
-        prefix_cache=serving.prefix_cache,
-        quantization=Quantization(config.model.quantization),
     )
 
 

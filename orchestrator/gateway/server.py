@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from orchestrator.background import BackgroundTasks
 from orchestrator.config.document import Config
+from orchestrator.config.limits import replica_limits
 from orchestrator.gateway.figures import load_reports, observe
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
@@ -33,7 +34,6 @@ from orchestrator.telemetry.requests import Telemetry
 from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
 from placement.model.specs import DType
-from placement.planning.limits import ReplicaLimits
 from protos.codec.child_process import Listening
 from protos.codec.log_record import said
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -94,7 +94,7 @@ class Gateway:
                 heartbeat_timeout_s=config.gateway.heartbeat_timeout_s,
                 stall_timeout_s=config.gateway.stall_timeout_s,
             ),
-            sizes=_sizes(config),
+            sizes=replica_limits(config),
             on_change=self._health_changed,
             on_step=self._stepped,
         )
@@ -238,17 +238,6 @@ def _say_cut(num_cut: int, after_s: float) -> None:
     requests = "1 request" if num_cut == 1 else f"{num_cut} requests"
     extra = said("drain_cut", in_flight=num_cut, after_s=round(after_s, 1))
     logger.warning("Stopped after %.1f s; %s had not finished.", after_s, requests, extra=extra)
-
-
-def _sizes(config: Config) -> ReplicaLimits:
-    """Returns the sizes that every replica of the deployment serves within."""
-    serving = config.serving
-    return ReplicaLimits(
-        block_size=serving.block_size,
-        token_budget=serving.token_budget,
-        max_num_seqs=serving.max_num_seqs,
-        prefix_cache=serving.prefix_cache,
-    )
 
 
 def load_model(settings: GatewaySettings) -> ServedModel:
