@@ -7,6 +7,7 @@ target. What they must know is how many there are, and how bfloat16 numbers are 
 import ctypes
 import os
 import platform
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -124,9 +125,22 @@ def known_targets(machine: str) -> tuple[Target, ...]:
 @cache
 def runnable_targets() -> tuple[Target, ...]:
     """Returns the targets that this CPU can execute, the fastest first."""
-    known = known_targets(platform.machine())
-    runnable = tuple(target for target in known if target.needs <= host_features() and _is_permitted(target))
-    return by_speed(runnable, host_cpu())
+    return executable_by(platform.machine(), host_cpu(), host_features(), gives_tiles=_ask_for_matrix_unit)
+
+
+def executable_by(
+    machine: str, cpu: str, features: Collection[str], *, gives_tiles: Callable[[], bool]
+) -> tuple[Target, ...]:
+    """Returns the targets that a CPU can execute, the fastest first.
+
+    Args:
+        machine: its kind by its name in :func:`platform.machine`.
+        cpu: LLVM's name of it.
+        features: its features by LLVM's names.
+        gives_tiles: asks whether the system lets this process use AMX's registers; only called where the CPU has them.
+    """
+    has_all = [target for target in known_targets(machine) if target.needs <= frozenset(features)]
+    return by_speed(tuple(target for target in has_all if not target.has_matrix_unit or gives_tiles()), cpu)
 
 
 def host_cpu() -> str:
@@ -145,11 +159,6 @@ def by_speed(targets: tuple[Target, ...], cpu: str) -> tuple[Target, ...]:
         return targets
     order = {AVX512BF16.name: 2, AVX512F.name: 1}
     return tuple(sorted(targets, key=lambda target: order.get(target.name, 0 if target == AMX else 3)))
-
-
-def _is_permitted(target: Target) -> bool:
-    """Tells whether the system lets this process use the target's registers, for which AMX needs to be asked."""
-    return not target.has_matrix_unit or _ask_for_matrix_unit()
 
 
 @cache
