@@ -102,16 +102,19 @@ def _per_column(factors: Tensor, missing: int) -> Tensor:
 def _lines(codes: Tensor, form: Format) -> Tensor:
     """Lays codes, int8 [O, I] or uint8 [O, I / 2] with two codes of 4 bits, out as lines: see quantized_ir."""
     if not form.tables:
-        return _lines_of_words(codes, form.bits)
+        return _lines_of_words(codes) if form.bits == 4 else _lines_of_rows(codes)
     return _lines_of_nibbles(codes) if form.bits == 4 else _lines_of_bytes(codes, halves=form.offsets)
 
 
-def _lines_of_words(codes: Tensor, bits: int) -> Tensor:
-    """Lays codes out as words [O / 16, lines, 16] of their two's complement, the first input in the lowest bits."""
-    if bits == 4:
-        codes = codes ^ 0x88  # from code plus 8, in both halves of a byte
-    words = codes.contiguous().view(torch.int32)
+def _lines_of_words(codes: Tensor) -> Tensor:
+    """Lays codes of 4 bits out as words [O / 16, lines, 16] of their two's complement, the first in the lowest bits."""
+    words = (codes ^ 0x88).contiguous().view(torch.int32)  # codes are stored plus 8
     return words.view(len(codes) // LANES, LANES, -1).transpose(1, 2).contiguous()
+
+
+def _lines_of_rows(codes: Tensor) -> Tensor:
+    """Lays codes of 8 bits out as bytes [O / 16, I, 16]."""
+    return codes.view(len(codes) // LANES, LANES, -1).transpose(1, 2).contiguous()
 
 
 def _lines_of_nibbles(codes: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def _columns_of_one(target: Target) -> int:
 
     Each is a stream of its own in memory.
     """
-    return min(3, (target.registers - 4) // target.registers_per_column) if target.lanes < 16 else 8
+    return min(4 if target.lanes < 16 else 8, (target.registers - 4) // target.registers_per_column)
 
 
 def shape_for(target: Target, form: Format, num_tokens: int) -> tuple[int, int, int]:

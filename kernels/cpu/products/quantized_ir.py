@@ -16,9 +16,12 @@ for it, they are looked up in tables of bfloat16:
     8 bits  A line is 2 pairs, bytes [output / 4, pair, output % 4, 2] of sign and magnitude. High and low byte of the
             bfloat16 are looked up by the magnitude, the high one gets the sign, and both are interleaved.
 
-Everywhere else a line is 4 or 8 inputs, word [output] with the two's complement of their codes, the first in its
-lowest bits. A code is shifted to the word's upper end, the bits below are cut off, and the integer is converted to
-float32; that it is too great by a power of two is made good in the scale. So inputs beyond 2^90 would overflow.
+Everywhere else a line is 4 or 8 inputs. Codes are two's complement, which is converted to float32:
+
+    4 bits  Word [output] holds the codes of 8 inputs, the first in its lowest bits. A code is shifted to the word's
+            upper end, and the bits below are cut off. That it is then too great by a power of two is made good in the
+            scale, so inputs beyond 2^90 would overflow.
+    8 bits  Bytes [input, output].
 
 The input lies in tiles of ``rows`` tokens as there, ``[T / rows, I / 2, rows, 2]`` in bfloat16 for tables, and else in
 float32 ``[T / rows, I, rows]``.
@@ -51,6 +54,8 @@ PAIRS_PER_LINE = {4: 4, 8: 2}
 # How far ahead lines are prefetched. With more rows a line lasts longer, and the hardware's own prefetch helps less.
 # Measured on Zen 4.
 _PREFETCH_BYTES, _PREFETCH_BYTES_OF_MANY, _MANY_ROWS = 512, 1024, 7
+
+_NIBBLE_FACTOR = 1 << 28
 
 ARGUMENTS = (
     *("x", "sums", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
@@ -206,16 +211,21 @@ def _wide_pair(form: Format, pair: int, rows: int, columns: int) -> Iterator[str
 
 
 def _widen_code(form: Format, number: int, column: int) -> str:
-    """Returns code for the codes of a line's input ``number`` as float32, times 2 to the power of the bits below them.
+    """Returns code for the codes of a line's input ``number`` as float32; of 4 bits, times :data:`_NIBBLE_FACTOR`.
 
-    The line is loaded anew for each, since LLVM would else spill sums to keep it in registers.
+    A line of words is loaded anew for each, since LLVM would else spill sums to keep it in registers.
     """
-    name, below = f"{column}_{number}", 32 - form.bits
-    mask = -(1 << below)
+    name = f"{column}_{number}"
+    if form.bits == 8:
+        return f"""
+  %bytes_at_{name} = getelementptr i8, ptr %line_{column}, i64 {LANES * number}
+  %bytes_{name} = load <16 x i8>, ptr %bytes_at_{name}, align {LANES}
+  %code_{name} = sext <16 x i8> %bytes_{name} to {WORDS}
+  %w_{name} = sitofp {WORDS} %code_{name} to {WIDE}"""
     return f"""
   %line_{name} = load volatile {WORDS}, ptr %line_{column}, align {LINE_BYTES}
-  %up_{name} = shl {WORDS} %line_{name}, splat (i32 {below - form.bits * number})
-  %code_{name} = and {WORDS} %up_{name}, splat (i32 {mask})
+  %up_{name} = shl {WORDS} %line_{name}, splat (i32 {28 - 4 * number})
+  %code_{name} = and {WORDS} %up_{name}, splat (i32 {-_NIBBLE_FACTOR})
   %w_{name} = sitofp {WORDS} %code_{name} to {WIDE}"""
 
 
@@ -279,8 +289,8 @@ def _high(bits: int) -> int:
 
 
 def _scale(form: Format, column: int) -> str:
-    """Returns code for a group's scales, without the power of two that codes outside of tables have."""
-    factor = 1.0 if form.tables else 2.0 ** -(32 - form.bits)
+    """Returns code for a group's scales, without the power of two that codes of 4 bits have outside of tables."""
+    factor = 1.0 if form.tables or form.bits == 8 else 1 / _NIBBLE_FACTOR
     return f"""{_beside("head", column)}
   %stored_{column} = load {WIDE}, ptr %head_{column}, align {LINE_BYTES}
   %scale_{column} = fmul {WIDE} %stored_{column}, splat (float {factor!r})"""
