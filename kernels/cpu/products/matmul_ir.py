@@ -24,8 +24,7 @@ COLUMN_BYTES = 64
 # Where pairs are multiplied, the hardware's own prefetch suffices for few rows; with more rows the loop reads lines too
 # rarely for it. Measured on Zen 4 with 1 to 24 rows and weights on huge pages. Where each line takes longer, it is so
 # from the first row on: without prefetch, 4 rows read the weight at half the speed (on an Emerald Rapids, as avx2).
-_PREFETCH_FROM_ROWS, _PREFETCH_BYTES = 9, 2048
-_PREFETCH_BYTES_WIDE = 4096
+_PREFETCH_FROM_ROWS = 9
 
 ARGUMENTS = (
     *("x", "weight", "bias", "output", "ticket", "wide_tile", "narrow_tile"),
@@ -59,7 +58,7 @@ def tile(target: Target, rows: int, columns: int) -> str:
     multiplied = _multiplied_in_pairs(rows, columns) if target.multiplies_pairs else _multiplied_wide(rows, columns)
     lines = [
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %weight, i64 %column_stride,",
-        "    ptr noalias %bias, ptr noalias %output, i64 %row_stride, i64 %num_pairs) {",
+        "    ptr noalias %bias, ptr noalias %output, i64 %row_stride, i64 %num_pairs, ptr %ahead, i64 %ahead_step) {",
         "entry:",
         *(_bias(column) for column in range(columns)),
         "  br label %loop",
@@ -67,7 +66,8 @@ def tile(target: Target, rows: int, columns: int) -> str:
         "  %pair = phi i64 [0, %entry], [%next, %loop]",
         *(f"  %sum_{r}_{c} = phi {WIDE} [%bias_{c}, %entry], [%new_{r}_{c}, %loop]" for r, c in sums),
         f"  %at = mul i64 %pair, {COLUMN_BYTES}",
-        *(_weight(column, _prefetch_bytes(target, rows)) for column in range(columns)),
+        *(_weight(column) for column in range(columns)),
+        *(_prefetch(columns) if not target.multiplies_pairs or rows >= _PREFETCH_FROM_ROWS else ()),
         f"  %x_at = mul i64 %pair, {pair_bytes(layout, rows)}",
         "  %x_here = getelementptr i8, ptr %x, i64 %x_at",
         *multiplied,
@@ -93,25 +93,22 @@ def _bias(column: int) -> str:
   %bias_{column} = load {WIDE}, ptr %bias_at_{column}, align 4"""
 
 
-def _prefetch_bytes(target: Target, rows: int) -> int:
-    """Returns how far ahead the weight is prefetched; 0 where it is not."""
-    if not target.multiplies_pairs:
-        return _PREFETCH_BYTES_WIDE
-    return _PREFETCH_BYTES if rows >= _PREFETCH_FROM_ROWS else 0
-
-
-def _weight(column: int, prefetch_bytes: int) -> str:
+def _weight(column: int) -> str:
     before = "%weight" if column == 0 else f"%start_{column - 1}"
     step = "0" if column == 0 else "%column_stride"
-    text = f"""
+    return f"""
   %start_{column} = getelementptr i8, ptr {before}, i64 {step}
   %here_{column} = getelementptr i8, ptr %start_{column}, i64 %at
   %words_{column} = load {WORDS}, ptr %here_{column}, align 64"""
-    if prefetch_bytes:
-        text += f"""
-  %ahead_{column} = getelementptr i8, ptr %here_{column}, i64 {prefetch_bytes}
-  call void @llvm.prefetch.p0(ptr %ahead_{column}, i32 0, i32 3, i32 1)"""
-    return text
+
+
+def _prefetch(columns: int) -> Iterator[str]:
+    """Yields code that prefetches what ``%ahead`` says, and as much of the columns beside it."""
+    yield "  %ahead_at = mul i64 %pair, %ahead_step\n  %ahead_0 = getelementptr i8, ptr %ahead, i64 %ahead_at"
+    for c in range(columns):
+        if c:
+            yield f"  %ahead_{c} = getelementptr i8, ptr %ahead_{c - 1}, i64 %column_stride"
+        yield f"  call void @llvm.prefetch.p0(ptr %ahead_{c}, i32 0, i32 3, i32 1)"
 
 
 def _multiplied_in_pairs(rows: int, columns: int) -> Iterator[str]:
@@ -191,5 +188,6 @@ def row_output(target: Target, row: int, columns: int) -> str:
 PRODUCT = columns_function(
     ARGUMENTS,
     ("x",),
-    "ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs",
+    "ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs, "
+    "ptr %ahead, i64 %ahead_step",
 )
