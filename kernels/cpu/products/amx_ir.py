@@ -10,6 +10,8 @@ from kernels.cpu.machine.columns_ir import LANES
 from kernels.cpu.machine.numbers_ir import HALVES, WIDE, narrow
 from kernels.cpu.machine.target import Target
 from kernels.cpu.machine.work_ir import load_arguments, take_tickets
+from kernels.cpu.products.matmul_ir import bias
+from kernels.cpu.products.tiling import tile_name
 
 TOKENS = 16
 """The tokens of a tile register."""
@@ -40,11 +42,6 @@ _LINE, _REGISTER = 64, 1024  # bytes of a row of a tile register, and of all its
 # Where the tile registers' configuration has the bytes of register 0's rows, and their number; see Intel's manual.
 _ROW_BYTES_AT, _ROWS_AT = 16, 48
 _SUMS, _INPUTS, _WEIGHTS = 0, 4, 6  # the first tile register of each kind
-
-
-def tile_name(registers: int, columns: int) -> str:
-    """Returns the name of the function for a tile of so many tile registers of tokens."""
-    return f"tile_{registers}_{columns}"
 
 
 def tile(target: Target, registers: int, columns: int) -> str:
@@ -135,9 +132,7 @@ def _output(target: Target, columns: int) -> str:
     """Returns the loop that adds the bias to the sums of each row, rounds them and stores them."""
     loads, stores = "", ""
     for c in range(columns):
-        loads += f"""
-  %bias_at_{c} = getelementptr i8, ptr %bias, i64 {4 * LANES * c}
-  %bias_{c} = load {WIDE}, ptr %bias_at_{c}, align 4"""
+        loads += bias(c)
         stores += f"""
   %sum_at_{c} = getelementptr i8, ptr %sums_here, i64 {_LINE * c}
   %sum_{c} = load {WIDE}, ptr %sum_at_{c}, align 64

@@ -19,8 +19,8 @@ from kernels.cpu.machine.pages import HUGE_PAGE, map_zeros
 from kernels.cpu.machine.target import Target, chosen
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products import amx_ir
-from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, PRODUCT, header, pair_bytes, tile, tile_name
-from kernels.cpu.products.tiling import MATRIX_SHAPES, Layout, shapes, unit_for, used_shapes
+from kernels.cpu.products.matmul_ir import ARGUMENTS, COLUMN_BYTES, PRODUCT, header, pair_bytes, tile
+from kernels.cpu.products.tiling import MATRIX_SHAPES, Layout, shapes, tile_name, unit_for, used_shapes
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")
 _AMX_ARGUMENTS = struct.Struct(f"={len(amx_ir.ARGUMENTS)}q")
@@ -126,7 +126,7 @@ def _functions(layout: Layout, rows: int, columns: int) -> tuple[int, int, int]:
     """Returns the addresses of ``product``, and of the tiles of ``columns`` columns and of one column."""
     if layout is Layout.ROWS:
         code, registers = _compiled_for_amx(), -(-rows // amx_ir.TOKENS)
-        return code["product"], code[amx_ir.tile_name(registers, columns)], code[amx_ir.tile_name(registers, 1)]
+        return code["product"], code[tile_name(registers, columns)], code[tile_name(registers, 1)]
     code = _compiled()
     return code["product"], code[tile_name(rows, columns)], code[tile_name(rows, 1)]
 
@@ -145,7 +145,7 @@ def in_tiles(x: Tensor, num_tiles: int, rows: int, layout: Layout) -> Tensor:
 @cache
 def _compiled_for_amx() -> dict[str, int]:
     """Compiles the functions for a matrix unit, and returns their addresses by name."""
-    names = ["product", *(amx_ir.tile_name(*shape) for shape in amx_ir.SHAPES)]
+    names = ["product", *(tile_name(*shape) for shape in amx_ir.SHAPES)]
     return machine_code.addresses(amx_ir.module(chosen()), names)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from kernels.cpu.machine.columns_ir import LANES, columns_function
 from kernels.cpu.machine.numbers_ir import HALVES, WIDE, WORDS, narrow
 from kernels.cpu.machine.target import Target
-from kernels.cpu.products.tiling import Layout
+from kernels.cpu.products.tiling import Layout, tile_name
 
 COLUMN_BYTES = 64
 """The bytes of one pair of inputs in a column of the weight: one cache line."""
@@ -46,11 +46,6 @@ def header(target: Target) -> str:
     return DECLARE_PREFETCH + (DECLARE_DOT if target.multiplies_pairs else DECLARE_FMA)
 
 
-def tile_name(rows: int, columns: int) -> str:
-    """Returns the name of a tile's function."""
-    return f"tile_{rows}_{columns}"
-
-
 def tile(target: Target, rows: int, columns: int) -> str:
     """Returns the function that multiplies a tile of ``x`` by ``columns`` columns and adds the bias."""
     sums = [(row, column) for row in range(rows) for column in range(columns)]
@@ -60,7 +55,7 @@ def tile(target: Target, rows: int, columns: int) -> str:
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %weight, i64 %column_stride,",
         "    ptr noalias %bias, ptr noalias %output, i64 %row_stride, i64 %num_pairs, ptr %ahead, i64 %ahead_step) {",
         "entry:",
-        *(_bias(column) for column in range(columns)),
+        *(bias(column) for column in range(columns)),
         "  br label %loop",
         "loop:",
         "  %pair = phi i64 [0, %entry], [%next, %loop]",
@@ -87,7 +82,8 @@ def pair_bytes(layout: Layout, rows: int) -> int:
     return 8 * rows if layout is Layout.FLOATS and rows > 1 else 4 * rows
 
 
-def _bias(column: int) -> str:
+def bias(column: int) -> str:
+    """Returns code that loads the bias of one of a tile's columns."""
     return f"""
   %bias_at_{column} = getelementptr i8, ptr %bias, i64 {4 * LANES * column}
   %bias_{column} = load {WIDE}, ptr %bias_at_{column}, align 4"""

@@ -18,8 +18,8 @@ from kernels.cpu.machine.target import Target, chosen, has
 from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products.matmul import huge_empty, in_tiles
 from kernels.cpu.products.matmul_ir import pair_bytes
-from kernels.cpu.products.quantized_ir import ARGUMENTS, PAIRS_PER_LINE, PRODUCT, Format, header, tile, tile_name
-from kernels.cpu.products.tiling import Layout, shapes, unit_for, used_shapes
+from kernels.cpu.products.quantized_ir import ARGUMENTS, PAIRS_PER_LINE, PRODUCT, Format, header, tile
+from kernels.cpu.products.tiling import Layout, shapes, tile_name, unit_for, used_shapes
 from kernels.rounded import Bits, RoundedWeight
 
 _ARGUMENTS = struct.Struct(f"={len(ARGUMENTS)}q")

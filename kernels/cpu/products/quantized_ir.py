@@ -41,12 +41,13 @@ from kernels.cpu.products.matmul_ir import (
     DECLARE_PREFETCH,
     DOT,
     FMA,
+    bias,
     input_number,
     input_pair,
     pair_bytes,
     row_output,
 )
-from kernels.cpu.products.tiling import Layout
+from kernels.cpu.products.tiling import Layout, tile_name
 
 LINE_BYTES = 64
 PAIRS_PER_LINE = {4: 4, 8: 2}
@@ -102,11 +103,6 @@ def header(form: Format) -> str:
     return DECLARE_PREFETCH + DECLARE_FMA + (DECLARE_DOT + _DECLARE_TABLES if form.tables else "")
 
 
-def tile_name(rows: int, columns: int) -> str:
-    """Returns the name of a tile's function."""
-    return f"tile_{rows}_{columns}"
-
-
 def tile(target: Target, form: Format, rows: int, columns: int) -> str:
     """Returns the function that multiplies a tile of ``x`` by ``columns`` columns and adds the bias."""
     sums = [(row, column) for row in range(rows) for column in range(columns)]
@@ -114,7 +110,7 @@ def tile(target: Target, form: Format, rows: int, columns: int) -> str:
         f"define void @{tile_name(rows, columns)}(ptr noalias %x, ptr noalias %sums, ptr noalias %weight,",
         "    ptr noalias %bias, ptr noalias %output, ptr noalias %args) {",
         f"entry:{load_arguments(ARGUMENTS, ('row_stride', 'column_stride', 'num_groups', 'num_lines'))}",
-        *(_bias(column) for column in range(columns)),
+        *(bias(column) for column in range(columns)),
         "  br label %group",
         "group:",
         "  %g = phi i64 [0, %entry], [%g_next, %group_end]",
@@ -160,12 +156,6 @@ loop:
   %next = add i64 %line, 1
   %more = icmp slt i64 %next, %num_lines
   br i1 %more, label %loop, label %group_end"""
-
-
-def _bias(column: int) -> str:
-    return f"""
-  %bias_at_{column} = getelementptr i8, ptr %bias, i64 {4 * LANES * column}
-  %bias_{column} = load <16 x float>, ptr %bias_at_{column}, align 4"""
 
 
 def _beside(name: str, column: int) -> str:

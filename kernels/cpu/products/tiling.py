@@ -94,6 +94,11 @@ MOST_ROWS = 32
 """The most rows of any tile."""
 
 
+def tile_name(rows: int, columns: int) -> str:
+    """Returns the name of the function of a tile of so many rows, or registers of rows, and columns."""
+    return f"tile_{rows}_{columns}"
+
+
 def used_shapes(shape_for: Callable[[int], tuple[int, int, int]], most_tokens: int) -> list[tuple[int, int]]:
     """Returns the rows and columns of all tiles that batches of up to ``most_tokens`` use.
 
