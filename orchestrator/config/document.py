@@ -40,7 +40,7 @@ class ModelConfig:
     """Number type of weights, activations and KV. auto: the one that the model was saved in."""
     quantization: Literal["none", "int8", "int4"] = "none"
     """To what the weights of linear layers are rounded while they load: less memory, and slightly other answers.
-    Decoding is faster, but on CPUs far slower where ``dtype`` is float32. none: as the model has them; GPTQ models are
+    Decoding is faster in bfloat16, and on CPUs far slower in float32. none: as the model has them; GPTQ models are
     served so."""
     max_context_tokens: Annotated[int, Field(ge=1, le=2**27)] | None = None
     """Most tokens of prompt and answer together. Default: the model's own, or what the KV blocks hold."""

@@ -82,6 +82,8 @@ def _cpu_groups(read: ReadText) -> Iterator[tuple[bool, PurePosixPath]]:
 def _own_groups(read: ReadText, controller: str) -> Iterator[tuple[bool, str]]:
     """Yields the groups of this process that may limit what ``controller`` controls: if by version 1, and where."""
     for line in (read("/proc/self/cgroup") or "").splitlines():
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             yield bool(controllers), path
@@ -108,7 +110,7 @@ def _quota_cores(read: ReadText, group: PurePosixPath, *, is_v1: bool) -> float 
 def _num_throttled(read: ReadText, group: PurePosixPath) -> int:
     """Counts the periods in which one group was held up; both versions write them alike."""
     lines = (line.split() for line in (read(f"{group}/cpu.stat") or "").splitlines())
-    return next((int(words[1]) for words in lines if words[0] == "nr_throttled"), 0)
+    return next((int(words[1]) for words in lines if len(words) == 2 and words[0] == "nr_throttled"), 0)
 
 
 def _available(read: ReadText, group: PurePosixPath, files: _Files) -> int | None:

@@ -114,7 +114,7 @@ def openmp_waits(share: CoreShare, environ: Mapping[str, str]) -> dict[str, str]
 def _waiting(pressure: str) -> float | None:
     """Reads the share of time in which some thread waited, of the last ten seconds, from ``/proc/pressure/cpu``."""
     for line in pressure.splitlines():
-        kind, *pairs = line.split()
+        kind, *pairs = line.split() or [""]
         values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
         if kind == "some" and "avg10" in values:
             return float(values["avg10"]) / 100

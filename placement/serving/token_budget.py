@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from placement.measured.step_times import StepTimes
 from placement.planning.limits import ReplicaLimits
 
+_LEAST_PROMPT_TOKENS = 16
+"""The tokens of a prompt that a step has room for beside a decode of every sequence."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepBudget:
@@ -27,19 +30,24 @@ class StepBudget:
 def budget_of(limits: ReplicaLimits, times: StepTimes) -> StepBudget:
     """Returns the token budget that a replica serves with: the one that is set, or the one that the times suggest.
 
-    The latter is never above the budget of ``limits``, for which memory was planned, and never below the most
-    sequences, whose decodes could stall otherwise.
+    The latter is never above the budget of ``limits``, for which memory was planned, and mostly some tokens above the
+    most sequences: with fewer, decodes or a prompt beside them could stall.
     """
     budget, step_time_s = limits.token_budget, limits.step_time_s
     if step_time_s is not None and times.steps:
         profile = [(step.num_tokens, step.duration_s) for step in times.steps if step.num_tokens <= budget]
-        budget = choose_token_budget(profile, step_time_s, least=limits.max_num_seqs)
+        budget = choose_token_budget(profile, step_time_s, least=_least_tokens(limits))
     return StepBudget(
         token_budget=budget,
         is_auto=step_time_s is not None,
         expected_s=times.expected_s(budget),
         times=times,
     )
+
+
+def _least_tokens(limits: ReplicaLimits) -> int:
+    """Returns the fewest tokens of a step, in which prompts go on while all sequences decode."""
+    return min(limits.token_budget, limits.max_num_seqs + _LEAST_PROMPT_TOKENS)
 
 
 def choose_token_budget(

@@ -89,8 +89,8 @@ class Membership:
             What all ranks are, in rank order.
 
         Raises:
-            RanksDiffer: they are not alike. Every rank raises it.
-            PeerFailed: a rank was lost, or did not answer in time.
+            RanksDiffer: they are not alike.
+            PeerFailed: a rank was lost, did not answer in time, or raised RanksDiffer first, which is the cause then.
         """
         deadline_s = time.monotonic() + JOIN_S
 

@@ -222,8 +222,11 @@ class LoadJob:
         cause = why_rounded_is_slow(self._device.torch_device, bits, TORCH_DTYPES[checked.dtype])
         if cause is None:
             return
-        fix = "serve it unquantized" if checked.linear.gptq is None else "use a checkpoint that is not quantized"
-        words = "Weights of %d bits decode far slower here than bfloat16: %s. If memory allows, %s."
+        unquantized = (
+            "serve it unquantized" if checked.linear.gptq is None else "use a checkpoint that is not quantized"
+        )
+        fix = "set model.dtype to bfloat16" if self._device.torch_device.type == "cpu" else unquantized
+        words = "Weights of %d bits decode far slower here than bfloat16: %s. If you can, %s."
         logger.warning(words, bits, cause, fix, extra=said("slow_quantization", bits=bits, cause=cause, fix=fix))
 
     def _runner(

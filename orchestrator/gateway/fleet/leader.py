@@ -82,8 +82,8 @@ class Leader:
         self._on_lost = on_lost
         self._rounds = Rounds()
         self._reported_s = 0.0
-        self._unreported_tokens = 0
-        self._reported_once_tokens = 0
+        self._unreported_tokens = self._unreported_sequences = 0
+        self._reported_once_tokens = self._reported_once_sequences = 0
         self._silent_s = 0.0
         self._stalled_s = 0.0
         self._patience = Patience(floor_s=limits.stall_timeout_s)
@@ -101,6 +101,7 @@ class Leader:
             self._inboxes[fork.sequence_id] = inbox
         # As the replica's own report counts them: a sequence is pending with its whole prompt, shared or not.
         self._unreported_tokens += len(message.prompt_ids) * len(message.forks)
+        self._unreported_sequences += len(message.forks)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:
@@ -137,9 +138,10 @@ class Leader:
             accepting=self.accepting,
             pending_tokens=load.pending_tokens + self._unreported_tokens + self._reported_once_tokens,
             num_running=load.num_running,
-            num_waiting=load.num_waiting,
+            num_waiting=load.num_waiting + self._unreported_sequences + self._reported_once_sequences,
             free_blocks=load.free_blocks,
             total_blocks=load.total_blocks,
+            token_budget=load.budget.token_budget,
         )
 
     # -- the stream -------------------------------------------------------------------------------------------
@@ -246,6 +248,7 @@ class Leader:
         self._reported_s = time.monotonic()
         # The report may be older than the last submissions: each counts until the second report after it.
         self._reported_once_tokens, self._unreported_tokens = self._unreported_tokens, 0
+        self._reported_once_sequences, self._unreported_sequences = self._unreported_sequences, 0
         if before is None or before.steps != load.steps or not load.num_running:
             self._stalled_s = 0.0
         if before is None:

@@ -97,6 +97,8 @@ def transfer_plan(
     Raises:
         InvalidRequest: no source rank holds something that a target rank needs.
     """
+    if first_token >= num_tokens:
+        return []
     wanted = Span(first_token, num_tokens)
     held = {part.stripe: token_spans(part.stripe, wanted) for part in source_parts}
     holders = {

@@ -17,6 +17,7 @@ class ReplicaLoad:
     Attributes:
         accepting: whether the replica is ready, and not draining.
         pending_tokens: tokens still to be computed for what waits and runs there.
+        token_budget: the most tokens of its steps; 0 where it has not said so, and it is that of the limits.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ReplicaLoad:
     num_waiting: int
     free_blocks: int
     total_blocks: int
+    token_budget: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ def shortest_queue(
     """
     accepting = [load for load in loads if load.accepting]
     known = {load.name: speeds[load.name] for load in accepting if load.name in speeds and speeds[load.name].is_known}
-    fastest = min(known.values(), key=lambda it: _alone_s(it, prompt_tokens, limits), default=_ASSUMED)
+    fastest = min(known.values(), key=lambda it: _alone_s(it, prompt_tokens, limits.token_budget), default=_ASSUMED)
     candidates = [
         _candidate(load, prompt_tokens, limits, known.get(load.name), fastest, cached_tokens.get(load.name, 0))
         for load in accepting
@@ -101,8 +103,9 @@ def first_token_s(load: ReplicaLoad, speed: ReplicaSpeed, new_tokens: int, limit
     """
     # Each running sequence has a token to be computed that belongs to its answer.
     before = max(0, load.pending_tokens - load.num_running)
-    queue_s = speed.prefill_s(before + new_tokens, num_decodes=load.num_running, token_budget=limits.token_budget)
-    own_s = speed.prefill_s(new_tokens, num_decodes=load.num_running, token_budget=limits.token_budget)
+    budget = load.token_budget or limits.token_budget
+    queue_s = speed.prefill_s(before + new_tokens, num_decodes=load.num_running, token_budget=budget)
+    own_s = speed.prefill_s(new_tokens, num_decodes=load.num_running, token_budget=budget)
     places_s = speed.place_s(_places_short(load, new_tokens, limits), num_running=load.num_running)
     running_step_s = speed.decode.at(load.num_running) if load.num_running else 0.0
     return running_step_s + max(queue_s, places_s + own_s)
@@ -139,7 +142,9 @@ def _candidate(
 def _reason(candidates: list[_Candidate], limits: ReplicaLimits) -> str:
     """Says in a sentence why the first of the candidates, which are in order, was chosen."""
     best = candidates[0]
-    tokens_per_s = best.new_tokens / max(1e-9, _alone_s(best.speed, best.new_tokens, limits))
+    tokens_per_s = best.new_tokens / max(
+        1e-9, _alone_s(best.speed, best.new_tokens, best.load.token_budget or limits.token_budget)
+    )
     words = (
         f"the first token is expected from {best.load.name} in {best.first_token_s:.3g} s: "
         f"{best.load.pending_tokens} pending and {best.new_tokens} new tokens"
@@ -153,6 +158,6 @@ def _reason(candidates: list[_Candidate], limits: ReplicaLimits) -> str:
     return f"{words}; next of {len(candidates)} is {second.load.name} in {second.first_token_s:.3g} s"
 
 
-def _alone_s(speed: ReplicaSpeed, num_tokens: int, limits: ReplicaLimits) -> float:
+def _alone_s(speed: ReplicaSpeed, num_tokens: int, token_budget: int) -> float:
     """Returns the seconds that a prompt takes where nothing else runs."""
-    return speed.prefill_s(num_tokens, num_decodes=0, token_budget=limits.token_budget)
+    return speed.prefill_s(num_tokens, num_decodes=0, token_budget=token_budget)
