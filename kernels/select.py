@@ -11,7 +11,7 @@ from kernels.cpu.products import linear as cpu_linear
 from kernels.cuda import gpus, quantized_tiles
 from kernels.linear import Linear
 from kernels.protocol import Kernels
-from kernels.rounded import Bits, RoundedLinear, RoundedWeight
+from kernels.rounded import RoundedLinear, RoundedWeight
 
 
 def kernels_for(device: torch.device | str) -> Kernels:
@@ -38,11 +38,11 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
     return RoundedLinear(weight, bias)
 
 
-def why_rounded_is_slow(device: torch.device, bits: Bits, dtype: torch.dtype) -> str | None:
+def why_rounded_is_slow(device: torch.device, dtype: torch.dtype) -> str | None:
     """Says why a device decodes more slowly with rounded weights than with plain ones; None where it does not.
 
     Without code of its own for them, a device widens them anew at every step.
     """
     if device.type == "cpu":
-        return cpu_linear.why_slow(bits, dtype)
+        return cpu_linear.why_slow(dtype)
     return None if gpus.runs_triton(device) else "this GPU runs no Triton"

@@ -75,7 +75,7 @@ def step(number: int) -> tuple[str, str]:
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     """The machines, with Ray as the README starts it."""
     tmp = tmp_path_factory.mktemp("machines")
-    specs = [HostSpec(name=name, tmp=tmp / name) for name in ("big", "small")]
+    specs = [HostSpec(name=name, tmp=tmp / name, kept=REPOSITORY) for name in ("big", "small")]
     for spec in specs:
         assert spec.tmp is not None
         (spec.tmp / "home" / ".ray").mkdir(parents=True)

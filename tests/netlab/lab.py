@@ -31,7 +31,8 @@ _numbers = itertools.count()
 # The namespace is entered first; the name and the group are the process's own before it becomes what was asked for.
 _ENTER = (
     'echo "$1" > /proc/sys/kernel/hostname && { [ -z "$2" ] || echo $$ > "$2"; } && '
-    '{ [ -z "$3" ] || mount --bind "$3" /tmp; } && shift 3 && exec "$@"'
+    '{ [ -z "$4" ] || { mkdir -p "$3/$4" && mount --bind "/tmp/$4" "$3/$4"; }; } && '
+    '{ [ -z "$3" ] || mount --rbind "$3" /tmp; } && shift 4 && exec "$@"'
 )
 
 
@@ -57,7 +58,7 @@ class Host:
         group = "" if self.cpu_group is None else str(self.cpu_group / "cgroup.procs")
         enter = ["nsenter", f"--net={system.NAMESPACES / self.namespace}", "unshare", "--uts", "--mount"]
         tmp = "" if self.spec.tmp is None else str(self.spec.tmp)
-        return [*core, *enter, "sh", "-c", _ENTER, "sh", self.spec.name, group, tmp, *argv]
+        return [*core, *enter, "sh", "-c", _ENTER, "sh", self.spec.name, group, tmp, self.spec.kept_path, *argv]
 
     def popen(self, argv: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
         """Starts a process there, in a process group of its own. It is killed with all others when the lab closes.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _MOST_DELAY_S = 60.0
+_TMP = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +20,21 @@ class HostSpec:
         cpu_share: of one core's time, that all its processes get together; 1.5 is one core and a half. None: any.
         core: the one that its processes run on. None: any.
         tmp: a directory that its processes find in place of /tmp, which is theirs alone. None: the machine's.
+        kept: a directory of the machine that they find where it is, also if that is below /tmp, such as a checkout.
     """
 
     name: str
     cpu_share: float | None = None
     core: int | None = None
     tmp: Path | None = None
+    kept: Path | None = None
+
+    @property
+    def kept_path(self) -> str:
+        """Returns the path below /tmp of what is kept; empty where nothing of it would be hidden."""
+        if self.tmp is None or self.kept is None or not self.kept.is_relative_to(_TMP):
+            return ""
+        return str(self.kept.relative_to(_TMP))
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -1,5 +1,7 @@
 """LLVM IR that adds the ranks' parts of a sum, in rank order and in float32, and rounds once, to nearest even."""
 
+from kernels.cpu.machine.numbers_ir import narrow_exactly, widen
+
 _LANES = 16
 
 NAMES = {"bfloat16": "add_bfloat16", "float32": "add_float32"}
@@ -7,33 +9,18 @@ NAMES = {"bfloat16": "add_bfloat16", "float32": "add_float32"}
 
 
 def _widened(name: str, at: str, number: str, lanes: int) -> str:
-    """Loads the numbers at ``%at`` and widens them to float32 as ``%name``."""
-    floats, words, halves = (_many(kind, lanes) for kind in ("float", "i32", "i16"))
+    """Returns code that loads the numbers at ``%at`` and widens them to float32 as ``%name``."""
     if number == "float32":
-        return f"\n  %{name} = load {floats}, ptr %{at}, align 4"
-    return f"""
-  %{name}_raw = load {halves}, ptr %{at}, align 2
-  %{name}_low = zext {halves} %{name}_raw to {words}
-  %{name}_bits = shl {words} %{name}_low, splat (i32 16)
-  %{name} = bitcast {words} %{name}_bits to {floats}"""
+        return f"\n  %{name} = load {_many('float', lanes)}, ptr %{at}, align 4"
+    return f"\n  %{name}_raw = load {_many('i16', lanes)}, ptr %{at}, align 2" + widen(name, f"{name}_raw", lanes)
 
 
 def _stored(value: str, at: str, number: str, lanes: int) -> str:
-    """Rounds and stores. Subnormal numbers stay, as in torch; the CPU's own conversion would make them zero."""
-    floats, words, halves, flags = (_many(kind, lanes) for kind in ("float", "i32", "i16", "i1"))
+    """Returns code that rounds and stores, alike on every CPU, since all ranks must come to the same bits."""
     if number == "float32":
-        return f"\n  store {floats} %{value}, ptr %{at}, align 4"
-    return f"""
-  %{value}_bits = bitcast {floats} %{value} to {words}
-  %{value}_last = lshr {words} %{value}_bits, splat (i32 16)
-  %{value}_odd = and {words} %{value}_last, splat (i32 1)
-  %{value}_bias = add {words} %{value}_odd, splat (i32 32767)
-  %{value}_up = add {words} %{value}_bits, %{value}_bias
-  %{value}_moved = lshr {words} %{value}_up, splat (i32 16)
-  %{value}_cut = trunc {words} %{value}_moved to {halves}
-  %{value}_lost = fcmp uno {floats} %{value}, zeroinitializer
-  %{value}_out = select {flags} %{value}_lost, {halves} splat (i16 32704), {halves} %{value}_cut
-  store {halves} %{value}_out, ptr %{at}, align 2"""
+        return f"\n  store {_many('float', lanes)} %{value}, ptr %{at}, align 4"
+    stored = f"\n  store {_many('i16', lanes)} %{value}_half, ptr %{at}, align 2"
+    return narrow_exactly(f"{value}_half", value, lanes) + stored
 
 
 def _many(kind: str, lanes: int) -> str:

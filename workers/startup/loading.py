@@ -219,7 +219,7 @@ class LoadJob:
         if checked.linear is None:
             return
         bits = checked.linear.bits
-        cause = why_rounded_is_slow(self._device.torch_device, bits, TORCH_DTYPES[checked.dtype])
+        cause = why_rounded_is_slow(self._device.torch_device, TORCH_DTYPES[checked.dtype])
         if cause is None:
             return
         unquantized = (

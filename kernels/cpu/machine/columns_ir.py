@@ -27,10 +27,13 @@ class ColumnTile:
 WHOLE = ColumnTile()
 
 
-def columns_function(fields: Sequence[str], inputs: Sequence[str], tile_arguments: str) -> str:
+def columns_function(
+    fields: Sequence[str], inputs: Sequence[str], tile_arguments: str, *, rows_first: bool = False
+) -> str:
     """Returns the function ``@product(args)``, which computes columns of a product until none is left.
 
-    It takes columns by tickets, and computes all tiles of rows with each.
+    It takes columns by tickets. With some columns it computes all tiles of rows, and goes on to the next; with
+    ``rows_first`` it computes all columns of a ticket for some rows, and goes on to the next tile of rows.
 
     Args:
         fields: the names of its arguments. Needed are the addresses ``weight``, ``bias``, ``output`` and ``ticket`` (of
@@ -44,6 +47,9 @@ def columns_function(fields: Sequence[str], inputs: Sequence[str], tile_argument
             line some lines ahead; of several tiles each has its part of the next columns, so that memory is read while
             all of them are computed, and not while the first is.
     """
+    outer, inner = ("row", "column") if rows_first else ("column", "row")
+    call = f"{_PLACES}\n  call void %tile({tile_arguments})"
+    bodies = {"column": _COLUMN, "row": _row(inputs)}
     return f"""
 define void @product(ptr %args) {{
 entry:{load_arguments(fields)}
@@ -54,9 +60,33 @@ entry:{load_arguments(fields)}
   %narrow_ptr = inttoptr i64 %narrow_tile to ptr
   %is_single = icmp eq i64 %num_tiles, 1
   %ahead_step = udiv i64 {LINE_BYTES}, %num_tiles
-  %ahead_part = udiv i64 %column_stride, %num_tiles{take_tickets("num_columns", "column")}
-column:
-  %c = phi i64 [%first, %begin], [%c_next, %column_end]
+  %ahead_part = udiv i64 %column_stride, %num_tiles{take_tickets("num_columns", outer)}
+{outer}:{_count(outer, "begin", f"{outer}_end")}{bodies[outer]}
+  br label %{inner}
+{inner}:{_count(inner, outer, inner)}{bodies[inner]}{call}{_next(inner, f"{outer}_end")}
+{outer}_end:{_next(outer, "take")}
+end:
+  ret void
+}}
+"""
+
+
+def _count(loop: str, before: str, again: str) -> str:
+    """Returns the number of the column or of the tile of rows that a loop is at, which begins after ``before``."""
+    name, first = ("c", "%first") if loop == "column" else ("i", "0")
+    return f"\n  %{name} = phi i64 [{first}, %{before}], [%{name}_next, %{again}]"
+
+
+def _next(loop: str, after: str) -> str:
+    """Returns the end of a loop's body, which goes on with the next or to ``after``."""
+    name, step, stop = ("c", "%step", "%stop") if loop == "column" else ("i", "1", "%num_tiles")
+    return f"""
+  %{name}_next = add i64 %{name}, {step}
+  %more_{name} = icmp slt i64 %{name}_next, {stop}
+  br i1 %more_{name}, label %{loop}, label %{after}"""
+
+
+_COLUMN = f"""
   %missing = sub i64 %stop, %c
   %is_wide = icmp sge i64 %missing, %columns
   %tile = select i1 %is_wide, ptr %wide_ptr, ptr %narrow_ptr
@@ -69,21 +99,17 @@ column:
   %ahead_first = select i1 %is_single, ptr %w_near, ptr %w_next
   %b_at = mul i64 %c, {4 * LANES}
   %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
-  %o_at = mul i64 %c, {2 * LANES}
+  %o_at = mul i64 %c, {2 * LANES}"""
+
+_PLACES = """
   %o = getelementptr i8, ptr %output_ptr, i64 %o_at
-  br label %row{_rows(inputs, tile_arguments)}
-column_end:
-  %c_next = add i64 %c, %step
-  %more_columns = icmp slt i64 %c_next, %stop
-  br i1 %more_columns, label %column, label %take
-end:
-  ret void
-}}
-"""
+  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
+  %ahead_by = mul i64 %i, %ahead_part
+  %ahead = getelementptr i8, ptr %ahead_first, i64 %ahead_by"""
 
 
-def _rows(inputs: Sequence[str], tile_arguments: str) -> str:
-    """Returns the loop over the tiles of rows for some columns."""
+def _row(inputs: Sequence[str]) -> str:
+    """Returns the code that finds a tile of rows in the inputs and the output."""
     moves = "".join(
         f"""
   %{name}_by = mul i64 %i, %{name}_tile
@@ -91,14 +117,4 @@ def _rows(inputs: Sequence[str], tile_arguments: str) -> str:
   %{name}_here = inttoptr i64 %{name}_sum to ptr"""
         for name in inputs
     )
-    return f"""
-row:
-  %i = phi i64 [0, %column], [%i_next, %row]{moves}
-  %o_tile_at = mul i64 %i, %output_tile
-  %o_here = getelementptr i8, ptr %o, i64 %o_tile_at
-  %ahead_by = mul i64 %i, %ahead_part
-  %ahead = getelementptr i8, ptr %ahead_first, i64 %ahead_by
-  call void %tile({tile_arguments})
-  %i_next = add i64 %i, 1
-  %more_rows = icmp slt i64 %i_next, %num_tiles
-  br i1 %more_rows, label %row, label %column_end"""
+    return f"{moves}\n  %o_tile_at = mul i64 %i, %output_tile"

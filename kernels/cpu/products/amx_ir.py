@@ -6,10 +6,9 @@ tile has one or two tile registers of tokens and as many of outputs. An output's
 order whatever the tile, so its bits depend on its own row alone.
 """
 
-from kernels.cpu.machine.columns_ir import LANES
+from kernels.cpu.machine.columns_ir import LANES, columns_function
 from kernels.cpu.machine.numbers_ir import HALVES, WIDE, narrow
 from kernels.cpu.machine.target import Target
-from kernels.cpu.machine.work_ir import load_arguments, take_tickets
 from kernels.cpu.products.matmul_ir import bias
 from kernels.cpu.products.tiling import tile_name
 
@@ -157,45 +156,10 @@ def module(target: Target) -> str:
     return _HEADER + _PRODUCT + "".join(tile(target, *shape) for shape in SHAPES)
 
 
-# Takes columns by tickets, and computes all columns of a ticket for one tile of rows after the other: the weights stay
-# in the second-level cache, and the rows are read from beyond it once for a ticket.
-_PRODUCT = f"""
-define void @product(ptr %args) {{
-entry:{load_arguments(ARGUMENTS)}
-  %weight_ptr = inttoptr i64 %weight to ptr
-  %bias_ptr = inttoptr i64 %bias to ptr
-  %wide_ptr = inttoptr i64 %wide_tile to ptr
-  %narrow_ptr = inttoptr i64 %narrow_tile to ptr{take_tickets("num_columns", "row")}
-row:
-  %i = phi i64 [0, %begin], [%i_next, %row_end]
-  %x_by = mul i64 %i, %x_tile
-  %x_at = add i64 %x, %x_by
-  %x_here = inttoptr i64 %x_at to ptr
-  %output_by = mul i64 %i, %output_tile
-  %output_at = add i64 %output, %output_by
-  %output_ptr = inttoptr i64 %output_at to ptr
-  br label %column
-column:
-  %c = phi i64 [%first, %row], [%c_next, %column]
-  %missing = sub i64 %stop, %c
-  %is_wide = icmp sge i64 %missing, %columns
-  %tile = select i1 %is_wide, ptr %wide_ptr, ptr %narrow_ptr
-  %step = select i1 %is_wide, i64 %columns, i64 1
-  %w_at = mul i64 %c, %column_stride
-  %w = getelementptr i8, ptr %weight_ptr, i64 %w_at
-  %b_at = mul i64 %c, {4 * LANES}
-  %b = getelementptr i8, ptr %bias_ptr, i64 %b_at
-  %o_at = mul i64 %c, {2 * LANES}
-  %o = getelementptr i8, ptr %output_ptr, i64 %o_at
-  call void %tile(ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o, i64 %row_stride, i64 %num_pairs, i64 %rows)
-  %c_next = add i64 %c, %step
-  %more_columns = icmp slt i64 %c_next, %stop
-  br i1 %more_columns, label %column, label %row_end
-row_end:
-  %i_next = add i64 %i, 1
-  %more_rows = icmp slt i64 %i_next, %num_tiles
-  br i1 %more_rows, label %row, label %take
-end:
-  ret void
-}}
-"""
+# Rows first: the weights of a ticket stay in the second-level cache, and the rows are read from beyond it once for it.
+_PRODUCT = columns_function(
+    ARGUMENTS,
+    ("x",),
+    "ptr %x_here, ptr %w, i64 %column_stride, ptr %b, ptr %o_here, i64 %row_stride, i64 %num_pairs, i64 %rows",
+    rows_first=True,
+)

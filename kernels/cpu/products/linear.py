@@ -13,7 +13,7 @@ from kernels.cpu.machine.threads import Operation
 from kernels.cpu.products import matmul, quantized
 from kernels.cpu.products.tiling import Layout
 from kernels.linear import Linear, PlainLinear
-from kernels.rounded import Bits, RoundedLinear, RoundedWeight
+from kernels.rounded import RoundedLinear, RoundedWeight
 
 
 class ProgramLinear(Protocol):
@@ -139,7 +139,7 @@ def pack_rounded(weight: RoundedWeight, bias: Tensor | None, dtype: torch.dtype)
     return RoundedLinear(weight, bias)
 
 
-def why_slow(bits: Bits, dtype: torch.dtype) -> str | None:
+def why_slow(dtype: torch.dtype) -> str | None:
     """Says why rounded weights are slower here than plain ones in bfloat16; None where they are not."""
     return None if dtype == torch.bfloat16 else f"only bfloat16, and not {str(dtype).removeprefix('torch.')}, is fast"
 

@@ -11,7 +11,7 @@ from orchestrator.cli.replay.schedule import Schedule
 from orchestrator.cli.replay.slo import Goodput, Slo, goodput
 
 NO_TOKENS = "NO_TOKENS"
-"""What a request counts under that ended well and had no token."""
+"""A request that ended well and had no token counts under this name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What a replay measured.
+    """Holds what a replay measured.
 
     Latencies are those of completed requests. Times to the first token and to the end count from when a request was
     due, so that what waited in this client counts too; ``lateness`` says how long that was.

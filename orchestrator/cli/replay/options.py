@@ -48,7 +48,7 @@ VocabSize = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayOptions:
-    """What ``replay`` was asked for.
+    """Holds what ``replay`` was asked for.
 
     Attributes:
         rate: how many times as fast as recorded.

@@ -1,4 +1,4 @@
-"""What became of a request that was sent: when its tokens came, and how it ended."""
+"""Keeps what became of each request of a replay: when its tokens came, and how it ended."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ STOPPED = "STOPPED"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What one request got. Times are seconds after the start of the replay.
+    """Tells what one request got. Times are seconds after the start of the replay.
 
     Attributes:
         index: its place in the schedule.

@@ -28,7 +28,7 @@ _STATISTICS = ("mean", "p50", "p90", "p99", "max")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplayReport:
-    """What is told of a replay.
+    """Holds what is told of a replay.
 
     Attributes:
         settings: what it was run with, by the names of its options.

@@ -41,7 +41,7 @@ class PlannedRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """What is sent, and what had to be changed for it.
+    """Says what is sent, and what had to be changed for it.
 
     Attributes:
         requests: in the order in which they are due.

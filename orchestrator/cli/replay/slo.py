@@ -68,7 +68,7 @@ def goodput(outcomes: Sequence[Outcome], slo: Slo, *, span_s: float) -> Goodput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdlePoint:
-    """What a request took while the service had no other.
+    """Says how long requests took while the service had no other.
 
     Attributes:
         tbt_s: the mean time between its tokens.

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -18,10 +19,9 @@ PROGRESS = Progress(num_planned=9, num_sent=5, num_running=2, num_completed=2, n
 
 def report() -> ReplayReport:
     """Of one request that is answered, one that fails, and one that is stopped."""
-    times = {"due_s": 0.0, "sent_s": 0.01, "prompt_tokens": 100}
-    answered = Outcome(index=0, code=OK, ended_s=2.0, token_times_s=(0.5, 1.0), cached_tokens=25, **times)  # type: ignore[arg-type]
-    failed = Outcome(index=1, code="UNAVAILABLE", detail="gone\nfor good", ended_s=1.0, **times)  # type: ignore[arg-type]
-    stopped = Outcome(index=2, code=STOPPED, ended_s=2.0, **times)  # type: ignore[arg-type]
+    stopped = Outcome(index=2, code=STOPPED, due_s=0.0, sent_s=0.01, prompt_tokens=100, ended_s=2.0)
+    answered = replace(stopped, index=0, code=OK, token_times_s=(0.5, 1.0), cached_tokens=25)
+    failed = replace(stopped, index=1, code="UNAVAILABLE", detail="gone\nfor good", ended_s=1.0)
     requests = [PlannedRequest(index=i, due_s=0.0, prompt_tokens=100, answer_tokens=2) for i in range(4)]
     schedule = Schedule(requests=tuple(requests), num_clipped=3, shared_tokens=200)
     outcomes, slo = (answered, failed, stopped), Slo(ttft_s=0.5, tbt_s=0.1)

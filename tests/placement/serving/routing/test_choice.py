@@ -33,8 +33,14 @@ def route(
     return shortest_queue(loads, prompt_tokens, limits=LIMITS, speeds=speeds or {}, cached_tokens=cached or {})
 
 
-def chosen(loads: Sequence[ReplicaLoad], prompt_tokens: int = 5, **known: Mapping[str, object]) -> str:
-    found = route(loads, prompt_tokens, **known)  # type: ignore[arg-type]
+def chosen(
+    loads: Sequence[ReplicaLoad],
+    prompt_tokens: int = 5,
+    *,
+    speeds: Mapping[str, ReplicaSpeed] | None = None,
+    cached: Mapping[str, int] | None = None,
+) -> str:
+    found = route(loads, prompt_tokens, speeds=speeds, cached=cached)
     assert found is not None
     return found.replica
 
