@@ -63,8 +63,14 @@ def test_measuring_takes_no_longer_than_the_bound_or_its_smallest_steps(
     found, spent_s = measured(token_s, most_tokens, step_time_s=step_time_s, fixed_s=fixed_s)
     smallest_s = sum(step.duration_s for step in found.steps if step.num_tokens <= LEAST_CHUNK)
     assert spent_s <= max(most_spent_s(step_time_s), smallest_s) * (1 + 1e-9)
-    if step_time_s is not None and sizes(found)[-1] < most_tokens and sizes(found)[-1] > LEAST_CHUNK:
-        assert found.steps[-1].duration_s > step_time_s, "the objective ended it, and not the bound"
+
+
+@given(st.floats(1e-6, 10.0), st.integers(1, 4096), st.floats(1e-3, 60.0))
+def test_where_time_follows_tokens_the_objective_ends_the_measurement_and_not_the_bound(
+    token_s: float, most_tokens: int, step_time_s: float
+) -> None:
+    found, _ = measured(token_s, most_tokens, step_time_s=step_time_s)
+    assert sizes(found)[-1] in (LEAST_CHUNK, most_tokens) or found.steps[-1].duration_s > step_time_s
 
 
 @pytest.mark.parametrize(("num_tokens", "expected_s"), [(1, 0.5), (2, 0.5), (3, 0.8), (4, 0.8), (8, 1.6), (400, 80.0)])
