@@ -205,6 +205,23 @@ class WorkerService(pb_grpc.WorkerServicer):
         if stream.status is not None:
             await context.abort(*stream.status)
 
+    async def DescribeRanks(
+        self,
+        request: pb.DescribeRanksRequest,
+        context: grpc.aio.ServicerContext[pb.DescribeRanksRequest, pb.ReplicaRanks],
+    ) -> pb.ReplicaRanks:
+        """Is not served yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "keys and values are not exchanged yet")
+
+    async def Prefill(
+        self,
+        request_iterator: AsyncIterator[pb.PrefillRequest],
+        context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse],
+    ) -> AsyncIterator[pb.PrefillResponse]:
+        """Is not served yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "keys and values are not exchanged yet")
+        yield pb.PrefillResponse()  # makes it a generator, as the stub has it
+
     async def _unless_stopping(self, awaited: Awaitable[_T]) -> _T:
         """Waits for it. Raises Stopping where this worker is to stop before."""
         task, stopping = asyncio.ensure_future(awaited), asyncio.create_task(self._stopping.wait())

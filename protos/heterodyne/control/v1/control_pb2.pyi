@@ -45,6 +45,28 @@ PHASE_FAILED: Phase.ValueType  # 5
 PHASE_STOPPED: Phase.ValueType  # 6
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    """Both."""
+    ROLE_MIXED: _Role.ValueType  # 1
+    ROLE_PREFILL: _Role.ValueType  # 2
+    ROLE_DECODE: _Role.ValueType  # 3
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """What a replica is for, where prompts and answers are computed by different ones."""
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+"""Both."""
+ROLE_MIXED: Role.ValueType  # 1
+ROLE_PREFILL: Role.ValueType  # 2
+ROLE_DECODE: Role.ValueType  # 3
+Global___Role: _TypeAlias = Role  # noqa: Y015
+
 @_typing.final
 class Rank(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -131,11 +153,19 @@ class Replica(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     epoch: _builtins.int
     phase: Global___Phase.ValueType
     cause: _builtins.str
     """The first failing rank's cause."""
+    role: Global___Role.ValueType
+    """What it is for."""
+    block_size: _builtins.int
+    dtype: _worker_pb2.Dtype.ValueType
+    """Number type of its weights, activations and KV."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rank]: ...
     def __init__(
@@ -146,10 +176,13 @@ class Replica(_message.Message):
         phase: Global___Phase.ValueType = ...,
         cause: _builtins.str = ...,
         ranks: _abc.Iterable[Global___Rank] | None = ...,
+        role: Global___Role.ValueType = ...,
+        block_size: _builtins.int = ...,
+        dtype: _worker_pb2.Dtype.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "epoch", b"epoch", "name", b"name", "phase", b"phase", "ranks", b"ranks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cause", b"cause", "dtype", b"dtype", "epoch", b"epoch", "name", b"name", "phase", b"phase", "ranks", b"ranks", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

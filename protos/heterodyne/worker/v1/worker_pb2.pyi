@@ -116,6 +116,28 @@ LOAD_PHASE_MEASURE: LoadPhase.ValueType  # 7
 """It measures the links with the other ranks of its stage."""
 Global___LoadPhase: _TypeAlias = LoadPhase  # noqa: Y015
 
+class _KvFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_FORMAT_UNSPECIFIED: _KvFormat.ValueType  # 0
+    KV_FORMAT_NATIVE: _KvFormat.ValueType  # 1
+    """In the number type of the replica that sends."""
+    KV_FORMAT_INT8: _KvFormat.ValueType  # 2
+    """As 8-bit integers with a scale for each head and block of a sequence."""
+
+class KvFormat(_KvFormat, metaclass=_KvFormatEnumTypeWrapper):
+    """How keys and values are written on the way from one replica to another."""
+
+KV_FORMAT_UNSPECIFIED: KvFormat.ValueType  # 0
+KV_FORMAT_NATIVE: KvFormat.ValueType  # 1
+"""In the number type of the replica that sends."""
+KV_FORMAT_INT8: KvFormat.ValueType  # 2
+"""As 8-bit integers with a scale for each head and block of a sequence."""
+Global___KvFormat: _TypeAlias = KvFormat  # noqa: Y015
+
 class _EndReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -285,6 +307,7 @@ class LoadRequest(_message.Message):
     FACTS_FIELD_NUMBER: _builtins.int
     STEP_TIME_S_FIELD_NUMBER: _builtins.int
     STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    KV_FORMAT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     model_path: _builtins.str
     """A directory in the Hugging Face layout, as the worker's node sees it."""
@@ -306,6 +329,8 @@ class LoadRequest(_message.Message):
     """
     stall_timeout_s: _builtins.float
     """What the gateway allows every step before it gives the replica up; ranks wait for each other by it. 0: not said."""
+    kv_format: Global___KvFormat.ValueType
+    """How this replica has keys and values sent to it."""
     @_builtins.property
     def shard(self) -> Global___Shard: ...
     @_builtins.property
@@ -335,10 +360,11 @@ class LoadRequest(_message.Message):
         facts: Global___ModelFacts | None = ...,
         step_time_s: _builtins.float | None = ...,
         stall_timeout_s: _builtins.float = ...,
+        kv_format: Global___KvFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "facts", b"facts", "shard", b"shard", "step_time_s", b"step_time_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "stall_timeout_s", b"stall_timeout_s", "step_time_s", b"step_time_s", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "kv_format", b"kv_format", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "stall_timeout_s", b"stall_timeout_s", "step_time_s", b"step_time_s", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step_time_s: _TypeAlias = _typing.Literal["step_time_s"]  # noqa: Y015
     _WhichOneofArgType__step_time_s: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s"]  # noqa: Y015
@@ -480,6 +506,7 @@ class StepSequence(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     NUM_SCORED_FIELD_NUMBER: _builtins.int
     FIRST_SCORED_FIELD_NUMBER: _builtins.int
+    SHIP_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Position of the first of them."""
     awaits_token: _builtins.bool
@@ -496,6 +523,10 @@ class StepSequence(_message.Message):
     def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Slots of all its tokens up to the chunk's last: start and stop of each contiguous range, in token order."""
 
+    @_builtins.property
+    def ship(self) -> Global___KvShipment:
+        """Keys and values that go to another replica as the step computes them."""
+
     def __init__(
         self,
         *,
@@ -506,14 +537,40 @@ class StepSequence(_message.Message):
         samples: _builtins.bool = ...,
         num_scored: _builtins.int = ...,
         first_scored: _builtins.int = ...,
+        ship: Global___KvShipment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ship", b"ship"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "first_scored", b"first_scored", "num_scored", b"num_scored", "runs", b"runs", "samples", b"samples", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "first_scored", b"first_scored", "num_scored", b"num_scored", "runs", b"runs", "samples", b"samples", "ship", b"ship", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepSequence: _TypeAlias = StepSequence  # noqa: Y015
+
+@_typing.final
+class KvShipment(_message.Message):
+    """Keys and values of some tokens of a sequence, that a step computes last."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.bytes
+    @_builtins.property
+    def tokens(self) -> Global___Range: ...
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.bytes = ...,
+        tokens: Global___Range | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvShipment: _TypeAlias = KvShipment  # noqa: Y015
 
 @_typing.final
 class StepShared(_message.Message):
@@ -760,6 +817,442 @@ class ExpectedExchange(_message.Message):
 Global___ExpectedExchange: _TypeAlias = ExpectedExchange  # noqa: Y015
 
 @_typing.final
+class DescribeRanksRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRanksRequest: _TypeAlias = DescribeRanksRequest  # noqa: Y015
+
+@_typing.final
+class ReplicaRanks(_message.Message):
+    """The ranks of a replica, as another replica must know them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FactsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    dtype: Global___Dtype.ValueType
+    """Number type of its keys and values."""
+    block_size: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """In the order of ranks. The host of a rank is empty where it is that of the address the worker was called at."""
+
+    @_builtins.property
+    def facts(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What must be alike in replicas that exchange keys and values, by topic: the model, its files, the frame format."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        members: _abc.Iterable[Global___Member] | None = ...,
+        dtype: Global___Dtype.ValueType = ...,
+        block_size: _builtins.int = ...,
+        facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaRanks: _TypeAlias = ReplicaRanks  # noqa: Y015
+
+@_typing.final
+class PrefillRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    ARRIVED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def start(self) -> Global___PrefillStart: ...
+    @_builtins.property
+    def arrived(self) -> Global___KvArrived:
+        """All keys and values are in the caller's blocks."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___PrefillStart | None = ...,
+        arrived: Global___KvArrived | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "command", b"command", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "command", b"command", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "arrived"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
+
+@_typing.final
+class PrefillStart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the replica that is called."""
+    transfer_id: _builtins.bytes
+    """16 random bytes, which name the transfer."""
+    first_token: _builtins.int
+    """The caller has those of the tokens before this one."""
+    priority: _builtins.int
+    cache_salt: _builtins.bytes
+    """KV is shared among sequences of equal salt."""
+    format: Global___KvFormat.ValueType
+    @_builtins.property
+    def target(self) -> Global___ReplicaRanks:
+        """Of the caller, where the keys and values go."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens whose keys and values are wanted."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        target: Global___ReplicaRanks | None = ...,
+        transfer_id: _builtins.bytes = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        first_token: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        cache_salt: _builtins.bytes = ...,
+        format: Global___KvFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "epoch", b"epoch", "first_token", b"first_token", "format", b"format", "priority", b"priority", "target", b"target", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillStart: _TypeAlias = PrefillStart  # noqa: Y015
+
+@_typing.final
+class KvArrived(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvArrived: _TypeAlias = KvArrived  # noqa: Y015
+
+@_typing.final
+class PrefillResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    COMPUTED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___PrefillProgress:
+        """The prompt waits or is computed: sent again and again, as a sign of life."""
+
+    @_builtins.property
+    def computed(self) -> Global___PrefillComputed:
+        """All is computed, and what is not sent yet is on its way."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___PrefillProgress | None = ...,
+        computed: Global___PrefillComputed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "computed"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015
+
+@_typing.final
+class PrefillProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillProgress: _TypeAlias = PrefillProgress  # noqa: Y015
+
+@_typing.final
+class PrefillComputed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BY_LAYER_FIELD_NUMBER: _builtins.int
+    queue_s: _builtins.float
+    """From the call until a step first computed the prompt, and from then until all of it was computed."""
+    prefill_s: _builtins.float
+    cached_tokens: _builtins.int
+    """Tokens that were found in the prefix cache."""
+    by_layer: _builtins.bool
+    """Whether layers were sent as they were computed, and not in one piece at the end."""
+    def __init__(
+        self,
+        *,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        by_layer: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_layer", b"by_layer", "cached_tokens", b"cached_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillComputed: _TypeAlias = PrefillComputed  # noqa: Y015
+
+@_typing.final
+class KvCommand(_message.Message):
+    """Between the leader of a replica and its other ranks, in a KV_COMMAND frame: transfers of keys and values."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPECT_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    CLOSE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the commands to a rank, from 1; done says which one it answers."""
+    @_builtins.property
+    def expect(self) -> Global___KvExpect:
+        """To a rank: the keys and values of a sequence will come from another replica."""
+
+    @_builtins.property
+    def open(self) -> Global___KvOpen:
+        """To a rank: those of a sequence will be sent to another replica."""
+
+    @_builtins.property
+    def close(self) -> Global___KvClose:
+        """To a rank: a transfer is over, and nothing of it is read or written from now on."""
+
+    @_builtins.property
+    def done(self) -> Global___KvDone:
+        """From a rank: the command of that number is carried out."""
+
+    @_builtins.property
+    def ended(self) -> Global___KvEnded:
+        """From a rank: all that it expected has come, or will not come."""
+
+    def __init__(
+        self,
+        *,
+        expect: Global___KvExpect | None = ...,
+        open: Global___KvOpen | None = ...,
+        close: Global___KvClose | None = ...,
+        done: Global___KvDone | None = ...,
+        ended: Global___KvEnded | None = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "ended", b"ended", "expect", b"expect", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "ended", b"ended", "expect", b"expect", "number", b"number", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["expect", "open", "close", "done", "ended"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___KvCommand: _TypeAlias = KvCommand  # noqa: Y015
+
+@_typing.final
+class KvExpect(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.bytes
+    format: Global___KvFormat.ValueType
+    @_builtins.property
+    def source(self) -> Global___ReplicaRanks: ...
+    @_builtins.property
+    def tokens(self) -> Global___Range:
+        """Tokens whose keys and values come."""
+
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Slots of all tokens up to the last of them: start and stop of each contiguous range, in token order."""
+
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.bytes = ...,
+        source: Global___ReplicaRanks | None = ...,
+        tokens: Global___Range | None = ...,
+        runs: _abc.Iterable[_builtins.int] | None = ...,
+        format: Global___KvFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "runs", b"runs", "source", b"source", "tokens", b"tokens", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvExpect: _TypeAlias = KvExpect  # noqa: Y015
+
+@_typing.final
+class KvOpen(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.bytes
+    format: Global___KvFormat.ValueType
+    @_builtins.property
+    def target(self) -> Global___ReplicaRanks: ...
+    @_builtins.property
+    def tokens(self) -> Global___Range: ...
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.bytes = ...,
+        target: Global___ReplicaRanks | None = ...,
+        tokens: Global___Range | None = ...,
+        format: Global___KvFormat.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "target", b"target", "tokens", b"tokens", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvOpen: _TypeAlias = KvOpen  # noqa: Y015
+
+@_typing.final
+class KvClose(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvClose: _TypeAlias = KvClose  # noqa: Y015
+
+@_typing.final
+class KvDone(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    problem: _builtins.str
+    """What kept it from being carried out; empty where it was."""
+    def __init__(
+        self,
+        *,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvDone: _TypeAlias = KvDone  # noqa: Y015
+
+@_typing.final
+class KvEnded(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    transfer_id: _builtins.bytes
+    problem: _builtins.str
+    """Why the keys and values will not come; empty where all have."""
+    num_bytes: _builtins.int
+    """Bytes that came."""
+    def __init__(
+        self,
+        *,
+        transfer_id: _builtins.bytes = ...,
+        problem: _builtins.str = ...,
+        num_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_bytes", b"num_bytes", "problem", b"problem", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvEnded: _TypeAlias = KvEnded  # noqa: Y015
+
+@_typing.final
 class DescribeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -883,6 +1376,7 @@ class Submit(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     priority: _builtins.int
     logprobs: _builtins.int
@@ -905,6 +1399,10 @@ class Submit(_message.Message):
     def grammar(self) -> Global___Grammar:
         """What each answer must match; absent means anything."""
 
+    @_builtins.property
+    def prefill(self) -> Global___PrefillSource:
+        """The replica that computes the prompt; absent: this one does."""
+
     def __init__(
         self,
         *,
@@ -918,21 +1416,54 @@ class Submit(_message.Message):
         min_tokens: _builtins.int = ...,
         cache_salt: _builtins.bytes = ...,
         grammar: Global___Grammar | None = ...,
+        prefill: Global___PrefillSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "grammar", b"grammar", "logprobs", b"logprobs", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "_prefill", b"_prefill", "grammar", b"grammar", "logprobs", b"logprobs", "prefill", b"prefill", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "cache_salt", b"cache_salt", "forks", b"forks", "grammar", b"grammar", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grammar", b"_grammar", "_logprobs", b"_logprobs", "_prefill", b"_prefill", "cache_salt", b"cache_salt", "forks", b"forks", "grammar", b"grammar", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_tokens", b"min_tokens", "prefill", b"prefill", "priority", b"priority", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "stop_token_ids", b"stop_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grammar: _TypeAlias = _typing.Literal["grammar"]  # noqa: Y015
     _WhichOneofArgType__grammar: _TypeAlias = _typing.Literal["_grammar", b"_grammar"]  # noqa: Y015
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prefill: _TypeAlias = _typing.Literal["prefill"]  # noqa: Y015
+    _WhichOneofArgType__prefill: _TypeAlias = _typing.Literal["_prefill", b"_prefill"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grammar) -> _WhichOneofReturnType__grammar | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill) -> _WhichOneofReturnType__prefill | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class PrefillSource(_message.Message):
+    """A replica that computes prompts for others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    epoch: _builtins.int
+    address: _builtins.str
+    """Of its leader."""
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "replica", b"replica"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillSource: _TypeAlias = PrefillSource  # noqa: Y015
 
 @_typing.final
 class Fork(_message.Message):
@@ -1182,6 +1713,7 @@ class SequenceOutput(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     index: _builtins.int
     """Position of the token in the answer, from 0; absent when the sequence ended without one."""
@@ -1204,6 +1736,10 @@ class SequenceOutput(_message.Message):
     def prompt(self) -> Global___PromptLogprobs:
         """Log-probabilities of prompt tokens, where they were asked for."""
 
+    @_builtins.property
+    def transfer(self) -> Global___KvTransfer:
+        """Set with the first token of a sequence whose prompt another replica was to compute."""
+
     def __init__(
         self,
         *,
@@ -1218,10 +1754,11 @@ class SequenceOutput(_message.Message):
         prefill_s: _builtins.float | None = ...,
         cached_tokens: _builtins.int | None = ...,
         prompt: Global___PromptLogprobs | None = ...,
+        transfer: Global___KvTransfer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_end", b"_end", "_index", b"_index", "_logprob", b"_logprob", "_prefill_s", b"_prefill_s", "_prompt", b"_prompt", "_queue_s", b"_queue_s", "cached_tokens", b"cached_tokens", "end", b"end", "index", b"index", "logprob", b"logprob", "prefill_s", b"prefill_s", "prompt", b"prompt", "queue_s", b"queue_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_end", b"_end", "_index", b"_index", "_logprob", b"_logprob", "_prefill_s", b"_prefill_s", "_prompt", b"_prompt", "_queue_s", b"_queue_s", "_transfer", b"_transfer", "cached_tokens", b"cached_tokens", "end", b"end", "index", b"index", "logprob", b"logprob", "prefill_s", b"prefill_s", "prompt", b"prompt", "queue_s", b"queue_s", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_end", b"_end", "_index", b"_index", "_logprob", b"_logprob", "_prefill_s", b"_prefill_s", "_prompt", b"_prompt", "_queue_s", b"_queue_s", "cached_tokens", b"cached_tokens", "end", b"end", "index", b"index", "logprob", b"logprob", "prefill_s", b"prefill_s", "prompt", b"prompt", "queue_s", b"queue_s", "sequence_id", b"sequence_id", "token_id", b"token_id", "top_ids", b"top_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_end", b"_end", "_index", b"_index", "_logprob", b"_logprob", "_prefill_s", b"_prefill_s", "_prompt", b"_prompt", "_queue_s", b"_queue_s", "_transfer", b"_transfer", "cached_tokens", b"cached_tokens", "end", b"end", "index", b"index", "logprob", b"logprob", "prefill_s", b"prefill_s", "prompt", b"prompt", "queue_s", b"queue_s", "sequence_id", b"sequence_id", "token_id", b"token_id", "top_ids", b"top_ids", "top_logprobs", b"top_logprobs", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -1237,6 +1774,8 @@ class SequenceOutput(_message.Message):
     _WhichOneofArgType__prompt: _TypeAlias = _typing.Literal["_prompt", b"_prompt"]  # noqa: Y015
     _WhichOneofReturnType__queue_s: _TypeAlias = _typing.Literal["queue_s"]  # noqa: Y015
     _WhichOneofArgType__queue_s: _TypeAlias = _typing.Literal["_queue_s", b"_queue_s"]  # noqa: Y015
+    _WhichOneofReturnType__transfer: _TypeAlias = _typing.Literal["transfer"]  # noqa: Y015
+    _WhichOneofArgType__transfer: _TypeAlias = _typing.Literal["_transfer", b"_transfer"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_tokens) -> _WhichOneofReturnType__cached_tokens | None: ...
     @_typing.overload
@@ -1251,8 +1790,57 @@ class SequenceOutput(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt) -> _WhichOneofReturnType__prompt | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_s) -> _WhichOneofReturnType__queue_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__transfer) -> _WhichOneofReturnType__transfer | None: ...
 
 Global___SequenceOutput: _TypeAlias = SequenceOutput  # noqa: Y015
+
+@_typing.final
+class KvTransfer(_message.Message):
+    """What became of keys and values that another replica was to compute and send."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUE_S_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    BY_LAYER_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens whose keys and values came; 0 where the prompt was computed here after all."""
+    num_bytes: _builtins.int
+    queue_s: _builtins.float
+    """At the other replica: until a step first computed the prompt, and from then until all of it was computed."""
+    prefill_s: _builtins.float
+    exposed_s: _builtins.float
+    """From then until the last byte was here: the part of the transfer that computation did not hide."""
+    cached_tokens: _builtins.int
+    """Tokens of the prompt that the other replica found in its prefix cache."""
+    by_layer: _builtins.bool
+    problem: _builtins.str
+    """Why none came; empty where they did."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        queue_s: _builtins.float = ...,
+        prefill_s: _builtins.float = ...,
+        exposed_s: _builtins.float = ...,
+        cached_tokens: _builtins.int = ...,
+        by_layer: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_layer", b"by_layer", "cached_tokens", b"cached_tokens", "exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s", "problem", b"problem", "queue_s", b"queue_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvTransfer: _TypeAlias = KvTransfer  # noqa: Y015
 
 @_typing.final
 class PromptLogprobs(_message.Message):
@@ -1341,6 +1929,11 @@ class LoadReport(_message.Message):
     PREFIX_QUERIES_FIELD_NUMBER: _builtins.int
     PREFIX_HITS_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    NUM_MOVING_FIELD_NUMBER: _builtins.int
+    KV_TRANSFERS_FIELD_NUMBER: _builtins.int
+    KV_FAILURES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    KV_REFUSED_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps run so far."""
     num_running: _builtins.int
@@ -1356,6 +1949,14 @@ class LoadReport(_message.Message):
     prefix_queries: _builtins.int
     """Prompt tokens looked up in the prefix cache, and found there, so far."""
     prefix_hits: _builtins.int
+    num_moving: _builtins.int
+    """Sequences whose keys and values are on the way, to this replica or from it."""
+    kv_transfers: _builtins.int
+    """Transfers of keys and values so far: those that came, those that did not, and their bytes."""
+    kv_failures: _builtins.int
+    kv_bytes: _builtins.int
+    kv_refused: _builtins.int
+    """Pieces that were refused, as their transfer was over or their sender fenced."""
     @_builtins.property
     def budget(self) -> Global___StepBudget:
         """The same in every report."""
@@ -1376,10 +1977,15 @@ class LoadReport(_message.Message):
         prefix_queries: _builtins.int = ...,
         prefix_hits: _builtins.int = ...,
         budget: Global___StepBudget | None = ...,
+        num_moving: _builtins.int = ...,
+        kv_transfers: _builtins.int = ...,
+        kv_failures: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        kv_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "fenced_messages", b"fenced_messages", "free_blocks", b"free_blocks", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pending_tokens", b"pending_tokens", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "prompt_tokens", b"prompt_tokens", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "fenced_messages", b"fenced_messages", "free_blocks", b"free_blocks", "kv_bytes", b"kv_bytes", "kv_failures", b"kv_failures", "kv_refused", b"kv_refused", "kv_transfers", b"kv_transfers", "num_moving", b"num_moving", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "output_tokens", b"output_tokens", "pending_tokens", b"pending_tokens", "prefix_hits", b"prefix_hits", "prefix_queries", b"prefix_queries", "prompt_tokens", b"prompt_tokens", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,6 +54,16 @@ class WorkerStub:
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadResponse.FromString,
                 _registered_method=True)
+        self.DescribeRanks = channel.unary_unary(
+                '/heterodyne.worker.v1.Worker/DescribeRanks',
+                request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.DescribeRanksRequest.SerializeToString,
+                response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.ReplicaRanks.FromString,
+                _registered_method=True)
+        self.Prefill = channel.stream_stream(
+                '/heterodyne.worker.v1.Worker/Prefill',
+                request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+                response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -89,6 +99,22 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeRanks(self, request, context):
+        """Says who the ranks of this replica are, for a replica that exchanges keys and values with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prefill(self, request_iterator, context):
+        """From the leader of a replica that decodes to the leader of one that computes prompts: computes the keys and values of
+        a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
+        that all of them have arrived. The end of the call before that revokes the transfer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +137,16 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Lead,
                     request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadRequest.FromString,
                     response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadResponse.SerializeToString,
+            ),
+            'DescribeRanks': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeRanks,
+                    request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.DescribeRanksRequest.FromString,
+                    response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.ReplicaRanks.SerializeToString,
+            ),
+            'Prefill': grpc.stream_stream_rpc_method_handler(
+                    servicer.Prefill,
+                    request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
+                    response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +257,60 @@ class Worker:
             '/heterodyne.worker.v1.Worker/Lead',
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadRequest.SerializeToString,
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.LeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeRanks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heterodyne.worker.v1.Worker/DescribeRanks',
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.DescribeRanksRequest.SerializeToString,
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.ReplicaRanks.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefill(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/heterodyne.worker.v1.Worker/Prefill',
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,13 @@ class WorkerStub:
     """The leader stream: one long-lived stream from the gateway to the leader of a replica. When it breaks, the
     sequences submitted on it are cancelled.
     """
+    DescribeRanks: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DescribeRanksRequest, _worker_pb2.ReplicaRanks]
+    """Says who the ranks of this replica are, for a replica that exchanges keys and values with it."""
+    Prefill: _grpc.StreamStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]
+    """From the leader of a replica that decodes to the leader of one that computes prompts: computes the keys and values of
+    a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
+    that all of them have arrived. The end of the call before that revokes the transfer.
+    """
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -60,6 +67,13 @@ class WorkerAsyncStub(WorkerStub):
     Lead: _aio.StreamStreamMultiCallable[_worker_pb2.LeadRequest, _worker_pb2.LeadResponse]  # type: ignore[assignment]
     """The leader stream: one long-lived stream from the gateway to the leader of a replica. When it breaks, the
     sequences submitted on it are cancelled.
+    """
+    DescribeRanks: _aio.UnaryUnaryMultiCallable[_worker_pb2.DescribeRanksRequest, _worker_pb2.ReplicaRanks]  # type: ignore[assignment]
+    """Says who the ranks of this replica are, for a replica that exchanges keys and values with it."""
+    Prefill: _aio.StreamStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]  # type: ignore[assignment]
+    """From the leader of a replica that decodes to the leader of one that computes prompts: computes the keys and values of
+    a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
+    that all of them have arrived. The end of the call before that revokes the transfer.
     """
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
@@ -97,6 +111,25 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.LeadResponse], _abc.AsyncIterator[_worker_pb2.LeadResponse]]:
         """The leader stream: one long-lived stream from the gateway to the leader of a replica. When it breaks, the
         sequences submitted on it are cancelled.
+        """
+
+    @_abc_1.abstractmethod
+    def DescribeRanks(
+        self,
+        request: _worker_pb2.DescribeRanksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ReplicaRanks, _abc.Awaitable[_worker_pb2.ReplicaRanks]]:
+        """Says who the ranks of this replica are, for a replica that exchanges keys and values with it."""
+
+    @_abc_1.abstractmethod
+    def Prefill(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.PrefillRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillResponse], _abc.AsyncIterator[_worker_pb2.PrefillResponse]]:
+        """From the leader of a replica that decodes to the leader of one that computes prompts: computes the keys and values of
+        a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
+        that all of them have arrived. The end of the call before that revokes the transfer.
         """
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
