@@ -220,7 +220,7 @@ class WorkerService(pb_grpc.WorkerServicer):
     ) -> AsyncIterator[pb.PrefillResponse]:
         """Is not served yet."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "keys and values are not exchanged yet")
-        yield pb.PrefillResponse()  # makes it a generator, as the stub has it
+        yield pb.PrefillResponse()  # type: ignore[unreachable]  # makes it a generator, as the stub has it
 
     async def _unless_stopping(self, awaited: Awaitable[_T]) -> _T:
         """Waits for it. Raises Stopping where this worker is to stop before."""
