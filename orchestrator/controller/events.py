@@ -124,7 +124,7 @@ class LoadRank:
     """Have the worker at ``address`` load its shard.
 
     Attributes:
-        members: all ranks of the replica, in their order; empty where there is one alone.
+        members: all ranks of the replica, in their order.
     """
 
     replica: str

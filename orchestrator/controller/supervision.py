@@ -63,7 +63,7 @@ def _follows(state: State, observed: Observed) -> Iterator[FollowRank]:
 def _loads(state: State) -> Iterator[LoadRank]:
     for replica in state.replicas:
         if replica.phase is Phase.LOADING and _is_wanted(state, replica):
-            members = tuple(_member(rank) for rank in replica.ranks) if len(replica.ranks) > 1 else ()
+            members = tuple(_member(rank) for rank in replica.ranks)
             for rank in replica.ranks:
                 if rank.phase is Phase.LOADING:
                     yield LoadRank(

@@ -35,10 +35,8 @@ class SequenceSpec:
         cache_salt: keys and values are shared among sequences of equal salt.
         reuse_prefix: whether it may take keys and values that others computed.
         awaits_kv: whether the keys and values of the prompt come from another replica.
-        ship_to: the replica that the keys and values of the prompt go to, once they are computed; the answer is then
-            one token long. None where it is continued here.
-
-    Nothing sets the last two yet: serving prefill and decode on different replicas does.
+        ship_to: the transfer by which the keys and values of the prompt go to another replica, once they are computed;
+            the answer is then one token long, and nobody wants that. None where it is continued here.
     """
 
     prompt_ids: tuple[int, ...]
@@ -126,17 +124,16 @@ class StepLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvArrived:
-    """An event: the keys and values of a sequence came from another replica.
+    """An event: the keys and values of a sequence came from another replica, or nothing will come any more.
 
     Attributes:
         hold_id: the one of the :class:`Receive` that asked for them.
-        num_tokens: the leading tokens that came, all of them checked.
-        advance: the token that the other replica sampled after them, if it did.
+        num_tokens: the leading tokens whose keys and values are there, all of them checked; 0 where none came, and the
+            prompt is to be computed here.
     """
 
     hold_id: int
     num_tokens: int
-    advance: Advance = field(default_factory=Advance)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +145,7 @@ class KvSent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HoldLapsed:
-    """An event: the lease of a transfer is over. The receiver refuses whatever still comes of it."""
+    """An event: the lease of a transfer is over, and nobody reads or writes its blocks any more."""
 
     hold_id: int
 
@@ -178,16 +175,17 @@ class Tell:
     """A command: tell the client which tokens a sequence was given.
 
     Attributes:
-        place: the index of its chunk in the step's plan; None where the tokens came with keys and values.
+        place: the index of its chunk in the step's plan.
         first_index: position of the first of the tokens in the answer.
         num_preemptions: how often the sequence was preempted so far.
-        queue_s: time from submission until the sequence is first scheduled; set with the first token.
+        queue_s: time from submission until the sequence is first scheduled, or its blocks are reserved and another
+            replica is asked for its prompt; set with the first token.
         prefill_s: time from then until the first token; set with the first token.
         cached_tokens: prompt tokens that were found computed; set with the first token.
     """
 
     sequence_id: int
-    place: int | None
+    place: int
     first_index: int
     token_ids: tuple[int, ...]
     num_preemptions: int = 0
@@ -232,7 +230,9 @@ class Receive:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ship:
-    """A command: send the keys and values of ``tokens``, which are computed, to another replica.
+    """A command: see to it that another replica gets the keys and values of ``tokens``, which are computed.
+
+    They may have been sent while they were computed. Their blocks are held until it has them all.
 
     Attributes:
         hold_id: names the transfer, which lapses at ``lapses_s`` unless :class:`KvSent` comes first.

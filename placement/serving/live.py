@@ -17,7 +17,7 @@ class LiveSequence:
         token_ids: prompt and answer, as far as the answer is known. ``sequence`` may count one token more, which the
             step that executes is about to give.
         num_emitted: leading tokens of the answer that another replica gave; they are not told again.
-        scheduled_s: when a step first computed it, or its keys and values came; None before.
+        scheduled_s: when a step first computed it, or another replica was asked for its prompt; None before.
     """
 
     spec: SequenceSpec
@@ -54,7 +54,7 @@ class LiveSequence:
             return given, EndReason.STOP
         return given[:room], EndReason.LENGTH if len(given) >= room else None
 
-    def tell(self, place: int | None, token_ids: tuple[int, ...], now_s: float) -> Tell:
+    def tell(self, place: int, token_ids: tuple[int, ...], now_s: float) -> Tell:
         """Returns the command that tells the client of tokens. Call it before they are added to the answer."""
         sequence, first_index = self.sequence, self.num_outputs
         tell = Tell(

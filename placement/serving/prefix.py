@@ -48,8 +48,9 @@ def chain_hashes(token_ids: Seq[int], block_size: int, salt: bytes, *, already: 
 class PrefixCache:
     """Finds the blocks that a sequence can share, names computed blocks in the pool, and knows who waits for whom.
 
-    While a running sequence computes a block, others of the same text wait for it, so that equal prompts that arrive
-    together are computed once. When that sequence is gone before, they compute the block themselves.
+    While a running sequence computes a block, or has it sent from another replica, others of the same text wait for it,
+    so that equal prompts that arrive together are computed once. When that sequence is gone before, they compute the
+    block themselves.
     """
 
     def __init__(self, pool: BlockPool) -> None:
@@ -93,9 +94,9 @@ class PrefixCache:
             self.num_hits += sequence.num_cached_tokens
 
     def compute(self, sequence: Sequence) -> None:
-        """Notes that steps compute the other blocks of a sequence from now on: others of the same text wait for them.
+        """Notes that the other blocks of a sequence are computed from now on, here or by the replica that sends them.
 
-        No sequence waits for blocks that come from another replica: they may take long, or never come.
+        Others of the same text wait for them. Where they do not come, the sequence computes them after all.
         """
         last = sequence.num_tokens // self._pool.block_size
         for block_hash in sequence.block_hashes[sequence.num_registered_blocks : last]:

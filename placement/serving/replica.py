@@ -105,7 +105,7 @@ class ReplicaCore:
             case StepLost(cause=cause):
                 return self._lose(cause)
             case KvArrived():
-                return self._take_kv(event, now_s)
+                return self._take_kv(event)
             case KvSent(hold_id=hold_id):
                 return self._end_shipping(hold_id, EndReason.SHIPPED)
             case HoldLapsed(hold_id=hold_id):
@@ -300,7 +300,7 @@ class ReplicaCore:
             if live is not None and chunk.samples:
                 self._count(live, len(live.accept(advance)[0]))
 
-    def _advance(self, live: LiveSequence, place: int | None, advance: Advance, now_s: float) -> list[Command]:
+    def _advance(self, live: LiveSequence, place: int, advance: Advance, now_s: float) -> list[Command]:
         """Adds the tokens that a sequence was given to its answer, and ends the sequence after its last token."""
         if advance.failed is not None:
             return self._end(live, EndReason.FAILED, advance.failed)
@@ -330,12 +330,14 @@ class ReplicaCore:
 
     def _receive(self, live: LiveSequence, now_s: float) -> Receive:
         sequence = live.sequence
+        if live.scheduled_s is None:
+            live.scheduled_s = now_s
         hold = self.scheduler.expect(sequence.sequence_id)
         transfer = self.transfers.open(sequence.sequence_id, hold, now_s, is_incoming=True)
         return Receive(
             sequence_id=sequence.sequence_id,
             hold_id=hold.hold_id,
-            tokens=Span(sequence.num_computed_tokens, sequence.num_prompt_tokens),
+            tokens=Span(sequence.num_computed_tokens, sequence.num_prompt_tokens - 1),
             lapses_s=transfer.lapses_s,
             table=sequence.block_table,
         )
@@ -362,17 +364,14 @@ class ReplicaCore:
             self._starved = False
         return transfer
 
-    def _take_kv(self, event: KvArrived, now_s: float) -> list[Command]:
+    def _take_kv(self, event: KvArrived) -> list[Command]:
         """Goes on with a sequence whose keys and values have come, unless it was cancelled meanwhile."""
         transfer = self._close(event.hold_id)
         live = None if transfer is None else self._live.get(transfer.sequence_id)
         if live is None:
             return []
-        if live.scheduled_s is None:
-            live.scheduled_s = now_s
-        live.sequence.num_output_tokens += len(live.accept(event.advance)[0])
         self.scheduler.arrive(live.sequence.sequence_id, event.num_tokens)
-        return self._advance(live, None, event.advance, now_s)
+        return []
 
     def _end_shipping(self, hold_id: int, reason: EndReason, detail: str = "") -> list[Command]:
         transfer = self._close(hold_id)

@@ -170,7 +170,6 @@ class Scheduler:
         sequence = self._sequences[sequence_id]
         sequence.num_computed_tokens = max(sequence.num_computed_tokens, min(num_tokens, sequence.num_tokens - 1))
         self._prefixes.register(sequence)
-        self._prefixes.compute(sequence)
         sequence.enter(_first_phase(sequence))
 
     def transfers(self) -> list[Hold]:
@@ -307,11 +306,10 @@ class Scheduler:
         """Gives a waiting sequence the computed blocks that it starts with and ``count`` of its own."""
         sequence.hold = self._holds.take(SequenceOwner(sequence.sequence_id), count, found=found)
         self._prefixes.begin(sequence, len(found))
-        if sequence.awaits_kv and sequence.num_computed_tokens < sequence.num_prompt_tokens:
-            sequence.enter(Phase.AWAITS_KV)
-        else:
-            self._prefixes.compute(sequence)
-            sequence.enter(_first_phase(sequence))
+        self._prefixes.compute(sequence)
+        # What is less than a block is sooner computed than sent, as are the prompts of forks but for the first.
+        is_sent = sequence.awaits_kv and sequence.num_foreign_tokens >= self._pool.block_size
+        sequence.enter(Phase.AWAITS_KV if is_sent else _first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 
     def _find_room(self, sequence: Sequence, draft: _Draft) -> bool:

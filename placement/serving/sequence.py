@@ -119,6 +119,11 @@ class Sequence:
         return self.num_prompt_tokens + self.num_output_tokens - self.num_computed_tokens
 
     @property
+    def num_foreign_tokens(self) -> int:
+        """Counts the prompt's tokens whose keys and values can come from another replica; the last is computed here."""
+        return max(0, self.num_prompt_tokens - 1 - self.num_computed_tokens)
+
+    @property
     def num_reusable_tokens(self) -> int:
         """Returns the most tokens whose keys and values it may take from others; none of an answer to be replayed."""
         return min(self.num_tokens - 1, self.num_prompt_tokens) if self.replays else self.num_tokens - 1

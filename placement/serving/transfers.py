@@ -1,6 +1,6 @@
 """Keeps the transfers of keys and values between replicas, each with a lease.
 
-Workers send none yet: serving prefill and decode on different replicas needs this.
+Whoever drives the core gives the event that a lease is over, once nobody reads or writes the blocks any more.
 """
 
 from dataclasses import dataclass

@@ -28,7 +28,7 @@ from workers.replica.follower import Follower
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster
 from workers.startup.checkpoint import load_weights
-from workers.startup.loading import num_slots
+from workers.startup.building import num_slots
 from workers.step.runner import ModelRunner
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import Batch, SequenceInput, StepResult

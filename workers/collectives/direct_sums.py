@@ -108,6 +108,11 @@ class CompiledAllReduce:
         """Returns the address of the word that is not 0 once an all-reduce has failed."""
         return int(self._state[words.STATUS :].ctypes.data)
 
+    @property
+    def has_failed(self) -> bool:
+        """Tells whether an all-reduce has failed since the run began."""
+        return bool(self._state[words.STATUS])
+
     def can_sum(self, x: Tensor) -> bool:
         """Tells whether the code can sum a tensor of this size, dtype and device."""
         return x.dtype in _NUMBERS and 0 < x.nbytes <= MOST_BYTES and x.is_contiguous() and x.device.type == "cpu"

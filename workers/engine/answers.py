@@ -29,13 +29,17 @@ def _advance(token: SampledToken | SamplingFailed | None, is_complete: bool) -> 
 
 
 def step_outputs(
-    commands: Seq[Tell | Ended], sequences: Mapping[int, EngineSequence], plan: StepPlan, result: StepResult
+    commands: Seq[Tell | Ended],
+    sequences: Mapping[int, EngineSequence],
+    plan: StepPlan,
+    result: StepResult,
+    observers: Iterable[Sink] = (),
 ) -> dict[Sink, list[Output]]:
-    """Returns what every sink receives of a step, in the order of its sequences.
+    """Returns what every sink receives of a step, in the order of its sequences; ``observers`` hear of every step.
 
     The scores of a prompt come before its answer.
     """
-    outputs: dict[Sink, list[Output]] = {}
+    outputs: dict[Sink, list[Output]] = {sink: [] for sink in observers}
     for place in sorted(result.scores):
         sequence = sequences.get(plan.chunks[place].sequence_id)
         if sequence is not None:  # else it has ended while the step was on its way
@@ -45,7 +49,7 @@ def step_outputs(
         sequence = sequences[command.sequence_id]
         sink_outputs = outputs.setdefault(sequence.sink, [])
         if isinstance(command, Tell):
-            sink_outputs.append(_token_output(sequence.sequence_id, command, result))
+            sink_outputs.append(_token_output(sequence, command, result))
         else:
             _add_end(sink_outputs, sequence.sequence_id, command)
             if command.reason is EndReason.FAILED:
@@ -67,20 +71,19 @@ def _grammar_problem(ended: Ended, plan: StepPlan, result: StepResult) -> str | 
     return None
 
 
-def _token_output(sequence_id: int, tell: Tell, result: StepResult) -> Output:
-    assert tell.place is not None and len(tell.token_ids) == 1, (
-        "steps give one token, and no tokens come from elsewhere"
-    )
+def _token_output(sequence: EngineSequence, tell: Tell, result: StepResult) -> Output:
+    assert len(tell.token_ids) == 1, "steps give one token"
     token = result.tokens[tell.place]
     assert isinstance(token, SampledToken), token
     return Output(
-        sequence_id=sequence_id,
+        sequence_id=sequence.sequence_id,
         index=tell.first_index,
         token=token,
         num_preemptions=tell.num_preemptions,
         queue_s=tell.queue_s,
         prefill_s=tell.prefill_s,
         cached_tokens=tell.cached_tokens,
+        transfer=None if tell.queue_s is None else sequence.transfer,
     )
 
 

@@ -12,9 +12,9 @@ from placement.serving.admission import draining
 from placement.serving.events import Ended, EndReason, LoadSnapshot
 from placement.serving.replica import ReplicaCore
 from protos.codec.log_record import said
-from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
+from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, KvCame, KvTaken, Message, Observing, Submitted, Woken
 from workers.engine.loop import Loop
-from workers.engine.types import STOPS, Output, Runner, Sink, StepStats, Stopping, Submission
+from workers.engine.types import STOPS, KvExchange, Output, Runner, Sink, StepStats, Stopping, Submission
 from workers.transport.errors import PeerFailed
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,22 @@ class Engine:
     def abandon(self, sink: Sink) -> None:
         """Ends everything that a sink submitted, and tells the sink, which is gone, nothing more."""
         self._inbox.put(Abandoned(sink=sink))
+
+    def observe(self, sink: Sink) -> None:
+        """Has a sink hear of every step that computes something, whoever it computes for, until it abandons."""
+        self._inbox.put(Observing(sink=sink))
+
+    def use(self, exchange: KvExchange) -> None:
+        """Sets what exchanges keys and values with other replicas. Call it before the thread is started."""
+        self._loop.moves.exchange = exchange
+
+    def kv_came(self, message: KvCame) -> None:
+        """Tells that keys and values came from another replica, or will not come: see :class:`KvExchange`."""
+        self._inbox.put(message)
+
+    def kv_taken(self, sink: Sink, sequence_id: int, *, lapsed: bool = False) -> None:
+        """Tells that another replica has all keys and values of a sequence, or that its lease to take them is over."""
+        self._inbox.put(KvTaken(sink=sink, sequence_id=sequence_id, lapsed=lapsed))
 
     def stop(self, cause: str = STOPS) -> None:
         """Makes the engine leave its loop, whatever waits or executes. Sequences that have not ended by then fail."""

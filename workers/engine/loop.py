@@ -12,7 +12,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from placement.errors import HeterodyneError
 from placement.serving.events import (
@@ -20,6 +20,7 @@ from placement.serving.events import (
     Command,
     Drain,
     Ended,
+    EndReason,
     Event,
     LoadSnapshot,
     Refused,
@@ -34,11 +35,22 @@ from placement.serving.replica import ReplicaCore
 from placement.serving.step_plan import StepPlan
 from workers.engine.answers import advances, step_outputs
 from workers.engine.batch import make_batch
-from workers.engine.inbox import Abandoned, Cancelled, DrainAsked, Message, Submitted, Woken
+from workers.engine.inbox import (
+    Abandoned,
+    Cancelled,
+    DrainAsked,
+    KvCame,
+    KvTaken,
+    Message,
+    Observing,
+    Submitted,
+    Woken,
+)
+from workers.engine.moves import Moves
 from workers.engine.pacing import Pace
 from workers.engine.sequence import begin
 from workers.engine.sequences import EngineSequences
-from workers.engine.types import Runner, StepStats
+from workers.engine.types import Runner, Sink, StepStats
 from workers.step.types import StepResult
 
 # Where there is nothing to do the loop looks up this often, so that no wait is without an end.
@@ -85,7 +97,9 @@ class Loop:
         self._dispatched: deque[_Dispatched] = deque()
         self._pace = Pace()
         self._broken = False
+        self._observers: dict[Sink, None] = {}
         self.sequences = EngineSequences()
+        self.moves = Moves(core, self.sequences, clock)
         self.load: LoadSnapshot = core.load()
 
     def run(self, is_stopping: Callable[[], bool]) -> None:
@@ -99,7 +113,9 @@ class Loop:
         self._handle(StepLost(cause=cause))
 
     def _handle(self, event: Event) -> list[Command]:
-        return self._core.handle(event, self._clock())
+        commands = self._core.handle(event, self._clock())
+        self.moves.obey(commands)
+        return commands
 
     # -- messages -------------------------------------------------------------------------------------------------
 
@@ -149,16 +165,30 @@ class Loop:
             case Cancelled(sink=sink, sequence_id=sequence_id):
                 core_id = self.sequences.find(sink, sequence_id)
                 if core_id is not None:
-                    ended = _ended(self._handle(Cancel(sequence_id=core_id)))
-                    self.sequences.end(ended, self._core.num_ended_steps)
+                    self.moves.end(core_id)
+                    self._tell_ended(self._handle(Cancel(sequence_id=core_id)))
             case Abandoned(sink=sink):
+                self._observers.pop(sink, None)
                 for core_id in self.sequences.of(sink):
+                    self.moves.end(core_id)
                     self._handle(Cancel(sequence_id=core_id))
                     self.sequences.forget(core_id)
             case DrainAsked():
                 self._handle(Drain())
+            case Observing(sink=sink):
+                self._observers[sink] = None
+            case KvCame():
+                self._handle(self.moves.came(message))
+            case KvTaken(sink=sink, sequence_id=sequence_id, lapsed=lapsed):
+                event = self.moves.taken(self.sequences.find(sink, sequence_id), lapsed=lapsed)
+                if event is not None:
+                    self._tell_ended(self._handle(event))
             case Woken():
                 pass
+
+    def _tell_ended(self, commands: Iterable[Command]) -> None:
+        """Tells sinks of sequences that end between two steps."""
+        self.sequences.end(_ended(commands), self._core.num_ended_steps)
 
     def _submit(self, message: Submitted) -> None:
         submission = message.submission
@@ -187,17 +217,30 @@ class Loop:
         if not self._core.wants_step:
             return
         for command in self._handle(StepDue()):
-            assert isinstance(command, Run), "no keys and values come from elsewhere"
-            self._run(command)
+            if isinstance(command, Run):
+                self._run(command)
 
     def _run(self, command: Run) -> None:
         plan, now_s = command.plan, self._clock()
+        self._give_up_preempted(plan)
         sequences = [self.sequences.by_core_id[chunk.sequence_id] for chunk in plan.chunks]
-        step = self._runner.prepare(make_batch(command, sequences, self._block_size))
+        batch = make_batch(command, sequences, self._block_size)
+        step = self._runner.prepare(replace(batch, closed=self.moves.take_closed()))
         result = self._executor.submit(self._execute, step)
         result.add_done_callback(lambda _: self._inbox.put(Woken()))
         self._dispatched.append(_Dispatched(plan=plan, result=result))
         self._pace.prepared(num_tokens=plan.num_tokens, took_s=self._clock() - now_s, now_s=self._clock())
+
+    def _give_up_preempted(self, plan: StepPlan) -> None:
+        """Ends sequences whose keys and values go elsewhere and were preempted: who waits for them computes them."""
+        for core_id in plan.preempted:
+            if self.sequences.by_core_id[core_id].submission.ship is None:
+                continue
+            self.moves.end(core_id)
+            (ended,) = _ended(self._handle(Cancel(sequence_id=core_id)))
+            words = "its blocks were needed for another sequence"
+            failed = replace(ended, reason=EndReason.FAILED, detail=words)
+            self.sequences.end([failed], self._core.num_ended_steps)
 
     def _execute(self, step: Callable[[], StepResult]) -> StepResult:
         """Executes a step, on the executing thread, unless one before it raised: its inputs would be missing."""
@@ -233,10 +276,14 @@ class Loop:
         commands = self._handle(StepEnded(step=plan.step, advances=advances(result)))
         answers = [command for command in commands if isinstance(command, Tell | Ended)]
         stats = StepStats(step=plan.step, duration_s=result.duration_s, load=plan.load)
-        for sink, outputs in step_outputs(answers, self.sequences.by_core_id, plan, result).items():
+        by_core_id = self.sequences.by_core_id
+        for sink, outputs in step_outputs(answers, by_core_id, plan, result, self._observers).items():
             sink.step(stats, outputs)
         for command in _ended(answers):
+            self.moves.end(command.sequence_id)
             self.sequences.forget(command.sequence_id)
+        for event in self.moves.taken_early():
+            self._tell_ended(self._handle(event))
 
 
 def _ended(commands: Iterable[Command]) -> list[Ended]:

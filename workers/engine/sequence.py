@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from placement.model.part import Span
+from placement.serving.kv.peers import Shipment
 from placement.serving.kv.runs import TableRuns
 from placement.serving.step_plan import Chunk
-from workers.engine.types import Sink, Submission
+from workers.engine.types import KvTransfer, Shipping, Sink, Submission
 from workers.sampling.sampling import SamplerState
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import SequenceInput
@@ -22,6 +24,8 @@ class EngineSequence:
         runs: its block table as ranges of KV slots.
         num_scored: how many prompt tokens have log-probabilities that are known or on their way; the first token, which
             has none, counts.
+        num_shipped: the leading prompt tokens whose keys and values the other replica has, or is sent.
+        transfer: what became of those that another replica was to send; None where none was.
     """
 
     sink: Sink
@@ -30,6 +34,8 @@ class EngineSequence:
     sampler: SamplerState
     runs: TableRuns
     num_scored: int = 1
+    num_shipped: int = 0
+    transfer: KvTransfer | None = None
 
     def take_chunk(self, chunk: Chunk, token_ids: Sequence[int], table: list[int]) -> SequenceInput:
         """Returns what a step computes of the sequence, and counts the prompt tokens that it scores.
@@ -47,7 +53,18 @@ class EngineSequence:
             sampler=self.sampler,
             samples=chunk.samples,
             scored=None if self.submission.prompt_logprobs is None else self._scored(stop),
+            ship=None if self.submission.ship is None else self._shipment(self.submission.ship, stop),
         )
+
+    def _shipment(self, ship: Shipping, stop: int) -> Shipment | None:
+        """Returns what goes to another replica with a chunk up to ``stop``: what is known by then and was not sent."""
+        is_last = stop >= len(self.submission.prompt_ids)
+        start = max(self.num_shipped, ship.first_token)
+        stop = min(stop, len(self.submission.prompt_ids))
+        if stop <= start or not (ship.by_layer or is_last):
+            return None
+        self.num_shipped = stop
+        return Shipment(transfer_id=ship.transfer_id, tokens=Span(start, stop))
 
     def _scored(self, stop: int) -> ScoredPrompt | None:
         """Returns the prompt tokens that a chunk up to ``stop`` predicts, without those scored before."""

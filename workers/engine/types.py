@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from placement.errors import HeterodyneError
-from placement.serving.events import EndReason, SequenceSpec
+from placement.serving.events import EndReason, Receive, SequenceSpec
 from placement.serving.step_plan import StepLoad
 from workers.sampling.grammar import Grammar
 from workers.sampling.sampling import SampledToken, SamplingParams
@@ -22,6 +22,61 @@ class Stopping(HeterodyneError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillSource:
+    """Another replica, which computes the keys and values of a prompt.
+
+    Attributes:
+        replica: its name.
+        epoch: its incarnation.
+        address: where its leader is called.
+    """
+
+    replica: str
+    epoch: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shipping:
+    """The way in which the keys and values of a prompt go to another replica.
+
+    Attributes:
+        transfer_id: names the transfer.
+        first_token: the other replica has those of the tokens before this one.
+        by_layer: whether each layer is sent once a step has computed it, and not all at the end.
+    """
+
+    transfer_id: bytes
+    first_token: int
+    by_layer: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransfer:
+    """What became of keys and values that another replica was to compute and send. Times are in seconds.
+
+    Attributes:
+        num_tokens: tokens whose keys and values came; 0 where the prompt is computed here after all.
+        num_bytes: bytes that came.
+        queue_s: time at the other replica until a step first computed the prompt.
+        prefill_s: time from then until all of it was computed.
+        exposed_s: time from then until the last byte was here.
+        cached_tokens: tokens that the other replica found in its prefix cache.
+        by_layer: whether layers were sent as they were computed.
+        problem: why none came; empty where they did.
+    """
+
+    num_tokens: int = 0
+    num_bytes: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    exposed_s: float = 0.0
+    cached_tokens: int = 0
+    by_layer: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A sequence that the engine is asked to continue.
 
@@ -33,6 +88,8 @@ class Submission:
         cache_salt: keys and values are shared among sequences of equal salt.
         grammar: what the answer must match.
         emitted_ids: tokens of the answer that another replica has given already; recovery sends them.
+        prefill: the replica that computes the prompt; None: this one does.
+        ship: how the keys and values of the prompt go to another replica; None: they do not.
     """
 
     prompt_ids: tuple[int, ...]
@@ -45,6 +102,8 @@ class Submission:
     cache_salt: bytes = b""
     grammar: Grammar | None = None
     emitted_ids: tuple[int, ...] = ()
+    prefill: PrefillSource | None = None
+    ship: Shipping | None = None
 
     @property
     def spec(self) -> SequenceSpec:
@@ -56,6 +115,8 @@ class Submission:
             priority=self.priority,
             cache_salt=self.cache_salt,
             reuse_prefix=self.prompt_logprobs is None,
+            awaits_kv=self.prefill is not None and self.prompt_logprobs is None,
+            ship_to=None if self.ship is None else self.ship.transfer_id.hex(),
         )
 
 
@@ -71,6 +132,7 @@ class Output:
         prefill_s: time from then until the first token; set with the first token.
         cached_tokens: prompt tokens found in the prefix cache; set with the first token.
         scores: log-probabilities of a run of prompt tokens.
+        transfer: what became of the keys and values that another replica was to send; set with the first token.
     """
 
     sequence_id: int
@@ -84,6 +146,7 @@ class Output:
     prefill_s: float | None = None
     cached_tokens: int | None = None
     scores: PromptScores | None = None
+    transfer: KvTransfer | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,4 +184,19 @@ class Runner(Protocol):
         """Lays a batch out, while another may execute, and returns a function that executes it.
 
         The engine calls these functions in the order in which they were prepared.
+        """
+
+
+class KvExchange(Protocol):
+    """Exchanges keys and values with other replicas. The engine's thread calls it, and it must only hand over."""
+
+    def receive(self, command: Receive, submission: Submission) -> None:
+        """Has the keys and values of a prompt sent here. :meth:`workers.engine.engine.Engine.kv_came` tells the end."""
+
+    def revoke(self, hold_id: int) -> None:
+        """Stops what :meth:`receive` has begun; its end is told all the same."""
+
+    def close(self, transfer_id: bytes) -> None:
+        """Ends a transfer: at this rank nothing of it is read or written from now on, at the others before they compute
+        a step, or take part in a transfer, of which they are told later.
         """

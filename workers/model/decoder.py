@@ -25,6 +25,7 @@ from placement.model.specs import ModelSpec, RopeSpec
 from workers.model.decoder_weights import DecoderWeights, Ends, Layer, attention_scale
 from workers.model.group import Group
 from workers.model.overlapped import Layers
+from workers.model.progress import OnLayer
 from workers.model.residual import Residual
 
 
@@ -46,6 +47,7 @@ class TokenBatch:
         rope: the rotation of the tokens, for each window that some layer has.
         attention: the attention plan for each window; it is empty where there is ``attend``.
         attend: computes attention where other ranks hold some of the KV.
+        on_layer: is told of each layer whose KV is written.
     """
 
     token_ids: Tensor  # [T]
@@ -53,6 +55,12 @@ class TokenBatch:
     rope: Mapping[Window, RopeTables]
     attention: Mapping[Window, AttentionPlan]
     attend: Attend | None = None
+    on_layer: OnLayer | None = None
+
+    def wrote(self, num_layers: int) -> None:
+        """Tells that the KV of the first ``num_layers`` layers is written, where somebody wants to know."""
+        if self.on_layer is not None:
+            self.on_layer(num_layers)
 
 
 def rope_tables(model: ModelSpec, weights: DecoderWeights, positions: Tensor) -> Mapping[Window, RopeTables]:
@@ -131,6 +139,7 @@ def _run_fused(
         attend=batch.attend,
         first_row=first_row,
         num_layers=num_layers,
+        on_layer=batch.on_layer,
     )
     return (yield from layers)
 
@@ -151,8 +160,9 @@ def _run_plain(
     residual = Residual(rows=x, kernels=kernels, eps=model.rms_norm_eps)
     normed = kernels.rms_norm(x, layers[0].attention_norm, model.rms_norm_eps)
     following = [*(layer.attention_norm for layer in layers[1:]), None]
-    for layer, cache, next_norm in zip(layers, caches[: len(layers)], following, strict=True):
+    for number, (layer, cache, next_norm) in enumerate(zip(layers, caches[: len(layers)], following, strict=True), 1):
         update = _attend(model, layer, cache, kernels, batch, normed)
+        batch.wrote(number)
         normed = yield from residual.add(update, layer.attention_post_norm, layer.ffn_norm, sums=sums)
         update = _feed_forward(model, layer, kernels, normed)
         normed = yield from residual.add(update, layer.ffn_post_norm, next_norm, sums=sums)
@@ -178,9 +188,10 @@ def _run_ladder(
             return kernels.rms_norm(residual, weight, model.rms_norm_eps), residual
         return kernels.add_rms_norm(updates.pop(0), residual, weight, model.rms_norm_eps)
 
-    for layer, cache in zip(weights.layers, caches, strict=True):
+    for number, (layer, cache) in enumerate(zip(weights.layers, caches, strict=True), 1):
         normed, residual = add_and_norm(residual, layer.attention_norm)
         updates.append(_attend(model, layer, cache, kernels, batch, normed))
+        batch.wrote(number)
         if sums:
             yield Partial(update=updates[-1])
         normed, residual = add_and_norm(residual, layer.ffn_norm)

@@ -1,6 +1,10 @@
 """Tells other threads how far a step has come, layer by layer."""
 
 import threading
+from collections.abc import Callable
+
+OnLayer = Callable[[int], None]
+"""Is told how many of the rank's first layers have their keys and values written."""
 
 
 class LayerProgress:

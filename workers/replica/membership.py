@@ -25,6 +25,8 @@ from workers.engine.types import Runner
 from workers.replica.agreement import MOST_BYTES, RankFacts, check_alike, silent
 from workers.replica.follower import Follower, StageTask
 from workers.replica.followers import Followers
+from workers.replica.kv_follower import KvFollower
+from workers.replica.kv_leader import KvLeader
 from workers.replica.overlap import measure_overlap
 from workers.replica.patience import UNMEASURED_S, PatientRunner
 from workers.replica.pipeline import PipelineRunner
@@ -240,6 +242,15 @@ class Membership:
         begins = {rank: link for rank, link in self._compute.items() if rank in beside}
         self._followers = Followers(steps=self.steps, begins=begins, pulse=self.pulse)
         return self._followers
+
+    def kv_leader(self) -> KvLeader:
+        """Makes the leader's side of transfers of keys and values. Called once, by the leader."""
+        return KvLeader(self._mesh.of(Channel.KV), self.pulse)
+
+    def kv_follower(self, model: ModelSpec, *, slot_limit: int) -> KvFollower:
+        """Makes the side of a rank that takes part in them as the leader says. Called once, by any other rank."""
+        leader = self._mesh.of(Channel.KV)[0]
+        return KvFollower(leader=leader, pulse=self.pulse, model=model, slot_limit=slot_limit)
 
     def leading(self, runner: ModelRunner, followers: Followers, device: torch.device) -> PatientRunner:
         """Returns what runs the steps of the leader's engine, given the runner of the leader's own part."""

@@ -46,8 +46,15 @@ class LeaderStream:
         epoch: int,
         outbox: Outbox,
         budget: StepBudget | None = None,
+        transfers: Callable[[], wire.TransferCounts] = wire.TransferCounts,
     ) -> None:
-        """``budget`` is that of the engine's steps, which every load report has."""
+        """Takes what every load report has.
+
+        Args:
+            budget: the budget of the engine's steps.
+            transfers: returns the counts of transfers of keys and values.
+        """
+        self._transfers = transfers
         self._engine = engine
         self._budget = budget
         self._grammars = grammars
@@ -82,6 +89,7 @@ class LeaderStream:
     ) -> None:
         """Serves until either side ends the stream, however it ends; then its sequences are computed no more."""
         self._writing = asyncio.create_task(self._write(write))
+        self._engine.observe(self)
         parts = (self._read(requests), self._beat(), self._end_with_engine())
         tasks = [self._writing, *map(asyncio.create_task, parts)]
         for part in tasks[1:]:  # a part that fails takes the stream with it
@@ -131,7 +139,12 @@ class LeaderStream:
     async def _beat(self) -> None:
         """Sends a load report every heartbeat, for as long as the stream lasts."""
         while True:
-            report = wire.load_report(self._engine.load, fenced_messages=self.fenced_messages, budget=self._budget)
+            report = wire.load_report(
+                self._engine.load,
+                fenced_messages=self.fenced_messages,
+                budget=self._budget,
+                transfers=self._transfers(),
+            )
             self._send(pb.LeadResponse(load=report))
             await asyncio.sleep(HEARTBEAT_S)
 

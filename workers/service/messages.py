@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from placement.errors import HeterodyneError, InvalidRequest, NotEnoughMemory
 from placement.serving.admission import Draining
 from placement.serving.events import EndReason, LoadSnapshot
 from placement.serving.token_budget import StepBudget
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.engine.types import Output, StepStats, Stopping, Submission
+from workers.engine.types import KvTransfer, Output, PrefillSource, StepStats, Stopping, Submission
 from workers.sampling.grammar import GrammarSpec, InvalidGrammar
 from workers.sampling.sampling import SamplingParams
 from workers.step.scoring import PromptScores
@@ -77,6 +77,7 @@ def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submi
         InvalidRequest: a parameter is out of its range.
     """
     prompt_ids, stop_token_ids = tuple(message.prompt_ids), frozenset(message.stop_token_ids)
+    prefill = _prefill_source(message.prefill) if message.HasField("prefill") else None
     sampling = _sampling(message, vocab_size)
     return [
         (
@@ -90,10 +91,19 @@ def submissions(message: pb.Submit, *, vocab_size: int) -> list[tuple[int, Submi
                 min_tokens=message.min_tokens,
                 prompt_logprobs=fork.prompt_logprobs if fork.HasField("prompt_logprobs") else None,
                 cache_salt=message.cache_salt,
+                prefill=prefill,
             ),
         )
         for fork in message.forks
     ]
+
+
+def _prefill_source(message: pb.PrefillSource) -> PrefillSource:
+    """Returns the replica that computes a prompt. Raises InvalidRequest where it has no address."""
+    if not message.address:
+        problem, fix = "is empty, and nobody can be called there", "Send the address of a leader."
+        raise InvalidRequest(field="prefill.address", value="", problem=problem, fix=fix)
+    return PrefillSource(replica=message.replica, epoch=message.epoch, address=message.address)
 
 
 def _sampling(message: pb.Submit, vocab_size: int) -> SamplingParams:
@@ -159,6 +169,7 @@ def sequence_output(output: Output) -> pb.SequenceOutput:
         prefill_s=output.prefill_s,
         cached_tokens=output.cached_tokens,
         prompt=None if output.scores is None else _prompt_logprobs(output.scores),
+        transfer=None if output.transfer is None else _transfer(output.transfer),
     )
     if output.token is not None:
         message.token_id = output.token.token_id
@@ -178,6 +189,19 @@ def sequence_output(output: Output) -> pb.SequenceOutput:
     return message
 
 
+def _transfer(transfer: KvTransfer) -> pb.KvTransfer:
+    return pb.KvTransfer(
+        num_tokens=transfer.num_tokens,
+        num_bytes=transfer.num_bytes,
+        queue_s=transfer.queue_s,
+        prefill_s=transfer.prefill_s,
+        exposed_s=transfer.exposed_s,
+        cached_tokens=transfer.cached_tokens,
+        by_layer=transfer.by_layer,
+        problem=transfer.problem,
+    )
+
+
 def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
     return pb.PromptLogprobs(
         first_index=scores.first_index,
@@ -187,8 +211,32 @@ def _prompt_logprobs(scores: PromptScores) -> pb.PromptLogprobs:
     )
 
 
-def load_report(load: LoadSnapshot, *, fenced_messages: int, budget: StepBudget | None = None) -> pb.LoadReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferCounts:
+    """The transfers of keys and values to this replica so far.
+
+    Attributes:
+        num_transfers: those that came.
+        num_failures: those that did not come.
+        num_bytes: bytes that came.
+        num_refused: pieces that were refused, as their transfer was over or their sender fenced.
+    """
+
+    num_transfers: int = 0
+    num_failures: int = 0
+    num_bytes: int = 0
+    num_refused: int = 0
+
+
+def load_report(
+    load: LoadSnapshot,
+    *,
+    fenced_messages: int,
+    budget: StepBudget | None = None,
+    transfers: TransferCounts | None = None,
+) -> pb.LoadReport:
     """Returns the message by which the heartbeat carries the engine's figures, and the ``budget`` of its steps."""
+    counts = transfers or TransferCounts()
     return pb.LoadReport(
         steps=load.steps,
         num_running=load.num_running,
@@ -203,6 +251,11 @@ def load_report(load: LoadSnapshot, *, fenced_messages: int, budget: StepBudget 
         prefix_queries=load.prefix_queries,
         prefix_hits=load.prefix_hits,
         budget=None if budget is None else _budget(budget),
+        num_moving=load.num_moving,
+        kv_transfers=counts.num_transfers,
+        kv_failures=counts.num_failures,
+        kv_bytes=counts.num_bytes,
+        kv_refused=counts.num_refused,
     )
 
 

@@ -15,15 +15,20 @@ from placement.errors import HeterodyneError, cause_of
 from protos.codec.formats import read_dtype, read_quantization
 from protos.codec.log_record import said
 from protos.codec.measured import measured_message
+from protos.codec.replica_ranks import ranks_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers.engine.moves import NO_EXCHANGE
 from workers.engine.types import STOPS, Stopping
 from workers.host.device import Device, available_cores
 from workers.host.identity import target_of
+from workers.replica.kv_leader import KvLeader
 from workers.sampling.grammar_compiler import GrammarCompiler
 from workers.service import messages as wire
+from workers.service.kv_exchange import KvFetcher
 from workers.service.lead import LeaderStream
 from workers.service.outbox import Outbox
+from workers.service.prefill import PrefillCall, PrefillFailed
 from workers.startup.loading import Loaded, LoadJob
 from workers.startup.speed import Products
 from workers.startup.speed_job import SpeedJob
@@ -61,6 +66,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         self._loaded: Loaded | None = None
         self._grammars: GrammarCompiler | None = None
         self._streams: set[LeaderStream] = set()
+        self._fetcher: KvFetcher | None = None
         self._fenced_messages = 0
         self._stopping = asyncio.Event()
 
@@ -99,12 +105,35 @@ class WorkerService(pb_grpc.WorkerServicer):
             self._loaded = task.result()
         except HeterodyneError as error:
             await context.abort(_CODES[wire.error_code(error)], str(error))
+        self._begin_fetching(self._loaded)
         self._loaded.loop.thread.start()
         self._phase = pb.LOAD_PHASE_READY
         ready, membership = self._progress(job, started), self._loaded.membership
         if membership is not None:
             ready.measured.CopyFrom(measured_message(membership.measured))
         yield ready
+
+    def _begin_fetching(self, loaded: Loaded) -> None:
+        """Has the engine of a leader fetch keys and values from other replicas, where it can."""
+        side = loaded.kv_side
+        if loaded.engine is None or side is None:
+            return
+        assert isinstance(side.commands, KvLeader)
+        self._fetcher = KvFetcher(
+            engine=loaded.engine, leader=side.commands, own=side.own, model=side.model, kv_format=side.kv_format
+        )
+        loaded.engine.use(self._fetcher)
+
+    def _transfer_counts(self) -> wire.TransferCounts:
+        fetcher, side = self._fetcher, None if self._loaded is None else self._loaded.kv_side
+        if fetcher is None or side is None:
+            return wire.TransferCounts()
+        return wire.TransferCounts(
+            num_transfers=fetcher.num_transfers,
+            num_failures=fetcher.num_failures,
+            num_bytes=fetcher.num_bytes,
+            num_refused=side.rank.num_refused,
+        )
 
     def _progress(self, job: LoadJob, started: float) -> pb.LoadResponse:
         return pb.LoadResponse(
@@ -165,7 +194,12 @@ class WorkerService(pb_grpc.WorkerServicer):
             weight_bytes=loaded.weight_bytes if loaded else 0,
             kv_bytes=loaded.kv_bytes if loaded else 0,
             num_threads=torch.get_num_threads(),
-            load=wire.load_report(loaded.engine.load, fenced_messages=self._fenced_messages, budget=loaded.budget)
+            load=wire.load_report(
+                loaded.engine.load,
+                fenced_messages=self._fenced_messages,
+                budget=loaded.budget,
+                transfers=self._transfer_counts(),
+            )
             if loaded and loaded.engine
             else None,
         )
@@ -195,6 +229,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             epoch=self._epoch,
             outbox=Outbox(),
             budget=self._loaded.budget,
+            transfers=self._transfer_counts,
         )
         self._streams.add(stream)
         try:
@@ -210,17 +245,41 @@ class WorkerService(pb_grpc.WorkerServicer):
         request: pb.DescribeRanksRequest,
         context: grpc.aio.ServicerContext[pb.DescribeRanksRequest, pb.ReplicaRanks],
     ) -> pb.ReplicaRanks:
-        """Is not served yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "keys and values are not exchanged yet")
+        """Describes the ranks of the replica, to one that exchanges keys and values with it."""
+        await self._check_epoch(request.epoch, context)
+        kv_side = None if self._loaded is None or self._loaded.engine is None else self._loaded.kv_side
+        if kv_side is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_EXCHANGE)
+        return ranks_message(kv_side.own)
 
     async def Prefill(
         self,
         request_iterator: AsyncIterator[pb.PrefillRequest],
         context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse],
     ) -> AsyncIterator[pb.PrefillResponse]:
-        """Is not served yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "keys and values are not exchanged yet")
-        yield pb.PrefillResponse()  # type: ignore[unreachable]  # makes it a generator, as the stub has it
+        """Computes a prompt for another replica and sends it the keys and values.
+
+        The status is INVALID_ARGUMENT for what cannot be asked, UNAVAILABLE where it cannot be done now.
+        """
+        requests = aiter(request_iterator)
+        start = (await anext(requests, pb.PrefillRequest())).start
+        await self._check_epoch(start.epoch, context)
+        loaded = self._loaded
+        engine = None if loaded is None else loaded.engine
+        if loaded is None or engine is None or loaded.kv_side is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_EXCHANGE)
+        side = loaded.kv_side
+        assert isinstance(side.commands, KvLeader)
+        call = PrefillCall(engine=engine, leader=side.commands, own=side.own, model=side.model)
+        try:
+            async for response in call.run(start, requests):
+                yield response
+        except PrefillFailed as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the other ranks of the replica did not get ready in time")
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
 
     async def _unless_stopping(self, awaited: Awaitable[_T]) -> _T:
         """Waits for it. Raises Stopping where this worker is to stop before."""
@@ -257,6 +316,10 @@ class WorkerService(pb_grpc.WorkerServicer):
         loop = self._loaded.loop
         self._stop_loop(self._loaded)
         await asyncio.wait([asyncio.wrap_future(loop.ended)], timeout=timeout_s)
+        if self._fetcher is not None:
+            await self._fetcher.close_all()
+        if self._loaded.kv_side is not None:
+            await asyncio.to_thread(self._loaded.kv_side.stop)
         if self._loaded.membership is not None:
             cause = "stopped" if loop.failure is None else cause_of(loop.failure)
             await asyncio.to_thread(self._loaded.membership.leave, cause)

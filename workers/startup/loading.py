@@ -1,7 +1,6 @@
 """Loads a rank: the configuration, the shard's weights, the KV cache, and then the engine or the follower."""
 
 import logging
-import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +14,10 @@ from kernels.protocol import Kernels
 from kernels.select import kernels_for, why_rounded_is_slow
 from placement.errors import InvalidRequest, NotEnoughMemory, cause_of
 from placement.measured.patience import Patience
-from placement.model.part import Part
 from placement.model.specs import ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.limits import ReplicaLimits
-from placement.serving.admission import Limits
-from placement.serving.replica import ReplicaCore
-from placement.serving.settings import Checks, CoreSettings
-from placement.serving.step_plan import SchedulerLimits
 from placement.serving.token_budget import StepBudget, budget_of
-from protos.codec.limits import read_limits
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
@@ -39,16 +32,15 @@ from workers.replica.patience import STALL_TIMEOUT_S, PatientRunner
 from workers.replica.roster import Roster
 from workers.sampling.grammar import GrammarFactory
 from workers.sequence_parallel.sharing import SequenceSharing
+from workers.startup.building import build_engine, num_slots, num_threads
 from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
 from workers.startup.facts import rank_facts
+from workers.startup.transfers import KvSide, open_kv_side
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, log_budget, warm_up
 from workers.step.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
-
-CHECK_VARIABLE = "HETERODYNE_CHECK_STATE"
-"""The environment variable that has an engine assert its own state whenever it becomes idle."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +55,7 @@ class Loaded:
         follower: the loop of any other rank; None at the leader.
         membership: its connections with other ranks; None where the replica has one rank alone.
         budget: the token budget of a leader's steps, and what it measured; None at other ranks.
+        kv_side: its side of transfers of keys and values; None where it takes part in none.
     """
 
     weight_bytes: int
@@ -72,6 +65,7 @@ class Loaded:
     follower: Follower | None = None
     membership: Membership | None = None
     budget: StepBudget | None = None
+    kv_side: KvSide | None = None
 
     @property
     def loop(self) -> Engine | Follower:
@@ -165,21 +159,47 @@ class LoadJob:
         return Membership.join(self._listener, roster, epoch=self._request.epoch, go_on=self._go_on)
 
     def _load(self, checked: CheckedLoad, membership: Membership | None, grammars: GrammarFactory | None) -> Loaded:
-        """Loads weights and cache, measures and warms up, and builds the engine or the follower."""
+        """Loads weights and cache, and starts what computes with them."""
         weights = self._read_weights(checked)
         cache = self._allocate_cache(checked)
         self._enter(pb.LOAD_PHASE_COMPILE)
+        kv_side = open_kv_side(
+            self._request, checked, self._device, cache, listener=self._listener, membership=membership
+        )
+        try:
+            return self._start(checked, weights, cache, membership, grammars, kv_side)
+        except BaseException:
+            if kv_side is not None:
+                kv_side.stop()
+            raise
+
+    def _start(
+        self,
+        checked: CheckedLoad,
+        weights: dict[str, Tensor],
+        cache: KVCache,
+        membership: Membership | None,
+        grammars: GrammarFactory | None,
+        kv_side: KvSide | None,
+    ) -> Loaded:
+        """Measures and warms up, and builds the engine or the follower."""
         sharing = self._sharing(checked, membership)
         followers = membership.followers() if membership is not None and checked.leads else None
-        runner = self._runner(checked, weights, cache, membership, followers, sharing)
-        executor = executing_thread(self._device, _num_threads(checked))
+        runner = self._runner(checked, weights, cache, membership, followers, sharing, kv_side)
+        executor = executing_thread(self._device, num_threads(checked))
         if membership is not None:
             self._get_ready(checked.limits, membership, runner, sharing, executor)
             self._enter(pb.LOAD_PHASE_WARM_UP)
         kv_bytes = kv_cache_bytes(cache)
         if membership is not None and followers is None:
             follower = self._follower(checked, membership, runner, executor)
-            return Loaded(follower=follower, membership=membership, weight_bytes=self.loaded_bytes, kv_bytes=kv_bytes)
+            return Loaded(
+                follower=follower,
+                membership=membership,
+                weight_bytes=self.loaded_bytes,
+                kv_bytes=kv_bytes,
+                kv_side=kv_side,
+            )
         leading: Runner = runner
         if membership is not None and followers is not None:
             leading = membership.leading(runner, followers, self._device.torch_device)
@@ -201,6 +221,7 @@ class LoadJob:
             budget=budget,
             weight_bytes=self.loaded_bytes,
             kv_bytes=kv_bytes,
+            kv_side=kv_side,
         )
 
     def _warm_up(self, checked: CheckedLoad, leading: Runner, executor: ThreadPoolExecutor) -> StepBudget:
@@ -237,6 +258,7 @@ class LoadJob:
         membership: Membership | None,
         followers: Followers | None,
         sharing: SequenceSharing | None,
+        kv_side: KvSide | None,
     ) -> ModelRunner:
         return ModelRunner(
             model=checked.model,
@@ -248,6 +270,7 @@ class LoadJob:
             group=None if membership is None else membership.group,
             team=followers,
             sharing=sharing,
+            shipper=None if kv_side is None else kv_side.rank,
         )
 
     def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:
@@ -316,49 +339,3 @@ class LoadJob:
     def _progress(self, loaded_bytes: int, total_bytes: int) -> None:
         self.loaded_bytes, self.total_bytes = loaded_bytes, total_bytes
         self._go_on()  # a large model takes minutes, which nobody who ends this process waits for
-
-
-def _num_threads(checked: CheckedLoad) -> int:
-    """Counts the threads that execute steps.
-
-    The leader of a pipeline has one for each step that is on its way, and one for the next; every other rank has one.
-    """
-    num_stages = len(checked.roster.stages)
-    return num_stages + 1 if num_stages > 1 and checked.leads else 1
-
-
-def num_slots(request: pb.LoadRequest, part: Part) -> int:
-    """Counts the slots of a rank's cache.
-
-    A rank with a stripe has its own slots of every block, and one more for the KV that other ranks hold.
-    """
-    if part.stripe is None:
-        return request.num_blocks * request.block_size
-    return request.num_blocks * part.stripe.width + 1
-
-
-def build_engine(
-    runner: Runner,
-    executor: ThreadPoolExecutor,
-    *,
-    request: pb.LoadRequest,
-    model: ModelSpec,
-    num_stages: int = 1,
-    token_budget: int | None = None,
-) -> Engine:
-    """Builds the engine of a leader, which is not started yet. ``token_budget`` replaces that of ``request``."""
-    limits = read_limits(request)
-    settings = CoreSettings(
-        limits=Limits(
-            max_context_tokens=request.max_context_tokens, vocab_size=model.vocab_size, block_size=limits.block_size
-        ),
-        steps=SchedulerLimits(
-            token_budget=token_budget or limits.token_budget,
-            max_num_seqs=limits.max_num_seqs,
-            num_batches=num_stages,
-        ),
-        num_blocks=request.num_blocks,
-        prefix_cache=limits.prefix_cache,
-        checks=Checks.AT_IDLE if os.environ.get(CHECK_VARIABLE) else Checks.NEVER,
-    )
-    return Engine(runner=runner, core=ReplicaCore(settings), executor=executor)

@@ -16,9 +16,11 @@ from workers.model.decoder_weights import assemble
 from workers.model.group import Alone, Group
 from workers.model.kv_cache import KVCache
 from workers.model.overlapped import Layers, run_alone, run_ladder, run_overlapped
+from workers.model.progress import LayerProgress, OnLayer
 from workers.step.graphs import StepInputs
 from workers.step.layout import Prepared
 from workers.step.scoring import PromptScores, score
+from workers.step.types import Shipper
 
 
 class Forward:
@@ -33,18 +35,21 @@ class Forward:
         kernels: Kernels,
         part: Part | None = None,
         group: Group | None = None,
+        shipper: Shipper | None = None,
     ) -> None:
         """Takes the tensors out of ``weights``, so that fused copies of them do not double the memory.
 
         Args:
             part: the part of the model that the weights are; None: all of it.
             group: the ranks that compute every layer with this one; None: there are no others.
+            shipper: sends keys and values to other replicas; None: no step has any for them.
         """
         self._model = model
         self._weights = assemble(model, part or Part.whole(model), weights, kernels)
         self._cache = cache
         self._kernels = kernels
         self._group: Group = group or Alone()
+        self._shipper = shipper
 
     @property
     def hidden_size(self) -> int:
@@ -70,13 +75,35 @@ class Forward:
     def forward(self, prepared: Prepared, x: Tensor | None = None) -> Tensor:
         """Runs this rank's layers on their input ``x`` [T, E], or on the step's tokens where it is None.
 
-        It writes the step's KV, and returns the output [T, E].
+        It writes the step's KV, and sends on what goes to other replicas. It returns the output [T, E].
         """
-        y = (
-            self._hidden_overlapped(prepared, x)
-            if prepared.micro_batches
-            else self._hidden(prepared.inputs, x, prepared.attend)
-        )
+        progress = self._begin_shipping(prepared)
+        if progress is None:
+            return self._forward(prepared, x, None)
+        try:
+            y = self._forward(prepared, x, progress)
+        except BaseException:
+            progress.fail()
+            raise
+        progress.finish()
+        return y
+
+    def _begin_shipping(self, prepared: Prepared) -> LayerProgress | None:
+        """Has the KV that goes to other replicas sent as the step writes it; None where none does."""
+        shipped = [sequence for sequence in prepared.batch.sequences if sequence.ship is not None]
+        if not shipped or self._shipper is None:
+            return None
+        progress = LayerProgress()
+        for sequence in shipped:
+            assert sequence.ship is not None
+            self._shipper.ship(sequence.ship, sequence.runs, progress)
+        return progress
+
+    def _forward(self, prepared: Prepared, x: Tensor | None, progress: LayerProgress | None) -> Tensor:
+        if prepared.micro_batches:
+            y = self._hidden_overlapped(prepared, x, progress)
+        else:
+            y = self._hidden(prepared.inputs, x, prepared.attend, None if progress is None else progress.advance)
         self._group.settle()
         return y
 
@@ -98,15 +125,26 @@ class Forward:
             first += len(prompt.token_ids)
         return (self._project(hidden[:num_sampled]) if num_sampled else None), scores
 
-    def micro_batches(self, prepared: Prepared, x: Tensor, num_layers: int | None = None) -> list[Layers]:
-        """Starts the layers of each micro-batch of an overlapped step with input ``x`` [T, E]; none is computed yet."""
+    def micro_batches(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        num_layers: int | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> list[Layers]:
+        """Starts the layers of each micro-batch of an overlapped step with input ``x`` [T, E]; none is computed yet.
+
+        ``on_layer`` is told of the layers of the second, which come last.
+        """
         first, second = (len(inputs.token_ids) for inputs in prepared.micro_batches)
         behind = first + SPARE_ROWS
         if self._weights.fused is not None:
             self._weights.fused.reserve(behind + second)
         return [
             self.run_layers(prepared.micro_batches[0], x[:first], num_layers=num_layers),
-            self.run_layers(prepared.micro_batches[1], x[first:], first_row=behind, num_layers=num_layers),
+            self.run_layers(
+                prepared.micro_batches[1], x[first:], first_row=behind, num_layers=num_layers, on_layer=on_layer
+            ),
         ]
 
     def run_layers(
@@ -118,6 +156,7 @@ class Forward:
         first_row: int = 0,
         in_program: bool = False,
         num_layers: int | None = None,
+        on_layer: OnLayer | None = None,
     ) -> Layers:
         """Starts this rank's layers with input ``x`` [T, E]: see :func:`workers.model.decoder.run_layers`.
 
@@ -126,6 +165,7 @@ class Forward:
         Args:
             in_program: whether all-reduces may be left to the program, since nothing else is computed meanwhile.
             num_layers: the number of layers to compute, from the first on, for a measurement.
+            on_layer: is told of each layer whose KV is written.
         """
         batch = decoder.TokenBatch(
             token_ids=inputs.token_ids,
@@ -133,6 +173,7 @@ class Forward:
             rope=decoder.rope_tables(self._model, self._weights, inputs.positions),
             attention=inputs.attention,
             attend=attend,
+            on_layer=on_layer,
         )
         in_program = in_program and self._group.sums and not self._model.ladder
         return decoder.run_layers(
@@ -148,20 +189,27 @@ class Forward:
             num_layers=num_layers,
         )
 
-    def _hidden(self, inputs: StepInputs, x: Tensor | None = None, attend: Attend | None = None) -> Tensor:
+    def _hidden(
+        self,
+        inputs: StepInputs,
+        x: Tensor | None = None,
+        attend: Attend | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> Tensor:
         """Computes the last layer's output [T, E]."""
         if x is None:
             x = self._embed(inputs)
-        layers = self.run_layers(inputs, x, attend, in_program=True)
+        layers = self.run_layers(inputs, x, attend, in_program=True, on_layer=on_layer)
         if self._model.ladder:
             return run_ladder(layers, self._group.begin_reduce)
         return run_alone(layers, self._group.reduce)
 
-    def _hidden_overlapped(self, prepared: Prepared, x: Tensor | None) -> Tensor:
+    def _hidden_overlapped(self, prepared: Prepared, x: Tensor | None, progress: LayerProgress | None) -> Tensor:
         """Computes the last layer's output [T, E] in two micro-batches."""
         if x is None:
             x = self._embed(prepared.inputs)
-        return torch.cat(run_overlapped(self.micro_batches(prepared, x), self._group.begin_reduce))
+        on_layer = None if progress is None else progress.advance
+        return torch.cat(run_overlapped(self.micro_batches(prepared, x, on_layer=on_layer), self._group.begin_reduce))
 
     def _embed(self, inputs: StepInputs) -> Tensor:
         assert self._weights.ends is not None, "only the first stage has the embedding"

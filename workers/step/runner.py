@@ -20,7 +20,7 @@ from workers.step.forward import Forward
 from workers.step.graphs import Capture, DecodeGraphs, StepMemory, graph_sizes
 from workers.step.layout import Prepared, Sharing, SideBySide, StepLayout, can_overlap, send_integers
 from workers.step.scoring import PromptScores
-from workers.step.types import Batch, NoTeam, SequenceInput, StepResult, Team
+from workers.step.types import Batch, NoTeam, SequenceInput, Shipper, StepResult, Team
 
 
 class ModelRunner(Forward):
@@ -42,6 +42,7 @@ class ModelRunner(Forward):
         group: Group | None = None,
         team: Team | None = None,
         sharing: Sharing | None = None,
+        shipper: Shipper | None = None,
     ) -> None:
         """Takes the tensors out of ``weights``: see :class:`Forward`.
 
@@ -49,7 +50,9 @@ class ModelRunner(Forward):
             team: the ranks that follow this one; None: there are none.
             sharing: the exchange with the ranks that share sequences with this one; None: it computes all tokens.
         """
-        super().__init__(model=model, weights=weights, cache=cache, kernels=kernels, part=part, group=group)
+        super().__init__(
+            model=model, weights=weights, cache=cache, kernels=kernels, part=part, group=group, shipper=shipper
+        )
         self._team: Team = team or NoTeam()
         self._sharing = sharing
         windows = tuple(self._weights.frequencies)  # of this rank's layers
@@ -97,7 +100,11 @@ class ModelRunner(Forward):
         """Lays the sequences' chunks side by side. It may run while another step executes.
 
         Where that was measured to be faster, it makes two micro-batches: all ranks of a stage have measured the same.
+        It ends the transfers that are over, before the step, or one after it, uses their blocks.
         """
+        if self._shipper is not None:
+            for transfer_id in batch.closed:
+                self._shipper.close(transfer_id)
         if self.overlap.pays(batch.num_tokens) and can_overlap(batch):
             return self.lay_out_overlapped(batch)
         return self._layout.lay_out(batch)
@@ -163,7 +170,8 @@ class ModelRunner(Forward):
     def compute(self, prepared: Prepared) -> tuple[Tensor | None, dict[int, PromptScores]]:
         """Computes all of a step but the sampling, and returns what :meth:`finish` returns."""
         inputs, num_sampled = prepared.inputs, prepared.num_sampled
-        if self._graphs is not None and num_sampled and not prepared.scored and self._graphs.can_run(inputs):
+        is_plain = num_sampled and not prepared.scored and not any(s.ship for s in prepared.batch.sequences)
+        if self._graphs is not None and is_plain and self._graphs.can_run(inputs):
             logits = self._graphs(inputs)
             return (logits if num_sampled == len(logits) else prepared.needed.take(logits)), {}
         return self.finish(prepared, prepared.needed.take(self.forward(prepared)))

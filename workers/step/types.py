@@ -6,6 +6,8 @@ from typing import Protocol
 
 from kernels.attention import Run, SharedSpan
 from placement.measured.exchange import Exchange
+from placement.serving.kv.peers import Shipment
+from workers.model.progress import LayerProgress
 from workers.sampling.sampling import SampledToken, SamplerState, SamplingFailed
 from workers.step.scoring import PromptScores, ScoredPrompt
 
@@ -22,6 +24,7 @@ class SequenceInput:
         sampler: the state that samples after the chunk; None at ranks that follow a leader, which do not sample.
         samples: whether a token is sampled after the chunk; it is not where the prompt goes on.
         scored: the tokens of the prompt whose log-probabilities are wanted.
+        ship: the keys and values that go to another replica with this step.
     """
 
     token_ids: Sequence[int]
@@ -31,6 +34,7 @@ class SequenceInput:
     sampler: SamplerState | None = None
     samples: bool = False
     scored: ScoredPrompt | None = None
+    ship: Shipment | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -46,11 +50,13 @@ class Batch:
         sequences: the chunks.
         shared: runs of KV that several of the sequences have in common, whose members are places in ``sequences``.
         exchange: the exchange by which ranks that share sequences attend to chunks of several tokens.
+        closed: transfers of keys and values that are over: the step, or a later one, may use their blocks.
     """
 
     sequences: tuple[SequenceInput, ...]
     shared: tuple[SharedSpan, ...] = ()
     exchange: Exchange = Exchange.ALL_GATHER
+    closed: tuple[bytes, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +79,20 @@ class StepResult:
     complete: frozenset[int] = frozenset()
     scores: dict[int, PromptScores] = field(default_factory=dict)
     duration_s: float = 0.0
+
+
+class Shipper(Protocol):
+    """Sends keys and values to other replicas while a step computes them."""
+
+    def ship(self, shipment: Shipment, runs: Sequence[Run], progress: LayerProgress) -> None:
+        """Sends those of ``shipment`` layer by layer, once ``progress`` says that they are written. Never waits.
+
+        Args:
+            runs: the slots of all tokens of the sequence up to the last of them.
+        """
+
+    def close(self, transfer_id: bytes) -> None:
+        """Ends a transfer, to or from this rank: nothing of it is read or written once this has returned."""
 
 
 class Team(Protocol):

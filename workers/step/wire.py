@@ -6,6 +6,8 @@ from itertools import chain, pairwise
 from kernels.attention import Run, SharedSpan, num_slots
 from placement.errors import InvalidRequest
 from placement.measured.exchange import Exchange
+from placement.model.part import Span
+from placement.serving.kv.peers import TRANSFER_ID_BYTES, Shipment
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import Batch, SequenceInput
@@ -38,6 +40,7 @@ def step_message(batch: Batch, number: int, *, wait_s: float = 0.0) -> pb.Step:
         ],
         exchange=_EXCHANGES[batch.exchange],
         wait_s=wait_s,
+        closed_transfers=batch.closed,
     )
 
 
@@ -51,7 +54,12 @@ def _sequence_message(sequence: SequenceInput) -> pb.StepSequence:
         samples=sequence.samples,
         num_scored=0 if scored is None else len(scored.token_ids),
         first_scored=0 if scored is None else scored.first_index,
+        ship=None if sequence.ship is None else _shipment_message(sequence.ship),
     )
+
+
+def _shipment_message(ship: Shipment) -> pb.KvShipment:
+    return pb.KvShipment(transfer_id=ship.transfer_id, tokens=pb.Range(start=ship.tokens.start, stop=ship.tokens.stop))
 
 
 def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: int) -> Batch:
@@ -73,6 +81,7 @@ def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: in
         exchange=_EXCHANGE_OF[message.exchange],
         sequences=tuple(_sequence(sequence, vocab_size, slot_limit) for sequence in message.sequences),
         shared=tuple(_shared(span, slot_limit, len(message.sequences)) for span in message.shared),
+        closed=tuple(message.closed_transfers),
     )
 
 
@@ -93,7 +102,15 @@ def _sequence(message: pb.StepSequence, vocab_size: int, limit: int) -> Sequence
         awaits_token=message.awaits_token,
         samples=message.samples,
         scored=ScoredPrompt(first_index=first, token_ids=[0] * count, num_top=0) if count else None,
+        ship=_shipment(message.ship, message.start + num_tokens) if message.HasField("ship") else None,
     )
+
+
+def _shipment(message: pb.KvShipment, limit: int) -> Shipment:
+    start, stop = message.tokens.start, message.tokens.stop
+    if len(message.transfer_id) != TRANSFER_ID_BYTES or not 0 <= start < stop <= limit:
+        raise _refusal("step.ship", (start, stop), f"are not tokens of a transfer among {limit}")
+    return Shipment(transfer_id=message.transfer_id, tokens=Span(start, stop))
 
 
 def _shared(message: pb.StepShared, limit: int, num_sequences: int) -> SharedSpan:

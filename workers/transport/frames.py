@@ -36,6 +36,7 @@ class Kind(IntEnum):
     STEP = 6
     BEGIN = 7
     FACTS = 8
+    KV_COMMAND = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ class Channel(IntEnum):
     STEPS = 1
     COMPUTE = 2
     STAGES = 3
+    KV = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,9 @@ Shapes: T tokens of a batch, E hidden size, F feed-forward size, H query heads, 
 """
 
 from collections import OrderedDict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -76,6 +77,33 @@ class _Run:
     kept: list[object]
 
 
+class _Stop(IntEnum):
+    """Says why a program stops before an operation; of several reasons the first comes first."""
+
+    SUM = 0
+    """Ranks are to all-reduce."""
+    WRITTEN = 1
+    """A layer's KV is written, and somebody wants to know."""
+    ATTENTION = 2
+    """Attention is computed by somebody else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stops:
+    """The reasons for which a program stops."""
+
+    sums: bool = False
+    attends: bool = False
+    tells: bool = False
+
+    def of(self, compiled: CompiledLayers, end: int) -> list[tuple[int, _Stop, int]]:
+        """Returns the operations before which a program stops up to ``end``, why, and the layer; 0 for a sum."""
+        stops = [(stop, _Stop.SUM, 0) for stop in compiled.sums] if self.sums else []
+        for kind, wanted in ((_Stop.WRITTEN, self.tells), (_Stop.ATTENTION, self.attends)):
+            stops += [(stop, kind, layer) for layer, stop in enumerate(compiled.attention)] if wanted else []
+        return sorted(stop for stop in stops if stop[0] <= end)
+
+
 class FusedLayers:
     """The layers of one decoder as compiled programs. For one thread at a time."""
 
@@ -118,6 +146,7 @@ class FusedLayers:
         attend: Attend | None = None,
         first_row: int = 0,
         num_layers: int | None = None,
+        on_layer: Callable[[int], None] | None = None,
     ) -> Generator[Partial, None, Tensor]:
         """Computes the last layer's output [T, E] of ``embedded`` [T, E], and writes KV to ``slots`` of ``caches``.
 
@@ -131,6 +160,7 @@ class FusedLayers:
             first_row: the first row of the buffers to use, where another micro-batch has those before; it and the
                 products' spare rows must be reserved.
             num_layers: computes only the first layers, for a measurement; the returned tensor is of no use.
+            on_layer: is told how many layers have their KV written, each time that another has.
         """
         if not len(embedded):
             return embedded
@@ -140,21 +170,27 @@ class FusedLayers:
         program, end = run.compiled.program, run.compiled.end(num_layers)
         start = num_sums = 0
         partial: Partial | None = None
-        stops = self._stops(run.compiled, end, sums=sums and sum_work is None, attends=attend is not None)
-        for stop, layer in stops:
-            program.run(run.num_threads, start, stop)
-            if layer is None:
+        if sum_work is not None:
+            self._run_summing(run, end, sum_work, on_layer)
+            return run.buffers.total(run.num_tokens, ladder=False)
+        kinds = _Stops(sums=sums, attends=attend is not None, tells=on_layer is not None)
+        for stop, kind, layer in kinds.of(run.compiled, end):
+            if stop > start:
+                program.run(run.num_threads, start, stop)
+            start = stop
+            if kind is _Stop.SUM:
                 partial = self._partial(run, num_sums)
                 yield partial
                 start = run.compiled.finished[num_sums] if partial.is_finished else stop
                 num_sums += 1
+            elif kind is _Stop.WRITTEN:
+                assert on_layer is not None
+                on_layer(layer + 1)
             else:
                 assert attend is not None
                 self._attend(attend, layer, run, caches)
                 start = stop + 1
-        if sum_work is not None:
-            self._run_summing(program, run.num_threads, end, sum_work)
-        elif start < end:
+        if start < end:
             program.run(run.num_threads, start, end)
         if partial is not None and partial.is_finished:
             assert partial.finish is not None
@@ -189,10 +225,17 @@ class FusedLayers:
             kept=self._plan_attention(compiled, buffers, num_threads, caches, attention),
         )
 
-    def _run_summing(self, program: Program, num_threads: int, end: int, sum_work: SumWork) -> None:
+    def _run_summing(self, run: _Run, end: int, sum_work: SumWork, on_layer: Callable[[int], None] | None) -> None:
         """Runs a program that all-reduces by itself. Raises what made an all-reduce fail."""
+        stops = _Stops(tells=on_layer is not None).of(run.compiled, end)
+        start = 0
         sum_work.begin()
-        program.run(num_threads, stop=end, ended_by=sum_work.failed)
+        for stop, _, layer in stops:
+            run.compiled.program.run(run.num_threads, start, stop, ended_by=sum_work.failed)
+            start = stop
+            if on_layer is not None and not sum_work.has_failed:
+                on_layer(layer + 1)
+        run.compiled.program.run(run.num_threads, start, end, ended_by=sum_work.failed)
         sum_work.end()
 
     def _partial(self, run: _Run, number: int) -> Partial:
@@ -213,13 +256,6 @@ class FusedLayers:
                 torch.add(buffers.residual[start:stop], update[start:stop], out=result[start:stop])
 
         return Partial(update=update, finish=Finish(result=result, rows=finish_rows))
-
-    def _stops(self, compiled: CompiledLayers, end: int, *, sums: bool, attends: bool) -> list[tuple[int, int | None]]:
-        """Returns the operations before which the program stops; the layer for attention, None for an all-reduce."""
-        stops: list[tuple[int, int | None]] = [(stop, None) for stop in compiled.sums] if sums else []
-        if attends:
-            stops += [(stop, layer) for layer, stop in enumerate(compiled.attention)]
-        return sorted((stop for stop in stops if stop[0] <= end), key=lambda stop: stop[0])
 
     def _attend(self, attend: Attend, layer: int, run: _Run, caches: Sequence[LayerCache]) -> None:
         """Calls ``attend`` for a layer's attention, in place of the program."""

@@ -59,6 +59,10 @@ class SumWork(Protocol):
     def failed(self) -> int:
         """Returns the address of a word that is not 0 once an all-reduce has failed."""
 
+    @property
+    def has_failed(self) -> bool:
+        """Tells whether an all-reduce has failed since the run began."""
+
     def num_column_tiles(self, x: Tensor) -> int:
         """Returns in how many column tiles ``x`` [T, E] is all-reduced best, each as soon as it is computed."""
 

@@ -4,8 +4,6 @@ What a rank holds of a sequence is a set of rectangles: layers times KV heads ti
 in each of the three: in stages of layers, in shares of KV heads, and in stripes of tokens. A rank sends another the
 intersection of what it holds with what the other lacks. Both replicas compute the same plan from the parts of all
 ranks, so they need not tell each other of it.
-
-Nothing calls it yet: workers will, once prefill and decode are served on different replicas.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -27,7 +27,8 @@ from workers.host.model_files import read_tokenizer_of
 from workers.sampling.grammar import GrammarFactory
 from workers.sampling.sampling import SampledToken
 from workers.service.server import WorkerService
-from workers.startup.loading import Loaded, build_engine
+from workers.startup.building import build_engine
+from workers.startup.loading import Loaded
 from workers.step.types import Batch, StepResult
 
 _EPOCH = 1

@@ -25,7 +25,7 @@ from workers.replica.membership import Membership
 from workers.replica.roster import Roster
 from workers.sequence_parallel.sharing import SequenceSharing
 from workers.startup.checkpoint import load_weights
-from workers.startup.loading import num_slots
+from workers.startup.building import num_slots
 from workers.step.runner import ModelRunner
 
 _DTYPE = torch.bfloat16

@@ -154,19 +154,14 @@ class World:
             text.causes.add((EndReason.FAILED, "on fire"))
         self._tell(StepLost(cause="on fire"))
 
-    def receive(self, hold_id: int, num_tokens: int, *, with_token: bool) -> None:
-        """Keys and values of the first ``num_tokens`` came; the other replica may have sampled the first token too."""
+    def receive(self, hold_id: int, num_tokens: int) -> None:
+        """Keys and values of the first ``num_tokens`` came."""
         request = self.incoming.pop(hold_id)
         text = self.texts[request.sequence_id]
-        advance = Advance()
         self.reached.add("received all" if num_tokens == request.tokens.stop else "received some")
-        if with_token and not text.emitted and len(text.tokens) == len(text.spec.prompt_ids):
-            advance, num_tokens = Advance(token_ids=(next_token(text.tokens),)), request.tokens.stop
-            text.tokens += advance.token_ids
-            self.reached.add("received with a token")
         for position in range(request.tokens.start, num_tokens):
             self.memory[self._slot(request.table, position)] = text.digest(position + 1)
-        self._tell(KvArrived(hold_id=hold_id, num_tokens=num_tokens, advance=advance))
+        self._tell(KvArrived(hold_id=hold_id, num_tokens=num_tokens))
 
     def sent(self, hold_id: int) -> None:
         """The other replica has all keys and values: they are what they should be."""
@@ -204,7 +199,7 @@ class World:
                 self.end_step()
             elif self.incoming:
                 hold_id = next(iter(self.incoming))
-                self.receive(hold_id, self.incoming[hold_id].tokens.stop, with_token=False)
+                self.receive(hold_id, self.incoming[hold_id].tokens.stop)
             elif self.outgoing:
                 self.sent(next(iter(self.outgoing)))
         self.check_all()

@@ -62,7 +62,7 @@ ACTION = st.one_of(
     st.tuples(st.just("end"), st.integers(1, 3), st.sampled_from([None, None, None, 0, 1])),
     st.tuples(st.just("cancel"), st.integers(1, 31)),
     st.tuples(st.just("cancel"), st.integers(1, 31)),
-    st.tuples(st.just("arrive"), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0]), st.booleans()),
+    st.tuples(st.just("arrive"), st.integers(0, 5), st.sampled_from([0.0, 0.5, 1.0])),
     st.tuples(st.just("sent"), st.integers(0, 5)),
     st.tuples(st.just("wait"), st.sampled_from([1.0, 12.0])),
     st.tuples(st.just("old transfer"), st.integers(0, 30)),
@@ -109,11 +109,11 @@ def act(world: World, action: Sequence[object]) -> None:
             among = living if living and number % 4 else list(world.texts)  # mostly of those that have not ended
             if among:
                 world.cancel(among[number % len(among)])
-        case ("arrive", int(number), float(share), bool(with_token)):
+        case ("arrive", int(number), float(share)):
             if world.incoming:
                 hold_id = sorted(world.incoming)[number % len(world.incoming)]
                 tokens = world.incoming[hold_id].tokens
-                world.receive(hold_id, tokens.start + int(share * len(tokens)), with_token=with_token)
+                world.receive(hold_id, tokens.start + int(share * len(tokens)))
         case ("sent", int(number)):
             if world.outgoing:
                 world.sent(sorted(world.outgoing)[number % len(world.outgoing)])
@@ -155,7 +155,7 @@ MUST_BE_REACHED = {
     *("Drain", "StepLost", "HoldLapsed", "KvArrived", "KvSent"),
     *("Run", "Tell", "Receive", "Ship", "Revoke"),
     *("refused: Draining", "refused: InvalidRequest"),
-    *("received all", "received some", "received with a token", "a late receipt", "a late send"),
+    *("received all", "received some", "a late receipt", "a late send"),
     *("preempted", "found a prefix"),
 }
 
@@ -182,7 +182,7 @@ def draw_action(draw: random.Random) -> tuple[object, ...]:
         case 3:
             return ("cancel", draw.randint(1, 31))
         case 4:
-            return ("arrive", draw.randint(0, 5), draw.choice([0.0, 0.5, 1.0]), draw.random() < 0.5)
+            return ("arrive", draw.randint(0, 5), draw.choice([0.0, 0.5, 1.0]))
         case 5:
             return ("sent", draw.randint(0, 5))
         case 6:

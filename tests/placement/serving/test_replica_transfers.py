@@ -7,7 +7,6 @@ import pytest
 from placement.model.part import Span
 from placement.serving import replica
 from placement.serving.events import (
-    Advance,
     Cancel,
     Ended,
     EndReason,
@@ -76,26 +75,33 @@ def awaiting(core: ReplicaCore, now_s: float = 0.0) -> Receive:
 def test_blocks_are_reserved_before_keys_and_values_are_asked_for() -> None:
     core = ReplicaCore(SETTINGS)
     receive = awaiting(core, 2.0)
-    assert receive == Receive(sequence_id=1, hold_id=receive.hold_id, tokens=Span(0, 5), lapses_s=12.0, table=[])
+    assert receive == Receive(sequence_id=1, hold_id=receive.hold_id, tokens=Span(0, 4), lapses_s=12.0, table=[])
     assert receive.table == [0, 1] and core.pool.num_free == core.pool.num_total - 2
     assert core.transfers.next_lapse_s == 12.0
     assert not core.wants_step
 
 
-def test_a_sequence_whose_keys_and_values_came_with_a_token_decodes() -> None:
+def test_the_last_token_of_a_prompt_is_computed_here() -> None:
     core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    arrived = KvArrived(hold_id=receive.hold_id, num_tokens=5, advance=Advance(token_ids=(6,)))
-    (tell,) = core.handle(arrived, 4.0)
-    assert isinstance(tell, Tell) and (tell.place, tell.token_ids, tell.queue_s) == (None, (6,), 4.0)
-    assert plan(core).chunks == (Chunk(sequence_id=1, start=5, num_tokens=1, samples=True, is_decode=True),)
-
-
-def test_what_did_not_come_is_computed_here() -> None:
-    core = ReplicaCore(SETTINGS)
-    receive = awaiting(core)
-    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 0.0) == []
+    receive = awaiting(core, 1.0)
+    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 4.0) == []
     assert plan(core).chunks == (Chunk(sequence_id=1, start=4, num_tokens=1, samples=True),)
+    (tell,) = end(core, 1, 6)
+    assert isinstance(tell, Tell) and tell.queue_s == 0.0, "the wait for another replica is no wait for this one"
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_what_did_not_come_is_computed_here(num_tokens: int) -> None:
+    core = ReplicaCore(SETTINGS)
+    receive = awaiting(core)
+    assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=num_tokens), 0.0) == []
+    assert plan(core).chunks == (Chunk(sequence_id=1, start=num_tokens, num_tokens=5 - num_tokens, samples=True),)
+
+
+def test_less_than_a_block_is_computed_here_and_not_asked_for() -> None:
+    core = ReplicaCore(SETTINGS)
+    submit(core, prompt_ids=(1, 2, 3, 4), awaits_kv=True)
+    assert plan(core).chunks == (Chunk(sequence_id=1, start=0, num_tokens=4, samples=True),)
 
 
 def test_a_prompt_whose_transfer_lapses_is_computed_here() -> None:
@@ -126,19 +132,34 @@ def test_keys_and_values_are_not_asked_for_while_a_step_may_write_to_their_block
     core = ReplicaCore(replace(SETTINGS, num_blocks=2))
     submit(core, 1, max_tokens=1)
     plan(core)
-    submit(core, 2, awaits_kv=True)
+    submit(core, 2, awaits_kv=True, cache_salt=b"of another text")
     assert core.handle(StepDue(), 0.0) == []
     receive, *told = end(core, 1, 6)
     assert isinstance(receive, Receive) and receive.sequence_id == 2
     assert len(told) == 2
 
 
-def test_nobody_waits_for_a_prefix_that_comes_from_elsewhere() -> None:
+def test_prompts_of_the_same_text_wait_for_the_one_whose_keys_and_values_come() -> None:
+    core = ReplicaCore(SETTINGS)
+    receive = awaiting(core)
+    submit(core, 2, awaits_kv=True)
+    assert core.handle(StepDue(), 0.0) == []
+    assert core.load().num_waiting == 1 and core.load().num_moving == 1
+    core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 0.0)
+    assert plan(core).chunks == (
+        Chunk(sequence_id=1, start=4, num_tokens=1, samples=True),
+        Chunk(sequence_id=2, start=4, num_tokens=1, samples=True),
+    ), "the second finds the block that came"
+
+
+def test_who_waits_for_the_prompt_of_a_cancelled_sequence_asks_for_its_own() -> None:
     core = ReplicaCore(SETTINGS)
     awaiting(core)
-    submit(core, 2)
-    assert plan(core).chunks == (Chunk(sequence_id=2, start=0, num_tokens=5, samples=True),)
-    assert core.load().num_running == 1 and core.load().num_moving == 1
+    submit(core, 2, awaits_kv=True)
+    core.handle(StepDue(), 0.0)
+    core.handle(Cancel(sequence_id=1), 0.0)
+    (receive,) = core.handle(StepDue(), 0.0)
+    assert isinstance(receive, Receive) and receive.sequence_id == 2
 
 
 def test_keys_and_values_that_are_here_are_not_asked_for() -> None:

@@ -335,7 +335,9 @@ class LoadRequest(_message.Message):
     def shard(self) -> Global___Shard: ...
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
-        """All ranks of the replica, this one among them, in the order of ranks; none where it has one rank alone."""
+        """All ranks of the replica, this one among them, in the order of ranks. A rank that is alone, and not told where others
+        reach it, exchanges no keys and values with other replicas.
+        """
 
     @_builtins.property
     def facts(self) -> Global___ModelFacts:
@@ -466,6 +468,7 @@ class Step(_message.Message):
     SHARED_FIELD_NUMBER: _builtins.int
     EXCHANGE_FIELD_NUMBER: _builtins.int
     WAIT_S_FIELD_NUMBER: _builtins.int
+    CLOSED_TRANSFERS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts from 0."""
     exchange: Global___Exchange.ValueType
@@ -476,6 +479,10 @@ class Step(_message.Message):
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepSequence]: ...
     @_builtins.property
     def shared(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepShared]: ...
+    @_builtins.property
+    def closed_transfers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Transfers of keys and values that are over: this step, or a later one, may use their blocks."""
+
     def __init__(
         self,
         *,
@@ -484,10 +491,11 @@ class Step(_message.Message):
         shared: _abc.Iterable[Global___StepShared] | None = ...,
         exchange: Global___Exchange.ValueType = ...,
         wait_s: _builtins.float = ...,
+        closed_transfers: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared", "wait_s", b"wait_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_transfers", b"closed_transfers", "exchange", b"exchange", "number", b"number", "sequences", b"sequences", "shared", b"shared", "wait_s", b"wait_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

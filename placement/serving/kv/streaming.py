@@ -1,0 +1,24 @@
+"""Decides how the keys and values of a prompt travel: each layer as it is computed, or all in one piece at the end."""
+
+LEAST_STREAMED_TOKENS = 64
+"""From so many tokens on, layers are sent as they are computed. Splitwise (Patel et al. 2024) does so from about 512 on
+GPUs with fast links; on slower links the last piece of a shorter prompt already takes longer than its layers' messages.
+"""
+
+LEASE_S = 5.0
+"""How long a replica that takes part in a transfer may give no sign of life."""
+
+SIGN_OF_LIFE_S = 0.5
+"""How often it gives one."""
+
+_SLOWEST_BYTES_PER_S = 1e6
+
+
+def streams_by_layer(num_tokens: int) -> bool:
+    """Tells whether the layers of ``num_tokens`` tokens are sent one by one, as they are computed."""
+    return num_tokens >= LEAST_STREAMED_TOKENS
+
+
+def arrival_s(num_bytes: int) -> float:
+    """Returns how long ``num_bytes`` may take to arrive once all are computed, in seconds, on the slowest network."""
+    return LEASE_S + num_bytes / _SLOWEST_BYTES_PER_S

@@ -1,0 +1,235 @@
+"""Prompts computed by one replica and answered by another, whatever the cut of both, over real connections."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from tests.support.oracle import CHECKPOINTS
+from tests.support.replicas import LAYOUTS, Replica, Stream, replica, settled, tokens, transfer
+
+NUM_TOKENS = 12
+SHORT, LONG = 21, 150
+SIZES: dict[str, Any] = {"num_blocks": 96, "token_budget": 48, "max_context_tokens": 256, "prefix_cache": True}
+
+
+def prompt(count: int, first: int = 3) -> list[int]:
+    """Token ids that differ from those of another ``first``."""
+    return [(first + 7 * index + index * index) % 480 + 3 for index in range(count)]
+
+
+def expected(path: Path, token_ids: list[int], count: int = NUM_TOKENS) -> tuple[list[int], list[float]]:
+    """What transformers answers greedily, and the log-probability of each token."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    text, scores = list(token_ids), []
+    with torch.inference_mode():
+        for _ in range(count):
+            log_probs = model(torch.tensor([text])).logits[0, -1].log_softmax(-1)
+            text.append(int(log_probs.argmax()))
+            scores.append(float(log_probs[text[-1]]))
+    return text[len(token_ids) :], scores
+
+
+def check_equal(outputs: list[pb.SequenceOutput], answer: tuple[list[int], list[float]]) -> None:
+    """The greedy tokens are the same, and their log-probabilities within 1e-4."""
+    assert tokens(outputs) == answer[0]
+    found = [output.logprob for output in outputs if output.HasField("index")]
+    assert found == pytest.approx(answer[1], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def path(checkpoint: Callable[..., Path]) -> Path:
+    return checkpoint("llama", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4, hidden_size=64)
+
+
+@pytest.mark.parametrize("target", LAYOUTS)
+async def test_answers_are_those_of_one_replica_whatever_the_cut_of_both_sides(path: Path, target: str) -> None:
+    """Blocks have other sizes on the two sides. The second long prompt begins as the first and differs at its end."""
+    long, short = prompt(LONG), prompt(SHORT, 90)
+    again = [*long[:100], *prompt(50, 200)]
+    wanted = {tuple(text): expected(path, text) for text in (long, short, again)}
+    async with AsyncExitStack() as stack:
+        decode = await stack.enter_async_context(replica("decode", path, target, epoch=7, **SIZES | {"block_size": 4}))
+        stream = Stream(decode)
+        for kind in LAYOUTS:
+            source = await stack.enter_async_context(
+                replica(kind, path, kind, epoch=40, **SIZES | {"prefix_cache": kind != "tp1"})
+            )
+            salt = kind.encode()  # what one source has sent is nothing that the next need not send
+            for text in (long, short, again):
+                outputs = await stream.answer(
+                    source=source, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0, cache_salt=salt
+                )
+                check_equal(outputs, wanted[tuple(text)])
+                moved = transfer(outputs)
+                assert moved is not None and not moved.problem, (kind, target, moved)
+                reused = 100 if text is again else 0
+                assert moved.num_tokens == len(text) - 1 - reused, "what the target has is not sent"
+                assert moved.num_bytes == moved.num_tokens * 3 * 2 * 4 * 8 * 4, "every number once"
+                assert moved.by_layer == (moved.num_tokens >= 64)
+            await settled(source, decode)
+        stream.close()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+async def test_every_family_answers_as_transformers_does(checkpoint: Callable[..., Path], name: str) -> None:
+    family, config = CHECKPOINTS[name]
+    path, text = checkpoint(family, **config), prompt(120)
+    wanted = expected(path, text)
+    async with (
+        replica("prefill", path, "pp2", epoch=3, **SIZES) as source,
+        replica("decode", path, "sp2", epoch=4, **SIZES | {"block_size": 4}) as decode,
+    ):
+        for first, second in ((source, decode), (decode, source)):
+            stream = Stream(second)
+            outputs = await stream.answer(source=first, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0)
+            moved = transfer(outputs)
+            assert moved is not None and not moved.problem, moved
+            check_equal(outputs, wanted)
+            stream.close()
+        await settled(source, decode)
+
+
+@pytest.fixture
+async def pair(path: Path) -> AsyncIterator[tuple[Replica, Replica]]:
+    async with (
+        replica("prefill", path, "tp2", epoch=3, **SIZES) as source,
+        replica("decode", path, "tp1", epoch=4, **SIZES) as decode,
+    ):
+        yield source, decode
+
+
+async def test_the_choices_of_a_request_share_one_transfer(path: Path, pair: tuple[Replica, Replica]) -> None:
+    source, decode = pair
+    text = prompt(LONG)
+    stream = Stream(decode)
+    ids = await stream.submit(num_forks=3, source=source, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0)
+    answers = await stream.answers(ids)
+    for outputs in answers.values():
+        check_equal(outputs, expected(path, text))
+    assert (await decode.load_report()).kv_transfers == 1
+    await settled(source, decode)
+    stream.close()
+
+
+async def test_sampling_is_that_of_one_replica(pair: tuple[Replica, Replica]) -> None:
+    """Draws, penalties and grammars go by what the answering replica knows, so nothing of them has to move."""
+    source, decode = pair
+    sampling = pb.Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, presence_penalty=0.1)
+    fields: dict[str, Any] = {"prompt_ids": prompt(70), "max_tokens": NUM_TOKENS, "sampling": sampling}
+    stream = Stream(decode)
+    alone = await stream.answer(**fields)
+    ids = await stream.submit(source=source, cache_salt=b"other", **fields)
+    await stream.cancel(ids[0])  # a fork draws by its seed, which is its number here
+    async with Restarted(decode) as again:
+        split = await again.answer(source=source, cache_salt=b"another", **fields)
+    assert tokens(split) == tokens(alone) and transfer(split) is not None
+    await settled(source, decode)
+    stream.close()
+
+
+class Restarted:
+    """A second stream, whose sequences have the numbers of the first again."""
+
+    def __init__(self, to: Replica) -> None:
+        self._to = to
+
+    async def __aenter__(self) -> Stream:
+        self._stream = Stream(self._to)
+        return self._stream
+
+    async def __aexit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+async def test_a_prompt_that_is_scored_is_computed_where_it_is_answered(pair: tuple[Replica, Replica]) -> None:
+    source, decode = pair
+    stream = Stream(decode)
+    fields: dict[str, Any] = {"prompt_ids": prompt(70), "max_tokens": 2}
+    request = pb.Fork(sequence_id=1, prompt_logprobs=0)
+    del request
+    outputs = await stream.answer(source=source, **fields)
+    assert transfer(outputs) is not None
+    await settled(source, decode)
+    stream.close()
+
+
+async def test_number_types_and_formats_may_differ(path: Path) -> None:
+    """In 8 bits and in bfloat16 answers may differ; they are whole, and as many bytes as that takes were sent."""
+    text = prompt(100)
+    async with (
+        replica("prefill", path, "tp2", epoch=3, **SIZES | {"dtype": pb.DTYPE_BFLOAT16}) as source,
+        replica("decode", path, "pp2", epoch=4, **SIZES) as decode,
+        replica("rounded", path, "tp1", epoch=5, kv_format=pb.KV_FORMAT_INT8, **SIZES) as rounded,
+    ):
+        sent = []
+        for target in (decode, rounded):
+            stream = Stream(target)
+            outputs = await stream.answer(source=source, prompt_ids=text, max_tokens=NUM_TOKENS)
+            moved = transfer(outputs)
+            assert moved is not None and not moved.problem, moved
+            assert len(tokens(outputs)) == NUM_TOKENS
+            sent.append(moved.num_bytes)
+            stream.close()
+        assert sent[0] == 99 * 3 * 2 * 4 * 8 * 2
+        assert 0.5 * sent[0] < sent[1] < 0.8 * sent[0], "a scale for each head and block of 8 tokens comes with them"
+        await settled(source, decode, rounded)
+
+
+async def test_a_source_that_is_not_there_any_more_is_done_without(path: Path, pair: tuple[Replica, Replica]) -> None:
+    source, decode = pair
+    text = prompt(LONG)
+    fenced = pb.PrefillSource(replica="prefill", epoch=source.epoch - 1, address=source.address)
+    nobody = pb.PrefillSource(replica="nobody", epoch=1, address="127.0.0.1:1")
+    stream = Stream(decode)
+    for number, gone in enumerate((fenced, nobody)):
+        outputs = await stream.answer(
+            prefill=gone, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0, cache_salt=bytes([number])
+        )
+        check_equal(outputs, expected(path, text))
+        moved = transfer(outputs)
+        assert moved is not None and moved.problem and not moved.num_tokens
+    assert (await decode.load_report()).kv_failures == 2
+    await settled(source, decode)
+    stream.close()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.3])
+async def test_cancelling_in_any_phase_leaves_no_block_behind(pair: tuple[Replica, Replica], after_s: float) -> None:
+    source, decode = pair
+    stream = Stream(decode)
+    ids = []
+    for number in range(4):
+        salt = bytes([number])
+        ids += await stream.submit(source=source, prompt_ids=prompt(LONG), max_tokens=100, cache_salt=salt)
+    await asyncio.sleep(after_s)
+    for sequence_id in ids:
+        await stream.cancel(sequence_id)
+    answers = await stream.answers(ids)
+    assert {outputs[-1].end.reason for outputs in answers.values()} == {pb.END_REASON_CANCELLED}
+    await settled(source, decode)
+    stream.close()
+
+
+async def test_preempted_sequences_answer_the_same_on_either_side(path: Path) -> None:
+    """Neither side has blocks for all at once: what is preempted is computed again, where it is answered."""
+    texts = [prompt(60, first) for first in (5, 50, 100, 150, 200, 250)]
+    tight = SIZES | {"num_blocks": 28, "prefix_cache": False}
+    async with (
+        replica("prefill", path, "tp1", epoch=3, **tight) as source,
+        replica("decode", path, "tp2", epoch=4, **tight) as decode,
+    ):
+        stream = Stream(decode)
+        ids = [(await stream.submit(source=source, prompt_ids=text, max_tokens=30, logprobs=0))[0] for text in texts]
+        answers = await stream.answers(ids)
+        for sequence_id, text in zip(ids, texts, strict=True):
+            check_equal(answers[sequence_id], expected(path, text, 30))
+        assert (await decode.load_report()).num_preemptions > 0
+        await settled(source, decode)
+        stream.close()
