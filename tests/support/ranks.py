@@ -27,8 +27,8 @@ from workers.model.kv_cache import allocate_kv_cache
 from workers.replica.follower import Follower
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster
-from workers.startup.checkpoint import load_weights
 from workers.startup.building import num_slots
+from workers.startup.checkpoint import load_weights
 from workers.step.runner import ModelRunner
 from workers.step.scoring import ScoredPrompt
 from workers.step.types import Batch, SequenceInput, StepResult

@@ -196,15 +196,14 @@ class KvFetcher:
             await asyncio.wrap_future(expectation.ready)
         call = stub.Prefill()
         try:
-            await call.write(pb.PrefillRequest(start=self._start(wanted, source)))
-            return await self._follow(call, expectation, wanted)
+            await call.write(pb.PrefillRequest(epoch=source.epoch, start=self._start(wanted)))
+            return await self._follow(call, expectation, wanted, source.epoch)
         finally:
             call.cancel()
 
-    def _start(self, wanted: Wanted, source: PrefillSource) -> pb.PrefillStart:
+    def _start(self, wanted: Wanted) -> pb.PrefillStart:
         submission = wanted.submission
         return pb.PrefillStart(
-            epoch=source.epoch,
             target=ranks_message(self._own),
             transfer_id=wanted.transfer_id,
             token_ids=submission.prompt_ids[: wanted.tokens.stop],
@@ -214,7 +213,7 @@ class KvFetcher:
             format=kv_format_message(self._format),
         )
 
-    async def _follow(self, call: PrefillCall, expectation: Expectation, wanted: Wanted) -> KvTransfer:
+    async def _follow(self, call: PrefillCall, expectation: Expectation, wanted: Wanted, epoch: int) -> KvTransfer:
         """Waits until all has arrived, for as long as the other replica gives signs of life, and thanks it."""
         arrived = asyncio.wrap_future(expectation.arrived)
         arrived_s: list[float] = []
@@ -227,7 +226,7 @@ class KvFetcher:
                 num_bytes = await arrived
         finally:
             arrived.cancel()
-        await call.write(pb.PrefillRequest(arrived=pb.KvArrived()))
+        await call.write(pb.PrefillRequest(epoch=epoch, arrived=pb.KvArrived()))
         await call.done_writing()
         async with asyncio.timeout(LEASE_S):
             async for _ in _responses(call):
@@ -266,7 +265,7 @@ class KvFetcher:
         numbers = 2 * self._model.num_layers * self._model.num_kv_heads * self._model.head_dim
         return 4 * numbers * len(tokens)
 
-    async def _describe(self, stub: pb_grpc.WorkerAsyncStub, source: PrefillSource) -> ReplicaRanks:
+    async def _describe(self, stub: "pb_grpc.WorkerAsyncStub", source: PrefillSource) -> ReplicaRanks:
         """Returns the ranks of another replica, which are asked for once.
 
         Raises:

@@ -10,7 +10,7 @@ from placement.model.part import Span
 from placement.model.specs import ModelSpec
 from placement.serving.events import EndReason
 from placement.serving.kv.peers import ReplicaRanks, differing
-from placement.serving.kv.streaming import LEASE_S, SIGN_OF_LIFE_S, arrival_s, streams_by_layer
+from placement.serving.kv.streaming import LEASE_S, QUEUE_S, SIGN_OF_LIFE_S, arrival_s, streams_by_layer
 from protos.codec.replica_ranks import read_kv_format, read_ranks, read_transfer_id
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.engine.engine import Engine
@@ -37,12 +37,13 @@ class PrefillCall:
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Output | HeterodyneError | None] = asyncio.Queue()
-        self._is_computed = False
+        self._has_begun = False
 
     # -- called on the engine's thread ------------------------------------------------------------------------
 
     def step(self, stats: StepStats, outputs: Seq[Output]) -> None:
-        """Hands what a step gave over to the event loop."""
+        """Hands what a step gave over to the event loop. It is called for every step that computes the prompt."""
+        self._has_begun = True
         for output in outputs:
             self._post(output)
 
@@ -117,11 +118,14 @@ class PrefillCall:
             taken_s: how long the caller may take once all is computed.
         """
         lapses_s: float | None = None
+        waits_until_s = self._loop.time() + QUEUE_S
         while True:
             try:
                 async with asyncio.timeout(SIGN_OF_LIFE_S):
                     event = await self._events.get()
             except TimeoutError:
+                if not self._has_begun and self._loop.time() >= waits_until_s:
+                    raise PrefillFailed(f"the prompt waited for {QUEUE_S:g} s and was not begun") from None
                 if lapses_s is not None and self._loop.time() >= lapses_s:
                     self._engine.kv_taken(self, _SEQUENCE_ID, lapsed=True)
                     lapses_s = None

@@ -262,8 +262,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         The status is INVALID_ARGUMENT for what cannot be asked, UNAVAILABLE where it cannot be done now.
         """
         requests = aiter(request_iterator)
-        start = (await anext(requests, pb.PrefillRequest())).start
-        await self._check_epoch(start.epoch, context)
+        first = await anext(requests, pb.PrefillRequest())
+        await self._check_epoch(first.epoch, context)
         loaded = self._loaded
         engine = None if loaded is None else loaded.engine
         if loaded is None or engine is None or loaded.kv_side is None:
@@ -272,7 +272,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         assert isinstance(side.commands, KvLeader)
         call = PrefillCall(engine=engine, leader=side.commands, own=side.own, model=side.model)
         try:
-            async for response in call.run(start, requests):
+            async for response in call.run(first.start, requests):
+                response.epoch = self._epoch
                 yield response
         except PrefillFailed as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))

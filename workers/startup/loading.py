@@ -4,7 +4,7 @@ import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -200,29 +200,45 @@ class LoadJob:
                 kv_bytes=kv_bytes,
                 kv_side=kv_side,
             )
+        return self._lead(
+            checked,
+            runner,
+            executor,
+            followers,
+            Loaded(
+                grammars=grammars,
+                membership=membership,
+                weight_bytes=self.loaded_bytes,
+                kv_bytes=kv_bytes,
+                kv_side=kv_side,
+            ),
+        )
+
+    def _lead(
+        self,
+        checked: CheckedLoad,
+        runner: ModelRunner,
+        executor: ThreadPoolExecutor,
+        followers: Followers | None,
+        loaded: Loaded,
+    ) -> Loaded:
+        """Warms the whole replica up, and builds the engine of its leader."""
         leading: Runner = runner
+        membership = loaded.membership
         if membership is not None and followers is not None:
             leading = membership.leading(runner, followers, self._device.torch_device)
         budget = self._warm_up(checked, leading, executor)
         if membership is None:  # the all-reduces of several ranks cannot be part of a graph
             self._capture(runner, executor)
-        num_stages = len(checked.roster.stages)
-        return Loaded(
-            engine=build_engine(
-                leading,
-                executor,
-                request=self._request,
-                model=checked.model,
-                num_stages=num_stages,
-                token_budget=budget.token_budget,
-            ),
-            grammars=grammars,
-            membership=membership,
-            budget=budget,
-            weight_bytes=self.loaded_bytes,
-            kv_bytes=kv_bytes,
-            kv_side=kv_side,
+        engine = build_engine(
+            leading,
+            executor,
+            request=self._request,
+            model=checked.model,
+            num_stages=len(checked.roster.stages),
+            token_budget=budget.token_budget,
         )
+        return replace(loaded, engine=engine, budget=budget)
 
     def _warm_up(self, checked: CheckedLoad, leading: Runner, executor: ThreadPoolExecutor) -> StepBudget:
         """Runs the first steps of the whole replica, and chooses the token budget by what they took."""

@@ -177,12 +177,7 @@ class Forward:
         )
         in_program = in_program and self._group.sums and not self._model.ladder
         return decoder.run_layers(
-            self._model,
-            self._weights,
-            self._cache.layers,
-            self._kernels,
-            batch,
-            x,
+            *(self._model, self._weights, self._cache.layers, self._kernels, batch, x),
             sums=self._group.sums,
             sum_work=self._group.in_program(x.nbytes) if in_program else None,
             first_row=first_row,

@@ -5,11 +5,16 @@ LEAST_STREAMED_TOKENS = 64
 GPUs with fast links; on slower links the last piece of a shorter prompt already takes longer than its layers' messages.
 """
 
-LEASE_S = 5.0
+LEASE_S = 3.0
 """How long a replica that takes part in a transfer may give no sign of life."""
 
 SIGN_OF_LIFE_S = 0.5
 """How often it gives one."""
+
+QUEUE_S = 30.0
+"""How long a prompt may wait at the replica that is to compute it. Its blocks are reserved elsewhere meanwhile: two
+replicas that compute prompts for each other could otherwise wait for each other's blocks for ever.
+"""
 
 _SLOWEST_BYTES_PER_S = 1e6
 

@@ -24,8 +24,8 @@ from workers.replica.followers import Followers
 from workers.replica.membership import Membership
 from workers.replica.roster import Roster
 from workers.sequence_parallel.sharing import SequenceSharing
-from workers.startup.checkpoint import load_weights
 from workers.startup.building import num_slots
+from workers.startup.checkpoint import load_weights
 from workers.step.runner import ModelRunner
 
 _DTYPE = torch.bfloat16

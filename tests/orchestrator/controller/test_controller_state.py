@@ -141,7 +141,8 @@ def test_a_started_rank_is_told_to_load_at_its_address() -> None:
     state, commands = apply(state, started("replica-0", 0))
     (command,) = commands
     assert isinstance(command, LoadRank)
-    assert (command.address, command.members) == ("127.0.0.1:7000", ())
+    assert command.address == "127.0.0.1:7000"
+    assert [member.address for member in command.members] == [command.address], "other replicas reach it there"
     assert state.replicas[0].phase is Phase.LOADING
     compiles = Loading.COMPILE
     progress = RankProgress(

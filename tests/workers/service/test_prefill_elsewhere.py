@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from tests.support.oracle import CHECKPOINTS
-from tests.support.replicas import LAYOUTS, Replica, Stream, replica, settled, tokens, transfer
+from tests.support.deploying.replicas import LAYOUTS, Replica, Stream, replica, settled, tokens, transfer
+from tests.support.oracle import CHECKPOINTS, WIDE
 
 NUM_TOKENS = 12
 SHORT, LONG = 21, 150
@@ -86,9 +86,11 @@ async def test_every_family_answers_as_transformers_does(checkpoint: Callable[..
         replica("prefill", path, "pp2", epoch=3, **SIZES) as source,
         replica("decode", path, "sp2", epoch=4, **SIZES | {"block_size": 4}) as decode,
     ):
-        for first, second in ((source, decode), (decode, source)):
+        for salt, first, second in ((b"there", source, decode), (b"back", decode, source)):
             stream = Stream(second)
-            outputs = await stream.answer(source=first, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0)
+            outputs = await stream.answer(
+                source=first, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0, cache_salt=salt
+            )
             moved = transfer(outputs)
             assert moved is not None and not moved.problem, moved
             check_equal(outputs, wanted)
@@ -119,43 +121,50 @@ async def test_the_choices_of_a_request_share_one_transfer(path: Path, pair: tup
 
 
 async def test_sampling_is_that_of_one_replica(pair: tuple[Replica, Replica]) -> None:
-    """Draws, penalties and grammars go by what the answering replica knows, so nothing of them has to move."""
+    """Draws and penalties go by what the answering replica knows, so nothing of them has to move."""
     source, decode = pair
     sampling = pb.Sampling(temperature=0.9, top_p=0.95, top_k=40, repetition_penalty=1.2, presence_penalty=0.1)
     fields: dict[str, Any] = {"prompt_ids": prompt(70), "max_tokens": NUM_TOKENS, "sampling": sampling}
-    stream = Stream(decode)
-    alone = await stream.answer(**fields)
-    ids = await stream.submit(source=source, cache_salt=b"other", **fields)
-    await stream.cancel(ids[0])  # a fork draws by its seed, which is its number here
-    async with Restarted(decode) as again:
-        split = await again.answer(source=source, cache_salt=b"another", **fields)
-    assert tokens(split) == tokens(alone) and transfer(split) is not None
+    answers = []
+    for elsewhere in (None, source):  # a sequence draws by its seed, which is its number in its stream
+        stream = Stream(decode)
+        answers.append(await stream.answer(source=elsewhere, cache_salt=bytes([elsewhere is None]), **fields))
+        stream.close()
+    assert tokens(answers[0]) == tokens(answers[1]) and len(set(tokens(answers[0]))) > 1
+    assert transfer(answers[0]) is None and transfer(answers[1]) is not None
     await settled(source, decode)
-    stream.close()
 
 
-class Restarted:
-    """A second stream, whose sequences have the numbers of the first again."""
-
-    def __init__(self, to: Replica) -> None:
-        self._to = to
-
-    async def __aenter__(self) -> Stream:
-        self._stream = Stream(self._to)
-        return self._stream
-
-    async def __aexit__(self, *_: object) -> None:
-        self._stream.close()
+async def test_structured_output_is_that_of_one_replica(served_checkpoint: Path) -> None:
+    fields: dict[str, Any] = {
+        "prompt_ids": prompt(70),
+        "max_tokens": 40,
+        "grammar": pb.Grammar(regex="(yes|no), (yes|no)!"),
+        "stop_token_ids": [2],
+    }
+    async with (
+        replica("prefill", served_checkpoint, "pp2", epoch=3, **SIZES) as source,
+        replica("decode", served_checkpoint, "tp1", epoch=4, **SIZES) as decode,
+    ):
+        stream = Stream(decode)
+        alone = await stream.answer(**fields)
+        split = await stream.answer(source=source, cache_salt=b"other", **fields)
+        assert tokens(split) == tokens(alone) and split[-1].end.reason == pb.END_REASON_STOP
+        moved = transfer(split)
+        assert moved is not None and not moved.problem
+        await settled(source, decode)
+        stream.close()
 
 
 async def test_a_prompt_that_is_scored_is_computed_where_it_is_answered(pair: tuple[Replica, Replica]) -> None:
     source, decode = pair
     stream = Stream(decode)
-    fields: dict[str, Any] = {"prompt_ids": prompt(70), "max_tokens": 2}
-    request = pb.Fork(sequence_id=1, prompt_logprobs=0)
-    del request
-    outputs = await stream.answer(source=source, **fields)
-    assert transfer(outputs) is not None
+    fields: dict[str, Any] = {"prompt_ids": prompt(70), "max_tokens": 2, "prompt_logprobs": 1}
+    alone = await stream.answer(**fields)
+    split = await stream.answer(source=source, **fields)
+    scores = [[score for output in each for score in output.prompt.logprobs] for each in (alone, split)]
+    assert len(scores[0]) == 69 and scores[1] == pytest.approx(scores[0], abs=1e-4)
+    assert tokens(split) == tokens(alone) and transfer(split) is None
     await settled(source, decode)
     stream.close()
 
@@ -180,6 +189,28 @@ async def test_number_types_and_formats_may_differ(path: Path) -> None:
         assert sent[0] == 99 * 3 * 2 * 4 * 8 * 2
         assert 0.5 * sent[0] < sent[1] < 0.8 * sent[0], "a scale for each head and block of 8 tokens comes with them"
         await settled(source, decode, rounded)
+
+
+@pytest.mark.parametrize("kind", ["tp1", "tp2", "pp2"])
+async def test_compiled_layers_tell_of_each_layer_and_compute_the_same_bits(
+    checkpoint: Callable[..., Path], kind: str
+) -> None:
+    """In bfloat16 two replicas of one cut answer, to the last bit, as one of them does alone."""
+    path, text = checkpoint("llama", dtype="bfloat16", num_hidden_layers=3, **WIDE), prompt(140)
+    sizes = SIZES | {"dtype": pb.DTYPE_BFLOAT16, "token_budget": 64}
+    async with (
+        replica("prefill", path, kind, epoch=3, **sizes) as source,
+        replica("decode", path, kind, epoch=4, **sizes) as decode,
+    ):
+        stream = Stream(decode)
+        fields: dict[str, Any] = {"prompt_ids": text, "max_tokens": 30, "logprobs": 0}
+        alone = await stream.answer(**fields)
+        split = await stream.answer(source=source, cache_salt=b"other", **fields)
+        moved = transfer(split)
+        assert moved is not None and moved.by_layer and not moved.problem
+        assert [(it.token_id, it.logprob) for it in split] == [(it.token_id, it.logprob) for it in alone]
+        await settled(source, decode)
+        stream.close()
 
 
 async def test_a_source_that_is_not_there_any_more_is_done_without(path: Path, pair: tuple[Replica, Replica]) -> None:

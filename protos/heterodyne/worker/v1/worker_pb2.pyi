@@ -909,6 +909,9 @@ class PrefillRequest(_message.Message):
 
     START_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the replica that is called."""
     @_builtins.property
     def start(self) -> Global___PrefillStart: ...
     @_builtins.property
@@ -920,10 +923,11 @@ class PrefillRequest(_message.Message):
         *,
         start: Global___PrefillStart | None = ...,
         arrived: Global___KvArrived | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "command", b"command", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "command", b"command", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "command", b"command", "epoch", b"epoch", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "arrived"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -935,7 +939,6 @@ Global___PrefillRequest: _TypeAlias = PrefillRequest  # noqa: Y015
 class PrefillStart(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    EPOCH_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -943,8 +946,6 @@ class PrefillStart(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
-    epoch: _builtins.int
-    """Of the replica that is called."""
     transfer_id: _builtins.bytes
     """16 random bytes, which name the transfer."""
     first_token: _builtins.int
@@ -955,7 +956,7 @@ class PrefillStart(_message.Message):
     format: Global___KvFormat.ValueType
     @_builtins.property
     def target(self) -> Global___ReplicaRanks:
-        """Of the caller, where the keys and values go."""
+        """The caller's ranks, where the keys and values go."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -964,7 +965,6 @@ class PrefillStart(_message.Message):
     def __init__(
         self,
         *,
-        epoch: _builtins.int = ...,
         target: Global___ReplicaRanks | None = ...,
         transfer_id: _builtins.bytes = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
@@ -975,7 +975,7 @@ class PrefillStart(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "epoch", b"epoch", "first_token", b"first_token", "format", b"format", "priority", b"priority", "target", b"target", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "first_token", b"first_token", "format", b"format", "priority", b"priority", "target", b"target", "token_ids", b"token_ids", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1002,6 +1002,9 @@ class PrefillResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     COMPUTED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the replica that is called."""
     @_builtins.property
     def progress(self) -> Global___PrefillProgress:
         """The prompt waits or is computed: sent again and again, as a sign of life."""
@@ -1015,10 +1018,11 @@ class PrefillResponse(_message.Message):
         *,
         progress: Global___PrefillProgress | None = ...,
         computed: Global___PrefillComputed | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "event", b"event", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed", b"computed", "epoch", b"epoch", "event", b"event", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "computed"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -17,8 +17,8 @@ from protos.heterodyne.worker.v1 import worker_pb2_grpc
 from tests.support.gateway.leader_stream import submit_forks
 from tests.support.worker import connected, load_request
 from workers.host.device import open_device
-from workers.service.server import WorkerService
 from workers.host.model_files import read_json
+from workers.service.server import WorkerService
 from workers.transport.mesh import listen
 
 LOAD_S = 120.0
@@ -75,7 +75,9 @@ async def replica(name: str, path: Path, kind: str, *, epoch: int = 41, **fields
     """Loads a checkpoint, cut as the layout ``kind`` says, by workers in this process."""
     request = load_request(path, epoch=epoch, **fields)
     model = read_model_spec(read_json(path, "config.json", 1 << 24))
-    parts = [part for stage in cut(model, layout(kind), block_size=request.block_size, field="layout") for part in stage]
+    parts = [
+        part for stage in cut(model, layout(kind), block_size=request.block_size, field="layout") for part in stage
+    ]
     async with AsyncExitStack() as stack:
         ranks = [await stack.enter_async_context(_service(epoch)) for _ in parts]
         members = [
@@ -131,7 +133,8 @@ class Stream:
         self._next_id += num_forks
         if source is not None:
             fields["prefill"] = source.source
-        forks = [pb.Fork(sequence_id=sequence_id, seed=sequence_id) for sequence_id in ids]
+        own = {name: fields.pop(name) for name in ("prompt_logprobs",) if name in fields}
+        forks = [pb.Fork(sequence_id=sequence_id, seed=sequence_id, **own) for sequence_id in ids]
         await self._call.write(submit_forks(*forks, epoch=self._to.epoch, **fields))
         return ids
 
