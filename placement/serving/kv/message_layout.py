@@ -4,8 +4,6 @@ Layers follow each other, so that each can be sent as soon as it is computed. Wi
 in spans of neighbours (one span, unless ranks hold copies of heads). Of each span of heads there are the keys [H, T, D]
 and then the values [H, T, D]: by head, then by token, then by the dims of the head. T counts all tokens that the ranks
 exchange of that layer and those heads, in ascending order, although they may be many runs.
-
-Nothing calls it yet: workers will, once prefill and decode are served on different replicas.
 """
 
 from collections.abc import Iterable

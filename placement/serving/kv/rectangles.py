@@ -4,10 +4,9 @@ What a rank holds of a sequence is a set of rectangles: layers times KV heads ti
 in each of the three: in stages of layers, in shares of KV heads, and in stripes of tokens. A rank sends another the
 intersection of what it holds with what the other lacks. Both replicas compute the same plan from the parts of all
 ranks, so they need not tell each other of it.
-
-Nothing calls it yet: workers will, once prefill and decode are served on different replicas.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -77,6 +76,24 @@ def held_rectangles(part: Part, tokens: Span) -> tuple[Rectangle, ...]:
         return ()
     spans = token_spans(part.stripe, tokens)
     return tuple(Rectangle(layers=part.layers, kv_heads=part.kv_heads, tokens=span) for span in spans)
+
+
+def common_layers(source: Part, target: Part) -> Span:
+    """Returns the layers of which a source rank may have something that a target rank holds too; it may be empty.
+
+    Both ranks exchange a message of each of these layers, even where it is empty, so that the target knows what has
+    come. The outcome does not depend on the tokens of a sequence.
+    """
+    layers = _overlap(source.layers, target.layers)
+    if not _overlap(source.kv_heads, target.kv_heads) or not _share_slots(source.stripe, target.stripe):
+        return Span(layers.start, layers.start)
+    return layers
+
+
+def _share_slots(stripe: Stripe | None, other: Stripe | None) -> bool:
+    """Tells whether there are positions that ranks with these stripes both hold."""
+    period = math.lcm(*(it.block_size for it in (stripe, other) if it is not None))
+    return bool(_common(token_spans(stripe, Span(0, period)), token_spans(other, Span(0, period))))
 
 
 def transfer_plan(
