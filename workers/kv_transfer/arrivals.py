@@ -67,12 +67,9 @@ class Arrivals:
         self._stops: dict[int, int] = {}  # where each portion ends, by its first token
         self._tracks: dict[tuple[int, int], _Track] = {}
         self.num_bytes = 0
-        target = layouts.target.parts[rank]
-        sources = layouts.source.parts
-        if not any(layouts.of(tokens, source=source, target=rank).tensors for source in range(len(sources))):
-            return
-        for source, part in enumerate(sources):
-            layers = common_layers(part, target)
+        layouts.check(tokens)
+        for source, part in enumerate(layouts.source.parts):
+            layers = common_layers(part, layouts.target.parts[rank], tokens)
             for layer in range(layers.start, layers.stop):
                 self._tracks[source, layer] = _Track(tokens.start)
 

@@ -80,7 +80,7 @@ class KvSender:
         """Opens a transfer, of which portions may be shipped from then on."""
         layouts = PortionLayouts(source=self._own, target=target.ranks, head_dim=self._head_dim, format=target.format)
         own = self._own.parts[self._rank]
-        layers = {rank: common_layers(own, part) for rank, part in enumerate(target.ranks.parts)}
+        layers = {rank: common_layers(own, part, target.tokens) for rank, part in enumerate(target.ranks.parts)}
         shared = {rank: span for rank, span in layers.items() if span}
         outgoing = _Outgoing(target, Opened(target.transfer_id, layouts), shared, num_shipped=target.tokens.start)
         with self._lock:

@@ -7,7 +7,7 @@ from placement.model.part import Span
 from placement.serving.kv.int8_layout import int8_layout
 from placement.serving.kv.message_layout import MessageLayout, message_layout
 from placement.serving.kv.peers import KvFormat, ReplicaRanks
-from placement.serving.kv.rectangles import RankTransfer, transfer_plan
+from placement.serving.kv.rectangles import RankTransfer, first_period, transfer_plan
 
 PORTION_TOKENS = 2048
 """The most tokens of a portion, so that what ranks keep of it in memory beside their caches is bounded."""
@@ -40,6 +40,11 @@ class PortionLayouts:
         self.head_dim = head_dim
         self.format = format
         self._plan = lru_cache(maxsize=_MOST_PLANS)(self._make_plan)
+
+    def check(self, tokens: Span) -> None:
+        """Raises InvalidRequest where no source rank holds some of the tokens that a target rank needs."""
+        first = first_period([*self.source.parts, *self.target.parts], tokens)
+        transfer_plan(self.source.parts, self.target.parts, first.stop, first.start)
 
     def _make_plan(self, portion: Span) -> list[RankTransfer]:
         return transfer_plan(self.source.parts, self.target.parts, portion.stop, portion.start)

@@ -78,22 +78,24 @@ def held_rectangles(part: Part, tokens: Span) -> tuple[Rectangle, ...]:
     return tuple(Rectangle(layers=part.layers, kv_heads=part.kv_heads, tokens=span) for span in spans)
 
 
-def common_layers(source: Part, target: Part) -> Span:
-    """Returns the layers of which a source rank may have something that a target rank holds too; it may be empty.
+def common_layers(source: Part, target: Part, tokens: Span) -> Span:
+    """Returns the layers of which a source rank has some of ``tokens`` that a target rank holds too; it may be empty.
 
-    Both ranks exchange a message of each of these layers, even where it is empty, so that the target knows what has
-    come. The outcome does not depend on the tokens of a sequence.
+    Both ranks exchange a message of each of these layers for every portion of the tokens, even where it is empty, so
+    that the target knows what has come.
     """
     layers = _overlap(source.layers, target.layers)
-    if not _overlap(source.kv_heads, target.kv_heads) or not _share_slots(source.stripe, target.stripe):
+    first = first_period([source, target], tokens)
+    tokens_alike = _common(token_spans(source.stripe, first), token_spans(target.stripe, first))
+    if not _overlap(source.kv_heads, target.kv_heads) or not tokens_alike:
         return Span(layers.start, layers.start)
     return layers
 
 
-def _share_slots(stripe: Stripe | None, other: Stripe | None) -> bool:
-    """Tells whether there are positions that ranks with these stripes both hold."""
-    period = math.lcm(*(it.block_size for it in (stripe, other) if it is not None))
-    return bool(_common(token_spans(stripe, Span(0, period)), token_spans(other, Span(0, period))))
+def first_period(parts: Iterable[Part], tokens: Span) -> Span:
+    """Returns the leading ones of ``tokens``, after which it recurs which of the parts hold which tokens."""
+    period = math.lcm(*(part.stripe.block_size for part in parts if part.stripe is not None))
+    return Span(tokens.start, min(tokens.stop, tokens.start + period))
 
 
 def transfer_plan(
