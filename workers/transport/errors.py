@@ -39,3 +39,7 @@ class BadFrame(HeterodyneError):
     def unexpected(cls, came: str, due: str) -> "BadFrame":
         """Returns the error for a frame of kind ``came`` where one of kind ``due`` was next."""
         return cls(f"a {came} frame came where a {due} was due")
+
+
+class FencedFrame(BadFrame):
+    """The frame is of another epoch than this replica's."""

@@ -10,7 +10,7 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 
-from workers.transport.errors import BadFrame
+from workers.transport.errors import BadFrame, FencedFrame
 
 MAGIC = b"HetF"
 FORMAT = 1
@@ -36,7 +36,13 @@ class Kind(IntEnum):
     STEP = 6
     BEGIN = 7
     FACTS = 8
-    KV_COMMAND = 9
+    KV_HELLO = 9
+    KV_WELCOME = 10
+    KV_PIECE = 11
+    KV_ACK = 12
+    KV_REFUSED = 13
+    KV_FAILED = 14
+    KV_COMMAND = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +65,13 @@ class Header:
             raise BadFrame(f"a {self.kind.name} frame of {self.length} bytes is damaged (checksum)")
 
 
-def header(kind: Kind, payload: memoryview, *, epoch: int, number: int) -> bytes:
-    """Returns the header that goes before ``payload``."""
-    fields = _FIELDS.pack(MAGIC, kind, epoch, number, payload.nbytes)
-    return fields + _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(fields)))
+def header(kind: Kind, *payload: memoryview, epoch: int, number: int) -> bytes:
+    """Returns the header that goes before ``payload``, whose parts follow each other."""
+    fields = _FIELDS.pack(MAGIC, kind, epoch, number, sum(part.nbytes for part in payload))
+    checksum = zlib.crc32(fields)
+    for part in payload:
+        checksum = zlib.crc32(part, checksum)
+    return fields + _CHECKSUM.pack(checksum)
 
 
 def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
@@ -80,7 +89,7 @@ def parse(data: bytes | memoryview, *, epoch: int, number: int) -> Header:
     if magic != MAGIC or kind not in Kind._value2member_map_:
         raise BadFrame(f"no frame begins with {bytes(data[:8])!r}")
     if frame_epoch != epoch:
-        raise BadFrame(f"a frame of epoch {frame_epoch} is fenced: this replica is at epoch {epoch}")
+        raise FencedFrame(f"a frame of epoch {frame_epoch} is fenced: this replica is at epoch {epoch}")
     if frame_number != number:
         raise BadFrame(f"frame {frame_number} came where {number} was due")
     return Header(

@@ -91,18 +91,25 @@ class Incoming:
     """A frame that is being received, first its header and then its payload.
 
     Attributes:
-        kind: the kind of frame that is due.
+        kind: the kind of frame that is due, or that has come.
         payload: memory for the payload; None has it allocated once the header gives its length.
         max_bytes: the largest payload that is allocated for.
+        also: other kinds that are due as well.
     """
 
     link: Link
     kind: Kind
     payload: memoryview | None
     max_bytes: int
+    also: frozenset[Kind] = frozenset()
     _head: memoryview = field(default_factory=lambda: memoryview(bytearray(HEADER_BYTES)))
     _header: Header | None = None
     _num_filled: int = 0  # bytes of the header, and then bytes of the payload
+
+    @property
+    def has_begun(self) -> bool:
+        """Tells whether a part of the frame has come."""
+        return self._header is not None or self._num_filled > 0
 
     def advance(self) -> bool:
         """Receives what has come, and returns whether the frame is there whole.
@@ -129,6 +136,8 @@ class Incoming:
         parsed = parse(self._head, epoch=self.link.epoch, number=self.link.num_received)
         if parsed.kind is Kind.FAILED and self.kind is not Kind.FAILED:
             self.kind, self.payload = Kind.FAILED, None
+        if parsed.kind in self.also:
+            self.kind = parsed.kind
         if parsed.kind is not self.kind:
             raise BadFrame.unexpected(parsed.kind.name, self.kind.name)
         if self.payload is None:
@@ -204,11 +213,11 @@ def receive(
     return frame.payload
 
 
-def outgoing(link: Link, kind: Kind, payload: memoryview) -> Outgoing:
+def outgoing(link: Link, kind: Kind, *payload: memoryview) -> Outgoing:
     """Makes the link's next frame, of which nothing is sent yet. Frames must be sent whole and in this order."""
-    head = memoryview(header(kind, payload, epoch=link.epoch, number=link.num_sent))
+    head = memoryview(header(kind, *payload, epoch=link.epoch, number=link.num_sent))
     link.num_sent += 1
-    return Outgoing(link=link, parts=[head, payload] if payload.nbytes else [head])
+    return Outgoing(link=link, parts=[head, *(part for part in payload if part.nbytes)])
 
 
 def complete(

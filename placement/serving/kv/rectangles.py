@@ -6,6 +6,7 @@ intersection of what it holds with what the other lacks. Both replicas compute t
 ranks, so they need not tell each other of it.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,6 +76,26 @@ def held_rectangles(part: Part, tokens: Span) -> tuple[Rectangle, ...]:
         return ()
     spans = token_spans(part.stripe, tokens)
     return tuple(Rectangle(layers=part.layers, kv_heads=part.kv_heads, tokens=span) for span in spans)
+
+
+def common_layers(source: Part, target: Part, tokens: Span) -> Span:
+    """Returns the layers of which a source rank has some of ``tokens`` that a target rank holds too; it may be empty.
+
+    Both ranks exchange a message of each of these layers for every portion of the tokens, even where it is empty, so
+    that the target knows what has come.
+    """
+    layers = _overlap(source.layers, target.layers)
+    first = first_period([source, target], tokens)
+    tokens_alike = _common(token_spans(source.stripe, first), token_spans(target.stripe, first))
+    if not _overlap(source.kv_heads, target.kv_heads) or not tokens_alike:
+        return Span(layers.start, layers.start)
+    return layers
+
+
+def first_period(parts: Iterable[Part], tokens: Span) -> Span:
+    """Returns the leading ones of ``tokens``, after which it recurs which of the parts hold which tokens."""
+    period = math.lcm(*(part.stripe.block_size for part in parts if part.stripe is not None))
+    return Span(tokens.start, min(tokens.stop, tokens.start + period))
 
 
 def transfer_plan(

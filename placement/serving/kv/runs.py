@@ -87,3 +87,34 @@ def slot_runs(
             elif start < stop:
                 runs.append((start, stop))
     return tuple(runs)
+
+
+def token_runs(
+    runs: Sequence[tuple[int, int]], tokens: Iterable[Span], stripe: Stripe | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Returns where a rank's own KV cache has those of ``tokens`` that the rank holds, as :func:`slot_runs` does.
+
+    Args:
+        runs: the slots of all tokens of the sequence from its first on, of all ranks, in token order.
+        tokens: runs of positions in the sequence, in ascending order and apart.
+        stripe: the slots of every block that the rank holds; None: all.
+    """
+    found: list[tuple[int, int]] = []
+    index, first = 0, 0  # a run, and the position of its first token
+    for span in tokens:
+        position = span.start
+        while position < span.stop:
+            start, stop = runs[index]
+            if first + stop - start <= position:
+                index, first = index + 1, first + stop - start
+                continue
+            end = min(span.stop, first + stop - start)
+            own = start + position - first, start + end - first
+            if stripe is not None:
+                own = stripe.count(own[0]), stripe.count(own[1])
+            if found and found[-1][1] == own[0]:
+                found[-1] = (found[-1][0], own[1])
+            elif own[0] < own[1]:
+                found.append(own)
+            position = end
+    return tuple(found)

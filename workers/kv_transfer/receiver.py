@@ -1,0 +1,298 @@
+"""Receives keys and values from the ranks of other replicas, and writes them to this rank's cache."""
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from kernels.attention import Run
+from placement.errors import HeterodyneError, InvalidRequest
+from placement.model.part import Span
+from placement.serving.kv.peers import KvFormat, ReplicaRanks
+from placement.serving.kv.portions import PortionLayouts
+from protos.codec.log_record import said
+from workers.kv_transfer.arrivals import Arrivals, LayerPortion, NotDue
+from workers.kv_transfer.inbound import MOST_CONNECTIONS, Door, Inbound
+from workers.kv_transfer.packing import MessagePlaces
+from workers.kv_transfer.wire import INLINE, Piece, unpack_about, unpack_piece
+from workers.model.kv_cache import KVCache
+from workers.transport.errors import BadFrame
+from workers.transport.frames import Kind
+
+logger = logging.getLogger(__name__)
+
+_CHECK_S = 0.5
+_END_S = 10.0
+# So many frames of one connection are taken before the others have their turn.
+_FRAMES_A_TURN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """Keys and values that another replica is to send.
+
+    Attributes:
+        transfer_id: names the transfer.
+        source: the ranks of the replica that sends.
+        tokens: the positions in the sequence that come.
+        runs: the slots of all tokens up to the last that comes, of all ranks of this replica, in token order.
+        format: how they are written.
+    """
+
+    transfer_id: bytes
+    source: ReplicaRanks
+    tokens: Span
+    runs: tuple[Run, ...]
+    format: KvFormat
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """An expected transfer.
+
+    Attributes:
+        inbound: the connection over which each source rank has begun to send it.
+        places: the portion of each source rank that was written last, and where it lies.
+    """
+
+    expected: Expected
+    layouts: PortionLayouts
+    arrivals: Arrivals
+    inbound: dict[int, Inbound] = field(default_factory=dict)
+    places: dict[int, tuple[Span, MessagePlaces]] = field(default_factory=dict)
+
+
+class KvReceiver:
+    """Accepts source ranks of other replicas and writes what they send, on a thread of its own.
+
+    Attributes:
+        num_refused: pieces, and connections, that were refused: of an unknown or closed transfer or a wrong epoch, out
+            of order or out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        listener: socket.socket,
+        epoch: int,
+        rank: int,
+        own: ReplicaRanks,
+        cache: KVCache,
+        head_dim: int,
+        on_end: Callable[[bytes, str, int], None],
+        shared_memory: bool = True,
+    ) -> None:
+        """Keeps what it is given; nothing runs before :meth:`start`.
+
+        Args:
+            listener: listens already and does not block. Nobody else accepts on it; its owner closes it.
+            epoch: the epoch of this replica, whose ranks are ``own`` and among which this is ``rank``.
+            cache: what is received goes there.
+            on_end: is called with each expected transfer, the problem with which it failed ("": all has come) and the
+                bytes that came, on the receiver's thread; once, and not after the transfer was closed. It must not
+                raise.
+            shared_memory: whether ranks on the same machine may send through memory that both share.
+        """
+        self._own = own
+        self._rank = rank
+        self._cache = cache
+        self._head_dim = head_dim
+        self._on_end = on_end
+        self._door = Door(listener, rank=rank, epoch=epoch, shares_memory=shared_memory)
+        self._lock = threading.Lock()  # of what is awaited and of the cache's slots that belong to it
+        self._awaited: dict[bytes, _Awaited] = {}
+        self._ends: deque[tuple[bytes, str, int]] = deque()
+        self._inbound: dict[int, Inbound] = {}
+        self._num_refused = 0
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._woken.setblocking(False)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="kv-receiver", daemon=True)
+
+    @property
+    def num_refused(self) -> int:
+        """Counts pieces and connections that were refused."""
+        return self._num_refused + self._door.num_refused
+
+    def start(self) -> None:
+        """Starts to accept."""
+        self._thread.start()
+
+    def expect(self, expected: Expected) -> None:
+        """Awaits a transfer. Where this rank needs nothing of it, the transfer ends at once.
+
+        Raises:
+            InvalidRequest: the source's ranks do not hold all that this rank needs, or the transfer is awaited already.
+        """
+        layouts = PortionLayouts(
+            source=expected.source, target=self._own, head_dim=self._head_dim, format=expected.format
+        )
+        arrivals = Arrivals(layouts, rank=self._rank, tokens=expected.tokens)
+        with self._lock:
+            if expected.transfer_id in self._awaited:
+                raise InvalidRequest(
+                    field="transfer_id",
+                    value=expected.transfer_id.hex(),
+                    problem="is awaited already",
+                    fix="Give each transfer a name of its own.",
+                )
+            self._awaited[expected.transfer_id] = awaited = _Awaited(expected, layouts, arrivals)
+            if arrivals.is_complete:
+                self._end(awaited, "")
+        self._wake_up()
+
+    def close(self, transfer_id: bytes) -> None:
+        """Stops awaiting a transfer. Once it has returned, nothing of it is written to the cache."""
+        with self._lock:
+            self._awaited.pop(transfer_id, None)
+            self._ends = deque(end for end in self._ends if end[0] != transfer_id)
+
+    def stop(self) -> None:
+        """Ends the thread and closes all connections. Transfers that are awaited end without a word."""
+        self._stopped = True
+        self._wake_up()
+        if self._thread.is_alive():
+            self._thread.join(_END_S)
+        with self._lock:
+            self._awaited.clear()
+        for inbound in self._inbound.values():
+            inbound.close()
+        self._inbound.clear()
+        self._door.close()
+        self._wake.close()
+        self._woken.close()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(OSError):  # it is about to wake, or has ended
+            self._wake.send(b"x")
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._turn()
+
+    def _turn(self) -> None:
+        poll = select.poll()
+        for number in [self._woken.fileno(), *self._door.numbers]:
+            poll.register(number, select.POLLIN)
+        for number, inbound in self._inbound.items():
+            poll.register(number, inbound.events)
+        ready = {number for number, _ in poll.poll(1000 * _CHECK_S)}
+        if self._woken.fileno() in ready:
+            self._woken.recv(4096)
+        for number in ready & self._inbound.keys():
+            self._hear(number, self._inbound[number])
+        for inbound in self._door.advance(ready):
+            self._admit(inbound)
+        while self._ends:
+            with self._lock:
+                end = self._ends.popleft() if self._ends else None
+            if end is not None:
+                self._on_end(*end)
+
+    def _admit(self, inbound: Inbound) -> None:
+        """Takes a connection. Where there are too many, the one that was silent for longest makes room."""
+        if len(self._inbound) >= MOST_CONNECTIONS:
+            with self._lock:
+                in_use = {id(it) for awaited in self._awaited.values() for it in awaited.inbound.values()}
+            idle = [(it.heard_s, number) for number, it in self._inbound.items() if id(it) not in in_use]
+            if not idle:
+                inbound.close()
+                return
+            self._inbound.pop(min(idle)[1]).close()
+        self._inbound[inbound.link.socket.fileno()] = inbound
+
+    def _hear(self, number: int, inbound: Inbound) -> None:
+        """Takes the frames that have come over a connection."""
+        try:
+            inbound.flush()
+            for _ in range(_FRAMES_A_TURN):
+                frame = inbound.receive()
+                if frame is None:
+                    break
+                kind, payload = frame
+                if kind is Kind.KV_PIECE:
+                    self._take(inbound, *unpack_piece(payload))
+                else:
+                    self._give_up(inbound, *unpack_about(payload))
+            inbound.flush()
+        except HeterodyneError as error:
+            self._inbound.pop(number)
+            self._lose(inbound, error)
+            inbound.close()
+
+    def _take(self, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
+        """Takes a piece. Raises BadFrame where its body is damaged."""
+        inbound.check_slot(piece)
+        with self._lock:
+            awaited = self._awaited.get(piece.transfer_id)
+            if awaited is None or awaited.expected.source.epoch != inbound.epoch:
+                self._num_refused += 1
+                inbound.refuse(piece.transfer_id)
+            else:
+                try:
+                    self._write(awaited, inbound, piece, inline)
+                except NotDue as error:
+                    self._num_refused += 1
+                    inbound.refuse(piece.transfer_id)
+                    self._end(awaited, str(error))
+        if piece.slot != INLINE:
+            inbound.acknowledge(piece.slot)
+
+    def _write(self, awaited: _Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
+        if awaited.inbound.get(inbound.rank, inbound) is not inbound:
+            raise NotDue(f"rank {inbound.rank} sent a part over another connection")
+        memory = awaited.arrivals.begin(inbound.rank, piece)
+        awaited.inbound[inbound.rank] = inbound
+        inbound.body(piece, memory, inline)
+        portion = awaited.arrivals.finish(inbound.rank, piece)
+        if portion is not None:
+            self._unpack(awaited, inbound.rank, portion)
+        if awaited.arrivals.is_complete:
+            self._end(awaited, "")
+
+    def _unpack(self, awaited: _Awaited, source: int, portion: LayerPortion) -> None:
+        known, places = awaited.places.get(source, (None, None))
+        if places is None or known != portion.portion:
+            places = MessagePlaces(
+                layout=portion.layout,
+                part=self._own.parts[self._rank],
+                cache=self._cache,
+                runs=awaited.expected.runs,
+                layouts=awaited.layouts,
+            )
+            awaited.places[source] = portion.portion, places
+        places.of(portion.layer).unpack(torch.frombuffer(portion.memory, dtype=torch.uint8))
+
+    def _give_up(self, inbound: Inbound, transfer_id: bytes, cause: str) -> None:
+        """Ends a transfer of which its source says that no more will come."""
+        with self._lock:
+            awaited = self._awaited.get(transfer_id)
+            if awaited is not None and awaited.expected.source.epoch == inbound.epoch:
+                self._end(awaited, f"rank {inbound.rank} of the source says: {cause}")
+
+    def _lose(self, inbound: Inbound, error: HeterodyneError) -> None:
+        """Ends the transfers that awaited more from a connection that broke or is damaged.
+
+        What was damaged may have been the first piece of any transfer, so all end that awaited bytes from that rank.
+        """
+        is_damaged = isinstance(error, BadFrame) or inbound.is_within_frame
+        with self._lock:
+            for awaited in list(self._awaited.values()):
+                own = awaited.inbound.get(inbound.rank)
+                is_first = own is None and is_damaged and awaited.expected.source.epoch == inbound.epoch
+                if (own is inbound or is_first) and awaited.arrivals.awaits(inbound.rank):
+                    self._end(awaited, f"the connection with rank {inbound.rank} of the source ended: {error}")
+        logger.debug("A source rank's connection ended: %s", error, extra=said("kv_source_lost", cause=str(error)))
+
+    def _end(self, awaited: _Awaited, problem: str) -> None:
+        """Ends a transfer. The lock is held."""
+        expected = awaited.expected
+        self._awaited.pop(expected.transfer_id, None)
+        self._ends.append((expected.transfer_id, problem, awaited.arrivals.num_bytes))
