@@ -79,6 +79,7 @@ class KvFetcher:
         self._format = kv_format
         self._loop = asyncio.get_running_loop()
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._thanks: set[asyncio.Task[None]] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._sources: dict[tuple[str, int], ReplicaRanks] = {}
         self._is_closed = False
@@ -126,7 +127,7 @@ class KvFetcher:
     async def close_all(self) -> None:
         """Gives up what is fetched, and closes all connections."""
         self._is_closed = True
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._thanks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -197,9 +198,14 @@ class KvFetcher:
         call = stub.Prefill()
         try:
             await call.write(pb.PrefillRequest(epoch=source.epoch, start=self._start(wanted)))
-            return await self._follow(call, expectation, wanted, source.epoch)
-        finally:
+            transfer = await self._follow(call, expectation, wanted)
+        except BaseException:
             call.cancel()
+            raise
+        thanks = self._loop.create_task(_thank(call, source.epoch))
+        self._thanks.add(thanks)
+        thanks.add_done_callback(self._thanks.discard)
+        return transfer
 
     def _start(self, wanted: Wanted) -> pb.PrefillStart:
         submission = wanted.submission
@@ -213,8 +219,8 @@ class KvFetcher:
             format=kv_format_message(self._format),
         )
 
-    async def _follow(self, call: PrefillCall, expectation: Expectation, wanted: Wanted, epoch: int) -> KvTransfer:
-        """Waits until all has arrived, for as long as the other replica gives signs of life, and thanks it."""
+    async def _follow(self, call: PrefillCall, expectation: Expectation, wanted: Wanted) -> KvTransfer:
+        """Waits until all has arrived, for as long as the other replica gives signs of life."""
         arrived = asyncio.wrap_future(expectation.arrived)
         arrived_s: list[float] = []
         arrived.add_done_callback(lambda _: arrived_s.append(self._loop.time()))
@@ -226,11 +232,6 @@ class KvFetcher:
                 num_bytes = await arrived
         finally:
             arrived.cancel()
-        await call.write(pb.PrefillRequest(epoch=epoch, arrived=pb.KvArrived()))
-        await call.done_writing()
-        async with asyncio.timeout(LEASE_S):
-            async for _ in _responses(call):
-                pass
         return KvTransfer(
             num_tokens=len(wanted.tokens),
             num_bytes=num_bytes,
@@ -287,6 +288,17 @@ class KvFetcher:
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         return self._channels[address]
+
+
+async def _thank(call: PrefillCall, epoch: int) -> None:
+    """Tells the other replica that all has arrived, and sees the call to its end; it may be gone by now."""
+    with contextlib.suppress(grpc.aio.AioRpcError, HeterodyneError, TimeoutError):
+        async with asyncio.timeout(LEASE_S):
+            await call.write(pb.PrefillRequest(epoch=epoch, arrived=pb.KvArrived()))
+            await call.done_writing()
+            async for _ in _responses(call):
+                pass
+    call.cancel()
 
 
 async def _responses(call: PrefillCall) -> AsyncIterator[pb.PrefillResponse]:
