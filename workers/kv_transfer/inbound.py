@@ -20,7 +20,7 @@ from workers.kv_transfer.wire import (
     pack_ack,
     pack_welcome,
 )
-from workers.transport.errors import BadFrame, FencedFrame
+from workers.transport.errors import BadFrame, FencedFrame, PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import Incoming, Link, Outgoing, outgoing
 
@@ -59,6 +59,7 @@ class Inbound:
     heard_s: float = field(default_factory=time.monotonic)
     _incoming: Incoming = field(init=False)
     _replies: deque[Outgoing] = field(default_factory=deque)
+    _is_heard: bool = True
 
     def __post_init__(self) -> None:
         self._incoming = self._next_frame()
@@ -112,12 +113,20 @@ class Inbound:
     def _reply(self, kind: Kind, payload: memoryview) -> None:
         if len(self._replies) >= _MOST_REPLIES:
             raise BadFrame(f"{_MOST_REPLIES} answers were not read")
-        self._replies.append(outgoing(self.link, kind, payload))
+        if self._is_heard:
+            self._replies.append(outgoing(self.link, kind, payload))
 
     def flush(self) -> None:
-        """Sends the answers that the socket takes now. Raises PeerFailed."""
-        while self._replies and self._replies[0].advance():
-            self._replies.popleft()
+        """Sends the answers that the socket takes now.
+
+        Where the source hears no more, they are dropped: what it has sent may still be read, until its end.
+        """
+        try:
+            while self._replies and self._replies[0].advance():
+                self._replies.popleft()
+        except PeerFailed:
+            self._is_heard = False
+            self._replies.clear()
 
     def close(self) -> None:
         """Closes the connection."""

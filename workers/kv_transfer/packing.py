@@ -146,16 +146,17 @@ def slot_index(runs: Sequence[Run]) -> Tensor:
 
 
 def _quantize(numbers: NDArray[np.float32], lengths: Sequence[int], data: NDArray[np.uint8]) -> None:
-    """Writes scales [H, G] and 8-bit integers [H, T, D] for ``numbers`` [H, T, D] to ``data``."""
+    """Writes scales [H, G] and 8-bit integers [H, T, D] for ``numbers`` [H, T, D], which it changes, to ``data``."""
     starts = np.cumsum([0, *lengths[:-1]])
-    largest = np.maximum.reduceat(np.abs(numbers).max(axis=2), starts, axis=1)
-    scales = (largest / np.float32(_LARGEST_INT8)).astype(np.float32)
+    largest = np.maximum.reduceat(np.maximum(numbers.max(axis=2), -numbers.min(axis=2)), starts, axis=1)
+    scales = largest / np.float32(_LARGEST_INT8)
     split = scales.size * SCALE_BYTES
     data[:split] = scales.reshape(-1).view(np.uint8)
-    divisors = np.repeat(np.where(scales == 0, np.float32(1), scales), lengths, axis=1)[..., None]
     with np.errstate(invalid="ignore"):  # numbers that are not finite stay so through their scale
-        integers = np.rint(numbers / divisors).clip(-_LARGEST_INT8, _LARGEST_INT8).astype(np.int8)
-    data[split:] = integers.reshape(-1).view(np.uint8)
+        numbers /= np.repeat(np.where(scales == 0, np.float32(1), scales), lengths, axis=1)[..., None]
+        np.rint(numbers, out=numbers)
+        np.clip(numbers, -_LARGEST_INT8, _LARGEST_INT8, out=numbers)
+        np.copyto(data[split:].view(np.int8).reshape(numbers.shape), numbers, casting="unsafe")
 
 
 def _dequantize(data: NDArray[np.uint8], lengths: Sequence[int], shape: tuple[int, int, int]) -> Tensor:

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.model.part import Span
-from placement.serving.kv.peers import KvFormat
 from tests.workers.kv_transfer.relay import Relay
-from tests.workers.kv_transfer.replicas import NUM_LAYERS, WAIT_S, Kind, Replica, dense_kv, pair
+from tests.workers.kv_transfer.replicas import NUM_LAYERS, WAIT_S, Replica, dense_kv, pair, wait_until
 from workers.kv_transfer.shared_memory import RemoteWindow
 
 TOKENS = 13
@@ -118,15 +117,17 @@ def test_damage_ends_also_the_transfers_that_had_yet_to_begin() -> None:
 def test_a_transfer_that_begins_after_a_broken_connection_gets_a_new_one() -> None:
     dense = dense_kv(TOKENS)
     tokens = Span(0, TOKENS)
-    with pair(Kind("uneven"), num_tokens=TOKENS) as it:
+    with pair(num_tokens=TOKENS) as it:
         it.source.fill(dense)
         relay = Relay(it.addresses[0], Harm("flip", 3, 0.5), NUM_FRAMES)
         try:
             for is_harmed in (True, False):
-                transfer = it.expect(tokens, KvFormat.NATIVE)
+                transfer = it.expect(tokens)
                 it.open(transfer, tokens, addresses=[relay.address])
                 it.ship(transfer, tokens)
                 assert bool(it.ends.get(timeout=WAIT_S)[2]) is is_harmed
+                if is_harmed:
+                    wait_until(lambda: not it.senders[0]._transfers)  # it has noticed
         finally:
             relay.close()
 
