@@ -9,6 +9,7 @@ from orchestrator.config.parallelism import ParallelismConfig
 from orchestrator.config.pools import PoolsConfig
 from orchestrator.config.source import Layers
 from orchestrator.config.types import STRICT, ByteSize
+from placement.serving.kv.peers import KvFormat
 
 
 def _or_auto(schema: dict[str, JsonValue]) -> None:
@@ -57,6 +58,11 @@ class ServingConfig:
     pools: PoolsConfig | None = None
     """Which workers compute prompts only, and which answers only. Default: every replica computes both, unless
     serving.parallelism gives it a role."""
+
+    @property
+    def kv_format(self) -> KvFormat:
+        """Returns how keys and values are written between replicas."""
+        return KvFormat.INT8 if self.kv_transfer == "int8" else KvFormat.NATIVE
 
 
 def expand_auto(layers: Layers) -> None:

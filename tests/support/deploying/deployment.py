@@ -157,6 +157,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
         model_path=config.model.path,
         load_timeout_s=START_S,
         fingerprint=checked.fingerprint,
+        kv_format=config.serving.kv_format,
     )
 
 
