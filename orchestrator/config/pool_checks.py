@@ -95,7 +95,7 @@ def _membership(pool: Pool) -> str:
 
 def _never_errors(serving: ServingConfig, roles: Set[Role], layers: Layers) -> Iterator[InvalidConfig]:
     if serving.disaggregation == "never" and roles != {Role.MIXED}:
-        problem = "has each replica compute prompts and answers, and some are for one of the two only"
+        problem = "has each replica compute prompts and answers, but some are for only one of the two"
         fix = "Set it to auto or always; or leave out serving.pools, and role in serving.parallelism."
         yield layers.refusal(("serving", "disaggregation"), "never", problem, fix)
 

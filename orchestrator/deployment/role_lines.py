@@ -21,7 +21,7 @@ def role_events(plan: Plan, serving: ServingConfig) -> Iterator[Said]:
         event="roles",
         sentence=f"{', '.join(_clauses(names))}; keys and values go over the network as {written}{faster}.",
         fields={
-            **{role.value: ",".join(named) for role, named in names.items()},
+            **{role.value: ",".join(names[role]) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)},
             "disaggregation": serving.disaggregation,
             "kv_transfer": "int8" if serving.kv_format is KvFormat.INT8 else ",".join(_sent_dtypes(plan)),
         },

@@ -39,11 +39,11 @@ def cluster(*memory: int, nodes: int = 1) -> ClusterSpec:
 def plan(layouts: Sequence[ReplicaLayout], size: int = GIB, **more: object) -> Plan:
     num_devices = 1 + max(device for layout in layouts for device in layout.devices)
     settings = {"dtype": DType.FLOAT32, "kv_cache_bytes": 16 * MIB, "max_context_tokens": None, "limits": LIMITS} | more
-    return plan_replicas(MODEL, cluster(*[size] * num_devices), layouts=layouts, **settings)  # type: ignore[arg-type]
+    return plan_replicas(MODEL, cluster(*[size] * num_devices), layouts=layouts, **settings)
 
 
 def on(*devices: int, pool: Pool = EVERYONE, split: str = "tensor") -> ReplicaLayout:
-    stage = StageLayout(devices=devices, weights=(1.0,) * len(devices), split=split)  # type: ignore[arg-type]
+    stage = StageLayout(devices=devices, weights=(1.0,) * len(devices), split=split)
     return ReplicaLayout(stages=(stage,), pool=pool)
 
 

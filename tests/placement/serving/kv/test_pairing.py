@@ -51,4 +51,4 @@ def test_a_replica_without_some_keys_and_values_is_refused(lost: str) -> None:
 def _with_part(replica: Replica, part: object) -> Replica:
     (stage,) = replica.stages
     (shard,) = stage.shards
-    return replace(replica, stages=(replace(stage, shards=(replace(shard, part=part),)),))  # type: ignore[arg-type]
+    return replace(replica, stages=(replace(stage, shards=(replace(shard, part=part),)),))
