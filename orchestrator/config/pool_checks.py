@@ -3,7 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from orchestrator.config.parallelism import ReplicaConfig
-from orchestrator.config.pools import NamedWorker, PoolConfig, PoolsConfig, members, pool_of_each, replica_pool
+from orchestrator.config.pools import (
+    NamedWorker,
+    PoolConfig,
+    PoolsConfig,
+    has_labels,
+    members,
+    pool_of_each,
+    replica_pool,
+)
 from orchestrator.config.serving import ServingConfig
 from orchestrator.config.source import Key, Layers
 from placement.errors import InvalidConfig
@@ -43,8 +51,13 @@ def _pool_errors(pools: PoolsConfig | None, workers: Sequence[NamedWorker], laye
         names = members(pool, workers)
         unknown = list(_unknown_names(pool, workers, layers, where))
         yield from unknown
-        if not names and not unknown:
-            yield _empty(pool, layers, where)
+        if pool.node_labels and not any(has_labels(pool, worker) for worker in workers):
+            problem = "are not among the node_labels of any worker"
+            fix = "Give workers these node_labels in cluster.workers, or name the pool's workers."
+            yield layers.refusal((*where, "node_labels"), dict(pool.node_labels), problem, fix)
+        elif not names and not unknown:
+            fix = "Name its workers, as workers: [NAME], or labels that they have, as node_labels: {KEY: VALUE}."
+            yield layers.refusal(where, None, "selects no worker", fix)
         for name in names:
             if name in selected:
                 problem = f"selects a worker that serving.pools.{selected[name].value} selects too"
@@ -62,16 +75,6 @@ def _unknown_names(
         if name not in names:
             fix = f"Use one of {', '.join(names[:_MOST_NAMED])}{', …' if len(names) > _MOST_NAMED else ''}."
             yield layers.refusal((*where, "workers", at), name, "is not the name of a worker", fix)
-
-
-def _empty(pool: PoolConfig, layers: Layers, where: Key) -> InvalidConfig:
-    """Refuses a pool that selects nobody."""
-    if pool.node_labels:
-        problem = "are not among the node_labels of any worker"
-        fix = "Give workers these node_labels in cluster.workers, or name the pool's workers."
-        return layers.refusal((*where, "node_labels"), dict(pool.node_labels), problem, fix)
-    fix = "Name its workers, as workers: [NAME], or labels that they have, as node_labels: {KEY: VALUE}."
-    return layers.refusal(where, None, "selects no worker", fix)
 
 
 def _replica_errors(

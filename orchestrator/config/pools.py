@@ -65,14 +65,15 @@ class NamedWorker:
 
 def members(pool: PoolConfig, workers: Sequence[NamedWorker]) -> list[str]:
     """Returns the names of the workers that a pool selects, in their order."""
-    wanted = pool.node_labels.items()
+    named = frozenset(pool.workers)
     return [
-        worker.name
-        for worker in workers
-        if worker.name in pool.workers
-        or (worker.entry is not None and worker.entry in pool.workers)
-        or (wanted and wanted <= worker.labels.items())
+        worker.name for worker in workers if worker.name in named or worker.entry in named or has_labels(pool, worker)
     ]
+
+
+def has_labels(pool: PoolConfig, worker: NamedWorker) -> bool:
+    """Tells whether a pool selects a worker by its labels."""
+    return bool(pool.node_labels) and pool.node_labels.items() <= worker.labels.items()
 
 
 def pool_of_each(pools: PoolsConfig | None, workers: Sequence[NamedWorker]) -> dict[str, Pool]:

@@ -113,8 +113,6 @@ def preflight(
     machine = machine or measure_machine()
     _check_machine(config, machine)
     cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
-    if config.serving.disaggregation != "never" and len(choice.plan.replicas) > 1:
-        check_exchange(choice.plan)
     if listens:
         _check_start(config, machine)
     return Checked(
@@ -165,7 +163,10 @@ def _choose(
     refusals: list[HeterodyneError] = []
     for cluster in clusters:
         try:
-            return cluster, _choose_layouts(config, files, cluster, speeds)
+            choice = _choose_layouts(config, files, cluster, speeds)
+            if config.serving.disaggregation != "never" and len(choice.plan.replicas) > 1:
+                check_exchange(choice.plan)
+            return cluster, choice
         except HeterodyneError as error:
             refusals.append(error)
     raise refusals[0]

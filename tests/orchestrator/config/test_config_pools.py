@@ -103,6 +103,8 @@ def test_a_role_that_repeats_what_the_pool_says_is_fine(tmp_path: Path) -> None:
         (serving("pools: {decode: {block_size: 32}}"), "serving.pools.decode", "selects no worker"),
         (serving("pools: {prefill: {node_labels: {tier: quick}}}"),
          "serving.pools.prefill.node_labels", "are not among the node_labels"),
+        (serving("pools: {prefill: {workers: [slow], node_labels: {tier: fsat}}}"),
+         "serving.pools.prefill.node_labels", "are not among the node_labels"),
         (serving("pools: {prefill: {workers: [fast]}, decode: {workers: [slow, fast-1]}}"),
          "serving.pools.decode", "serving.pools.prefill selects too"),
         (serving("pools: {prefill: {workers: [fast], block_size: 0}}"), "serving.pools.prefill.block_size", "below 1"),
