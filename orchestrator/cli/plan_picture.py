@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
+from orchestrator.deployment.role_lines import own_dtype, role_word
 from placement.model.specs import ModelSpec
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Plan, Replica, Shard, Stage
@@ -90,7 +91,8 @@ def _draw_replica(
 ) -> int:
     count = len(replica.shards)
     ranks = f"{count} rank{'s' if count > 1 else ''}"
-    _text(root, _MARGIN, top + 10, f"{replica.name}: {ranks}, {replica.num_kv_tokens} tokens of KV", size=13)
+    notes = [role_word(plan, replica), ranks, own_dtype(plan, replica), f"{replica.num_kv_tokens} tokens of KV"]
+    _text(root, _MARGIN, top + 10, f"{replica.name}: {', '.join(note for note in notes if note)}", size=13)
     top += _LINE
     for stage, boxes in zip(replica.stages, stages, strict=True):
         height = _band(stage, plan.model)

@@ -15,6 +15,7 @@ from placement.measured.step_times import seconds
 from placement.measured.targets import mixed_words
 from placement.model.specs import DType
 from placement.planning.memory import format_bytes
+from placement.planning.plan import Role
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
 _STYLES = {
@@ -25,14 +26,15 @@ _STYLES = {
     "STOPPED": "dim",
 }
 _COLUMNS = (
-    "replica", "state", "phase", "epoch", "rank", "node", "worker", "device", "target", "pid", "address", "layers",
-    "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting", "prompt tokens/s", "tokens/s",
+    "replica", "role", "dtype", "state", "phase", "epoch", "rank", "node", "worker", "device", "target", "pid",
+    "address", "layers", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
+    "prompt tokens/s", "tokens/s",
 )  # fmt: skip
 _KEYS = {"prompt tokens/s": "prompt_tokens_per_s", "tokens/s": "generated_tokens_per_s"}
 # What a narrow terminal does without, first to go first; the lines for programs have everything.
 _DISPENSABLE = (
     "prompt tokens/s", "epoch", "address", "pid", "FFN", "KV heads", "layers", "KV", "weights", "target", "device",
-    "phase", "rank", "node",
+    "dtype", "phase", "rank", "node",
 )  # fmt: skip
 _UNLIMITED = 10_000
 _RIGHT = (
@@ -135,12 +137,28 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
 
 def mixed_targets(status: admin_pb2.GetStatusResponse) -> dict[str, str]:
     """Says of each replica whose ranks have several targets that answers depend on who computes, where they do."""
-    dtype = DType(status.dtype) if status.dtype else None
+    dtypes = {replica.name: replica.dtype or status.dtype for replica in status.replicas}
     words = {
-        replica.name: mixed_words(replica.name, [rank.target for rank in replica.ranks], dtype)
+        replica.name: mixed_words(
+            replica.name,
+            [rank.target for rank in replica.ranks],
+            DType(dtypes[replica.name]) if dtypes[replica.name] else None,
+        )
         for replica in status.replicas
     }
     return {name: said for name, said in words.items() if said}
+
+
+def roles(status: admin_pb2.GetStatusResponse) -> dict[str, str]:
+    """Returns what each replica is for, where any is for prompts or answers only; else nothing."""
+    found = {replica.name: replica.role for replica in status.replicas}
+    return found if set(found.values()) - {"", Role.MIXED.value} else {}
+
+
+def own_dtypes(status: admin_pb2.GetStatusResponse) -> dict[str, str]:
+    """Returns the number type of each replica, where they have different ones; else nothing."""
+    found = {replica.name: replica.dtype for replica in status.replicas}
+    return found if len(set(found.values()) - {""}) > 1 else {}
 
 
 def _layers(rank: admin_pb2.RankStatus) -> str:
@@ -152,12 +170,15 @@ def _layers(rank: admin_pb2.RankStatus) -> str:
 
 
 def _rows(status: admin_pb2.GetStatusResponse) -> Iterator[dict[str, str]]:
+    role_of, dtype_of = roles(status), own_dtypes(status)
     for replica in status.replicas:
         state = admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_")
         figures = _load_figures(replica)
         for rank in replica.ranks or [admin_pb2.RankStatus()]:
             yield {
                 "replica": replica.name,
+                "role": role_of.get(replica.name, ""),
+                "dtype": dtype_of.get(replica.name, ""),
                 "state": state,
                 "phase": rank.load_phase,
                 "epoch": str(replica.epoch),

@@ -4,19 +4,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.cli.measured_status import measured_pairs
-from orchestrator.cli.render import mixed_targets
+from orchestrator.cli.render import mixed_targets, own_dtypes, roles
 from protos.heterodyne.v1 import admin_pb2
 
 
 def status_document(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
     """Returns the document. Numbers are numbers, in bytes, seconds and shares of 1."""
-    mixed = mixed_targets(status)
+    of_replicas = {
+        "role": roles(status),
+        "dtype": own_dtypes(status),
+        "mixed_targets": mixed_targets(status),
+    }
     return {
         "model": status.model,
         **_known({"context_tokens": status.context_tokens, "model_context_tokens": status.model_context_tokens}),
         **_known({"dtype": status.dtype}),
         "gateway": _gateway(status.gateway),
-        "replicas": [_replica(replica, mixed.get(replica.name, "")) for replica in status.replicas],
+        "replicas": [
+            _replica(replica, {key: words.get(replica.name, "") for key, words in of_replicas.items()})
+            for replica in status.replicas
+        ],
         "measured": [{name: _number(value) for name, value in pairs.items()} for pairs in measured_pairs(status)],
     }
 
@@ -34,12 +41,12 @@ def _gateway(gateway: admin_pb2.GatewayStatus) -> dict[str, Any]:
     }
 
 
-def _replica(replica: admin_pb2.ReplicaStatus, mixed: str) -> dict[str, Any]:
+def _replica(replica: admin_pb2.ReplicaStatus, told: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": replica.name,
         "state": admin_pb2.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
         "epoch": replica.epoch,
-        **_known({"cause": replica.cause, "mixed_targets": mixed}),
+        **_known({"cause": replica.cause, **told}),
         **({"load": _load(replica.load)} if replica.HasField("load") else {}),
         **({"step_budget": _budget(replica.budget)} if replica.budget.token_budget else {}),
         "ranks": [_rank(rank) for rank in replica.ranks],

@@ -12,12 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from orchestrator.config.environment import unknown_variables, variable_of, wrong_target
-from orchestrator.config.parallelism import ParallelismConfig, WorkerName, check_parallelism
+from orchestrator.config.parallelism import check_parallelism
+from orchestrator.config.pool_checks import check_pools
+from orchestrator.config.pools import NamedWorker
+from orchestrator.config.serving import ServingConfig, expand_auto
 from orchestrator.config.source import Layers, read_layers
-from orchestrator.config.types import STRICT, Address, AddressText, ByteSize, Device, Endpoint, ModelPath, RayAddress
+from orchestrator.config.types import (
+    STRICT,
+    Address,
+    AddressText,
+    ByteSize,
+    Device,
+    Endpoint,
+    ModelPath,
+    RayAddress,
+    WorkerName,
+)
 from orchestrator.config.violations import collect
 from orchestrator.errors import refuse
 from placement.errors import InvalidConfig
@@ -113,43 +126,13 @@ class ClusterConfig:
                 names.append(f"{worker.name}{several}" if worker.name else f"worker-{len(names)}")
         return tuple(names)
 
-
-def _or_auto(schema: dict[str, JsonValue]) -> None:
-    """Adds ``auto`` to a schema, where it stands for None: see :func:`_expand_auto`."""
-    either = schema["anyOf"]
-    assert isinstance(either, list), schema
-    either.append({"const": "auto"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingConfig:
-    """How a replica runs its sequences."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    max_num_seqs: Annotated[int, Field(ge=1, le=4096)] = 32
-    """Most sequences that run at once in a replica."""
-    token_budget: Annotated[int | None, Field(ge=1, le=2**20, json_schema_extra=_or_auto)] = None
-    """Most tokens of one step, decodes counted. More: answers start sooner; fewer: they stream smoother. Default, auto:
-    each replica measures its steps when it starts, and takes the largest budget whose step lasts step_time_s at the
-    most; at least max_num_seqs, and at most 512, or 2048 where all devices are GPUs."""
-    step_time_s: Annotated[float, Field(ge=0.001, le=60)] = 0.5
-    """Longest time that a step is to take, by which token_budget: auto sizes steps; a running answer gets a token with
-    each. It is measured with short sequences: behind long contexts steps take longer. A token_budget that is set does
-    without it."""
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Tokens of one KV block."""
-    kv_cache: Annotated[ByteSize | None, Field(json_schema_extra=_or_auto)] = None
-    """Memory for KV blocks in each rank. Default, auto: half of the memory that weights, workspace and process leave on
-    a CPU, nine tenths of that on a GPU, or 256 MiB where the memory is not known; at most what max_num_seqs sequences
-    can use, and at least 2048 tokens, or model.max_context_tokens where that is set. On a CPU memory is taken as it is
-    used, and other programs see the rest as free: set a size where they, or another serve, need memory too."""
-    parallelism: Annotated[ParallelismConfig | None, Field(json_schema_extra=_or_auto)] = None
-    """Who holds what of the model. Default, auto: every worker all of it, or where that does not fit, all workers
-    together one replica, by measured speed within memory: those of a node share every layer, nodes share the layers."""
-    prefix_cache: bool = True
-    """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
-    alike."""
+    @property
+    def named_workers(self) -> tuple[NamedWorker, ...]:
+        """Returns the names and labels of each worker, with counts expanded."""
+        return tuple(
+            NamedWorker(name=name, entry=worker.name, labels=worker.node_labels)
+            for worker, name in zip(self.each_worker, self.worker_names, strict=True)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +223,7 @@ def load_config(path: Path | str, *, overrides: Sequence[str] = (), environ: Map
     """
     path = Path(path)
     layers = read_layers(path, overrides=overrides, environ=environ)
-    _expand_auto(layers)
+    expand_auto(layers)
     config, violations = collect(ADAPTER, Config, layers)
     errors = [*unknown_variables(environ, settings_variables()), *layers.errors, *violations]
     if (wrong := wrong_target(environ)) is not None:
@@ -260,24 +243,6 @@ def settings_variables() -> list[str]:
         for section in (section.name for section in dataclasses.fields(Config))
         for key in dataclasses.fields(sections[section])
     ]
-
-
-def _expand_auto(layers: Layers) -> None:
-    """Replaces the word ``auto`` by None, which stands for it, for each key that has it."""
-    serving = layers.values.get("serving")
-    if not isinstance(serving, dict):
-        return
-    if serving.get("kv_cache") == "auto":
-        serving["kv_cache"] = None
-    others = {
-        "token_budget": ("is neither auto nor a whole number", "Write auto, or a number without quotes or unit."),
-        "parallelism": ("is neither auto nor a section", "Write auto, or replicas: with the stages of each."),
-    }
-    for key, (problem, fix) in others.items():
-        if isinstance(said := serving.get(key), str):
-            if said != "auto":
-                layers.errors.append(layers.refusal(("serving", key), said, problem, fix))
-            serving[key] = None
 
 
 def _resolve(config: Config, path: Path, layers: Layers) -> Config:
@@ -312,7 +277,8 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
     return (
         errors
         + _worker_contradictions(config, layers)
-        + check_parallelism(config.serving.parallelism, config.cluster.worker_names, layers)
+        + check_parallelism(serving.parallelism, config.cluster.worker_names, layers)
+        + check_pools(serving, config.cluster.named_workers, layers)
     )
 
 

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from orchestrator.config.source import Layers
-from orchestrator.config.types import STRICT
+from orchestrator.config.types import STRICT, WorkerName
 from placement.errors import InvalidConfig
 
-WorkerName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$", examples=["big", "old-desktop"])]
 _Share = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -41,6 +40,9 @@ class ReplicaConfig:
 
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, max_length=64)]
     """Its stages, in the order of the layers."""
+    role: Literal["prefill", "decode", "mixed"] | None = None
+    """What it computes: prompts, answers to prompts of other replicas, or both. Default: what serving.pools says of its
+    workers, or both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,7 @@ def _refuse(problem: str, fix: str) -> NoReturn:
     raise PydanticCustomError("refused", "{problem}", {"problem": problem, "fix": fix})
 
 
+WorkerName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$", examples=["big", "old-desktop"])]
 ByteSize = Annotated[
     int,
     Field(ge=1, le=2**50),

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES
-from placement.planning.plan import Plan, Shard
+from placement.planning.plan import Plan, Replica, Shard
+from placement.serving.kv.peers import KvFormat
 from protos.codec.formats import dtype_message, quantization_message
 from protos.codec.limits import set_limits
 from protos.codec.parts import shard_message
+from protos.codec.replica_ranks import kv_format_message
 from protos.heterodyne.worker.v1 import worker_pb2
 
 
@@ -21,6 +22,7 @@ class DeploymentSettings:
         load_timeout_s: how long a rank may take to load.
         fingerprint: the digest of every file of the model, by its name; empty: ranks do not compare theirs.
         stall_timeout_s: what the gateway allows every step; 0: it is not said.
+        kv_format: how replicas have keys and values sent to them.
     """
 
     plan: Plan
@@ -28,6 +30,7 @@ class DeploymentSettings:
     load_timeout_s: float
     fingerprint: Mapping[str, bytes] = field(default_factory=dict)
     stall_timeout_s: float = 0.0
+    kv_format: KvFormat = KvFormat.NATIVE
 
     def needed_bytes(self, shard: Shard) -> int:
         """Returns all that the rank's process takes on a CPU node: weights, KV blocks, workspace, and itself."""
@@ -35,33 +38,37 @@ class DeploymentSettings:
 
     def speed_request(self, replica: str, *, epoch: int) -> worker_pb2.MeasureSpeedRequest:
         """Writes what a rank is asked to measure: products with weights as they will be held."""
-        quantization = quantization_message(self._limits(replica).quantization)
+        planned = self._planned(replica)
         return worker_pb2.MeasureSpeedRequest(
-            epoch=epoch, dtype=dtype_message(self.plan.dtype), quantization=quantization
+            epoch=epoch,
+            dtype=dtype_message(planned.dtype),
+            quantization=quantization_message(planned.limits.quantization),
         )
 
     def load_request(
         self, replica: str, shard: Shard, *, epoch: int, members: Sequence[worker_pb2.Member] = (), token: bytes = b""
     ) -> worker_pb2.LoadRequest:
         """Writes what a rank is asked to load, with the ``members`` of its replica, which share ``token``."""
+        planned = self._planned(replica)
         request = worker_pb2.LoadRequest(
             epoch=epoch,
             model_path=self.model_path,
-            dtype=dtype_message(self.plan.dtype),
+            dtype=dtype_message(planned.dtype),
             shard=shard_message(shard.rank, shard.part),
             num_blocks=shard.num_blocks,
             max_context_tokens=self.plan.model.max_context_tokens,
             members=members,
             token=token if members else b"",
             stall_timeout_s=self.stall_timeout_s,
+            kv_format=kv_format_message(self.kv_format),
             facts=worker_pb2.ModelFacts(
                 eos_token_ids=self.plan.model.eos_token_ids,
                 tied_embeddings=self.plan.model.tied_embeddings,
                 fingerprint=self.fingerprint,
             ),
         )
-        set_limits(request, self._limits(replica))
+        set_limits(request, planned.limits)
         return request
 
-    def _limits(self, name: str) -> ReplicaLimits:
-        return next(replica.limits for replica in self.plan.replicas if replica.name == name)
+    def _planned(self, name: str) -> Replica:
+        return next(replica for replica in self.plan.replicas if replica.name == name)

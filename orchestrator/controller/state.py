@@ -22,7 +22,7 @@ from orchestrator.controller.events import (
 )
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.specs import DType
-from placement.planning.plan import Shard
+from placement.planning.plan import Role, Shard
 from protos.codec.loading import Loading
 
 
@@ -71,11 +71,21 @@ class RankState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """One copy of the model; ``cause`` is that of the rank that failed first."""
+    """One copy of the model.
+
+    Attributes:
+        role: what it is for.
+        block_size: the tokens of its KV blocks.
+        dtype: the number type that it computes in.
+        cause: that of the rank that failed first.
+    """
 
     name: str
     epoch: int
     ranks: tuple[RankState, ...]
+    block_size: int
+    dtype: DType
+    role: Role = Role.MIXED
     phase: Phase = Phase.STARTING
     cause: str = ""
 
@@ -113,6 +123,9 @@ def _launch(event: Launch) -> State:
             name=replica.name,
             epoch=event.epoch,
             ranks=tuple(RankState(shard=shard) for shard in replica.shards),
+            block_size=replica.limits.block_size,
+            dtype=replica.dtype,
+            role=replica.role,
         )
         for replica in event.plan.replicas
     )

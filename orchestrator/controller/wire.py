@@ -10,6 +10,7 @@ from protos.codec.formats import dtype_message
 from protos.codec.loading import LOAD_PHASES, Loading, part_of
 from protos.codec.measured import measured_message
 from protos.codec.parts import shard_message
+from protos.codec.roles import role_message
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2
 
@@ -78,6 +79,9 @@ def _replica(replica: ReplicaState) -> pb.Replica:
         phase=_PHASES[replica.phase],
         cause=replica.cause,
         ranks=[_rank(rank) for rank in replica.ranks],
+        role=role_message(replica.role),
+        block_size=replica.block_size,
+        dtype=dtype_message(replica.dtype),
     )
 
 

@@ -22,22 +22,24 @@ def settle(provisional: Checked, measured: Sequence[DeviceSpeed | NotMeasured]) 
     No speed is made up for a worker that has none. Threads, or memory, are then what is known of all of them.
 
     Args:
-        provisional: one replica over all workers.
-        measured: the speed of each of its ranks, or why it is not known.
+        provisional: replicas over several workers each.
+        measured: the speed of each rank of the first replica, then of the next, or why it is not known.
 
     Raises:
         HeterodyneError: the model directory was changed since it was first looked at.
     """
-    (replica,) = provisional.plan.replicas
     names = provisional.config.cluster.worker_names
-    places = [provisional.workers[replica.name, rank] for rank in range(len(measured))]
+    ranks = [(replica.name, shard.rank) for replica in provisional.plan.replicas for shard in replica.shards]
+    places = [provisional.workers[rank] for rank in ranks]
     by_place = dict(zip(places, measured, strict=True))
     speeds = [speed for _, speed in sorted(by_place.items()) if isinstance(speed, DeviceSpeed)]
     failures = [f"{names[place]} {speed.cause}" for place, speed in by_place.items() if isinstance(speed, NotMeasured)]
     if failures:
         return Settled(checked=provisional, said=split_words(provisional, cause="; ".join(failures)))
     checked = by_speed(provisional, speeds)
-    assert checked.workers == provisional.workers, (checked.workers, provisional.workers)
+    if checked.workers != provisional.workers:  # the workers that run were told which replica they are of
+        cause = "what was measured would put workers into other replicas"
+        return Settled(checked=provisional, said=split_words(provisional, cause=cause))
     cause = "" if checked.split_by == "speed" else "the model cannot be cut by what was measured"
     said = split_words(
         checked,
@@ -52,9 +54,11 @@ def split_words(checked: Checked, **more: str) -> Said:
     """Says by what a model was cut."""
     cause = more.get("cause", "")
     why = f", as {cause}" if cause else ""
+    each = all(len(replica.shards) > 1 for replica in checked.plan.replicas)
+    lacking = "No worker has" if each else "Not every worker has"
     return Said(
         event="auto_split",
-        sentence=f"No worker has memory for the whole model: it is cut by {checked.split_by}{why}.",
+        sentence=f"{lacking} memory for the whole model: it is cut by {checked.split_by}{why}.",
         fields={"by": checked.split_by, **more},
     )
 

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 
 from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.preflight import Checked
+from orchestrator.deployment.role_lines import own_dtype, role_events, role_word
 from orchestrator.event_log import LogLevel, Said
 from placement.measured.targets import mixed_words
 from placement.model.part import Span
 from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
 from placement.planning.memory import format_bytes, size_words
-from placement.planning.plan import Replica, Shard
+from placement.planning.plan import Plan, Replica, Shard
 
 
 def warning_events(checked: Checked) -> Iterator[Said]:
@@ -32,52 +33,63 @@ def warning_events(checked: Checked) -> Iterator[Said]:
 
 
 def plan_events(checked: Checked) -> Iterator[Said]:
-    """Yields for each rank what it will hold, what follows from unequal targets, and what context there is."""
+    """Yields what each rank will hold, who computes what, what follows from unequal targets, and the context."""
     yield from _rank_events(checked)
+    yield from role_events(checked.plan, checked.config.serving)
     yield from _mixed_events(checked)
     yield context_event(checked)
 
 
 def _rank_events(checked: Checked) -> Iterator[Said]:
-    plan = checked.plan
-    ranks = [
-        (replica, stage, shard)
-        for replica in plan.replicas
-        for stage, ranks_of_stage in enumerate(replica.stages)
-        for shard in ranks_of_stage.shards
-    ]
-    for replica, stage, shard in ranks:
-        part, worker = shard.part, shard.device.worker
-        node = shard.node if checked.is_placed(shard) else "any"
-        weights, kv = format_bytes(shard.weight_bytes), format_bytes(shard.kv_bytes)
-        fields: dict[str, object] = {
-            "replica": replica.name,
-            "stage": stage,
-            "rank": shard.rank,
-            "worker": worker,
-            "node": node,
-            "device": shard.device.name,
-            "target": shard.device.target,
-            "threads": shard.device.num_threads,
-            "layers": _range(part.layers),
-            "kv_heads": _range(part.kv_heads),
-            "ffn_columns": _range(part.ffn_columns),
-            "vocab_rows": _range(part.vocab_rows),
-            "block_slots": "" if part.stripe is None else _range(Span(part.stripe.start, part.stripe.stop)),
-            "token_budget": replica.limits.budget_words,
-            "weights": weights,
-            "kv": kv,
-            "kv_tokens": shard.num_blocks * replica.limits.block_size,
-            "kv_sized_by": _sized_by(replica),
-        }
-        heads = f", KV heads {_range(part.kv_heads)} of {plan.model.num_kv_heads}"
-        sentence = (
-            f"{replica.name} rank {shard.rank}: worker {worker}, {shard.device.name} of {place_of(checked, shard)}, "
-            f"{_target_words(shard)}{shard.device.num_threads} thread(s): "
-            f"layers {_range(part.layers)} of {plan.model.num_layers}{heads}, {weights} of weights, {kv} of KV cache, "
-            f"token budget {replica.limits.budget_words}."
-        )
-        yield Said(event="plan", sentence=sentence, fields=fields)
+    for replica in checked.plan.replicas:
+        for stage, ranks in enumerate(replica.stages):
+            for shard in ranks.shards:
+                fields = _rank_fields(checked, replica, stage, shard)
+                yield Said(event="plan", sentence=_rank_words(checked, replica, shard), fields=fields)
+
+
+def _rank_fields(checked: Checked, replica: Replica, stage: int, shard: Shard) -> dict[str, object]:
+    part = shard.part
+    return {
+        "replica": replica.name,
+        "role": role_word(checked.plan, replica),
+        "stage": stage,
+        "rank": shard.rank,
+        "worker": shard.device.worker,
+        "node": shard.node if checked.is_placed(shard) else "any",
+        "device": shard.device.name,
+        "target": shard.device.target,
+        "threads": shard.device.num_threads,
+        "layers": _range(part.layers),
+        "kv_heads": _range(part.kv_heads),
+        "ffn_columns": _range(part.ffn_columns),
+        "vocab_rows": _range(part.vocab_rows),
+        "block_slots": "" if part.stripe is None else _range(Span(part.stripe.start, part.stripe.stop)),
+        "token_budget": replica.limits.budget_words,
+        "weights": format_bytes(shard.weight_bytes),
+        "kv": format_bytes(shard.kv_bytes),
+        "kv_tokens": shard.num_blocks * replica.limits.block_size,
+        "kv_sized_by": _sized_by(replica),
+        "dtype": own_dtype(checked.plan, replica),
+    }
+
+
+def _rank_words(checked: Checked, replica: Replica, shard: Shard) -> str:
+    part, device, model = shard.part, shard.device, checked.plan.model
+    return (
+        f"{_named(checked.plan, replica)} rank {shard.rank}: worker {device.worker}, "
+        f"{device.name} of {place_of(checked, shard)}, {_target_words(shard)}{device.num_threads} thread(s): "
+        f"layers {_range(part.layers)} of {model.num_layers}, "
+        f"KV heads {_range(part.kv_heads)} of {model.num_kv_heads}, "
+        f"{format_bytes(shard.weight_bytes)} of weights, {format_bytes(shard.kv_bytes)} of KV cache, "
+        f"token budget {replica.limits.budget_words}."
+    )
+
+
+def _named(plan: Plan, replica: Replica) -> str:
+    """Names a replica, with its role and its number type where others have different ones."""
+    notes = ", ".join(note for note in (role_word(plan, replica), own_dtype(plan, replica)) if note)
+    return f"{replica.name} ({notes})" if notes else replica.name
 
 
 def _target_words(shard: Shard) -> str:
@@ -89,7 +101,7 @@ def _mixed_events(checked: Checked) -> Iterator[Said]:
     """Says of each replica whose ranks have several targets that answers depend on who computes, where they do."""
     for replica in checked.plan.replicas:
         targets = [shard.device.target for shard in replica.shards]
-        if words := mixed_words(replica.name, targets, checked.plan.dtype):
+        if words := mixed_words(replica.name, targets, replica.dtype):
             fields = {"replica": replica.name, "effect": words}
             yield Said(event="mixed_targets", sentence=words, fields=fields)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from orchestrator.config.document import Config
 from orchestrator.config.limits import replica_limits
 from orchestrator.config.parallelism import ParallelismConfig, StageConfig
+from orchestrator.config.pools import pool_of_each, replica_pool
 from orchestrator.config.types import Address
 from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
 from orchestrator.errors import refuse
@@ -31,6 +32,7 @@ from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.plan import Plan, Shard
 from placement.planning.planner import plan_replicas
 from placement.planning.seating import Host
+from placement.serving.kv.pairing import check_exchange
 
 IN_USE = "is in use by another process"
 _PORTS_TRIED = 100
@@ -161,7 +163,10 @@ def _choose(
     refusals: list[HeterodyneError] = []
     for cluster in clusters:
         try:
-            return cluster, _choose_layouts(config, files, cluster, speeds)
+            choice = _choose_layouts(config, files, cluster, speeds)
+            if config.serving.disaggregation != "never" and len(choice.plan.replicas) > 1:
+                check_exchange(choice.plan)
+            return cluster, choice
         except HeterodyneError as error:
             refusals.append(error)
     raise refusals[0]
@@ -174,7 +179,9 @@ def _choose_layouts(
     make_plan = _planner(config, files)
     if config.serving.parallelism is None:
         device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
-        return choose_layouts(make_plan, cluster.spec, speeds=device_speeds)
+        pools = tuple(pool_of_each(config.serving.pools, config.cluster.named_workers).values())
+        device_pools = [pools[worker] for worker in cluster.workers]
+        return choose_layouts(make_plan, cluster.spec, speeds=device_speeds, pools=device_pools)
     layouts = _layouts(config, config.serving.parallelism, cluster)
     return Choice(layouts=layouts, plan=make_plan(cluster.spec, layouts=layouts))
 
@@ -196,8 +203,11 @@ def _layouts(config: Config, parallelism: ParallelismConfig, cluster: KnownClust
     """Returns the replicas as they are asked for, with the devices of ``cluster`` for the names of workers."""
     names = config.cluster.worker_names
     places = {names[worker]: device for device, worker in enumerate(cluster.workers)}
+    pools = pool_of_each(config.serving.pools, config.cluster.named_workers)
     return tuple(
-        ReplicaLayout(stages=tuple(_stage_layout(stage, places) for stage in replica.stages))
+        ReplicaLayout(
+            stages=tuple(_stage_layout(stage, places) for stage in replica.stages), pool=replica_pool(replica, pools)
+        )
         for replica in parallelism.replicas
     )
 

@@ -146,6 +146,7 @@ def _settings(checked: Checked) -> DeploymentSettings:
         load_timeout_s=config.launch.load_timeout_s,
         fingerprint=checked.fingerprint,
         stall_timeout_s=config.gateway.stall_timeout_s,
+        kv_format=config.serving.kv_format,
     )
 
 

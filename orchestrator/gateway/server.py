@@ -152,10 +152,15 @@ class Gateway:
         return VllmMetrics(
             model=model.name,
             max_context_tokens=model.max_context_tokens,
-            block_size=self._config.serving.block_size,
+            block_size=self._block_size,
             reports=lambda: load_reports(self.fleet),
             num_queued=lambda: self.admission.queued,
         )
+
+    def _block_size(self, replica: str) -> int:
+        """Returns the tokens of a KV block of a replica, as the controller says; those of all before it has."""
+        told = (each.block_size for each in self.fleet.deployment.replicas if each.name == replica and each.block_size)
+        return next(told, self._config.serving.block_size)
 
     def _stepped(self, replica: str, step: worker_pb2.StepOutput) -> None:
         self._timeline.stepped(replica, step)

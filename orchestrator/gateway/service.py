@@ -27,6 +27,7 @@ from placement.errors import HeterodyneError, InvalidRequest
 from protos.codec.formats import read_dtype
 from protos.codec.loading import doing
 from protos.codec.log_record import said
+from protos.codec.roles import read_role
 from protos.heterodyne.control.v1 import control_pb2
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
@@ -194,6 +195,9 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             epoch=replica.epoch,
             cause=replica.cause,
             ranks=[_rank(rank) for rank in replica.ranks],
+            role="" if replica.role == control_pb2.ROLE_UNSPECIFIED else read_role(replica.role).value,
+            dtype=_dtype(replica.dtype),
+            block_size=replica.block_size,
         )
         leader = self._fleet.leader(replica.name, replica.epoch)
         if leader is not None and leader.lost is not None:

@@ -68,7 +68,7 @@ class VllmMetrics(Collector):
     """A collector for the registry that Prometheus scrapes. It hears of requests and steps on the gateway's event loop.
 
     Args:
-        block_size: tokens of a KV block.
+        block_size: a function that gives the tokens of a KV block of a replica, by its name.
         num_queued: requests that wait in the gateway.
         clock: monotonic seconds.
     """
@@ -78,7 +78,7 @@ class VllmMetrics(Collector):
         *,
         model: str,
         max_context_tokens: int,
-        block_size: int,
+        block_size: Callable[[str], int],
         reports: Reports,
         num_queued: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
@@ -141,7 +141,7 @@ class VllmMetrics(Collector):
         for replica, load in reports:
             running.add_metric((self._model, replica), load.num_running)
             waiting.add_metric((self._model, replica), load.num_waiting)
-            cache.add_metric((replica, str(self._block_size), str(load.total_blocks)), 1)
+            cache.add_metric((replica, str(self._block_size(replica)), str(load.total_blocks)), 1)
             if load.total_blocks:
                 usage.add_metric((self._model, replica), 1 - load.free_blocks / load.total_blocks)
         waiting.add_metric((self._model, _GATEWAY), self._num_queued())

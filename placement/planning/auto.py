@@ -2,12 +2,12 @@
 
 The simplest has a replica on each device. A model that is too large for that gets one replica over all devices, whose
 shares follow their measured speed as far as their memory goes. Where nothing was measured the shares follow the number
-of threads, and where that does not fit, the memory.
+of threads, and where that does not fit, the memory. Where there are pools, each has replicas of its own by this rule.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from placement.errors import HeterodyneError, NotEnoughMemory, Remedy
@@ -16,6 +16,7 @@ from placement.model.specs import ClusterSpec
 from placement.planning.layout import ReplicaLayout, StageLayout, one_each
 from placement.planning.memory import CPU_PROCESS_BYTES, CUDA_PROCESS_BYTES
 from placement.planning.plan import Plan, Shard
+from placement.planning.pools import EVERYONE, Pool
 from placement.planning.remedies import followed, refusal
 from placement.planning.room import fit
 
@@ -23,6 +24,8 @@ Layouts = tuple[ReplicaLayout, ...]
 MakePlan = Callable[..., Plan]
 """Plans layouts on a cluster: :func:`placement.planning.planner.plan_replicas`, given all but these."""
 SplitBy = Literal["speed", "threads", "memory"]
+Draft = Callable[[Layouts], Plan]
+"""Plans layouts whether they fit or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +43,20 @@ class Choice:
     split_by: SplitBy | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """The devices of a pool, in the order of the cluster's."""
+
+    pool: Pool
+    devices: tuple[int, ...]
+
+
 def choose_layouts(
     make_plan: MakePlan,
     cluster: ClusterSpec,
     *,
     speeds: Sequence[DeviceSpeed] | None = None,
+    pools: Sequence[Pool] | None = None,
 ) -> Choice:
     """Chooses the layouts of a cluster: see :func:`first_that_fits`, also for what is raised.
 
@@ -61,6 +73,7 @@ def choose_layouts(
             draft=lambda layouts: make_plan(given, layouts=layouts, is_draft=True, **changes),
             works=works,
             speeds=speeds,
+            pools=pools,
         )
 
     def works(remedy: Remedy) -> bool:
@@ -76,54 +89,113 @@ def first_that_fits(
     cluster: ClusterSpec,
     plan: Callable[[Layouts], Plan],
     *,
-    draft: Callable[[Layouts], Plan],
+    draft: Draft,
     works: Callable[[Remedy], bool],
     speeds: Sequence[DeviceSpeed] | None = None,
+    pools: Sequence[Pool] | None = None,
 ) -> Choice:
-    """Chooses a replica on each device, or, where the model is too large for that, one over all of them.
+    """Chooses a replica on each device, or, where the model is too large for that, one over all those of a pool.
 
     Args:
         plan: a function that makes the plan of layouts, and raises NotEnoughMemory where it does not fit.
         draft: a function that makes the plan whether it fits or not.
         works: a function that says whether some layout fits once a remedy was followed.
         speeds: the speeds of all devices, in the order of nodes and devices; None: they were not measured.
+        pools: the pool of each device, likewise; None: none is in any.
 
     Raises:
         NotEnoughMemory: nothing fits: see :func:`easier`.
         HeterodyneError: ``plan`` raises it for a replica on each device.
     """
-    simplest = one_each(cluster)
+    simplest = _in_pools(one_each(cluster), pools)
+    groups = _groups(simplest)
     try:
         return Choice(layouts=simplest, plan=plan(simplest))
     except NotEnoughMemory as error:
         refused = error
 
-    def fullness(weights: Sequence[float]) -> list[float]:
-        return _fullnesses(draft(over_all(cluster, weights)))
-
-    for split_by, weights in shares(cluster, speeds):
-        try:
-            layouts = over_all(cluster, fit(weights, fullness))
-            return Choice(layouts=layouts, plan=plan(layouts), split_by=split_by)
-        except NotEnoughMemory as error:
-            refused = easier(refused, error, works)
-        except HeterodyneError:  # this model cannot be cut so
-            continue
+    among = "all workers" if len(groups) == 1 else "the workers of each pool"
+    for cut in _cuts(groups, plan, simplest):
+        for split_by, weights in shares(cluster, speeds):
+            try:
+                layouts = _lay(cluster, groups, cut, weights, draft)
+                return Choice(layouts=layouts, plan=plan(layouts), split_by=split_by)
+            except NotEnoughMemory as error:
+                refused = easier(refused, error, works, among)
+            except HeterodyneError:  # this model cannot be cut so
+                continue
     raise refused
 
 
-def easier(whole: NotEnoughMemory, cut: NotEnoughMemory, works: Callable[[Remedy], bool]) -> NotEnoughMemory:
-    """Chooses the error to report for a model that fits neither whole on each device nor cut over all of them.
+def _in_pools(layouts: Layouts, pools: Sequence[Pool] | None) -> Layouts:
+    """Puts the replica on each device into the device's pool."""
+    if pools is None:
+        return layouts
+    return tuple(replace(layout, pool=pool) for layout, pool in zip(layouts, pools, strict=True))
+
+
+def _groups(each: Layouts) -> tuple[_Group, ...]:
+    """Lists the pools by their first device, given the replica on each device."""
+    devices: dict[Pool, list[int]] = {}
+    for layout in each:
+        devices.setdefault(layout.pool, []).extend(layout.devices)
+    return tuple(_Group(pool=pool, devices=tuple(places)) for pool, places in devices.items())
+
+
+def _cuts(groups: Sequence[_Group], plan: Callable[[Layouts], Plan], each: Layouts) -> Iterator[Sequence[_Group]]:
+    """Yields the pools that are to have one replica: those where a replica on each device does not fit, then all.
+
+    Pools that fit alone may not fit together, as CPUs of a node share its memory.
+    """
+    if len(groups) > 1:
+        full = [group for group in groups if not _fits(plan, tuple(each[device] for device in group.devices))]
+        if 0 < len(full) < len(groups):
+            yield full
+    yield groups
+
+
+def _fits(plan: Callable[[Layouts], Plan], layouts: Layouts) -> bool:
+    try:
+        plan(layouts)
+    except NotEnoughMemory:
+        return False
+    return True
+
+
+def _lay(
+    cluster: ClusterSpec, groups: Sequence[_Group], cut: Sequence[_Group], weights: Sequence[float], draft: Draft
+) -> Layouts:
+    """Lays one replica over all devices of the groups in ``cut``, within their memory, and one on each other device."""
+    layouts: list[ReplicaLayout] = []
+    for group in groups:
+        if group in cut:
+            layouts.append(_within_memory(cluster, group, [weights[device] for device in group.devices], draft))
+        else:
+            layouts += (over(cluster, (device,), (1.0,), group.pool) for device in group.devices)
+    return tuple(sorted(layouts, key=lambda layout: layout.devices))
+
+
+def _within_memory(cluster: ClusterSpec, group: _Group, weights: Sequence[float], draft: Draft) -> ReplicaLayout:
+    def fullness(tried: Sequence[float]) -> list[float]:
+        return _fullnesses(draft((over(cluster, group.devices, tried, group.pool),)))
+
+    return over(cluster, group.devices, fit(weights, fullness), group.pool)
+
+
+def easier(
+    whole: NotEnoughMemory, cut: NotEnoughMemory, works: Callable[[Remedy], bool], among: str = "all workers"
+) -> NotEnoughMemory:
+    """Chooses the error to report for a model that fits neither whole on each device nor cut over several.
 
     It is the error about the whole model, unless a smaller KV cache or context would let the model fit when it is cut
-    over all devices. What follows memory is cut otherwise once that is changed, so each remedy is tried.
+    over them. What follows memory is cut otherwise once that is changed, so each remedy is tried.
     """
     if whole.field != "model.path" or cut.field == "model.path":
         return whole
     remedies = [remedy for remedy in cut.remedies if works(remedy)]
     if not remedies:
         return whole
-    problem = f"cut over all workers, of which none has room for the whole, {cut.problem}"
+    problem = f"cut over {among}, of which none has room for the whole, {cut.problem}"
     return refusal(field=cut.field, value=cut.value, problem=problem, remedies=remedies)
 
 
@@ -147,16 +219,20 @@ def shares(
         yield "memory", tuple(memory_bytes)
 
 
-def over_all(cluster: ClusterSpec, weights: Sequence[float]) -> Layouts:
-    """Lays one replica over all devices: the devices of a node share every layer, and the nodes share the layers."""
+def over(
+    cluster: ClusterSpec, devices: Sequence[int], weights: Sequence[float], pool: Pool = EVERYONE
+) -> ReplicaLayout:
+    """Lays one replica over devices: those of a node share every layer, and the nodes share the layers."""
+    weight_of = dict(zip(devices, weights, strict=True))
     stages: list[StageLayout] = []
     first = 0
     for node in cluster.nodes:
-        devices = tuple(range(first, first + len(node.devices)))
-        node_weights = tuple(weights[device] for device in devices)
-        stages.append(StageLayout(devices=devices, weights=node_weights, speed=sum(node_weights)))
-        first += len(devices)
-    return (ReplicaLayout(stages=tuple(stages)),)
+        here = tuple(device for device in range(first, first + len(node.devices)) if device in weight_of)
+        first += len(node.devices)
+        if here:
+            shares_here = tuple(weight_of[device] for device in here)
+            stages.append(StageLayout(devices=here, weights=shares_here, speed=sum(shares_here)))
+    return ReplicaLayout(stages=tuple(stages), pool=pool)
 
 
 def _fullnesses(plan: Plan) -> list[float]:

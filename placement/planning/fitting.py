@@ -23,6 +23,7 @@ class Placed:
         replica: the place of its replica among all replicas.
         part: the part of the model that it holds.
         fixed: the bytes that it needs without KV blocks.
+        block_size: the tokens of one KV block.
         block_bytes: the bytes of one KV block.
     """
 
@@ -31,6 +32,7 @@ class Placed:
     replica: int
     part: Part
     fixed: Footprint
+    block_size: int
     block_bytes: int
 
     def need(self, blocks: Blocks) -> Footprint:

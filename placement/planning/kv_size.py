@@ -1,5 +1,6 @@
 """Decides how many KV blocks each replica has: as many as a setting gives, or as the memory that is left does."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,6 @@ class Demand:
     replicas: tuple[tuple[Placed, ...], ...]
     rooms: tuple[Room, ...]
     kv_cache_bytes: int | None
-    block_size: int
     max_num_seqs: int
     asked_tokens: int | None
     model_tokens: int
@@ -43,19 +43,27 @@ class Demand:
         return 1 if self.kv_cache_bytes is not None else min(SHORT_SEQUENCE_TOKENS, self.model_tokens)
 
     @property
-    def least_blocks(self) -> int:
-        """Counts the blocks that hold ``least_tokens``."""
-        return num_blocks_of(self.least_tokens, block_size=self.block_size)
+    def block_sizes(self) -> list[int]:
+        """Returns for each replica the tokens of a block."""
+        return [ranks[0].block_size for ranks in self.replicas]
+
+    def holding(self, num_tokens: int) -> Blocks:
+        """Returns the blocks with which each replica holds so many tokens of a sequence."""
+        return [num_blocks_of(num_tokens, block_size=size) for size in self.block_sizes]
+
+    def held_tokens(self, blocks: Blocks) -> int:
+        """Counts the tokens that every replica holds with so many blocks."""
+        return min(num_blocks * size for num_blocks, size in zip(blocks, self.block_sizes, strict=True))
 
     @property
     def least(self) -> Blocks:
         """Returns the fewest blocks that each replica can have."""
-        return [self.least_blocks] * len(self.replicas)
+        return self.holding(self.least_tokens)
 
     @property
-    def most_blocks(self) -> int:
-        """Counts the blocks that all sequences of a replica can use at once."""
-        return self.max_num_seqs * num_blocks_of(self.asked_tokens or self.model_tokens, block_size=self.block_size)
+    def most(self) -> Blocks:
+        """Returns the blocks of each replica that all its sequences can use at once."""
+        return [self.max_num_seqs * num_blocks for num_blocks in self.holding(self.asked_tokens or self.model_tokens)]
 
     @property
     def largest_block_bytes(self) -> list[int]:
@@ -65,7 +73,7 @@ class Demand:
     @property
     def least_setting(self) -> int:
         """Returns the smallest ``serving.kv_cache`` with which every replica has the blocks that it must have."""
-        return self.least_blocks * max(self.largest_block_bytes)
+        return max(fewest * size for fewest, size in zip(self.least, self.largest_block_bytes, strict=True))
 
     def blocks_of(self, kv_cache_bytes: int) -> Blocks:
         """Returns the blocks of each replica where ``serving.kv_cache`` is set so."""
@@ -76,13 +84,12 @@ def auto_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
     """Returns the blocks of each replica where no size is set, and what decided their number.
 
     All ranks of a replica have as many, so the one with the least memory for its share of a block decides. The ranks of
-    one node have as many blocks each as their common memory gives. Nobody has more than all sequences together can use,
+    one node hold as many tokens each as their common memory gives. Nobody has more than all sequences together can use,
     or less than one needs, for which there must be room.
     """
-    limits: list[list[tuple[int, KvSizedBy]]] = [[(demand.most_blocks, "sequences")] for _ in demand.replicas]
+    limits: list[list[tuple[int, KvSizedBy]]] = [[(most, "sequences")] for most in demand.most]
     for room in demand.rooms:
-        num_blocks = _blocks_in(room)
-        for rank in room.ranks:
+        for rank, num_blocks in zip(room.ranks, _blocks_in(room), strict=True):
             if rank.block_bytes:
                 limits[rank.replica].append((num_blocks, "memory"))
     for ranks in demand.replicas:
@@ -90,15 +97,19 @@ def auto_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
             if rank.block_bytes and rank.device.memory_bytes is None:
                 limits[rank.replica].append((UNKNOWN_MEMORY_KV_BYTES // rank.block_bytes, "unknown memory"))
     fewest = [min(of_replica, key=lambda limit: limit[0]) for of_replica in limits]
-    return [(max(num_blocks, demand.least_blocks), sized_by) for num_blocks, sized_by in fewest]
+    return [
+        (max(num_blocks, least), sized_by) for (num_blocks, sized_by), least in zip(fewest, demand.least, strict=True)
+    ]
 
 
-def _blocks_in(room: Room) -> int:
-    """Counts the blocks that each rank of a room gets of its stated share."""
-    block_bytes = sum(rank.block_bytes for rank in room.ranks)
+def _blocks_in(room: Room) -> list[int]:
+    """Counts the blocks that each rank of a room gets of its stated share, so that all hold as many tokens."""
+    span = math.lcm(*(rank.block_size for rank in room.ranks))
+    span_bytes = sum(rank.block_bytes * (span // rank.block_size) for rank in room.ranks)
     left = room.memory_bytes - sum(rank.fixed.total_bytes for rank in room.ranks)
     share = CPU_SHARE if room.ranks[0].device.kind == "cpu" else GPU_SHARE
-    return int(max(0, left) * share) // block_bytes if block_bytes else 0
+    kv_bytes = int(max(0, left) * share)
+    return [kv_bytes * span // (rank.block_size * span_bytes) if span_bytes else 0 for rank in room.ranks]
 
 
 def most_setting(demand: Demand, among: Sequence[Room], at_most: int) -> int | None:

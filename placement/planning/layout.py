@@ -11,6 +11,7 @@ from placement.model.quantization import LinearFormat
 from placement.model.specs import ClusterSpec, ModelSpec
 from placement.model.striping import Stripe
 from placement.model.weights import EMBEDDING, FINAL_NORM, HEAD, shard_tensors
+from placement.planning.pools import EVERYONE, Pool
 from placement.planning.splitting import Dimension, deal, dimensions, spans
 
 Split = Literal["tensor", "sequence"]
@@ -39,9 +40,10 @@ class StageLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaLayout:
-    """A replica as it is asked for."""
+    """A replica as it is asked for, and the pool that it is in."""
 
     stages: tuple[StageLayout, ...]
+    pool: Pool = EVERYONE
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -85,8 +87,9 @@ def cut(
             problem = "is in a replica of several stages, which share layers only"
             fix = "Use one stage, or tensor_split."
             raise _refusal(f"{field}.stages[{index}].sequence_split", list(stage.weights), problem, fix)
+    slots = _Slots(block_size=block_size, field=layout.pool.block_size_field)
     return tuple(
-        _cut_sequences(model, stage, stage_layers, linear, block_size, field=f"{field}.stages[{index}]")
+        _cut_sequences(model, stage, stage_layers, linear, slots, field=f"{field}.stages[{index}]")
         if stage.split == "sequence"
         else _cut_stage(model, stage, stage_layers, linear, field=f"{field}.stages[{index}]")
         for index, (stage, stage_layers) in enumerate(zip(layout.stages, layers, strict=True))
@@ -154,12 +157,20 @@ def _cut_stage(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slots:
+    """The slots of a KV block, and the key of the configuration that sets how many they are."""
+
+    block_size: int
+    field: str
+
+
 def _cut_sequences(
     model: ModelSpec,
     stage: StageLayout,
     layers: Span,
     linear: LinearFormat | None,
-    block_size: int,
+    slots: _Slots,
     *,
     field: str,
 ) -> tuple[Part, ...]:
@@ -169,12 +180,12 @@ def _cut_sequences(
         raise _refusal(field, list(stage.weights), "gives nobody anything", "Give at least one rank a share.")
     if len(stage.devices) == 1:
         return _cut_stage(model, stage, layers, linear, field=field)
-    slots = Dimension(name="slots of a KV block", size=block_size)
-    widths = deal(block_size, stage.weights)
+    of_block = Dimension(name="slots of a KV block", size=slots.block_size)
+    widths = deal(slots.block_size, stage.weights)
     for rank, weight in enumerate(stage.weights):
         if weight and not widths[rank]:
-            problem = f"leaves rank {rank} none of the {block_size} slots of a KV block"
-            fix = "Give it a larger share, or 0, or raise serving.block_size."
+            problem = f"leaves rank {rank} none of the {slots.block_size} slots of a KV block"
+            fix = f"Give it a larger share, or 0, or raise {slots.field}."
             raise _refusal(field, list(stage.weights), problem, fix)
     rows = dimensions(model, len(stage.devices), linear).vocab_rows
     rows_of = spans(rows, deal(rows.num_units, stage.weights))
@@ -184,9 +195,9 @@ def _cut_sequences(
             whole,
             layers=layers,
             vocab_rows=rows_of[rank],
-            stripe=Stripe(slot.start, slot.stop, block_size),
+            stripe=Stripe(slot.start, slot.stop, slots.block_size),
         )
-        for rank, slot in enumerate(spans(slots, widths))
+        for rank, slot in enumerate(spans(of_block, widths))
     )
 
 

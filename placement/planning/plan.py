@@ -1,6 +1,7 @@
 """Describes who holds what: a plan has replicas, a replica has stages, and a stage has shards, one for each rank."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 from placement.model.part import Part, Span
@@ -10,6 +11,17 @@ from placement.planning.limits import ReplicaLimits
 KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
 """Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands
 in for memory that is not known; or the most that sequences can use."""
+
+
+class Role(Enum):
+    """What a replica is for."""
+
+    MIXED = "mixed"
+    """It computes prompts and answers."""
+    PREFILL = "prefill"
+    """It computes prompts, whose answers other replicas compute."""
+    DECODE = "decode"
+    """It computes answers to prompts that other replicas compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +68,16 @@ class Replica:
 
     Attributes:
         limits: the sizes that it serves within.
+        dtype: the number type of its weights, activations, keys and values.
+        role: what it is for.
         kv_sized_by: what decided its number of KV blocks.
     """
 
     name: str
     stages: tuple[Stage, ...]
     limits: ReplicaLimits
+    dtype: DType
+    role: Role = Role.MIXED
     kv_sized_by: KvSizedBy = "setting"
 
     @property
@@ -87,8 +103,17 @@ class Replica:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All replicas of a deployment, and the model that they serve."""
+    """All replicas of a deployment, and the model that they serve.
+
+    Attributes:
+        dtype: the number type of replicas that have none of their own.
+    """
 
     model: ModelSpec
     dtype: DType
     replicas: tuple[Replica, ...]
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether some replicas compute prompts or answers only."""
+        return any(replica.role is not Role.MIXED for replica in self.replicas)

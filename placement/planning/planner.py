@@ -35,6 +35,11 @@ class _Sizes:
     limits: ReplicaLimits
     linear: LinearFormat | None
 
+    def of(self, layout: ReplicaLayout) -> "_Sizes":
+        """Returns the sizes of a replica, which its pool may have of its own."""
+        pool = layout.pool
+        return dataclasses.replace(self, dtype=pool.dtype or self.dtype, limits=pool.limits_of(self.limits))
+
     def demand(self, placed: Sequence[_Ranks]) -> Demand:
         """Describes what must fit where."""
         replicas = tuple(tuple(rank for stage in replica for rank in stage) for replica in placed)
@@ -42,7 +47,6 @@ class _Sizes:
             replicas=replicas,
             rooms=rooms([rank for ranks in replicas for rank in ranks]),
             kv_cache_bytes=self.kv_cache_bytes,
-            block_size=self.limits.block_size,
             max_num_seqs=self.limits.max_num_seqs,
             asked_tokens=self.max_context_tokens,
             model_tokens=self.model.max_context_tokens,
@@ -64,8 +68,16 @@ class _Sizes:
             num_ranks=num_ranks,
             leads=leads,
         )
-        block_bytes = kv_bytes_per_block(self.model, part, dtype=self.dtype, block_size=self.limits.block_size)
-        return Placed(node=node, device=device, replica=replica, part=part, fixed=fixed, block_bytes=block_bytes)
+        block_size = self.limits.block_size
+        return Placed(
+            node=node,
+            device=device,
+            replica=replica,
+            part=part,
+            fixed=fixed,
+            block_size=block_size,
+            block_bytes=kv_bytes_per_block(self.model, part, dtype=self.dtype, block_size=block_size),
+        )
 
 
 def plan_replicas(
@@ -85,7 +97,7 @@ def plan_replicas(
     Args:
         kv_cache_bytes: the most memory for KV blocks on a rank. All ranks of a replica have the same number of blocks,
             which take less memory on those with fewer layers or KV heads. None: see :func:`auto_blocks`.
-        limits: the sizes that each replica serves within.
+        limits: the sizes that each replica serves within, where its pool has none of its own, as for ``dtype``.
         max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
         layouts: the devices of each replica and their shares; None: each device, in order, has a replica.
@@ -113,12 +125,19 @@ def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout],
     placed = _place_all(sizes, cluster, layouts)
     demand = sizes.demand(placed)
     blocks = _draft_blocks(demand) if is_draft else _checked_blocks(demand)
+    counts = [num_blocks for num_blocks, _ in blocks]
     replicas = tuple(
-        _replica(f"replica-{index}", stages, [num_blocks for num_blocks, _ in blocks], sizes.limits, sized_by)
-        for index, (stages, (_, sized_by)) in enumerate(zip(placed, blocks, strict=True))
+        Replica(
+            name=f"replica-{index}",
+            stages=_stages(ranks, counts),
+            limits=sizes.of(layout).limits,
+            dtype=sizes.of(layout).dtype,
+            role=layout.pool.role,
+            kv_sized_by=sized_by,
+        )
+        for index, (layout, ranks, (_, sized_by)) in enumerate(zip(layouts, placed, blocks, strict=True))
     )
-    held = min(num_blocks for num_blocks, _ in blocks) * sizes.limits.block_size
-    context = sizes.max_context_tokens or min(sizes.model.max_context_tokens, held)
+    context = sizes.max_context_tokens or min(sizes.model.max_context_tokens, demand.held_tokens(counts))
     served = dataclasses.replace(sizes.model, max_context_tokens=context)
     return Plan(model=served, dtype=sizes.dtype, replicas=replicas)
 
@@ -129,7 +148,7 @@ def _place_all(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLay
     _check_context(sizes.model, sizes.max_context_tokens)
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
     return [
-        _place(sizes, index, layout, replica_parts, devices)
+        _place(sizes.of(layout), index, layout, replica_parts, devices)
         for index, (layout, replica_parts) in enumerate(zip(layouts, parts, strict=True))
     ]
 
@@ -145,7 +164,7 @@ def _checked_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
 def _draft_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
     """Returns the KV blocks that are set, or the fewest that there must be where no size is."""
     wanted = demand.least if demand.kv_cache_bytes is None else demand.blocks_of(demand.kv_cache_bytes)
-    return [(max(num_blocks, demand.least_blocks), "setting") for num_blocks in wanted]
+    return [(max(num_blocks, least), "setting") for num_blocks, least in zip(wanted, demand.least, strict=True)]
 
 
 def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
@@ -153,7 +172,7 @@ def _cut_all(sizes: _Sizes, layouts: Sequence[ReplicaLayout]) -> list[_Parts]:
     model, linear = sizes.model, sizes.linear
     check_linear_format(shard_tensors(model, Part.whole(model)), linear)
     parts = [
-        cut(model, layout, linear, block_size=sizes.limits.block_size, field=f"{LAYOUTS_FIELD}[{index}]")
+        cut(model, layout, linear, block_size=sizes.of(layout).limits.block_size, field=f"{LAYOUTS_FIELD}[{index}]")
         for index, layout in enumerate(layouts)
     ]
     for part in (part for replica_parts in parts for stage in replica_parts for part in stage):
@@ -184,14 +203,14 @@ def _place(
     ]
 
 
-def _replica(name: str, placed: _Ranks, blocks: Blocks, limits: ReplicaLimits, sized_by: KvSizedBy) -> Replica:
+def _stages(placed: _Ranks, blocks: Blocks) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     rank = 0
     for ranks in placed:
         shards = tuple(_shard(rank + index, shard, blocks) for index, shard in enumerate(ranks))
         stages.append(Stage(layers=ranks[0].part.layers, shards=shards))
         rank += len(shards)
-    return Replica(name=name, stages=tuple(stages), limits=limits, kv_sized_by=sized_by)
+    return tuple(stages)
 
 
 def _shard(rank: int, placed: Placed, blocks: Blocks) -> Shard:

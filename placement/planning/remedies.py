@@ -30,9 +30,9 @@ def _check_auto(demand: Demand) -> None:
     if room is None:
         return
     remedies = [_more_memory(demand, demand.least)]
-    fewer = _most_blocks(demand)
+    fewer = _most_tokens(demand)
     if fewer:
-        remedies.append(Remedy(max_context_tokens=fewer * demand.block_size))
+        remedies.append(Remedy(max_context_tokens=fewer))
     problem = room.describe(demand.least, f" to serve {demand.least_tokens} tokens")
     raise refusal(
         field="model.max_context_tokens" if fewer else "model.path",
@@ -43,12 +43,12 @@ def _check_auto(demand: Demand) -> None:
     )
 
 
-def _most_blocks(demand: Demand) -> int:
-    """Counts the blocks of each replica that fit; 0 where none does."""
-    low, high = 0, demand.least_blocks - 1
+def _most_tokens(demand: Demand) -> int:
+    """Counts the tokens of a sequence whose blocks fit in every replica; 0 where no block does."""
+    low, high = 0, demand.least_tokens - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if first_lacking(demand.rooms, [middle] * len(demand.replicas)):
+        if first_lacking(demand.rooms, demand.holding(middle)):
             high = middle - 1
         else:
             low = middle
@@ -65,10 +65,11 @@ def _too_small(demand: Demand, setting: int) -> NotEnoughMemory:
         enough = rounded_size(least, up=True)
         more = _more_memory(demand, demand.blocks_of(enough))
         remedies = [replace(more, kv_cache_bytes=enough, is_more_kv=True)]
-    num_tokens = min(demand.blocks_of(setting)) * demand.block_size
+    num_tokens = demand.held_tokens(demand.blocks_of(setting))
     if num_tokens and first_lacking(demand.rooms, demand.blocks_of(setting)) is None:
         remedies.append(Remedy(max_context_tokens=num_tokens))
-    block = f"one of {demand.block_size} tokens takes {format_bytes(max(demand.largest_block_bytes))}"
+    block_bytes, block_size = max(zip(demand.largest_block_bytes, demand.block_sizes, strict=True))
+    block = f"one of {block_size} tokens takes {format_bytes(block_bytes)}"
     return refusal(
         field="serving.kv_cache",
         value=format_bytes(setting),

@@ -13,6 +13,8 @@ from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, Nod
 from placement.planning.layout import ReplicaLayout, StageLayout, one_each
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import CPU_PROCESS_BYTES
+from placement.planning.plan import Role
+from placement.planning.pools import EVERYONE, Pool
 
 MIB = 2**20
 # A token takes 8 KiB of KV, and the weights about 11 MiB.
@@ -29,6 +31,11 @@ MODEL = ModelSpec(
     rms_norm_eps=1e-5,
     rope=RopeSpec(),
     tied_embeddings=True,
+)
+POOLS = (
+    EVERYONE,
+    Pool(role=Role.PREFILL, block_size=24, dtype=DType.BFLOAT16),
+    Pool(role=Role.DECODE, block_size=7),
 )
 _SIZE = r"(\d+ (?:B|KiB|MiB|GiB))"
 
@@ -99,7 +106,7 @@ def _devices(draw: st.DrawFn, node: str, index: int, of_node: int | None) -> Dev
 
 @st.composite
 def layouts(draw: st.DrawFn, num_devices: int) -> tuple[ReplicaLayout, ...]:
-    """Draws replicas over all devices, whose ranks share layers, sequences or neither."""
+    """Draws replicas over all devices, in pools or in none, whose ranks share layers, sequences or neither."""
     replicas = []
     first = 0
     while first < num_devices:
@@ -115,7 +122,7 @@ def layouts(draw: st.DrawFn, num_devices: int) -> tuple[ReplicaLayout, ...]:
             stages = (StageLayout(devices=devices, weights=weights, split="sequence"),)
         else:
             stages = (StageLayout(devices=devices, weights=weights),)
-        replicas.append(ReplicaLayout(stages=stages))
+        replicas.append(ReplicaLayout(stages=stages, pool=draw(st.sampled_from(POOLS))))
     return tuple(replicas)
 
 

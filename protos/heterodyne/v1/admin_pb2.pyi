@@ -448,11 +448,20 @@ class ReplicaStatus(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___ReplicaState.ValueType
     epoch: _builtins.int
     """The incarnation number. Messages of another epoch are refused."""
     cause: _builtins.str
+    role: _builtins.str
+    """What it is for: "prefill" computes prompts, "decode" their answers, "mixed" both. Empty where that is not known."""
+    dtype: _builtins.str
+    """Number type of its weights, activations and KV: "float32" or "bfloat16". Empty where that is not known."""
+    block_size: _builtins.int
+    """Tokens of one of its KV blocks; 0 where that is not known."""
     @_builtins.property
     def ranks(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankStatus]: ...
     @_builtins.property
@@ -471,10 +480,13 @@ class ReplicaStatus(_message.Message):
         ranks: _abc.Iterable[Global___RankStatus] | None = ...,
         load: Global___ReplicaLoad | None = ...,
         budget: Global___StepBudget | None = ...,
+        role: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        block_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_load", b"_load", "budget", b"budget", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_load", b"_load", "budget", b"budget", "cause", b"cause", "epoch", b"epoch", "load", b"load", "name", b"name", "ranks", b"ranks", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "_load", b"_load", "block_size", b"block_size", "budget", b"budget", "cause", b"cause", "dtype", b"dtype", "epoch", b"epoch", "load", b"load", "name", b"name", "ranks", b"ranks", "role", b"role", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
     _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
@@ -544,7 +556,7 @@ class GetStatusResponse(_message.Message):
     """How long a request and its answer may be together, and how long they could be for the model."""
     model_context_tokens: _builtins.int
     dtype: _builtins.str
-    """Number type of weights, activations and KV: "float32" or "bfloat16"."""
+    """Number type of weights, activations and KV, where a replica has none of its own: "float32" or "bfloat16"."""
     @_builtins.property
     def gateway(self) -> Global___GatewayStatus: ...
     @_builtins.property

@@ -8,7 +8,7 @@ import pytest
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.plan_picture import describe, plan_svg, shares
 from orchestrator.deployment.plan_lines import plan_events, warning_events
-from orchestrator.deployment.preflight import preflight
+from orchestrator.deployment.preflight import Checked, preflight
 from placement.errors import InvalidConfig
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, NodeSpec
 from placement.planning.layout import ReplicaLayout, StageLayout
@@ -182,3 +182,64 @@ def test_a_plan_names_targets_where_they_are_known_and_says_what_follows_where_t
     )
     unknown = list(plan_events(preflight(config, machine=MACHINE, listens=False)))
     assert "target" not in unknown[0].pairs() and [each.event for each in unknown] == ["plan", "plan", "context"]
+
+
+def pools(tmp_path: Path, model: Path, **serving: object) -> Checked:
+    """Three workers: one for prompts, in bfloat16 and in larger blocks, one for answers, and one for both."""
+    own = {"prefill": {"workers": ["a"], "dtype": "bfloat16", "block_size": 32}, "decode": {"workers": ["b"]}}
+    config = make_config(
+        tmp_path,
+        model,
+        model={"dtype": "float32"},
+        cluster={"workers": [{"name": name, "threads": 1} for name in "abc"]},
+        serving={"pools": own, **serving},
+    )
+    return preflight(config, machine=MACHINE, listens=False)
+
+
+def test_a_plan_says_who_computes_what_where_replicas_differ(tmp_path: Path, served_checkpoint: Path) -> None:
+    checked = pools(tmp_path, served_checkpoint)
+    *ranks, roles, _ = plan_events(checked)
+    assert [(said.fields["role"], said.fields["dtype"]) for said in ranks] == [
+        ("prefill", "bfloat16"), ("decode", "float32"), ("mixed", "float32"),
+    ]  # fmt: skip
+    assert ranks[0].sentence.startswith("replica-0 (prefill, bfloat16) rank 0: worker a, ")
+    assert roles.pairs() == (
+        "event=roles prefill=replica-0 decode=replica-1 mixed=replica-2 disaggregation=auto "
+        "kv_transfer=bfloat16,float32"
+    )
+    assert roles.sentence == (
+        "replica-0 computes prompts, replica-1 answers them, replica-2 does both; keys and values go over the network "
+        "as bfloat16 or float32, where that is expected to be faster."
+    )
+
+
+def test_many_replicas_of_a_role_are_counted_and_not_all_named(tmp_path: Path, served_checkpoint: Path) -> None:
+    config = make_config(
+        tmp_path,
+        served_checkpoint,
+        cluster={"workers": [{"name": "a", "threads": 1}, {"name": "b", "threads": 1, "count": 7}]},
+        serving={"pools": {"decode": {"workers": ["b"]}}, "kv_transfer": "int8", "kv_cache": "1MiB"},
+    )
+    checked = preflight(config, machine=MACHINE, listens=False)
+    (said,) = (each for each in plan_events(checked) if each.event == "roles")
+    assert said.sentence.startswith(
+        "replica-1, replica-2, replica-3, replica-4 and 3 more answer prompts of others, replica-0 does both; "
+    )
+    assert "as 8-bit integers" in said.sentence and said.fields["kv_transfer"] == "int8"
+
+
+def test_a_picture_says_what_each_replica_is_for(tmp_path: Path, served_checkpoint: Path) -> None:
+    root = ElementTree.fromstring(plan_svg(pools(tmp_path, served_checkpoint).plan))
+    titles = [text.text or "" for text in root.iter(f"{SVG}text") if (text.text or "").startswith("replica-")]
+    assert [title.split(", ")[:3] for title in titles] == [
+        ["replica-0: prefill", "1 rank", "bfloat16"],
+        ["replica-1: decode", "1 rank", "float32"],
+        ["replica-2: mixed", "1 rank", "float32"],
+    ]
+
+
+def test_nothing_is_said_of_roles_where_all_replicas_do_both(tmp_path: Path, served_checkpoint: Path) -> None:
+    checked = pools(tmp_path, served_checkpoint, pools=None)
+    assert [said.event for said in plan_events(checked)] == ["plan"] * 3 + ["context"]
+    assert "role=" not in " ".join(said.pairs() for said in plan_events(checked))

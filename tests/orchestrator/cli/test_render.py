@@ -341,3 +341,38 @@ def test_the_target_of_each_rank_is_shown_and_what_follows_where_they_differ() -
 def test_targets_that_differ_are_no_matter_otherwise(dtype: str) -> None:
     assert not any("mixed_targets" in line for line in status_lines(mixed(dtype)))
     assert "mixed_targets" not in status_document(mixed(dtype))["replicas"][0]
+
+
+def test_roles_are_shown_where_any_replica_has_one_and_number_types_where_they_differ() -> None:
+    ranks = [admin_pb2.RankStatus(rank=0)]
+    replicas = [
+        admin_pb2.ReplicaStatus(name=role, role=role, dtype=dtype, ranks=ranks)
+        for role, dtype in (("prefill", "bfloat16"), ("decode", "float32"), ("mixed", "float32"))
+    ]
+    told = admin_pb2.GetStatusResponse(dtype="float32", replicas=replicas)
+    lines = [shlex.split(line) for line in status_lines(told)][1:]
+    assert [line[1:4] for line in lines] == [
+        [f"replica={each.name}", f"role={each.role}", f"dtype={each.dtype}"] for each in replicas
+    ]
+    assert [(each["role"], each["dtype"]) for each in status_document(told)["replicas"]] == [
+        ("prefill", "bfloat16"), ("decode", "float32"), ("mixed", "float32"),
+    ]  # fmt: skip
+    shown = console(terminal=True)
+    print_status(shown, told)
+    assert {"role", "dtype", "prefill", "decode", "mixed", "bfloat16"} <= set(output(shown).split())
+
+
+def test_roles_and_number_types_that_all_replicas_have_are_not_shown() -> None:
+    replicas = [
+        admin_pb2.ReplicaStatus(name=name, role="mixed", dtype="float32", ranks=[admin_pb2.RankStatus(rank=0)])
+        for name in ("a", "b")
+    ]
+    told = admin_pb2.GetStatusResponse(dtype="float32", replicas=replicas)
+    assert not any("role=" in line or "dtype=" in line for line in status_lines(told))
+    assert not any(each.keys() & {"role", "dtype"} for each in status_document(told)["replicas"])
+
+
+def test_targets_that_differ_matter_by_the_number_type_of_the_replica() -> None:
+    told = mixed("float32")
+    told.replicas[0].dtype = "bfloat16"
+    assert "answers depend on who computes" in status_document(told)["replicas"][0]["mixed_targets"]

@@ -90,7 +90,7 @@ def make_plan(num_replicas: int, num_ranks: int) -> Plan:
 
     def replica(number: int) -> Replica:
         stages = tuple(Stage(layers=Span(r, r + 1), shards=(shard(r),)) for r in range(num_ranks))
-        return Replica(name=f"replica-{number}", stages=stages, limits=LIMITS)
+        return Replica(name=f"replica-{number}", stages=stages, limits=LIMITS, dtype=DType.FLOAT32)
 
     return Plan(model=MODEL, dtype=DType.FLOAT32, replicas=tuple(replica(i) for i in range(num_replicas)))
 

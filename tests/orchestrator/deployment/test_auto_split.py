@@ -1,5 +1,6 @@
 """How a model that was cut unasked is cut anew once its workers were measured."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.preflight import Checked, preflight
 from placement.measured.speed import DeviceSpeed, NotMeasured
+from placement.planning.plan import Role
 from tests.support.deploying.deployment import MACHINE, make_config, too_large_for_each
 
 
@@ -49,3 +51,27 @@ def test_what_is_not_cut_is_not_split(tmp_path: Path, served_checkpoint: Path) -
     workers = {"workers": [{"device": "cpu", "threads": 1, "count": 2}]}
     checked = preflight(make_config(tmp_path, served_checkpoint, cluster=workers), machine=MACHINE, listens=False)
     assert checked.split_by is None and len(checked.plan.replicas) == 2
+
+
+def test_each_pool_is_cut_by_the_speeds_of_its_own_workers(tmp_path: Path, served_checkpoint: Path) -> None:
+    pools = {"prefill": {"workers": ["w1", "w3"]}, "decode": {"workers": ["w0", "w2"]}}
+    config = too_large_for_each(tmp_path, served_checkpoint, 1, 3, 3, 1, pools=pools)
+    provisional = preflight(config, machine=MACHINE, listens=False)
+    decode, prefill = provisional.plan.replicas
+    assert (decode.role, prefill.role) == (Role.DECODE, Role.PREFILL)
+    assert [provisional.workers[rank] for rank in sorted(provisional.workers)] == [0, 2, 1, 3]
+    settled = settle(provisional, [speed(20), speed(10), speed(5), speed(10)])
+    found = [[len(shard.part.ffn_columns) for shard in replica.shards] for replica in settled.checked.plan.replicas]
+    assert found == [[64, 32], [32, 64]]
+    assert 'weights_gb_per_s="w0 20, w1 5, w2 10, w3 10"' in settled.said.pairs()
+    assert settled.said.sentence.startswith("No worker has memory for the whole model: it is cut by speed.")
+
+
+def test_workers_that_run_stay_in_their_replica_whatever_was_measured(
+    provisional: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = dataclasses.replace(provisional, workers={("replica-0", 0): 1, ("replica-0", 1): 0})
+    monkeypatch.setattr("orchestrator.deployment.auto_split.by_speed", lambda checked, speeds: other)
+    settled = settle(provisional, [speed(20), speed(10)])
+    assert settled.checked is provisional
+    assert "would put workers into other replicas" in settled.said.pairs()

@@ -16,6 +16,7 @@ from orchestrator.model_dir.files import read_model_files
 from placement.errors import InvalidModel
 from placement.model.hf import read_model_spec
 from placement.model.weights import whole_model
+from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.deploying.deployment import settings_of
 from tests.support.deploying.preflight import CONFIG, check, make_model, refused, tensors
 from tests.support.hub import hub_snapshot
@@ -362,3 +363,21 @@ def write_raw(file: Path, entries: dict[str, tuple[str, tuple[int, ...]]]) -> No
     with file.open("wb") as out:
         out.write(header)
         out.truncate(len(header) + offset)
+
+
+def test_ranks_are_told_the_sizes_of_their_own_replica_and_how_keys_and_values_come(model: Path) -> None:
+    pools = {
+        "prefill": {"workers": ["worker-0"], "dtype": "float32", "block_size": 32},
+        "decode": {"workers": ["worker-1"]},
+    }
+    for kv_transfer, expected in (("model", pb.KV_FORMAT_NATIVE), ("int8", pb.KV_FORMAT_INT8)):
+        serving = {"pools": pools, "kv_transfer": kv_transfer}
+        checked = check(model, cluster={"workers": [{"count": 2}]}, serving=serving)
+        settings = settings_of(checked)
+        loads = [settings.load_request(each.name, each.leader, epoch=1) for each in checked.plan.replicas]
+        speeds = [settings.speed_request(each.name, epoch=1) for each in checked.plan.replicas]
+        assert [request.block_size for request in loads] == [32, 16]
+        assert [request.dtype for request in loads] == [pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16]
+        assert [request.dtype for request in speeds] == [pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16]
+        assert {request.kv_format for request in loads} == {expected}
+        assert len({request.max_context_tokens for request in loads}) == 1

@@ -196,6 +196,20 @@ def test_an_exact_name_counts_before_a_short_one_and_an_address_may_be_of_two() 
 def test_shares_are_unequal_where_they_are_asked_to_be(
     tmp_path: Path, sections: dict[str, Any], pairs: list[tuple[int, int]]
 ) -> None:
+    found = list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8))
+    assert found == [(*pair, "unequal shares") for pair in pairs]
+
+
+def test_workers_of_different_roles_are_unequal_whatever_they_hold(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "cluster": {"workers": [{"name": name, "threads": 1} for name in "abc"]},
+        "serving": {"pools": {"prefill": {"workers": ["b"]}}},
+    }
+    pairs = [(0, 1, "different roles"), (1, 2, "different roles")]
+    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == pairs
+    roles = {"a": "decode", "b": "prefill", "c": "decode"}
+    replicas = [{"stages": [{"workers": [name]}], "role": role} for name, role in roles.items()]
+    sections["serving"] = {"parallelism": {"replicas": replicas}}
     assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == pairs
 
 
@@ -205,7 +219,8 @@ def test_a_whole_replica_is_a_larger_share_than_half_of_another(tmp_path: Path) 
         "cluster": {"workers": [{"count": 3, "threads": 1}]},
         "serving": {"parallelism": {"replicas": [{"stages": each} for each in stages]}},
     }
-    assert list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8)) == [(0, 1), (0, 2)]
+    found = list(unequal_pairs(make_config(tmp_path, tmp_path, **sections), 8))
+    assert found == [(0, 1, "unequal shares"), (0, 2, "unequal shares")]
 
 
 def test_machines_that_are_not_used_are_told_of_where_one_has_all_of_a_replica(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Scene:
         self.metrics = VllmMetrics(
             model="m",
             max_context_tokens=512,
-            block_size=16,
+            block_size=lambda replica: {"replica-1": 32}.get(replica, 16),
             reports=lambda: self.reports.items(),
             num_queued=lambda: self.num_queued,
             clock=lambda: self.now_s,
@@ -196,7 +196,7 @@ def test_replicas_are_engines_and_the_gateways_queue_is_one_that_waits() -> None
         "vllm:prefix_cache_queries": 70, "vllm:prefix_cache_hits": 8,
     }  # fmt: skip
     assert scene.value("vllm:num_requests_waiting", "gateway") == 7
-    info = frozenset({"engine": "replica-1", "block_size": "16", "num_gpu_blocks": "40"}.items())
+    info = frozenset({"engine": "replica-1", "block_size": "32", "num_gpu_blocks": "40"}.items())
     assert samples(scene.scrape())["vllm:cache_config_info", info] == 1
     scene.reports.clear()
     assert scene.value("vllm:num_requests_running", "replica-1") is None, "a replica that is gone has no figures"

@@ -166,13 +166,12 @@ def planned(case: Case) -> Plan:
 @given(cases())
 def test_kv_blocks_fit_hold_a_sequence_and_are_no_more_than_of_use(case: Case) -> None:
     made = planned(case)
-    size = case.limits.block_size
     shards = [shard for replica in made.replicas for shard in replica.shards]
     for replica in made.replicas:
         assert len({shard.num_blocks for shard in replica.shards}) == 1
         assert made.model.max_context_tokens <= replica.num_kv_tokens
         longest = case.max_context_tokens or MODEL.max_context_tokens
-        assert replica.num_blocks <= case.limits.max_num_seqs * -(-longest // size)
+        assert replica.num_blocks <= case.limits.max_num_seqs * -(-longest // replica.limits.block_size)
     assert made.model.max_context_tokens >= (case.max_context_tokens or SHORT_SEQUENCE_TOKENS)
     for each in case.cluster.nodes:
         there = [shard for shard in shards if shard.node == each.name]

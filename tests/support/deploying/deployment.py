@@ -131,13 +131,15 @@ def two_stages() -> dict[str, dict[str, object]]:
     return in_stages((1,), (1,), last_layers=1)
 
 
-def too_large_for_each(directory: Path, model: Path, *threads: int) -> Config:
+def too_large_for_each(
+    directory: Path, model: Path, *threads: int, pools: Mapping[str, object] | None = None
+) -> Config:
     """A configuration of workers with so many threads, none of which has quite the memory for all of ``model``."""
     workers = [{"name": f"w{i}", "device": "cpu", "threads": count} for i, count in enumerate(threads)]
     # The context takes all of the KV cache, so that none smaller would do.
     sections: dict[str, dict[str, object]] = {
         "model": {"max_context_tokens": 256},
-        "serving": {"token_budget": 64, "max_num_seqs": 8},
+        "serving": {"token_budget": 64, "max_num_seqs": 8, "pools": pools},
     }
     whole = preflight(make_config(directory, model, **sections, cluster={"workers": workers}), machine=MACHINE).plan
     per_token = whole.replicas[0].leader.kv_bytes // whole.replicas[0].num_kv_tokens
@@ -157,6 +159,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
         model_path=config.model.path,
         load_timeout_s=START_S,
         fingerprint=checked.fingerprint,
+        kv_format=config.serving.kv_format,
     )
 
 
