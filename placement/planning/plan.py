@@ -1,6 +1,7 @@
 """Describes who holds what: a plan has replicas, a replica has stages, and a stage has shards, one for each rank."""
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 from placement.model.part import Part, Span
@@ -10,6 +11,17 @@ from placement.planning.limits import ReplicaLimits
 KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
 """Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands
 in for memory that is not known; or the most that sequences can use."""
+
+
+class Role(Enum):
+    """What a replica is for."""
+
+    MIXED = "mixed"
+    """It computes prompts and answers."""
+    PREFILL = "prefill"
+    """It computes prompts, whose answers other replicas compute."""
+    DECODE = "decode"
+    """It computes answers to prompts that other replicas compute."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
