@@ -150,6 +150,10 @@ class ServingConfig:
     prefix_cache: bool = True
     """Whether the KV of prompts and answers that ended is kept, for as long as there is room, for prompts that begin
     alike."""
+    disaggregation: Literal["auto", "never", "always"] = "auto"
+    """Whether one replica may compute a prompt and another its answer; the keys and values then go over the network.
+    auto: where that is expected to be faster, given the pools; always: for every request; never: each replica computes
+    both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

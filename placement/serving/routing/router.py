@@ -71,8 +71,10 @@ class Router:
             speed = speed.after_answer(num_tokens)
         self._speeds[replica] = speed
 
-    def transferred(self, prefill: str, replica: str, *, num_bytes: int, exposed_s: float) -> None:
-        """Notes that keys and values came, which delayed the first token by ``exposed_s``."""
+    def transferred(self, prefill: str, replica: str, *, num_tokens: int, num_bytes: int, exposed_s: float) -> None:
+        """Notes that the keys and values of some tokens came, which delayed the first token by ``exposed_s``."""
+        if num_tokens:  # they may travel in fewer bits than they are kept in
+            self._kv_bytes_per_token = -(-num_bytes // num_tokens)
         self._links[prefill, replica] = self.link(prefill, replica).after(num_bytes, exposed_s)
 
     def transfer_failed(self, prefill: str, replica: str) -> None:

@@ -102,8 +102,9 @@ async def test_requests_go_where_measured_steps_say_that_the_first_token_comes_s
         async with asyncio.timeout(PATIENCE_S):
             while len(steps) < 4 or max(load.pending_tokens for load in fleet.loads()) < 500:
                 await asyncio.sleep(0.01)
-        leader, route = fleet.route(Prompt(token_ids=range(20)))
-        assert leader.name == route.replica == "replica-1"
+        bound = await fleet.route(Prompt(token_ids=range(20)))
+        route = bound.route
+        assert bound.leader.name == route.replica == "replica-1"
         assert "500 pending and 20 new tokens, at 1e+03 tokens/s" in route.reason
         assert route.reason.endswith("next of 2 is replica-0 in 2 s")
 
@@ -112,4 +113,4 @@ async def test_no_request_is_routed_by_a_fleet_that_was_stopped() -> None:
     async with two_replicas() as (fleet, _, _):
         fleet.stop()
         with pytest.raises(ReplicaUnavailable, match="stopped"):
-            fleet.route(Prompt(token_ids=[1]))
+            await fleet.route(Prompt(token_ids=[1]))

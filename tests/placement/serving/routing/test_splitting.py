@@ -55,7 +55,7 @@ def test_the_prompt_goes_to_its_pool_and_the_answer_to_the_other_and_the_reason_
 
 def test_a_prompt_of_a_few_tokens_is_not_worth_a_transfer() -> None:
     made = router(prefill=1.0, decode=1.0)
-    made.transferred("prefill", "decode", num_bytes=3000, exposed_s=0.2)
+    made.transferred("prefill", "decode", num_tokens=3, num_bytes=3000, exposed_s=0.2)
     route = chosen(made, P, D, prompt=SHORT)
     assert route.prefill is None
 
