@@ -10,6 +10,10 @@ from orchestrator.gateway.errors import QueueTimeout, ReplicaUnavailable
 from placement.serving.routing.binding import Bindings, Waiting, WaitReason
 from placement.serving.routing.choice import Route
 
+_PAUSE = 3.0
+"""The time that is left to everything else after a decision, as a multiple of what it took: with many replicas and many
+requests that wait it takes milliseconds, and what changes meanwhile is decided upon together."""
+
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
@@ -31,7 +35,8 @@ class BindingQueue:
         self._decide = decide
         self._waiters: list[_Waiter] = []  # by rank
         self._reasons: Counter[WaitReason] = Counter()
-        self._wakes = False
+        self._waking: asyncio.Handle | None = None
+        self._open_s = 0.0  # loop time from which the next decision may be made
 
     def __len__(self) -> int:
         return len(self._waiters)
@@ -50,11 +55,14 @@ class BindingQueue:
         loop = asyncio.get_running_loop()
         waiter = _Waiter(request, loop.create_future())
         insort(self._waiters, waiter, key=lambda other: other.request.rank)
-        self._run()
-        if waiter.route.done():
-            return waiter.route.result()
-        timer = None if timeout_s is None else loop.call_later(timeout_s, _expire, waiter)
+        timer: asyncio.Handle | None = None
         try:
+            if len(self._waiters) == 1:
+                self._run()
+            else:
+                self.wake()
+            if not waiter.route.done() and timeout_s is not None:
+                timer = loop.call_later(timeout_s, _expire, waiter)
             return await waiter.route
         finally:
             if timer is not None:
@@ -67,12 +75,22 @@ class BindingQueue:
         """Decides once more, soon: something has changed. Costs nothing while nobody waits."""
         if not self._waiters:
             self._reasons.clear()
-        elif not self._wakes:
-            self._wakes = True
-            asyncio.get_running_loop().call_soon(self._run)
+        elif self._waking is None:
+            loop = asyncio.get_running_loop()
+            pause_s = self._open_s - loop.time()
+            self._waking = loop.call_later(pause_s, self._run) if pause_s > 0 else loop.call_soon(self._run)
 
     def _run(self) -> None:
-        self._wakes = False
+        if self._waking is not None:
+            self._waking.cancel()
+            self._waking = None
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        self._decide_all()
+        ended_s = loop.time()
+        self._open_s = ended_s + _PAUSE * (ended_s - began_s)
+
+    def _decide_all(self) -> None:
         waiting = [waiter for waiter in self._waiters if not waiter.route.done()]
         if not waiting:
             return

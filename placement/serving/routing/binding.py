@@ -15,7 +15,7 @@ from placement.planning.limits import ReplicaLimits
 from placement.serving.routing.choice import ReplicaLoad, Route
 from placement.serving.routing.prompt import Prompt
 
-_LOOKED_AT = 64
+_LOOKED_AT = 32
 """The most requests that wait and are looked at; those behind them are looked at once some of them are bound."""
 
 
@@ -86,7 +86,9 @@ def bind(
     waits: dict[int, WaitReason] = {}
     full: set[str] = set()
     for request in waiting:
-        if len(full) == len(by_name) or len(waits) >= _LOOKED_AT:
+        if len(waits) >= _LOOKED_AT or full >= by_name.keys():
+            break
+        if not any(load.num_sequences < limits.max_num_seqs for load in by_name.values()):
             break
         route = choose(list(by_name.values()), request.prompt)
         assert route is not None, "a replica accepts"
@@ -99,9 +101,10 @@ def bind(
             bound[request.number] = route
         for name in _names(route):
             by_name[name] = with_request(by_name[name], route, request.prompt, limits)
+    has_place = any(load.num_sequences < limits.max_num_seqs for load in by_name.values())
     for request in waiting:
         if request.number not in bound:
-            waits.setdefault(request.number, WaitReason.BEHIND)
+            waits.setdefault(request.number, WaitReason.BEHIND if has_place else WaitReason.NO_PLACE)
     return Bindings(bound=bound, waits=waits)
 
 

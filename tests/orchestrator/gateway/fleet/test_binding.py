@@ -45,7 +45,7 @@ async def test_who_comes_while_there_is_room_is_bound_without_a_turn_of_the_loop
     assert ended.value.value.replica == "a" and not len(queue)
 
 
-async def test_those_that_wait_are_bound_by_priority_then_arrival() -> None:
+async def test_those_that_wait_are_bound_by_priority_then_arrival(clock: LoopClock) -> None:
     room = Room()
     queue = BindingQueue(room.decide)
     order: list[int] = []
@@ -66,7 +66,7 @@ async def test_those_that_wait_are_bound_by_priority_then_arrival() -> None:
     await asyncio.gather(*tasks)
 
 
-async def test_waking_many_times_decides_once_and_never_while_nobody_waits() -> None:
+async def test_waking_many_times_decides_once_and_never_while_nobody_waits(clock: LoopClock) -> None:
     room = Room()
     queue = BindingQueue(room.decide)
     queue.wake()
@@ -117,3 +117,22 @@ async def test_the_loss_of_the_last_replica_ends_every_wait() -> None:
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(result) for result in results] == [ReplicaUnavailable] * 3
     assert not len(queue) and not queue.counts()
+
+
+async def test_decisions_that_take_long_are_made_less_often(clock: LoopClock) -> None:
+    room = Room()
+
+    def decide(requests: Sequence[Waiting]) -> Bindings:
+        clock.now_s += 0.01
+        return room.decide(requests)
+
+    queue = BindingQueue(decide)
+    tasks = [asyncio.create_task(queue.take(waiting(number))) for number in range(2)]
+    await turns()
+    assert room.num_decisions == 1, "the second waits for the pause to be over"
+    await clock.advance(0.02)
+    assert room.num_decisions == 1
+    room.places = 2
+    await clock.advance(0.02)
+    assert room.num_decisions == 2
+    await asyncio.gather(*tasks)

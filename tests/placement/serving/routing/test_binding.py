@@ -43,8 +43,8 @@ def bound(requests: Sequence[Waiting], *loads: ReplicaLoad, prefill: str | None 
 def test_as_many_are_bound_as_have_a_place_and_the_others_wait_in_order() -> None:
     found = bound(waiting(1, 1, 1, 1, 1, 1), IDLE)
     assert list(found.bound) == [0, 1, 2, 3]
-    assert found.waits == {4: WaitReason.NO_PLACE, 5: WaitReason.BEHIND}
-    assert found.counts() == {WaitReason.NO_PLACE: 1, WaitReason.BEHIND: 1}
+    assert found.waits == {4: WaitReason.NO_PLACE, 5: WaitReason.NO_PLACE}
+    assert found.counts() == {WaitReason.NO_PLACE: 2}
 
 
 def test_the_greater_priority_goes_first_then_who_came_first() -> None:
