@@ -11,6 +11,19 @@ from placement.serving.routing.choice import RouteKind
 from protos.heterodyne.worker.v1 import worker_pb2
 
 _Figures = Iterable[tuple[float, Mapping[str, str]]]
+# Of a load report, which counts since its replica started.
+_COUNTERS = (
+    ("steps", "{step}", "Steps run since the replica started.", "steps"),
+    ("preemptions", "{sequence}", "Sequences put back for lack of KV blocks.", "num_preemptions"),
+    ("prompt_tokens", "{token}", "Tokens of prompts that were prefilled.", "prompt_tokens"),
+    ("output_tokens", "{token}", "Tokens that were generated.", "output_tokens"),
+    ("prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
+    ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
+    ("kv.transfers", "{transfer}", "Transfers of keys and values that came.", "kv_transfers"),
+    ("kv.failures", "{transfer}", "Transfers of keys and values that did not come.", "kv_failures"),
+    ("kv.bytes", "By", "Bytes of keys and values that came.", "kv_bytes"),
+    ("kv.refused", "{piece}", "Pieces refused, as their transfer was over or their sender fenced.", "kv_refused"),
+)
 
 
 def load_reports(fleet: Fleet) -> Iterator[tuple[str, worker_pb2.LoadReport]]:
@@ -51,18 +64,7 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
     _observe_routes(telemetry, fleet)
     gauge("heterodyne.replica.sequences", "{sequence}", "Sequences of a replica, by state.", sequences)
     gauge("heterodyne.replica.kv_cache.usage", "1", "Share of KV blocks in use, 0 to 1.", kv_usage)
-    for name, unit, description, field in (
-        ("steps", "{step}", "Steps run since the replica started.", "steps"),
-        ("preemptions", "{sequence}", "Sequences put back for lack of KV blocks.", "num_preemptions"),
-        ("prompt_tokens", "{token}", "Tokens of prompts that were prefilled.", "prompt_tokens"),
-        ("output_tokens", "{token}", "Tokens that were generated.", "output_tokens"),
-        ("prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
-        ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
-        ("kv.transfers", "{transfer}", "Transfers of keys and values that came.", "kv_transfers"),
-        ("kv.failures", "{transfer}", "Transfers of keys and values that did not come.", "kv_failures"),
-        ("kv.bytes", "By", "Bytes of keys and values that came.", "kv_bytes"),
-        ("kv.refused", "{piece}", "Pieces refused, as their transfer was over or their sender fenced.", "kv_refused"),
-    ):
+    for name, unit, description, field in _COUNTERS:
         counter(f"heterodyne.replica.{name}", unit, description, counted(field))
 
 
