@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from orchestrator.cli import generate_options as options
-from orchestrator.cli.client import GenerateResult, stream_generate
+from orchestrator.cli.client import GenerateResult, stream_generate, transfer_words
 from orchestrator.cli.plan import show_plan
 from orchestrator.cli.render import choice_blocks, ending, logprob_lines
 from orchestrator.cli.replay import options as replay_options
@@ -205,6 +205,8 @@ def figures(result: GenerateResult) -> str:
         f"{usage.completion_tokens} generated{drawn} on {finished.replica}",
         *([] if drawn else [f"ended by {ending(finished)}"]),
     ]
+    if sent := transfer_words(finished):
+        parts.append(sent)
     if timings.HasField("time_to_first_token_s"):
         parts.append(f"time to first token {timings.time_to_first_token_s * 1e3:.1f} ms")
     if per_token_s:

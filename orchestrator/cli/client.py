@@ -64,6 +64,19 @@ class GenerateResult:
         return self.choices[0].text
 
 
+def transfer_words(finished: inference_pb2.Finished) -> str:
+    """Says what it took to send the keys and values of a prompt to the replica that answered; empty where none went."""
+    if not finished.HasField("transfer"):
+        return ""
+    transfer = finished.transfer
+    if not finished.HasField("prefill_replica"):
+        return "another replica was to compute the prompt, and its keys and values did not come"
+    return (
+        f"prompt computed on {finished.prefill_replica} in {transfer.prefill_s * 1e3:.1f} ms, "
+        f"{transfer.num_bytes / 1e6:.3g} MB of keys and values sent, {transfer.exposed_s * 1e3:.1f} ms of it not hidden"
+    )
+
+
 def stream_generate(
     address: str,
     request: inference_pb2.GenerateRequest,

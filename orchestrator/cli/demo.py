@@ -156,12 +156,27 @@ def measurements(finished: pb.Finished) -> Table:
     table.add_row("prompt", str(usage.prompt_tokens), "tokens")
     ended = f"tokens, ended by {ending(finished)}"
     table.add_row("generated", str(usage.completion_tokens), ended)
+    if finished.HasField("transfer"):
+        _add_transfer(table, finished)
     table.add_row("time to first token", f"{timings.time_to_first_token_s * 1e3:.1f}", "ms")
     per_token_s = timings.time_per_output_token_s
     if per_token_s > 0:
         table.add_row("time per output token", f"{per_token_s * 1e3:.2f}", "ms")
         table.add_row("throughput", f"{1 / per_token_s:.1f}", "tokens/s")
     return table
+
+
+def _add_transfer(table: Table, finished: pb.Finished) -> None:
+    """Adds where the prompt was computed, and what it took to send its keys and values to where the answer was."""
+    transfer = finished.transfer
+    if not finished.HasField("prefill_replica"):
+        table.add_row("keys and values sent", "0", f"tokens: {finished.replica} computed the prompt itself after all")
+        return
+    where = f"ms, on {finished.prefill_replica}; the answer on {finished.replica}"
+    table.add_row("prompt computed", f"{transfer.prefill_s * 1e3:.1f}", where)
+    size = f"MB, of {transfer.num_tokens} tokens"
+    table.add_row("keys and values sent", f"{transfer.num_bytes / 1e6:.3g}", size)
+    table.add_row("not hidden of that", f"{transfer.exposed_s * 1e3:.1f}", "ms")
 
 
 class WrappedText:

@@ -1,6 +1,6 @@
 """Writes a deployment's status as one JSON document with stable names. What is not known is absent, and not 0."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.cli.measured_status import measured_pairs
@@ -38,7 +38,12 @@ def _gateway(gateway: admin_pb2.GatewayStatus) -> dict[str, Any]:
         "controller_connected": gateway.controller_connected,
         "fenced_messages": gateway.fenced_messages,
         "uptime_s": round(gateway.uptime_s, 3),
+        **_known({"waiting": _counts(gateway.waiting), "routes": _counts(gateway.routes)}),
     }
+
+
+def _counts(counts: Iterable[admin_pb2.Count]) -> dict[str, int]:
+    return {item.kind: item.count for item in counts}
 
 
 def _replica(replica: admin_pb2.ReplicaStatus, told: Mapping[str, str]) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def _load(load: admin_pb2.ReplicaLoad) -> dict[str, Any]:
     for name in ("prompt_tokens_per_s", "generated_tokens_per_s", "prefix_cache_hit_rate"):
         if load.HasField(name):
             document[name] = round(getattr(load, name), 4)
-    return document
+    moved = ("kv_transfers", "kv_failures", "kv_bytes", "kv_refused")
+    return document | _known({"moving": load.num_moving, **{name: getattr(load, name) for name in moved}})
 
 
 def _budget(budget: admin_pb2.StepBudget) -> dict[str, Any]:

@@ -118,7 +118,11 @@ def _one_request(request: admin_pb2.RequestTiming, track: _Track) -> Iterator[Ev
     first_ns = min(stop_ns, start_ns + _ns(request.first_token_s)) if request.HasField("first_token_s") else stop_ns
     first_ns = max(queued_ns, first_ns)
     yield track.span("queue", "phase", start_ns, queued_ns, {})
-    if request.HasField("queue_s"):
+    if request.HasField("prefill_replica"):
+        sent_ns = min(first_ns, queued_ns + _ns(request.prefill_s))
+        yield track.span("prefill", "phase", queued_ns, sent_ns, {"replica": request.prefill_replica})
+        yield track.span("kv_transfer", "phase", sent_ns, first_ns, {"exposed_s": request.exposed_s})
+    elif request.HasField("queue_s"):
         yield track.span("prefill", "phase", queued_ns, first_ns, {})
     if request.HasField("first_token_s"):
         yield track.span("decode", "phase", first_ns, stop_ns, {})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from orchestrator.gateway.errors import DeadlineExceeded
+from orchestrator.telemetry.transfers import KvTransfer
 from placement.errors import HeterodyneError
 
 
@@ -116,6 +117,8 @@ class Finished:
         cached_prompt_tokens: prompt tokens found in the prefix cache; None where the prompt was not computed.
         matched_stop: the stop string that ended the only choice, where one did.
         replica: the name of the replica that computed the answer.
+        transfer: the transfer of keys and values by which another replica computed the prompt for it; None where it
+            computed the prompt itself.
     """
 
     outcome: Outcome
@@ -126,6 +129,7 @@ class Finished:
     total_s: float
     matched_stop: str | None
     replica: str
+    transfer: KvTransfer | None = None
 
 
 Event = Accepted | Echoed | Delta | Finished

@@ -6,9 +6,24 @@ from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.inbox import Loss
 from orchestrator.telemetry.requests import Telemetry
+from placement.serving.routing.binding import WaitReason
+from placement.serving.routing.choice import RouteKind
 from protos.heterodyne.worker.v1 import worker_pb2
 
 _Figures = Iterable[tuple[float, Mapping[str, str]]]
+# Of a load report, which counts since its replica started.
+_COUNTERS = (
+    ("steps", "{step}", "Steps run since the replica started.", "steps"),
+    ("preemptions", "{sequence}", "Sequences put back for lack of KV blocks.", "num_preemptions"),
+    ("prompt_tokens", "{token}", "Tokens of prompts that were prefilled.", "prompt_tokens"),
+    ("output_tokens", "{token}", "Tokens that were generated.", "output_tokens"),
+    ("prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
+    ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
+    ("kv.transfers", "{transfer}", "Transfers of keys and values that came.", "kv_transfers"),
+    ("kv.failures", "{transfer}", "Transfers of keys and values that did not come.", "kv_failures"),
+    ("kv.bytes", "By", "Bytes of keys and values that came.", "kv_bytes"),
+    ("kv.refused", "{piece}", "Pieces refused, as their transfer was over or their sender fenced.", "kv_refused"),
+)
 
 
 def load_reports(fleet: Fleet) -> Iterator[tuple[str, worker_pb2.LoadReport]]:
@@ -31,6 +46,7 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
         for name, load in load_reports(fleet):
             yield load.num_running, {"replica": name, "state": "running"}
             yield load.num_waiting, {"replica": name, "state": "waiting"}
+            yield load.num_moving, {"replica": name, "state": "moving"}
 
     def kv_usage() -> _Figures:
         for name, load in load_reports(fleet):
@@ -45,16 +61,10 @@ def observe(telemetry: Telemetry, *, admission: Admission, fleet: Fleet) -> None
         "heterodyne.gateway.requests", "{request}", "Choices that replicas work on, and requests that wait.", requests
     )
     _observe_losses(telemetry, fleet)
+    _observe_routes(telemetry, fleet)
     gauge("heterodyne.replica.sequences", "{sequence}", "Sequences of a replica, by state.", sequences)
     gauge("heterodyne.replica.kv_cache.usage", "1", "Share of KV blocks in use, 0 to 1.", kv_usage)
-    for name, unit, description, field in (
-        ("steps", "{step}", "Steps run since the replica started.", "steps"),
-        ("preemptions", "{sequence}", "Sequences put back for lack of KV blocks.", "num_preemptions"),
-        ("prompt_tokens", "{token}", "Tokens of prompts that were prefilled.", "prompt_tokens"),
-        ("output_tokens", "{token}", "Tokens that were generated.", "output_tokens"),
-        ("prefix_cache.queries", "{token}", "Prompt tokens looked up in the prefix cache.", "prefix_queries"),
-        ("prefix_cache.hits", "{token}", "Prompt tokens found in the prefix cache.", "prefix_hits"),
-    ):
+    for name, unit, description, field in _COUNTERS:
         counter(f"heterodyne.replica.{name}", unit, description, counted(field))
 
 
@@ -78,3 +88,20 @@ def _observe_losses(telemetry: Telemetry, fleet: Fleet) -> None:
         "connection breaks before the controller tells of it (rank_failed). The status has the cause itself."
     )
     telemetry.counter("heterodyne.replica.losses", "{loss}", description, losses)
+
+
+def _observe_routes(telemetry: Telemetry, fleet: Fleet) -> None:
+    """Registers what waits for a replica with room, and where the rest went."""
+
+    def waiting() -> _Figures:
+        counts = fleet.waiting()
+        for reason in WaitReason:
+            yield counts[reason], {"reason": reason.value}
+
+    def routes() -> _Figures:
+        for kind in RouteKind:
+            yield fleet.routes[kind], {"kind": kind.value}
+
+    description = "Requests in flight that wait for a replica with room, by what is short."
+    telemetry.gauge("heterodyne.gateway.waiting", "{request}", description, waiting)
+    telemetry.counter("heterodyne.gateway.routes", "{request}", "Requests bound to replicas, by kind of route.", routes)

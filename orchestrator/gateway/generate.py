@@ -15,7 +15,7 @@ from orchestrator.gateway.answer.text import TextStream
 from orchestrator.gateway.client import Accepted, Client, FinishReason, Outcome
 from orchestrator.gateway.errors import ClientTooSlow
 from orchestrator.gateway.fleet.admission import Admission
-from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.fleet import Bound, Fleet
 from orchestrator.gateway.fleet.inbox import MAX_WAITING, Inbox
 from orchestrator.gateway.fleet.journal import Journal
 from orchestrator.gateway.fleet.leader import Leader
@@ -56,7 +56,8 @@ class Generator:
         When this returns, the request's slots are free again: a client that sees the end can send the next request.
 
         Raises:
-            NotAdmitted: the service is at its limit, or about to stop. Nothing was sent.
+            NotAdmitted: the service is at its limit, or about to stop, or no replica had room in time. Nothing was
+                sent.
             ReplicaUnavailable: no replica is ready. Nothing was sent.
         """
         slots = self._admission.slot(
@@ -69,24 +70,28 @@ class Generator:
 
     async def _serve(self, request: Request, client: Client) -> Answer:
         """Routes and submits the request and talks to its client. Raises ReplicaUnavailable before acceptance only."""
-        leader, route = self._fleet.route(_prompt(request))
-        extra = said("routed", request_id=request.request_id, replica=route.replica, reason=route.reason)
+        bound = await self._fleet.route(_prompt(request), priority=request.priority, timeout_s=client.remaining_s())
+        # Nothing may be awaited before the request is submitted: the room is its own for this turn of the loop.
+        leader, route = bound.leader, bound.route
+        extra = said(
+            "routed", request_id=request.request_id, replica=route.replica, reason=route.reason, prefill=route.prefill
+        )
         logger.debug("Request %s goes to %s: %s.", request.request_id, route.replica, route.reason, extra=extra)
-        answer, inbox = self._open(request, leader), Inbox(limit=MAX_WAITING * request.num_choices)
+        answer, inbox = self._open(request, bound), Inbox(limit=MAX_WAITING * request.num_choices)
+        submitted_s = client.age_s()
         try:
-            submitted_s = client.age_s()
-            leader.submit(submit_message(request, [choice.entry for choice in answer.choices]), inbox)
+            bound.submit(submit_message(request, [choice.entry for choice in answer.choices]), inbox)
             await self._talk(answer, leader, inbox, client, submitted_s)
         finally:
             for choice in answer.choices:
                 leader.release(choice.entry.sequence_id, cancel=choice.at_replica)
                 self.journal.close(choice.entry.sequence_id)
-            self._telemetry.finished(self._record(request, answer, client, route))
+            self._telemetry.finished(self._record(request, answer, client, route, submitted_s))
         return answer
 
-    def _open(self, request: Request, leader: Leader) -> Answer:
-        """Returns the answer that the leader will compute, its sequences in the journal."""
-        choices = []
+    def _open(self, request: Request, bound: Bound) -> Answer:
+        """Returns the answer that the replicas will compute, its sequences in the journal."""
+        choices, leader = [], bound.leader
         sequences = entries(request, replica=leader.name, epoch=leader.epoch, sequence_ids=self._sequence_ids)
         for index, entry in enumerate(sequences):
             self.journal.open(entry)
@@ -103,7 +108,7 @@ class Generator:
             )
         text, judged = TextStream(self._detokenizer, (), ()), request.logprobs is not None
         echo = Echo(request.prompt_ids, text, judged=judged) if request.echo else None
-        return Answer(request=request, choices=choices, echo=echo)
+        return Answer(request=request, choices=choices, echo=echo, prefill_replica=bound.route.prefill)
 
     async def _talk(self, answer: Answer, leader: Leader, inbox: Inbox, client: Client, submitted_s: float) -> None:
         """Sends every event, from Accepted to Finished, within the request's time; sending takes of it too."""
@@ -144,7 +149,7 @@ class Generator:
             seed=request.seed,
         )
 
-    def _record(self, request: Request, answer: Answer, client: Client, route: Route) -> RequestRecord:
+    def _record(self, request: Request, answer: Answer, client: Client, route: Route, bound_s: float) -> RequestRecord:
         times = answer.times()
         return RequestRecord(
             request_id=request.request_id,
@@ -164,13 +169,22 @@ class Generator:
             cached_prompt_tokens=answer.choices[0].cached_tokens,
             max_tokens=request.max_tokens,
             route_reason=route.reason,
+            bound_s=bound_s,
+            route_prefill=route.prefill,
+            transfer=answer.transfer,
         )
 
 
 def _prompt(request: Request) -> Prompt:
     """Returns the prompt as routing sees it. One whose tokens are scored is computed whole."""
     is_scored = request.echo and request.logprobs is not None
-    return Prompt(token_ids=request.prompt_ids, cache_salt=request.cache_salt, reuses_prefix=not is_scored)
+    return Prompt(
+        token_ids=request.prompt_ids,
+        cache_salt=request.cache_salt,
+        reuses_prefix=not is_scored,
+        num_sequences=request.num_choices,
+        max_tokens=request.max_tokens,
+    )
 
 
 def _label(outcome: Outcome | None, client: Client) -> str:

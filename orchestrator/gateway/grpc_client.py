@@ -17,6 +17,7 @@ from orchestrator.gateway.client import (
     TokenScore,
 )
 from orchestrator.gateway.status import code_of
+from orchestrator.telemetry.transfers import KvTransfer
 from placement.errors import HeterodyneError
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -113,8 +114,24 @@ def _finished(event: Finished) -> pb.Finished:
         matched_stop=event.matched_stop,
         replica=event.replica,
     )
+    if event.transfer is not None:
+        _add_transfer(message, event.transfer)
     if isinstance(event.outcome, HeterodyneError):
         message.error.CopyFrom(pb.Error(code=code_of(event.outcome), message=str(event.outcome)))
     else:
         message.finish_reason = _REASONS[event.outcome]
     return message
+
+
+def _add_transfer(message: pb.Finished, transfer: KvTransfer) -> None:
+    """Adds what a client may know of a transfer: a problem may name addresses."""
+    if not transfer.problem:
+        message.prefill_replica = transfer.prefill
+    message.transfer.CopyFrom(
+        pb.KvTransfer(
+            num_tokens=transfer.num_tokens,
+            num_bytes=transfer.num_bytes,
+            prefill_s=transfer.prefill_s,
+            exposed_s=transfer.exposed_s,
+        )
+    )

@@ -42,13 +42,14 @@ class LoadLog:
         self._throughput.sample(now_s, reports)
         if now_s - self._logged_s >= WINDOW_S:
             self._logged_s = now_s
-            if self._throughput.was_busy or self._admission.queued:
+            if self._throughput.was_busy or self._admission.queued or self._fleet.num_waiting:
                 self._log(reports)
 
     def _log(self, reports: Mapping[ReplicaKey, worker_pb2.LoadReport]) -> None:
         known = [rates for key in reports if (rates := self._throughput.rates(key)) is not None]
         running = sum(report.num_running for report in reports.values())
-        waiting = sum(report.num_waiting for report in reports.values()) + self._admission.queued
+        waiting = sum(report.num_waiting for report in reports.values())
+        waiting += self._admission.queued + self._fleet.num_waiting
         total = sum(report.total_blocks for report in reports.values())
         used = total - sum(report.free_blocks for report in reports.values())
         words = [f"{running} running", f"{waiting} waiting"]

@@ -33,7 +33,9 @@ from orchestrator.model_dir.files import read_model_files
 from orchestrator.telemetry.requests import Telemetry
 from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
+from placement.model.part import Part
 from placement.model.specs import DType
+from placement.planning.memory import kv_bytes_per_block
 from protos.codec.child_process import Listening
 from protos.codec.log_record import said
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -87,6 +89,7 @@ class Gateway:
         self._draining = False
         self._health_lock = asyncio.Lock()
         model = load_model(settings)
+        whole = Part.whole(model.spec)
         self.admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
         self.fleet = Fleet(
             control_address=settings.control_address,
@@ -97,6 +100,8 @@ class Gateway:
             sizes=replica_limits(config),
             on_change=self._health_changed,
             on_step=self._stepped,
+            disaggregation=config.serving.disaggregation,
+            kv_bytes_per_token=kv_bytes_per_block(model.spec, whole, dtype=settings.dtype, block_size=1),
         )
         self._timeline = Timeline(model=model.name)
         self._load_log = LoadLog(self.fleet, self.admission)
@@ -154,7 +159,7 @@ class Gateway:
             max_context_tokens=model.max_context_tokens,
             block_size=self._block_size,
             reports=lambda: load_reports(self.fleet),
-            num_queued=lambda: self.admission.queued,
+            num_queued=lambda: self.admission.queued + self.fleet.num_waiting,
         )
 
     def _block_size(self, replica: str) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -24,6 +25,8 @@ from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.telemetry.requests import Telemetry
 from placement.errors import HeterodyneError, InvalidRequest
+from placement.serving.routing.binding import WaitReason
+from placement.serving.routing.choice import RouteKind
 from protos.codec.formats import read_dtype
 from protos.codec.loading import doing
 from protos.codec.log_record import said
@@ -170,6 +173,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
                 uptime_s=time.monotonic() - self._started_s,
                 controller_connected=self._fleet.controller_connected,
                 fenced_messages=self._fleet.fenced_messages,
+                waiting=_counts(self._fleet.waiting()),
+                routes=_counts(self._fleet.routes),
             ),
             replicas=[self._replica(replica) for replica in self._fleet.deployment.replicas],
             context_tokens=self._model.max_context_tokens,
@@ -223,7 +228,16 @@ def _load(load: worker_pb2.LoadReport, rates: Rates | None, *, age_s: float) -> 
         prompt_tokens_per_s=None if rates is None else rates.prompt_tokens_per_s,
         generated_tokens_per_s=None if rates is None else rates.generated_tokens_per_s,
         prefix_cache_hit_rate=None if rates is None else rates.prefix_cache_hit_rate,
+        num_moving=load.num_moving,
+        kv_transfers=load.kv_transfers,
+        kv_failures=load.kv_failures,
+        kv_bytes=load.kv_bytes,
+        kv_refused=load.kv_refused,
     )
+
+
+def _counts(counts: Mapping[WaitReason, int] | Mapping[RouteKind, int]) -> list[admin_pb2.Count]:
+    return [admin_pb2.Count(kind=kind.value, count=count) for kind, count in sorted(counts.items()) if count]
 
 
 def _dtype(message: worker_pb2.Dtype.ValueType) -> str:

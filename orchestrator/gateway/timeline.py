@@ -62,6 +62,7 @@ class Timeline:
     def finished(self, record: RequestRecord) -> None:
         """Remembers an accepted request that ended."""
         self._num_requests += 1
+        transfer = None if record.transfer is None or record.transfer.problem else record.transfer
         self._requests.append(
             admin_pb2.RequestTiming(
                 request_id=record.request_id,
@@ -76,6 +77,9 @@ class Timeline:
                 num_choices=record.num_choices,
                 outcome=record.outcome,
                 failed=record.failed,
+                prefill_replica=None if transfer is None else transfer.prefill,
+                prefill_s=None if transfer is None else transfer.prefill_s,
+                exposed_s=None if transfer is None else transfer.exposed_s,
             )
         )
 

@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector
 
 from orchestrator.config.document import TelemetryConfig
 from orchestrator.config.types import Address
+from orchestrator.telemetry.transfers import KvTransfer, TransferMetrics
 from placement.errors import InvalidConfig
 from protos.codec.log_record import said
 
@@ -58,6 +59,9 @@ class RequestRecord:
         cached_prompt_tokens: found in the prefix cache; None where the prompt was not computed.
         max_tokens: the most tokens of each choice: what was asked for, else the room that was left in the context.
         route_reason: why the replica was chosen, in a sentence; None where it is not known.
+        bound_s: until it was bound to a replica.
+        route_prefill: the replica that was to compute the prompt for the other; None: it computes it itself.
+        transfer: what became of the keys and values that were to be sent; None where that was not reached.
     """
 
     request_id: str
@@ -77,6 +81,15 @@ class RequestRecord:
     cached_prompt_tokens: int | None = None
     max_tokens: int | None = None
     route_reason: str | None = None
+    bound_s: float | None = None
+    route_prefill: str | None = None
+    transfer: KvTransfer | None = None
+
+    @property
+    def prefill_replica(self) -> str:
+        """Returns the replica that computed the prompt."""
+        transfer = self.transfer
+        return self.replica if transfer is None or transfer.problem else transfer.prefill
 
 
 class Telemetry:
@@ -161,6 +174,7 @@ class Telemetry:
         self._refused = meter.create_counter(
             "heterodyne.requests.refused", unit="{request}", description="Requests refused before they were accepted."
         )
+        self._transfers = TransferMetrics(meter)
 
     def gauge(self, name: str, unit: str, description: str, read: Figures) -> None:
         """Adds a figure that is read whenever metrics are collected."""
@@ -189,13 +203,15 @@ class Telemetry:
             self._first_token.record(record.first_token_s, attributes)
         if record.per_token_s is not None:
             self._per_token.record(record.per_token_s, attributes)
+        if record.transfer is not None:
+            self._transfers.ended(record.transfer, record.replica)
         if self._traced:
             self._trace(record, ended)
         for observer in self._observers:
             observer(record)
 
     def _trace(self, record: RequestRecord, attributes: dict[str, str]) -> None:
-        """Writes the span of a request, and in it those of queue, prefill and decode, as far as these were reached."""
+        """Writes the span of a request, and in it those of its phases, as far as these were reached."""
         start, stop = record.arrived_ns, record.arrived_ns + int(record.total_s * _NS)
         request = self._tracer.start_span(
             f"{_OPERATION} {record.model}",
@@ -213,20 +229,45 @@ class Telemetry:
         )
         if record.route_reason is not None:
             request.set_attribute("heterodyne.route.reason", record.route_reason)
+        if record.route_prefill is not None:
+            request.set_attribute("heterodyne.route.prefill", record.route_prefill)
         if record.failed:
             request.set_status(Status(StatusCode.ERROR, record.outcome))
-        queued = stop if record.queue_s is None else start + int(record.queue_s * _NS)
-        first = stop if record.first_token_s is None else start + int(record.first_token_s * _NS)
-        self._phase("queue", request, start, queued)
-        if record.queue_s is not None:
-            self._phase("prefill", request, queued, first)
-        if record.first_token_s is not None:
-            self._phase("decode", request, first, stop)
+        self._trace_phases(record, request, start, stop)
         request.end(stop)
 
-    def _phase(self, name: str, request: Span, start: int, stop: int) -> None:
+    def _trace_phases(self, record: RequestRecord, request: Span, start: int, stop: int) -> None:
+        """Writes the spans of queue, prefill, the transfer where there was one, and decode, one after the other."""
+        queued = stop if record.queue_s is None else start + int(record.queue_s * _NS)
+        first = stop if record.first_token_s is None else start + int(record.first_token_s * _NS)
+        in_gateway = {} if record.bound_s is None else {"heterodyne.queue.gateway_s": record.bound_s}
+        self._phase("queue", request, start, queued, in_gateway)
+        transfer, prefilled = record.transfer, first
+        if transfer is not None and not transfer.problem:
+            prefilled = min(first, queued + int(transfer.prefill_s * _NS))
+        if record.queue_s is not None:
+            self._phase("prefill", request, queued, prefilled, {"heterodyne.replica": record.prefill_replica})
+        if transfer is not None:
+            # One that failed has no place of its own: the prompt was computed again, which is the prefill.
+            self._phase("kv_transfer", request, prefilled, first, transfer.attributes(), failed=bool(transfer.problem))
+        if record.first_token_s is not None:
+            self._phase("decode", request, first, stop, {"heterodyne.replica": record.replica})
+
+    def _phase(
+        self,
+        name: str,
+        request: Span,
+        start: int,
+        stop: int,
+        attributes: Mapping[str, str | int | float | bool],
+        *,
+        failed: bool = False,
+    ) -> None:
         context = set_span_in_context(request)
-        self._tracer.start_span(name, context=context, start_time=start).end(max(start, stop))
+        span = self._tracer.start_span(name, context=context, start_time=start, attributes=attributes)
+        if failed:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(max(start, stop))
 
     def close(self, timeout_s: float = 3.0) -> None:
         """Sends what is still held and stops listening, within ``timeout_s``. Blocks, so it is not for an event loop.

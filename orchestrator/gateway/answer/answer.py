@@ -14,6 +14,7 @@ from orchestrator.gateway.fleet.inbox import Loss, Lost, SequenceEvent
 from orchestrator.gateway.fleet.journal import JournalError
 from orchestrator.gateway.request.request import Request
 from orchestrator.gateway.request.structured import cannot_be_followed
+from orchestrator.telemetry.transfers import KvTransfer
 from placement.errors import HeterodyneError
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2
@@ -33,11 +34,15 @@ class Answer:
         outcome: set when the request has ended.
     """
 
-    def __init__(self, *, request: Request, choices: Sequence[Choice], echo: Echo | None) -> None:
+    def __init__(
+        self, *, request: Request, choices: Sequence[Choice], echo: Echo | None, prefill_replica: str | None = None
+    ) -> None:
+        """``prefill_replica`` is the one that is to compute the prompt, where that is another than the choices'."""
         self.request = request
         self.choices = tuple(choices)
         self.outcome: Outcome | None = None
         self._by_sequence = {choice.entry.sequence_id: choice for choice in choices}
+        self._prefill_replica = prefill_replica
         self._replica = self.choices[0].entry.replica
         self._echo = echo
         self._num_going_on = len(self.choices)
@@ -173,6 +178,24 @@ class Answer:
         """Counts the tokens of all choices."""
         return sum(len(choice.entry.emitted_ids) for choice in self.choices)
 
+    @property
+    def transfer(self) -> KvTransfer | None:
+        """Returns what became of the keys and values that another replica was to send; None before that is known."""
+        message = next((choice.transfer for choice in self.choices if choice.transfer is not None), None)
+        if message is None or self._prefill_replica is None:
+            return None
+        return KvTransfer(
+            prefill=self._prefill_replica,
+            num_tokens=message.num_tokens,
+            num_bytes=message.num_bytes,
+            queue_s=message.queue_s,
+            prefill_s=message.prefill_s,
+            exposed_s=message.exposed_s,
+            cached_tokens=message.cached_tokens,
+            by_layer=message.by_layer,
+            problem=message.problem,
+        )
+
     def times(self) -> AnswerTimes:
         """Says where the time went, so far."""
         clocks = [choice.clock for choice in self.choices]
@@ -204,4 +227,5 @@ class Answer:
             total_s=total_s,
             matched_stop=end.matched_stop if ended_well and len(self.choices) == 1 and end is not None else None,
             replica=self._replica,
+            transfer=self.transfer,
         )

@@ -50,6 +50,7 @@ class Choice:
         failure: why it failed.
         at_replica: whether the replica still computes it, so that leaving means cancelling.
         cached_tokens: prompt tokens found in the prefix cache; None before the prompt was computed.
+        transfer: what became of the keys and values that another replica was to send, once that is known.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Choice:
         self.failure: HeterodyneError | None = None
         self.at_replica = True
         self.cached_tokens: int | None = None
+        self.transfer: worker_pb2.KvTransfer | None = None
         self._index = index
         self._epoch = epoch
         self._max_tokens = max_tokens
@@ -98,7 +100,7 @@ class Choice:
         error: JournalError | None = None
         for output in outputs:
             if self.clock.first_token_s is None:
-                self._note_start(output, submitted_s)
+                self._note_start(output, submitted_s, now_s)
             if output.HasField("index") and self._max_tokens:
                 try:
                     self._take_token(output, token_ids, scores)
@@ -119,11 +121,16 @@ class Choice:
             choice=self._index, first_index=first_index, token_ids=token_ids, scores=scores, text=text, end=self.end
         )
 
-    def _note_start(self, output: worker_pb2.SequenceOutput, submitted_s: float) -> None:
+    def _note_start(self, output: worker_pb2.SequenceOutput, submitted_s: float, now_s: float) -> None:
         if output.HasField("queue_s"):
             self.clock.queue_s = submitted_s + output.queue_s
         if output.HasField("cached_tokens"):
             self.cached_tokens = output.cached_tokens
+        if output.HasField("transfer"):
+            self.transfer = transfer = output.transfer
+            if not transfer.problem and transfer.num_tokens:
+                # The other replica's prefill began so long ago: clocks of two machines are not compared.
+                self.clock.queue_s = max(submitted_s, now_s - transfer.prefill_s - transfer.exposed_s)
 
     def _take_token(
         self, output: worker_pb2.SequenceOutput, token_ids: list[int], scores: dict[int, TokenScore]

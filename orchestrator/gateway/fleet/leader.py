@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import grpc
 
 from orchestrator.gateway.fleet.inbox import Inbox, Loss, Lost, Rounds
+from orchestrator.gateway.fleet.ledger import Ledger
 from placement.measured.patience import Patience
+from placement.planning.plan import Role
 from placement.serving.routing.choice import ReplicaLoad
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -44,6 +46,8 @@ class LeaderLimits:
 
 # Given the replica's name and each step that it finished.
 StepHook = Callable[[str, pb.StepOutput], None]
+# Given the replica that was to compute the prompt of a sequence, the one that answers, and what became of it.
+TransferHook = Callable[[str, str, pb.KvTransfer], None]
 LeadCall = grpc.aio.StreamStreamCall[pb.LeadRequest, pb.LeadResponse]
 
 
@@ -54,8 +58,11 @@ class Leader:
         on_step: is told of every step that computed something and is not fenced, after its tokens went on their way.
             It must be quick and raise nothing.
         on_lost: is told once why the replica was given up. It must raise nothing.
+        on_room: is told when there may be room for more. It must be quick and raise nothing.
+        on_transfer: is told what became of keys and values that another replica was to send. It must raise nothing.
 
     Attributes:
+        ledger: what the replica has to do.
         load: its last report, None before the first.
         lost: why it was given up; None while it lives.
         fenced_messages: messages refused because they carried another epoch.
@@ -70,7 +77,12 @@ class Leader:
         limits: LeaderLimits,
         on_step: StepHook | None = None,
         on_lost: Callable[[Lost], None] = lambda _: None,
+        on_room: Callable[[], None] = lambda: None,
+        on_transfer: TransferHook = lambda prefill, replica, transfer: None,
+        role: Role = Role.MIXED,
+        block_size: int = 0,
     ) -> None:
+        self.ledger = Ledger(name, role=role, block_size=block_size)
         self.name = name
         self.epoch = epoch
         self.address = address
@@ -80,32 +92,50 @@ class Leader:
         self._limits = limits
         self._on_step = on_step
         self._on_lost = on_lost
+        self._on_room = on_room
+        self._on_transfer = on_transfer
         self._rounds = Rounds()
         self._reported_s = 0.0
-        self._unreported_tokens = self._unreported_sequences = 0
-        self._reported_once_tokens = self._reported_once_sequences = 0
         self._silent_s = 0.0
         self._stalled_s = 0.0
         self._patience = Patience(floor_s=limits.stall_timeout_s)
         self._inboxes: dict[int, Inbox] = {}
+        self._num_prompt_tokens: dict[int, int] = {}  # of the sequences that have not ended
+        self._helpers: dict[int, Leader] = {}  # by sequence, who is computing its prompt
         self._outbox: asyncio.Queue[pb.LeadRequest | None] = asyncio.Queue()
 
     # -- sequences --------------------------------------------------------------------------------------------
 
-    def submit(self, message: pb.Submit, inbox: Inbox) -> None:
-        """Hands sequences over. Their events arrive in ``inbox``; the last one of each says so."""
+    def submit(
+        self, message: pb.Submit, inbox: Inbox, *, new_tokens: int | None = None, helper: "Leader | None" = None
+    ) -> None:
+        """Hands sequences over. Their events arrive in ``inbox``; the last one of each says so.
+
+        Args:
+            new_tokens: tokens of the prompt that are expected to be computed; None: all.
+            helper: the leader of the replica that computes the prompt for this one.
+        """
         if self.lost is not None:
             inbox.put_now(self.lost)
             return
+        num_prompt = len(message.prompt_ids)
+        num_tokens = num_prompt if new_tokens is None else new_tokens
+        first = message.forks[0].sequence_id
+        if helper is not None:
+            message.prefill.CopyFrom(pb.PrefillSource(replica=helper.name, epoch=helper.epoch, address=helper.address))
+            self._helpers[first] = helper
+            helper.ledger.add(first, num_tokens)
         for fork in message.forks:
             self._inboxes[fork.sequence_id] = inbox
-        # As the replica's own report counts them: a sequence is pending with its whole prompt, shared or not.
-        self._unreported_tokens += len(message.prompt_ids) * len(message.forks)
-        self._unreported_sequences += len(message.forks)
+            self._num_prompt_tokens[fork.sequence_id] = num_prompt
+            # As the replica's own report counts them: a sequence is pending with its whole prompt, shared or not.
+            pending = 1 if helper is not None else num_tokens if fork.sequence_id == first else num_prompt
+            self.ledger.add(fork.sequence_id, pending)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:
         """Forgets a sequence; ``cancel`` tells the replica to, where it still computes it."""
+        self._note_end(sequence_id)
         if self._inboxes.pop(sequence_id, None) is not None and cancel and self.lost is None:
             self._send(pb.LeadRequest(cancel=pb.Cancel(sequence_id=sequence_id)))
 
@@ -132,17 +162,7 @@ class Leader:
 
     def replica_load(self) -> ReplicaLoad:
         """Returns the load for routing: the last report, and what was submitted since."""
-        load = self.load or pb.LoadReport()
-        return ReplicaLoad(
-            name=self.name,
-            accepting=self.accepting,
-            pending_tokens=load.pending_tokens + self._unreported_tokens + self._reported_once_tokens,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting + self._unreported_sequences + self._reported_once_sequences,
-            free_blocks=load.free_blocks,
-            total_blocks=load.total_blocks,
-            token_budget=load.budget.token_budget,
-        )
+        return self.ledger.load(self.load or pb.LoadReport(), accepting=self.accepting)
 
     # -- the stream -------------------------------------------------------------------------------------------
 
@@ -202,6 +222,7 @@ class Leader:
         while self._silent_s < self._limits.heartbeat_timeout_s:
             await asyncio.sleep(tick_s)
             self._silent_s += tick_s
+            # Sequences whose keys and values are on the way run in no step: while there are only such, none is due.
             if self.load is not None and self.load.num_running:
                 self._stalled_s += tick_s
             if self._stalled_s >= self._patience.limit_s:
@@ -221,6 +242,7 @@ class Leader:
                 self._take_step(message.step)
             case "rejected":
                 inbox = self._inboxes.get(message.rejected.sequence_id)
+                self._note_end(message.rejected.sequence_id)
                 if inbox is not None:
                     inbox.put_now(message.rejected)
             case "load":
@@ -232,7 +254,12 @@ class Leader:
             self._stalled_s = 0.0
             self._patience = self._patience.after(step.duration_s)
         inboxes = []
+        if step.num_prefill_tokens:
+            self.ledger.computed(step.num_prefill_tokens)
+            self._on_room()
         for output in step.sequences:
+            if not output.index or output.HasField("end"):
+                self._note_output(output)
             # A sequence that was cancelled a moment ago has no inbox any more.
             inbox = self._inboxes.get(output.sequence_id)
             if inbox is not None:
@@ -246,13 +273,36 @@ class Leader:
         before, self.load = self.load, load
         self._patience = self._patience.expecting(load.budget.expected_s)
         self._reported_s = time.monotonic()
-        # The report may be older than the last submissions: each counts until the second report after it.
-        self._reported_once_tokens, self._unreported_tokens = self._unreported_tokens, 0
-        self._reported_once_sequences, self._unreported_sequences = self._unreported_sequences, 0
+        self.ledger.reported(load)
         if before is None or before.steps != load.steps or not load.num_running:
             self._stalled_s = 0.0
         if before is None:
             on_change()
+        self._on_room()
+
+    def _note_output(self, output: pb.SequenceOutput) -> None:
+        """Notes the first token of a sequence, and its end."""
+        if output.HasField("index"):
+            self.ledger.begun(output.sequence_id)
+            helper = self._settle(output.sequence_id)
+            if helper is not None and output.HasField("transfer"):
+                self._on_transfer(helper.name, self.name, output.transfer)
+        if output.HasField("end"):
+            self._note_end(output.sequence_id, num_answer_tokens=output.index + 1)
+
+    def _note_end(self, sequence_id: int, num_answer_tokens: int = 0) -> None:
+        """Notes that a sequence ended, was refused or is cancelled."""
+        self._settle(sequence_id)
+        num_tokens = self._num_prompt_tokens.pop(sequence_id, 0) + num_answer_tokens
+        if self.ledger.ended(sequence_id, num_tokens):
+            self._on_room()
+
+    def _settle(self, sequence_id: int) -> "Leader | None":
+        """Returns who computed the prompt of a sequence, once; nothing of it is to be done there any more."""
+        helper = self._helpers.pop(sequence_id, None)
+        if helper is not None:
+            helper.ledger.ended(sequence_id)
+        return helper
 
     def give_up(self, lost: Lost) -> None:
         """Ends every sequence of this incarnation; the first cause stays."""
@@ -262,6 +312,8 @@ class Leader:
             # Debug, as `serve` hears of every loss, and says it with the better cause: that of the process.
             extra = said("replica_lost", replica=self.name, epoch=self.epoch, cause=lost.cause, kind=lost.kind.value)
             logger.debug("The gateway no longer hears %s: %s", self.name, lost.cause, extra=extra)
+            for sequence_id in list(self._helpers):
+                self._settle(sequence_id)
             for inbox in set(self._inboxes.values()):
                 inbox.put_now(self.lost)
             self._outbox.put_nowait(None)

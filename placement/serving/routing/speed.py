@@ -26,6 +26,8 @@ class LineFit:
     Attributes:
         weight: how many measurements count, with older ones counted less; 0: nothing is known.
         tokens: the weighted sum of tokens; the others are of seconds, of squared tokens, and of tokens times seconds.
+        token_s: seconds that one more token takes; 0 where nothing is known.
+        fixed_s: seconds that do not depend on the tokens; 0 where nothing is known.
     """
 
     weight: float = 0.0
@@ -33,6 +35,8 @@ class LineFit:
     seconds: float = 0.0
     squares: float = 0.0
     products: float = 0.0
+    token_s: float = field(init=False, compare=False, default=0.0)
+    fixed_s: float = field(init=False, compare=False, default=0.0)
 
     def after(self, num_tokens: int, seconds: float) -> "LineFit":
         """Returns the fit with one more measurement."""
@@ -44,9 +48,14 @@ class LineFit:
             products=_KEPT * self.products + num_tokens * seconds,
         )
 
-    @property
-    def token_s(self) -> float:
-        """Returns the seconds that one more token takes; 0 where nothing is known."""
+    def __post_init__(self) -> None:
+        # Looked at many times for each request, and changed once a step.
+        token_s = self._fitted_token_s()
+        fixed_s = max(0.0, self.seconds - token_s * self.tokens) / self.weight if self.weight else 0.0
+        object.__setattr__(self, "token_s", token_s)
+        object.__setattr__(self, "fixed_s", fixed_s)
+
+    def _fitted_token_s(self) -> float:
         if not self.tokens:
             return 0.0
         mean, all_for_tokens = self.tokens / self.weight, self.seconds / self.tokens
@@ -55,11 +64,6 @@ class LineFit:
             return all_for_tokens
         covariance = self.products / self.weight - mean * self.seconds / self.weight
         return min(max(covariance / variance, 0.0), all_for_tokens)
-
-    @property
-    def fixed_s(self) -> float:
-        """Returns the seconds that do not depend on the tokens; 0 where nothing is known."""
-        return max(0.0, self.seconds - self.token_s * self.tokens) / self.weight if self.weight else 0.0
 
     def at(self, num_tokens: int) -> float:
         """Returns the seconds that so many tokens take."""

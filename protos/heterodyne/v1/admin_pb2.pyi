@@ -330,6 +330,11 @@ class ReplicaLoad(_message.Message):
     PROMPT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_HIT_RATE_FIELD_NUMBER: _builtins.int
+    NUM_MOVING_FIELD_NUMBER: _builtins.int
+    KV_TRANSFERS_FIELD_NUMBER: _builtins.int
+    KV_FAILURES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    KV_REFUSED_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     num_waiting: _builtins.int
     free_blocks: _builtins.int
@@ -344,6 +349,14 @@ class ReplicaLoad(_message.Message):
     generated_tokens_per_s: _builtins.float
     prefix_cache_hit_rate: _builtins.float
     """Of prompt tokens that were looked up in the prefix cache over that time; absent where none were."""
+    num_moving: _builtins.int
+    """Sequences whose keys and values are on the way, to this replica or from it."""
+    kv_transfers: _builtins.int
+    """Transfers of keys and values so far: those that came, those that did not, and their bytes."""
+    kv_failures: _builtins.int
+    kv_bytes: _builtins.int
+    kv_refused: _builtins.int
+    """Pieces that were refused, as their transfer was over or their sender fenced."""
     def __init__(
         self,
         *,
@@ -357,10 +370,15 @@ class ReplicaLoad(_message.Message):
         prompt_tokens_per_s: _builtins.float | None = ...,
         generated_tokens_per_s: _builtins.float | None = ...,
         prefix_cache_hit_rate: _builtins.float | None = ...,
+        num_moving: _builtins.int = ...,
+        kv_transfers: _builtins.int = ...,
+        kv_failures: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        kv_refused: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s", "_prefix_cache_hit_rate", b"_prefix_cache_hit_rate", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "generated_tokens_per_s", b"generated_tokens_per_s", "prefix_cache_hit_rate", b"prefix_cache_hit_rate", "prompt_tokens_per_s", b"prompt_tokens_per_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s", "_prefix_cache_hit_rate", b"_prefix_cache_hit_rate", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "age_s", b"age_s", "free_blocks", b"free_blocks", "generated_tokens_per_s", b"generated_tokens_per_s", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefix_cache_hit_rate", b"prefix_cache_hit_rate", "prompt_tokens_per_s", b"prompt_tokens_per_s", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s", "_prefix_cache_hit_rate", b"_prefix_cache_hit_rate", "_prompt_tokens_per_s", b"_prompt_tokens_per_s", "age_s", b"age_s", "free_blocks", b"free_blocks", "generated_tokens_per_s", b"generated_tokens_per_s", "kv_bytes", b"kv_bytes", "kv_failures", b"kv_failures", "kv_refused", b"kv_refused", "kv_transfers", b"kv_transfers", "num_moving", b"num_moving", "num_preemptions", b"num_preemptions", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefix_cache_hit_rate", b"prefix_cache_hit_rate", "prompt_tokens_per_s", b"prompt_tokens_per_s", "steps", b"steps", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__generated_tokens_per_s: _TypeAlias = _typing.Literal["generated_tokens_per_s"]  # noqa: Y015
     _WhichOneofArgType__generated_tokens_per_s: _TypeAlias = _typing.Literal["_generated_tokens_per_s", b"_generated_tokens_per_s"]  # noqa: Y015
@@ -511,6 +529,8 @@ class GatewayStatus(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     CONTROLLER_CONNECTED_FIELD_NUMBER: _builtins.int
     FENCED_MESSAGES_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
     in_flight: _builtins.int
     queued: _builtins.int
     max_in_flight: _builtins.int
@@ -521,6 +541,14 @@ class GatewayStatus(_message.Message):
     """False once the controller cannot be reached: serving goes on with the last known plan."""
     fenced_messages: _builtins.int
     """Messages refused because they came from a fenced epoch."""
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedCompositeFieldContainer[Global___Count]:
+        """Requests in flight that wait for a replica with room, by what is short."""
+
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Count]:
+        """Requests that were bound to replicas so far, by kind of route."""
+
     def __init__(
         self,
         *,
@@ -532,14 +560,40 @@ class GatewayStatus(_message.Message):
         uptime_s: _builtins.float = ...,
         controller_connected: _builtins.bool = ...,
         fenced_messages: _builtins.int = ...,
+        waiting: _abc.Iterable[Global___Count] | None = ...,
+        routes: _abc.Iterable[Global___Count] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_connected", b"controller_connected", "draining", b"draining", "fenced_messages", b"fenced_messages", "in_flight", b"in_flight", "max_in_flight", b"max_in_flight", "max_queued", b"max_queued", "queued", b"queued", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_connected", b"controller_connected", "draining", b"draining", "fenced_messages", b"fenced_messages", "in_flight", b"in_flight", "max_in_flight", b"max_in_flight", "max_queued", b"max_queued", "queued", b"queued", "routes", b"routes", "uptime_s", b"uptime_s", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayStatus: _TypeAlias = GatewayStatus  # noqa: Y015
+
+@_typing.final
+class Count(_message.Message):
+    """How many there are of one kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    count: _builtins.int
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Count: _TypeAlias = Count  # noqa: Y015
 
 @_typing.final
 class GetStatusResponse(_message.Message):
@@ -619,6 +673,9 @@ class RequestTiming(_message.Message):
     NUM_CHOICES_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PREFILL_REPLICA_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     replica: _builtins.str
     """Who computed it."""
@@ -639,6 +696,11 @@ class RequestTiming(_message.Message):
     outcome: _builtins.str
     """"stop", "length", or the name of the gRPC status that it failed with."""
     failed: _builtins.bool
+    prefill_replica: _builtins.str
+    """Who computed the prompt, where that is another replica."""
+    prefill_s: _builtins.float
+    """How long the prompt took there, and from then until its last byte had come."""
+    exposed_s: _builtins.float
     def __init__(
         self,
         *,
@@ -654,21 +716,36 @@ class RequestTiming(_message.Message):
         num_choices: _builtins.int = ...,
         outcome: _builtins.str = ...,
         failed: _builtins.bool = ...,
+        prefill_replica: _builtins.str | None = ...,
+        prefill_s: _builtins.float | None = ...,
+        exposed_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_first_token_s", b"_first_token_s", "_queue_s", b"_queue_s", "cached_prompt_tokens", b"cached_prompt_tokens", "first_token_s", b"first_token_s", "queue_s", b"queue_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_exposed_s", b"_exposed_s", "_first_token_s", b"_first_token_s", "_prefill_replica", b"_prefill_replica", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "cached_prompt_tokens", b"cached_prompt_tokens", "exposed_s", b"exposed_s", "first_token_s", b"first_token_s", "prefill_replica", b"prefill_replica", "prefill_s", b"prefill_s", "queue_s", b"queue_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_first_token_s", b"_first_token_s", "_queue_s", b"_queue_s", "arrived_ns", b"arrived_ns", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "failed", b"failed", "first_token_s", b"first_token_s", "num_choices", b"num_choices", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "replica", b"replica", "request_id", b"request_id", "total_s", b"total_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens", "_exposed_s", b"_exposed_s", "_first_token_s", b"_first_token_s", "_prefill_replica", b"_prefill_replica", "_prefill_s", b"_prefill_s", "_queue_s", b"_queue_s", "arrived_ns", b"arrived_ns", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "exposed_s", b"exposed_s", "failed", b"failed", "first_token_s", b"first_token_s", "num_choices", b"num_choices", "outcome", b"outcome", "prefill_replica", b"prefill_replica", "prefill_s", b"prefill_s", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "replica", b"replica", "request_id", b"request_id", "total_s", b"total_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_prompt_tokens: _TypeAlias = _typing.Literal["cached_prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_prompt_tokens: _TypeAlias = _typing.Literal["_cached_prompt_tokens", b"_cached_prompt_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__exposed_s: _TypeAlias = _typing.Literal["exposed_s"]  # noqa: Y015
+    _WhichOneofArgType__exposed_s: _TypeAlias = _typing.Literal["_exposed_s", b"_exposed_s"]  # noqa: Y015
     _WhichOneofReturnType__first_token_s: _TypeAlias = _typing.Literal["first_token_s"]  # noqa: Y015
     _WhichOneofArgType__first_token_s: _TypeAlias = _typing.Literal["_first_token_s", b"_first_token_s"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_replica: _TypeAlias = _typing.Literal["prefill_replica"]  # noqa: Y015
+    _WhichOneofArgType__prefill_replica: _TypeAlias = _typing.Literal["_prefill_replica", b"_prefill_replica"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_s: _TypeAlias = _typing.Literal["prefill_s"]  # noqa: Y015
+    _WhichOneofArgType__prefill_s: _TypeAlias = _typing.Literal["_prefill_s", b"_prefill_s"]  # noqa: Y015
     _WhichOneofReturnType__queue_s: _TypeAlias = _typing.Literal["queue_s"]  # noqa: Y015
     _WhichOneofArgType__queue_s: _TypeAlias = _typing.Literal["_queue_s", b"_queue_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cached_prompt_tokens) -> _WhichOneofReturnType__cached_prompt_tokens | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exposed_s) -> _WhichOneofReturnType__exposed_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_s) -> _WhichOneofReturnType__first_token_s | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_replica) -> _WhichOneofReturnType__prefill_replica | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_s) -> _WhichOneofReturnType__prefill_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__queue_s) -> _WhichOneofReturnType__queue_s | None: ...
 

@@ -685,18 +685,26 @@ class Finished(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     MATCHED_STOP_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    PREFILL_REPLICA_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
     finish_reason: Global___FinishReason.ValueType
     """Of the only choice; of several, LENGTH if any was cut short by it, else STOP."""
     matched_stop: _builtins.str
     """The stop string that ended the only choice, when one did."""
     replica: _builtins.str
     """Name of the replica that computed the answer."""
+    prefill_replica: _builtins.str
+    """The replica that computed the prompt, where that is another."""
     @_builtins.property
     def error(self) -> Global___Error: ...
     @_builtins.property
     def usage(self) -> Global___Usage: ...
     @_builtins.property
     def timings(self) -> Global___Timings: ...
+    @_builtins.property
+    def transfer(self) -> Global___KvTransfer:
+        """Set where another replica was to compute the prompt."""
+
     def __init__(
         self,
         *,
@@ -706,21 +714,64 @@ class Finished(_message.Message):
         timings: Global___Timings | None = ...,
         matched_stop: _builtins.str | None = ...,
         replica: _builtins.str = ...,
+        prefill_replica: _builtins.str | None = ...,
+        transfer: Global___KvTransfer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "error", b"error", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "outcome", b"outcome", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "_prefill_replica", b"_prefill_replica", "_transfer", b"_transfer", "error", b"error", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "outcome", b"outcome", "prefill_replica", b"prefill_replica", "timings", b"timings", "transfer", b"transfer", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "error", b"error", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "outcome", b"outcome", "replica", b"replica", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop", "_prefill_replica", b"_prefill_replica", "_transfer", b"_transfer", "error", b"error", "finish_reason", b"finish_reason", "matched_stop", b"matched_stop", "outcome", b"outcome", "prefill_replica", b"prefill_replica", "replica", b"replica", "timings", b"timings", "transfer", b"transfer", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__matched_stop: _TypeAlias = _typing.Literal["matched_stop"]  # noqa: Y015
     _WhichOneofArgType__matched_stop: _TypeAlias = _typing.Literal["_matched_stop", b"_matched_stop"]  # noqa: Y015
+    _WhichOneofReturnType__prefill_replica: _TypeAlias = _typing.Literal["prefill_replica"]  # noqa: Y015
+    _WhichOneofArgType__prefill_replica: _TypeAlias = _typing.Literal["_prefill_replica", b"_prefill_replica"]  # noqa: Y015
+    _WhichOneofReturnType__transfer: _TypeAlias = _typing.Literal["transfer"]  # noqa: Y015
+    _WhichOneofArgType__transfer: _TypeAlias = _typing.Literal["_transfer", b"_transfer"]  # noqa: Y015
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["finish_reason", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__matched_stop) -> _WhichOneofReturnType__matched_stop | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefill_replica) -> _WhichOneofReturnType__prefill_replica | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__transfer) -> _WhichOneofReturnType__transfer | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class KvTransfer(_message.Message):
+    """The keys and values that one replica computed and sent to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    PREFILL_S_FIELD_NUMBER: _builtins.int
+    EXPOSED_S_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Tokens whose keys and values came; 0 where the prompt was computed by the replica of the answer after all."""
+    num_bytes: _builtins.int
+    prefill_s: _builtins.float
+    """How long the prompt took."""
+    exposed_s: _builtins.float
+    """From then until the last byte had come: what computation did not hide."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        prefill_s: _builtins.float = ...,
+        exposed_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exposed_s", b"exposed_s", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "prefill_s", b"prefill_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvTransfer: _TypeAlias = KvTransfer  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):

@@ -37,9 +37,15 @@ def test_no_word_is_lost_and_no_line_is_too_long(pieces: list[str], width: int) 
     assert all(len(line.rstrip()) <= width or line.split() == [line.strip()] for line in out.splitlines())
 
 
-def measured(**timings: float) -> str:
+def measured(prefill_replica: str | None = None, transfer: pb.KvTransfer | None = None, **timings: float) -> str:
     out = io.StringIO()
-    finished = pb.Finished(usage=pb.Usage(prompt_tokens=3, completion_tokens=1), timings=pb.Timings(**timings))
+    finished = pb.Finished(
+        usage=pb.Usage(prompt_tokens=3, completion_tokens=1),
+        timings=pb.Timings(**timings),
+        replica="replica-0",
+        prefill_replica=prefill_replica,
+        transfer=transfer,
+    )
     Console(file=out, width=100).print(measurements(finished))
     return out.getvalue()
 
@@ -48,6 +54,16 @@ def test_measurements_of_many_tokens_and_of_one() -> None:
     assert "100.0 tokens/s" in measured(time_to_first_token_s=0.02, time_per_output_token_s=0.01)
     one = measured(time_to_first_token_s=0.02)
     assert "time to first token" in one and "20.0 ms" in one and "tokens/s" not in one
+
+
+def test_measurements_say_which_replica_computed_the_prompt_and_what_it_took_to_send_it() -> None:
+    sent = pb.KvTransfer(num_tokens=64, num_bytes=2_500_000, prefill_s=0.25, exposed_s=0.004)
+    split = measured("replica-1", sent, time_to_first_token_s=0.3)
+    assert "250.0 ms, on replica-1; the answer on replica-0" in split
+    assert "2.5 MB, of 64 tokens" in split and "4.0 ms" in split
+    failed = measured(None, pb.KvTransfer(), time_to_first_token_s=0.3)
+    assert "replica-0 computed the prompt itself after all" in failed
+    assert "sent" not in measured(time_to_first_token_s=0.3)
 
 
 def test_the_demo_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

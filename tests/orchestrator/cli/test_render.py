@@ -135,6 +135,19 @@ def test_status_off_a_terminal_is_one_line_a_rank() -> None:
     assert "weights" not in failed and "layers" not in failed, "they are not known"
 
 
+def test_what_waits_in_the_gateway_and_what_moves_between_replicas_is_in_the_document_where_there_is_any() -> None:
+    known = status()
+    before = status_document(known)
+    assert "waiting" not in before["gateway"] and "routes" not in before["gateway"]
+    known.gateway.waiting.add(kind="no_blocks", count=2)
+    known.gateway.routes.add(kind="split", count=7)
+    known.replicas[0].load.kv_bytes = 4096
+    document = status_document(known)
+    assert document["gateway"]["waiting"] == {"no_blocks": 2} and document["gateway"]["routes"] == {"split": 7}
+    assert document["replicas"][0]["load"]["kv_bytes"] == 4096
+    assert "kv_failures" not in document["replicas"][0]["load"]
+
+
 def test_a_stage_of_the_first_layer_alone_has_that_layer() -> None:
     ranks = [admin_pb2.RankStatus(rank=0, last_layer=1), admin_pb2.RankStatus(rank=1, first_layer=1, last_layer=4)]
     known = admin_pb2.GetStatusResponse(replicas=[admin_pb2.ReplicaStatus(name="replica-0", ranks=ranks)])

@@ -119,6 +119,13 @@ def test_phases_that_were_not_reached_are_left_out(reached: dict[str, float], ph
     assert [(name, duration) for _, name, _, duration in spans(events, "phase")] == phases
 
 
+def test_a_prompt_that_another_replica_computed_is_drawn_with_its_transfer() -> None:
+    both = {"queue_s": 0.5, "first_token_s": 1.0, "prefill_replica": "b", "prefill_s": 0.3, "exposed_s": 0.1}
+    events = trace_events(timeline([request(0.0, 2.0, **both)]))
+    phases = [(name, pytest.approx(dur)) for _, name, _, dur in spans(list(events), "phase")]
+    assert phases == [("queue", 5e5), ("prefill", 3e5), ("kv_transfer", 2e5), ("decode", 1e6)]
+
+
 def test_requests_share_tracks_and_none_overlaps_another() -> None:
     # In the order in which they ended; drawn in that of their arrival.
     ended = [request(1, 1, request_id="b"), request(0, 3, request_id="a"), request(2, 2, request_id="c")]

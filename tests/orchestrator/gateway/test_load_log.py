@@ -18,6 +18,7 @@ class Reports:
     """The part of a fleet that is read."""
 
     second: int = 0
+    num_waiting: int = 0
     last: dict[tuple[str, int], LoadReport] = field(default_factory=dict)
 
     def reports(self) -> dict[tuple[str, int], LoadReport]:

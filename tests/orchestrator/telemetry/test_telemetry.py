@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from orchestrator.config.document import TelemetryConfig
 from orchestrator.telemetry.requests import RequestRecord, Telemetry
+from orchestrator.telemetry.transfers import KvTransfer
 from protos.heterodyne.v1 import inference_pb2, inference_pb2_grpc
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.deployment import deploy, make_config
@@ -149,3 +150,53 @@ def test_a_request_that_failed_has_the_phases_it_reached(fields: dict[str, float
     assert children[-1].end_time == request.end_time == 3_000_000_000
     assert request.status.is_ok is False
     assert request.attributes is not None and request.attributes["error.type"] == "UNAVAILABLE"
+
+
+TRANSFER = KvTransfer(
+    prefill="replica-1", num_tokens=100, num_bytes=4096, queue_s=0.1, prefill_s=0.3, exposed_s=0.1, by_layer=True
+)
+
+
+@pytest.mark.parametrize("problem", ["", "10.0.0.7 was lost"])
+def test_a_request_of_two_replicas_has_a_span_for_its_transfer_and_names_who_did_what(problem: str) -> None:
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    telemetry = Telemetry(TelemetryConfig(), span_exporter=exporter)
+    transfer = replace(TRANSFER, problem=problem)
+    times = {"bound_s": 0.2, "queue_s": 0.5, "first_token_s": 1.0}
+    telemetry.finished(
+        record(route_prefill="replica-1", route_reason="it is idle", transfer=transfer, **times, failed=False)
+    )
+    telemetry.close()
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    known = {name: dict(span.attributes or {}) for name, span in spans.items()}
+    assert known["text_completion m"]["heterodyne.route.prefill"] == "replica-1"
+    assert known["text_completion m"]["heterodyne.route.reason"] == "it is idle"
+    assert known["queue"]["heterodyne.queue.gateway_s"] == 0.2
+    assert known["decode"]["heterodyne.replica"] == "replica-0"
+    assert known["prefill"]["heterodyne.replica"] == ("replica-0" if problem else "replica-1")
+    sent = {name.removeprefix("heterodyne.kv_transfer."): value for name, value in known["kv_transfer"].items()}
+    assert (sent["bytes"], sent["tokens"], sent["exposed_s"], sent["by_layer"]) == (4096, 100, 0.1, True)
+    assert sent.get("problem", "") == problem and spans["kv_transfer"].status.is_ok is not bool(problem)
+    edges = [spans[name].end_time for name in ("queue", "prefill", "kv_transfer", "decode")]
+    starts = [spans[name].start_time for name in ("prefill", "kv_transfer", "decode")]
+    assert starts == edges[:3] == ([1.5e9, 2e9, 2e9] if problem else [1.5e9, 1.8e9, 2e9]), "no gap"
+
+
+async def test_transfers_are_counted_by_pair_and_outcome_with_their_bytes_and_what_was_not_hidden(
+    receiver: tuple[Receiver, str],
+) -> None:
+    kept, endpoint = receiver
+    telemetry = Telemetry(TelemetryConfig(otlp_endpoint=endpoint))
+    for problem in ("", "", "it broke"):
+        telemetry.finished(record(transfer=replace(TRANSFER, problem=problem)))
+    await asyncio.to_thread(telemetry.close, PATIENCE_S)
+    counts = {
+        tuple(sorted(attributes(point).values())): point.as_int
+        for point in kept.metrics["heterodyne.kv_transfers"].sum.data_points
+    }
+    assert counts == {("came", "replica-0", "replica-1"): 2, ("failed", "replica-0", "replica-1"): 1}
+    (size,) = kept.metrics["heterodyne.kv_transfer.size"].histogram.data_points
+    (exposed,) = kept.metrics["heterodyne.kv_transfer.exposed"].histogram.data_points
+    assert (size.count, size.sum, exposed.count, exposed.sum) == (2, 8192, 2, 0.2)

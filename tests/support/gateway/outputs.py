@@ -45,6 +45,7 @@ def make_answer(
     echo: bool = False,
     prompt_ids: tuple[int, ...] = PROMPT,
     grammar: pb.Grammar | None = None,
+    prefill_replica: str | None = None,
 ) -> tuple[Answer, Journal]:
     request = Request(
         request_id="r",
@@ -77,7 +78,7 @@ def make_answer(
             )
         )
     shown = Echo(prompt_ids, TextStream(Detokenizer(letters()), (), ()), judged=logprobs is not None) if echo else None
-    return Answer(request=request, choices=choices, echo=shown), journal
+    return Answer(request=request, choices=choices, echo=shown, prefill_replica=prefill_replica), journal
 
 
 def token(

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orchestrator.config.document import TelemetryConfig
 from orchestrator.gateway.fleet.admission import Admission
-from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.fleet.fleet import Bound, Fleet
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits
 from orchestrator.gateway.generate import Generator
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
@@ -110,12 +110,22 @@ class StubWorker(worker_pb2_grpc.WorkerServicer):
 
 @dataclass(frozen=True)
 class OneLeader:
-    """The part of a fleet that Generate needs."""
+    """The part of a fleet that Generate needs.
+
+    ``helper`` is the leader of a replica that computes the prompts.
+    """
 
     leader: Leader
+    helper: Leader | None = None
 
-    def route(self, prompt: Prompt) -> tuple[Leader, Route]:
-        return self.leader, Route(replica=self.leader.name, reason="it is the only one")
+    async def route(self, prompt: Prompt, *, priority: int = 0, timeout_s: float | None = None) -> Bound:
+        route = Route(
+            replica=self.leader.name,
+            prefill=None if self.helper is None else self.helper.name,
+            reason="it is the only one",
+            new_tokens=len(prompt.token_ids),
+        )
+        return Bound(leader=self.leader, route=route, helper=self.helper)
 
 
 @dataclass(frozen=True)

@@ -188,3 +188,29 @@ def test_a_client_reads_whether_the_service_was_stopped_or_a_replica_was_lost(ki
     take(answer, Lost(cause="/secret/path", kind=kind))
     error = finished(answer).error
     assert (error.code, error.message) == (code_pb2.UNAVAILABLE, words)
+
+
+def test_a_prompt_that_another_replica_computed_is_told_of_and_its_prefill_ends_the_queue() -> None:
+    answer, _ = make_answer(prefill_replica="replica-1", num_choices=2, max_tokens=1)
+    transfer = pb.KvTransfer(num_tokens=3, num_bytes=96, queue_s=9.0, prefill_s=0.4, exposed_s=0.1, by_layer=True)
+    take_all(
+        answer,
+        token(0, 1, end=pb.END_REASON_LENGTH, transfer=transfer, queue_s=0.7),
+        token(0, 2, end=pb.END_REASON_LENGTH, choice=1),
+        now_s=1.0,
+    )
+    last = finished(answer)
+    assert last.prefill_replica == "replica-1" and last.replica == "replica-0"
+    assert last.transfer == public.KvTransfer(num_tokens=3, num_bytes=96, prefill_s=0.4, exposed_s=0.1)
+    assert last.timings.queue_s == pytest.approx(0.5), "until the prefill began, by the durations that it told"
+    assert answer.transfer is not None and answer.transfer.by_layer
+
+
+def test_a_prompt_whose_keys_and_values_did_not_come_was_computed_here_and_the_problem_is_not_told() -> None:
+    answer, _ = make_answer(prefill_replica="replica-1", max_tokens=1)
+    failed = pb.KvTransfer(problem="10.0.0.7:41000 was lost")
+    take_all(answer, token(0, 1, end=pb.END_REASON_LENGTH, transfer=failed, queue_s=0.5))
+    last = finished(answer)
+    assert not last.HasField("prefill_replica") and last.transfer == public.KvTransfer()
+    assert last.timings.queue_s == 0.75
+    assert answer.transfer is not None and answer.transfer.problem == failed.problem

@@ -1,20 +1,25 @@
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import pytest
 
-from orchestrator.gateway.errors import ReplicaUnavailable
-from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.errors import QueueTimeout, ReplicaUnavailable
+from orchestrator.gateway.fleet.fleet import Bound, Fleet
+from orchestrator.gateway.fleet.inbox import Inbox, Lost
 from orchestrator.gateway.fleet.leader import LeaderLimits
 from placement.planning.limits import ReplicaLimits
-from placement.serving.routing.router import Prompt
+from placement.serving.routing.binding import WaitReason
+from placement.serving.routing.choice import RouteKind
+from placement.serving.routing.router import Disaggregation, Prompt
 from protos.heterodyne.control.v1 import control_pb2, control_pb2_grpc
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc
+from tests.support.clocks import turns, until
 from tests.support.gateway.stub_gateway import EPOCH, StubWorker
 
 NAMES = ("replica-0", "replica-1")
@@ -35,16 +40,19 @@ class StubController(control_pb2_grpc.ControlServicer):
 
 
 @asynccontextmanager
-async def two_replicas() -> AsyncIterator[tuple[Fleet, dict[str, StubWorker], list[tuple[str, pb.StepOutput]]]]:
+async def two_replicas(
+    roles: Sequence[control_pb2.Role.ValueType] = (control_pb2.ROLE_MIXED, control_pb2.ROLE_MIXED),
+    disaggregation: Disaggregation = "auto",
+) -> AsyncIterator[tuple[Fleet, dict[str, StubWorker], list[tuple[str, pb.StepOutput]]]]:
     """A fleet of two replicas that are idle and ready; the workers are the test's, which sees the steps."""
     server = grpc.aio.server()
     workers: dict[str, StubWorker] = {}
     replicas, servers = [], [server]
-    for name in NAMES:
+    for name, role in zip(NAMES, roles, strict=True):
         workers[name], worker_server = StubWorker(), grpc.aio.server()
         worker_pb2_grpc.add_WorkerServicer_to_server(workers[name], worker_server)
         rank = control_pb2.Rank(address=f"127.0.0.1:{worker_server.add_insecure_port('127.0.0.1:0')}")
-        ready = control_pb2.Replica(name=name, epoch=EPOCH, phase=control_pb2.PHASE_READY, ranks=[rank])
+        ready = control_pb2.Replica(name=name, epoch=EPOCH, phase=control_pb2.PHASE_READY, ranks=[rank], role=role)
         replicas.append(ready)
         servers.append(worker_server)
     deployment = control_pb2.WatchResponse(version=1, phase=control_pb2.PHASE_READY, replicas=replicas)
@@ -57,6 +65,7 @@ async def two_replicas() -> AsyncIterator[tuple[Fleet, dict[str, StubWorker], li
         sizes=SIZES,
         on_change=lambda: None,
         on_step=lambda name, step: steps.append((name, step)),
+        disaggregation=disaggregation,
     )
     for each in servers:
         await each.start()
@@ -102,8 +111,9 @@ async def test_requests_go_where_measured_steps_say_that_the_first_token_comes_s
         async with asyncio.timeout(PATIENCE_S):
             while len(steps) < 4 or max(load.pending_tokens for load in fleet.loads()) < 500:
                 await asyncio.sleep(0.01)
-        leader, route = fleet.route(Prompt(token_ids=range(20)))
-        assert leader.name == route.replica == "replica-1"
+        bound = await fleet.route(Prompt(token_ids=range(20)))
+        route = bound.route
+        assert bound.leader.name == route.replica == "replica-1"
         assert "500 pending and 20 new tokens, at 1e+03 tokens/s" in route.reason
         assert route.reason.endswith("next of 2 is replica-0 in 2 s")
 
@@ -112,4 +122,126 @@ async def test_no_request_is_routed_by_a_fleet_that_was_stopped() -> None:
     async with two_replicas() as (fleet, _, _):
         fleet.stop()
         with pytest.raises(ReplicaUnavailable, match="stopped"):
-            fleet.route(Prompt(token_ids=[1]))
+            await fleet.route(Prompt(token_ids=[1]))
+
+
+ONE = Prompt(token_ids=[1, 2, 3])
+SEQUENCE_IDS = itertools.count(1)
+
+
+def submitted(bound: Bound) -> int:
+    """Submits a request as it was bound; returns its only sequence."""
+    sequence_id = next(SEQUENCE_IDS)
+    bound.submit(pb.Submit(forks=[pb.Fork(sequence_id=sequence_id)], prompt_ids=ONE.token_ids), Inbox())
+    return sequence_id
+
+
+async def filled(fleet: Fleet) -> dict[int, str]:
+    """Takes every place of both replicas; returns the sequences and where they are."""
+    sequences = {}
+    for _ in range(len(NAMES) * SIZES.max_num_seqs):
+        bound = await fleet.route(ONE, timeout_s=0.0)
+        sequences[submitted(bound)] = bound.leader.name
+    assert sorted(sequences.values()) == sorted(NAMES * SIZES.max_num_seqs)
+    return sequences
+
+
+async def test_what_finds_no_room_waits_in_the_gateway_and_goes_where_a_sequence_ends_before_any_report() -> None:
+    async with two_replicas() as (fleet, workers, _):
+        sequences = await filled(fleet)
+        waiting = asyncio.create_task(fleet.route(ONE))
+        await turns()
+        assert fleet.num_waiting == 1 and fleet.waiting() == {WaitReason.NO_PLACE: 1}
+        ended = next(number for number, name in sequences.items() if name == "replica-1")
+        workers["replica-1"].step(pb.SequenceOutput(sequence_id=ended, index=0, end=pb.End()))
+        bound = await asyncio.wait_for(waiting, PATIENCE_S)
+        assert bound.leader.name == "replica-1" and not fleet.num_waiting
+        assert fleet.routes == {RouteKind.ALONE: len(sequences) + 1}
+        submitted(bound)
+        assert sum(load.num_sequences for load in fleet.loads()) == len(sequences)
+
+
+async def test_a_request_that_is_cancelled_or_out_of_time_while_it_waits_leaves_nothing_behind() -> None:
+    async with two_replicas() as (fleet, _, _):
+        sequences = await filled(fleet)
+        with pytest.raises(QueueTimeout):
+            await fleet.route(ONE, timeout_s=0.01)
+        waiting = asyncio.create_task(fleet.route(ONE))
+        await turns()
+        for number, name in sequences.items():
+            leader = fleet.leader(name, EPOCH)
+            assert leader is not None
+            leader.release(number, cancel=True)
+        waiting.cancel()  # in the very turn in which there is room for it
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert waiting.cancelled() and not fleet.num_waiting
+        await turns()
+        assert not any(load.num_sequences for load in fleet.loads())
+
+
+async def test_what_waits_goes_to_the_replicas_that_are_left_and_ends_with_the_last_of_them() -> None:
+    async with two_replicas() as (fleet, _, _):
+        sequences = await filled(fleet)
+        waiting = [asyncio.create_task(fleet.route(ONE)) for _ in range(2)]
+        await turns()
+        first, second = (fleet.leader(name, EPOCH) for name in NAMES)
+        assert first is not None and second is not None
+        first.give_up(Lost(cause="killed"))
+        second.release(next(number for number, name in sequences.items() if name == "replica-1"), cancel=True)
+        bound = await asyncio.wait_for(waiting[0], PATIENCE_S)
+        assert bound.leader is second
+        submitted(bound)
+        second.give_up(Lost(cause="killed"))
+        with pytest.raises(ReplicaUnavailable, match="the connection to it broke"):
+            await asyncio.wait_for(waiting[1], PATIENCE_S)
+
+
+async def test_what_waits_ends_when_the_service_is_stopped() -> None:
+    async with two_replicas() as (fleet, _, _):
+        await filled(fleet)
+        waiting = asyncio.create_task(fleet.route(ONE))
+        await turns()
+        fleet.stop()
+        with pytest.raises(ReplicaUnavailable, match="stopped"):
+            await asyncio.wait_for(waiting, PATIENCE_S)
+
+
+POOLS = (control_pb2.ROLE_PREFILL, control_pb2.ROLE_DECODE)
+
+
+@pytest.mark.parametrize("problem", ["", "the connection broke"])
+async def test_a_request_of_two_replicas_is_submitted_to_one_which_is_told_of_the_other(problem: str) -> None:
+    async with two_replicas(POOLS, "always") as (fleet, workers, _):
+        bound = await fleet.route(ONE)
+        prefill, decode = (fleet.leader(name, EPOCH) for name in NAMES)
+        assert prefill is not None and decode is not None
+        assert bound.leader is decode and bound.helper is prefill
+        number = submitted(bound)
+        told = await asyncio.wait_for(workers["replica-1"].submits.get(), PATIENCE_S)
+        assert told.prefill == pb.PrefillSource(replica="replica-0", epoch=EPOCH, address=prefill.address)
+        assert workers["replica-0"].submits.empty()
+        at_prefill, at_decode = (leader.replica_load() for leader in (prefill, decode))
+        assert (at_prefill.pending_tokens, at_prefill.num_sequences) == (2, 1), "all but the last token"
+        assert (at_decode.pending_tokens, at_decode.num_sequences) == (1, 1)
+        transfer = pb.KvTransfer(num_tokens=0 if problem else 2, num_bytes=64, exposed_s=0.01, problem=problem)
+        workers["replica-1"].step(pb.SequenceOutput(sequence_id=number, index=0, transfer=transfer))
+        await until(lambda: bool(fleet.transfers))
+        assert fleet.transfers == {("replica-0", "replica-1", not problem): 1}
+        assert not prefill.replica_load().num_sequences and decode.replica_load().num_sequences == 1
+
+
+async def test_a_prompt_counts_no_longer_at_the_replica_that_computes_it_once_its_request_is_over() -> None:
+    async with two_replicas(POOLS, "always") as (fleet, workers, _):
+        for end in ("cancelled", "refused", "lost"):
+            number = submitted(await fleet.route(ONE))
+            prefill, decode = (fleet.leader(name, EPOCH) for name in NAMES)
+            assert prefill is not None and decode is not None
+            assert prefill.replica_load().num_sequences == 1
+            match end:
+                case "cancelled":
+                    decode.release(number, cancel=True)
+                case "refused":
+                    workers["replica-1"].reject(number, 9, "no")
+                case "lost":
+                    decode.give_up(Lost(cause="killed"))
+            await until(lambda leader=prefill: not leader.replica_load().num_sequences)

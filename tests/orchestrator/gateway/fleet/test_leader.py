@@ -259,3 +259,12 @@ async def test_silence_ends_a_replica_as_soon_as_ever_however_slow_its_steps_are
         await ticks(clock, 11, of=0.3)
         await until(lambda: leader.lost is not None)
         assert leader.lost == Lost(cause="no heartbeat for 0.3 s", kind=Loss.NO_HEARTBEAT)
+
+
+async def test_a_replica_whose_sequences_all_wait_for_keys_and_values_is_not_stalled(clock: LoopClock) -> None:
+    moving = pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(steps=7, num_moving=2))
+    async with connected(stall_timeout_s=0.5) as (leader, script):
+        for _ in range(30):
+            await said(leader, script, moving)
+            await ticks(clock, 1, of=0.5)
+        assert leader.accepting
