@@ -40,6 +40,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 5632,
         "max_position_embeddings": 4096,
     },
+    # That of SmolLM-135M (Allal et al. 2024), with a context that also holds 2048 tokens and an answer.
+    "smollm-135m": {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 4096,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 128,
         "num_hidden_layers": 2,

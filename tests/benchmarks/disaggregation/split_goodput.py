@@ -1,0 +1,193 @@
+"""Requests of a trace that keep Splitwise's limits: one host for prompts and one for answers, against two for both.
+
+Hosts have one thread each. Unequal ones differ by a cgroup, which leaves the second, that for answers, a share of a
+core's time: all that the worker does there takes longer by as much. A request is judged by its slowdown against the
+same request alone, at the mixed deployment before anything is slow.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+
+from orchestrator.cli.replay.idle import idle_requests
+from orchestrator.cli.replay.outcome import Outcome
+from orchestrator.cli.replay.schedule import PlannedRequest, Schedule, make_schedule
+from orchestrator.cli.replay.slo import MULTIPLES, IdlePoint, idle_at, slowdowns
+from orchestrator.cli.replay.trace import TraceRequest, read_trace
+from tests.benchmarks.disaggregation.split_served import MIXED, Arm, Served, served, split
+from tests.benchmarks.disaggregation.split_sizes import Sizes
+from tests.benchmarks.engine.engine_models import checkpoint, read_spec
+from tests.benchmarks.parallel.parallel_figures import Findings
+from tests.benchmarks.report import REPOSITORY, Curve, Metric, Rows, median, shown
+from tests.netlab.requirements import missing
+
+EXCERPT = REPOSITORY / "deploy/traces/azure-conversation.csv"
+WORKERS = {"one": 1, "two": 1}
+ARMS = (Arm(name="split", workers=WORKERS, serving=split()), Arm(name="mixed", workers=WORKERS, serving=MIXED))
+SLOW = "two"
+HOSTS = ("equal", "unequal")
+_NUM_WARM = 8
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What a deployment did with the trace at one rate.
+
+    Attributes:
+        per_s: the requests a second that kept the limits.
+        share: of the requests that were sent.
+        num_limits: how many of the nine limits of Splitwise's table were kept.
+    """
+
+    per_s: float
+    share: float
+    num_limits: int
+
+
+Turns = Mapping[tuple[str, float], Sequence[Turn]]
+
+
+def drawn(excerpt: Sequence[TraceRequest], num_requests: int, *, seed: int) -> list[TraceRequest]:
+    """Returns a longer trace: times between requests, and lengths of them, drawn from those of an excerpt."""
+    draw = random.Random(seed)
+    gaps_s = [after.at_s - before.at_s for before, after in pairwise(excerpt)]
+    found, at_s = [], 0.0
+    for _ in range(num_requests):
+        like = draw.choice(excerpt)
+        found.append(TraceRequest(at_s=at_s, prompt_tokens=like.prompt_tokens, answer_tokens=like.answer_tokens))
+        at_s += draw.choice(gaps_s)
+    return found
+
+
+def trace_of(sizes: Sizes) -> Sequence[TraceRequest]:
+    """Returns the trace that is replayed."""
+    if sizes.trace is not None:
+        return read_trace(sizes.trace)
+    return drawn(read_trace(EXCERPT), sizes.num_requests, seed=_SEED)
+
+
+def is_kept(outcome: Outcome, idle: Sequence[IdlePoint], percent: int) -> bool:
+    """Returns whether a request got its whole answer, and no slower than the limits of that column allow."""
+    if not outcome.is_completed:
+        return False
+    alone = idle_at(idle, outcome.prompt_tokens)
+    alone_s = alone.ttft_s + alone.tbt_s * (len(outcome.token_times_s) - 1)
+    slower = {"ttft": outcome.ttft_s / alone.ttft_s, "e2e": outcome.e2e_s / alone_s}
+    if outcome.tpot_s is not None and alone.tbt_s > 0:
+        slower["tbt"] = outcome.tpot_s / alone.tbt_s
+    return all(slowdown <= MULTIPLES[metric][percent] for metric, slowdown in slower.items())
+
+
+def judged(outcomes: Sequence[Outcome], idle: Sequence[IdlePoint], percent: int) -> Turn:
+    """Returns what a replay comes to."""
+    num_kept = sum(is_kept(outcome, idle, percent) for outcome in outcomes)
+    return Turn(
+        per_s=num_kept / max(outcome.ended_s for outcome in outcomes),
+        share=num_kept / len(outcomes),
+        num_limits=sum(limit.is_kept for limit in slowdowns(outcomes, idle)),
+    )
+
+
+def _schedule(sizes: Sizes, rate: float) -> Schedule:
+    most = read_spec(checkpoint(sizes.shape)).max_context_tokens
+    return make_schedule(
+        trace_of(sizes), rate=rate, scale=sizes.scale, max_context_tokens=most, limit=sizes.num_requests
+    )
+
+
+def measure_goodput(sizes: Sizes) -> Findings:
+    """Measures both deployments in turn, in each repeat and at each rate, on equal hosts and then on unequal ones."""
+    reason = missing(cpu_shares=True)
+    turns: dict[str, dict[tuple[str, float], list[Turn]]] = {}
+    for hosts in HOSTS if reason is None else HOSTS[:1]:
+        turns[hosts] = _measure(sizes, sizes.slow_share if hosts == "unequal" else None)
+    return findings(turns, sizes, {} if reason is None else {"goodput_split_over_mixed_unequal": reason})
+
+
+def _measure(sizes: Sizes, slow_share: float | None) -> dict[tuple[str, float], list[Turn]]:
+    turns: dict[tuple[str, float], list[Turn]] = {(arm.name, rate): [] for arm in ARMS for rate in sizes.rates}
+    most = read_spec(checkpoint(sizes.shape)).max_context_tokens
+    with ExitStack() as stack:
+        deployments = [stack.enter_context(served(arm, shape=sizes.shape, kv_cache=sizes.kv_cache)) for arm in ARMS]
+        mixed = deployments[-1]
+        alone = idle_requests(_schedule(sizes, sizes.rates[0]), max_context_tokens=most)
+        for request in alone:  # the first of each length may find caches cold, in each deployment
+            _warm(deployments, request.prompt_tokens)
+        idle = mixed.idle(alone, seed=1)
+        if slow_share is not None:
+            for deployment in deployments:
+                deployment.slow_down(SLOW, slow_share)
+            _warm(deployments, alone[len(alone) // 2].prompt_tokens)
+        for repeat in range(sizes.repeats):
+            for rate in sizes.rates:
+                for deployment in deployments:
+                    print(f"measuring: goodput, {deployment.arm.name}, rate {rate:g}", flush=True)
+                    outcomes = deployment.send(_schedule(sizes, rate).requests, seed=2 + repeat, drops=True)
+                    turns[deployment.arm.name, rate].append(judged(outcomes, idle, sizes.slo_percent))
+    return turns
+
+
+def _warm(deployments: Sequence[Served], prompt_tokens: int) -> None:
+    """Has every replica compute, so that its speed is known."""
+    for deployment in deployments:
+        deployment.send(
+            [
+                PlannedRequest(index=number, due_s=0.0, prompt_tokens=prompt_tokens, answer_tokens=4)
+                for number in range(_NUM_WARM)
+            ],
+            seed=0,
+        )
+
+
+def findings(turns: Mapping[str, Turns], sizes: Sizes, left_out: Mapping[str, str]) -> Findings:
+    """Returns the figures of turns by hosts, deployment and rate."""
+    metrics: dict[str, Metric] = {}
+    missed = dict(left_out)
+    for hosts, found in turns.items():
+        best = {arm.name: _best(found, arm.name, sizes) for arm in ARMS}
+        metrics |= {f"goodput_{name}_{hosts}": median(values, "requests/s") for name, values in best.items()}
+        key = f"goodput_split_over_mixed_{hosts}"
+        if all(best["mixed"]):
+            metrics[key] = median([a / b for a, b in zip(best["split"], best["mixed"], strict=True)], "x")
+        else:
+            missed[key] = "the mixed deployment kept the limits of no request in some repeat, at no rate"
+    return Findings(
+        metrics=metrics,
+        tables=[_table(turns, sizes)],
+        curves=[curve for hosts, found in turns.items() for curve in _curves(hosts, found, sizes)],
+        left_out=missed,
+        settings={"replayed": str(sizes.trace or f"drawn from {EXCERPT.name} of deploy/traces")},
+    )
+
+
+def _table(turns: Mapping[str, Turns], sizes: Sizes) -> Rows:
+    rows = []
+    for hosts, found in turns.items():
+        for (name, rate), each in found.items():
+            what = f"{hosts}, {name}, {rate:g} times as recorded"
+            per_s = shown(median([it.per_s for it in each], "per s"))
+            share = shown(median([100 * it.share for it in each], "%"), 0)
+            rows.append([what, per_s, share, " ".join(str(it.num_limits) for it in each)])
+    title = f"Requests that keep each of Splitwise's limits at P{sizes.slo_percent}"
+    columns = ["hosts, deployment, rate", "goodput", "of those sent", "limits kept of 9, by repeat"]
+    return Rows(title=title, columns=columns, rows=rows)
+
+
+def _curves(hosts: str, found: Turns, sizes: Sizes) -> list[Curve]:
+    """Returns a picture of the shares by rate, where there are several and none is 0, as its axes are logarithmic."""
+    lines = {
+        arm.name: [(rate, 100 * median([it.share for it in found[arm.name, rate]], "").value) for rate in sizes.rates]
+        for arm in ARMS
+    }
+    if len(sizes.rates) < 2 or not all(share > 0 for line in lines.values() for _, share in line):
+        return []
+    labels = {"x_label": "times as fast as recorded", "y_label": "% that keep the limits"}
+    return [Curve(title=f"{hosts} hosts", **labels, lines=lines)]
+
+
+def _best(found: Turns, name: str, sizes: Sizes) -> list[float]:
+    """Returns the greatest goodput over all rates, of each repeat."""
+    return [max(found[name, rate][repeat].per_s for rate in sizes.rates) for repeat in range(sizes.repeats)]
