@@ -6,7 +6,6 @@ of as many tokens as half a second allows.
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 
 from orchestrator.cli.replay.outcome import Outcome
@@ -70,10 +69,7 @@ def measure_gaps(sizes: Sizes) -> Findings:
     """Measures all three in turn, in each repeat."""
     found: dict[str, list[list[float]]] = {arm.name: [] for arm in arms(sizes)}
     firsts: dict[str, list[float]] = {arm.name: [] for arm in arms(sizes)}
-    with ExitStack() as stack:
-        deployments = [
-            stack.enter_context(served(arm, shape=sizes.shape, kv_cache=sizes.kv_cache)) for arm in arms(sizes)
-        ]
+    with served(*arms(sizes), shape=sizes.shape, kv_cache=sizes.kv_cache) as deployments:
         alone = PlannedRequest(index=0, due_s=0.0, prompt_tokens=sizes.long_prompt, answer_tokens=2)
         points = {it.arm.name: it.idle([alone], seed=1)[0] for it in deployments}
         period_s = max(_LEAST_PERIOD_S, _PERIOD * points[SPLIT].ttft_s)

@@ -7,7 +7,6 @@ same request alone, at the mixed deployment before anything is slow.
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,8 +26,7 @@ EXCERPT = REPOSITORY / "deploy/traces/azure-conversation.csv"
 WORKERS = {"one": 1, "two": 1}
 ARMS = (Arm(name="split", workers=WORKERS, serving=split()), Arm(name="mixed", workers=WORKERS, serving=MIXED))
 SLOW = "two"
-HOSTS = ("equal", "unequal")
-_NUM_WARM = 8
+_NUM_WARM = 4
 _SEED = 0
 
 
@@ -101,32 +99,30 @@ def _schedule(sizes: Sizes, rate: float) -> Schedule:
 def measure_goodput(sizes: Sizes) -> Findings:
     """Measures both deployments in turn, in each repeat and at each rate, on equal hosts and then on unequal ones."""
     reason = missing(cpu_shares=True)
-    turns: dict[str, dict[tuple[str, float], list[Turn]]] = {}
-    for hosts in HOSTS if reason is None else HOSTS[:1]:
-        turns[hosts] = _measure(sizes, sizes.slow_share if hosts == "unequal" else None)
+    turns: dict[str, Turns] = {}
+    most = read_spec(checkpoint(sizes.shape)).max_context_tokens
+    alone = idle_requests(_schedule(sizes, sizes.rates[0]), max_context_tokens=most)
+    with served(*ARMS, shape=sizes.shape, kv_cache=sizes.kv_cache) as deployments:
+        for request in alone:
+            _warm(deployments, request.prompt_tokens)
+        idle = deployments[-1].idle(alone, seed=1)
+        turns["equal"] = _measure(deployments, sizes, idle, "equal")
+        if reason is None:
+            for deployment in deployments:
+                deployment.slow_down(SLOW, sizes.slow_share)
+            _warm(deployments, alone[len(alone) // 2].prompt_tokens)
+            turns["unequal"] = _measure(deployments, sizes, idle, "unequal")
     return findings(turns, sizes, {} if reason is None else {"goodput_split_over_mixed_unequal": reason})
 
 
-def _measure(sizes: Sizes, slow_share: float | None) -> dict[tuple[str, float], list[Turn]]:
+def _measure(deployments: Sequence[Served], sizes: Sizes, idle: Sequence[IdlePoint], hosts: str) -> Turns:
     turns: dict[tuple[str, float], list[Turn]] = {(arm.name, rate): [] for arm in ARMS for rate in sizes.rates}
-    most = read_spec(checkpoint(sizes.shape)).max_context_tokens
-    with ExitStack() as stack:
-        deployments = [stack.enter_context(served(arm, shape=sizes.shape, kv_cache=sizes.kv_cache)) for arm in ARMS]
-        mixed = deployments[-1]
-        alone = idle_requests(_schedule(sizes, sizes.rates[0]), max_context_tokens=most)
-        for request in alone:  # the first of each length may find caches cold, in each deployment
-            _warm(deployments, request.prompt_tokens)
-        idle = mixed.idle(alone, seed=1)
-        if slow_share is not None:
+    for repeat in range(sizes.repeats):
+        for rate in sizes.rates:
             for deployment in deployments:
-                deployment.slow_down(SLOW, slow_share)
-            _warm(deployments, alone[len(alone) // 2].prompt_tokens)
-        for repeat in range(sizes.repeats):
-            for rate in sizes.rates:
-                for deployment in deployments:
-                    print(f"measuring: goodput, {deployment.arm.name}, rate {rate:g}", flush=True)
-                    outcomes = deployment.send(_schedule(sizes, rate).requests, seed=2 + repeat, drops=True)
-                    turns[deployment.arm.name, rate].append(judged(outcomes, idle, sizes.slo_percent))
+                print(f"measuring: goodput, {hosts} hosts, {deployment.arm.name}, rate {rate:g}", flush=True)
+                outcomes = deployment.send(_schedule(sizes, rate).requests, seed=2 + repeat, drops=True)
+                turns[deployment.arm.name, rate].append(judged(outcomes, idle, sizes.slo_percent))
     return turns
 
 

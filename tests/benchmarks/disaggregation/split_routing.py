@@ -5,7 +5,6 @@ A cgroup leaves the slow one a share of a core's time. By tokens, the gateway is
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 from orchestrator.cli.replay.percentiles import percentile
 from orchestrator.cli.replay.schedule import PlannedRequest
@@ -53,8 +52,7 @@ def measure_routing(sizes: Sizes) -> Findings:
     if reason is not None:
         return Findings(left_out={"routing_by_time_gain": reason})
     found: dict[str, list[list[float]]] = {arm.name: [] for arm in ARMS}
-    with ExitStack() as stack:
-        deployments = [stack.enter_context(served(arm, shape=sizes.shape, kv_cache=sizes.kv_cache)) for arm in ARMS]
+    with served(*ARMS, shape=sizes.shape, kv_cache=sizes.kv_cache) as deployments:
         warm = [_prompt(sizes, index, 0.0) for index in range(_NUM_WARM)]
         for deployment in deployments:
             deployment.send(warm, seed=0)

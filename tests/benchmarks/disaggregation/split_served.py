@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -144,7 +144,11 @@ class Served:
         try:
             yield
         finally:
-            self._each(psutil.Process.suspend)
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Stops all that need not run between turns."""
+        self._each(psutil.Process.suspend)
 
     def _each(self, act: Any) -> None:
         for process, words in self._processes:
@@ -210,17 +214,18 @@ class Served:
 
 
 @contextmanager
-def served(arm: Arm, *, shape: str, kv_cache: str) -> Iterator[Served]:
-    """A deployment for the length of the block."""
-    with tempfile.TemporaryDirectory(prefix="split-") as directory:
-        path = Path(directory) / "cluster.yaml"
-        path.write_text(yaml.safe_dump(arm.content(shape, kv_cache)))
-        start = ["-c", _SERVE_BY_TOKENS] if arm.by_tokens else ["-m", "orchestrator"]
-        vocab_size = read_spec(checkpoint(shape)).vocab_size
-        with Command([sys.executable, *start, "serve", str(path)]) as command:
-            address = command.wait_for(_SERVES, _START_S)[1]
-            deployment = Served(arm, command, address, vocab_size)
-            try:
-                yield deployment
-            finally:
-                deployment.close()
+def served(*arms: Arm, shape: str, kv_cache: str) -> Iterator[list[Served]]:
+    """Deployments for the length of the block. They start one after the other, as they measure their steps then."""
+    vocab_size = read_spec(checkpoint(shape)).vocab_size
+    with tempfile.TemporaryDirectory(prefix="split-") as directory, ExitStack() as stack:
+        deployments = []
+        for number, arm in enumerate(arms):
+            path = Path(directory) / f"{number}.yaml"
+            path.write_text(yaml.safe_dump(arm.content(shape, kv_cache)))
+            start = ["-c", _SERVE_BY_TOKENS] if arm.by_tokens else ["-m", "orchestrator"]
+            command = stack.enter_context(Command([sys.executable, *start, "serve", str(path)]))
+            deployment = Served(arm, command, command.wait_for(_SERVES, _START_S)[1], vocab_size)
+            stack.callback(deployment.close)
+            deployment.freeze()
+            deployments.append(deployment)
+        yield deployments
