@@ -42,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, help="factor on the lengths of the trace's prompts and answers")
     parser.add_argument("--requests", type=int, help="how many of the trace are sent at each rate")
     parser.add_argument("--slo-percent", type=int, choices=(50, 90, 99), help="the column of Splitwise's limits")
+    parser.add_argument("--slow-target", help="kind of CPU of the slow host, where hosts are unequal: such as generic")
     parser.add_argument("--load", type=float, help="of both replicas, for the routing")
     parser.add_argument("--output", type=Path, default=RESULTS / "disaggregation.json")
     return parser.parse_args(argv)
@@ -59,7 +60,8 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     """Returns what is measured."""
     asked = {
         "trace": options.trace, "rates": options.rates and tuple(options.rates), "scale": options.scale,
-        "num_requests": options.requests, "slo_percent": options.slo_percent, "load": options.load,
+        "num_requests": options.requests, "slow_target": options.slow_target, "slo_percent": options.slo_percent,
+        "load": options.load,
     }  # fmt: skip
     base = quick() if options.quick else Sizes(shape=options.shape, repeats=options.repeats)
     return dataclasses.replace(base, **{name: value for name, value in asked.items() if value is not None})

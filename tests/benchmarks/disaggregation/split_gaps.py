@@ -4,6 +4,7 @@ Split, one thread computes prompts and one answers. Mixed, both threads compute 
 of as many tokens as half a second allows.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -81,7 +82,8 @@ def measure_gaps(sizes: Sizes) -> Findings:
                 streams, long = outcomes[: sizes.num_streams], outcomes[sizes.num_streams :]
                 found[deployment.arm.name].append(gaps_in(streams, _BEGIN_S, stop_s))
                 firsts[deployment.arm.name] += [outcome.ttft_s for outcome in long if outcome.is_completed]
-    return findings(found, firsts, period_s)
+        settings = {"gaps_period_s": period_s, "gaps_failed_transfers": deployments[0].num_failed_transfers()}
+    return dataclasses.replace(findings(found, firsts, period_s), settings=settings)
 
 
 def findings(
@@ -113,6 +115,4 @@ def findings(
     ]
     columns = ["deployment", "P50 gap", "P99 gap", "longest gap", "gaps", "first token of the prompts"]
     title = f"Between tokens of answers, while a prompt comes every {period_s:.2f} s"
-    return Findings(
-        metrics=metrics, tables=[Rows(title=title, columns=columns, rows=rows)], settings={"gaps_period_s": period_s}
-    )
+    return Findings(metrics=metrics, tables=[Rows(title=title, columns=columns, rows=rows)])

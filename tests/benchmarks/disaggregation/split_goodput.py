@@ -1,15 +1,17 @@
 """Requests of a trace that keep Splitwise's limits: one host for prompts and one for answers, against two for both.
 
-Hosts have one thread each. Unequal ones differ by a cgroup, which leaves the second, that for answers, a share of a
-core's time: all that the worker does there takes longer by as much. A request is judged by its slowdown against the
-same request alone, at the mixed deployment before anything is slow.
+Hosts have one thread each. On the second of the unequal ones, that for answers, code is compiled for a lesser kind of
+CPU: it computes far more slowly, but reads memory as fast, as an older GPU does beside a newer one. A request is judged
+by its slowdown against the same request alone at two equal hosts that compute both.
 """
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from kernels.cpu.machine.target import runnable_targets
 from orchestrator.cli.replay.idle import idle_requests
 from orchestrator.cli.replay.outcome import Outcome
 from orchestrator.cli.replay.schedule import PlannedRequest, Schedule, make_schedule
@@ -20,7 +22,6 @@ from tests.benchmarks.disaggregation.split_sizes import Sizes
 from tests.benchmarks.engine.engine_models import checkpoint, read_spec
 from tests.benchmarks.parallel.parallel_figures import Findings
 from tests.benchmarks.report import REPOSITORY, Curve, Metric, Rows, median, shown
-from tests.netlab.requirements import missing
 
 EXCERPT = REPOSITORY / "deploy/traces/azure-conversation.csv"
 WORKERS = {"one": 1, "two": 1}
@@ -98,7 +99,6 @@ def _schedule(sizes: Sizes, rate: float) -> Schedule:
 
 def measure_goodput(sizes: Sizes) -> Findings:
     """Measures both deployments in turn, in each repeat and at each rate, on equal hosts and then on unequal ones."""
-    reason = missing(cpu_shares=True)
     turns: dict[str, Turns] = {}
     most = read_spec(checkpoint(sizes.shape)).max_context_tokens
     alone = idle_requests(_schedule(sizes, sizes.rates[0]), max_context_tokens=most)
@@ -107,12 +107,29 @@ def measure_goodput(sizes: Sizes) -> Findings:
             _warm(deployments, request.prompt_tokens)
         idle = deployments[-1].idle(alone, seed=1)
         turns["equal"] = _measure(deployments, sizes, idle, "equal")
-        if reason is None:
-            for deployment in deployments:
-                deployment.slow_down(SLOW, sizes.slow_share)
-            _warm(deployments, alone[len(alone) // 2].prompt_tokens)
-            turns["unequal"] = _measure(deployments, sizes, idle, "unequal")
-    return findings(turns, sizes, {} if reason is None else {"goodput_split_over_mixed_unequal": reason})
+        num_failed = sum(deployment.num_failed_transfers() for deployment in deployments)
+    if sizes.slow_target not in (target.name for target in runnable_targets()):
+        reason = f"this CPU does not execute code for {sizes.slow_target}"
+        return findings(turns, sizes, {"goodput_split_over_mixed_unequal": reason})
+    unequal = [dataclasses.replace(arm, targets={SLOW: sizes.slow_target}) for arm in ARMS]
+    with served(*unequal, shape=sizes.shape, kv_cache=sizes.kv_cache) as deployments:
+        for request in alone:
+            _warm(deployments, request.prompt_tokens)
+        turns["unequal"] = _measure(deployments, sizes, idle, "unequal")
+        num_failed += sum(deployment.num_failed_transfers() for deployment in deployments)
+        slow, fast = deployments[-1].steps(SLOW), deployments[-1].steps("one")
+    found = findings(turns, sizes, {})
+    metrics = dict(found.metrics) | slower(slow, fast)
+    return dataclasses.replace(found, metrics=metrics, settings={**found.settings, "failed_transfers": num_failed})
+
+
+def slower(slow: Mapping[int, float], fast: Mapping[int, float]) -> dict[str, Metric]:
+    """Returns how many times as long the slow worker's steps take, of the fewest and the most tokens of both."""
+    sizes = sorted(slow.keys() & fast.keys())
+    return {
+        f"unequal_step_of_{num_tokens}": Metric(value=slow[num_tokens] / fast[num_tokens], unit="x")
+        for num_tokens in sorted({*sizes[:1], *sizes[-1:]})
+    }
 
 
 def _measure(deployments: Sequence[Served], sizes: Sizes, idle: Sequence[IdlePoint], hosts: str) -> Turns:

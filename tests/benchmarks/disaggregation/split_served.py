@@ -19,6 +19,7 @@ import grpc
 import psutil
 import yaml
 
+from kernels.cpu.machine.target import VARIABLE
 from orchestrator.cli.client import CHANNEL_OPTIONS
 from orchestrator.cli.replay.idle import measure_idle
 from orchestrator.cli.replay.outcome import Outcome
@@ -26,7 +27,7 @@ from orchestrator.cli.replay.prompts import Prompts, make_request
 from orchestrator.cli.replay.schedule import PlannedRequest, Schedule
 from orchestrator.cli.replay.sending import Sender
 from orchestrator.cli.replay.slo import IdlePoint
-from protos.heterodyne.v1 import inference_pb2_grpc
+from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from tests.benchmarks.engine.engine_models import checkpoint, read_spec
 from tests.netlab import system
 from tests.support.deploying.service import Command
@@ -34,6 +35,7 @@ from tests.support.deploying.service import Command
 REQUEST_S = 900.0
 MAX_NUM_SEQS = 32
 _START_S = 180.0
+_STATUS_S = 10.0
 _MOST_IN_FLIGHT = 4096
 _SERVES = r"event=serving .*address=(\S+)"
 # What is left to run between the turns of a deployment: it is idle, and its parts keep each other's pulse.
@@ -66,6 +68,16 @@ gateway_process.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": star
 app()
 """
 
+# What Python runs first in every process of a deployment, the workers among them.
+_SITE = """
+import os
+import sys
+
+for name, target in {targets!r}.items():
+    if f"--name={{name}}" in sys.orig_argv:
+        os.environ[{variable!r}] = target
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
@@ -75,12 +87,14 @@ class Arm:
         workers: how many threads each has, by its name. Each is a replica.
         serving: the section of the configuration.
         by_tokens: whether its gateway counts all replicas as equally fast.
+        targets: the kind of CPU that a worker's code is compiled for, by its name, where it is not the best.
     """
 
     name: str
     workers: Mapping[str, int]
     serving: Mapping[str, Any] = field(default_factory=dict)
     by_tokens: bool = False
+    targets: Mapping[str, str] = field(default_factory=dict)
 
     def content(self, shape: str, kv_cache: str) -> dict[str, Any]:
         """Returns the configuration."""
@@ -123,11 +137,21 @@ class Served:
         """Returns what it has said."""
         return self._command.output()
 
-    def pid(self, worker: str) -> int:
-        """Returns the process id of a worker."""
-        (found,) = [
-            process.pid for process, words in self._processes if "workers" in words and f"--name={worker}" in words
-        ]
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """Returns what its gateway says of it."""
+        with self.turn(), grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            return admin_pb2_grpc.AdminStub(channel).GetStatus(admin_pb2.GetStatusRequest(), timeout=_STATUS_S)
+
+    def num_failed_transfers(self) -> int:
+        """Returns how many prompts were computed again, as their keys and values did not come."""
+        return sum(replica.load.kv_failures for replica in self.status().replicas)
+
+    def steps(self, worker: str) -> dict[int, float]:
+        """Returns the seconds of a worker's steps by their tokens, as it measured them when it started."""
+        return {step.num_tokens: step.duration_s for step in self._replica(worker).budget.steps}
+
+    def _replica(self, worker: str) -> admin_pb2.ReplicaStatus:
+        (found,) = [replica for replica in self.status().replicas if replica.ranks[0].worker == worker]
         return found
 
     def slow_down(self, worker: str, share: float) -> None:
@@ -135,7 +159,7 @@ class Served:
         name = f"{system.PREFIX}-{os.getpid()}-{next(_numbers)}-{worker}"
         group = system.add_cpu_group(name, share)
         self._groups.append(group)
-        (group / "cgroup.procs").write_text(str(self.pid(worker)))
+        (group / "cgroup.procs").write_text(str(self._replica(worker).ranks[0].pid))
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -223,9 +247,19 @@ def served(*arms: Arm, shape: str, kv_cache: str) -> Iterator[list[Served]]:
             path = Path(directory) / f"{number}.yaml"
             path.write_text(yaml.safe_dump(arm.content(shape, kv_cache)))
             start = ["-c", _SERVE_BY_TOKENS] if arm.by_tokens else ["-m", "orchestrator"]
-            command = stack.enter_context(Command([sys.executable, *start, "serve", str(path)]))
+            env = _environment(arm, Path(directory) / f"{number}")
+            command = stack.enter_context(Command([sys.executable, *start, "serve", str(path)], env=env))
             deployment = Served(arm, command, command.wait_for(_SERVES, _START_S)[1], vocab_size)
             stack.callback(deployment.close)
             deployment.freeze()
             deployments.append(deployment)
         yield deployments
+
+
+def _environment(arm: Arm, directory: Path) -> dict[str, str]:
+    """Returns what the processes of a deployment have in their environment, beside what this one has."""
+    if not arm.targets:
+        return {}
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(_SITE.format(targets=dict(arm.targets), variable=VARIABLE))
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH", "")]))}

@@ -26,7 +26,7 @@ class Sizes:
         rates: how many times as fast as recorded.
         scale: the factor on the lengths of its prompts and answers.
         num_requests: how many of the trace's are sent at each rate.
-        slow_share: of a core, that the host for answers has where hosts are unequal.
+        slow_target: the kind of CPU that the code of the host for answers is compiled for where hosts are unequal.
         slo_percent: the column of Splitwise's table that each request is judged by.
         routed_prompt: tokens of the prompts that are routed.
         num_routed: how many of them.
@@ -43,10 +43,10 @@ class Sizes:
     num_long: int = 6
     num_streams: int = 4
     trace: Path | None = None
-    rates: tuple[float, ...] = (1.0, 2.0, 3.0)
-    scale: float = 0.5
-    num_requests: int = 100
-    slow_share: float = 1 / 3
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    scale: float = 0.25
+    num_requests: int = 60
+    slow_target: str = "avx2"
     slo_percent: int = 90
     routed_prompt: int = 256
     num_routed: int = 100
