@@ -88,9 +88,7 @@ def told(responses: list[pb.GenerateResponse]) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("name", POOLS)
-async def test_a_split_service_answers_as_one_replica_does(
-    served_checkpoint: Path, tmp_path: Path, name: str
-) -> None:
+async def test_a_split_service_answers_as_one_replica_does(served_checkpoint: Path, tmp_path: Path, name: str) -> None:
     for directory in ("whole", "split"):
         (tmp_path / directory).mkdir()
     async with deploy(make_config(tmp_path / "whole", served_checkpoint)) as running:
