@@ -118,7 +118,9 @@ def choose(ranked: Sequence[Candidate], pools: Pools, costs: Costs, *, always: b
     others = [*([alone_option(away[0], costs)] if away else []), *known]
     best = min(options or others, key=lambda it: it.order)
     other = min(others, key=lambda it: it.order, default=best)
-    if _is_clearly_better(other, best):
+    # Alone, a request goes where its first token comes soonest; a pair has to be better than every such way.
+    rivals = [best, *(alone_option(it, costs) for it in home)] if other.prefill is not None else [best]
+    if all(_is_clearly_better(other, rival) for rival in rivals):
         best = other
     if best.prefill is not None:
         return _split_route(best, _soonest_alone([*options, *others]), pools, costs)
@@ -127,8 +129,12 @@ def choose(ranked: Sequence[Candidate], pools: Pools, costs: Costs, *, always: b
 
 
 def _is_clearly_better(other: Option, usual: Option) -> bool:
-    """Tells whether another way is worth it; for the sake of others no request is split that then takes longer."""
-    if other.prefill is not None and other.own_s > usual.own_s:
+    """Tells whether another way is worth it.
+
+    A request is split among replicas that are not meant for it only where it is itself complete sooner: done for the
+    sake of others alone, it costs everybody more than it saves, as the next prompt harms those that it has joined.
+    """
+    if other.prefill is not None and usual.own_s - other.own_s <= max(_LEAST_GAIN_S, CLEAR_GAIN * usual.first_s):
         return False
     return usual.cost_s - other.cost_s > max(_LEAST_GAIN_S, CLEAR_GAIN * (usual.first_s + usual.harm_s))
 
