@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 setup: $(STAMP)  ## Make the virtual environment and install everything
 
 demo: setup  ## Serve the demo model on this machine, stream an answer, shut down
-	$(BIN)/python -m orchestrator demo deploy/local.yaml
+	$(BIN)/python -m orchestrator demo deploy/disaggregated.yaml
 
 test: setup lint types contracts unit  ## Lint, types, import contracts and all tests
 

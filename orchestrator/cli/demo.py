@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,14 @@ from placement.errors import HeterodyneError, InvalidConfig
 from protos.heterodyne.v1 import admin_pb2
 from protos.heterodyne.v1 import inference_pb2 as pb
 
-PROMPT = "And it came to pass in those days, that"
+PROMPT = (
+    "And it came to pass in those days, that there went out a decree from Caesar Augustus, that all the world should "
+    "be taxed. (And this taxing was first made when Cyrenius was governor of Syria.) And all went to be taxed, every "
+    "one into his own city."
+)
 MAX_TOKENS = 160
-_FILE = Path("deploy/local.yaml")
+_FILE = Path("deploy/disaggregated.yaml")
+_SHOWN_CHARACTERS = 40
 _TREE = Path(__file__).resolve().parents[2]
 _START_S = 120.0
 _LOOK_S = 0.5
@@ -83,7 +89,8 @@ def demo(path: Path, *, overrides: Sequence[str], console: Console, log_format: 
     family = Family(process.pid)
     try:
         _wait(process, ready, family)
-        console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {PROMPT!r}")
+        shown = textwrap.shorten(PROMPT, _SHOWN_CHARACTERS, placeholder="...")
+        console.rule(f"serving after {time.monotonic() - started_s:.1f} s; prompt: {shown!r}")
         _ask(address, console)
         console.rule("what ran where")
         print_status(console, _settled_status(address))

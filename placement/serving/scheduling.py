@@ -17,7 +17,7 @@ from placement.serving.sequence import Phase, Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
 
 # Looked up for every sequence in every step, where a class's attribute is slow.
-_LEAVING, _REPLAY = Phase.LEAVING, Phase.REPLAY
+_LEAVING, _REPLAY, _AWAITS_KV = Phase.LEAVING, Phase.REPLAY, Phase.AWAITS_KV
 
 
 @dataclass(slots=True)
@@ -104,9 +104,14 @@ class Scheduler:
 
     @property
     def pending_tokens(self) -> int:
-        """Counts the tokens of all sequences that are to be computed; those in flight count until they complete."""
+        """Counts the tokens of all sequences that are to be computed; those in flight count until they complete.
+
+        Of a prompt whose keys and values come from another replica, only the last token is computed here.
+        """
         return sum(
-            sequence.num_uncomputed_tokens for sequence in self._sequences.values() if sequence.phase is not _LEAVING
+            sequence.num_uncomputed_tokens if sequence.phase is not _AWAITS_KV else 1
+            for sequence in self._sequences.values()
+            if sequence.phase is not _LEAVING
         )
 
     def sequence(self, sequence_id: int) -> Sequence:

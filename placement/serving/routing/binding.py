@@ -15,7 +15,7 @@ from placement.planning.limits import ReplicaLimits
 from placement.serving.routing.choice import ReplicaLoad, Route
 from placement.serving.routing.prompt import Prompt
 
-_LOOKED_AT = 32
+_LOOKED_AT = 16
 """The most requests that wait and are looked at; those behind them are looked at once some of them are bound."""
 
 

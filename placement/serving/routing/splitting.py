@@ -24,6 +24,8 @@ from placement.serving.routing.pools import Pools
 
 CLEAR_GAIN = 0.2
 """The share of the seconds until the first token that another way than the usual one must save."""
+_LEAST_GAIN_S = 0.02
+"""What it must save at the least: what steps are expected to take is not known more closely."""
 _NO_LINK = LinkSpeed()
 
 
@@ -71,7 +73,12 @@ class Option:
     @property
     def cost_s(self) -> float:
         """Returns what is compared."""
-        return self.first_s + self.answer_s + self.harm_s
+        return self.own_s + self.harm_s
+
+    @property
+    def own_s(self) -> float:
+        """Returns the seconds until the request is complete."""
+        return self.first_s + self.answer_s
 
     @property
     def order(self) -> tuple[float, int, str, str]:
@@ -111,12 +118,25 @@ def choose(ranked: Sequence[Candidate], pools: Pools, costs: Costs, *, always: b
     others = [*([alone_option(away[0], costs)] if away else []), *known]
     best = min(options or others, key=lambda it: it.order)
     other = min(others, key=lambda it: it.order, default=best)
-    if best.cost_s - other.cost_s > CLEAR_GAIN * (best.first_s + best.harm_s):
-        best, other = other, best
+    # Alone, a request goes where its first token comes soonest; a pair has to be better than every such way.
+    rivals = [best, *(alone_option(it, costs) for it in home)] if other.prefill is not None else [best]
+    if all(_is_clearly_better(other, rival) for rival in rivals):
+        best = other
     if best.prefill is not None:
         return _split_route(best, _soonest_alone([*options, *others]), pools, costs)
     group = home if best.replica in home else away
     return route_alone(group, costs.limits, _alone_kind(best.replica, pools))
+
+
+def _is_clearly_better(other: Option, usual: Option) -> bool:
+    """Tells whether another way is worth it.
+
+    A request is split among replicas that are not meant for it only where it is itself complete sooner: done for the
+    sake of others alone, it costs everybody more than it saves, as the next prompt harms those that it has joined.
+    """
+    if other.prefill is not None and usual.own_s - other.own_s <= max(_LEAST_GAIN_S, CLEAR_GAIN * usual.first_s):
+        return False
+    return usual.cost_s - other.cost_s > max(_LEAST_GAIN_S, CLEAR_GAIN * (usual.first_s + usual.harm_s))
 
 
 def alone_option(replica: Candidate, costs: Costs) -> Option:

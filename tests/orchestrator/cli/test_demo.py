@@ -67,10 +67,10 @@ def test_measurements_say_which_replica_computed_the_prompt_and_what_it_took_to_
 
 
 def test_the_demo_is_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo_file() == Path("deploy/local.yaml")
+    assert demo_file() == Path("deploy/disaggregated.yaml")
     tree = Path.cwd()
     monkeypatch.chdir(tmp_path)
-    assert demo_file() == tree / "deploy/local.yaml"
+    assert demo_file() == tree / "deploy/disaggregated.yaml"
     with pytest.raises(DemoFailed, match=r"was not installed. Run it there, or pass a cluster file of your own"):
         demo_file(tmp_path)
 

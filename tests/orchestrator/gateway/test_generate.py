@@ -290,3 +290,19 @@ async def test_more_choices_than_there_are_slots_are_refused_and_fewer_wait_for_
             await stub.Generate(pb.GenerateRequest(prompt="abc", num_choices=5)).read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         gateway.admission.max_in_flight = 64
+
+
+async def test_a_request_of_two_replicas_names_the_one_that_computes_the_prompt_and_tells_the_client_of_it() -> None:
+    async with serving(has_helper=True) as (gateway, stub):
+        answer = ask(stub, num_choices=2)
+        submit = await told(gateway.worker)
+        source = worker_pb2.PrefillSource(replica="replica-1", epoch=EPOCH + 1, address="127.0.0.1:1")
+        assert submit.prefill == source
+        one, two = submit.forks
+        transfer = worker_pb2.KvTransfer(num_tokens=2, num_bytes=64, prefill_s=0.5, exposed_s=0.25)
+        gateway.worker.step(token(one, 0, 3, end=LENGTH, transfer=transfer), token(two, 0, 4, end=LENGTH))
+        responses, code = await answer
+        assert code is grpc.StatusCode.OK and texts(responses) == {0: "d", 1: "e"}
+        finished = responses[-1].finished
+        assert (finished.replica, finished.prefill_replica) == ("replica-0", "replica-1")
+        assert finished.transfer == pb.KvTransfer(num_tokens=2, num_bytes=64, prefill_s=0.5, exposed_s=0.25)

@@ -144,7 +144,9 @@ def test_prompts_of_the_same_text_wait_for_the_one_whose_keys_and_values_come() 
     receive = awaiting(core)
     submit(core, 2, awaits_kv=True)
     assert core.handle(StepDue(), 0.0) == []
-    assert core.load().num_waiting == 1 and core.load().num_moving == 1
+    load = core.load()
+    assert (load.num_waiting, load.num_moving) == (1, 1)
+    assert load.pending_tokens == 1 + 5, "of what comes, only the last token is computed here"
     core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 0.0)
     assert plan(core).chunks == (
         Chunk(sequence_id=1, start=4, num_tokens=1, samples=True),

@@ -15,9 +15,11 @@ from tests.support.gateway.stub_gateway import StubGateway, StubWorker, served_m
 
 
 @asynccontextmanager
-async def serving(*, request_timeout_s: float = 2 * PATIENCE_S, **model: Any) -> AsyncIterator[tuple[StubGateway, Any]]:
+async def serving(
+    *, request_timeout_s: float = 2 * PATIENCE_S, has_helper: bool = False, **model: Any
+) -> AsyncIterator[tuple[StubGateway, Any]]:
     async with (
-        stub_gateway(served_model(**model), request_timeout_s=request_timeout_s) as gateway,
+        stub_gateway(served_model(**model), request_timeout_s=request_timeout_s, has_helper=has_helper) as gateway,
         grpc.aio.insecure_channel(gateway.address) as channel,
     ):
         yield gateway, inference_pb2_grpc.InferenceStub(channel)

@@ -140,8 +140,10 @@ class StubGateway:
 
 
 @asynccontextmanager
-async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -> AsyncIterator[StubGateway]:
-    """Serve ``model`` on a free port; the worker behind it is the test's."""
+async def stub_gateway(
+    model: ServedModel, *, request_timeout_s: float = 30.0, has_helper: bool = False
+) -> AsyncIterator[StubGateway]:
+    """Serve ``model`` on a free port; the worker behind it is the test's. A helper is a replica that nobody reaches."""
     worker, worker_server = StubWorker(), grpc.aio.server()
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, worker_server)
     worker_port = worker_server.add_insecure_port("127.0.0.1:0")
@@ -152,7 +154,8 @@ async def stub_gateway(model: ServedModel, *, request_timeout_s: float = 30.0) -
     worker.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(total_blocks=8, free_blocks=8)))
     admission = Admission(64, 64)
     telemetry = Telemetry(TelemetryConfig())
-    fleet = cast(Fleet, OneLeader(leader))
+    helper = Leader(name="replica-1", epoch=EPOCH + 1, address="127.0.0.1:1", limits=limits) if has_helper else None
+    fleet = cast(Fleet, OneLeader(leader, helper))
     generator = Generator(model=model, fleet=fleet, admission=admission, telemetry=telemetry)
     requests = RequestReader(model=model, admission=admission)
     server = grpc.aio.server()

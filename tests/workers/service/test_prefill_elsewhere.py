@@ -264,3 +264,30 @@ async def test_preempted_sequences_answer_the_same_on_either_side(path: Path) ->
         assert (await decode.load_report()).num_preemptions > 0
         await settled(source, decode)
         stream.close()
+
+
+async def test_a_prompt_that_is_preempted_at_its_source_is_computed_where_it_is_answered(path: Path) -> None:
+    """Answers of higher priority grow at the source, until the blocks of the prompt that is under way are taken."""
+    text, own = prompt(100), [prompt(40, first) for first in (30, 60)]
+    async with (
+        replica(
+            "prefill", path, "tp2", epoch=3, **SIZES | {"num_blocks": 28, "token_budget": 4, "max_num_seqs": 4}
+        ) as source,
+        replica("decode", path, "pp2", epoch=4, **SIZES) as decode,
+    ):
+        busy, stream = Stream(source), Stream(decode)
+        ids = [(await busy.submit(prompt_ids=each, max_tokens=70, priority=5, logprobs=0))[0] for each in own]
+        async with asyncio.timeout(60.0):
+            while (await source.load_report()).output_tokens < 8:
+                await asyncio.sleep(0.01)
+        outputs = await stream.answer(source=source, prompt_ids=text, max_tokens=NUM_TOKENS, logprobs=0)
+        check_equal(outputs, expected(path, text))
+        moved = transfer(outputs)
+        assert moved is not None and moved.problem, "it ended in the middle"
+        assert (await source.load_report()).num_preemptions > 0
+        answers = await busy.answers(ids)
+        for sequence_id, each in zip(ids, own, strict=True):
+            check_equal(answers[sequence_id], expected(path, each, 70))
+        await settled(source, decode)
+        busy.close()
+        stream.close()
