@@ -7,6 +7,7 @@ by its slowdown against the same request alone at two equal hosts that compute b
 
 import dataclasses
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +28,7 @@ EXCERPT = REPOSITORY / "deploy/traces/azure-conversation.csv"
 WORKERS = {"one": 1, "two": 1}
 ARMS = (Arm(name="split", workers=WORKERS, serving=split()), Arm(name="mixed", workers=WORKERS, serving=MIXED))
 SLOW = "two"
+PERCENTS = tuple(MULTIPLES["e2e"])
 _NUM_WARM = 4
 _SEED = 0
 
@@ -36,13 +38,13 @@ class Turn:
     """What a deployment did with the trace at one rate.
 
     Attributes:
-        per_s: the requests a second that kept the limits.
-        share: of the requests that were sent.
+        per_s: the requests a second that kept the limits, by the column of Splitwise's table.
+        share: of the requests that were sent, by that column.
         num_limits: how many of the nine limits of Splitwise's table were kept.
     """
 
-    per_s: float
-    share: float
+    per_s: Mapping[int, float]
+    share: Mapping[int, float]
     num_limits: int
 
 
@@ -80,12 +82,13 @@ def is_kept(outcome: Outcome, idle: Sequence[IdlePoint], percent: int) -> bool:
     return all(slowdown <= MULTIPLES[metric][percent] for metric, slowdown in slower.items())
 
 
-def judged(outcomes: Sequence[Outcome], idle: Sequence[IdlePoint], percent: int) -> Turn:
+def judged(outcomes: Sequence[Outcome], idle: Sequence[IdlePoint]) -> Turn:
     """Returns what a replay comes to."""
-    num_kept = sum(is_kept(outcome, idle, percent) for outcome in outcomes)
+    num_kept = {percent: sum(is_kept(outcome, idle, percent) for outcome in outcomes) for percent in PERCENTS}
+    span_s = max(outcome.ended_s for outcome in outcomes)
     return Turn(
-        per_s=num_kept / max(outcome.ended_s for outcome in outcomes),
-        share=num_kept / len(outcomes),
+        per_s={percent: num / span_s for percent, num in num_kept.items()},
+        share={percent: num / len(outcomes) for percent, num in num_kept.items()},
         num_limits=sum(limit.is_kept for limit in slowdowns(outcomes, idle)),
     )
 
@@ -139,7 +142,7 @@ def _measure(deployments: Sequence[Served], sizes: Sizes, idle: Sequence[IdlePoi
             for deployment in deployments:
                 print(f"measuring: goodput, {hosts} hosts, {deployment.arm.name}, rate {rate:g}", flush=True)
                 outcomes = deployment.send(_schedule(sizes, rate).requests, seed=2 + repeat, drops=True)
-                turns[deployment.arm.name, rate].append(judged(outcomes, idle, sizes.slo_percent))
+                turns[deployment.arm.name, rate].append(judged(outcomes, idle))
     return turns
 
 
@@ -181,18 +184,23 @@ def _table(turns: Mapping[str, Turns], sizes: Sizes) -> Rows:
     for hosts, found in turns.items():
         for (name, rate), each in found.items():
             what = f"{hosts}, {name}, {rate:g} times as recorded"
-            per_s = shown(median([it.per_s for it in each], "per s"))
-            share = shown(median([100 * it.share for it in each], "%"), 0)
-            rows.append([what, per_s, share, " ".join(str(it.num_limits) for it in each)])
-    title = f"Requests that keep each of Splitwise's limits at P{sizes.slo_percent}"
-    columns = ["hosts, deployment, rate", "goodput", "of those sent", "limits kept of 9, by repeat"]
+            per_s = shown(median([it.per_s[sizes.slo_percent] for it in each], "per s"))
+            shares = [shown(median([100 * it.share[percent] for it in each], "%"), 0) for percent in PERCENTS]
+            rows.append([what, per_s, *shares, " ".join(str(it.num_limits) for it in each)])
+    title = "Requests that keep Splitwise's limits, those of the median or of another percentile"
+    per_s_title = f"goodput, P{sizes.slo_percent}"
+    kept = [f"keep P{percent}" for percent in PERCENTS]
+    columns = ["hosts, deployment, rate", per_s_title, *kept, "limits kept of 9, by repeat"]
     return Rows(title=title, columns=columns, rows=rows)
 
 
 def _curves(hosts: str, found: Turns, sizes: Sizes) -> list[Curve]:
     """Returns a picture of the shares by rate, where there are several and none is 0, as its axes are logarithmic."""
+    at = sizes.slo_percent
     lines = {
-        arm.name: [(rate, 100 * median([it.share for it in found[arm.name, rate]], "").value) for rate in sizes.rates]
+        arm.name: [
+            (rate, 100 * statistics.median(it.share[at] for it in found[arm.name, rate])) for rate in sizes.rates
+        ]
         for arm in ARMS
     }
     if len(sizes.rates) < 2 or not all(share > 0 for line in lines.values() for _, share in line):
@@ -203,4 +211,5 @@ def _curves(hosts: str, found: Turns, sizes: Sizes) -> list[Curve]:
 
 def _best(found: Turns, name: str, sizes: Sizes) -> list[float]:
     """Returns the greatest goodput over all rates, of each repeat."""
-    return [max(found[name, rate][repeat].per_s for rate in sizes.rates) for repeat in range(sizes.repeats)]
+    at = sizes.slo_percent
+    return [max(found[name, rate][repeat].per_s[at] for rate in sizes.rates) for repeat in range(sizes.repeats)]

@@ -27,7 +27,7 @@ class Sizes:
         scale: the factor on the lengths of its prompts and answers.
         num_requests: how many of the trace's are sent at each rate.
         slow_target: the kind of CPU that the code of the host for answers is compiled for where hosts are unequal.
-        slo_percent: the column of Splitwise's table that each request is judged by.
+        slo_percent: the column of Splitwise's table that each request of the headline is judged by.
         routed_prompt: tokens of the prompts that are routed.
         num_routed: how many of them.
         routed_share: of a core, that the slow one of two mixed replicas has.
@@ -47,7 +47,7 @@ class Sizes:
     scale: float = 0.25
     num_requests: int = 60
     slow_target: str = "avx2"
-    slo_percent: int = 90
+    slo_percent: int = 99
     routed_prompt: int = 256
     num_routed: int = 100
     routed_share: float = 0.25

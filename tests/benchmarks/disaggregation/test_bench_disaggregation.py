@@ -135,13 +135,16 @@ def test_a_request_keeps_the_limits_of_a_column_where_none_of_its_slowdowns_is_a
 
 
 def test_goodput_is_judged_by_the_kept_requests_until_the_last_has_ended() -> None:
-    turn = split_goodput.judged([outcome(1.0, 1.1), outcome(3.9, 4.0)], IDLE, 90)
-    assert (turn.per_s, turn.share) == (0.25, 0.5)
+    turn = split_goodput.judged([outcome(1.0, 1.1), outcome(3.9, 4.0)], IDLE)
+    assert turn.per_s == {50: 0.25, 90: 0.25, 99: 0.5} and turn.share == {50: 0.5, 90: 0.5, 99: 1.0}
 
 
 def test_the_best_rate_of_each_repeat_counts_and_nothing_is_divided_by_none() -> None:
     sizes = Sizes(shape="tiny", repeats=2, rates=(1.0, 2.0))
-    turns = [Turn(per_s=value, share=0.5, num_limits=9) for value in (1.0, 2.0, 0.0)]
+    turns = [
+        Turn(per_s=dict.fromkeys((50, 90, 99), value), share=dict.fromkeys((50, 90, 99), 0.5), num_limits=9)
+        for value in (1.0, 2.0, 0.0)
+    ]
     found = {
         ("split", 1.0): [turns[0], turns[0]], ("split", 2.0): [turns[1], turns[0]],
         ("mixed", 1.0): [turns[0], turns[0]], ("mixed", 2.0): [turns[2], turns[2]],
