@@ -217,14 +217,13 @@ class Receive:
     """A command: ask another replica for the keys and values of ``tokens``, whose blocks are reserved.
 
     Attributes:
-        hold_id: names the transfer, which lapses at ``lapses_s`` unless :class:`KvArrived` comes first.
+        hold_id: names the transfer; :class:`KvArrived` ends it.
         table: the block table of the sequence.
     """
 
     sequence_id: int
     hold_id: int
     tokens: Span
-    lapses_s: float
     table: list[int] = field(compare=False, repr=False)
 
 
@@ -235,15 +234,13 @@ class Ship:
     They may have been sent while they were computed. Their blocks are held until it has them all.
 
     Attributes:
-        hold_id: names the transfer, which lapses at ``lapses_s`` unless :class:`KvSent` comes first.
+        hold_id: names the transfer; :class:`KvSent` ends it, or :class:`HoldLapsed`.
         table: the block table of the sequence.
     """
 
     sequence_id: int
     hold_id: int
     tokens: Span
-    destination: str
-    lapses_s: float
     table: list[int] = field(compare=False, repr=False)
 
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 import numpy as np
 
 from placement.serving.kv.blocks import BlockPool
-from placement.serving.sequence import Sequence
+from placement.serving.sequence import Phase, Sequence
 
 _TAG = b"heterodyne kv prefix 1\0"
 
@@ -56,6 +56,7 @@ class PrefixCache:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._pending: dict[bytes, int] = {}  # hash of a block being computed -> the running sequence that does
+        self._sent: dict[bytes, int] = {}  # hash of a block that another replica sends -> the sequence that awaits it
         self._awaited: dict[int, bytes] = {}  # waiting sequence -> the last pending hash of its text
         self.num_queries = 0
         self.num_hits = 0
@@ -67,7 +68,7 @@ class PrefixCache:
             the blocks, or None where a running sequence is computing the block that comes next.
         """
         awaited = self._awaited.get(sequence.sequence_id)
-        if awaited in self._pending:
+        if awaited is not None and self._is_coming(awaited, sequence):
             return None
         self._awaited.pop(sequence.sequence_id, None)
         if not sequence.reuse_prefix:
@@ -78,11 +79,15 @@ class PrefixCache:
             if block is None:
                 break
             blocks.append(block)
-        pending = list(takewhile(self._pending.__contains__, hashes[len(blocks) :]))
+        pending = list(takewhile(lambda name: self._is_coming(name, sequence), hashes[len(blocks) :]))
         if pending:
             self._awaited[sequence.sequence_id] = pending[-1]
             return None
         return blocks
+
+    def _is_coming(self, block_hash: bytes, sequence: Sequence) -> bool:
+        """Tells whether a sequence waits for a block. What is sent may take long: only who would have it sent waits."""
+        return block_hash in self._pending or (sequence.awaits_kv and block_hash in self._sent)
 
     def begin(self, sequence: Sequence, num_found: int) -> None:
         """Notes that a sequence was admitted with its first ``num_found`` blocks computed."""
@@ -93,14 +98,23 @@ class PrefixCache:
             self.num_queries += sequence.num_prompt_tokens
             self.num_hits += sequence.num_cached_tokens
 
-    def compute(self, sequence: Sequence) -> None:
-        """Notes that the other blocks of a sequence are computed from now on, here or by the replica that sends them.
+    def compute(self, sequence: Sequence, *, is_sent: bool = False) -> None:
+        """Notes that steps compute the other blocks of a sequence from now on, or that another replica sends them.
 
-        Others of the same text wait for them. Where they do not come, the sequence computes them after all.
+        Others of the same text wait for them. What is sent and does not come is computed after all.
         """
         last = sequence.num_tokens // self._pool.block_size
+        coming = self._sent if is_sent else self._pending
         for block_hash in sequence.block_hashes[sequence.num_registered_blocks : last]:
-            self._pending.setdefault(block_hash, sequence.sequence_id)
+            coming.setdefault(block_hash, sequence.sequence_id)
+
+    def arrive(self, sequence: Sequence) -> None:
+        """Notes that nothing is sent for a sequence any more: steps compute what has not come."""
+        for block_hash in sequence.block_hashes:
+            if self._sent.get(block_hash) == sequence.sequence_id:
+                del self._sent[block_hash]
+        self.register(sequence)
+        self.compute(sequence)
 
     def register(self, sequence: Sequence) -> None:
         """Makes those blocks of a running sequence findable that are full, computed and hashed by now."""
@@ -114,9 +128,10 @@ class PrefixCache:
         """Registers the blocks of a sequence that gives them back or waits no more; nobody waits for it from now on."""
         self._awaited.pop(sequence.sequence_id, None)
         self.register(sequence)
-        for block_hash in sequence.block_hashes[sequence.num_registered_blocks :]:
-            if self._pending.get(block_hash) == sequence.sequence_id:
-                del self._pending[block_hash]
+        for coming in (self._pending, self._sent):
+            for block_hash in sequence.block_hashes[sequence.num_registered_blocks :]:
+                if coming.get(block_hash) == sequence.sequence_id:
+                    del coming[block_hash]
         sequence.num_registered_blocks = 0
 
     def check(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
@@ -124,6 +139,8 @@ class PrefixCache:
         self._check_tables(list(running))
         assert self._awaited.keys() <= {sequence.sequence_id for sequence in waiting}
         by_id = {sequence.sequence_id: sequence for sequence in running}
+        for sequence_id in self._sent.values():
+            assert by_id[sequence_id].phase is Phase.AWAITS_KV, by_id[sequence_id]
         for block_hash, sequence_id in self._pending.items():
             assert block_hash in by_id[sequence_id].block_hashes[by_id[sequence_id].num_registered_blocks :]
             assert by_id[sequence_id].in_flight or by_id[sequence_id].num_uncomputed_tokens, by_id[sequence_id]

@@ -58,7 +58,7 @@ class ReplicaCore:
         pool: the KV blocks of the replica.
         scheduler: decides what a step computes.
         num_ended_steps: how many steps have ended.
-        transfers: keys and values on their way; :meth:`Transfers.lapsed` returns events for those that take too long.
+        transfers: keys and values on their way.
     """
 
     def __init__(self, settings: CoreSettings) -> None:
@@ -70,7 +70,7 @@ class ReplicaCore:
         self._arrivals = Arrivals(settings.limits.block_size)
         self._live: dict[int, LiveSequence] = {}
         self._in_flight: deque[StepPlan] = deque()
-        self.transfers = Transfers(settings.lease_s)
+        self.transfers = Transfers()
         self._reserved: deque[tuple[int, int]] = deque()  # (the last step that may touch its blocks, sequence)
         self._shipping: dict[int, Hold] = {}  # by sequence, until its token is known
         self._newest_id = -1
@@ -157,9 +157,11 @@ class ReplicaCore:
         )
 
     def _count_moving(self) -> int:
-        if self.transfers.is_empty and not self._reserved:
+        if self.transfers.is_empty and not self._reserved and not self._shipping:
             return 0
-        return sum(live.sequence.phase in (Phase.AWAITS_KV, Phase.SHIPPING) for live in self._live.values())
+        # A prompt that a step computes last is SHIPPING from its dispatch on, and moves once the step has ended.
+        shipping = sum(live.sequence.phase is Phase.SHIPPING for live in self._live.values()) - len(self._shipping)
+        return shipping + sum(live.sequence.phase is Phase.AWAITS_KV for live in self._live.values())
 
     def check(self) -> None:
         """Asserts what must always hold between two events."""
@@ -232,6 +234,7 @@ class ReplicaCore:
         plan = self.scheduler.schedule()
         last_step = self._in_flight[-1].step if self._in_flight else self.num_ended_steps
         self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
+        assert plan.chunks or not any(self._live[it].spec.ship_to for it in plan.preempted), "its blocks are not closed"
         commands = self._receive_reserved(now_s)
         # A preemption may have made room for somebody else: nobody is admitted in the same step.
         self._starved = not plan.chunks and not plan.preempted
@@ -314,7 +317,7 @@ class ReplicaCore:
         live.token_ids += token_ids
         live.extend_hashes(self.settings.limits.block_size)
         if reason is EndReason.LENGTH and live.spec.ship_to is not None:
-            return [tell, self._ship(live, live.spec.ship_to, now_s)]
+            return [tell, self._ship(live)]
         return [tell] if reason is None else [tell, *self._end(live, reason)]
 
     # -- keys and values on their way -----------------------------------------------------------------------------
@@ -333,25 +336,22 @@ class ReplicaCore:
         if live.scheduled_s is None:
             live.scheduled_s = now_s
         hold = self.scheduler.expect(sequence.sequence_id)
-        transfer = self.transfers.open(sequence.sequence_id, hold, now_s, is_incoming=True)
+        self.transfers.open(sequence.sequence_id, hold, is_incoming=True)
         return Receive(
             sequence_id=sequence.sequence_id,
             hold_id=hold.hold_id,
             tokens=Span(sequence.num_computed_tokens, sequence.num_prompt_tokens - 1),
-            lapses_s=transfer.lapses_s,
             table=sequence.block_table,
         )
 
-    def _ship(self, live: LiveSequence, destination: str, now_s: float) -> Ship:
+    def _ship(self, live: LiveSequence) -> Ship:
         sequence = live.sequence
         hold = self._shipping.pop(sequence.sequence_id)
-        transfer = self.transfers.open(sequence.sequence_id, hold, now_s, is_incoming=False)
+        self.transfers.open(sequence.sequence_id, hold, is_incoming=False)
         return Ship(
             sequence_id=sequence.sequence_id,
             hold_id=hold.hold_id,
             tokens=Span(0, sequence.num_prompt_tokens),
-            destination=destination,
-            lapses_s=transfer.lapses_s,
             table=hold.blocks,
         )
 

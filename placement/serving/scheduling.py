@@ -174,7 +174,7 @@ class Scheduler:
         """
         sequence = self._sequences[sequence_id]
         sequence.num_computed_tokens = max(sequence.num_computed_tokens, min(num_tokens, sequence.num_tokens - 1))
-        self._prefixes.register(sequence)
+        self._prefixes.arrive(sequence)
         sequence.enter(_first_phase(sequence))
 
     def transfers(self) -> list[Hold]:
@@ -311,9 +311,9 @@ class Scheduler:
         """Gives a waiting sequence the computed blocks that it starts with and ``count`` of its own."""
         sequence.hold = self._holds.take(SequenceOwner(sequence.sequence_id), count, found=found)
         self._prefixes.begin(sequence, len(found))
-        self._prefixes.compute(sequence)
         # What is less than a block is sooner computed than sent, as are the prompts of forks but for the first.
         is_sent = sequence.awaits_kv and sequence.num_foreign_tokens >= self._pool.block_size
+        self._prefixes.compute(sequence, is_sent=is_sent)
         sequence.enter(Phase.AWAITS_KV if is_sent else _first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 

@@ -24,7 +24,6 @@ class CoreSettings:
         steps: the bounds of a step. With several batches the replica is a pipeline.
         num_blocks: how many KV blocks there are.
         prefix_cache: whether computed blocks are kept for sequences to come.
-        lease_s: how long a transfer of keys and values may take.
         checks: when the core asserts its own state.
     """
 
@@ -32,5 +31,4 @@ class CoreSettings:
     steps: SchedulerLimits
     num_blocks: int
     prefix_cache: bool = True
-    lease_s: float = 30.0
     checks: Checks = Checks.NEVER

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 
-from placement.errors import HeterodyneError, InvalidRequest
+from placement.errors import HeterodyneError, InvalidRequest, cause_of
 from placement.model.specs import ModelSpec
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -46,6 +46,10 @@ class KvFollower:
         """Tells the leader that this rank has all that it expected of a transfer, or what went wrong."""
         self._send(pb.KvCommand(ended=pb.KvEnded(transfer_id=transfer_id, problem=problem, num_bytes=num_bytes)))
 
+    def dropped(self, transfer_id: bytes, problem: str) -> None:
+        """Tells the leader that this rank cannot send what it was to send."""
+        self._send(pb.KvCommand(dropped=pb.KvEnded(transfer_id=transfer_id, problem=problem)))
+
     def stop(self) -> None:
         """Ends all transfers, and the thread."""
         self._stopping.set()
@@ -62,6 +66,10 @@ class KvFollower:
         except HeterodyneError as error:  # the leader is lost, and the replica with it, as the other threads notice
             extra = said("kv_commands_ended", cause=str(error))
             logger.debug("No more transfers of keys and values are told of: %s.", error, extra=extra)
+        except Exception as error:  # the border of the thread: the leader would wait for what this rank no longer does
+            words = "This rank can take part in no more transfers."
+            logger.exception(words, extra=said("kv_follower_failed"))
+            self._pulse.fail(cause_of(error))
 
     def _alive(self) -> None:
         if self._stopping.is_set():

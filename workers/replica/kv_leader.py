@@ -4,13 +4,16 @@ Commands go to all other ranks on links of their own, in one order. A rank carri
 is closed before something else is expected is closed there first, too.
 """
 
+import logging
 import select
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-from placement.errors import HeterodyneError, InvalidRequest
+from placement.errors import HeterodyneError, InvalidRequest, cause_of
+from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.collectives.group import COLLECTIVE_S
 from workers.kv_transfer.rank import RankTransfers
@@ -22,6 +25,8 @@ from workers.transport.errors import PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import MAX_MESSAGE_BYTES, Incoming, Link
 from workers.transport.pulse import Pulse
+
+logger = logging.getLogger(__name__)
 
 _CHECK_MS = 100
 
@@ -57,7 +62,7 @@ class _Command:
     """The ranks that have yet to carry a command out."""
 
     awaited: set[int]
-    future: Future[None] = field(default_factory=Future)
+    future: Future[None] = field(default_factory=lambda: _running())
 
 
 class KvLeader:
@@ -75,6 +80,8 @@ class KvLeader:
         self._num_commands = 0
         self._commands: dict[int, _Command] = {}
         self._arriving: dict[bytes, _Arriving] = {}
+        self._on_drop: dict[bytes, Callable[[str], None]] = {}
+        self._broken: TransferFailed | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._announcer: Announcer | None = None
@@ -92,23 +99,40 @@ class KvLeader:
     def expect(self, expected: Expected) -> Expectation:
         """Has all ranks expect the keys and values of a sequence."""
         assert self.rank is not None
-        arrived: Future[int] = Future()
+        arrived: Future[int] = _running()
         with self._lock:
             self._arriving[expected.transfer_id] = _Arriving(awaited={0, *self._links}, future=arrived)
         try:
             self.rank.expect(expected)
         except InvalidRequest as error:
-            ready: Future[None] = Future()
+            ready: Future[None] = _running()
             ready.set_exception(error)
         else:
             ready = self._command(expect_message(expected))
         return Expectation(ready=ready, arrived=arrived)
 
-    def open(self, target: Target) -> Future[None]:
-        """Has all ranks get ready to send the keys and values of a sequence; the result is done once they are."""
+    def open(self, target: Target, *, on_drop: Callable[[str], None] = lambda _: None) -> Future[None]:
+        """Has all ranks get ready to send the keys and values of a sequence; the result is done once they are.
+
+        Args:
+            on_drop: is told why, where a rank cannot send them, until the transfer is closed. It is called on other
+                threads, and must only hand over.
+
+        Raises:
+            InvalidRequest: the target cannot be sent to.
+        """
         assert self.rank is not None
+        with self._lock:
+            self._on_drop[target.transfer_id] = on_drop
         self.rank.open(target)
         return self._command(open_message(target))
+
+    def dropped(self, transfer_id: bytes, problem: str, rank: int = 0) -> None:
+        """Notes that a rank cannot send what it was to send."""
+        with self._lock:
+            on_drop = self._on_drop.pop(transfer_id, None)
+        if on_drop is not None:
+            on_drop(f"at rank {rank}: {problem}" if self._links else problem)
 
     def close(self, transfer_id: bytes) -> None:
         """Ends a transfer: here at once, and at the others before whatever they are told of later."""
@@ -116,6 +140,7 @@ class KvLeader:
         self.rank.close(transfer_id)
         with self._lock:
             self._arriving.pop(transfer_id, None)
+            self._on_drop.pop(transfer_id, None)
         self._command(pb.KvCommand(close=pb.KvClose(transfer_id=transfer_id)))
 
     def ended(self, transfer_id: bytes, problem: str, num_bytes: int, rank: int = 0) -> None:
@@ -145,6 +170,9 @@ class KvLeader:
         with self._lock:
             self._num_commands += 1
             command = _Command(awaited=set(self._links))
+            if self._broken is not None:
+                command.future.set_exception(self._broken)
+                return command.future
             if self._announcer is None:
                 command.future.set_result(None)
                 return command.future
@@ -158,8 +186,9 @@ class KvLeader:
         frames = {rank: _incoming(link) for rank, link in self._links.items()}
         try:
             while not self._stopping.is_set():
-                assert self._pulse is not None
+                assert self._pulse is not None and self._announcer is not None
                 self._pulse.check()
+                self._announcer.check()
                 for rank in self._readable():
                     while frames[rank].advance():
                         payload = frames[rank].payload
@@ -167,6 +196,10 @@ class KvLeader:
                         frames[rank] = _incoming(self._links[rank])
                         self._take(rank, parse(payload))
         except HeterodyneError as error:
+            self._fail(error)
+        except Exception as error:  # the border of the thread: nobody else would end what waits for it
+            words = "The other ranks are not heard of transfers any more."
+            logger.exception(words, extra=said("kv_leader_failed"))
             self._fail(error)
 
     def _readable(self) -> list[int]:
@@ -187,6 +220,8 @@ class KvLeader:
             case "ended":
                 ended = message.ended
                 self.ended(ended.transfer_id, ended.problem, ended.num_bytes, rank)
+            case "dropped":
+                self.dropped(message.dropped.transfer_id, message.dropped.problem, rank)
 
     def _done(self, rank: int, number: int, problem: str) -> None:
         with self._lock:
@@ -201,14 +236,23 @@ class KvLeader:
                 if not command.future.done():
                     command.future.set_result(None)
 
-    def _fail(self, error: HeterodyneError) -> None:
-        """Ends what is waited for: a rank is lost, and the replica with it."""
+    def _fail(self, error: Exception) -> None:
+        """Ends what is waited for, and whatever is begun later: another rank is lost, or is not heard any more."""
         with self._lock:
+            self._broken = TransferFailed(cause_of(error))
             waiting: list[Future[None] | Future[int]] = [command.future for command in self._commands.values()]
             waiting += [arriving.future for arriving in self._arriving.values()]
             for future in waiting:
                 if not future.done():
-                    future.set_exception(TransferFailed(str(error)))
+                    future.set_exception(self._broken)
+            self._commands.clear()
+
+
+def _running() -> Future[Any]:
+    """Returns a future that only this side ends: who waits for it may be cancelled at any moment."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _incoming(link: Link) -> Incoming:

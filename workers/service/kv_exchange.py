@@ -7,8 +7,8 @@ engine's thread.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -19,7 +19,7 @@ from placement.model.specs import ModelSpec
 from placement.serving.events import Receive
 from placement.serving.kv.peers import KvFormat, ReplicaRanks, differing, new_transfer_id
 from placement.serving.kv.runs import block_runs
-from placement.serving.kv.streaming import LEASE_S, arrival_s
+from placement.serving.kv.streaming import LEASE_S
 from protos.codec.log_record import said
 from protos.codec.replica_ranks import kv_format_message, ranks_message, read_ranks
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -28,7 +28,8 @@ from workers.engine.engine import Engine
 from workers.engine.inbox import KvCame
 from workers.engine.types import KvTransfer, PrefillSource, Submission
 from workers.kv_transfer.receiver import Expected
-from workers.replica.kv_leader import Expectation, KvLeader, TransferFailed
+from workers.replica.kv_leader import KvLeader, TransferFailed
+from workers.service.prefill_client import Fetched, RemotePrefill
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", 64 << 20),
 ]
 _REVOKED = "nobody wants the answer any more"
-
-PrefillCall = grpc.aio.StreamStreamCall[pb.PrefillRequest, pb.PrefillResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +77,9 @@ class KvFetcher:
         self._model = model
         self._format = kv_format
         self._loop = asyncio.get_running_loop()
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._tasks: dict[int, asyncio.Task[KvTransfer]] = {}
         self._thanks: set[asyncio.Task[None]] = set()
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._sources: dict[tuple[str, int], ReplicaRanks] = {}
+        self._peers: dict[str, Peer] = {}  # by the names of replicas
         self._is_closed = False
         self.num_transfers = 0
         self.num_failures = 0
@@ -117,7 +115,21 @@ class KvFetcher:
     def _begin(self, wanted: Wanted) -> None:
         task = self._loop.create_task(self._run(wanted))
         self._tasks[wanted.hold_id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(wanted.hold_id, None))
+        # By a callback, since a task that is cancelled before its first step runs nothing of its own.
+        task.add_done_callback(partial(self._end, wanted))
+
+    def _end(self, wanted: Wanted, task: "asyncio.Task[KvTransfer]") -> None:
+        """Tells the engine how it ended, however it ended."""
+        del self._tasks[wanted.hold_id]
+        transfer = KvTransfer(problem=_REVOKED) if task.cancelled() else task.result()
+        self._engine.kv_came(
+            KvCame(
+                hold_id=wanted.hold_id,
+                transfer_id=wanted.transfer_id,
+                num_tokens=0 if transfer.problem else wanted.tokens.stop,
+                transfer=transfer,
+            )
+        )
 
     def _cancel(self, hold_id: int) -> None:
         task = self._tasks.get(hold_id)
@@ -127,39 +139,30 @@ class KvFetcher:
     async def close_all(self) -> None:
         """Gives up what is fetched, and closes all connections."""
         self._is_closed = True
-        tasks = [*self._tasks.values(), *self._thanks]
+        tasks: list[asyncio.Task[Any]] = [*self._tasks.values(), *self._thanks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for channel in self._channels.values():
-            await channel.close()
+        for peer in self._peers.values():
+            await peer.channel.close()
 
-    async def _run(self, wanted: Wanted) -> None:
-        """Fetches, and tells the engine how that ended, however it ended."""
-        transfer = KvTransfer(problem=_REVOKED)
+    async def _run(self, wanted: Wanted) -> KvTransfer:
+        """Fetches; returns what came of it, whatever that is."""
         try:
             transfer = await self._fetch(wanted)
-            self.num_transfers += 1
-            self.num_bytes += transfer.num_bytes
         except grpc.aio.AioRpcError as error:
-            transfer = self._failed(wanted, f"{error.code().name} {error.details()}")
+            return self._failed(wanted, f"{error.code().name} {error.details()}")
         except TimeoutError:
-            transfer = self._failed(wanted, "nothing was heard of it in time")
+            return self._failed(wanted, "nothing was heard of it in time")
         except HeterodyneError as error:
-            transfer = self._failed(wanted, str(error))
+            return self._failed(wanted, str(error))
         except Exception as error:  # the border of the task: the sequence must go on, whatever it was
             words = "Keys and values could not be fetched, for a reason that nobody foresaw."
             logger.exception(words, extra=said("kv_fetch_failed"))
-            transfer = self._failed(wanted, cause_of(error))
-        finally:
-            self._engine.kv_came(
-                KvCame(
-                    hold_id=wanted.hold_id,
-                    transfer_id=wanted.transfer_id,
-                    num_tokens=0 if transfer.problem else wanted.tokens.stop,
-                    transfer=transfer,
-                )
-            )
+            return self._failed(wanted, cause_of(error))
+        self.num_transfers += 1
+        self.num_bytes += transfer.num_bytes
+        return transfer
 
     def _failed(self, wanted: Wanted, problem: str) -> KvTransfer:
         self.num_failures += 1
@@ -182,12 +185,11 @@ class KvFetcher:
         assert source is not None
         if self._is_closed:
             raise TransferFailed("this worker stops")
-        stub: pb_grpc.WorkerAsyncStub = pb_grpc.WorkerStub(self._channel(source.address))
-        ranks = await self._describe(stub, source)
+        peer = await self._peer(source)
         expectation = self._leader.expect(
             Expected(
                 transfer_id=wanted.transfer_id,
-                source=ranks,
+                source=await self._describe(peer),
                 tokens=wanted.tokens,
                 runs=wanted.runs,
                 format=self._format,
@@ -195,17 +197,18 @@ class KvFetcher:
         )
         async with asyncio.timeout(LEASE_S):
             await asyncio.wrap_future(expectation.ready)
-        call = stub.Prefill()
+        call = RemotePrefill(peer.stub, epoch=source.epoch)
         try:
-            await call.write(pb.PrefillRequest(epoch=source.epoch, start=self._start(wanted)))
-            transfer = await self._follow(call, expectation, wanted)
+            await call.start(self._start(wanted))
+            arrived = asyncio.wrap_future(expectation.arrived)
+            fetched = await call.follow(arrived, most_bytes=self._most_bytes(wanted.tokens))
         except BaseException:
             call.cancel()
             raise
-        thanks = self._loop.create_task(_thank(call, source.epoch))
+        thanks = self._loop.create_task(call.thank())
         self._thanks.add(thanks)
         thanks.add_done_callback(self._thanks.discard)
-        return transfer
+        return _transfer(wanted, fetched)
 
     def _start(self, wanted: Wanted) -> pb.PrefillStart:
         submission = wanted.submission
@@ -219,92 +222,65 @@ class KvFetcher:
             format=kv_format_message(self._format),
         )
 
-    async def _follow(self, call: PrefillCall, expectation: Expectation, wanted: Wanted) -> KvTransfer:
-        """Waits until all has arrived, for as long as the other replica gives signs of life."""
-        arrived = asyncio.wrap_future(expectation.arrived)
-        arrived_s: list[float] = []
-        arrived.add_done_callback(lambda _: arrived_s.append(self._loop.time()))
-        try:
-            computed = await self._computed(call, arrived)
-            computed_s = self._loop.time()
-            limit_s = arrival_s(self._most_bytes(wanted.tokens))
-            async with asyncio.timeout(limit_s):
-                num_bytes = await arrived
-        finally:
-            arrived.cancel()
-        return KvTransfer(
-            num_tokens=len(wanted.tokens),
-            num_bytes=num_bytes,
-            queue_s=computed.queue_s,
-            prefill_s=computed.prefill_s,
-            exposed_s=max(0.0, arrived_s[0] - computed_s),
-            cached_tokens=computed.cached_tokens,
-            by_layer=computed.by_layer,
-        )
-
-    async def _computed(self, call: PrefillCall, arrived: "asyncio.Future[int]") -> pb.PrefillComputed:
-        """Waits until the other replica has computed the prompt. Raises what makes the transfer fail before."""
-        responses = _responses(call)
-        while True:
-            reading = asyncio.ensure_future(anext(responses, None))
-            try:
-                async with asyncio.timeout(LEASE_S):
-                    waited: set[asyncio.Future[Any]] = {reading, arrived}
-                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                    if arrived.done():
-                        arrived.result()
-                    response = await reading
-            finally:
-                reading.cancel()
-            if response is None:
-                raise TransferFailed("it ended the call before the prompt was computed")
-            if response.HasField("computed"):
-                return response.computed
-
     def _most_bytes(self, tokens: Span) -> int:
         """Returns the most bytes that the keys and values of some tokens can have on the way."""
         numbers = 2 * self._model.num_layers * self._model.num_kv_heads * self._model.head_dim
         return 4 * numbers * len(tokens)
 
-    async def _describe(self, stub: "pb_grpc.WorkerAsyncStub", source: PrefillSource) -> ReplicaRanks:
+    async def _peer(self, source: PrefillSource) -> "Peer":
+        """Returns the connection to another replica, of which one incarnation is known at a time."""
+        peer = self._peers.get(source.replica)
+        if peer is None or (peer.address, peer.epoch) != (source.address, source.epoch):
+            channel = grpc.aio.insecure_channel(source.address, options=_CHANNEL_OPTIONS)
+            self._peers[source.replica] = Peer(address=source.address, epoch=source.epoch, channel=channel)
+            if peer is not None:
+                await peer.channel.close()
+        return self._peers[source.replica]
+
+    async def _describe(self, peer: "Peer") -> ReplicaRanks:
         """Returns the ranks of another replica, which are asked for once.
 
         Raises:
             TransferFailed: it is not of the same model, or of another version.
         """
-        key = source.address, source.epoch
-        if key not in self._sources:
-            message = await stub.DescribeRanks(pb.DescribeRanksRequest(epoch=source.epoch), timeout=LEASE_S)
+        if peer.ranks is None:
+            message = await peer.stub.DescribeRanks(pb.DescribeRanksRequest(epoch=peer.epoch), timeout=LEASE_S)
             ranks = read_ranks(message, self._model)
             topics = differing(self._own.facts, ranks.facts)
             if topics:
                 raise TransferFailed(f"it differs in {', '.join(topics)}")
-            for old in [known for known in self._sources if known[0] == source.address]:
-                del self._sources[old]
-            self._sources[key] = ranks
-        return self._sources[key]
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        return self._channels[address]
+            peer.ranks = ranks
+        return peer.ranks
 
 
-async def _thank(call: PrefillCall, epoch: int) -> None:
-    """Tells the other replica that all has arrived, and sees the call to its end; it may be gone by now."""
-    with contextlib.suppress(grpc.aio.AioRpcError, HeterodyneError, TimeoutError):
-        async with asyncio.timeout(LEASE_S):
-            await call.write(pb.PrefillRequest(epoch=epoch, arrived=pb.KvArrived()))
-            await call.done_writing()
-            async for _ in _responses(call):
-                pass
-    call.cancel()
+@dataclass(slots=True, kw_only=True)
+class Peer:
+    """Another replica that computes prompts.
+
+    Attributes:
+        channel: leads to its leader.
+        ranks: its ranks; None until it was asked.
+    """
+
+    address: str
+    epoch: int
+    channel: grpc.aio.Channel
+    ranks: ReplicaRanks | None = None
+
+    @property
+    def stub(self) -> "pb_grpc.WorkerAsyncStub":
+        """Returns what its leader is called by."""
+        return pb_grpc.WorkerStub(self.channel)
 
 
-async def _responses(call: PrefillCall) -> AsyncIterator[pb.PrefillResponse]:
-    """Yields what the other replica says, until it ends the call. Raises AioRpcError where that is no good end."""
-    while isinstance(message := await call.read(), pb.PrefillResponse):
-        yield message
-    code = await call.code()
-    if code is not grpc.StatusCode.OK:
-        raise TransferFailed(f"it ended the call: {code.name} {await call.details()}")
+def _transfer(wanted: Wanted, fetched: Fetched) -> KvTransfer:
+    computed = fetched.computed
+    return KvTransfer(
+        num_tokens=len(wanted.tokens),
+        num_bytes=fetched.num_bytes,
+        queue_s=computed.queue_s,
+        prefill_s=computed.prefill_s,
+        exposed_s=fetched.exposed_s,
+        cached_tokens=computed.cached_tokens,
+        by_layer=computed.by_layer,
+    )

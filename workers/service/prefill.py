@@ -72,10 +72,11 @@ class PrefillCall:
         """
         self._engine.admit()
         target, ship = self._read(start)
-        async with asyncio.timeout(LEASE_S):
-            await asyncio.wrap_future(self._leader.open(target))
         listening = asyncio.create_task(self._listen(rest))
         try:
+            opened = self._leader.open(target, on_drop=lambda problem: self._post(PrefillFailed(problem)))
+            async with asyncio.timeout(LEASE_S):
+                await asyncio.wrap_future(opened)
             self._engine.submit(self, _SEQUENCE_ID, _submission(start, ship))
             async for response in self._follow(ship, arrival_s(self._most_bytes(target.tokens))):
                 yield response
@@ -106,7 +107,7 @@ class PrefillCall:
     async def _listen(self, rest: AsyncIterator[pb.PrefillRequest]) -> None:
         """Waits for the caller to say that it has all, or to go."""
         async for request in rest:
-            if request.HasField("arrived"):
+            if request.HasField("arrived") and request.epoch == self._own.epoch:
                 self._engine.kv_taken(self, _SEQUENCE_ID)
                 return
         self._events.put_nowait(None)

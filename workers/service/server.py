@@ -12,6 +12,7 @@ import grpc
 import torch
 
 from placement.errors import HeterodyneError, cause_of
+from placement.serving.kv.streaming import LEASE_S
 from protos.codec.formats import read_dtype, read_quantization
 from protos.codec.log_record import said
 from protos.codec.measured import measured_message
@@ -262,7 +263,11 @@ class WorkerService(pb_grpc.WorkerServicer):
         The status is INVALID_ARGUMENT for what cannot be asked, UNAVAILABLE where it cannot be done now.
         """
         requests = aiter(request_iterator)
-        first = await anext(requests, pb.PrefillRequest())
+        try:
+            async with asyncio.timeout(LEASE_S):
+                first = await anext(requests, pb.PrefillRequest())
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was asked for in time")
         await self._check_epoch(first.epoch, context)
         loaded = self._loaded
         engine = None if loaded is None else loaded.engine

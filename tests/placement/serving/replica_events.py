@@ -12,7 +12,6 @@ SETTINGS = CoreSettings(
     limits=Limits(max_context_tokens=64, vocab_size=7, block_size=4),
     steps=SchedulerLimits(token_budget=16, max_num_seqs=4),
     num_blocks=16,
-    lease_s=10.0,
     checks=Checks.ALWAYS,
 )
 PIPELINE = replace(SETTINGS, steps=SchedulerLimits(token_budget=16, max_num_seqs=4, num_batches=2))

@@ -39,6 +39,7 @@ from placement.serving.settings import CoreSettings
 
 VOCAB_SIZE = 7
 STOP = 6
+LEASE_S = 10.0
 _GARBAGE = -1
 
 
@@ -92,6 +93,7 @@ class World:
         self.steps: deque[_Step] = deque()
         self.incoming: dict[int, Receive] = {}
         self.outgoing: dict[int, Ship] = {}
+        self.since_s: dict[int, float] = {}  # when each transfer began
         self.lost = False
         self.reached: set[str] = set()  # what has happened, in words
 
@@ -173,9 +175,12 @@ class World:
     def wait(self, seconds: float) -> None:
         """Time passes, and leases with it."""
         self.now_s += seconds
-        for event in self.core.transfers.lapsed(self.now_s):
-            self.incoming.pop(event.hold_id, None)
-            order = self.outgoing.pop(event.hold_id, None)
+        for hold_id in [key for key, since_s in self.since_s.items() if self.now_s - since_s >= LEASE_S]:
+            if hold_id not in self.incoming and hold_id not in self.outgoing:
+                continue
+            event = HoldLapsed(hold_id=hold_id)
+            self.incoming.pop(hold_id, None)
+            order = self.outgoing.pop(hold_id, None)
             if order is not None:
                 self.texts[order.sequence_id].causes.add((EndReason.FAILED, LATE_TRANSFER))
             self.reached.add("a late send" if order is not None else "a late receipt")
@@ -273,8 +278,10 @@ class World:
                 assert command.hold_id in self.incoming or command.hold_id in self.outgoing, "of an open transfer"
             case Receive():
                 self.incoming[command.hold_id] = command
+                self.since_s[command.hold_id] = self.now_s
             case Ship():
                 self.outgoing[command.hold_id] = command
+                self.since_s[command.hold_id] = self.now_s
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

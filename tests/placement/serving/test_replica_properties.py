@@ -74,7 +74,6 @@ SETTINGS = st.builds(
         steps=SchedulerLimits(token_budget=budget, max_num_seqs=min(seqs, budget), num_batches=batches),
         num_blocks=num_blocks,
         prefix_cache=cache,
-        lease_s=10.0,
         checks=Checks.ALWAYS,
     ),
     num_blocks=st.sampled_from([4, 6, 8, 20]),
@@ -200,7 +199,6 @@ def test_such_events_reach_every_phase_command_and_end(num_batches: int) -> None
             limits=Limits(max_context_tokens=CONTEXT, vocab_size=VOCAB_SIZE, block_size=draw.randint(1, 4)),
             steps=SchedulerLimits(token_budget=draw.randint(4, 16), max_num_seqs=4, num_batches=num_batches),
             num_blocks=draw.choice([4, 8, 20]),
-            lease_s=10.0,
             checks=Checks.ALWAYS,
         )
         world = World(made, tokens_a_step=num_batches)

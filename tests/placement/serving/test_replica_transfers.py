@@ -75,9 +75,8 @@ def awaiting(core: ReplicaCore, now_s: float = 0.0) -> Receive:
 def test_blocks_are_reserved_before_keys_and_values_are_asked_for() -> None:
     core = ReplicaCore(SETTINGS)
     receive = awaiting(core, 2.0)
-    assert receive == Receive(sequence_id=1, hold_id=receive.hold_id, tokens=Span(0, 4), lapses_s=12.0, table=[])
+    assert receive == Receive(sequence_id=1, hold_id=receive.hold_id, tokens=Span(0, 4), table=[])
     assert receive.table == [0, 1] and core.pool.num_free == core.pool.num_total - 2
-    assert core.transfers.next_lapse_s == 12.0
     assert not core.wants_step
 
 
@@ -107,10 +106,7 @@ def test_less_than_a_block_is_computed_here_and_not_asked_for() -> None:
 def test_a_prompt_whose_transfer_lapses_is_computed_here() -> None:
     core = ReplicaCore(SETTINGS)
     receive = awaiting(core)
-    assert core.transfers.lapsed(9.9) == []
-    (lapsed,) = core.transfers.lapsed(10.0)
-    assert lapsed == HoldLapsed(hold_id=receive.hold_id)
-    assert core.handle(lapsed, 10.0) == []
+    assert core.handle(HoldLapsed(hold_id=receive.hold_id), 10.0) == []
     assert plan(core).chunks[0].num_tokens == 5
     assert core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=5), 11.0) == [], "too late"
 
@@ -154,6 +150,16 @@ def test_prompts_of_the_same_text_wait_for_the_one_whose_keys_and_values_come() 
     ), "the second finds the block that came"
 
 
+def test_who_computes_its_own_prompt_waits_for_nobody_elses_transfer() -> None:
+    core = ReplicaCore(SETTINGS)
+    receive = awaiting(core)
+    submit(core, 2, priority=9)
+    assert plan(core).chunks == (Chunk(sequence_id=2, start=0, num_tokens=5, samples=True),)
+    end(core, 1, 6)
+    core.handle(KvArrived(hold_id=receive.hold_id, num_tokens=4), 0.0)
+    assert {chunk.sequence_id for chunk in plan(core).chunks} == {1, 2}
+
+
 def test_who_waits_for_the_prompt_of_a_cancelled_sequence_asks_for_its_own() -> None:
     core = ReplicaCore(SETTINGS)
     awaiting(core)
@@ -193,10 +199,19 @@ def core(request: pytest.FixtureRequest) -> ReplicaCore:
 
 def test_a_computed_prompt_is_sent_and_its_blocks_are_held_until_it_is_there(core: ReplicaCore) -> None:
     ship = shipping(core)
-    assert (ship.tokens, ship.destination, ship.table) == (Span(0, 5), "decode-0", [0, 1])
+    assert (ship.tokens, ship.table) == (Span(0, 5), [0, 1])
     assert core.pool.num_free == core.pool.num_total - 2
     assert core.handle(KvSent(hold_id=ship.hold_id), 0.0) == [Ended(sequence_id=1, reason=EndReason.SHIPPED)]
     assert core.is_idle and core.pool.num_free == core.pool.num_total
+
+
+def test_a_prompt_whose_last_step_executes_is_computed_and_does_not_move() -> None:
+    core = ReplicaCore(SETTINGS)
+    submit(core, max_tokens=1, ship_to="decode-0")
+    plan(core)
+    assert (core.load().num_running, core.load().num_moving) == (1, 0)
+    end(core, 1, 6)
+    assert (core.load().num_running, core.load().num_moving) == (0, 1)
 
 
 def test_a_prompt_that_nobody_takes_fails_when_its_transfer_lapses(core: ReplicaCore) -> None:

@@ -1087,6 +1087,7 @@ class KvCommand(_message.Message):
     CLOSE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     ENDED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts the commands to a rank, from 1; done says which one it answers."""
@@ -1110,6 +1111,10 @@ class KvCommand(_message.Message):
     def ended(self) -> Global___KvEnded:
         """From a rank: all that it expected has come, or will not come."""
 
+    @_builtins.property
+    def dropped(self) -> Global___KvEnded:
+        """From a rank: it cannot send what it was to send, and says why."""
+
     def __init__(
         self,
         *,
@@ -1118,13 +1123,14 @@ class KvCommand(_message.Message):
         close: Global___KvClose | None = ...,
         done: Global___KvDone | None = ...,
         ended: Global___KvEnded | None = ...,
+        dropped: Global___KvEnded | None = ...,
         number: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "ended", b"ended", "expect", b"expect", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "dropped", b"dropped", "ended", b"ended", "expect", b"expect", "open", b"open"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "ended", b"ended", "expect", b"expect", "number", b"number", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close", b"close", "command", b"command", "done", b"done", "dropped", b"dropped", "ended", b"ended", "expect", b"expect", "number", b"number", "open", b"open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["expect", "open", "close", "done", "ended"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["expect", "open", "close", "done", "ended", "dropped"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
