@@ -64,7 +64,7 @@ class EngineSequence:
         if stop <= start or not (ship.by_layer or is_last):
             return None
         self.num_shipped = stop
-        return Shipment(transfer_id=ship.transfer_id, tokens=Span(start, stop))
+        return Shipment(transfer_id=ship.transfer_id, tokens=Span(start, stop), by_layer=ship.by_layer)
 
     def _scored(self, stop: int) -> ScoredPrompt | None:
         """Returns the prompt tokens that a chunk up to ``stop`` predicts, without those scored before."""

@@ -77,27 +77,21 @@ class Forward:
 
         It writes the step's KV, and sends on what goes to other replicas. It returns the output [T, E].
         """
-        progress = self._begin_shipping(prepared)
-        if progress is None:
+        if self._shipper is None or not any(sequence.ship for sequence in prepared.batch.sequences):
             return self._forward(prepared, x, None)
+        by_layer, at_end = LayerProgress(), LayerProgress()
+        for sequence in prepared.batch.sequences:
+            if sequence.ship is not None:
+                self._shipper.ship(sequence.ship, sequence.runs, by_layer if sequence.ship.by_layer else at_end)
         try:
-            y = self._forward(prepared, x, progress)
+            y = self._forward(prepared, x, by_layer)
         except BaseException:
-            progress.fail()
+            by_layer.fail()
+            at_end.fail()
             raise
-        progress.finish()
+        by_layer.finish()
+        at_end.finish()
         return y
-
-    def _begin_shipping(self, prepared: Prepared) -> LayerProgress | None:
-        """Has the KV that goes to other replicas sent as the step writes it; None where none does."""
-        shipped = [sequence for sequence in prepared.batch.sequences if sequence.ship is not None]
-        if not shipped or self._shipper is None:
-            return None
-        progress = LayerProgress()
-        for sequence in shipped:
-            assert sequence.ship is not None
-            self._shipper.ship(sequence.ship, sequence.runs, progress)
-        return progress
 
     def _forward(self, prepared: Prepared, x: Tensor | None, progress: LayerProgress | None) -> Tensor:
         if prepared.micro_batches:

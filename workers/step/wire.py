@@ -59,7 +59,11 @@ def _sequence_message(sequence: SequenceInput) -> pb.StepSequence:
 
 
 def _shipment_message(ship: Shipment) -> pb.KvShipment:
-    return pb.KvShipment(transfer_id=ship.transfer_id, tokens=pb.Range(start=ship.tokens.start, stop=ship.tokens.stop))
+    return pb.KvShipment(
+        transfer_id=ship.transfer_id,
+        tokens=pb.Range(start=ship.tokens.start, stop=ship.tokens.stop),
+        by_layer=ship.by_layer,
+    )
 
 
 def step_batch(message: pb.Step, *, number: int, vocab_size: int, slot_limit: int) -> Batch:
@@ -110,7 +114,7 @@ def _shipment(message: pb.KvShipment, limit: int) -> Shipment:
     start, stop = message.tokens.start, message.tokens.stop
     if len(message.transfer_id) != TRANSFER_ID_BYTES or not 0 <= start < stop <= limit:
         raise _refusal("step.ship", (start, stop), f"are not tokens of a transfer among {limit}")
-    return Shipment(transfer_id=message.transfer_id, tokens=Span(start, stop))
+    return Shipment(transfer_id=message.transfer_id, tokens=Span(start, stop), by_layer=message.by_layer)
 
 
 def _shared(message: pb.StepShared, limit: int, num_sequences: int) -> SharedSpan:

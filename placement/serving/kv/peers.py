@@ -48,10 +48,12 @@ class Shipment:
     Attributes:
         transfer_id: names the transfer.
         tokens: positions in the sequence. The shipments of a transfer follow each other without gaps.
+        by_layer: whether each layer goes once the step has computed it, and not all once the step has ended.
     """
 
     transfer_id: bytes
     tokens: Span
+    by_layer: bool = True
 
 
 def new_transfer_id() -> bytes:

@@ -38,29 +38,9 @@ _PREFILL_WORKER = """
 import sys
 from pathlib import Path
 from workers import __main__ as worker
-from workers.kv_transfer.sender import KvSender
 from workers.service import prefill
 
-def is_by_layer(num_tokens=0):
-    return Path({way!r}).read_text() == "by layer"
-
-class Whole:
-    def __init__(self, progress, last):
-        self._progress, self._last = progress, last
-
-    def wait(self, layer, timeout_s):
-        return self._progress.wait(self._last, timeout_s)
-
-    @property
-    def has_failed(self):
-        return self._progress.has_failed
-
-def ship(self, shipment, runs, progress):
-    last = len(self._own.parts[self._rank].layers) - 1
-    shipped(self, shipment, runs, progress if is_by_layer() else Whole(progress, last))
-
-prefill.streams_by_layer = is_by_layer
-shipped, KvSender.ship = KvSender.ship, ship
+prefill.streams_by_layer = lambda num_tokens: Path({way!r}).read_text() == "by layer"
 sys.exit(worker.main())
 """
 

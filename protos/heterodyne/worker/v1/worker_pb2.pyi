@@ -563,7 +563,10 @@ class KvShipment(_message.Message):
 
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    BY_LAYER_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.bytes
+    by_layer: _builtins.bool
+    """Each layer goes once the step has computed it, and not all once the step has ended."""
     @_builtins.property
     def tokens(self) -> Global___Range: ...
     def __init__(
@@ -571,10 +574,11 @@ class KvShipment(_message.Message):
         *,
         transfer_id: _builtins.bytes = ...,
         tokens: Global___Range | None = ...,
+        by_layer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_layer", b"by_layer", "tokens", b"tokens", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
