@@ -232,7 +232,7 @@ class KvReceiver:
         inbound.check_slot(piece)
         with self._lock:
             awaited = self._awaited.get(piece.transfer_id)
-            if awaited is None or awaited.expected.source.epoch != inbound.epoch:
+            if awaited is None or not inbound.is_from(awaited.expected.source):
                 self._num_refused += 1
                 inbound.refuse(piece.transfer_id)
             else:
@@ -274,7 +274,7 @@ class KvReceiver:
         """Ends a transfer of which its source says that no more will come."""
         with self._lock:
             awaited = self._awaited.get(transfer_id)
-            if awaited is not None and awaited.expected.source.epoch == inbound.epoch:
+            if awaited is not None and inbound.is_from(awaited.expected.source):
                 self._end(awaited, f"rank {inbound.rank} of the source says: {cause}")
 
     def _lose(self, inbound: Inbound, error: HeterodyneError) -> None:
@@ -286,7 +286,7 @@ class KvReceiver:
         with self._lock:
             for awaited in list(self._awaited.values()):
                 own = awaited.inbound.get(inbound.rank)
-                is_first = own is None and is_damaged and awaited.expected.source.epoch == inbound.epoch
+                is_first = own is None and is_damaged and inbound.is_from(awaited.expected.source)
                 if (own is inbound or is_first) and awaited.arrivals.awaits(inbound.rank):
                     self._end(awaited, f"the connection with rank {inbound.rank} of the source ended: {error}")
         logger.debug("A source rank's connection ended: %s", error, extra=said("kv_source_lost", cause=str(error)))

@@ -133,7 +133,7 @@ class KvSender:
         key = ranks.addresses[rank], rank, ranks.epoch
         courier = self._couriers.get(key)
         if courier is None:
-            hello = Hello(self._rank, self._epoch, rank, ranks.epoch, host_digest())
+            hello = Hello(self._rank, self._epoch, self._own.incarnation, rank, ranks.epoch, host_digest())
             courier = Courier(ranks.addresses[rank], hello, drop=self._drop, sent=self._count)
             self._couriers[key] = courier
         return courier
