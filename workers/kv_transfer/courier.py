@@ -1,5 +1,6 @@
 """A thread that sends keys and values to one rank of another replica, layer by layer as steps write them."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,10 +11,13 @@ import torch
 from placement.errors import HeterodyneError, InvalidRequest
 from placement.model.part import Span
 from placement.serving.kv.portions import PortionLayouts
+from protos.codec.log_record import said
 from workers.kv_transfer.outbound import Outbound, Unreachable
 from workers.kv_transfer.packing import MessagePlaces
 from workers.kv_transfer.wire import Hello, Piece
 from workers.model.progress import LayerProgress
+
+logger = logging.getLogger(__name__)
 
 _CHECK_S = 0.1
 _IDLE_CHECK_S = 1.0
@@ -99,7 +103,7 @@ class Courier:
         Args:
             address: where the target rank listens.
             hello: what this rank says there.
-            drop: is called where a transfer cannot go on, with the problem.
+            drop: is called where a transfer cannot go on, with the problem, on this thread with no lock held.
             sent: is called with the bytes that were sent.
         """
         self._address = address
@@ -156,11 +160,8 @@ class Courier:
         try:
             idle_since_s = time.monotonic()
             while not self._is_done(idle_since_s):
-                try:
-                    if self._advance():
-                        idle_since_s = time.monotonic()
-                except HeterodyneError as error:
-                    self._break(error)
+                if self._turn():
+                    idle_since_s = time.monotonic()
         except _Stopped:
             pass
         finally:
@@ -176,6 +177,20 @@ class Courier:
             if is_idle and time.monotonic() - idle_since_s >= _IDLE_S:
                 self.has_ended = True
             return self.has_ended
+
+    def _turn(self) -> bool:
+        """Does one thing, and whatever comes of it, goes on with other transfers. Returns whether it was done."""
+        try:
+            return self._advance()
+        except _Stopped:
+            raise
+        except HeterodyneError as error:
+            self._break(f"the connection broke ({error})")
+        except Exception as error:  # the border of a thread: nobody else would tell of it
+            logger.exception("Sending keys and values failed.", extra=said("kv_sending_failed"))
+            self._begin_all()
+            self._break(f"sending failed ({type(error).__name__}: {error})")
+        return False
 
     def _advance(self) -> bool:
         """Does the next thing that there is to do, or waits a moment. Returns whether something was done."""
@@ -253,16 +268,21 @@ class Courier:
         return self._connection
 
     def _forget(self) -> None:
-        """Drops all that is to be sent to a target that cannot be reached, not even to be told so."""
+        """Forgets what a target that cannot be reached is to be told, and has :meth:`_break` give up all transfers."""
+        self._begin_all()
         with self._changed:
-            self._touched |= {job.opened.transfer_id: job.opened for job in self._jobs}
             self._notices.clear()
 
-    def _break(self, error: HeterodyneError) -> None:
+    def _begin_all(self) -> None:
+        """Takes all transfers that are to be sent for begun, so that they end with the connection."""
+        with self._changed:
+            self._touched |= {job.opened.transfer_id: job.opened for job in self._jobs}
+
+    def _break(self, problem: str) -> None:
         """Gives a broken connection up, and with it the transfers of which something went over it."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         touched, self._touched = list(self._touched.values()), {}
         for opened in touched:
-            self._drop(opened, f"the connection broke ({error})")
+            self._drop(opened, problem)

@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from placement.errors import HeterodyneError
+from placement.serving.kv.peers import ReplicaRanks
 from workers.kv_transfer.shared_memory import Window, is_same_host, open_window
 from workers.kv_transfer.wire import (
     HELLO_BYTES,
@@ -48,6 +49,7 @@ class Inbound:
     Attributes:
         rank: the source rank.
         epoch: the epoch of its replica.
+        incarnation: what tells that replica from all others.
         window: memory that both share; None: bodies are in frames.
         heard_s: when its last frame came.
     """
@@ -55,6 +57,7 @@ class Inbound:
     link: Link
     rank: int
     epoch: int
+    incarnation: bytes
     window: Window | None
     heard_s: float = field(default_factory=time.monotonic)
     _incoming: Incoming = field(init=False)
@@ -67,6 +70,10 @@ class Inbound:
     def _next_frame(self) -> Incoming:
         also = frozenset({Kind.KV_FAILED})
         return Incoming(link=self.link, kind=Kind.KV_PIECE, payload=None, max_bytes=MAX_PIECE_BYTES, also=also)
+
+    def is_from(self, replica: ReplicaRanks) -> bool:
+        """Tells whether the source rank is one of a replica, and not of another or an earlier one."""
+        return (self.epoch, self.incarnation) == (replica.epoch, replica.incarnation)
 
     @property
     def is_within_frame(self) -> bool:
@@ -160,6 +167,11 @@ class Door:
         self.num_refused = 0
 
     @property
+    def is_closed(self) -> bool:
+        """Tells whether nobody can connect any more, as the listener is closed."""
+        return self._listener.fileno() < 0
+
+    @property
     def numbers(self) -> list[int]:
         """Lists the descriptors that are to be read."""
         return [self._listener.fileno(), *self._visitors]
@@ -221,7 +233,7 @@ class Door:
             if not welcome.advance():  # the socket is new, and takes so little at once
                 raise BadFrame("it reads nothing")
             undo.pop_all()
-        return Inbound(link, hello.source_rank, hello.source_epoch, window)
+        return Inbound(link, hello.source_rank, hello.source_epoch, hello.source_incarnation, window)
 
     def close(self) -> None:
         """Turns all visitors away. The listener stays open."""

@@ -35,11 +35,7 @@ class Unreachable(PeerFailed):
 
 
 class Outbound:
-    """A connection with a target rank that has let this source rank in. One thread uses it.
-
-    Attributes:
-        num_sent_bytes: bytes of keys and values that were sent.
-    """
+    """A connection with a target rank that has let this source rank in. One thread uses it."""
 
     def __init__(self, link: Link, window_name: memoryview, alive: Callable[[], None]) -> None:
         """Takes over a link whose KV_WELCOME has come. ``alive`` raises where this end is to stop. Raises BadFrame."""
@@ -48,7 +44,6 @@ class Outbound:
         self._incoming = self._next_frame()
         self._refused: list[bytes] = []
         self._window = open_remote(unpack_welcome(window_name))
-        self.num_sent_bytes = 0
 
     @classmethod
     def connect(cls, address: tuple[str, int], hello: Hello, alive: Callable[[], None]) -> "Outbound":
@@ -121,7 +116,6 @@ class Outbound:
             self._send(Kind.KV_PIECE, replace(piece, slot=slot, checksum=zlib.crc32(body)).pack())
         else:
             self._send(Kind.KV_PIECE, piece.pack(), body)
-        self.num_sent_bytes += body.nbytes
 
     def _await_slot(self) -> None:
         """Waits until a slot of shared memory is free. Raises PeerFailed where none is for a while."""

@@ -11,6 +11,10 @@ from workers.model.kv_cache import KVCache
 from workers.model.progress import LayerProgress
 
 
+def _tell_nobody(transfer_id: bytes, problem: str) -> None:
+    """Takes word of a transfer that nobody asks for."""
+
+
 class RankTransfers:
     """Sends keys and values of this rank's cache to ranks of other replicas, and receives some from there.
 
@@ -27,15 +31,18 @@ class RankTransfers:
         head_dim: int,
         listener: socket.socket,
         on_end: Callable[[bytes, str, int], None],
+        on_drop: Callable[[bytes, str], None] = _tell_nobody,
     ) -> None:
         """Takes the socket at which this rank listens; ranks of other replicas connect there from now on.
 
         Args:
             on_end: is told once of each transfer that was expected and has ended: its name, what went wrong or "", and
                 how many bytes came.
+            on_drop: is told once of each transfer that was opened and cannot go on: its name, and what went wrong. It
+                must not raise.
         """
         self.own = own
-        self._sender = KvSender(epoch=own.epoch, rank=rank, own=own, cache=cache, head_dim=head_dim)
+        self._sender = KvSender(epoch=own.epoch, rank=rank, own=own, cache=cache, head_dim=head_dim, on_drop=on_drop)
         self._receiver = KvReceiver(
             listener=listener, epoch=own.epoch, rank=rank, own=own, cache=cache, head_dim=head_dim, on_end=on_end
         )
@@ -51,7 +58,7 @@ class RankTransfers:
         self._receiver.expect(expected)
 
     def open(self, target: Target) -> None:
-        """Gets ready to send the keys and values of a sequence."""
+        """Gets ready to send the keys and values of a sequence. Raises InvalidRequest where that is open already."""
         self._sender.open(target)
 
     def ship(self, shipment: Shipment, runs: Sequence[Run], progress: LayerProgress) -> None:

@@ -5,6 +5,7 @@ import logging
 import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ from workers.kv_transfer.inbound import MOST_CONNECTIONS, Door, Inbound
 from workers.kv_transfer.packing import MessagePlaces
 from workers.kv_transfer.wire import INLINE, Piece, unpack_about, unpack_piece
 from workers.model.kv_cache import KVCache
-from workers.transport.errors import BadFrame
+from workers.transport.errors import PeerFailed
 from workers.transport.frames import Kind
 
 logger = logging.getLogger(__name__)
 
 _CHECK_S = 0.5
+# After a failure that nobody foresaw, so that one which stays costs little.
+_PAUSE_S = 0.1
 _END_S = 10.0
 # So many frames of one connection are taken before the others have their turn.
 _FRAMES_A_TURN = 8
@@ -57,6 +60,7 @@ class _Awaited:
     """An expected transfer.
 
     Attributes:
+        lock: is held while something of it is written to the cache, which only the receiver's thread does.
         inbound: the connection over which each source rank has begun to send it.
         places: the portion of each source rank that was written last, and where it lies.
     """
@@ -64,6 +68,7 @@ class _Awaited:
     expected: Expected
     layouts: PortionLayouts
     arrivals: Arrivals
+    lock: threading.Lock = field(default_factory=threading.Lock)
     inbound: dict[int, Inbound] = field(default_factory=dict)
     places: dict[int, tuple[Span, MessagePlaces]] = field(default_factory=dict)
 
@@ -105,7 +110,7 @@ class KvReceiver:
         self._head_dim = head_dim
         self._on_end = on_end
         self._door = Door(listener, rank=rank, epoch=epoch, shares_memory=shared_memory)
-        self._lock = threading.Lock()  # of what is awaited and of the cache's slots that belong to it
+        self._lock = threading.Lock()  # of the two below; never held for long, and taken after that of a transfer
         self._awaited: dict[bytes, _Awaited] = {}
         self._ends: deque[tuple[bytes, str, int]] = deque()
         self._inbound: dict[int, Inbound] = {}
@@ -143,16 +148,26 @@ class KvReceiver:
                     problem="is awaited already",
                     fix="Give each transfer a name of its own.",
                 )
-            self._awaited[expected.transfer_id] = awaited = _Awaited(expected, layouts, arrivals)
             if arrivals.is_complete:
-                self._end(awaited, "")
+                self._ends.append((expected.transfer_id, "", 0))
+            else:
+                self._awaited[expected.transfer_id] = _Awaited(expected, layouts, arrivals)
         self._wake_up()
 
     def close(self, transfer_id: bytes) -> None:
-        """Stops awaiting a transfer. Once it has returned, nothing of it is written to the cache."""
-        with self._lock:
-            self._awaited.pop(transfer_id, None)
+        """Stops awaiting a transfer. Once it has returned, nothing of it is written to the cache.
+
+        It waits for a piece of this transfer that is being written, and for no other.
+        """
+        awaited = self._find(transfer_id)
+        with contextlib.nullcontext() if awaited is None else awaited.lock, self._lock:
+            if awaited is not None and self._awaited.get(transfer_id) is awaited:
+                del self._awaited[transfer_id]
             self._ends = deque(end for end in self._ends if end[0] != transfer_id)
+
+    def _find(self, transfer_id: bytes) -> _Awaited | None:
+        with self._lock:
+            return self._awaited.get(transfer_id)
 
     def stop(self) -> None:
         """Ends the thread and closes all connections. Transfers that are awaited end without a word."""
@@ -174,10 +189,24 @@ class KvReceiver:
             self._wake.send(b"x")
 
     def _run(self) -> None:
-        while not self._stopped:
-            self._turn()
+        """Receives until it is stopped, whatever happens: nobody else would tell that a transfer has no end.
+
+        It also ends once the listener is closed, as it is where the process ends in the middle of its start.
+        """
+        while not self._stopped and not self._door.is_closed:
+            try:
+                self._turn()
+            except Exception as error:
+                if self._door.is_closed:
+                    return
+                logger.exception("Receiving keys and values failed.", extra=said("kv_receiving_failed"))
+                for awaited in self._all_awaited():
+                    self._end(awaited, f"receiving failed ({_cause(error)})")
+                time.sleep(_PAUSE_S)
+            self._tell()
 
     def _turn(self) -> None:
+        """Waits for something to come, and takes it."""
         poll = select.poll()
         for number in [self._woken.fileno(), *self._door.numbers]:
             poll.register(number, select.POLLIN)
@@ -190,17 +219,26 @@ class KvReceiver:
             self._hear(number, self._inbound[number])
         for inbound in self._door.advance(ready):
             self._admit(inbound)
+
+    def _tell(self) -> None:
+        """Tells of the transfers that have ended."""
         while self._ends:
             with self._lock:
                 end = self._ends.popleft() if self._ends else None
             if end is not None:
-                self._on_end(*end)
+                try:
+                    self._on_end(*end)
+                except Exception:  # the others are to be told all the same
+                    logger.exception("The end of a transfer was not taken.", extra=said("kv_end_lost"))
+
+    def _all_awaited(self) -> list[_Awaited]:
+        with self._lock:
+            return list(self._awaited.values())
 
     def _admit(self, inbound: Inbound) -> None:
         """Takes a connection. Where there are too many, the one that was silent for longest makes room."""
         if len(self._inbound) >= MOST_CONNECTIONS:
-            with self._lock:
-                in_use = {id(it) for awaited in self._awaited.values() for it in awaited.inbound.values()}
+            in_use = {id(it) for awaited in self._all_awaited() for it in awaited.inbound.values()}
             idle = [(it.heard_s, number) for number, it in self._inbound.items() if id(it) not in in_use]
             if not idle:
                 inbound.close()
@@ -211,39 +249,54 @@ class KvReceiver:
     def _hear(self, number: int, inbound: Inbound) -> None:
         """Takes the frames that have come over a connection."""
         try:
-            inbound.flush()
-            for _ in range(_FRAMES_A_TURN):
-                frame = inbound.receive()
-                if frame is None:
-                    break
-                kind, payload = frame
-                if kind is Kind.KV_PIECE:
-                    self._take(inbound, *unpack_piece(payload))
-                else:
-                    self._give_up(inbound, *unpack_about(payload))
-            inbound.flush()
-        except HeterodyneError as error:
+            self._take_frames(inbound)
+        except Exception as error:
+            is_damaged = inbound.is_within_frame or not isinstance(error, PeerFailed)
+            if not isinstance(error, HeterodyneError):  # nobody foresaw it, and the other connections are well
+                logger.exception("Receiving keys and values failed.", extra=said("kv_receiving_failed"))
             self._inbound.pop(number)
-            self._lose(inbound, error)
+            self._lose(inbound, _cause(error), is_damaged=is_damaged)
             inbound.close()
 
-    def _take(self, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
-        """Takes a piece. Raises BadFrame where its body is damaged."""
-        inbound.check_slot(piece)
-        with self._lock:
-            awaited = self._awaited.get(piece.transfer_id)
-            if awaited is None or awaited.expected.source.epoch != inbound.epoch:
-                self._num_refused += 1
-                inbound.refuse(piece.transfer_id)
+    def _take_frames(self, inbound: Inbound) -> None:
+        inbound.flush()
+        for _ in range(_FRAMES_A_TURN):
+            frame = inbound.receive()
+            if frame is None:
+                break
+            kind, payload = frame
+            if kind is Kind.KV_PIECE:
+                self._take(inbound, *unpack_piece(payload))
             else:
-                try:
-                    self._write(awaited, inbound, piece, inline)
-                except NotDue as error:
-                    self._num_refused += 1
-                    inbound.refuse(piece.transfer_id)
-                    self._end(awaited, str(error))
+                self._give_up(inbound, *unpack_about(payload))
+        inbound.flush()
+
+    def _take(self, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
+        """Takes a piece, or refuses it. Raises BadFrame where its body is damaged."""
+        inbound.check_slot(piece)
+        awaited = self._find(piece.transfer_id)
+        if awaited is None or not self._has_written(awaited, inbound, piece, inline):
+            self._num_refused += 1
+            inbound.refuse(piece.transfer_id)
         if piece.slot != INLINE:
             inbound.acknowledge(piece.slot)
+
+    def _has_written(self, awaited: _Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> bool:
+        """Writes a piece, unless it is not due or its transfer has been closed; returns whether it was taken."""
+        if not inbound.is_from(awaited.expected.source):
+            return False
+        with awaited.lock:
+            if self._find(piece.transfer_id) is not awaited:  # it was closed a moment ago
+                return False
+            try:
+                self._write(awaited, inbound, piece, inline)
+            except NotDue as error:
+                self._end(awaited, str(error))
+                return False
+            except Exception as error:  # what failed was counted as having come, perhaps
+                self._end(awaited, f"a part from rank {inbound.rank} of the source was not taken: {_cause(error)}")
+                raise
+        return True
 
     def _write(self, awaited: _Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
         if awaited.inbound.get(inbound.rank, inbound) is not inbound:
@@ -272,27 +325,31 @@ class KvReceiver:
 
     def _give_up(self, inbound: Inbound, transfer_id: bytes, cause: str) -> None:
         """Ends a transfer of which its source says that no more will come."""
-        with self._lock:
-            awaited = self._awaited.get(transfer_id)
-            if awaited is not None and awaited.expected.source.epoch == inbound.epoch:
-                self._end(awaited, f"rank {inbound.rank} of the source says: {cause}")
+        awaited = self._find(transfer_id)
+        if awaited is not None and inbound.is_from(awaited.expected.source):
+            self._end(awaited, f"rank {inbound.rank} of the source says: {cause}")
 
-    def _lose(self, inbound: Inbound, error: HeterodyneError) -> None:
+    def _lose(self, inbound: Inbound, cause: str, *, is_damaged: bool) -> None:
         """Ends the transfers that awaited more from a connection that broke or is damaged.
 
         What was damaged may have been the first piece of any transfer, so all end that awaited bytes from that rank.
         """
-        is_damaged = isinstance(error, BadFrame) or inbound.is_within_frame
-        with self._lock:
-            for awaited in list(self._awaited.values()):
-                own = awaited.inbound.get(inbound.rank)
-                is_first = own is None and is_damaged and awaited.expected.source.epoch == inbound.epoch
-                if (own is inbound or is_first) and awaited.arrivals.awaits(inbound.rank):
-                    self._end(awaited, f"the connection with rank {inbound.rank} of the source ended: {error}")
-        logger.debug("A source rank's connection ended: %s", error, extra=said("kv_source_lost", cause=str(error)))
+        for awaited in self._all_awaited():
+            own = awaited.inbound.get(inbound.rank)
+            is_first = own is None and is_damaged and inbound.is_from(awaited.expected.source)
+            if (own is inbound or is_first) and awaited.arrivals.awaits(inbound.rank):
+                self._end(awaited, f"the connection with rank {inbound.rank} of the source ended: {cause}")
+        logger.debug("A source rank's connection ended: %s", cause, extra=said("kv_source_lost", cause=cause))
 
     def _end(self, awaited: _Awaited, problem: str) -> None:
-        """Ends a transfer. The lock is held."""
-        expected = awaited.expected
-        self._awaited.pop(expected.transfer_id, None)
-        self._ends.append((expected.transfer_id, problem, awaited.arrivals.num_bytes))
+        """Ends a transfer, unless it was closed. Nothing of it is written from then on."""
+        transfer_id = awaited.expected.transfer_id
+        with self._lock:
+            if self._awaited.get(transfer_id) is awaited:
+                del self._awaited[transfer_id]
+                self._ends.append((transfer_id, problem, awaited.arrivals.num_bytes))
+
+
+def _cause(error: Exception) -> str:
+    """Says what went wrong, with the kind of error where the words are not ours."""
+    return str(error) if isinstance(error, HeterodyneError) else f"{type(error).__name__}: {error}"

@@ -2,11 +2,12 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from kernels.attention import Run
+from placement.errors import InvalidRequest
 from placement.model.part import Span
 from placement.serving.kv.peers import KvFormat, ReplicaRanks, Shipment
 from placement.serving.kv.portions import PortionLayouts, portions
@@ -57,19 +58,31 @@ class KvSender:
         num_sent_bytes: bytes of keys and values that were sent.
     """
 
-    def __init__(self, *, epoch: int, rank: int, own: ReplicaRanks, cache: KVCache, head_dim: int) -> None:
+    def __init__(
+        self,
+        *,
+        epoch: int,
+        rank: int,
+        own: ReplicaRanks,
+        cache: KVCache,
+        head_dim: int,
+        on_drop: Callable[[bytes, str], None],
+    ) -> None:
         """Starts nothing.
 
         Args:
             epoch: the epoch of this replica, whose ranks are ``own`` and among which this is ``rank``.
             cache: where the keys and values are that are sent.
             head_dim: the numbers of a key, and of a value.
+            on_drop: is called with each open transfer that cannot go on, and the problem, on a thread that sends; once,
+                and not after the transfer was closed. It must not raise.
         """
         self._epoch = epoch
         self._rank = rank
         self._own = own
         self._cache = cache
         self._head_dim = head_dim
+        self._on_drop = on_drop
         self._lock = threading.Lock()
         self._transfers: dict[bytes, _Outgoing] = {}
         self._couriers: dict[tuple[tuple[str, int], int, int], Courier] = {}
@@ -77,14 +90,24 @@ class KvSender:
         self.num_sent_bytes = 0
 
     def open(self, target: Target) -> None:
-        """Opens a transfer, of which portions may be shipped from then on."""
+        """Opens a transfer, of which portions may be shipped from then on.
+
+        Raises:
+            InvalidRequest: it is open already.
+        """
         layouts = PortionLayouts(source=self._own, target=target.ranks, head_dim=self._head_dim, format=target.format)
         own = self._own.parts[self._rank]
         layers = {rank: common_layers(own, part, target.tokens) for rank, part in enumerate(target.ranks.parts)}
         shared = {rank: span for rank, span in layers.items() if span}
         outgoing = _Outgoing(target, Opened(target.transfer_id, layouts), shared, num_shipped=target.tokens.start)
         with self._lock:
-            assert target.transfer_id not in self._transfers, "transfers have names of their own"
+            if target.transfer_id in self._transfers:
+                raise InvalidRequest(
+                    field="transfer_id",
+                    value=target.transfer_id.hex(),
+                    problem="is open already",
+                    fix="Give each transfer a name of its own.",
+                )
             self._transfers[target.transfer_id] = outgoing
 
     def ship(self, shipment: Shipment, runs: Sequence[Run], progress: LayerProgress) -> None:
@@ -133,7 +156,7 @@ class KvSender:
         key = ranks.addresses[rank], rank, ranks.epoch
         courier = self._couriers.get(key)
         if courier is None:
-            hello = Hello(self._rank, self._epoch, rank, ranks.epoch, host_digest())
+            hello = Hello(self._rank, self._epoch, self._own.incarnation, rank, ranks.epoch, host_digest())
             courier = Courier(ranks.addresses[rank], hello, drop=self._drop, sent=self._count)
             self._couriers[key] = courier
         return courier
@@ -143,29 +166,35 @@ class KvSender:
             self.num_sent_bytes += num_bytes
 
     def _drop(self, opened: Opened, problem: str) -> None:
-        """Closes a transfer that cannot go on, and tells its targets. Called on threads that send."""
-        self._close(opened.transfer_id, problem, has_failed=True)
+        """Closes a transfer that cannot go on, and says so. Called on threads that send, which hold no lock."""
+        if not self._close(opened.transfer_id, problem, failed=opened):
+            return
         logger.warning(
             "A transfer of keys and values ended: %s.", problem, extra=said("kv_transfer_ended", cause=problem)
         )
+        self._on_drop(opened.transfer_id, problem)
 
     def close(self, transfer_id: bytes) -> None:
-        """Closes a transfer, which may be unknown. Once it has returned, the cache is read no more for it.
+        """Closes a transfer, which may be unknown. Nothing that is copied from the cache after it has returned is sent.
 
-        What was copied from the cache before may still be on its way. Where not all was sent, the targets are told.
+        A thread may still be copying a layer then, and throws it away. What was copied before may be on its way. Where
+        not all was sent, the targets are told.
         """
-        self._close(transfer_id, "it was closed by its source", has_failed=False)
+        self._close(transfer_id, "it was closed by its source")
 
-    def _close(self, transfer_id: bytes, problem: str, *, has_failed: bool) -> None:
+    def _close(self, transfer_id: bytes, problem: str, *, failed: Opened | None = None) -> bool:
+        """Closes a transfer: whichever is open, or only the one that failed. Returns whether it was open."""
         with self._lock:
-            outgoing = self._transfers.pop(transfer_id, None)
-            if outgoing is None:
-                return
-            is_cut = has_failed or outgoing.num_shipped < outgoing.target.tokens.stop
+            outgoing = self._transfers.get(transfer_id)
+            if outgoing is None or (failed is not None and failed is not outgoing.opened):
+                return False
+            del self._transfers[transfer_id]
+            is_cut = failed is not None or outgoing.num_shipped < outgoing.target.tokens.stop
             outgoing.opened.close(problem)
             for courier in outgoing.couriers.values():
                 if is_cut or courier.owes(outgoing.opened):
                     courier.notify(outgoing.opened)
+            return True
 
     def stop(self) -> None:
         """Ends all threads and closes their connections, whatever is still to be sent."""

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 from placement.model.part import Span
-from placement.serving.kv.peers import TRANSFER_ID_BYTES
+from placement.serving.kv.peers import INCARNATION_BYTES, TRANSFER_ID_BYTES
 from workers.transport.errors import BadFrame
 
 HOST_BYTES = 16
@@ -22,7 +22,7 @@ MAX_BODY_BYTES = 4 << 20
 INLINE = 0xFFFFFFFF
 """The slot of a piece whose body is in its frame."""
 
-_HELLO = struct.Struct(f"<IQIQ{HOST_BYTES}s")
+_HELLO = struct.Struct(f"<IQ{INCARNATION_BYTES}sIQ{HOST_BYTES}s")
 _WINDOW = struct.Struct(f"<II{NONCE_BYTES}sII")
 _PIECE = struct.Struct(f"<{TRANSFER_ID_BYTES}sIQQQIII")
 _ACK = struct.Struct("<I")
@@ -40,6 +40,7 @@ class Hello:
 
     source_rank: int
     source_epoch: int
+    source_incarnation: bytes
     target_rank: int
     target_epoch: int
     host: bytes

@@ -122,9 +122,9 @@ class KvLeader:
             InvalidRequest: the target cannot be sent to.
         """
         assert self.rank is not None
+        self.rank.open(target)
         with self._lock:
             self._on_drop[target.transfer_id] = on_drop
-        self.rank.open(target)
         return self._command(open_message(target))
 
     def dropped(self, transfer_id: bytes, problem: str, rank: int = 0) -> None:

@@ -72,9 +72,9 @@ class PrefillCall:
         """
         self._engine.admit()
         target, ship = self._read(start)
+        opened = self._leader.open(target, on_drop=lambda problem: self._post(PrefillFailed(problem)))
         listening = asyncio.create_task(self._listen(rest))
         try:
-            opened = self._leader.open(target, on_drop=lambda problem: self._post(PrefillFailed(problem)))
             async with asyncio.timeout(LEASE_S):
                 await asyncio.wrap_future(opened)
             self._engine.submit(self, _SEQUENCE_ID, _submission(start, ship))

@@ -1,10 +1,11 @@
 """Gets a rank ready to exchange keys and values with ranks of other replicas."""
 
+import hashlib
 import socket
 from dataclasses import dataclass
 
 from placement.model.specs import ModelSpec
-from placement.serving.kv.peers import KvFormat, ReplicaRanks
+from placement.serving.kv.peers import INCARNATION_BYTES, KvFormat, ReplicaRanks
 from protos.codec.replica_ranks import read_kv_format
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
@@ -63,6 +64,7 @@ def open_kv_side(
         return None
     own = ReplicaRanks(
         epoch=request.epoch,
+        incarnation=incarnation(request.token),
         parts=checked.roster.parts,
         addresses=checked.roster.addresses,
         dtype=checked.dtype,
@@ -77,10 +79,20 @@ def open_kv_side(
         head_dim=checked.model.head_dim,
         listener=listener,
         on_end=commands.ended,
+        on_drop=commands.dropped,
     )
     commands.use(rank)
     kv_format = read_kv_format(request.kv_format)
     return KvSide(own=own, model=checked.model, rank=rank, commands=commands, kv_format=kv_format)
+
+
+def incarnation(token: bytes) -> bytes:
+    """Returns what tells a replica from all others and from its earlier starts, alike at every rank.
+
+    Args:
+        token: what the ranks of the replica know each other by. It is a secret, so only a digest of it is told.
+    """
+    return hashlib.sha256(b"heterodyne replica" + token).digest()[:INCARNATION_BYTES]
 
 
 def _commands(request: pb.LoadRequest, checked: CheckedLoad, membership: Membership | None) -> KvLeader | KvFollower:

@@ -9,6 +9,7 @@ from placement.model.part import Part, Span
 from placement.model.specs import DType
 
 TRANSFER_ID_BYTES = 16
+INCARNATION_BYTES = 16
 
 
 class KvFormat(Enum):
@@ -25,7 +26,8 @@ class ReplicaRanks:
     """The ranks of a replica, as another replica knows them.
 
     Attributes:
-        epoch: the incarnation of the replica.
+        epoch: the epoch of the replica; it grows with each start, and other replicas may have the same.
+        incarnation: ``INCARNATION_BYTES`` bytes that no other replica has, nor this one at another start.
         parts: what each rank holds of the model, in the order of ranks.
         addresses: where each rank listens, as (host, port).
         dtype: the number type of its keys and values.
@@ -34,6 +36,7 @@ class ReplicaRanks:
     """
 
     epoch: int
+    incarnation: bytes
     parts: tuple[Part, ...]
     addresses: tuple[tuple[str, int], ...]
     dtype: DType

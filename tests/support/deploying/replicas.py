@@ -1,6 +1,7 @@
 """Replicas of several ranks as worker services in this process, over real connections, that serve and exchange KV."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ async def replica(name: str, path: Path, kind: str, *, epoch: int = 41, **fields
             for rank, (part, (_, _, port)) in enumerate(zip(parts, ranks, strict=True))
         ]
         stubs = [await stack.enter_async_context(connected(address)) for _, address, _ in ranks]
+        request.token = hashlib.sha256(f"{name} {epoch}".encode()).digest()
         await _load(stubs, request, members)
         services = tuple(service for service, _, _ in ranks)
         yield Replica(name=name, epoch=epoch, stub=stubs[0], address=ranks[0][1], services=services)
@@ -96,7 +98,6 @@ async def _load(stubs: Sequence[Any], request: pb.LoadRequest, members: Sequence
         own.CopyFrom(request)
         own.shard.CopyFrom(member.shard)
         own.members.extend(members)
-        own.token = bytes(32)
         async for _ in stub.Load(own, timeout=LOAD_S):
             pass
 

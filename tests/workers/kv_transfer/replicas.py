@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -127,9 +127,14 @@ def layers_of(it: Part) -> range:
     return range(it.layers.start, it.layers.stop)
 
 
+def incarnation(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
 def ranks(kind: Kind, epoch: int, addresses: Sequence[Address]) -> ReplicaRanks:
     return ReplicaRanks(
         epoch=epoch,
+        incarnation=incarnation(epoch),
         parts=shape(kind.shape, kind.block_size),
         addresses=tuple(addresses),
         dtype=kind.dtype,
@@ -150,11 +155,19 @@ class Pair:
         self.source = Replica(ranks(source, SOURCE_EPOCH, [("127.0.0.1", 1)] * num_sources), num_tokens)
         self.target = Replica(ranks(target, TARGET_EPOCH, self.addresses), num_tokens)
         self.ends: queue.Queue[End] = queue.Queue()
+        self.drops: queue.Queue[tuple[bytes, str]] = queue.Queue()
         self.receivers = [self._receiver(rank, shared_memory) for rank in range(len(self.listeners))]
-        self.senders = [
-            KvSender(epoch=SOURCE_EPOCH, rank=rank, own=self.source.ranks, cache=self.source.caches[rank], head_dim=DIM)
-            for rank in range(num_sources)
-        ]
+        self.senders = [self._sender(rank) for rank in range(num_sources)]
+
+    def _sender(self, rank: int) -> KvSender:
+        return KvSender(
+            epoch=SOURCE_EPOCH,
+            rank=rank,
+            own=self.source.ranks,
+            cache=self.source.caches[rank],
+            head_dim=DIM,
+            on_drop=lambda transfer, problem: self.drops.put((transfer, problem)),
+        )
 
     def _receiver(self, rank: int, shared_memory: bool) -> KvReceiver:
         return KvReceiver(
@@ -190,13 +203,7 @@ class Pair:
         addresses: Sequence[Address] | None = None,
     ) -> None:
         """Opens a transfer at all source ranks."""
-        there = ReplicaRanks(
-            epoch=TARGET_EPOCH,
-            parts=self.target.ranks.parts,
-            addresses=tuple(addresses or self.addresses),
-            dtype=self.target.ranks.dtype,
-            block_size=self.target.ranks.block_size,
-        )
+        there = replace(self.target.ranks, addresses=tuple(addresses or self.addresses))
         for sender in self.senders:
             sender.open(Target(transfer_id=transfer_id, ranks=there, tokens=tokens, format=kv_format))
 

@@ -37,7 +37,8 @@ def test_a_sender_gives_up_what_its_target_left() -> None:
         it.ship(transfer, Span(0, 10))
         wait_until(lambda: it.senders[0].num_sent_bytes)
         it.receivers[0].stop()
-        wait_until(lambda: not it.senders[0]._transfers)
+        dropped, problem = it.drops.get(timeout=WAIT_S)
+        assert dropped == transfer and "the connection broke" in problem
         it.ship(transfer, Span(10, 21))
 
 
@@ -46,7 +47,8 @@ def test_a_target_that_cannot_be_reached_is_given_up(monkeypatch: pytest.MonkeyP
     with pair() as it:
         it.open(bytes(16), TOKENS, addresses=[("127.0.0.1", 1)])
         it.ship(bytes(16), TOKENS)
-        wait_until(lambda: not it.senders[0]._transfers)
+        dropped, problem = it.drops.get(timeout=WAIT_S)
+        assert dropped == bytes(16) and "could not be reached" in problem
 
 
 def test_the_target_is_told_when_a_step_fails() -> None:
@@ -60,6 +62,9 @@ def test_the_target_is_told_when_a_step_fails() -> None:
         wait_until(lambda: it.senders[0].num_sent_bytes)
         progress.fail()
         assert all("the step that computes it failed" in end[2] for end in it.outcomes())
+        assert it.drops.get(timeout=WAIT_S) == (transfer, "the step that computes it failed")
+        wait_until(lambda: not it.senders[0]._transfers)
+        assert it.drops.empty(), "it is told once, whatever the ranks that it was for"
 
 
 def test_the_target_is_told_when_a_transfer_is_closed_before_all_is_sent() -> None:
@@ -71,6 +76,18 @@ def test_the_target_is_told_when_a_transfer_is_closed_before_all_is_sent() -> No
         it.senders[0].close(transfer)
         it.senders[0].close(transfer)  # which is unknown by now
         assert "it was closed by its source" in it.ends.get(timeout=WAIT_S)[2]
+        assert it.drops.empty(), "whoever closes it knows"
+
+
+def test_a_transfer_is_opened_once() -> None:
+    with pair() as it:
+        it.source.fill(dense_kv(21))
+        transfer = it.expect(TOKENS)
+        it.open(transfer, TOKENS)
+        with pytest.raises(InvalidRequest, match="open already"):
+            it.open(transfer, Span(0, 5))
+        it.ship(transfer, TOKENS)
+        assert it.ends.get(timeout=WAIT_S)[1:3] == (transfer, "")
 
 
 def test_a_transfer_that_is_closed_once_all_is_sent_arrives() -> None:
@@ -161,7 +178,7 @@ from placement.serving.kv.peers import KvFormat, Shipment
 from workers.kv_transfer.sender import KvSender, Target
 
 source = Replica(ranks(Kind(), SOURCE_EPOCH, [("127.0.0.1", 1)]), 21)
-sender = KvSender(epoch=SOURCE_EPOCH, rank=0, own=source.ranks, cache=source.caches[0], head_dim=8)
+sender = KvSender(epoch=SOURCE_EPOCH, rank=0, own=source.ranks, cache=source.caches[0], head_dim=8, on_drop=print)
 there = ranks(Kind(), TARGET_EPOCH, [("127.0.0.1", int(sys.argv[1]))])
 transfer = bytes.fromhex(sys.argv[2])
 sender.open(Target(transfer_id=transfer, ranks=there, tokens=Span(0, 21), format=KvFormat.NATIVE))

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.workers.kv_transfer.replicas import (
     Kind,
     Pair,
     dense_kv,
+    incarnation,
     is_closed,
     pair,
     wait_until,
@@ -31,7 +33,7 @@ from workers.transport.frames import header
 
 TOKENS = Span(0, 8)
 LAYER_BYTES = 2 * NUM_HEADS * len(TOKENS) * DIM * 4
-HELLO = Hello(0, SOURCE_EPOCH, 0, TARGET_EPOCH, bytes(16))
+HELLO = Hello(0, SOURCE_EPOCH, incarnation(SOURCE_EPOCH), 0, TARGET_EPOCH, bytes(16))
 BODY = memoryview(torch.ones(LAYER_BYTES // 4).numpy()).cast("B")
 
 
@@ -87,7 +89,7 @@ def test_a_transfer_that_was_refused_is_sent_no_further() -> None:
         it.source.fill(dense_kv(21))
         it.open(bytes(16), TOKENS)
         it.ship(bytes(16), Span(0, 4))
-        wait_until(lambda: it.receivers[0].num_refused and not it.senders[0]._transfers)
+        assert it.drops.get(timeout=WAIT_S) == (bytes(16), "the target does not await it")
         sent = it.senders[0].num_sent_bytes
         it.ship(bytes(16), Span(4, 8))
         transfer = it.expect(TOKENS)
@@ -174,8 +176,11 @@ def test_a_frame_and_its_greeting_must_be_of_one_epoch() -> None:
         assert it.receivers[0].num_refused == 1
 
 
-def test_a_source_of_an_earlier_epoch_writes_nothing() -> None:
-    with pair() as it, connection(it, replace(HELLO, source_epoch=SOURCE_EPOCH - 1)) as outbound:
+@pytest.mark.parametrize(
+    "other", [{"source_epoch": SOURCE_EPOCH - 1}, {"source_incarnation": incarnation(1)}], ids=["epoch", "incarnation"]
+)
+def test_a_rank_of_another_or_an_earlier_replica_writes_nothing(other: dict[str, Any]) -> None:
+    with pair() as it, connection(it, replace(HELLO, **other)) as outbound:
         transfer = it.expect(TOKENS)
         outbound.send_layer(piece(transfer), BODY)
         assert refused(outbound) == [transfer]
@@ -183,6 +188,18 @@ def test_a_source_of_an_earlier_epoch_writes_nothing() -> None:
         outbound.send_layer(piece(transfer), BODY)
         assert refused(outbound) == [transfer]
         assert is_untouched(it) and it.receivers[0].num_refused == 2 and it.ends.empty()
+
+
+def test_damage_from_another_replica_of_the_same_epoch_ends_nothing() -> None:
+    with pair() as it:
+        it.source.fill(dense_kv(21))
+        transfer = it.expect(TOKENS)
+        with connection(it, replace(HELLO, source_incarnation=incarnation(1))) as outbound:
+            outbound._link.socket.sendall(bytes(1000))
+            assert is_closed(outbound._link.socket)
+        it.open(transfer, TOKENS)
+        it.ship(transfer, TOKENS)
+        assert it.ends.get(timeout=WAIT_S)[1:3] == (transfer, "") and it.ends.empty()
 
 
 @pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\nHost: heterodyne.example\r\n\r\n" + bytes(100), b"\x00" * 500])

@@ -1,6 +1,7 @@
 """Keys and values arrive whole and in their places, whichever shapes the two replicas have."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,13 +160,7 @@ def test_a_rank_that_needs_nothing_is_done_at_once() -> None:
 def test_a_source_that_lacks_something_is_refused() -> None:
     with pair() as it:
         ranks = it.source.ranks
-        lacking = type(ranks)(
-            epoch=ranks.epoch,
-            parts=(part((0, NUM_LAYERS), (0, 3)),),
-            addresses=ranks.addresses,
-            dtype=ranks.dtype,
-            block_size=ranks.block_size,
-        )
+        lacking = replace(ranks, parts=(part((0, NUM_LAYERS), (0, 3)),))
         expected = Expected(
             transfer_id=bytes(16), source=lacking, tokens=Span(0, 9), runs=it.target.runs(9), format=KvFormat.NATIVE
         )

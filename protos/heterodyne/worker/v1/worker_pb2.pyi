@@ -878,10 +878,13 @@ class ReplicaRanks(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     dtype: Global___Dtype.ValueType
     """Number type of its keys and values."""
     block_size: _builtins.int
+    incarnation: _builtins.bytes
+    """16 bytes that no other replica has, nor this one at another start. All replicas of a deployment may have one epoch."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """In the order of ranks. The host of a rank is empty where it is that of the address the worker was called at."""
@@ -898,10 +901,11 @@ class ReplicaRanks(_message.Message):
         dtype: Global___Dtype.ValueType = ...,
         block_size: _builtins.int = ...,
         facts: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "members", b"members"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "incarnation", b"incarnation", "members", b"members"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,7 +93,7 @@ def test_ranks_have_a_layer_in_common_where_some_token_of_it_is(
 
 
 def ranks(*its: Part) -> ReplicaRanks:
-    return ReplicaRanks(epoch=1, parts=its, addresses=(), dtype=DType.FLOAT32, block_size=4)
+    return ReplicaRanks(epoch=1, incarnation=bytes(16), parts=its, addresses=(), dtype=DType.FLOAT32, block_size=4)
 
 
 def test_what_no_source_rank_holds_is_found_in_the_first_tokens() -> None:
