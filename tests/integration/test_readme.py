@@ -60,7 +60,9 @@ def test_make_demo_streams_an_answer_and_leaves_nothing() -> None:
         "time to first token",
         "time per output token",
         "tokens/s",
-        "replica=replica-0 state=READY",
+        "prompt computed",
+        "on replica-0; the answer on replica-1",
+        "replica=replica-0 role=prefill state=READY",
         "none left",
     ):
         assert words in output
@@ -82,7 +84,7 @@ def run_every_command_that_talks_to_it() -> None:
     """To the service of :func:`serve_as_written`, while that runs."""
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 14
+    assert len(rest) == 15
     for command in rest:
         result = subprocess.run(
             shell(command),
@@ -113,7 +115,7 @@ def run_python_example() -> None:
 
 def test_the_yaml_shown_is_that_of_the_files() -> None:
     shown = [yaml.safe_load(block) for block in blocks("yaml")]
-    names = ("local.yaml", "two-machines.yaml", "split.yaml")
+    names = ("local.yaml", "two-machines.yaml", "split.yaml", "disaggregated.yaml")
     assert shown == [yaml.safe_load((REPOSITORY / "deploy" / name).read_text()) for name in names]
 
 

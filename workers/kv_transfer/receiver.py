@@ -193,17 +193,20 @@ class KvReceiver:
 
         It also ends once the listener is closed, as it is where the process ends in the middle of its start.
         """
-        while not self._stopped and not self._door.is_closed:
+        while self._is_open():
             try:
                 self._turn()
             except Exception as error:
-                if self._door.is_closed:
+                if not self._is_open():
                     return
                 logger.exception("Receiving keys and values failed.", extra=said("kv_receiving_failed"))
                 for awaited in self._all_awaited():
                     self._end(awaited, f"receiving failed ({_cause(error)})")
                 time.sleep(_PAUSE_S)
             self._tell()
+
+    def _is_open(self) -> bool:
+        return not self._stopped and not self._door.is_closed
 
     def _turn(self) -> None:
         """Waits for something to come, and takes it."""

@@ -31,7 +31,12 @@ EPOCH = 3
 
 def ranks(epoch: int) -> ReplicaRanks:
     return ReplicaRanks(
-        epoch=epoch, parts=(Part.whole(MODEL),), addresses=(("127.0.0.1", 1),), dtype=DType.FLOAT32, block_size=4
+        epoch=epoch,
+        incarnation=bytes([epoch] * 16),
+        parts=(Part.whole(MODEL),),
+        addresses=(("127.0.0.1", 1),),
+        dtype=DType.FLOAT32,
+        block_size=4,
     )
 
 
