@@ -16,6 +16,8 @@ from placement.measured.targets import mixed_words
 from placement.model.specs import DType
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Role
+from placement.serving.routing.binding import WaitReason
+from placement.serving.routing.choice import RouteKind
 from protos.heterodyne.v1 import admin_pb2, inference_pb2
 
 _STYLES = {
@@ -37,6 +39,18 @@ _DISPENSABLE = (
     "dtype", "phase", "rank", "node",
 )  # fmt: skip
 _UNLIMITED = 10_000
+_WAITS: Mapping[str, str] = {
+    WaitReason.NO_PLACE: "for a place among the sequences that run",
+    WaitReason.NO_BLOCKS: "for free KV blocks",
+    WaitReason.PROMPTS: "for prompts that are computed first",
+    WaitReason.BEHIND: "behind others",
+}
+_ROUTES: Mapping[str, str] = {
+    RouteKind.ALONE: "by one replica alone",
+    RouteKind.SPLIT: "with prompt and answer on two",
+    RouteKind.SPILLED: "with the help of a mixed one",
+    RouteKind.PULLED: "with the help of the other pool",
+}
 _RIGHT = (
     "epoch", "rank", "pid", "KV heads", "FFN", "tokens", "weights", "KV", "KV used", "running", "waiting",
     "prompt tokens/s", "tokens/s", "stage", "size", "time", "one batch", "two micro-batches", "latency", "rate", "call",
@@ -84,7 +98,8 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measu
     budgets = [
         Text(printable(f"{replica.name}: {words}")) for replica in status.replicas if (words := _budget(replica))
     ]
-    return Group(table, *causes, *notes, *budgets, *below, Text(_gateway_words(status.gateway)))
+    gateway = [Text(printable(words)) for words in _gateway_words(status.gateway)]
+    return Group(table, *causes, *notes, *budgets, *below, *gateway)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -117,6 +132,9 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
         fenced_messages=gateway.fenced_messages,
         uptime_s=f"{gateway.uptime_s:.1f}",
     )
+    for event, counts in (("waiting", gateway.waiting), ("routes", gateway.routes)):
+        if counts:
+            yield key_values(event=event, **{item.kind: item.count for item in counts})
     for row in _rows(status):
         named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
@@ -240,7 +258,8 @@ def _loaded(rank: admin_pb2.RankStatus) -> str:
     return total if rank.loaded_bytes >= rank.weight_bytes else f"{format_bytes(rank.loaded_bytes)} of {total}"
 
 
-def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
+def _gateway_words(gateway: admin_pb2.GatewayStatus) -> Iterator[str]:
+    """Yields a line on the gateway, and one each on what waits for a replica and where requests went, if any did."""
     words = [
         f"gateway: {gateway.in_flight}/{gateway.max_in_flight} in flight",
         f"{gateway.queued}/{gateway.max_queued} queued",
@@ -252,7 +271,13 @@ def _gateway_words(gateway: admin_pb2.GatewayStatus) -> str:
         words.append("controller lost, serving the last known plan")
     if gateway.fenced_messages:
         words.append(f"{gateway.fenced_messages} messages of old epochs refused")
-    return ", ".join(words)
+    yield ", ".join(words)
+    for title, counts, words_of in (
+        ("requests that wait for a replica", gateway.waiting, _WAITS),
+        ("requests so far", gateway.routes, _ROUTES),
+    ):
+        if counts:
+            yield f"{title}: " + ", ".join(f"{item.count} {words_of.get(item.kind, item.kind)}" for item in counts)
 
 
 def ending(end: inference_pb2.Finished | inference_pb2.ChoiceEnd) -> str:

@@ -22,7 +22,12 @@ _COUNTERS = (
     ("kv.transfers", "{transfer}", "Transfers of keys and values that came.", "kv_transfers"),
     ("kv.failures", "{transfer}", "Transfers of keys and values that did not come.", "kv_failures"),
     ("kv.bytes", "By", "Bytes of keys and values that came.", "kv_bytes"),
-    ("kv.refused", "{piece}", "Pieces refused, as their transfer was over or their sender fenced.", "kv_refused"),
+    (
+        "kv.refused",
+        "{piece}",
+        "Pieces refused at the replica's first rank, as their transfer was over or their sender fenced.",
+        "kv_refused",
+    ),
 )
 
 

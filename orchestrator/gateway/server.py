@@ -33,9 +33,8 @@ from orchestrator.model_dir.files import read_model_files
 from orchestrator.telemetry.requests import Telemetry
 from orchestrator.telemetry.vllm_metrics import VllmMetrics
 from placement.errors import InvalidConfig
-from placement.model.part import Part
 from placement.model.specs import DType
-from placement.planning.memory import kv_bytes_per_block
+from placement.serving.kv.portions import bytes_per_token
 from protos.codec.child_process import Listening
 from protos.codec.log_record import said
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -89,7 +88,6 @@ class Gateway:
         self._draining = False
         self._health_lock = asyncio.Lock()
         model = load_model(settings)
-        whole = Part.whole(model.spec)
         self.admission = Admission(config.gateway.max_in_flight, config.gateway.max_queued)
         self.fleet = Fleet(
             control_address=settings.control_address,
@@ -101,7 +99,12 @@ class Gateway:
             on_change=self._health_changed,
             on_step=self._stepped,
             disaggregation=config.serving.disaggregation,
-            kv_bytes_per_token=kv_bytes_per_block(model.spec, whole, dtype=settings.dtype, block_size=1),
+            kv_bytes_per_token=bytes_per_token(
+                model.spec,
+                dtype=settings.dtype,
+                format=config.serving.kv_format,
+                block_size=config.serving.block_size,
+            ),
         )
         self._timeline = Timeline(model=model.name)
         self._load_log = LoadLog(self.fleet, self.admission)

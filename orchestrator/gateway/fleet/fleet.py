@@ -46,15 +46,19 @@ class Bound:
     Attributes:
         leader: of the replica that computes the answer.
         helper: of the one that computes the prompt for it; None: it computes the prompt itself.
+        num_blocks: KV blocks that are taken for the prompt where the answer is computed, before it comes.
     """
 
     leader: Leader
     route: Route
     helper: Leader | None = None
+    num_blocks: int = 0
 
     def submit(self, message: worker_pb2.Submit, inbox: Inbox) -> None:
         """Hands the request's sequences over. Their events arrive in ``inbox``."""
-        self.leader.submit(message, inbox, new_tokens=self.route.new_tokens, helper=self.helper)
+        self.leader.submit(
+            message, inbox, new_tokens=self.route.new_tokens, helper=self.helper, num_blocks=self.num_blocks
+        )
 
 
 class Fleet:
@@ -71,7 +75,7 @@ class Fleet:
         limits: says when a leader counts as lost.
         sizes: the sizes that every replica serves within.
         disaggregation: whether one replica computes a prompt and another its answer.
-        kv_bytes_per_token: bytes of the keys and values of a token; 0: not known.
+        kv_bytes_per_token: bytes of the keys and values of a token, as replicas send them; 0: not known.
     """
 
     def __init__(
@@ -161,7 +165,7 @@ class Fleet:
             while True:
                 left_s = None if overdue_s is None else max(0.0, overdue_s - loop.time())
                 route = await self._queue.take(request, timeout_s=left_s)
-                bound = self._bound(route)
+                bound = self._bound(route, prompt)
                 if bound is not None:
                     self.routes[route.kind] += 1
                     return bound
@@ -196,13 +200,14 @@ class Fleet:
                 self._reserved.setdefault(number, []).append(live[name])
         return bindings
 
-    def _bound(self, route: Route) -> Bound | None:
+    def _bound(self, route: Route, prompt: Prompt) -> Bound | None:
         """Returns the leaders of a route; None where one of them is lost."""
         live = self._live()
         leader, helper = live.get(route.replica), None if route.prefill is None else live.get(route.prefill)
         if leader is None or (route.prefill is not None and helper is None):
             return None
-        return Bound(leader=leader, route=route, helper=helper)
+        part = share(leader.replica_load(), route, prompt, self._sizes)
+        return Bound(leader=leader, route=route, helper=helper, num_blocks=part.num_blocks)
 
     def _unreserve(self, number: int) -> None:
         for leader in self._reserved.pop(number, []):

@@ -107,13 +107,20 @@ class Leader:
     # -- sequences --------------------------------------------------------------------------------------------
 
     def submit(
-        self, message: pb.Submit, inbox: Inbox, *, new_tokens: int | None = None, helper: "Leader | None" = None
+        self,
+        message: pb.Submit,
+        inbox: Inbox,
+        *,
+        new_tokens: int | None = None,
+        helper: "Leader | None" = None,
+        num_blocks: int = 0,
     ) -> None:
         """Hands sequences over. Their events arrive in ``inbox``; the last one of each says so.
 
         Args:
             new_tokens: tokens of the prompt that are expected to be computed; None: all.
             helper: the leader of the replica that computes the prompt for this one.
+            num_blocks: KV blocks that this one takes for it at once.
         """
         if self.lost is not None:
             inbox.put_now(self.lost)
@@ -124,13 +131,13 @@ class Leader:
         if helper is not None:
             message.prefill.CopyFrom(pb.PrefillSource(replica=helper.name, epoch=helper.epoch, address=helper.address))
             self._helpers[first] = helper
-            helper.ledger.add(first, num_tokens)
+            helper.ledger.add(first, num_tokens, is_shipped=True)
         for fork in message.forks:
             self._inboxes[fork.sequence_id] = inbox
             self._num_prompt_tokens[fork.sequence_id] = num_prompt
             # As the replica's own report counts them: a sequence is pending with its whole prompt, shared or not.
             pending = 1 if helper is not None else num_tokens if fork.sequence_id == first else num_prompt
-            self.ledger.add(fork.sequence_id, pending)
+            self.ledger.add(fork.sequence_id, pending, num_blocks=num_blocks if fork.sequence_id == first else 0)
         self._send(pb.LeadRequest(submit=message))
 
     def release(self, sequence_id: int, *, cancel: bool) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from functools import lru_cache
 
-from placement.model.part import Span
-from placement.serving.kv.int8_layout import int8_layout
+from placement.model.part import Part, Span, kept_states
+from placement.model.specs import DType, ModelSpec
+from placement.serving.kv.int8_layout import SCALE_BYTES, int8_layout
 from placement.serving.kv.message_layout import MessageLayout, message_layout
 from placement.serving.kv.peers import KvFormat, ReplicaRanks
 from placement.serving.kv.rectangles import RankTransfer, first_period, transfer_plan
@@ -22,6 +23,22 @@ def portions(tokens: Span) -> Iterator[Span]:
         stop = min((start // PORTION_TOKENS + 1) * PORTION_TOKENS, tokens.stop)
         yield Span(start, stop)
         start = stop
+
+
+def bytes_per_token(model: ModelSpec, *, dtype: DType, format: KvFormat, block_size: int) -> int:
+    """Counts the bytes that a token of a long transfer takes on the way, scales included, over all layers.
+
+    Args:
+        dtype: the number type that the keys and values are kept in where they are sent.
+        block_size: tokens of a block there.
+    """
+    whole = Part.whole(model)
+    states = kept_states(model, whole.layers, whole.kv_heads)
+    num_numbers = sum(state.elements_per_token for state in states)
+    if format is KvFormat.NATIVE:
+        return num_numbers * dtype.itemsize
+    num_scales = sum(2 * state.num_kv_heads for state in states)
+    return num_numbers - -(SCALE_BYTES * num_scales) // block_size
 
 
 class PortionLayouts:

@@ -154,6 +154,9 @@ def split_option(prefill: Candidate, replica: Candidate, costs: Costs) -> Option
 
     ``prefill`` computes what is not in its own cache, whatever the other has: later tokens attend to earlier ones. What
     the other has is not sent. A transfer that fails costs the time until then, and the prompt is computed twice.
+
+    ``replica`` takes blocks for the whole prompt before it asks for it: of the time until it has them, only what waits
+    before the prompt at the other is done.
     """
     limits, last = costs.limits, costs.prompt_tokens - 1
     new_tokens = max(0, last - prefill.cached_tokens)
@@ -162,14 +165,15 @@ def split_option(prefill: Candidate, replica: Candidate, costs: Costs) -> Option
     exposed_s = link.exposed_s(num_bytes)
     load, speed = replica.load, replica.speed
     room_s = speed.place_s(places_short(load, costs.prompt_tokens, limits), num_running=load.num_running)
-    computed_s = first_token_s(prefill.load, prefill.speed, new_tokens, limits)
+    own_s = _prompt_s(prefill, new_tokens, limits)
+    queue_s = first_token_s(prefill.load, prefill.speed, new_tokens, limits) - own_s
     budget = load.token_budget or limits.token_budget
     again_s = link.failed_share * replica.first_token_s
     last_s = running_step_s(load, speed) + speed.prefill_s(1, num_decodes=load.num_running, token_budget=budget)
     return Option(
         replica=replica,
         prefill=prefill,
-        first_s=max(computed_s + exposed_s, room_s) + last_s + again_s,
+        first_s=max(room_s, queue_s) + own_s + exposed_s + last_s + again_s,
         answer_s=_answer_s(replica, costs),
         harm_s=harm_s(prefill, new_tokens, limits) + link.failed_share * harm_s(replica, replica.new_tokens, limits),
         num_bytes=num_bytes,
@@ -184,8 +188,14 @@ def harm_s(candidate: Candidate, new_tokens: int, limits: ReplicaLimits) -> floa
         return 0.0
     budget = load.token_budget or limits.token_budget
     num_steps = -(-new_tokens // max(1, budget - load.num_running))
-    prompt_s = speed.prefill_s(new_tokens, num_decodes=load.num_running, token_budget=budget)
+    prompt_s = _prompt_s(candidate, new_tokens, limits)
     return load.num_running * max(0.0, prompt_s - num_steps * speed.decode.at(load.num_running))
+
+
+def _prompt_s(candidate: Candidate, new_tokens: int, limits: ReplicaLimits) -> float:
+    """Returns the seconds that so many tokens of a prompt take, once nothing is before them."""
+    load, budget = candidate.load, candidate.load.token_budget or limits.token_budget
+    return candidate.speed.prefill_s(new_tokens, num_decodes=load.num_running, token_budget=budget)
 
 
 def _answer_s(replica: Candidate, costs: Costs) -> float:

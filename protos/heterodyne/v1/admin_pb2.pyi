@@ -356,7 +356,7 @@ class ReplicaLoad(_message.Message):
     kv_failures: _builtins.int
     kv_bytes: _builtins.int
     kv_refused: _builtins.int
-    """Pieces that were refused, as their transfer was over or their sender fenced."""
+    """Pieces that were refused at the replica's first rank, as their transfer was over or their sender fenced."""
     def __init__(
         self,
         *,

@@ -8,9 +8,12 @@ from typing import Any, cast
 import pytest
 from rich.console import Console
 
+from orchestrator.cli.render import print_status, status_lines
 from orchestrator.cli.status_command import show_status, watch_status
 from orchestrator.cli.status_document import status_document
 from orchestrator.errors import ServiceError
+from placement.serving.routing.binding import WaitReason
+from placement.serving.routing.choice import RouteKind
 from protos.heterodyne.v1 import admin_pb2
 
 
@@ -104,3 +107,27 @@ def test_watching_ends_with_the_error_of_a_service_that_is_gone(terminal: bool) 
 
     with pytest.raises(ServiceError, match="host:1"):
         watch_status(console(terminal=terminal), "host:1", every_s=1.0, as_json=False, fetch=gone)
+
+
+def test_what_waits_for_a_replica_and_where_requests_went_is_said_in_words_where_there_is_any() -> None:
+    known, before, after = status(), console(terminal=True), console(terminal=True)
+    print_status(before, known)
+    assert "requests" not in output(before)
+    assert all(line.startswith(("event=gateway ", "event=rank ")) for line in status_lines(known))
+    for reason in WaitReason:
+        known.gateway.waiting.add(kind=reason.value, count=2)
+    for kind in (*RouteKind, "of_a_later_version"):
+        known.gateway.routes.add(kind=kind, count=7)
+    print_status(after, known)
+    waits, routes = output(after).splitlines()[-2:]
+    assert waits == (
+        "requests that wait for a replica: 2 for a place among the sequences that run, 2 for free KV blocks, "
+        "2 for prompts that are computed first, 2 behind others"
+    )
+    assert routes == (
+        "requests so far: 7 by one replica alone, 7 with prompt and answer on two, 7 with the help of a mixed one, "
+        "7 with the help of the other pool, 7 of_a_later_version"
+    )
+    _, waits, routes, *_ = status_lines(known)
+    assert waits == "event=waiting no_place=2 no_blocks=2 prompts=2 behind=2"
+    assert routes == "event=routes alone=7 split=7 spilled=7 pulled=7 of_a_later_version=7"

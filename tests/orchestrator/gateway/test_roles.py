@@ -1,10 +1,15 @@
 """Replicas with roles as they are served: real processes, and what the status says of each."""
 
 from pathlib import Path
+from typing import Any
 
 import grpc
+import pytest
 
 from orchestrator.cli.status_document import status_document
+from orchestrator.gateway.fleet.fleet import Fleet
+from orchestrator.gateway.server import Gateway, GatewaySettings
+from placement.model.specs import DType
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.deployment import deploy, make_config
@@ -36,3 +41,25 @@ async def test_the_status_has_the_role_the_number_type_and_the_block_size_of_eac
         # Blocks of twice the tokens, which take half the bytes each: each replica has as many, for its own memory.
         loads = [each.load.total_blocks for each in status.replicas]
         assert loads[0] == loads[1] > 0
+
+
+async def test_a_transfer_is_reckoned_with_as_it_is_written_before_any_was_seen(
+    served_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def kept(*, kv_bytes_per_token: int, **others: Any) -> Fleet:
+        given.append(kv_bytes_per_token)
+        return Fleet(kv_bytes_per_token=kv_bytes_per_token, **others)
+
+    monkeypatch.setattr("orchestrator.gateway.server.Fleet", kept)
+    for kv_transfer in ("model", "int8"):
+        config = make_config(tmp_path, served_checkpoint, serving={"kv_transfer": kv_transfer, "block_size": 64})
+        nobody = "127.0.0.1:1"
+        gateway = Gateway(
+            GatewaySettings(config=config, control_address=nobody, max_context_tokens=256, dtype=DType.BFLOAT16)
+        )
+        await gateway.start()
+        await gateway.drain()
+    native, rounded = given
+    assert native / 2 < rounded < 0.51 * native, "half, and the scales"

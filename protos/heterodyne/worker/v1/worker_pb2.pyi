@@ -1982,7 +1982,7 @@ class LoadReport(_message.Message):
     kv_failures: _builtins.int
     kv_bytes: _builtins.int
     kv_refused: _builtins.int
-    """Pieces that were refused, as their transfer was over or their sender fenced."""
+    """Pieces that were refused at the replica's first rank, as their transfer was over or their sender fenced."""
     @_builtins.property
     def budget(self) -> Global___StepBudget:
         """The same in every report."""

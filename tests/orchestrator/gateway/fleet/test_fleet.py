@@ -129,11 +129,12 @@ ONE = Prompt(token_ids=[1, 2, 3])
 SEQUENCE_IDS = itertools.count(1)
 
 
-def submitted(bound: Bound) -> int:
-    """Submits a request as it was bound; returns its only sequence."""
-    sequence_id = next(SEQUENCE_IDS)
-    bound.submit(pb.Submit(forks=[pb.Fork(sequence_id=sequence_id)], prompt_ids=ONE.token_ids), Inbox())
-    return sequence_id
+def submitted(bound: Bound, prompt: Prompt = ONE) -> int:
+    """Submits a request as it was bound; returns its first sequence."""
+    sequences = [next(SEQUENCE_IDS) for _ in range(prompt.num_sequences)]
+    forks = [pb.Fork(sequence_id=sequence_id) for sequence_id in sequences]
+    bound.submit(pb.Submit(forks=forks, prompt_ids=prompt.token_ids), Inbox())
+    return sequences[0]
 
 
 async def filled(fleet: Fleet) -> dict[int, str]:
@@ -228,6 +229,25 @@ async def test_a_request_of_two_replicas_is_submitted_to_one_which_is_told_of_th
         await until(lambda: bool(fleet.transfers))
         assert fleet.transfers == {("replica-0", "replica-1", not problem): 1}
         assert not prefill.replica_load().num_sequences and decode.replica_load().num_sequences == 1
+
+
+async def test_the_blocks_that_wait_for_a_prompt_are_taken_until_a_report_knows_of_them() -> None:
+    async with two_replicas(POOLS, "always") as (fleet, workers, _):
+        prefill, decode = (fleet.leader(name, EPOCH) for name in NAMES)
+        assert prefill is not None and decode is not None
+        long = Prompt(token_ids=range(160), num_sequences=2)
+        number = submitted(await fleet.route(long), long)
+        load = decode.replica_load()
+        assert (load.free_blocks, load.num_sequences) == (10, 2), "the forks share 40 blocks of the 50"
+        waiting = asyncio.create_task(fleet.route(Prompt(token_ids=range(160))))
+        await turns()
+        assert fleet.waiting() == {WaitReason.NO_BLOCKS: 1}, "there is room for one such prompt only"
+        known = pb.LoadReport(num_moving=2, pending_tokens=2, free_blocks=12, total_blocks=50)
+        workers["replica-1"].replies.put_nowait(pb.LeadResponse(epoch=EPOCH, load=known))
+        await until(lambda: decode.replica_load().num_moving == 2)
+        assert decode.replica_load().free_blocks == 12
+        decode.release(number, cancel=True)
+        assert (await asyncio.wait_for(waiting, PATIENCE_S)).leader is decode
 
 
 async def test_a_prompt_counts_no_longer_at_the_replica_that_computes_it_once_its_request_is_over() -> None:

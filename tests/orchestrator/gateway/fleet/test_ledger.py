@@ -68,6 +68,53 @@ def test_a_pair_takes_blocks_where_the_answer_is_computed() -> None:
     assert load(ledger).free_blocks == 10 and not load(ledger).num_sequences
 
 
+def test_what_was_shipped_is_taken_from_those_whose_keys_and_values_move_and_not_from_those_that_run() -> None:
+    ledger = Ledger("a", block_size=4)
+    ledger.add("own", 7)
+    ledger.add("helped", 7, is_shipped=True)
+    report = pb.LoadReport(num_running=1, num_waiting=1, num_moving=1, pending_tokens=9, total_blocks=10)
+    ledger.reported(report)
+    assert ledger.ended("helped")
+    after = load(ledger, report)
+    assert (after.num_running, after.num_waiting, after.num_moving, after.pending_tokens) == (1, 1, 0, 9)
+
+
+def test_what_was_shipped_and_is_not_in_the_report_any_more_is_taken_from_nothing() -> None:
+    ledger = Ledger("a", block_size=4)
+    for key in ("first", "second"):
+        ledger.add(key, 7, is_shipped=True)
+    ledger.add("own", 7)
+    both = pb.LoadReport(num_running=1, num_moving=2, pending_tokens=1, total_blocks=10)
+    ledger.reported(both)
+    later = pb.LoadReport(num_running=1, num_moving=1, pending_tokens=1, total_blocks=10)
+    ledger.reported(later)
+    ledger.ended("first")
+    assert (load(ledger, later).num_running, load(ledger, later).num_moving) == (1, 1), "its first token came late"
+    ledger.ended("second")
+    assert (load(ledger, later).num_running, load(ledger, later).num_moving) == (1, 0)
+
+
+def test_what_was_shipped_since_a_report_in_which_its_prompt_was_computed_no_longer_counts_there() -> None:
+    ledger = Ledger("a", block_size=4)
+    ledger.add(1, 7, is_shipped=True)
+    report = pb.LoadReport(num_running=1, pending_tokens=7, total_blocks=10)
+    ledger.reported(report)
+    ledger.computed(7)
+    ledger.ended(1)
+    assert load(ledger, report).num_sequences == load(ledger, report).pending_tokens == 0
+
+
+def test_what_is_cancelled_while_its_keys_and_values_move_no_longer_counts() -> None:
+    ledger = Ledger("a", block_size=4)
+    ledger.add(1, 1, num_blocks=3)
+    report = pb.LoadReport(num_moving=1, pending_tokens=1, free_blocks=7, total_blocks=10)
+    ledger.reported(report)
+    assert load(ledger, report).free_blocks == 7, "the report knows of its blocks"
+    ledger.ended(1, 12)
+    after = load(ledger, report)
+    assert (after.num_sequences, after.pending_tokens, after.free_blocks) == (0, 0, 10)
+
+
 ACTIONS = st.lists(st.tuples(st.sampled_from(("add", "begun", "ended", "computed", "reported")), st.integers(0, 5)))
 
 
@@ -77,7 +124,7 @@ def test_no_figure_is_ever_negative_and_nothing_is_left_once_all_have_ended(acti
     for action, number in actions:
         match action:
             case "add" if number not in there:
-                ledger.add(number, 10)
+                ledger.add(number, 10, is_shipped=number % 2 == 1)
                 there.add(number)
             case "begun":
                 ledger.begun(number)

@@ -11,9 +11,10 @@ from placement.model.striping import Stripe
 from placement.serving.kv.int8_layout import SCALE_BYTES, group_lengths, int8_layout
 from placement.serving.kv.message_layout import message_layout
 from placement.serving.kv.peers import KvFormat, ReplicaRanks
-from placement.serving.kv.portions import PORTION_TOKENS, PortionLayouts, portions
+from placement.serving.kv.portions import PORTION_TOKENS, PortionLayouts, bytes_per_token, portions
 from placement.serving.kv.rectangles import common_layers, held_rectangles, transfer_plan
 from placement.serving.kv.runs import block_runs, slot_runs, token_runs
+from tests.support.planning import MODEL
 
 EMPTY = Span(0, 0)
 
@@ -63,6 +64,17 @@ def test_integers_are_laid_out_behind_their_scales() -> None:
     assert [tensor.num_bytes for tensor in layout.tensors] == [3 * SCALE_BYTES + tokens * 8] * 4
     assert [tensor.offset for tensor in layout.tensors] == [0, 68, 136, 204]
     assert layout.layers == {0: Span(0, 136), 1: Span(136, 272)}
+
+
+@pytest.mark.parametrize("dtype", DType)
+def test_the_bytes_of_a_token_are_those_that_a_transfer_of_whole_blocks_has(dtype: DType) -> None:
+    whole, sizes = Part.whole(MODEL), {}
+    for kind in KvFormat:
+        its = ReplicaRanks(epoch=1, parts=(whole,), addresses=(), dtype=dtype, block_size=16)
+        layouts = PortionLayouts(source=its, target=its, head_dim=MODEL.head_dim, format=kind)
+        sizes[kind] = bytes_per_token(MODEL, dtype=dtype, format=kind, block_size=16)
+        assert layouts.of(Span(0, 64), source=0, target=0).num_bytes == 64 * sizes[kind]
+    assert sizes[KvFormat.INT8] == pytest.approx(sizes[KvFormat.NATIVE] / dtype.itemsize, rel=0.01)
 
 
 @given(st.integers(0, 3 * PORTION_TOKENS), st.integers(0, 3 * PORTION_TOKENS))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Role
-from placement.serving.routing.choice import ReplicaLoad, Route, RouteKind, shortest_queue
+from placement.serving.routing.choice import ReplicaLoad, Route, RouteKind, candidates, shortest_queue
 from placement.serving.routing.links import LinkSpeed
 from placement.serving.routing.router import Disaggregation, Prompt, Router
+from placement.serving.routing.splitting import Costs, split_option
 from placement.serving.step_plan import StepLoad
 
 LIMITS = ReplicaLimits(block_size=16, token_budget=256, max_num_seqs=32)
@@ -93,6 +94,28 @@ def test_mixed_replicas_share_a_request_only_for_a_clear_gain() -> None:
     no_size = Router(LIMITS)
     no_size._speeds = quick._speeds
     assert chosen(no_size, a, b).prefill is None, "what a transfer costs is not known"
+
+
+def test_a_prompt_is_asked_for_once_there_is_room_for_it_while_what_is_before_it_is_computed() -> None:
+    made = router(prefill=1.0, decode=1.0)
+    for name in ("prefill", "decode"):
+        made.stepped(name, StepLoad(num_decodes=1), 0.02, [100])
+
+    def first_s(load: ReplicaLoad, answers: ReplicaLoad) -> float:
+        p, d = (
+            next(iter(candidates([it], 1000, limits=LIMITS, speeds={it.name: made.speed(it.name)}, cached_tokens={})))
+            for it in (load, answers)
+        )
+        costs = Costs(prompt_tokens=1000, limits=LIMITS, kv_bytes_per_token=1000, answer_tokens=100, links={})
+        return split_option(p, d, costs).first_s
+
+    queued, roomy = replace(P, num_waiting=1, pending_tokens=1500), busy(D, 8)
+    full = replace(roomy, free_blocks=0)
+    idle_s = first_s(P, roomy)
+    queue_s, room_s = first_s(queued, roomy) - idle_s, first_s(P, full) - idle_s
+    assert queue_s == pytest.approx(1.5, rel=0.05)
+    assert room_s == pytest.approx(made.speed("decode").place_s(1, num_running=8)), "then comes the whole prompt"
+    assert first_s(queued, full) == pytest.approx(idle_s + max(queue_s, room_s)), "both are waited for at once"
 
 
 def test_running_answers_keep_a_long_prompt_away() -> None:
