@@ -54,8 +54,7 @@ def open_kv_side(
 ) -> KvSide | None:
     """Begins to listen for ranks of other replicas, once those of the own replica have joined.
 
-    Returns:
-        None where nobody was told at which address others reach this rank.
+    Returns None where nobody was told at which address others reach this rank.
 
     Raises:
         InvalidRequest: the request has a format that is not known.
@@ -82,8 +81,9 @@ def open_kv_side(
         on_drop=commands.dropped,
     )
     commands.use(rank)
-    kv_format = read_kv_format(request.kv_format)
-    return KvSide(own=own, model=checked.model, rank=rank, commands=commands, kv_format=kv_format)
+    return KvSide(
+        own=own, model=checked.model, rank=rank, commands=commands, kv_format=read_kv_format(request.kv_format)
+    )
 
 
 def incarnation(token: bytes) -> bytes:
