@@ -54,10 +54,7 @@ def open_kv_side(
 ) -> KvSide | None:
     """Begins to listen for ranks of other replicas, once those of the own replica have joined.
 
-    Returns None where nobody was told at which address others reach this rank.
-
-    Raises:
-        InvalidRequest: the request has a format that is not known.
+    Returns None where nobody was told at which address others reach this rank. Raises InvalidRequest.
     """
     if listener is None or not request.members:
         return None
