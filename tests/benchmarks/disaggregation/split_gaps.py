@@ -1,7 +1,7 @@
 """What a long prompt does to answers that run, on two threads in all.
 
-Split, one thread computes prompts and one answers. Mixed, both threads compute both: a prompt in one step, or in steps
-of as many tokens as half a second allows.
+Split, one thread computes prompts and one answers. Mixed, both threads compute both: a prompt in one step, in steps of as
+many tokens as half a second allows, or in small ones.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ from tests.benchmarks.disaggregation.split_sizes import Sizes
 from tests.benchmarks.parallel.parallel_figures import Findings
 from tests.benchmarks.report import Metric, Rows, median, shown
 
-SPLIT, UNCHUNKED, CHUNKED = "split", "unchunked", "chunked"
+SPLIT, UNCHUNKED, CHUNKED, SMALL_CHUNKS = "split", "unchunked", "chunked", "small_chunks"
+MIXED_WAYS = (UNCHUNKED, CHUNKED, SMALL_CHUNKS)
+_SMALL_BUDGET = 64
 SHORT_PROMPT = 16
 # Long enough for every window; they are cancelled.
 ANSWER_TOKENS = 3500
@@ -34,6 +36,7 @@ def arms(sizes: Sizes) -> list[Arm]:
         Arm(name=SPLIT, workers={"one": 1, "two": 1}, serving=split()),
         Arm(name=UNCHUNKED, workers={"both": 2}, serving=whole),
         Arm(name=CHUNKED, workers={"both": 2}, serving=MIXED),
+        Arm(name=SMALL_CHUNKS, workers={"both": 2}, serving={**MIXED, "token_budget": _SMALL_BUDGET}),
     ]
 
 
@@ -67,7 +70,7 @@ def gaps_in(outcomes: Sequence[Outcome], start_s: float, stop_s: float) -> list[
 
 
 def measure_gaps(sizes: Sizes) -> Findings:
-    """Measures all three in turn, in each repeat."""
+    """Measures all in turn, in each repeat."""
     found: dict[str, list[list[float]]] = {arm.name: [] for arm in arms(sizes)}
     firsts: dict[str, list[float]] = {arm.name: [] for arm in arms(sizes)}
     with served(*arms(sizes), shape=sizes.shape, kv_cache=sizes.kv_cache) as deployments:
@@ -91,7 +94,7 @@ def findings(
 ) -> Findings:
     """Returns the figures of gaps by arm and repeat, each in their order of size, and of times to a first token."""
     metrics: dict[str, Metric] = {}
-    for name in (UNCHUNKED, CHUNKED):
+    for name in MIXED_WAYS:
         for percent in (50, 99):
             ratios = [
                 percentile(theirs, percent) / percentile(ours, percent)

@@ -96,8 +96,10 @@ def test_gaps_are_those_of_tokens_within_the_window_in_their_order_of_size() -> 
 
 
 def test_gaps_are_compared_with_those_of_the_split_deployment() -> None:
-    gaps = {"split": [[0.1, 0.1]], "unchunked": [[0.1, 0.5]], "chunked": [[0.2, 0.2]]}
-    metrics = split_gaps.findings(gaps, {"split": [4.0], "unchunked": [2.0], "chunked": []}, 1.0).metrics
+    gaps = {"split": [[0.1, 0.1]], "unchunked": [[0.1, 0.5]], "chunked": [[0.2, 0.2]], "small_chunks": [[0.2, 0.2]]}
+    metrics = split_gaps.findings(
+        gaps, {"split": [4.0], "unchunked": [2.0], "chunked": [], "small_chunks": []}, 1.0
+    ).metrics
     assert metrics["gap_max_vs_unchunked"].value == pytest.approx(5.0)
     assert metrics["gap_p99_vs_chunked"].value == pytest.approx(2.0)
     assert metrics["long_prompt_first_token_over_unchunked"].value == 2.0
