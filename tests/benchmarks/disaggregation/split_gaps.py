@@ -1,7 +1,7 @@
 """What a long prompt does to answers that run, on two threads in all.
 
-Split, one thread computes prompts and one answers. Mixed, both threads compute both: a prompt in one step, in steps of as
-many tokens as half a second allows, or in small ones.
+Split, one thread computes prompts and one answers. Mixed, both threads compute both: a prompt in one step, in steps of
+as many tokens as half a second allows, or in small ones.
 """
 
 import dataclasses
