@@ -183,7 +183,7 @@ def _add_transfer(table: Table, finished: pb.Finished) -> None:
     table.add_row("prompt computed", f"{transfer.prefill_s * 1e3:.1f}", where)
     size = f"MB, of {transfer.num_tokens} tokens"
     table.add_row("keys and values sent", f"{transfer.num_bytes / 1e6:.3g}", size)
-    table.add_row("not hidden of that", f"{transfer.exposed_s * 1e3:.1f}", "ms")
+    table.add_row("waited for them", f"{transfer.exposed_s * 1e3:.1f}", "ms")
 
 
 class WrappedText:

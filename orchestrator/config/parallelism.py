@@ -41,7 +41,7 @@ class ReplicaConfig:
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, max_length=64)]
     """Its stages, in the order of the layers."""
     role: Literal["prefill", "decode", "mixed"] | None = None
-    """What it computes: prompts, answers to prompts of other replicas, or both. Default: what serving.pools says of its
+    """What it is for: prompts, answers to prompts of other replicas, or both. Default: what serving.pools says of its
     workers, or both."""
 
 

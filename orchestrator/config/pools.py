@@ -31,14 +31,14 @@ class PoolConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolsConfig:
-    """Which workers compute prompts only, and which answers only. All others compute both."""
+    """Which workers are for prompts, and which for answers. All others are for both."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     prefill: PoolConfig | None = None
-    """The workers that compute prompts."""
+    """The workers that are for prompts."""
     decode: PoolConfig | None = None
-    """The workers that compute answers, to prompts that others computed."""
+    """The workers that are for answers, to prompts that others computed."""
 
     @property
     def each(self) -> Iterator[tuple[Role, PoolConfig]]:

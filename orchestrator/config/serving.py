@@ -50,13 +50,13 @@ class ServingConfig:
     alike."""
     disaggregation: Literal["auto", "never", "always"] = "auto"
     """Whether one replica may compute a prompt and another its answer; the keys and values then go over the network.
-    auto: where that is expected to be faster, given the pools; always: for every request; never: each replica computes
-    both."""
+    auto: where that is expected to be clearly faster, with pools or without; always: for every prompt of more than a
+    block, which needs a prefill pool; never: each replica computes both, and there are no pools."""
     kv_transfer: Literal["model", "int8"] = "model"
     """How keys and values are written on the way from one replica to another. model: in the number type that they are
     kept in; int8: in 8 bits, which is less to send, and gives slightly other answers."""
     pools: PoolsConfig | None = None
-    """Which workers compute prompts only, and which answers only. Default: every replica computes both, unless
+    """Which workers are for prompts, and which for answers. Default: every replica is for both, unless
     serving.parallelism gives it a role."""
 
     @property

@@ -70,7 +70,7 @@ def test_integers_are_laid_out_behind_their_scales() -> None:
 def test_the_bytes_of_a_token_are_those_that_a_transfer_of_whole_blocks_has(dtype: DType) -> None:
     whole, sizes = Part.whole(MODEL), {}
     for kind in KvFormat:
-        its = ReplicaRanks(epoch=1, parts=(whole,), addresses=(), dtype=dtype, block_size=16)
+        its = ReplicaRanks(epoch=1, incarnation=bytes(16), parts=(whole,), addresses=(), dtype=dtype, block_size=16)
         layouts = PortionLayouts(source=its, target=its, head_dim=MODEL.head_dim, format=kind)
         sizes[kind] = bytes_per_token(MODEL, dtype=dtype, format=kind, block_size=16)
         assert layouts.of(Span(0, 64), source=0, target=0).num_bytes == 64 * sizes[kind]
