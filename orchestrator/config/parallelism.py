@@ -41,8 +41,8 @@ class ReplicaConfig:
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, max_length=64)]
     """Its stages, in the order of the layers."""
     role: Literal["prefill", "decode", "mixed"] | None = None
-    """What it is for: prompts, answers to prompts of other replicas, or both. Default: what serving.pools says of its
-    workers, or both."""
+    """Whether it is for prompts, for answers to prompts of other replicas, or for both. Default: what serving.pools
+    says of its workers, or both."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

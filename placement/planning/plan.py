@@ -14,7 +14,7 @@ in for memory that is not known; or the most that sequences can use."""
 
 
 class Role(Enum):
-    """What a replica is for."""
+    """Says what a replica is for."""
 
     MIXED = "mixed"
     """It computes prompts and answers."""

@@ -9,7 +9,7 @@ from placement.planning.plan import Role
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """What the replicas of a pool have in common.
+    """Holds what the replicas of a pool have in common.
 
     Attributes:
         role: what they are for.

@@ -19,7 +19,6 @@ MOST_FUNCTION_LINES = 40
 
 LONG_FUNCTIONS = frozenset(
     {
-        "kernels.cpu.layers.fused.run",
         "kernels.cpu.layers.layer_ir._rotate_token",
         "kernels.cpu.machine.columns_ir.columns_function",
         "kernels.cuda.quantized_kernels.product_kernel",

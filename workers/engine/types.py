@@ -53,7 +53,7 @@ class Shipping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvTransfer:
-    """What became of keys and values that another replica was to compute and send. Times are in seconds.
+    """Tells what became of keys and values that another replica was to compute and send. Times are in seconds.
 
     Attributes:
         num_tokens: tokens whose keys and values came; 0 where the prompt is computed here after all.

@@ -22,7 +22,7 @@ class NotDue(HeterodyneError):
 
 @dataclass(slots=True)
 class _Track:
-    """What has come of one layer from one source rank.
+    """Notes what has come of one layer from one source rank.
 
     Attributes:
         first_token: the first token of the portion that is due.
@@ -53,7 +53,7 @@ class LayerPortion:
 
 
 class Arrivals:
-    """What has come of one transfer at one target rank.
+    """Notes what has come of one transfer at one target rank.
 
     Attributes:
         num_bytes: the bytes that have come.

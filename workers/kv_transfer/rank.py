@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from kernels.attention import Run
 from placement.serving.kv.peers import ReplicaRanks, Shipment
-from workers.kv_transfer.receiver import Expected, KvReceiver
+from workers.kv_transfer.awaited import Expected
+from workers.kv_transfer.receiver import KvReceiver
 from workers.kv_transfer.sender import KvSender, Target
 from workers.model.kv_cache import KVCache
 from workers.model.progress import LayerProgress

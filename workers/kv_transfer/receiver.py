@@ -6,19 +6,16 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
-from kernels.attention import Run
-from placement.errors import HeterodyneError, InvalidRequest
-from placement.model.part import Span
-from placement.serving.kv.peers import KvFormat, ReplicaRanks
+from placement.errors import HeterodyneError
+from placement.serving.kv.peers import ReplicaRanks
 from placement.serving.kv.portions import PortionLayouts
 from protos.codec.log_record import said
 from workers.kv_transfer.arrivals import Arrivals, LayerPortion, NotDue
+from workers.kv_transfer.awaited import Awaited, AwaitedTransfers, Expected
 from workers.kv_transfer.inbound import MOST_CONNECTIONS, Door, Inbound
 from workers.kv_transfer.packing import MessagePlaces
 from workers.kv_transfer.wire import INLINE, Piece, unpack_about, unpack_piece
@@ -34,43 +31,6 @@ _PAUSE_S = 0.1
 _END_S = 10.0
 # So many frames of one connection are taken before the others have their turn.
 _FRAMES_A_TURN = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """Keys and values that another replica is to send.
-
-    Attributes:
-        transfer_id: names the transfer.
-        source: the ranks of the replica that sends.
-        tokens: the positions in the sequence that come.
-        runs: the slots of all tokens up to the last that comes, of all ranks of this replica, in token order.
-        format: how they are written.
-    """
-
-    transfer_id: bytes
-    source: ReplicaRanks
-    tokens: Span
-    runs: tuple[Run, ...]
-    format: KvFormat
-
-
-@dataclass(slots=True)
-class _Awaited:
-    """An expected transfer.
-
-    Attributes:
-        lock: is held while something of it is written to the cache, which only the receiver's thread does.
-        inbound: the connection over which each source rank has begun to send it.
-        places: the portion of each source rank that was written last, and where it lies.
-    """
-
-    expected: Expected
-    layouts: PortionLayouts
-    arrivals: Arrivals
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    inbound: dict[int, Inbound] = field(default_factory=dict)
-    places: dict[int, tuple[Span, MessagePlaces]] = field(default_factory=dict)
 
 
 class KvReceiver:
@@ -110,9 +70,7 @@ class KvReceiver:
         self._head_dim = head_dim
         self._on_end = on_end
         self._door = Door(listener, rank=rank, epoch=epoch, shares_memory=shared_memory)
-        self._lock = threading.Lock()  # of the two below; never held for long, and taken after that of a transfer
-        self._awaited: dict[bytes, _Awaited] = {}
-        self._ends: deque[tuple[bytes, str, int]] = deque()
+        self._transfers = AwaitedTransfers()
         self._inbound: dict[int, Inbound] = {}
         self._num_refused = 0
         self._wake, self._woken = socket.socketpair()
@@ -140,18 +98,7 @@ class KvReceiver:
             source=expected.source, target=self._own, head_dim=self._head_dim, format=expected.format
         )
         arrivals = Arrivals(layouts, rank=self._rank, tokens=expected.tokens)
-        with self._lock:
-            if expected.transfer_id in self._awaited:
-                raise InvalidRequest(
-                    field="transfer_id",
-                    value=expected.transfer_id.hex(),
-                    problem="is awaited already",
-                    fix="Give each transfer a name of its own.",
-                )
-            if arrivals.is_complete:
-                self._ends.append((expected.transfer_id, "", 0))
-            else:
-                self._awaited[expected.transfer_id] = _Awaited(expected, layouts, arrivals)
+        self._transfers.add(Awaited(expected, layouts, arrivals))
         self._wake_up()
 
     def close(self, transfer_id: bytes) -> None:
@@ -159,15 +106,7 @@ class KvReceiver:
 
         It waits for a piece of this transfer that is being written, and for no other.
         """
-        awaited = self._find(transfer_id)
-        with contextlib.nullcontext() if awaited is None else awaited.lock, self._lock:
-            if awaited is not None and self._awaited.get(transfer_id) is awaited:
-                del self._awaited[transfer_id]
-            self._ends = deque(end for end in self._ends if end[0] != transfer_id)
-
-    def _find(self, transfer_id: bytes) -> _Awaited | None:
-        with self._lock:
-            return self._awaited.get(transfer_id)
+        self._transfers.close(transfer_id)
 
     def stop(self) -> None:
         """Ends the thread and closes all connections. Transfers that are awaited end without a word."""
@@ -175,8 +114,7 @@ class KvReceiver:
         self._wake_up()
         if self._thread.is_alive():
             self._thread.join(_END_S)
-        with self._lock:
-            self._awaited.clear()
+        self._transfers.clear()
         for inbound in self._inbound.values():
             inbound.close()
         self._inbound.clear()
@@ -200,8 +138,8 @@ class KvReceiver:
                 if not self._is_open():
                     return
                 logger.exception("Receiving keys and values failed.", extra=said("kv_receiving_failed"))
-                for awaited in self._all_awaited():
-                    self._end(awaited, f"receiving failed ({_cause(error)})")
+                for awaited in self._transfers.every():
+                    self._transfers.end(awaited, f"receiving failed ({_cause(error)})")
                 time.sleep(_PAUSE_S)
             self._tell()
 
@@ -225,23 +163,16 @@ class KvReceiver:
 
     def _tell(self) -> None:
         """Tells of the transfers that have ended."""
-        while self._ends:
-            with self._lock:
-                end = self._ends.popleft() if self._ends else None
-            if end is not None:
-                try:
-                    self._on_end(*end)
-                except Exception:  # the others are to be told all the same
-                    logger.exception("The end of a transfer was not taken.", extra=said("kv_end_lost"))
-
-    def _all_awaited(self) -> list[_Awaited]:
-        with self._lock:
-            return list(self._awaited.values())
+        while (end := self._transfers.next_end()) is not None:
+            try:
+                self._on_end(*end)
+            except Exception:  # the others are to be told all the same
+                logger.exception("The end of a transfer was not taken.", extra=said("kv_end_lost"))
 
     def _admit(self, inbound: Inbound) -> None:
         """Takes a connection. Where there are too many, the one that was silent for longest makes room."""
         if len(self._inbound) >= MOST_CONNECTIONS:
-            in_use = {id(it) for awaited in self._all_awaited() for it in awaited.inbound.values()}
+            in_use = {id(it) for awaited in self._transfers.every() for it in awaited.inbound.values()}
             idle = [(it.heard_s, number) for number, it in self._inbound.items() if id(it) not in in_use]
             if not idle:
                 inbound.close()
@@ -277,31 +208,33 @@ class KvReceiver:
     def _take(self, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
         """Takes a piece, or refuses it. Raises BadFrame where its body is damaged."""
         inbound.check_slot(piece)
-        awaited = self._find(piece.transfer_id)
+        awaited = self._transfers.find(piece.transfer_id)
         if awaited is None or not self._has_written(awaited, inbound, piece, inline):
             self._num_refused += 1
             inbound.refuse(piece.transfer_id)
         if piece.slot != INLINE:
             inbound.acknowledge(piece.slot)
 
-    def _has_written(self, awaited: _Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> bool:
+    def _has_written(self, awaited: Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> bool:
         """Writes a piece, unless it is not due or its transfer has been closed; returns whether it was taken."""
         if not inbound.is_from(awaited.expected.source):
             return False
         with awaited.lock:
-            if self._find(piece.transfer_id) is not awaited:  # it was closed a moment ago
+            if self._transfers.find(piece.transfer_id) is not awaited:  # it was closed a moment ago
                 return False
             try:
                 self._write(awaited, inbound, piece, inline)
             except NotDue as error:
-                self._end(awaited, str(error))
+                self._transfers.end(awaited, str(error))
                 return False
             except Exception as error:  # what failed was counted as having come, perhaps
-                self._end(awaited, f"a part from rank {inbound.rank} of the source was not taken: {_cause(error)}")
+                self._transfers.end(
+                    awaited, f"a part from rank {inbound.rank} of the source was not taken: {_cause(error)}"
+                )
                 raise
         return True
 
-    def _write(self, awaited: _Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
+    def _write(self, awaited: Awaited, inbound: Inbound, piece: Piece, inline: memoryview) -> None:
         if awaited.inbound.get(inbound.rank, inbound) is not inbound:
             raise NotDue(f"rank {inbound.rank} sent a part over another connection")
         memory = awaited.arrivals.begin(inbound.rank, piece)
@@ -311,9 +244,9 @@ class KvReceiver:
         if portion is not None:
             self._unpack(awaited, inbound.rank, portion)
         if awaited.arrivals.is_complete:
-            self._end(awaited, "")
+            self._transfers.end(awaited, "")
 
-    def _unpack(self, awaited: _Awaited, source: int, portion: LayerPortion) -> None:
+    def _unpack(self, awaited: Awaited, source: int, portion: LayerPortion) -> None:
         known, places = awaited.places.get(source, (None, None))
         if places is None or known != portion.portion:
             places = MessagePlaces(
@@ -328,29 +261,21 @@ class KvReceiver:
 
     def _give_up(self, inbound: Inbound, transfer_id: bytes, cause: str) -> None:
         """Ends a transfer of which its source says that no more will come."""
-        awaited = self._find(transfer_id)
+        awaited = self._transfers.find(transfer_id)
         if awaited is not None and inbound.is_from(awaited.expected.source):
-            self._end(awaited, f"rank {inbound.rank} of the source says: {cause}")
+            self._transfers.end(awaited, f"rank {inbound.rank} of the source says: {cause}")
 
     def _lose(self, inbound: Inbound, cause: str, *, is_damaged: bool) -> None:
         """Ends the transfers that awaited more from a connection that broke or is damaged.
 
         What was damaged may have been the first piece of any transfer, so all end that awaited bytes from that rank.
         """
-        for awaited in self._all_awaited():
+        for awaited in self._transfers.every():
             own = awaited.inbound.get(inbound.rank)
             is_first = own is None and is_damaged and inbound.is_from(awaited.expected.source)
             if (own is inbound or is_first) and awaited.arrivals.awaits(inbound.rank):
-                self._end(awaited, f"the connection with rank {inbound.rank} of the source ended: {cause}")
+                self._transfers.end(awaited, f"the connection with rank {inbound.rank} of the source ended: {cause}")
         logger.debug("A source rank's connection ended: %s", cause, extra=said("kv_source_lost", cause=cause))
-
-    def _end(self, awaited: _Awaited, problem: str) -> None:
-        """Ends a transfer, unless it was closed. Nothing of it is written from then on."""
-        transfer_id = awaited.expected.transfer_id
-        with self._lock:
-            if self._awaited.get(transfer_id) is awaited:
-                del self._awaited[transfer_id]
-                self._ends.append((transfer_id, problem, awaited.arrivals.num_bytes))
 
 
 def _cause(error: Exception) -> str:

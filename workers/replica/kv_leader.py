@@ -16,8 +16,8 @@ from placement.errors import HeterodyneError, InvalidRequest, cause_of
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.collectives.group import COLLECTIVE_S
+from workers.kv_transfer.awaited import Expected
 from workers.kv_transfer.rank import RankTransfers
-from workers.kv_transfer.receiver import Expected
 from workers.kv_transfer.sender import Target
 from workers.replica.announcer import Announcer
 from workers.replica.kv_messages import expect_message, open_message, parse

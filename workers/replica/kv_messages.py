@@ -9,7 +9,7 @@ from placement.model.part import Span
 from placement.model.specs import ModelSpec
 from protos.codec.replica_ranks import kv_format_message, ranks_message, read_kv_format, read_ranks, read_transfer_id
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from workers.kv_transfer.receiver import Expected
+from workers.kv_transfer.awaited import Expected
 from workers.kv_transfer.sender import Target
 from workers.transport.errors import BadFrame
 

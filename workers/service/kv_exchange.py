@@ -7,6 +7,7 @@ engine's thread.
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from placement.model.specs import ModelSpec
 from placement.serving.events import Receive
 from placement.serving.kv.peers import KvFormat, ReplicaRanks, differing, new_transfer_id
 from placement.serving.kv.runs import block_runs
-from placement.serving.kv.streaming import LEASE_S
+from placement.serving.kv.streaming import LEASE_S, arrival_s
 from protos.codec.log_record import said
 from protos.codec.replica_ranks import kv_format_message, ranks_message, read_ranks
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
@@ -27,7 +28,7 @@ from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.engine.engine import Engine
 from workers.engine.inbox import KvCame
 from workers.engine.types import KvTransfer, PrefillSource, Submission
-from workers.kv_transfer.receiver import Expected
+from workers.kv_transfer.awaited import Expected
 from workers.replica.kv_leader import KvLeader, TransferFailed
 from workers.service.prefill_client import Fetched, RemotePrefill
 
@@ -106,9 +107,9 @@ class KvFetcher:
         """Implements :meth:`workers.engine.types.KvExchange.close`."""
         self._leader.close(transfer_id)
 
-    def _post(self, call: object, *args: object) -> None:
+    def _post(self, call: Callable[..., None], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # a closed loop means that the process ends
-            self._loop.call_soon_threadsafe(call, *args)  # type: ignore[arg-type]
+            self._loop.call_soon_threadsafe(call, *args)
 
     # -- called on the loop -----------------------------------------------------------------------------------
 
@@ -201,7 +202,7 @@ class KvFetcher:
         try:
             await call.start(self._start(wanted))
             arrived = asyncio.wrap_future(expectation.arrived)
-            fetched = await call.follow(arrived, most_bytes=self._most_bytes(wanted.tokens))
+            fetched = await call.follow(arrived, arrival_s=arrival_s(self._model, len(wanted.tokens)))
         except BaseException:
             call.cancel()
             raise
@@ -221,11 +222,6 @@ class KvFetcher:
             cache_salt=submission.cache_salt,
             format=kv_format_message(self._format),
         )
-
-    def _most_bytes(self, tokens: Span) -> int:
-        """Returns the most bytes that the keys and values of some tokens can have on the way."""
-        numbers = 2 * self._model.num_layers * self._model.num_kv_heads * self._model.head_dim
-        return 4 * numbers * len(tokens)
 
     async def _peer(self, source: PrefillSource) -> "Peer":
         """Returns the connection to another replica, of which one incarnation is known at a time."""

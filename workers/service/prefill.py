@@ -78,7 +78,7 @@ class PrefillCall:
             async with asyncio.timeout(LEASE_S):
                 await asyncio.wrap_future(opened)
             self._engine.submit(self, _SEQUENCE_ID, _submission(start, ship))
-            async for response in self._follow(ship, arrival_s(self._most_bytes(target.tokens))):
+            async for response in self._follow(ship, arrival_s(self._model, len(target.tokens))):
                 yield response
         finally:
             listening.cancel()
@@ -100,9 +100,6 @@ class PrefillCall:
         target = Target(transfer_id=transfer_id, ranks=ranks, tokens=Span(*tokens), format=read_kv_format(start.format))
         by_layer = streams_by_layer(len(target.tokens))
         return target, Shipping(transfer_id=transfer_id, first_token=tokens[0], by_layer=by_layer)
-
-    def _most_bytes(self, tokens: Span) -> int:
-        return 8 * self._model.num_layers * self._model.num_kv_heads * self._model.head_dim * len(tokens)
 
     async def _listen(self, rest: AsyncIterator[pb.PrefillRequest]) -> None:
         """Waits for the caller to say that it has all, or to go."""

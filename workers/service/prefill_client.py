@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import grpc
 
 from placement.errors import HeterodyneError
-from placement.serving.kv.streaming import LEASE_S, arrival_s
+from placement.serving.kv.streaming import LEASE_S
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
 from workers.replica.kv_leader import TransferFailed
@@ -17,7 +17,7 @@ Call = grpc.aio.StreamStreamCall[pb.PrefillRequest, pb.PrefillResponse]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """What came of a prompt that another replica computed.
+    """Tells what came of a prompt that another replica computed.
 
     Attributes:
         computed: what the other replica says of it.
@@ -45,12 +45,12 @@ class RemotePrefill:
         async with asyncio.timeout(LEASE_S):  # a long prompt waits for a peer that reads
             await self._call.write(pb.PrefillRequest(epoch=self._epoch, start=start))
 
-    async def follow(self, arrived: "asyncio.Future[int]", *, most_bytes: int) -> Fetched:
+    async def follow(self, arrived: "asyncio.Future[int]", *, arrival_s: float) -> Fetched:
         """Waits until all has arrived, as long as the other replica gives signs of life.
 
         Args:
             arrived: gives the bytes that came, or what went wrong.
-            most_bytes: the most that can come. Once all is computed it must arrive at the pace of the slowest network.
+            arrival_s: how long all may take to arrive once it is computed.
 
         Raises:
             TransferFailed: it will not come.
@@ -68,7 +68,7 @@ class RemotePrefill:
                 arrived_s, noted = now_s, True
             if response is not None and response.HasField("computed"):
                 computed, computed_s = response.computed, now_s
-            if computed is not None and not arrived.done() and now_s > computed_s + arrival_s(most_bytes):
+            if computed is not None and not arrived.done() and now_s > computed_s + arrival_s:
                 raise TimeoutError
         return Fetched(computed=computed, num_bytes=arrived.result(), exposed_s=max(0.0, arrived_s - computed_s))
 
@@ -113,6 +113,6 @@ class RemotePrefill:
 
     def cancel(self) -> None:
         """Ends the call, which revokes the transfer where it has not ended."""
-        if self._reading is not None:
-            self._reading.cancel()
+        if self._reading is not None and not self._reading.cancel() and not self._reading.cancelled():
+            self._reading.exception()  # it is known by now, or of no interest
         self._call.cancel()

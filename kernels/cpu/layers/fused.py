@@ -150,9 +150,8 @@ class FusedLayers:
     ) -> Generator[Partial, None, Tensor]:
         """Computes the last layer's output [T, E] of ``embedded`` [T, E], and writes KV to ``slots`` of ``caches``.
 
-        ``rope`` and ``attention`` have an entry for each window that some layer has.
-
         Args:
+            rope, attention: have an entry for each window that some layer has.
             sums: whether each attention and feed-forward gives a partial result. It is yielded, and the layers go on
                 once the sum, or the finished rows, are in its place; in a ladder, once the sum before it is.
             sum_work: all-reduces within the program instead, so that nothing is yielded. Not of a ladder.
@@ -167,14 +166,35 @@ class FusedLayers:
         assert attend is not None or len(attention) == len(rope), "attention without a plan"
         assert sum_work is None or (sums and attend is None), "a program that sums does not stop"
         run = self._begin(embedded, caches, slots, rope, attention, first_row, sum_work)
-        program, end = run.compiled.program, run.compiled.end(num_layers)
-        start = num_sums = 0
-        partial: Partial | None = None
+        end = run.compiled.end(num_layers)
         if sum_work is not None:
             self._run_summing(run, end, sum_work, on_layer)
-            return run.buffers.total(run.num_tokens, ladder=False)
-        kinds = _Stops(sums=sums, attends=attend is not None, tells=on_layer is not None)
-        for stop, kind, layer in kinds.of(run.compiled, end):
+            return self._result(run, None)
+        partial = yield from self._run_stopping(run, end, caches, sums=sums, attend=attend, on_layer=on_layer)
+        return self._result(run, partial)
+
+    def _result(self, run: _Run, partial: Partial | None) -> Tensor:
+        """Returns the last layer's output, after its last partial result; None: there was none."""
+        if partial is not None and partial.is_finished:
+            assert partial.finish is not None
+            return partial.finish.result
+        return run.buffers.total(run.num_tokens, ladder=self._settings.ladder)
+
+    def _run_stopping(
+        self,
+        run: _Run,
+        end: int,
+        caches: Sequence[LayerCache],
+        *,
+        sums: bool,
+        attend: Attend | None,
+        on_layer: Callable[[int], None] | None,
+    ) -> Generator[Partial, None, Partial | None]:
+        """Runs a program that stops for what is not part of it; returns the last partial result, if there was one."""
+        program, start, num_sums = run.compiled.program, 0, 0
+        partial: Partial | None = None
+        stops = _Stops(sums=sums, attends=attend is not None, tells=on_layer is not None)
+        for stop, kind, layer in stops.of(run.compiled, end):
             if stop > start:
                 program.run(run.num_threads, start, stop)
             start = stop
@@ -192,12 +212,9 @@ class FusedLayers:
                 start = stop + 1
         if start < end:
             program.run(run.num_threads, start, end)
-        if partial is not None and partial.is_finished:
-            assert partial.finish is not None
-            return partial.finish.result
         if self._settings.ladder and sums:
-            yield Partial(update=embedded[:0])  # until the last sum is there
-        return run.buffers.total(run.num_tokens, ladder=self._settings.ladder)
+            yield Partial(update=run.buffers.normed[:0])  # until the last sum is there
+        return partial
 
     def _begin(
         self,

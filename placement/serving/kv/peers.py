@@ -16,9 +16,9 @@ class KvFormat(Enum):
     """How keys and values are written on the way from one replica to another."""
 
     NATIVE = "native"
-    """In the number type of the replica that sends; the other converts them to its own."""
+    """Numbers are of the type of the replica that sends; the other converts them to its own."""
     INT8 = "int8"
-    """As 8-bit integers with a scale for each head and block of a sequence."""
+    """Numbers are 8-bit integers, with a scale for each head and block of a sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,9 @@
 """Decides how the keys and values of a prompt travel: each layer as it is computed, or all in one piece at the end."""
 
+from placement.model.specs import DType, ModelSpec
+from placement.serving.kv.peers import KvFormat
+from placement.serving.kv.portions import bytes_per_token
+
 LEAST_STREAMED_TOKENS = 64
 """From so many tokens on, layers are sent as they are computed. Splitwise (Patel et al. 2024) does so from about 512 on
 GPUs with fast links; on slower links the last piece of a shorter prompt already takes longer than its layers' messages.
@@ -24,6 +28,7 @@ def streams_by_layer(num_tokens: int) -> bool:
     return num_tokens >= LEAST_STREAMED_TOKENS
 
 
-def arrival_s(num_bytes: int) -> float:
-    """Returns how long ``num_bytes`` may take to arrive once all are computed, in seconds, on the slowest network."""
-    return LEASE_S + num_bytes / _SLOWEST_BYTES_PER_S
+def arrival_s(model: ModelSpec, num_tokens: int) -> float:
+    """Returns how long keys and values may take to arrive once all are computed, in seconds, on the slowest network."""
+    token_bytes = bytes_per_token(model, dtype=DType.FLOAT32, format=KvFormat.NATIVE, block_size=1)  # the most
+    return LEASE_S + num_tokens * token_bytes / _SLOWEST_BYTES_PER_S

@@ -28,7 +28,7 @@ LEAST_GAIN = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWorker:
-    """What was measured of an attention worker.
+    """Holds what was measured of an attention worker.
 
     Attributes:
         kv_bytes_per_s: bytes of keys and values that it attends to in a second, above 0.
@@ -43,7 +43,7 @@ class AttentionWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a partition gives one worker in a layer.
+    """Counts what a partition gives one worker in a layer.
 
     Attributes:
         kv_bytes: bytes of keys and values that it attends to.

@@ -29,7 +29,7 @@ class Partition(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShare:
-    """What an attention worker attends to of one sequence, in all layers. It is never empty.
+    """Says what an attention worker attends to of one sequence, in all layers. It is never empty.
 
     Attributes:
         worker: the index of the worker.
@@ -44,7 +44,7 @@ class AttentionShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLoad:
-    """What an attention worker has to do, where it has whole sequences.
+    """Counts what an attention worker has to do, where it has whole sequences.
 
     Attributes:
         num_tokens: tokens of its sequences, all of which are read in every step.

@@ -32,7 +32,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """What everybody does in a slot; None: nothing yet, as the first micro-batches are on their way.
+    """Says what everybody does in a slot; None: nothing yet, as the first micro-batches are on their way.
 
     Attributes:
         replicas: what each model replica computes.

@@ -21,7 +21,7 @@ class Refusal(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What decodes are expected to be like.
+    """Describes what decodes are expected to be like.
 
     Attributes:
         num_sequences: the sequences of all micro-batches: the largest batch.

@@ -110,7 +110,7 @@ def bind(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """What a request brings to one of the replicas of its route.
+    """Counts what a request brings to one of the replicas of its route.
 
     Attributes:
         num_tokens: tokens that are computed there before the first one of an answer.

@@ -21,7 +21,7 @@ def _prior() -> LineFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpeed:
-    """What is known of transfers from one replica to another.
+    """Holds what is known of transfers from one replica to another.
 
     Attributes:
         exposed: the seconds of a transfer that computation did not hide, by its bytes.

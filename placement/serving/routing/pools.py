@@ -53,7 +53,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
-    """What was decided of the pools.
+    """Holds what was decided of the pools.
 
     Attributes:
         spilled: the phases that mixed replicas help with.

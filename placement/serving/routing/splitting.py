@@ -31,7 +31,7 @@ _NO_LINK = LinkSpeed()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What the cost of a request depends on, beside the replicas.
+    """Holds what the cost of a request depends on, beside the replicas.
 
     Attributes:
         kv_bytes_per_token: bytes of the keys and values of a token; 0: not known, so that only those are a pair that

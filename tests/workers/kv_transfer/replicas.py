@@ -18,7 +18,8 @@ from placement.model.striping import Stripe
 from placement.serving.kv.peers import KvFormat, ReplicaRanks, Shipment, new_transfer_id
 from placement.serving.kv.runs import block_runs
 from workers.host.device import TORCH_DTYPES
-from workers.kv_transfer.receiver import Expected, KvReceiver
+from workers.kv_transfer.awaited import Expected
+from workers.kv_transfer.receiver import KvReceiver
 from workers.kv_transfer.sender import KvSender, Target
 from workers.model.kv_cache import KVCache
 from workers.model.progress import LayerProgress

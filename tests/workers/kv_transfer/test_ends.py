@@ -121,7 +121,7 @@ def test_a_transfer_is_awaited_once() -> None:
     with pair() as it:
         it.expect(TOKENS)
         with pytest.raises(InvalidRequest, match="awaited already"):
-            it.receivers[0].expect(next(iter(it.receivers[0]._awaited.values())).expected)
+            it.receivers[0].expect(it.receivers[0]._transfers.every()[0].expected)
 
 
 @pytest.mark.skipif(not any(shared_memory.host_digest()), reason="this system does not tell of its boot")

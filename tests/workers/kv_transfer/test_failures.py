@@ -135,7 +135,7 @@ def test_a_failing_receiver_ends_all_that_is_awaited_and_goes_on(
         assert "RuntimeError: out of memory" in it.ends.get(timeout=WAIT_S)[2]
         assert traceback_of(caplog, failing.error)
         assert_next_arrives(it)
-        assert transfer not in it.receivers[0]._awaited
+        assert it.receivers[0]._transfers.find(transfer) is None
 
 
 def test_an_end_that_nobody_takes_keeps_no_other_from_being_told(caplog: pytest.LogCaptureFixture) -> None:

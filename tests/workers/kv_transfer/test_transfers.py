@@ -22,7 +22,7 @@ from tests.workers.kv_transfer.replicas import (
     part,
     wait_until,
 )
-from workers.kv_transfer.receiver import Expected
+from workers.kv_transfer.awaited import Expected
 from workers.model.progress import LayerProgress
 
 TOKENS = 37
