@@ -13,8 +13,8 @@ from typing import assert_never
 
 from placement.model.layers import Gqa
 from placement.model.specs import DType
+from placement.planning.residency import Partition
 from placement.serving.offload.partition import (
-    Partition,
     assigned_workers,
     block_owners,
     head_spans,

@@ -12,19 +12,10 @@ flash decoding. Heads and blocks are dealt out by the rule of :mod:`placement.pl
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 
 from placement.model.part import Span
 from placement.planning.splitting import Dimension, deal, spans
-
-
-class Partition(Enum):
-    """The three partitions that the module describes."""
-
-    KV_HEADS = "kv_heads"
-    REQUESTS = "requests"
-    TOKEN_RANGES = "token_ranges"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

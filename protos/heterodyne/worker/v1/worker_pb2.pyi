@@ -308,6 +308,8 @@ class LoadRequest(_message.Message):
     STEP_TIME_S_FIELD_NUMBER: _builtins.int
     STALL_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     KV_FORMAT_FIELD_NUMBER: _builtins.int
+    RESIDENCY_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     model_path: _builtins.str
     """A directory in the Hugging Face layout, as the worker's node sees it."""
@@ -343,6 +345,14 @@ class LoadRequest(_message.Message):
     def facts(self) -> Global___ModelFacts:
         """What the orchestrator decided by more files than a worker reads; without it, a worker goes by config.json."""
 
+    @_builtins.property
+    def residency(self) -> Global___KvResidency:
+        """Where the keys and values are, where attention workers hold some; absent: the ranks of the replica hold all."""
+
+    @_builtins.property
+    def attention(self) -> Global___AttentionLoad:
+        """The worker is to be an attention worker: of all other fields only the epoch counts."""
+
     def __init__(
         self,
         *,
@@ -363,16 +373,169 @@ class LoadRequest(_message.Message):
         step_time_s: _builtins.float | None = ...,
         stall_timeout_s: _builtins.float = ...,
         kv_format: Global___KvFormat.ValueType = ...,
+        residency: Global___KvResidency | None = ...,
+        attention: Global___AttentionLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "facts", b"facts", "shard", b"shard", "step_time_s", b"step_time_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "attention", b"attention", "facts", b"facts", "residency", b"residency", "shard", b"shard", "step_time_s", b"step_time_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "kv_format", b"kv_format", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "shard", b"shard", "stall_timeout_s", b"stall_timeout_s", "step_time_s", b"step_time_s", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s", "attention", b"attention", "block_size", b"block_size", "dtype", b"dtype", "epoch", b"epoch", "facts", b"facts", "kv_format", b"kv_format", "max_context_tokens", b"max_context_tokens", "max_num_seqs", b"max_num_seqs", "members", b"members", "model_path", b"model_path", "num_blocks", b"num_blocks", "prefix_cache", b"prefix_cache", "quantization", b"quantization", "residency", b"residency", "shard", b"shard", "stall_timeout_s", b"stall_timeout_s", "step_time_s", b"step_time_s", "token", b"token", "token_budget", b"token_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__step_time_s: _TypeAlias = _typing.Literal["step_time_s"]  # noqa: Y015
     _WhichOneofArgType__step_time_s: _TypeAlias = _typing.Literal["_step_time_s", b"_step_time_s"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__step_time_s) -> _WhichOneofReturnType__step_time_s | None: ...
 
 Global___LoadRequest: _TypeAlias = LoadRequest  # noqa: Y015
+
+@_typing.final
+class AttentionLoad(_message.Message):
+    """What an attention worker sets aside."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    kv_cache_bytes: _builtins.int
+    """The most bytes of keys and values of all sessions together."""
+    secret: _builtins.bytes
+    """32 bytes that the model ranks know, too: who opens a session proves it, and never says it."""
+    def __init__(
+        self,
+        *,
+        kv_cache_bytes: _builtins.int = ...,
+        secret: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_bytes", b"kv_cache_bytes", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttentionLoad: _TypeAlias = AttentionLoad  # noqa: Y015
+
+@_typing.final
+class KvResidency(_message.Message):
+    """Where the keys and values of a replica's KV blocks are: see placement.planning.residency."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKERS_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    Q_FIRST_FIELD_NUMBER: _builtins.int
+    STAGGERED_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    RESUMES_FIELD_NUMBER: _builtins.int
+    q_first: _builtins.bool
+    """Queries go ahead of keys and values, in a message of their own."""
+    staggered: _builtins.bool
+    """Steps of several sequences are computed in two micro-batches, one while the other's attention is on its way."""
+    secret: _builtins.bytes
+    resumes: _builtins.bool
+    """Keys and values that the attention workers still have from the replica's start before are used again."""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionWorker]: ...
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvRegion]: ...
+    def __init__(
+        self,
+        *,
+        workers: _abc.Iterable[Global___AttentionWorker] | None = ...,
+        regions: _abc.Iterable[Global___KvRegion] | None = ...,
+        q_first: _builtins.bool = ...,
+        staggered: _builtins.bool = ...,
+        secret: _builtins.bytes = ...,
+        resumes: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["q_first", b"q_first", "regions", b"regions", "resumes", b"resumes", "secret", b"secret", "staggered", b"staggered", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvResidency: _TypeAlias = KvResidency  # noqa: Y015
+
+@_typing.final
+class AttentionWorker(_message.Message):
+    """Where an attention worker listens for model ranks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    host: _builtins.str
+    port: _builtins.int
+    name: _builtins.str
+    """Of the configuration, for people."""
+    def __init__(
+        self,
+        *,
+        host: _builtins.str = ...,
+        port: _builtins.int = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "name", b"name", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttentionWorker: _TypeAlias = AttentionWorker  # noqa: Y015
+
+@_typing.final
+class KvRegion(_message.Message):
+    """A range of KV blocks; without holders the replica's own ranks hold it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blocks(self) -> Global___Range: ...
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvHolder]: ...
+    def __init__(
+        self,
+        *,
+        blocks: Global___Range | None = ...,
+        holders: _abc.Iterable[Global___KvHolder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "holders", b"holders"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvRegion: _TypeAlias = KvRegion  # noqa: Y015
+
+@_typing.final
+class KvHolder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    KV_HEADS_FIELD_NUMBER: _builtins.int
+    SLOTS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.int
+    """Its place among the workers."""
+    @_builtins.property
+    def kv_heads(self) -> Global___Range: ...
+    @_builtins.property
+    def slots(self) -> Global___Range:
+        """Of every block; absent: all."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.int = ...,
+        kv_heads: Global___Range | None = ...,
+        slots: Global___Range | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_heads", b"kv_heads", "slots", b"slots"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_heads", b"kv_heads", "slots", b"slots", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvHolder: _TypeAlias = KvHolder  # noqa: Y015
 
 @_typing.final
 class ModelFacts(_message.Message):
@@ -515,6 +678,7 @@ class StepSequence(_message.Message):
     NUM_SCORED_FIELD_NUMBER: _builtins.int
     FIRST_SCORED_FIELD_NUMBER: _builtins.int
     SHIP_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Position of the first of them."""
     awaits_token: _builtins.bool
@@ -523,6 +687,8 @@ class StepSequence(_message.Message):
     num_scored: _builtins.int
     """Tokens of the prompt that are scored, and the position of the first."""
     first_scored: _builtins.int
+    sequence_id: _builtins.int
+    """What attention workers know the sequence by."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As far as they are known: see awaits_token."""
@@ -546,10 +712,11 @@ class StepSequence(_message.Message):
         num_scored: _builtins.int = ...,
         first_scored: _builtins.int = ...,
         ship: Global___KvShipment | None = ...,
+        sequence_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ship", b"ship"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "first_scored", b"first_scored", "num_scored", b"num_scored", "runs", b"runs", "samples", b"samples", "ship", b"ship", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_token", b"awaits_token", "first_scored", b"first_scored", "num_scored", b"num_scored", "runs", b"runs", "samples", b"samples", "sequence_id", b"sequence_id", "ship", b"ship", "start", b"start", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from placement.model.layers import Gqa
 from placement.model.specs import DType
+from placement.planning.residency import Partition
 from placement.serving.offload.choice import (
     AttentionWorker,
     PartitionChoice,
@@ -15,7 +16,6 @@ from placement.serving.offload.choice import (
     partition_loads,
     typical_shares,
 )
-from placement.serving.offload.partition import Partition
 from placement.serving.offload.wire_bytes import token_range_bytes, whole_head_bytes
 
 F32 = DType.FLOAT32

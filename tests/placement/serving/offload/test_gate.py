@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from placement.model.specs import DType, ModelSpec
+from placement.planning.residency import Partition
 from placement.serving.offload.choice import AttentionWorker, typical_shares
 from placement.serving.offload.gate import (
     ModelDevices,
@@ -21,7 +22,6 @@ from placement.serving.offload.gate import (
     predict_alone,
     predict_offloaded,
 )
-from placement.serving.offload.partition import Partition
 from placement.serving.offload.verdict import Refusal, Verdict
 from placement.serving.offload.work import DecodeWork
 from tests.placement.serving.offload.paper_models import LLAMA3_70B, LLAMA_33B, LLAMA_65B

@@ -1,0 +1,1 @@
+"""Computes the layers of a model rank whose keys and values attention workers hold."""
