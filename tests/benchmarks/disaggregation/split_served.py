@@ -112,10 +112,13 @@ class Arm:
         }
 
 
-def split(prompts: str = "one", answers: str = "two") -> dict[str, Any]:
-    """Returns the part of the configuration by which a worker computes all prompts, and another all answers."""
+def split(prompts: str = "one", answers: str = "two", *, disaggregation: str = "always") -> dict[str, Any]:
+    """Returns the part of the configuration by which a worker is for prompts, and another for answers.
+
+    With ``always`` each computes nothing else; with ``auto`` they help each other where that is expected to be faster.
+    """
     pools = {"prefill": {"workers": [prompts]}, "decode": {"workers": [answers]}}
-    return {"disaggregation": "always", "pools": pools}
+    return {"disaggregation": disaggregation, "pools": pools}
 
 
 MIXED: Mapping[str, Any] = {"disaggregation": "never"}

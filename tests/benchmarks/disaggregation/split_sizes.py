@@ -43,9 +43,9 @@ class Sizes:
     num_long: int = 6
     num_streams: int = 4
     trace: Path | None = None
-    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rates: tuple[float, ...] = (2.0, 3.0, 4.0)
     scale: float = 0.25
-    num_requests: int = 60
+    num_requests: int = 240
     slow_target: str = "avx2"
     slo_percent: int = 99
     routed_prompt: int = 256
