@@ -13,6 +13,7 @@ so that messages take at most the share alpha of the computation (Lamina, Chen e
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.serving.offload.choice import AttentionWorker
@@ -36,6 +37,8 @@ class ModelDevices:
         flops_per_s: floating-point operations in a second.
         kv_bytes_per_s: bytes of keys and values that they attend to in a second.
         links_bytes_per_s: bytes that each network interface carries in a second. They share the messages equally.
+        steps: steps that were measured without attention, as sequences and seconds, ascending; with two or more of them
+            steps take what lies on the lines between them, and beyond the last on its line, and no roofline is needed.
     """
 
     memory_bytes: int
@@ -43,6 +46,7 @@ class ModelDevices:
     flops_per_s: float
     kv_bytes_per_s: float
     links_bytes_per_s: tuple[float, ...] = ()
+    steps: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +181,18 @@ def least_link_bytes_per_s(
 
 
 def _model_s(work: DecodeWork, devices: ModelDevices, batch: float) -> float:
-    """Predicts the products of a step, by the roofline."""
+    """Predicts the products of a step: by what was measured, or by the roofline."""
+    if len(devices.steps) >= 2:
+        return _on_lines(devices.steps, batch)
     computed_s = batch * work.flops_per_token / devices.flops_per_s
     return max(computed_s, work.read_bytes / devices.weight_bytes_per_s)
+
+
+def _on_lines(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Returns what lies at a place on the lines between points; beyond the last one on the last line."""
+    after = min(max(1, bisect_left(points, at, key=lambda point: point[0])), len(points) - 1)
+    (left, low), (right, high) = points[after - 1], points[after]
+    return max(0.0, low + (at - left) * (high - low) / (right - left))
 
 
 def _attention_s(work: DecodeWork, offload: Offload, context: int, batch: float) -> float:

@@ -208,3 +208,14 @@ def test_tied_embeddings_are_read_as_the_head() -> None:
     tied = DecodeWork.of(replace(LLAMA3_70B, tied_embeddings=True), BF16)
     untied = DecodeWork.of(LLAMA3_70B, BF16)
     assert tied.weight_bytes == tied.read_bytes == untied.read_bytes
+
+
+def test_measured_steps_take_the_place_of_the_roofline() -> None:
+    work = DecodeWork.of(LLAMA_33B, BF16)
+    measured = replace(h100(4), steps=((1, 0.01), (9, 0.02), (17, 0.04)))
+    steps_s = [
+        predict_alone(work, measured, context=1, most_sequences=count).step_s
+        - count * work.attended_bytes(1) / measured.kv_bytes_per_s
+        for count in (1, 5, 9, 13, 17, 25)
+    ]
+    assert steps_s == pytest.approx([0.01, 0.015, 0.02, 0.03, 0.04, 0.06])
