@@ -6,12 +6,13 @@ placement.serving.kv.regions decides in which region new blocks are taken, place
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from itertools import chain
 
 from placement.planning.residency import Residency, everything_local
 from placement.serving.kv.regions import Regions
+from placement.serving.offload.orders import Names
 
 
 class OutOfBlocks(Exception):
@@ -150,7 +151,7 @@ class BlockPool:
                 region.free.give_back(block)
             region.cached.clear()
 
-    def adopt(self, names: Mapping[int, bytes]) -> int:
+    def adopt(self, names: Names, *, stale: Iterable[int] = ()) -> int:
         """Caches blocks whose contents attention workers still have from before. Call it while all blocks are free.
 
         A name that cannot be is dropped: of a block that is not there, that no attention worker holds, or that
@@ -158,12 +159,17 @@ class BlockPool:
 
         Args:
             names: the hash of the text of each block. Those that come first are evicted first.
+            stale: blocks of which some attention worker has a name that does not count; it is to forget that.
 
         Returns:
             the number of blocks that can be found now.
         """
+        self._changed |= {block: None for block in stale if self._num_local <= block < self.num_total}
         for block, name in names.items():
-            if not self._num_local <= block < self.num_total or name in self._named:
+            if not self._num_local <= block < self.num_total:
+                continue
+            if name in self._named:
+                self._changed[block] = None
                 continue
             region = self._regions.of(block)
             region.free.take_one(block)
