@@ -20,6 +20,7 @@ from placement.planning.limits import ReplicaLimits
 from placement.serving.token_budget import StepBudget, budget_of
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.attention_worker.whereabouts import Whereabouts
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
@@ -56,6 +57,7 @@ class Loaded:
         membership: its connections with other ranks; None where the replica has one rank alone.
         budget: the token budget of a leader's steps, and what it measured; None at other ranks.
         kv_side: its side of transfers of keys and values; None where it takes part in none.
+        whereabouts: where its attention workers listen; None where it has none.
     """
 
     weight_bytes: int
@@ -66,6 +68,7 @@ class Loaded:
     membership: Membership | None = None
     budget: StepBudget | None = None
     kv_side: KvSide | None = None
+    whereabouts: Whereabouts | None = None
 
     @property
     def loop(self) -> Engine | Follower:
