@@ -21,7 +21,6 @@ from workers.transport.link import Link
 
 SILENCE_S = 3.0
 """A worker that owes something and says nothing for so long is lost; while it computes it sends a pulse."""
-FLUSH_S = 30.0
 _TICK_S = 0.25
 _RETRY_S = 0.05
 _CONNECT_S = 2.0
@@ -125,7 +124,7 @@ class RemoteSession:
         """Sends what is still queued."""
         self._check()
         try:
-            self._wait(self._stream.push, silence_s=FLUSH_S)
+            self._wait(self._stream.push)
         except (PeerFailed, BadFrame) as error:
             raise self._lose(error) from error
 
@@ -133,9 +132,8 @@ class RemoteSession:
         """Closes the connection. Whoever waits in another thread gets AttentionLost."""
         self._link.close()
 
-    def _wait(self, is_done: Callable[[], bool], *, silence_s: float | None = None) -> None:
+    def _wait(self, is_done: Callable[[], bool]) -> None:
         """Sends and receives until it is done. Silence is counted in ticks, as this process may be held up, too."""
-        silence_s = self._silence_s if silence_s is None else silence_s
         silent_s = 0.0
         while True:
             if self._receive():
@@ -145,8 +143,8 @@ class RemoteSession:
                 return
             if not self._stream.wait(_TICK_S):
                 silent_s += _TICK_S
-                if silent_s >= silence_s:
-                    raise PeerFailed(self._worker, f"is frozen or cut off: silent for {silence_s:g} s")
+                if silent_s >= self._silence_s:
+                    raise PeerFailed(self._worker, f"is frozen or cut off: silent for {self._silence_s:g} s")
                 self._alive()
 
     def _receive(self) -> bool:
