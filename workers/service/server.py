@@ -221,6 +221,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
         engine, grammars = self._loaded.engine, self._loaded.grammars
+        if self._loaded.attention_worker is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this is an attention worker: it leads no replica")
         if engine is None or grammars is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
