@@ -14,7 +14,7 @@ from workers.attention_worker.handshake import Refused, introduce
 from workers.attention_worker.messages import KV_ROWS, QUERY_ROWS, Hello, pack_order
 from workers.attention_worker.rows import AnswerRows, answer_rows
 from workers.attention_worker.session import AttentionResult, Welcome, WireCounts
-from workers.attention_worker.stream import Stream, bytes_of
+from workers.attention_worker.stream import PULSE_S, Frame, Stream, bytes_of
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import Link
@@ -68,6 +68,8 @@ class RemoteSession:
         self._payload_out = 0
         self._payload_in = 0
         self._lost: AttentionLost | None = None
+        self._stalled_at: int | None = None  # the bytes that had come, as the last pulse said
+        self._num_stalled = 0
 
     @property
     def counts(self) -> WireCounts:
@@ -91,9 +93,7 @@ class RemoteSession:
         self._send(Kind.ATTENTION_ORDER, number, 0, 0, memoryview(pack_order(order)))
         return number
 
-    def send(
-        self, number: int, layer: int, query: Tensor | None, keys: Tensor | None, values: Tensor | None
-    ) -> None:
+    def send(self, number: int, layer: int, query: Tensor | None, keys: Tensor | None, values: Tensor | None) -> None:
         """Sends an order's rows of a layer, as far as the socket takes them."""
         self._check()
         queries = () if query is None else (bytes_of(query),)
@@ -151,10 +151,20 @@ class RemoteSession:
         """Takes the frames that have come, and returns whether anything has."""
         before = self._stream.progress
         while (frame := self._stream.read()) is not None:
-            if frame.kind is Kind.ATTENTION_RESULT:
+            if frame.kind is Kind.PULSE:
+                self._look(frame)
+            else:
                 self._orders[frame.number].next_layer += 1
                 self._payload_in += frame.body.nbytes
         return self._stream.progress != before
+
+    def _look(self, pulse: Frame) -> None:
+        """Raises PeerFailed where the worker waits for bytes that were sent long ago, as its pulses say."""
+        progress = pulse.number if pulse.rows and self._stream.has_lost(pulse.number) else None
+        self._num_stalled = self._num_stalled + 1 if progress is not None and progress == self._stalled_at else 0
+        self._stalled_at = progress
+        if self._num_stalled * PULSE_S >= self._silence_s:
+            raise PeerFailed(self._worker, "does not receive what is sent")
 
     def _place(self, kind: Kind, number: int, layer: int, rows: int, length: int) -> memoryview:
         """Returns the memory of an answer that is due. Raises BadFrame."""

@@ -82,9 +82,7 @@ def refuse(link: Link, refused: Refused, *, deadline_s: float) -> None:
 
 def introduce(link: Link, hello: Hello, secret: bytes, *, deadline_s: float, alive: Alive) -> Welcome:
     """Opens a session over a new connection. Raises Refused, BadFrame and PeerFailed."""
-    theirs = receive(
-        link, Kind.ATTENTION_CHALLENGE, deadline_s=deadline_s, alive=alive, max_bytes=CHALLENGE_BYTES
-    )
+    theirs = receive(link, Kind.ATTENTION_CHALLENGE, deadline_s=deadline_s, alive=alive, max_bytes=CHALLENGE_BYTES)
     own, body = secrets.token_bytes(CHALLENGE_BYTES), pack_hello(hello)
     proof = _proof(secret, b"hello", bytes(theirs), own, body)
     said = memoryview(proof + own + body)

@@ -202,7 +202,9 @@ def _split(data: bytes | memoryview) -> tuple[_Numbers, bytes]:
     return _Numbers(numbers), bytes(data[end:])
 
 
-def _with_hashes(lengths: "tuple[tuple[int, int], ...] | list[tuple[int, int]]", hashes: bytes) -> Iterator[tuple[int, bytes]]:
+def _with_hashes(
+    lengths: "tuple[tuple[int, int], ...] | list[tuple[int, int]]", hashes: bytes
+) -> Iterator[tuple[int, bytes]]:
     ends = [0]
     for _, length in lengths:
         if length < 0:

@@ -79,9 +79,7 @@ def _array(seen: Seen) -> NDArray[np.int64]:
     return np.array(seen, dtype=np.int64).reshape(-1, 2)
 
 
-def _part(
-    row: int, table: NDArray[np.int64], width: int, first: int, stop: int, seen: NDArray[np.int64]
-) -> PartSpan:
+def _part(row: int, table: NDArray[np.int64], width: int, first: int, stop: int, seen: NDArray[np.int64]) -> PartSpan:
     """Returns what is seen of the tokens from ``first`` to before ``stop``."""
     runs = _runs(table, width, first, stop)
     return PartSpan(query_start=row, runs=runs, seen=seen.clip(first, stop) - first)

@@ -78,9 +78,7 @@ class AttentionSession(Protocol):
         """Sends an order and returns its number. Several may be under way."""
         ...
 
-    def send(
-        self, number: int, layer: int, query: Tensor | None, keys: Tensor | None, values: Tensor | None
-    ) -> None:
+    def send(self, number: int, layer: int, query: Tensor | None, keys: Tensor | None, values: Tensor | None) -> None:
         """Sends an order's rows of a layer, and never waits for the worker.
 
         Args:

@@ -19,12 +19,12 @@ from workers.attention_worker.handshake import Refused, challenge, hear, refuse,
 from workers.attention_worker.memory import HeldMemory
 from workers.attention_worker.messages import Hello
 from workers.attention_worker.serving import ServedSession
+from workers.attention_worker.stream import PULSE_S
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
-PULSE_S = 0.5
 # A visitor that has not proved by then that it knows the secret is turned away.
 _HELLO_S = 5.0
 _WELCOME_S = 30.0
@@ -141,9 +141,7 @@ class AttentionWorker:
         _keep_alive(sock)
         link, own = challenge(sock, deadline_s=time.monotonic() + _HELLO_S, alive=self._go_on)
         try:
-            hello, theirs = hear(
-                link, own, self._secret, deadline_s=time.monotonic() + _HELLO_S, alive=self._go_on
-            )
+            hello, theirs = hear(link, own, self._secret, deadline_s=time.monotonic() + _HELLO_S, alive=self._go_on)
             return self._directory.admit(
                 hello, lambda memory, resumed: self._welcome(link, hello, theirs, memory, resumed=resumed)
             )
@@ -152,9 +150,7 @@ class AttentionWorker:
                 refuse(link, refused, deadline_s=time.monotonic() + _HELLO_S)
             raise
 
-    def _welcome(
-        self, link: Link, hello: Hello, theirs: bytes, memory: HeldMemory, *, resumed: bool
-    ) -> ServedSession:
+    def _welcome(self, link: Link, hello: Hello, theirs: bytes, memory: HeldMemory, *, resumed: bool) -> ServedSession:
         welcome(
             link,
             theirs,

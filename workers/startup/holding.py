@@ -10,9 +10,7 @@ from workers.host.device import Device
 _SECRET_BYTES = 32
 
 
-def open_attention_worker(
-    load: pb.AttentionLoad, device: Device, listener: socket.socket | None
-) -> AttentionWorker:
+def open_attention_worker(load: pb.AttentionLoad, device: Device, listener: socket.socket | None) -> AttentionWorker:
     """Opens an attention worker, which serves once its thread is started.
 
     Raises:
@@ -33,6 +31,4 @@ def open_attention_worker(
         problem = f"needs {load.kv_cache_bytes} bytes of KV, and {device.name} has {available} left"
         fix = "Lower it, or free memory."
         raise NotEnoughMemory(field="serving.attention.kv_cache", problem=problem, fix=fix)
-    return AttentionWorker(
-        listener, secret=load.secret, kv_cache_bytes=load.kv_cache_bytes, device=device.torch_device
-    )
+    return AttentionWorker(listener, secret=load.secret, kv_cache_bytes=load.kv_cache_bytes, device=device.torch_device)

@@ -126,9 +126,7 @@ def test_payload_is_exactly_what_lamina_says_and_frames_add_less_than_a_hundredt
         with attention_worker() as (_, address):
             session = open_session(address, geometry)
             tables = tuple(Begun(sequence=n, blocks=(n,)) for n in range(batch))
-            spans = tuple(
-                QuerySpan(sequence=n, num_queries=1, num_new=1, seen=(((0, 1),),)) for n in range(batch)
-            )
+            spans = tuple(QuerySpan(sequence=n, num_queries=1, num_new=1, seen=(((0, 1),),)) for n in range(batch))
             slots = tuple(n * BLOCK_SIZE for n in range(batch))
             number = session.order(StepOrder(tables=tables, spans=spans, num_whole=batch, slots=slots))
             for layer in range(layers):
