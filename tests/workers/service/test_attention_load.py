@@ -37,7 +37,7 @@ async def test_a_rank_without_a_model_holds_keys_and_values_until_it_is_stopped(
             deadline_s=time.monotonic() + DEADLINE_S,
         )
         assert not session.welcome.resumed
-        await worker.stop()
+        await worker.stop(grace_s=5.0)
         with pytest.raises(AttentionLost):
             await asyncio.to_thread(session.flush)
             for _ in range(1000):
