@@ -215,15 +215,10 @@ def connect(
     alive: Callable[[], None] = lambda: None,
     silence_s: float = SILENCE_S,
 ) -> RemoteSession:
-    """Opens a session of a model rank with an attention worker.
+    """Opens a session of a rank of a replica with an attention worker, whose index there is ``worker``.
 
     Args:
-        address: host and port at which the worker listens for ranks.
-        name: what the configuration calls the worker, for people.
-        worker: its index in the replica.
-        epoch: of the replica; it must be greater than that of every session of this rank before.
-        secret: what both sides know.
-        replica: the name of the replica, whose ``rank`` this is.
+        epoch: must be greater than that of every session of this rank before.
         resumes: whether keys, values and names of the session before are to be kept.
         deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
         alive: is called again and again while the session waits; what it raises ends the wait.
@@ -237,27 +232,27 @@ def connect(
     hello = Hello(replica=replica, rank=rank, epoch=epoch, resumes=resumes, geometry=geometry)
     try:
         link = _reach(address, worker, deadline_s, alive)
-    except PeerFailed as error:
-        raise AttentionLost(worker, name, error.cause) from error
-    try:
-        welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
-    except Refused as error:
-        link.close()
-        if error.is_full:
-            fix = "Lower serving.attention.kv_cache, or give its worker more memory."
-            raise NotEnoughMemory(field=f"attention worker {name}", problem=str(error), fix=fix) from error
-        raise AttentionRefused(worker, name, str(error)) from error
-    except (PeerFailed, BadFrame) as error:
-        link.close()
-        cause = error.cause if isinstance(error, PeerFailed) else str(error)
-        raise AttentionLost(worker, name, cause) from error
-    except BaseException:  # what ``alive`` raises
-        link.close()
-        raise
+        try:
+            welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
+        except BaseException:  # what ``alive`` raises as well
+            link.close()
+            raise
+    except (Refused, PeerFailed, BadFrame) as error:
+        raise _not_opened(error, worker, name) from error
     link.epoch = epoch
     return RemoteSession(
         link, geometry=geometry, welcome=welcome, worker=worker, name=name, silence_s=silence_s, alive=alive
     )
+
+
+def _not_opened(error: HeterodyneError, worker: int, name: str) -> HeterodyneError:
+    """Returns the error of a session that was not opened."""
+    if isinstance(error, Refused) and error.is_full:
+        fix = "Lower serving.attention.kv_cache, or give its worker more memory."
+        return NotEnoughMemory(field=f"attention worker {name}", problem=str(error), fix=fix)
+    if isinstance(error, Refused):
+        return AttentionRefused(worker, name, str(error))
+    return AttentionLost(worker, name, error.cause if isinstance(error, PeerFailed) else str(error))
 
 
 def _reach(address: tuple[str, int], worker: int, deadline_s: float, alive: Callable[[], None]) -> Link:

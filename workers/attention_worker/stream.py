@@ -188,4 +188,5 @@ class Stream:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Returns a tensor's bytes, row after row; they are the tensor's own where that lies so on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    memory: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return memory

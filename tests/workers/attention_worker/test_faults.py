@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from placement.errors import NotEnoughMemory
 from placement.serving.offload.deltas import Appended, Begun, Cut, Freed, Moved
 from placement.serving.offload.orders import QuerySpan, StepOrder
-from tests.support.attention_sessions import (
+from tests.support.offload.sessions import (
     BLOCK_SIZE,
     DEADLINE_S,
     SECRET,

@@ -8,8 +8,8 @@ import pytest
 
 from placement.serving.offload.orders import StepOrder
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from tests.support.attention_sessions import DEADLINE_S, SECRET, geometry_of
 from tests.support.gateway.leader_stream import EPOCH
+from tests.support.offload.sessions import DEADLINE_S, SECRET, geometry_of
 from tests.support.worker import running
 from workers.attention_worker.client import connect
 from workers.attention_worker.errors import AttentionLost
