@@ -14,7 +14,7 @@ from workers.attention_worker.handshake import Refused, introduce
 from workers.attention_worker.messages import KV_ROWS, QUERY_ROWS, Hello, pack_order
 from workers.attention_worker.rows import AnswerRows, answer_rows
 from workers.attention_worker.session import AttentionResult, Welcome, WireCounts
-from workers.attention_worker.stream import Stream, bytes_of
+from workers.attention_worker.stream import PULSE_S, Frame, Stream, bytes_of
 from workers.transport.errors import BadFrame, PeerFailed
 from workers.transport.frames import Kind
 from workers.transport.link import Link
@@ -68,6 +68,8 @@ class RemoteSession:
         self._payload_out = 0
         self._payload_in = 0
         self._lost: AttentionLost | None = None
+        self._stalled_at: int | None = None  # the bytes that had come, as the last pulse said
+        self._num_stalled = 0
 
     @property
     def counts(self) -> WireCounts:
@@ -149,10 +151,20 @@ class RemoteSession:
         """Takes the frames that have come, and returns whether anything has."""
         before = self._stream.progress
         while (frame := self._stream.read()) is not None:
-            if frame.kind is Kind.ATTENTION_RESULT:
+            if frame.kind is Kind.PULSE:
+                self._look(frame)
+            else:
                 self._orders[frame.number].next_layer += 1
                 self._payload_in += frame.body.nbytes
         return self._stream.progress != before
+
+    def _look(self, pulse: Frame) -> None:
+        """Raises PeerFailed where the worker waits for bytes that were sent long ago, as its pulses say."""
+        progress = pulse.number if pulse.rows and self._stream.has_lost(pulse.number) else None
+        self._num_stalled = self._num_stalled + 1 if progress is not None and progress == self._stalled_at else 0
+        self._stalled_at = progress
+        if self._num_stalled * PULSE_S >= self._silence_s:
+            raise PeerFailed(self._worker, "does not receive what is sent")
 
     def _place(self, kind: Kind, number: int, layer: int, rows: int, length: int) -> memoryview:
         """Returns the memory of an answer that is due. Raises BadFrame."""
@@ -203,15 +215,10 @@ def connect(
     alive: Callable[[], None] = lambda: None,
     silence_s: float = SILENCE_S,
 ) -> RemoteSession:
-    """Opens a session of a model rank with an attention worker.
+    """Opens a session of a rank of a replica with an attention worker, whose index there is ``worker``.
 
     Args:
-        address: host and port at which the worker listens for ranks.
-        name: what the configuration calls the worker, for people.
-        worker: its index in the replica.
-        epoch: of the replica; it must be greater than that of every session of this rank before.
-        secret: what both sides know.
-        replica: the name of the replica, whose ``rank`` this is.
+        epoch: must be greater than that of every session of this rank before.
         resumes: whether keys, values and names of the session before are to be kept.
         deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
         alive: is called again and again while the session waits; what it raises ends the wait.
@@ -225,27 +232,27 @@ def connect(
     hello = Hello(replica=replica, rank=rank, epoch=epoch, resumes=resumes, geometry=geometry)
     try:
         link = _reach(address, worker, deadline_s, alive)
-    except PeerFailed as error:
-        raise AttentionLost(worker, name, error.cause) from error
-    try:
-        welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
-    except Refused as error:
-        link.close()
-        if error.is_full:
-            fix = "Lower serving.attention.kv_cache, or give its worker more memory."
-            raise NotEnoughMemory(field=f"attention worker {name}", problem=str(error), fix=fix) from error
-        raise AttentionRefused(worker, name, str(error)) from error
-    except (PeerFailed, BadFrame) as error:
-        link.close()
-        cause = error.cause if isinstance(error, PeerFailed) else str(error)
-        raise AttentionLost(worker, name, cause) from error
-    except BaseException:  # what ``alive`` raises
-        link.close()
-        raise
+        try:
+            welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
+        except BaseException:  # what ``alive`` raises as well
+            link.close()
+            raise
+    except (Refused, PeerFailed, BadFrame) as error:
+        raise _not_opened(error, worker, name) from error
     link.epoch = epoch
     return RemoteSession(
         link, geometry=geometry, welcome=welcome, worker=worker, name=name, silence_s=silence_s, alive=alive
     )
+
+
+def _not_opened(error: HeterodyneError, worker: int, name: str) -> HeterodyneError:
+    """Returns the error of a session that was not opened."""
+    if isinstance(error, Refused) and error.is_full:
+        fix = "Lower serving.attention.kv_cache, or give its worker more memory."
+        return NotEnoughMemory(field=f"attention worker {name}", problem=str(error), fix=fix)
+    if isinstance(error, Refused):
+        return AttentionRefused(worker, name, str(error))
+    return AttentionLost(worker, name, error.cause if isinstance(error, PeerFailed) else str(error))
 
 
 def _reach(address: tuple[str, int], worker: int, deadline_s: float, alive: Callable[[], None]) -> Link:

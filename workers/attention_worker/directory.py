@@ -83,9 +83,10 @@ class Directory:
         with self._lock:
             for entry in self._entries.values():
                 is_open = entry.session is not None and not entry.session.ended.is_set()
-                if entry.memory is not None and not is_open:
-                    if time.monotonic() >= entry.memory.used_s + self._lease_s:
-                        entry.memory = entry.session = None
+                if entry.memory is None or is_open:
+                    continue
+                if time.monotonic() >= entry.memory.used_s + self._lease_s:
+                    entry.memory = entry.session = None
 
     def _end(self, entry: _Entry) -> None:
         """Ends the session of a smaller epoch, whose thread no longer touches the memory then. Raises Refused."""

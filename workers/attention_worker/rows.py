@@ -66,7 +66,8 @@ def input_rows(geometry: Geometry, order: StepOrder) -> InputRows:
     queries = order.num_queries * geometry.num_heads * dim
     each = len(order.slots) * geometry.num_kv_heads * dim
     memory = torch.empty(queries + 2 * each, dtype=dtype)
-    query, keys, values = memory.split([queries, each, each])
+    query, kv = memory[:queries], memory[queries:]
+    keys, values = kv[:each], kv[each:]
     return InputRows(
         query=query.view(-1, geometry.num_heads, dim),
         keys=keys.view(-1, geometry.num_kv_heads, dim),

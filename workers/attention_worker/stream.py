@@ -17,6 +17,9 @@ from workers.transport.link import Link, broken
 
 HEAD_BYTES = HEADER_BYTES + TAG.size
 """Bytes of a frame besides its rows, or its order."""
+PULSE_S = 0.5
+"""How often a worker that owes something shows that it lives."""
+_BITS = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Stream:
         bytes_out: bytes that were sent, or are queued.
         bytes_in: bytes of all frames that have come.
         progress: bytes that have come, of frames that are not whole as well.
+        is_waiting: whether a thread waits until it can send or receive.
     """
 
     def __init__(self, link: Link, place: Place) -> None:
@@ -49,6 +53,7 @@ class Stream:
         self.bytes_out = 0
         self.bytes_in = 0
         self.progress = 0
+        self.is_waiting = False
         self._place = place
         self._lock = threading.Lock()  # guards what is sent
         self._queue: deque[memoryview] = deque()
@@ -68,10 +73,13 @@ class Stream:
             self._send(kind, tag, parts)
 
     def beat(self) -> None:
-        """Sends a pulse, unless something else is on its way. Raises PeerFailed."""
+        """Sends a pulse, unless something else is on its way. Raises PeerFailed.
+
+        It says how many bytes have come, and whether this end waits for more: so the other end sees what was lost.
+        """
         with self._lock:
             if not self._queue:
-                self._send(Kind.PULSE, bytes(TAG.size), ())
+                self._send(Kind.PULSE, TAG.pack(self.progress & _BITS, 0, self.is_waiting), ())
 
     def push(self) -> bool:
         """Sends what the socket takes of what is queued, and returns whether nothing is left. Raises PeerFailed."""
@@ -114,7 +122,14 @@ class Stream:
         if awaits_room != self._awaits_room:
             self._poll.modify(self.link.socket.fileno(), select.POLLIN | (select.POLLOUT if awaits_room else 0))
             self._awaits_room = awaits_room
-        return bool(self._poll.poll(1000 * timeout_s))
+        self.is_waiting = True
+        ready = bool(self._poll.poll(1000 * timeout_s))
+        self.is_waiting = False
+        return ready
+
+    def has_lost(self, progress: int) -> bool:
+        """Tells whether all was handed to the socket, and yet a pulse says that less has come."""
+        return not self._queue and progress != self.bytes_out & _BITS
 
     def _begin(self) -> None:
         """Reads a header, and finds memory for what follows."""
@@ -173,4 +188,5 @@ class Stream:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Returns a tensor's bytes, row after row; they are the tensor's own where that lies so on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    memory: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return memory

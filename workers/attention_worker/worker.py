@@ -19,12 +19,12 @@ from workers.attention_worker.handshake import Refused, challenge, hear, refuse,
 from workers.attention_worker.memory import HeldMemory
 from workers.attention_worker.messages import Hello
 from workers.attention_worker.serving import ServedSession
+from workers.attention_worker.stream import PULSE_S
 from workers.transport.errors import PeerFailed
 from workers.transport.link import Link
 
 logger = logging.getLogger(__name__)
 
-PULSE_S = 0.5
 # A visitor that has not proved by then that it knows the secret is turned away.
 _HELLO_S = 5.0
 _WELCOME_S = 30.0

@@ -7,7 +7,7 @@ import torch
 
 from placement.serving.offload.deltas import Begun
 from placement.serving.offload.orders import QuerySpan, StepOrder
-from tests.support.attention_sessions import (
+from tests.support.offload.sessions import (
     BLOCK_SIZE,
     Holding,
     RandomRank,
