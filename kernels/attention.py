@@ -4,9 +4,9 @@ Shapes: K KV heads, S slots, D head dimension. A slot holds one token's key and 
 block lies in slot ``block * block_size + i``. A run is a half-open range of slots ``(start, stop)``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -209,5 +209,24 @@ def split_runs(runs: tuple[Run, ...], num_first: int) -> tuple[tuple[Run, ...], 
 Window = int | None
 """How many of the newest tokens a layer's queries see; None: all."""
 
-Attend = Callable[[Window, Tensor, LayerCache, float], Tensor]
-"""Computes the attention [T, H, D] of queries [T, H, D], given a layer's window, its cache and the scores' factor."""
+
+class PendingAttention(Protocol):
+    """The attention of a layer that is computed elsewhere, and on its way."""
+
+    def result(self) -> Tensor:
+        """Waits for it, and returns it: [T, H, D]. It may be called again."""
+
+
+class Attend(Protocol):
+    """Computes the attention of layers in which others have some of the keys and values."""
+
+    def __call__(
+        self, layer: int, window: Window, query: Tensor, cache: LayerCache, scale: float
+    ) -> Tensor | PendingAttention:
+        """Computes the attention [T, H, D] of queries [T, H, D], or begins to.
+
+        Args:
+            layer: the place of the layer among those of the rank.
+            cache: that of the layer; the batch's own keys and values are written there already.
+            scale: the factor of the scores.
+        """

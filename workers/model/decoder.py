@@ -10,14 +10,14 @@ all-reduces what the ranks of its stage have computed.
 H, K, F and V are those of the rank's part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.attention import Attend, AttentionPlan, LayerCache, Window
+from kernels.attention import Attend, AttentionPlan, LayerCache, PendingAttention, Window
 from kernels.cpu.layers.fused import FusedLayers
 from kernels.cpu.layers.partial import Partial, SumWork
 from kernels.protocol import Kernels
@@ -161,7 +161,7 @@ def _run_plain(
     normed = kernels.rms_norm(x, layers[0].attention_norm, model.rms_norm_eps)
     following = [*(layer.attention_norm for layer in layers[1:]), None]
     for number, (layer, cache, next_norm) in enumerate(zip(layers, caches[: len(layers)], following, strict=True), 1):
-        update = _attend(model, layer, cache, kernels, batch, normed)
+        update = yield from _attend(model, layer, number - 1, cache, kernels, batch, normed)
         batch.wrote(number)
         normed = yield from residual.add(update, layer.attention_post_norm, layer.ffn_norm, sums=sums)
         update = _feed_forward(model, layer, kernels, normed)
@@ -190,7 +190,7 @@ def _run_ladder(
 
     for number, (layer, cache) in enumerate(zip(weights.layers, caches, strict=True), 1):
         normed, residual = add_and_norm(residual, layer.attention_norm)
-        updates.append(_attend(model, layer, cache, kernels, batch, normed))
+        updates.append((yield from _attend(model, layer, number - 1, cache, kernels, batch, normed)))
         batch.wrote(number)
         if sums:
             yield Partial(update=updates[-1])
@@ -210,8 +210,8 @@ def _attend_for_others(
 ) -> Tensor:
     """Runs the layers of a rank that has no token of the step, but has KV that other ranks' tokens attend to."""
     query = x.new_empty(0, model.num_heads, model.head_dim)
-    for layer, cache in zip(weights.layers, caches, strict=True):
-        attend(layer.window, query, cache, attention_scale(model))
+    for number, (layer, cache) in enumerate(zip(weights.layers, caches, strict=True)):
+        attend(number, layer.window, query, cache, attention_scale(model))
     return x
 
 
@@ -245,9 +245,9 @@ def _embed_own(ends: Ends, kernels: Kernels, token_ids: Tensor) -> Tensor:
 
 
 def _attend(
-    model: ModelSpec, layer: Layer, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
-) -> Tensor:
-    """Computes attention, [T, E] -> [T, E], as far as the rank's heads go."""
+    model: ModelSpec, layer: Layer, number: int, cache: LayerCache, kernels: Kernels, batch: TokenBatch, x: Tensor
+) -> Generator[PendingAttention, None, Tensor]:
+    """Computes attention, [T, E] -> [T, E], as far as the rank's heads go; ``number`` counts the rank's layers."""
     if layer.qkv is None or layer.output is None:
         return torch.zeros_like(x)
     num_kv_heads = cache.keys.shape[0]
@@ -263,7 +263,10 @@ def _attend(
     kernels.write_kv(cache, batch.slots, keys, values)
     scale = attention_scale(model)
     if batch.attend is not None:
-        attended = batch.attend(layer.window, query, cache, scale)  # [T, H, D]
+        attended = batch.attend(number, layer.window, query, cache, scale)  # [T, H, D]
+        if not isinstance(attended, Tensor):
+            yield attended
+            attended = attended.result()
     else:
         attended = kernels.attention(query, keys, values, cache, batch.attention[layer.window], scale)
     return layer.output(attended.flatten(1))

@@ -13,11 +13,13 @@ from concurrent.futures import Future
 
 from torch import Tensor
 
+from kernels.attention import PendingAttention
 from kernels.cpu.layers.partial import Partial
 
-Layers = Generator[Partial, None, Tensor]
+Layers = Generator[Partial | PendingAttention, None, Tensor]
 """Layers that run step by step: the generator yields each partial result, goes on once that is all-reduced (or, of a
-ladder, once the one before it is), and returns the output [T, E].
+ladder, once the one before it is), and returns the output [T, E]. It also yields attention that others compute, and
+goes on once that is there.
 """
 
 
@@ -25,11 +27,14 @@ def run_alone(layers: Layers, reduce: Callable[[Partial], None]) -> Tensor:
     """Runs layers and waits for each all-reduce before it goes on. Raises what ``reduce`` raises."""
     while True:
         try:
-            partial = next(layers)
+            found = next(layers)
         except StopIteration as ended:
             output: Tensor = ended.value
             return output
-        reduce(partial)
+        if isinstance(found, Partial):
+            reduce(found)
+        else:
+            found.result()
 
 
 def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Tensor:
@@ -44,17 +49,21 @@ def run_ladder(layers: Layers, begin: Callable[[Partial], "Future[None]"]) -> Te
     previous: Future[None] | None = None
     while True:
         try:
-            all_reduce = begin(next(layers))
+            found = next(layers)
         except StopIteration as ended:
             output: Tensor = ended.value
             return output
+        if not isinstance(found, Partial):
+            found.result()
+            continue
+        all_reduce = begin(found)
         if previous is not None:
             previous.result()
         previous = all_reduce
 
 
 def run_overlapped(micro_batches: Sequence[Layers], begin: Callable[[Partial], "Future[None]"]) -> list[Tensor]:
-    """Runs the layers of all micro-batches in turn, each while the all-reduces of the others are on their way.
+    """Runs the layers of all micro-batches in turn, each while what the others wait for is on its way.
 
     Args:
         begin: starts an all-reduce, which is done after those that were started before.
@@ -66,15 +75,16 @@ def run_overlapped(micro_batches: Sequence[Layers], begin: Callable[[Partial], "
         Whatever an all-reduce raises.
     """
     outputs: dict[int, Tensor] = {}
-    all_reduces: dict[int, Future[None]] = {}
+    awaited: dict[int, Future[None] | PendingAttention] = {}
     while len(outputs) < len(micro_batches):
         for index, layers in enumerate(micro_batches):
             if index in outputs:
                 continue
-            if index in all_reduces:
-                all_reduces[index].result()
+            if index in awaited:
+                awaited.pop(index).result()
             try:
-                all_reduces[index] = begin(next(layers))
+                found = next(layers)
+                awaited[index] = begin(found) if isinstance(found, Partial) else found
             except StopIteration as ended:
                 outputs[index] = ended.value
     return [outputs[index] for index in range(len(micro_batches))]

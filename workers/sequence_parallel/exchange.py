@@ -69,7 +69,9 @@ class SharedAttention:
         self._kernels = kernels
         self._holders = holders
 
-    def attend(self, step: StepExchange, window: Window, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
+    def attend(
+        self, step: StepExchange, layer: int, window: Window, query: Tensor, cache: LayerCache, scale: float
+    ) -> Tensor:
         """Computes the attention [T, H, D] of ``query`` [T, H, D] over all ranks' KV; ``cache`` has this rank's.
 
         All ranks call it for the same layer of the same step. Raises PeerFailed.

@@ -99,6 +99,8 @@ class Forward:
         else:
             y = self._hidden(prepared.inputs, x, prepared.attend, None if progress is None else progress.advance)
         self._group.settle()
+        if prepared.computed is not None:
+            prepared.computed()
         return y
 
     @torch.inference_mode()
@@ -134,10 +136,11 @@ class Forward:
         behind = first + SPARE_ROWS
         if self._weights.fused is not None:
             self._weights.fused.reserve(behind + second)
+        one, two = prepared.attends or (None, None)
         return [
-            self.run_layers(prepared.micro_batches[0], x[:first], num_layers=num_layers),
+            self.run_layers(prepared.micro_batches[0], x[:first], one, num_layers=num_layers),
             self.run_layers(
-                prepared.micro_batches[1], x[first:], first_row=behind, num_layers=num_layers, on_layer=on_layer
+                prepared.micro_batches[1], x[first:], two, first_row=behind, num_layers=num_layers, on_layer=on_layer
             ),
         ]
 

@@ -4,7 +4,7 @@ A step is laid out on one thread while the step before it computes on another. T
 for a sequence is not known yet, so the layout keeps its place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -39,6 +39,8 @@ class Prepared:
             ``scored``.
         attend: attends to KV that other ranks hold too; None where ranks do not share sequences.
         micro_batches: ``inputs`` in two parts that are computed in turn; empty where the step is not overlapped.
+        attends: attends to KV that others hold, of each of the micro-batches; empty where none do.
+        computed: is called once the layers are computed.
     """
 
     batch: Batch
@@ -52,6 +54,8 @@ class Prepared:
     needed: "NeededRows"
     attend: Attend | None = None
     micro_batches: tuple[StepInputs, ...] = ()
+    attends: tuple[Attend, ...] = ()
+    computed: Callable[[], None] | None = None
 
 
 class NeededRows(Protocol):
@@ -115,7 +119,19 @@ class SideBySide:
     def lay_out(self, batch: Batch, *, is_overlapped: bool = False) -> Prepared:
         """Lays a batch out, on request in two micro-batches, for which :func:`can_overlap` must hold."""
         use_device(self._device)  # of the calling thread: pinned memory belongs to its current device, too
-        spans = _spans(batch)
+        spans = spans_of(batch)
+        inputs = self.flatten(batch, spans, plans=not is_overlapped)
+        micro_batches = self._micro_batches(batch, spans, inputs) if is_overlapped else ()
+        return self.prepared(batch, spans, inputs, micro_batches)
+
+    def prepared(
+        self,
+        batch: Batch,
+        spans: Sequence[SequenceSpan],
+        inputs: StepInputs,
+        micro_batches: tuple[StepInputs, ...] = (),
+    ) -> Prepared:
+        """Puts together what is known of a step besides its inputs."""
         last = [span.query_start + span.num_queries - 1 for span in spans]
         placed = list(zip(batch.sequences, spans, last, strict=True))
         rows = [row for s, _, row in placed if s.samples]
@@ -125,11 +141,10 @@ class SideBySide:
                 first = span.query_start + s.scored.first_index - 1 - s.start
                 needed += range(first, first + len(s.scored.token_ids))
         awaiting_rows = [row for s, _, row in placed if s.awaits_token]
-        inputs = self._flatten(batch, spans, plans=not is_overlapped)
         return Prepared(
             batch=batch,
             inputs=inputs,
-            micro_batches=self._micro_batches(batch, spans, inputs) if is_overlapped else (),
+            micro_batches=micro_batches,
             awaiting=awaiting_samplers(batch),
             awaited=tuple(range(len(awaiting_rows))),
             awaiting_rows=send_integers(awaiting_rows, self._device),
@@ -158,8 +173,15 @@ class SideBySide:
             )
         return tuple(micro_batches)
 
-    def _flatten(self, batch: Batch, spans: Sequence[SequenceSpan], *, plans: bool) -> StepInputs:
-        """Puts the batch's tokens side by side, with 0 for a token that is awaited."""
+    def flatten(
+        self, batch: Batch, spans: Sequence[SequenceSpan], *, plans: bool, own_slots: Sequence[int] | None = None
+    ) -> StepInputs:
+        """Puts the batch's tokens side by side, with 0 for a token that is awaited.
+
+        Args:
+            plans: whether attention is planned.
+            own_slots: the slots of this rank's cache for the rows, where they are not those of the blocks.
+        """
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -171,6 +193,7 @@ class SideBySide:
             for run in span.query_runs:
                 slots.extend(range(*run))
             assert len(slots) == len(positions) == len(token_ids), sequence
+        slots = slots if own_slots is None else list(own_slots)
         sent_ids, sent_positions, sent_slots = send_integers([token_ids, positions, slots], self._device)
         return StepInputs(
             token_ids=sent_ids,
@@ -228,7 +251,7 @@ def scored_prompts(batch: Batch) -> tuple[tuple[int, ScoredPrompt], ...]:
     return tuple((index, s.scored) for index, s in enumerate(batch.sequences) if s.scored is not None)
 
 
-def _spans(batch: Batch) -> list[SequenceSpan]:
+def spans_of(batch: Batch) -> list[SequenceSpan]:
     """Finds the rows of each sequence's chunk in the batch."""
     spans: list[SequenceSpan] = []
     start = 0

@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from kernels.attention import Attend, AttentionPlan, LayerCache, Window
+from kernels.attention import Attend, AttentionPlan, LayerCache, PendingAttention, Window
 from kernels.cpu.attention import paged
 from kernels.cpu.layers.fused_program import (
     CompiledLayers,
@@ -147,7 +147,7 @@ class FusedLayers:
         first_row: int = 0,
         num_layers: int | None = None,
         on_layer: Callable[[int], None] | None = None,
-    ) -> Generator[Partial, None, Tensor]:
+    ) -> Generator[Partial | PendingAttention, None, Tensor]:
         """Computes the last layer's output [T, E] of ``embedded`` [T, E], and writes KV to ``slots`` of ``caches``.
 
         Args:
@@ -155,7 +155,8 @@ class FusedLayers:
             sums: whether each attention and feed-forward gives a partial result. It is yielded, and the layers go on
                 once the sum, or the finished rows, are in its place; in a ladder, once the sum before it is.
             sum_work: all-reduces within the program instead, so that nothing is yielded. Not of a ladder.
-            attend: attends instead of the program, also to KV that other ranks have; then there are no plans.
+            attend: attends instead of the program, also to KV that others have; then there are no plans. Attention that
+                is on its way is yielded, and the layers go on once it is there.
             first_row: the first row of the buffers to use, where another micro-batch has those before; it and the
                 products' spare rows must be reserved.
             num_layers: computes only the first layers, for a measurement; the returned tensor is of no use.
@@ -189,7 +190,7 @@ class FusedLayers:
         sums: bool,
         attend: Attend | None,
         on_layer: Callable[[int], None] | None,
-    ) -> Generator[Partial, None, Partial | None]:
+    ) -> Generator[Partial | PendingAttention, None, Partial | None]:
         """Runs a program that stops for what is not part of it; returns the last partial result, if there was one."""
         program, start, num_sums = run.compiled.program, 0, 0
         partial: Partial | None = None
@@ -208,7 +209,7 @@ class FusedLayers:
                 on_layer(layer + 1)
             else:
                 assert attend is not None
-                self._attend(attend, layer, run, caches)
+                yield from self._attend(attend, layer, run, caches)
                 start = stop + 1
         if start < end:
             program.run(run.num_threads, start, end)
@@ -274,13 +275,19 @@ class FusedLayers:
 
         return Partial(update=update, finish=Finish(result=result, rows=finish_rows))
 
-    def _attend(self, attend: Attend, layer: int, run: _Run, caches: Sequence[LayerCache]) -> None:
+    def _attend(
+        self, attend: Attend, layer: int, run: _Run, caches: Sequence[LayerCache]
+    ) -> Generator[PendingAttention, None, None]:
         """Calls ``attend`` for a layer's attention, in place of the program."""
         query, attended = (
             x[: run.num_tokens].view(run.num_tokens, -1, self._settings.head_dim)
             for x in (run.buffers.query, run.buffers.attended)
         )
-        attended.copy_(attend(self._layers[layer].window, query, caches[layer], self._settings.scale))
+        found = attend(layer, self._layers[layer].window, query, caches[layer], self._settings.scale)
+        if not isinstance(found, Tensor):
+            yield found
+            found = found.result()
+        attended.copy_(found)
 
     def _plan_attention(
         self,
