@@ -106,10 +106,10 @@ def relayed(target: tuple[str, int]) -> Iterator[Relay]:
     place=st.integers(0, 10_000),
     kind=st.sampled_from(["flip", "cut", "double", "swap"]),
 )
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_damaged_on_the_wire_ends_the_session_with_an_error(place: int, kind: str) -> None:
     with attention_worker() as (_, address), relayed(address) as relay:
-        session = open_session(relay.address, silence_s=0.75)
+        session = open_session(relay.address)
         compute(session, 0)
 
         def damage(data: bytes) -> bytes:
