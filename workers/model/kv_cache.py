@@ -34,8 +34,12 @@ def allocate_kv_cache(
     device: Device,
     layers: Span | None = None,
     kv_heads: Span | None = None,
+    one_for_all: bool = False,
 ) -> KVCache:
     """Allocates a zeroed cache of ``num_slots`` for the given layers and KV heads, or for all.
+
+    Args:
+        one_for_all: whether all layers use the same memory, as nothing in it outlasts a layer.
 
     Raises:
         NotEnoughMemory: the device has less memory left than the cache needs.
@@ -45,21 +49,21 @@ def allocate_kv_cache(
         Span(0, model.num_layers) if layers is None else layers,
         Span(0, model.num_kv_heads) if kv_heads is None else kv_heads,
     )
-    needed_bytes = num_slots * dtype.itemsize * sum(state.elements_per_token for state in states)
+    needed_bytes = (
+        num_slots * dtype.itemsize * sum(it.elements_per_token for it in states[: 1 if one_for_all else None])
+    )
     available_bytes = device.available_memory_bytes
     if needed_bytes > available_bytes:
         problem = f"needs {needed_bytes} bytes of KV, and {device.name} has {available_bytes} left"
         raise NotEnoughMemory(field="num_blocks", problem=problem, fix="Use fewer KV blocks.")
     shapes = [(state.num_kv_heads, num_slots, state.head_dim) for state in states]
-    return KVCache(
-        layers=tuple(
-            LayerCache(
-                keys=_zeros(shape, dtype, device.torch_device),
-                values=_zeros(shape, dtype, device.torch_device),
-            )
-            for shape in shapes
-        )
-    )
+    if one_for_all:
+        return KVCache(layers=(_allocate(shapes[0], dtype, device.torch_device),) * len(shapes))
+    return KVCache(layers=tuple(_allocate(shape, dtype, device.torch_device) for shape in shapes))
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LayerCache:
+    return LayerCache(keys=_zeros(shape, dtype, device), values=_zeros(shape, dtype, device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -71,4 +75,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def kv_cache_bytes(cache: KVCache) -> int:
     """Counts the bytes that the cache occupies."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers = {id(layer): layer for layer in cache.layers}  # all may be one
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers.values())

@@ -346,6 +346,8 @@ class WorkerService(pb_grpc.WorkerServicer):
             await self._fetcher.close_all()
         if self._loaded.kv_side is not None:
             await asyncio.to_thread(self._loaded.kv_side.stop)
+        if self._loaded.offloading is not None:
+            self._loaded.offloading.close()
         if self._loaded.membership is not None:
             cause = "stopped" if loop.failure is None else cause_of(loop.failure)
             await asyncio.to_thread(self._loaded.membership.leave, cause)

@@ -32,11 +32,14 @@ def num_threads(checked: CheckedLoad) -> int:
     return num_stages + 1 if num_stages > 1 and checked.leads else 1
 
 
-def num_slots(request: pb.LoadRequest, part: Part) -> int:
+def num_slots(request: pb.LoadRequest, part: Part, residency: Residency | None = None) -> int:
     """Counts the slots of a rank's cache.
 
-    A rank with a stripe has its own slots of every block, and one more for the KV that other ranks hold.
+    A rank with a stripe has its own slots of every block, and one more for the KV that other ranks hold. Where
+    attention workers hold some of the blocks, the rows of a step are staged behind those of the others.
     """
+    if residency is not None:
+        return residency.num_local_blocks * request.block_size + request.token_budget
     if part.stripe is None:
         return request.num_blocks * request.block_size
     return request.num_blocks * part.stripe.width + 1

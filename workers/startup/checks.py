@@ -11,8 +11,10 @@ from placement.model.specs import DType, ModelSpec
 from placement.model.weights import shard_tensors
 from placement.planning.limits import ReplicaLimits
 from placement.planning.memory import Footprint, footprint, format_bytes, kv_bytes_per_block, rounded_size, size_words
+from placement.planning.residency import Residency
 from protos.codec.formats import read_dtype
 from protos.codec.limits import read_limits
+from protos.codec.residency import read_residency
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
 from workers.host.model_files import exists, read_json
@@ -33,6 +35,7 @@ class CheckedLoad:
         linear: the format of linear layers; None: they are held in ``dtype``.
         need: the bytes that this process has yet to allocate.
         limits: the sizes that the replica serves within.
+        residency: where the keys and values are; None: at the replica's own ranks.
     """
 
     model: ModelSpec
@@ -41,6 +44,7 @@ class CheckedLoad:
     linear: LinearFormat | None
     need: Footprint
     limits: ReplicaLimits
+    residency: Residency | None = None
 
     @property
     def leads(self) -> bool:
@@ -68,11 +72,25 @@ def check_load(request: pb.LoadRequest, device: Device) -> CheckedLoad:
     slices = shard_tensors(model, roster.part)
     check_linear_format(slices, linear)
     check_same_weights(path, expected, slices, linear)
-    need = reckon(request.num_blocks, limits, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
+    residency = check_residency(request, model, roster)
+    num_blocks = request.num_blocks if residency is None else residency.num_local_blocks
+    need = reckon(num_blocks, limits, model, roster, dtype, linear, on_cpu=device.torch_device.type == "cpu")
     share = kv_share(model, roster, block_size=limits.block_size)
-    largest = int(need.kv_bytes / share) // request.num_blocks
+    largest = int(need.kv_bytes / share) // max(1, num_blocks)
     check_memory(need, device.available_memory_bytes, where=device.name, kv_share=share, least_setting=largest)
-    return CheckedLoad(model=model, roster=roster, dtype=dtype, linear=linear, need=need, limits=limits)
+    return CheckedLoad(
+        model=model, roster=roster, dtype=dtype, linear=linear, need=need, limits=limits, residency=residency
+    )
+
+
+def check_residency(request: pb.LoadRequest, model: ModelSpec, roster: Roster) -> Residency | None:
+    """Reads where the keys and values are; None: at the replica's own ranks. Raises InvalidRequest."""
+    if not request.HasField("residency"):
+        return None
+    if roster.part.stripe is not None:
+        problem, fix = "ranks that share sequences hold their own keys and values", "Send none."
+        raise InvalidRequest(field="residency", problem=problem, fix=fix)
+    return read_residency(request.residency, model, num_blocks=request.num_blocks, block_size=request.block_size)
 
 
 def read_model(path: Path) -> ModelSpec:

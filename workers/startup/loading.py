@@ -27,6 +27,7 @@ from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
 from workers.host.model_files import read_tokenizer_of
 from workers.model.kv_cache import KVCache, allocate_kv_cache, kv_cache_bytes
+from workers.offload.offloading import Offloading
 from workers.replica.follower import Follower
 from workers.replica.followers import Followers
 from workers.replica.membership import Membership
@@ -39,6 +40,7 @@ from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
 from workers.startup.facts import rank_facts
 from workers.startup.holding import open_attention_worker
+from workers.startup.offloading import open_offloading
 from workers.startup.transfers import KvSide, open_kv_side
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, log_budget, warm_up
 from workers.step.runner import ModelRunner
@@ -59,7 +61,7 @@ class Loaded:
         membership: its connections with other ranks; None where the replica has one rank alone.
         budget: the token budget of a leader's steps, and what it measured; None at other ranks.
         kv_side: its side of transfers of keys and values; None where it takes part in none.
-        whereabouts: where its attention workers listen; None where it has none.
+        offloading: its sessions with attention workers; None where it holds all keys and values itself.
         attention_worker: serves model ranks, where the rank is an attention worker; it has no other loop then.
     """
 
@@ -71,8 +73,13 @@ class Loaded:
     membership: Membership | None = None
     budget: StepBudget | None = None
     kv_side: KvSide | None = None
-    whereabouts: Whereabouts | None = None
+    offloading: Offloading | None = None
     attention_worker: AttentionWorker | None = None
+
+    @property
+    def whereabouts(self) -> Whereabouts | None:
+        """Returns where its attention workers listen; None where it has none."""
+        return None if self.offloading is None else self.offloading.whereabouts
 
     @property
     def loop(self) -> Engine | Follower | AttentionWorker:
@@ -91,6 +98,7 @@ class LoadJob:
         self._device = device
         self._listener = listener
         self._stopping = threading.Event()
+        self._offloading: Offloading | None = None
         self.phase: pb.LoadPhase.ValueType = pb.LOAD_PHASE_WEIGHTS
         self.loaded_bytes = 0
         self.total_bytes = 0
@@ -173,14 +181,18 @@ class LoadJob:
         weights = self._read_weights(checked)
         cache = self._allocate_cache(checked)
         self._enter(pb.LOAD_PHASE_COMPILE)
+        self._offloading = open_offloading(self._request, checked, self._go_on)
         kv_side = open_kv_side(
             self._request, checked, self._device, cache, listener=self._listener, membership=membership
         )
         try:
-            return self._start(checked, weights, cache, membership, grammars, kv_side)
+            loaded = self._start(checked, weights, cache, membership, grammars, kv_side)
+            return replace(loaded, offloading=self._offloading)
         except BaseException:
             if kv_side is not None:
                 kv_side.stop()
+            if self._offloading is not None:
+                self._offloading.close()
             raise
 
     def _start(
@@ -238,7 +250,8 @@ class LoadJob:
         if membership is not None and followers is not None:
             leading = membership.leading(runner, followers, self._device.torch_device)
         budget = self._warm_up(checked, leading, executor)
-        if membership is None:  # the all-reduces of several ranks cannot be part of a graph
+        # What other ranks and attention workers do cannot be part of a graph.
+        if membership is None and self._offloading is None:
             self._capture(runner, executor)
         engine = build_engine(
             leading,
@@ -247,12 +260,16 @@ class LoadJob:
             model=checked.model,
             num_stages=len(checked.roster.stages),
             token_budget=budget.token_budget,
+            residency=checked.residency,
+            held=None if self._offloading is None else self._offloading.held(),
         )
         return replace(loaded, engine=engine, budget=budget)
 
     def _warm_up(self, checked: CheckedLoad, leading: Runner, executor: ThreadPoolExecutor) -> StepBudget:
         """Runs the first steps of the whole replica, and chooses the token budget by what they took."""
-        times = executor.submit(warm_up, leading, model=checked.model, request=self._request).result()
+        free = None if self._offloading is None else self._offloading.free_blocks()
+        warm = partial(warm_up, leading, model=checked.model, request=self._request, free_blocks=free)
+        times = executor.submit(warm).result()
         self._enter(pb.LOAD_PHASE_WARM_UP)  # the first steps have compiled what was not there yet
         budget = budget_of(checked.limits, times)
         if isinstance(leading, PatientRunner):
@@ -297,6 +314,7 @@ class LoadJob:
             team=followers,
             sharing=sharing,
             shipper=None if kv_side is None else kv_side.rank,
+            offload=self._offloading,
         )
 
     def _read_weights(self, checked: CheckedLoad) -> dict[str, Tensor]:
@@ -310,7 +328,8 @@ class LoadJob:
         part = checked.roster.part
         return allocate_kv_cache(
             checked.model,
-            num_slots=num_slots(self._request, part),
+            num_slots=num_slots(self._request, part, checked.residency),
+            one_for_all=checked.residency is not None and not checked.residency.num_local_blocks,
             dtype=TORCH_DTYPES[checked.dtype],
             device=self._device,
             layers=part.layers,

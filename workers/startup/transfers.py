@@ -56,7 +56,7 @@ def open_kv_side(
 
     Returns None where nobody was told at which address others reach this rank. Raises InvalidRequest.
     """
-    if listener is None or not request.members:
+    if listener is None or not request.members or checked.residency is not None:
         return None
     own = ReplicaRanks(
         epoch=request.epoch,

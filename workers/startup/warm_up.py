@@ -9,6 +9,7 @@ import torch
 from kernels import reference
 from kernels.protocol import Kernels
 from placement.measured.step_times import StepTimes, is_believed, next_size, seconds
+from placement.model.part import Span
 from placement.model.specs import ModelSpec
 from placement.planning.memory import graphed_tokens
 from placement.serving.token_budget import StepBudget
@@ -47,29 +48,34 @@ def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
     return CudaCapture(device)
 
 
-def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest) -> StepTimes:
+def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest, free_blocks: Span | None = None) -> StepTimes:
     """Runs steps of growing size before the first request, and returns how long they take.
 
     So the first request does not pay for compiled code, first-touch and thread start. The first step has one token;
     see :func:`placement.measured.step_times.next_size` for the others, which the time of those before them bounds. The
     last is a decode behind the largest chunk.
+
+    Args:
+        free_blocks: the KV blocks that they may write to; None: all.
     """
-    most_tokens = min(request.token_budget, request.num_blocks * request.block_size - 1, model.max_context_tokens - 1)
+    blocks = free_blocks or Span(0, request.num_blocks)
+    first = blocks.start * request.block_size
+    most_tokens = min(request.token_budget, len(blocks) * request.block_size - 1, model.max_context_tokens - 1)
     step_time_s = request.step_time_s if request.HasField("step_time_s") else None
     times, spent_s, size = StepTimes(), 0.0, 0
     while (
         following := next_size(times, most_tokens=most_tokens, spent_s=spent_s, step_time_s=step_time_s)
     ) is not None:
         size = following
-        duration_s = _run(runner, start=0, num_tokens=size)
+        duration_s = _run(runner, start=0, num_tokens=size, first_slot=first)
         if not is_believed(times, size, duration_s, step_time_s=step_time_s):
-            again_s = _run(runner, start=0, num_tokens=size)
+            again_s = _run(runner, start=0, num_tokens=size, first_slot=first)
             duration_s = min(duration_s, again_s)
             spent_s += again_s
         spent_s += duration_s
         times = times.with_step(size, duration_s)
     if size:
-        _run(runner, start=size, num_tokens=1)
+        _run(runner, start=size, num_tokens=1, first_slot=first)
     return times
 
 
@@ -87,12 +93,12 @@ def log_budget(budget: StepBudget) -> None:
     logger.info(words, budget.token_budget, cause, seconds(budget.expected_s), extra=extra)
 
 
-def _run(runner: Runner, *, start: int, num_tokens: int) -> float:
+def _run(runner: Runner, *, start: int, num_tokens: int, first_slot: int) -> float:
     """Runs a step of one sequence, which has ``start`` tokens before it, and returns its seconds."""
     sequence = SequenceInput(
         token_ids=[0] * num_tokens,
         start=start,
-        runs=((0, start + num_tokens),),
+        runs=((first_slot, first_slot + start + num_tokens),),
         sampler=SamplerState(SamplingParams(), ()),
         samples=True,
     )

@@ -99,6 +99,16 @@ class Sharing(Protocol):
         """Makes what lays out this rank's part of a step, whose KV goes to ``cache``."""
 
 
+class Offload(Protocol):
+    """The attention workers that hold keys and values of a runner."""
+
+    def layout(self, *, kernels: Kernels, device: torch.device) -> StepLayout:
+        """Makes what lays out this rank's steps. Called once."""
+
+    def recover(self) -> None:
+        """Has attention workers hold keys and values again, all of which are lost. Raises what is lost for good."""
+
+
 def send_integers(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Sends integers to the device, from pinned memory, since the host would otherwise wait for the running step."""
     if device.type != "cuda":

@@ -18,7 +18,7 @@ from workers.sampling.grammar import GrammarState, prefetch
 from workers.sampling.sampling import SamplerState, sample
 from workers.step.forward import Forward
 from workers.step.graphs import Capture, DecodeGraphs, StepMemory, graph_sizes
-from workers.step.layout import Prepared, Sharing, SideBySide, StepLayout, can_overlap, send_integers
+from workers.step.layout import Offload, Prepared, Sharing, SideBySide, StepLayout, can_overlap, send_integers
 from workers.step.scoring import PromptScores
 from workers.step.types import Batch, NoTeam, SequenceInput, Shipper, StepResult, Team
 
@@ -43,12 +43,14 @@ class ModelRunner(Forward):
         team: Team | None = None,
         sharing: Sharing | None = None,
         shipper: Shipper | None = None,
+        offload: Offload | None = None,
     ) -> None:
         """Takes the tensors out of ``weights``: see :class:`Forward`.
 
         Args:
             team: the ranks that follow this one; None: there are none.
             sharing: the exchange with the ranks that share sequences with this one; None: it computes all tokens.
+            offload: the attention workers that hold keys and values; None: this rank holds all of them.
         """
         super().__init__(
             model=model, weights=weights, cache=cache, kernels=kernels, part=part, group=group, shipper=shipper
@@ -56,8 +58,11 @@ class ModelRunner(Forward):
         self._team: Team = team or NoTeam()
         self._sharing = sharing
         windows = tuple(self._weights.frequencies)  # of this rank's layers
+        self._offload = offload
         self._layout: StepLayout
-        if sharing is None:
+        if offload is not None:
+            self._layout = offload.layout(kernels=kernels, device=device)
+        elif sharing is None:
             self._layout = self._side_by_side = SideBySide(kernels=kernels, windows=windows, device=device)
         else:
             self._layout = sharing.layout(windows=windows, cache=cache)
@@ -91,6 +96,16 @@ class ModelRunner(Forward):
         like = self.lay_out(Batch(sequences=(decode,))).inputs
         inputs = StepMemory(like=like, max_decodes=graph_sizes(max_decodes)[-1], max_tokens=max_tokens)
         self._graphs = DecodeGraphs(compute=self._all_logits, inputs=inputs, capture=capture)
+
+    @property
+    def can_overlap(self) -> bool:
+        """Tells whether steps may be split into micro-batches by their tokens."""
+        return super().can_overlap and self._offload is None
+
+    def recover(self) -> None:
+        """Has attention workers hold keys and values again: see :class:`workers.engine.types.Recovering`."""
+        assert self._offload is not None, "nobody else holds keys and values"
+        self._offload.recover()
 
     def choose(self, batch: Batch) -> Batch:
         """Adds the exchange of ranks that share sequences to a batch. The leader calls it, and tells the others."""

@@ -424,6 +424,7 @@ class KvResidency(_message.Message):
     STAGGERED_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     RESUMES_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     q_first: _builtins.bool
     """Queries go ahead of keys and values, in a message of their own."""
     staggered: _builtins.bool
@@ -431,6 +432,8 @@ class KvResidency(_message.Message):
     secret: _builtins.bytes
     resumes: _builtins.bool
     """Keys and values that the attention workers still have from the replica's start before are used again."""
+    replica: _builtins.str
+    """The replica's name, by which attention workers know it when it is started again."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttentionWorker]: ...
     @_builtins.property
@@ -444,10 +447,11 @@ class KvResidency(_message.Message):
         staggered: _builtins.bool = ...,
         secret: _builtins.bytes = ...,
         resumes: _builtins.bool = ...,
+        replica: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["q_first", b"q_first", "regions", b"regions", "resumes", b"resumes", "secret", b"secret", "staggered", b"staggered", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["q_first", b"q_first", "regions", b"regions", "replica", b"replica", "resumes", b"resumes", "secret", b"secret", "staggered", b"staggered", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
