@@ -80,7 +80,7 @@ async def replica(name: str, path: Path, kind: str, *, epoch: int = 41, **fields
         part for stage in cut(model, layout(kind), block_size=request.block_size, field="layout") for part in stage
     ]
     async with AsyncExitStack() as stack:
-        ranks = [await stack.enter_async_context(_service(epoch)) for _ in parts]
+        ranks = [await stack.enter_async_context(service(epoch)) for _ in parts]
         members = [
             pb.Member(host="127.0.0.1", port=port, shard=shard_message(rank, part))
             for rank, (part, (_, _, port)) in enumerate(zip(parts, ranks, strict=True))
@@ -105,19 +105,20 @@ async def _load(stubs: Sequence[Any], request: pb.LoadRequest, members: Sequence
 
 
 @asynccontextmanager
-async def _service(epoch: int) -> AsyncIterator[tuple[WorkerService, str, int]]:
+async def service(epoch: int) -> AsyncIterator[tuple[WorkerService, str, int]]:
+    """A worker in this process, with its address and the port for other ranks."""
     with listen("127.0.0.1") as listener:
         server = grpc.aio.server()
-        service = WorkerService(device=open_device("cpu", 1), epoch=epoch, listener=listener)
-        worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        worker = WorkerService(device=open_device("cpu", 1), epoch=epoch, listener=listener)
+        worker_pb2_grpc.add_WorkerServicer_to_server(worker, server)
+        bound = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
-            yield service, f"127.0.0.1:{port}", listener.getsockname()[1]
+            yield worker, f"127.0.0.1:{bound}", listener.getsockname()[1]
         finally:
-            await service.stop(5.0)
+            await worker.stop(5.0)
             await server.stop(None)
-            service.close()
+            worker.close()
 
 
 class Stream:
