@@ -1,6 +1,7 @@
 """A step loses all keys and values: they are computed again, and every answer is as if nothing had happened."""
 
 import json
+import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from placement.serving.events import EndReason
+from placement.serving.events import EndReason, Receive
 from tests.support.engine import WAIT_S, Listener, Parts, SlowRunner, engines, submission
 from tests.support.grammars import grammar_factory
-from workers.engine.types import Output, StepStats, Submission
+from workers.engine.inbox import KvCame
+from workers.engine.types import KvTransfer, Output, PrefillSource, Shipping, StepStats, Submission
 from workers.sampling.grammar import Grammar, GrammarSpec
 from workers.sampling.sampling import SampledToken, SamplingParams
 from workers.step.runner import ModelRunner
@@ -264,3 +266,47 @@ def test_the_noise_that_the_keys_and_values_become_changes_answers(
     again = answers(parts, runner, [submission(SHARED, max_tokens=NUM_TOKENS)])
     assert again.firsts[0].cached_tokens and again.tokens != listener.tokens
     assert torch.isfinite(model._cache.layers[0].keys).all()
+
+
+class Exchange:
+    """Notes what it is asked to do. Nothing comes, and nothing goes."""
+
+    def __init__(self) -> None:
+        self.received: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.revoked: list[int] = []
+        self.closed: list[bytes] = []
+
+    def receive(self, command: Receive, submission: Submission) -> None:
+        self.received.put(command.hold_id)
+
+    def revoke(self, hold_id: int) -> None:
+        self.revoked.append(hold_id)
+
+    def close(self, transfer_id: bytes) -> None:
+        self.closed.append(transfer_id)
+
+
+def test_what_was_to_come_is_computed_here_and_what_was_to_go_ends(make_engine: Any) -> None:
+    runner, listener, exchange = Recovers(), Listener(), Exchange()
+    parts = make_engine(runner, vocab_size=16, start=False)
+    parts.engine.use(exchange)
+    source = PrefillSource(replica="prefill-0", epoch=1, address="10.0.0.1:1")
+    ship = Shipping(transfer_id=b"t" * 16, first_token=0, by_layer=False)
+    parts.engine.submit(listener, 2, submission(range(15), max_tokens=4, prefill=source))
+    parts.engine.submit(listener, 3, submission(range(1, 15), max_tokens=1, ship=ship))
+    parts.engine.thread.start()
+    lose(parts, runner, listener)
+    hold_id = exchange.received.get(timeout=WAIT_S)
+    listener.wait(lambda: 3 in listener.ends)
+    assert listener.ends[3].end is EndReason.FAILED and "closed its connection" in listener.ends[3].detail
+    assert exchange.closed == [b"t" * 16] and exchange.revoked == [hold_id]
+    runner.may_recover.set()
+    listener.wait_ends(3)
+    assert listener.tokens[1] == [1] * 6 and listener.tokens[2] == [1] * 4
+    transfer = listener.firsts[2].transfer
+    assert transfer is not None and transfer.num_tokens == 0 and "not wanted any more" in transfer.problem
+    late = KvTransfer(num_tokens=14, num_bytes=1)
+    parts.engine.kv_came(KvCame(hold_id=hold_id, transfer_id=b"u" * 16, num_tokens=14, transfer=late))
+    parts.engine.submit(listener, 4, submission([3], max_tokens=1))
+    listener.wait_ends(4)
+    parts.idle()
