@@ -96,8 +96,8 @@ class World:
         self.incoming: dict[int, Receive] = {}
         self.outgoing: dict[int, Ship] = {}
         self.since_s: dict[int, float] = {}  # when each transfer began
-        self.names: dict[int, int] = {}  # at attention workers: the digest of what each named block held, by block
-        self.named: dict[bytes, int] = {}
+        self.names: dict[int, bytes] = {}  # of their blocks, at attention workers
+        self.named: dict[bytes, int] = {}  # the digest of what a block of each name holds
         residency = settings.residency
         self.num_local_blocks = settings.num_blocks if residency is None else residency.num_local_blocks
         self.spoiled: set[int] = set()  # transfers from here whose keys and values are gone
@@ -179,6 +179,23 @@ class World:
         self.spoiled |= set(self.outgoing)
         self._tell(KvLost(cause="gone"))
         assert self.lost or (not self.core.pool.num_cached and self.core.phases() <= {Phase.WAITING})
+
+    def taken_over(self, stale: Sequence[int]) -> "World":
+        """The model rank is lost, and another takes over: attention workers keep what they have.
+
+        Args:
+            stale: blocks of which not all their holders have the same name.
+        """
+        after = World(self.core.settings, tokens_a_step=self.tokens_a_step)
+        first_slot = self.num_local_blocks * self.core.pool.block_size
+        after.memory = {slot: digest for slot, digest in self.memory.items() if slot >= first_slot}
+        after.names, after.named = dict(self.names), dict(self.named)
+        names = {block: name for block, name in self.names.items() if block not in stale}
+        assert after.core.adopt(names, stale=stale) == len(names)
+        for text in self.texts.values():
+            if text.ended is None and not text.refused and text.spec.ship_to is None:
+                after.submit(text.spec, len(text.emitted) + len(text.told))
+        return after
 
     def receive(self, hold_id: int, num_tokens: int) -> None:
         """Keys and values of the first ``num_tokens`` came."""
@@ -341,13 +358,13 @@ class World:
             assert block >= self.num_local_blocks, "who loses a local block has no use for its name"
             digest = self.memory[block * size + size - 1]
             assert self.named.setdefault(name, digest) == digest, "one name, one text"
-            self.names[block] = digest
+            self.names[block] = name
             self.reached.add("named")
         for chunk, table in zip(run.plan.chunks, step.tables, strict=True):
             for position in range(chunk.start, chunk.stop):
                 assert table[position // size] not in self.names, "a block is forgotten before it is written"
-        for block, digest in self.names.items():
-            assert self.memory[block * size + size - 1] == digest, "a name tells what is in the block"
+        for block, name in self.names.items():
+            assert self.memory[block * size + size - 1] == self.named[name], "a name tells what is in the block"
 
     def _sample(self, text: Text) -> Advance:
         given = continuation(text.tokens, self.tokens_a_step)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from placement.errors import FieldError
+from placement.planning.residency import Partition, resident
 from placement.serving import live
 from placement.serving.admission import Draining
 from placement.serving.events import (
@@ -13,6 +14,7 @@ from placement.serving.events import (
     Drain,
     Ended,
     EndReason,
+    KvLost,
     Refused,
     Run,
     StepDue,
@@ -21,6 +23,7 @@ from placement.serving.events import (
     Submit,
     Tell,
 )
+from placement.serving.prefix import chain_hashes
 from placement.serving.replica import ReplicaCore
 from placement.serving.sequence import TRANSITIONS, Phase, Sequence
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepLoad, StepPlan
@@ -266,3 +269,52 @@ def test_every_phase_has_its_transitions_and_no_other_is_possible() -> None:
             else:
                 with pytest.raises(AssertionError):
                     sequence.enter(other)
+
+
+HEADS = resident(
+    Partition.KV_HEADS, (1, 1), num_kv_heads=2, block_size=4, num_local_blocks=0, num_remote_blocks=(16, 16)
+)
+
+
+def test_a_sequence_that_is_submitted_again_is_computed_from_where_attention_workers_have_it() -> None:
+    text = (*PROMPT, 6, 0, 1, 2, 3, 4)
+    names = dict(enumerate(chain_hashes(text, 4, b""), start=7))
+    assert list(names) == [7, 8]
+    core = ReplicaCore(replace(SETTINGS, residency=HEADS))
+    assert core.adopt(names) == 2
+    core.handle(Submit(sequence_id=1, spec=spec(max_tokens=9), submitted_s=0.0, emitted_ids=text[5:]), 0.0)
+    (chunk,) = plan(core).chunks
+    assert (chunk.start, chunk.num_tokens) == (8, 1), "the answer, too, which is replayed from there"
+    again = ReplicaCore(SETTINGS)
+    again.handle(Submit(sequence_id=1, spec=spec(max_tokens=9), submitted_s=0.0, emitted_ids=text[5:]), 0.0)
+    assert plan(again).chunks[0].start == 0
+
+
+def test_a_run_tells_attention_workers_which_blocks_the_steps_before_it_fill() -> None:
+    core = ReplicaCore(replace(SETTINGS, residency=HEADS))
+    submit(core, prompt=PROMPT)
+    (first,) = core.handle(StepDue(), 0.0)
+    (second,) = core.handle(StepDue(), 0.0)
+    assert isinstance(first, Run) and isinstance(second, Run)
+    assert first.names == () == first.forgotten
+    assert second.names == ((0, chain_hashes(PROMPT, 4, b"")[0]),)
+    core.handle(KvLost(cause="gone"), 0.0)
+    (third,) = core.handle(StepDue(), 0.0)
+    assert isinstance(third, Run) and (third.names, third.forgotten) == ((), (0,))
+
+
+def test_what_was_counted_early_is_uncounted_where_its_step_is_lost() -> None:
+    core = ReplicaCore(SETTINGS)
+    submit(core, max_tokens=2)
+    end(core, plan(core).step, 3)
+    last = plan(core)
+    assert core.phase(1) is Phase.LEAVING
+    assert core.handle(KvLost(cause="gone"), 0.0) == []
+    assert core.phase(1) is Phase.WAITING and core.answer(1) == [3]
+    assert core.load().num_preemptions == 1 and core.num_ended_steps == last.step
+    again = plan(core)
+    assert (again.step, again.chunks[0].start, again.chunks[0].num_tokens) == (last.step + 1, 0, 6)
+    told, ended = end(core, again.step, 4)
+    assert isinstance(told, Tell) and (told.first_index, told.token_ids) == (1, (4,))
+    assert isinstance(ended, Ended) and ended.reason is EndReason.LENGTH
+    assert core.is_idle

@@ -1,7 +1,8 @@
 """Whatever happens to a replica, in any order: its state holds, every answer is what it must be, and is said once."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, note, settings
@@ -171,6 +172,34 @@ def test_every_answer_is_right_and_said_once_whatever_happens(
         raise
     log = world.core.log
     assert list(log.replay()) == [entry.commands for entry in log.entries]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    made=SETTINGS,
+    where=st.sampled_from([mixed, elsewhere]),
+    actions=st.lists(ACTION, min_size=4, max_size=15),
+    stale=st.sets(st.integers(0, 19), max_size=3),
+    more=st.lists(ACTION, max_size=8),
+)
+def test_who_takes_over_from_a_lost_replica_goes_on_with_what_attention_workers_kept(
+    made: CoreSettings,
+    where: Callable[[int], Residency],
+    actions: list[tuple[object, ...]],
+    stale: set[int],
+    more: list[tuple[object, ...]],
+) -> None:
+    world = World(replace(made, residency=where(made.num_blocks)))
+    for action in actions:
+        act(world, action)
+    after = world.taken_over(sorted(stale))
+    try:
+        for action in more:
+            act(after, action)
+        after.settle()
+    except BaseException:
+        note(str(after.core.log))
+        raise
 
 
 # Without these the sequences of events would say less than they seem to.

@@ -42,3 +42,15 @@ def test_slow_preparation_starts_earlier() -> None:
 
 def test_nothing_on_its_way_leaves_no_time() -> None:
     assert Pace().slack_s(5.0) == 0.0
+
+
+def test_steps_that_are_lost_are_waited_for_no_more() -> None:
+    pace = Pace()
+    pace.prepared(num_tokens=4, took_s=0.001, now_s=10.0)
+    pace.executed(num_tokens=4, took_s=5.0, now_s=15.0)
+    pace.prepared(num_tokens=4, took_s=0.001, now_s=15.0)
+    assert pace.slack_s(15.0) > 4.0
+    pace.lost()
+    assert pace.slack_s(15.0) == 0.0
+    pace.prepared(num_tokens=8, took_s=0.001, now_s=20.0)
+    pace.executed(num_tokens=8, took_s=0.1, now_s=20.1)

@@ -15,7 +15,9 @@ from workers.step.wire import step_batch, step_message
 
 BATCH = Batch(
     sequences=(
-        SequenceInput(token_ids=[], start=40, runs=((0, 32), (64, 73)), awaits_token=True, samples=True),
+        SequenceInput(
+            token_ids=[], start=40, runs=((0, 32), (64, 73)), awaits_token=True, samples=True, sequence_id=77
+        ),
         SequenceInput(token_ids=[7], start=40, runs=((0, 32), (80, 89)), samples=True),
         SequenceInput(
             token_ids=[3, 1, 4],
