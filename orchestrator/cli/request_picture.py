@@ -75,7 +75,7 @@ def chosen_request(timeline: admin_pb2.GetTimelineResponse, request_id: str | No
 def lanes(
     request: admin_pb2.RequestTiming, timeline: admin_pb2.GetTimelineResponse, status: admin_pb2.GetStatusResponse
 ) -> list[Lane]:
-    """Returns who did what for the request: the gateway, those who computed the prompt, the transfer, and the others."""
+    """Returns who did what for the request: the gateway, those with the prompt, the transfer, those with the answer."""
     replicas = {replica.name: replica for replica in status.replicas}
     queued_s = min(request.total_s, request.queue_s) if request.HasField("queue_s") else request.total_s
     found: list[Lane] = []

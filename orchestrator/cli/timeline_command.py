@@ -1,4 +1,4 @@
-"""Owns the command ``timeline``: asks a service for its timeline, and writes it as a trace and one request as a picture."""
+"""Owns the command ``timeline``: writes the timeline of a service as a trace, and one request as a picture."""
 
 import json
 from pathlib import Path

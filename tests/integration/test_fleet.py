@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.netlab.fleet import SPEEDS, Cluster, cluster, job, why_not_emulated, workers
+from tests.netlab.fleet import Cluster, cluster, job, nodes, why_not_emulated, workers
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.service import REPOSITORY, Command
 from tests.support.oracle import greedy_each
@@ -40,10 +40,11 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield there
 
 
-def prompts() -> list[list[int]]:
-    text = (MODEL / "heldout.txt").read_text()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [tokenizer(text[1000 * at : 1000 * at + length])["input_ids"] for at, length in enumerate(LENGTHS)]
+def passage(first: int, length: int) -> list[int]:
+    """Tokens of some characters of a text that the model does not know."""
+    text = (MODEL / "heldout.txt").read_text()[first : first + length]
+    token_ids: list[int] = AutoTokenizer.from_pretrained(MODEL)(text)["input_ids"]
+    return token_ids
 
 
 def ask(there: Cluster, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def ask(there: Cluster, wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_answers_are_those_of_transformers_and_prompts_were_computed_elsewhere(fleet: Cluster) -> None:
-    asked = prompts()
+    asked = [passage(1000 * at, length) for at, length in enumerate(LENGTHS)]
     oracle = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     answers = ask(fleet, [{"prompt_ids": ids, "max_tokens": MAX_TOKENS} for ids in asked])
     assert [answer["token_ids"] for answer in answers] == greedy_each(oracle, asked, MAX_TOKENS)
@@ -87,7 +88,8 @@ def test_status_shows_every_worker_where_the_file_puts_it(fleet: Cluster) -> Non
 
 def test_the_picture_of_a_request_has_a_lane_for_every_worker(fleet: Cluster, tmp_path: Path) -> None:
     picture = tmp_path / "request.svg"
-    ask(fleet, [{"prompt_ids": prompts()[2], "max_tokens": MAX_TOKENS}])
+    # A prompt that no prefix cache knows.
+    ask(fleet, [{"prompt_ids": passage(9000, LENGTHS[2]), "max_tokens": MAX_TOKENS}])
     said = fleet.ask("timeline", str(tmp_path / "timeline.json"), "--svg", str(picture)).stdout
     assert str(picture) in said
     drawn = picture.read_text()
@@ -109,6 +111,6 @@ def test_make_fleet_demo_shows_it_all_and_leaves_nothing() -> None:
     )
     for said in words:
         assert said in output, output
-    where = f"{len(SPEEDS)} emulated hosts" if why_not_emulated() is None else "run as processes of this machine"
+    where = f"{len(nodes())} emulated hosts" if why_not_emulated() is None else "run as processes of this machine"
     assert where in output, output
     assert (REPOSITORY / "build/fleet/request.svg").read_text().startswith("<svg ")

@@ -20,8 +20,8 @@ from tests.support.deploying.service import REPOSITORY, START_S, STOP_S, Command
 
 FILE = REPOSITORY / "deploy/fleet.yaml"
 ORCHESTRATOR = (sys.executable, "-m", "orchestrator")
-SPEEDS = {"workstation": 1.0, "laptop": 0.5, "server": 1.0, "desktop": 0.5}
-"""The part of a core that each host has."""
+SPEEDS = {"workstation": 1.0, "laptop": 0.5, "server": 1.0, "desktop": 0.5, "storage": 0.5, "old-box": 0.25}
+"""The part of a core that each host has that the file may name."""
 LINKS = LinkConditions(delay_s=0.0002, rate_bits_per_s=1e9)
 
 # While Ray starts, which would take a slow host long, and is not what is shown.
@@ -52,8 +52,8 @@ class Cluster:
         return list(argv) if head is None else head.command(argv)
 
     def run(self, *argv: str, timeout_s: float = _ASK_S) -> "subprocess.CompletedProcess[str]":
-        """Runs a command on the head to its end. Raises CalledProcessError, TimeoutExpired."""
-        return subprocess.run(
+        """Runs a command on the head to its end. Raises RuntimeError, with what it said, and TimeoutExpired."""
+        done = subprocess.run(
             self.command(argv),
             cwd=REPOSITORY,
             env=os.environ | ENV,
@@ -61,12 +61,15 @@ class Cluster:
             capture_output=True,
             text=True,
             timeout=timeout_s,
-            check=True,
+            check=False,
         )
+        if done.returncode:
+            raise RuntimeError(f"{argv} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done
 
-    def ask(self, *args: str) -> "subprocess.CompletedProcess[str]":
+    def ask(self, command: str, *args: str) -> "subprocess.CompletedProcess[str]":
         """Runs a command of ours that talks to the service."""
-        return self.run(*ORCHESTRATOR, *args, "--address", self.address)
+        return self.run(*ORCHESTRATOR, command, "--address", self.address, *args)
 
 
 @contextmanager
@@ -76,14 +79,13 @@ def cluster(*, is_emulated: bool) -> Iterator[Cluster]:
         if not is_emulated:
             yield stack.enter_context(_on_this_machine())
             return
-        specs = [HostSpec(name=name, cpu_share=_START_SHARE) for name in SPEEDS]
+        specs = [HostSpec(name=name, cpu_share=_START_SHARE) for name in nodes()]
         net = stack.enter_context(lab(*specs, conditions=LINKS))
-        hosts = {name: net[name] for name in SPEEDS}
+        hosts = {name: net[name] for name in nodes()}
         stack.enter_context(ray_nodes(*hosts.values()))
-        for name, share in SPEEDS.items():
-            group = hosts[name].cpu_group
-            assert group is not None, name
-            system.set_cpu_share(group, share)
+        for name, host in hosts.items():
+            assert host.cpu_group is not None, name
+            system.set_cpu_share(host.cpu_group, SPEEDS[name])
         yield Cluster(hosts=hosts, jobs=f"http://127.0.0.1:{_JOBS_PORT}", address="127.0.0.1:50051")
 
 
@@ -114,6 +116,11 @@ def workers() -> list[dict[str, object]]:
     return found
 
 
+def nodes() -> list[str]:
+    """Returns the hosts that the file names, the first its head."""
+    return list(dict.fromkeys(str(worker["node"]) for worker in workers()))
+
+
 @contextmanager
 def job(there: Cluster, *sets: str) -> Iterator[Command]:
     """The deployment while it serves, as a job whose log the command follows; it is stopped in an orderly way.
@@ -124,15 +131,15 @@ def job(there: Cluster, *sets: str) -> Iterator[Command]:
     changed = [f"gateway.address={there.address}", *sets]
     if not there.hosts:
         changed += [f"cluster.workers.{number}.node=null" for number in range(len(workers()))]
-    argv = [
-        _RAY, "job", "submit", "--address", there.jobs, "--working-dir", ".", "--",
-        "python", "-m", "orchestrator", "serve", str(FILE.relative_to(REPOSITORY)), *(f"--set={one}" for one in changed),
-    ]  # fmt: skip
+    serve = ["python", "-m", "orchestrator", "serve", str(FILE.relative_to(REPOSITORY))]
+    argv = [_RAY, "job", "submit", "--address", there.jobs, "--working-dir", ".", "--", *serve]
+    argv += [f"--set={one}" for one in changed]
     with Command(there.command(argv), env=ENV) as command:
         name = command.wait_for(r"Job '(raysubmit_\w+)' submitted", START_S)[1]
         try:
             command.wait_for(r"event=serving ", START_S)
             yield command
-        finally:  # the job outlives the command that follows its log
-            there.run(_RAY, "job", "stop", "--address", there.jobs, name)
-            command.process.wait(STOP_S)
+        finally:
+            if command.process.poll() is None:  # it ends when the job does, and the job does not when it ends
+                there.run(_RAY, "job", "stop", "--address", there.jobs, name)
+                command.process.wait(STOP_S)

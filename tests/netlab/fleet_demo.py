@@ -1,23 +1,24 @@
-"""``make fleet-demo``: deploy/fleet.yaml as one Ray job on unequal hosts, some requests, and a picture of one of them."""
+"""``make fleet-demo``: deploy/fleet.yaml as one Ray job on unequal hosts, some requests, and a picture of one."""
 
 import os
+import signal
 import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 from orchestrator.cli.demo import Family
-from tests.netlab.fleet import FILE, LINKS, SPEEDS, Cluster, cluster, job, why_not_emulated, workers
+from tests.netlab.fleet import FILE, LINKS, SPEEDS, Cluster, cluster, job, nodes, why_not_emulated, workers
 from tests.netlab.system import NAMESPACES, PREFIX
 from tests.support.deploying.service import REPOSITORY
 
 OUTPUT = REPOSITORY / "build/fleet"
 LONG_CHARACTERS = 2400
 SHORT_PROMPTS = (
-    "And it came to pass in those days,",
-    "The wise man said",
-    "In the beginning was the Word,",
-    "And the LORD said unto Moses,",
+    "And it came to pass in those days, that there went out a decree from Caesar Augustus,",
+    "The wise man said unto the king, Let there be a house built for the name of the LORD,",
+    "In the beginning was the Word, and the Word was with God, and the Word was God. And",
+    "And the LORD said unto Moses, Go in unto Pharaoh, and tell him, Thus saith the LORD,",
 )
 _WIDTH = 110
 
@@ -25,25 +26,26 @@ _WIDTH = 110
 def main() -> int:
     """Runs the demo. Returns the exit code: 1 where something of it is left."""
     started_s = time.monotonic()
+
+    def say(words: str) -> None:
+        _say(f"{words} after {time.monotonic() - started_s:.0f} s")
+
     OUTPUT.mkdir(parents=True, exist_ok=True)
     family = Family(os.getpid())
     _say_where()
     with cluster(is_emulated=why_not_emulated() is None) as there:
-        _say(
-            f"Ray runs after {time.monotonic() - started_s:.0f} s; submitting {FILE.relative_to(REPOSITORY)}, which takes a minute"
-        )
+        say(f"Ray runs, and {FILE.relative_to(REPOSITORY)} is submitted,")
         with job(there) as submitted:
             for line in submitted.output().splitlines():
-                if "event=plan " in line or "event=roles " in line or "event=serving " in line:
+                if "event=plan " in line or "event=roles " in line:
                     print(line)
-            _say(f"it serves after {time.monotonic() - started_s:.0f} s")
+            say("it serves")
             family.look()
             _use(there)
             family.look()
+        say("the job has stopped")
     left = _left(family)
-    _say(
-        f"stopped after {time.monotonic() - started_s:.0f} s; {len(family.seen)} processes ended, left: {', '.join(left) or 'none'}"
-    )
+    say(f"{len(family.seen)} processes have ended, left: {', '.join(left) or 'none'};")
     return 1 if left else 0
 
 
@@ -57,7 +59,7 @@ def _say_where() -> None:
         _say(f"all {len(workers())} workers run as processes of this machine, because {reason}")
         return
     rate = f"{(LINKS.rate_bits_per_s or 0) / 1e9:g} Gbit/s, {LINKS.delay_s * 1e3:g} ms each way"
-    _say(f"{len(SPEEDS)} emulated hosts, links of {rate}")
+    _say(f"{len(nodes())} emulated hosts, links of {rate}")
     for worker in workers():
         node = str(worker["node"])
         print(f"{node}: {SPEEDS[node]:g} of a core, {worker['memory']} for worker {worker['name']}")
@@ -92,4 +94,5 @@ def _left(family: Family) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as after Ctrl-C, so that nothing is left
     sys.exit(main())
