@@ -123,6 +123,17 @@ class StepLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KvLost:
+    """An event: the keys and values of all blocks are lost, and the steps on their way are not computed.
+
+    Every sequence is computed again, up to the last token that is known, and goes on. Only those end whose keys and
+    values go to another replica, which computes them itself.
+    """
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvArrived:
     """An event: the keys and values of a sequence came from another replica, or nothing will come any more.
 
@@ -150,7 +161,7 @@ class HoldLapsed:
     hold_id: int
 
 
-Event = Submit | Cancel | Drain | StepDue | StepEnded | StepLost | KvArrived | KvSent | HoldLapsed
+Event = Submit | Cancel | Drain | StepDue | StepEnded | StepLost | KvLost | KvArrived | KvSent | HoldLapsed
 
 
 # -- commands -----------------------------------------------------------------------------------------------------
@@ -163,11 +174,16 @@ class Run:
     Attributes:
         token_ids: for each chunk its tokens, as far as they are known: the newest may still be in the step before.
         tables: for each chunk the block table of its sequence. The lists grow later, at their end.
+        names: blocks that attention workers hold and that have been given a name since the last Run, with the hash of
+            their text: the steps before this one compute them.
+        forgotten: blocks of attention workers that have lost their names since then. This step may write to them.
     """
 
     plan: StepPlan
     token_ids: tuple[Sequence[int], ...]
     tables: tuple[list[int], ...] = field(compare=False, repr=False)
+    names: tuple[tuple[int, bytes], ...] = ()
+    forgotten: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,13 +73,16 @@ class PrefixCache:
         self._awaited.pop(sequence.sequence_id, None)
         if not sequence.reuse_prefix:
             return []
-        hashes = sequence.block_hashes[: sequence.num_reusable_tokens // self._pool.block_size]
+        size, hashes = self._pool.block_size, sequence.block_hashes
+        num_reusable = sequence.num_reusable_tokens // size
         blocks: list[int] = []
-        for block in map(self._pool.find, hashes):
-            if block is None:
+        for index, block in enumerate(map(self._pool.find, hashes[: (sequence.num_tokens - 1) // size])):
+            # An answer that is replayed takes only what was computed when it was given.
+            if block is None or (index >= num_reusable and not self._pool.is_adopted(block)):
                 break
             blocks.append(block)
-        pending = list(takewhile(lambda name: self._is_coming(name, sequence), hashes[len(blocks) :]))
+        coming = hashes[len(blocks) : num_reusable]
+        pending = list(takewhile(lambda name: self._is_coming(name, sequence), coming))
         if pending:
             self._awaited[sequence.sequence_id] = pending[-1]
             return None

@@ -12,10 +12,11 @@ In a pipeline a sequence is in one step at a time, and the core counts its token
 """
 
 from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import assert_never
 
 from placement.errors import HeterodyneError
-from placement.model.part import Span
 from placement.serving.admission import check_spec, draining, repeated
 from placement.serving.events import (
     Advance,
@@ -27,21 +28,22 @@ from placement.serving.events import (
     Event,
     HoldLapsed,
     KvArrived,
+    KvLost,
     KvSent,
     LoadSnapshot,
     Receive,
     Refused,
-    Revoke,
     Run,
-    Ship,
     StepDue,
     StepEnded,
     StepLost,
     Submit,
 )
+from placement.serving.figures import TokenTotals, num_moving, snapshot
 from placement.serving.kv.blocks import BlockPool
 from placement.serving.kv.holds import Hold
 from placement.serving.live import Arrivals, LiveSequence
+from placement.serving.offload.orders import Names
 from placement.serving.scheduling import Scheduler
 from placement.serving.sequence import Phase
 from placement.serving.settings import Checks, CoreSettings
@@ -63,7 +65,7 @@ class ReplicaCore:
 
     def __init__(self, settings: CoreSettings) -> None:
         self.settings = settings
-        self.pool = BlockPool(settings.num_blocks, settings.limits.block_size)
+        self.pool = BlockPool(settings.num_blocks, settings.limits.block_size, settings.residency)
         self.scheduler = Scheduler(self.pool, settings.steps, prefix_cache=settings.prefix_cache)
         self._is_pipeline = settings.steps.num_batches > 1
         self._most_in_flight = settings.steps.num_batches + 1  # one in each stage, and one that waits
@@ -78,8 +80,16 @@ class ReplicaCore:
         self._draining = False
         self._lost: str | None = None
         self.num_ended_steps = 0
-        self._prompt_tokens = 0
-        self._output_tokens = 0
+        self._totals = TokenTotals()
+
+    def adopt(self, names: Names, *, stale: Iterable[int] = ()) -> int:
+        """Finds blocks again that attention workers kept while the replica was lost; see :meth:`BlockPool.adopt`.
+
+        Call it before anything is submitted. It does so without a prefix cache as well: what the replica was computing
+        is submitted again, and then needs not be computed again.
+        """
+        assert self._newest_id < 0, "sequences are there already"
+        return self.pool.adopt(names, stale=stale)
 
     def handle(self, event: Event, now_s: float) -> list[Command]:
         """Returns the commands to carry out, in order, after an event that happened at ``now_s``."""
@@ -104,6 +114,8 @@ class ReplicaCore:
                 return []
             case StepLost(cause=cause):
                 return self._lose(cause)
+            case KvLost(cause=cause):
+                return self._lose_kv(cause)
             case KvArrived():
                 return self._take_kv(event)
             case KvSent(hold_id=hold_id):
@@ -133,35 +145,24 @@ class ReplicaCore:
         """Returns the phases that the sequences are in."""
         return {live.sequence.phase for live in self._live.values()}
 
+    def answer(self, sequence_id: int) -> Seq[int]:
+        """Returns the tokens of a sequence's answer that are known. Raises KeyError once it has ended."""
+        live = self._live[sequence_id]
+        return live.token_ids[live.sequence.num_prompt_tokens :]
+
     def load(self) -> LoadSnapshot:
-        """Returns the figures of this moment.
-
-        A sequence in a dispatched step counts as running, and its tokens as pending, until that step has ended, even
-        where the scheduler has forgotten it.
-        """
-        pool, scheduler = self.pool, self.scheduler
-        num_moving = self._count_moving()
-        return LoadSnapshot(
-            steps=self.num_ended_steps,
-            num_running=len(self._live) - scheduler.num_waiting - num_moving,
-            num_moving=num_moving,
-            num_waiting=scheduler.num_waiting,
-            free_blocks=pool.num_free,
-            total_blocks=pool.num_total,
-            num_preemptions=scheduler.num_preemptions,
-            pending_tokens=scheduler.pending_tokens + sum(plan.num_tokens for plan in self._in_flight),
-            prompt_tokens=self._prompt_tokens,
-            output_tokens=self._output_tokens,
-            prefix_queries=scheduler.num_prefix_queries,
-            prefix_hits=scheduler.num_prefix_hits,
+        """Returns the figures of this moment."""
+        live = self._live.values()
+        is_still = self.transfers.is_empty and not self._reserved and not self._shipping
+        return snapshot(
+            self.scheduler,
+            self.pool,
+            live=live,
+            in_flight=self._in_flight,
+            num_moving=0 if is_still else num_moving(live, len(self._shipping)),
+            num_steps=self.num_ended_steps,
+            totals=self._totals,
         )
-
-    def _count_moving(self) -> int:
-        if self.transfers.is_empty and not self._reserved and not self._shipping:
-            return 0
-        # A prompt that a step computes last is SHIPPING from its dispatch on, and moves once the step has ended.
-        shipping = sum(live.sequence.phase is Phase.SHIPPING for live in self._live.values()) - len(self._shipping)
-        return shipping + sum(live.sequence.phase is Phase.AWAITS_KV for live in self._live.values())
 
     def check(self) -> None:
         """Asserts what must always hold between two events."""
@@ -212,6 +213,24 @@ class ReplicaCore:
         self.scheduler.forget_leaving()
         return commands
 
+    def _lose_kv(self, cause: str) -> list[Command]:
+        """Has everything computed again. What goes to another replica ends, as where it is preempted."""
+        if self._lost is not None:
+            return []
+        self.num_ended_steps += len(self._in_flight)
+        self._in_flight.clear()
+        self._reserved.clear()
+        commands: list[Command] = []
+        for live in list(self._live.values()):
+            if live.spec.ship_to is not None and live.sequence.phase is not Phase.WAITING:
+                commands += self._end(live, EndReason.FAILED, cause)
+            live.sequence.num_output_tokens = live.num_outputs  # no step gives what was counted early
+        commands += self.transfers.revoke_all()
+        sequences = [live.sequence for live in self._live.values()]
+        self.scheduler.lose_kv(sequence for sequence in sequences if sequence.phase is Phase.LEAVING)
+        self._starved = False
+        return commands
+
     def _end(self, live: LiveSequence, reason: EndReason, detail: str = "") -> list[Command]:
         """Ends a sequence. A transfer of its keys and values keeps the blocks until that transfer ends, or lapses."""
         sequence_id = live.sequence.sequence_id
@@ -223,8 +242,7 @@ class ReplicaCore:
         self._starved = False
         num_preemptions = live.sequence.num_preemptions
         ended = Ended(sequence_id=sequence_id, reason=reason, detail=detail, num_preemptions=num_preemptions)
-        transfer = self.transfers.of(sequence_id)
-        return [ended] if transfer is None else [ended, Revoke(hold_id=transfer.hold.hold_id)]
+        return [ended, *self.transfers.revoke(sequence_id)]
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -241,19 +259,23 @@ class ReplicaCore:
         if not plan.chunks:
             return commands
         planned = [self._live[chunk.sequence_id] for chunk in plan.chunks]
-        commands.append(
-            Run(
-                plan=plan,
-                token_ids=tuple(live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)),
-                tables=tuple(live.sequence.block_table for live in planned),
-            )
-        )
+        commands.append(self._run(plan, planned))
         self._in_flight.append(plan)
         for live in planned:
             if live.scheduled_s is None:
                 live.scheduled_s = now_s
         self._count_early(plan)
         return commands
+
+    def _run(self, plan: StepPlan, planned: Seq[LiveSequence]) -> Run:
+        names, forgotten = self.pool.take_changes()
+        return Run(
+            plan=plan,
+            token_ids=tuple(live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)),
+            tables=tuple(live.sequence.block_table for live in planned),
+            names=names,
+            forgotten=forgotten,
+        )
 
     def _count_early(self, plan: StepPlan) -> None:
         """Counts what a dispatched step will have done (early reuse of blocks, see the module).
@@ -312,12 +334,13 @@ class ReplicaCore:
             return []
         tell = live.tell(place, token_ids, now_s)
         if live.num_told == 0:
-            self._prompt_tokens += live.sequence.num_prompt_tokens
-        self._output_tokens += len(token_ids)
+            self._totals.prompt += live.sequence.num_prompt_tokens
+        self._totals.output += len(token_ids)
         live.token_ids += token_ids
         live.extend_hashes(self.settings.limits.block_size)
         if reason is EndReason.LENGTH and live.spec.ship_to is not None:
-            return [tell, self._ship(live)]
+            hold = self._shipping.pop(live.sequence.sequence_id)
+            return [tell, self.transfers.ship(live.sequence, hold)]
         return [tell] if reason is None else [tell, *self._end(live, reason)]
 
     # -- keys and values on their way -----------------------------------------------------------------------------
@@ -335,25 +358,7 @@ class ReplicaCore:
         sequence = live.sequence
         if live.scheduled_s is None:
             live.scheduled_s = now_s
-        hold = self.scheduler.expect(sequence.sequence_id)
-        self.transfers.open(sequence.sequence_id, hold, is_incoming=True)
-        return Receive(
-            sequence_id=sequence.sequence_id,
-            hold_id=hold.hold_id,
-            tokens=Span(sequence.num_computed_tokens, sequence.num_prompt_tokens - 1),
-            table=sequence.block_table,
-        )
-
-    def _ship(self, live: LiveSequence) -> Ship:
-        sequence = live.sequence
-        hold = self._shipping.pop(sequence.sequence_id)
-        self.transfers.open(sequence.sequence_id, hold, is_incoming=False)
-        return Ship(
-            sequence_id=sequence.sequence_id,
-            hold_id=hold.hold_id,
-            tokens=Span(0, sequence.num_prompt_tokens),
-            table=hold.blocks,
-        )
+        return self.transfers.receive(sequence, self.scheduler.expect(sequence.sequence_id))
 
     def _close(self, hold_id: int) -> Transfer | None:
         """Ends a transfer, and its hold. Returns None where it has ended, or lapsed, before."""
@@ -364,18 +369,20 @@ class ReplicaCore:
             self._starved = False
         return transfer
 
+    def _moving(self, transfer: Transfer | None) -> LiveSequence | None:
+        """Returns the sequence that waits for the end of a transfer, or None where none does."""
+        return None if transfer is None or transfer.is_revoked else self._live.get(transfer.sequence_id)
+
     def _take_kv(self, event: KvArrived) -> list[Command]:
-        """Goes on with a sequence whose keys and values have come, unless it was cancelled meanwhile."""
-        transfer = self._close(event.hold_id)
-        live = None if transfer is None else self._live.get(transfer.sequence_id)
+        """Goes on with a sequence whose keys and values have come, unless nobody wants them any more."""
+        live = self._moving(self._close(event.hold_id))
         if live is None:
             return []
         self.scheduler.arrive(live.sequence.sequence_id, event.num_tokens)
         return []
 
     def _end_shipping(self, hold_id: int, reason: EndReason, detail: str = "") -> list[Command]:
-        transfer = self._close(hold_id)
-        live = None if transfer is None else self._live.get(transfer.sequence_id)
+        live = self._moving(self._close(hold_id))
         return [] if live is None else self._end(live, reason, detail)
 
     def _lapse(self, hold_id: int) -> list[Command]:
@@ -383,7 +390,4 @@ class ReplicaCore:
         transfer = self.transfers.find(hold_id)
         if transfer is None or not transfer.is_incoming:
             return self._end_shipping(hold_id, EndReason.FAILED, LATE_TRANSFER)
-        self._close(hold_id)
-        if transfer.sequence_id in self._live:
-            self.scheduler.arrive(transfer.sequence_id, 0)
-        return []
+        return self._take_kv(KvArrived(hold_id=hold_id, num_tokens=0))

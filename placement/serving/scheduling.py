@@ -6,10 +6,11 @@ blocks that others computed are shared (placement.serving.prefix): only the rest
 """
 
 from bisect import insort
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from placement.errors import InvalidRequest
+from placement.serving.draft import Draft
 from placement.serving.kv.blocks import BlockPool
 from placement.serving.kv.holds import Hold, Holds, SequenceOwner, StepOwner, TransferOwner
 from placement.serving.prefix import PrefixCache
@@ -18,38 +19,6 @@ from placement.serving.step_plan import Chunk, SchedulerLimits, StepPlan
 
 # Looked up for every sequence in every step, where a class's attribute is slow.
 _LEAVING, _REPLAY, _AWAITS_KV = Phase.LEAVING, Phase.REPLAY, Phase.AWAITS_KV
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A step that the scheduler puts together."""
-
-    step: int
-    budget: int  # tokens that still fit
-    chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
-    reserved: list[int] = field(default_factory=list)
-
-    def add(self, sequence: Sequence, num_tokens: int, *, is_decode: bool) -> None:
-        assert 1 <= num_tokens <= self.budget and sequence.step is None, sequence
-        chunk = Chunk(
-            sequence_id=sequence.sequence_id,
-            start=sequence.num_computed_tokens,
-            num_tokens=num_tokens,
-            samples=num_tokens == sequence.num_uncomputed_tokens,
-            is_decode=is_decode,
-        )
-        self.chunks.append(chunk)
-        self.budget -= num_tokens
-        sequence.step = self.step
-
-    def plan(self) -> StepPlan:
-        return StepPlan(
-            step=self.step if self.chunks else self.step - 1,
-            chunks=tuple(self.chunks),
-            preempted=tuple(self.preempted),
-            reserved=tuple(self.reserved),
-        )
 
 
 class Scheduler:
@@ -187,7 +156,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plans the next step and marks its sequences in flight. With nothing to compute, the plan has no chunks."""
-        draft = _Draft(step=self._num_steps + 1, budget=self._limits.token_budget)
+        draft = Draft(step=self._num_steps + 1, budget=self._limits.token_budget)
         self._schedule_decodes(draft)
         self._schedule_prefills(draft)
         if not draft.preempted:
@@ -213,6 +182,24 @@ class Scheduler:
         for sequence in [sequence for sequence in self._running if sequence.phase is _LEAVING]:
             sequence.step = None
             self._forget(sequence)
+
+    def lose_kv(self, left: Iterable[Sequence]) -> None:
+        """Has every sequence wait to be computed again, since the keys and values of all blocks are lost.
+
+        Steps on their way are not computed: ``complete`` is not called for them any more.
+
+        Args:
+            left: sequences that were removed before their last token was known; they wait again as well.
+        """
+        self.forget_leaving()
+        for sequence in list(self._running):
+            sequence.step = None
+            self._preempt(sequence)
+        for sequence in left:
+            assert sequence.hold is None and sequence.step is None, sequence
+            self._sequences[sequence.sequence_id] = sequence
+            self._wait_again(sequence)
+        self._pool.forget_names()
 
     def check(self) -> None:
         """Asserts what must always hold, between any two calls."""
@@ -252,7 +239,7 @@ class Scheduler:
             fix = "Shorten the prompt or lower max_tokens."
             raise InvalidRequest(field="max_tokens", value=answer, problem=problem, fix=fix)
 
-    def _schedule_decodes(self, draft: _Draft) -> None:
+    def _schedule_decodes(self, draft: Draft) -> None:
         """Adds one token of every running decode, by rank, so that no sequence of the plan is preempted.
 
         Where several steps are in flight at once, each gets its share of the decodes.
@@ -267,7 +254,7 @@ class Scheduler:
             if self._find_room(sequence, draft):
                 draft.add(sequence, 1, is_decode=True)
 
-    def _schedule_prefills(self, draft: _Draft) -> None:
+    def _schedule_prefills(self, draft: Draft) -> None:
         """Continues prompts begun earlier, whose blocks were allocated at admission, and sequences that were given
         several tokens at once.
         """
@@ -280,7 +267,7 @@ class Scheduler:
             if num_tokens and self._find_room(sequence, draft):
                 draft.add(sequence, num_tokens, is_decode=False)
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Starts waiting sequences in their order.
 
         No sequence overtakes one that does not fit yet. Only one that awaits blocks which another computes is passed.
@@ -317,14 +304,14 @@ class Scheduler:
         sequence.enter(Phase.AWAITS_KV if is_sent else _first_phase(sequence))
         insort(self._running, sequence, key=lambda other: other.rank)
 
-    def _find_room(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _find_room(self, sequence: Sequence, draft: Draft) -> bool:
         """Gives a running sequence the blocks that its tokens lack. Returns False where it was preempted instead."""
         while sequence.num_tokens > len(sequence.block_table) * self._pool.block_size:
             if not self._grow(sequence, draft):
                 return False
         return True
 
-    def _grow(self, sequence: Sequence, draft: _Draft) -> bool:
+    def _grow(self, sequence: Sequence, draft: Draft) -> bool:
         """Gives a sequence one more block. Returns False where the sequence itself had to be preempted."""
         while not self._pool.can_allocate(1):
             # What awaits its sampled token is spared: recomputing it now would sample that token twice.
@@ -340,6 +327,10 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Takes the blocks of a sequence, which then waits at its old place in the order to be computed again."""
         self._release(sequence)
+        self._wait_again(sequence)
+
+    def _wait_again(self, sequence: Sequence) -> None:
+        """Queues a sequence that has no blocks any more at its old place."""
         sequence.enter(Phase.WAITING)
         sequence.awaits_kv = False  # what had come is gone: the prompt is computed here
         sequence.num_computed_tokens = 0

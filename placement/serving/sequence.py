@@ -26,13 +26,16 @@ class Phase(Enum):
 
 TRANSITIONS: Mapping[Phase, frozenset[Phase]] = {
     Phase.WAITING: frozenset({Phase.AWAITS_KV, Phase.REPLAY, Phase.RUNNING}),
-    Phase.AWAITS_KV: frozenset({Phase.REPLAY, Phase.RUNNING}),
+    Phase.AWAITS_KV: frozenset({Phase.REPLAY, Phase.RUNNING, Phase.WAITING}),
     Phase.REPLAY: frozenset({Phase.RUNNING, Phase.WAITING, Phase.LEAVING}),
     Phase.RUNNING: frozenset({Phase.WAITING, Phase.SHIPPING, Phase.LEAVING}),
     Phase.SHIPPING: frozenset(),
-    Phase.LEAVING: frozenset(),
+    Phase.LEAVING: frozenset({Phase.WAITING}),
 }
-"""The phases that may follow each phase. A sequence may also be forgotten in any of them."""
+"""The phases that may follow each phase. A sequence may also be forgotten in any of them.
+
+One that leaves waits again where the step that was to give its last token is lost, with the keys and values of all.
+"""
 
 
 # Looked up for every sequence in every step, where a class's attribute is slow.

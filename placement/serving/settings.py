@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from placement.planning.residency import Residency
 from placement.serving.admission import Limits
 from placement.serving.step_plan import SchedulerLimits
 
@@ -23,6 +24,7 @@ class CoreSettings:
         limits: what one sequence may ask for.
         steps: the bounds of a step. With several batches the replica is a pipeline.
         num_blocks: how many KV blocks there are.
+        residency: who holds which of them; None: the replica's own ranks hold all.
         prefix_cache: whether computed blocks are kept for sequences to come.
         checks: when the core asserts its own state.
     """
@@ -30,5 +32,6 @@ class CoreSettings:
     limits: Limits
     steps: SchedulerLimits
     num_blocks: int
+    residency: Residency | None = None
     prefix_cache: bool = True
     checks: Checks = Checks.NEVER

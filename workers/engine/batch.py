@@ -16,6 +16,8 @@ def make_batch(run: Run, sequences: Sequence[EngineSequence], block_size: int) -
     return Batch(
         sequences=tuple(sequence.take_chunk(chunk, token_ids, table) for sequence, chunk, token_ids, table in rows),
         shared=_shared(run, block_size),
+        names=run.names,
+        forgotten=run.forgotten,
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from placement.errors import HeterodyneError
+from placement.errors import HeterodyneError, cause_of
 from placement.serving.events import (
     Cancel,
     Command,
@@ -22,6 +22,7 @@ from placement.serving.events import (
     Ended,
     EndReason,
     Event,
+    KvLost,
     LoadSnapshot,
     Refused,
     Run,
@@ -48,10 +49,12 @@ from workers.engine.inbox import (
 )
 from workers.engine.moves import Moves
 from workers.engine.pacing import Pace
+from workers.engine.recovery import Recovery
 from workers.engine.sequence import begin
 from workers.engine.sequences import EngineSequences
 from workers.engine.types import Runner, Sink, StepStats
 from workers.step.types import StepResult
+from workers.transport.errors import KvGone
 
 # Where there is nothing to do the loop looks up this often, so that no wait is without an end.
 _IDLE_WAIT_S = 1.0
@@ -97,6 +100,7 @@ class Loop:
         self._dispatched: deque[_Dispatched] = deque()
         self._pace = Pace()
         self._broken = False
+        self._recovery = Recovery(runner, executor, clock)
         self._observers: dict[Sink, None] = {}
         self.sequences = EngineSequences()
         self.moves = Moves(core, self.sequences, clock)
@@ -105,6 +109,7 @@ class Loop:
     def run(self, is_stopping: Callable[[], bool]) -> None:
         """Runs until ``is_stopping`` returns true. Raises what a step raised."""
         while self._take_messages(is_stopping):
+            self._recovery.finish()
             self._dispatch()
             self._collect()
 
@@ -148,6 +153,8 @@ class Loop:
         """Returns how long the loop may wait for a message: until a step can be dispatched or collected, in seconds."""
         if self._dispatched and self._dispatched[0].result.done():
             return 0.0
+        if self._recovery.is_under_way:
+            return 0.0 if self._recovery.is_due else _IDLE_WAIT_S
         if not self._core.wants_step:
             return _IDLE_WAIT_S
         if self._is_pipeline:
@@ -214,19 +221,28 @@ class Loop:
 
     def _dispatch(self) -> None:
         """Makes the core plan the next step, where there is room for one, and hands it to the executing thread."""
-        if not self._core.wants_step:
+        if not self._core.wants_step or self._recovery.is_under_way or self._has_failed():
             return
         for command in self._handle(StepDue()):
             if isinstance(command, Run):
                 self._run(command)
+
+    def _has_failed(self) -> bool:
+        """Tells whether the newest step has raised: it is to be collected before another is dispatched."""
+        result = self._dispatched[-1].result if self._dispatched else None
+        return result is not None and result.done() and result.exception() is not None
 
     def _run(self, command: Run) -> None:
         plan, now_s = command.plan, self._clock()
         self._give_up_preempted(plan)
         sequences = [self.sequences.by_core_id[chunk.sequence_id] for chunk in plan.chunks]
         batch = make_batch(command, sequences, self._block_size)
-        step = self._runner.prepare(replace(batch, closed=self.moves.take_closed()))
-        result = self._executor.submit(self._execute, step)
+        result: Future[StepResult] = Future()
+        try:
+            step = self._runner.prepare(replace(batch, closed=self.moves.take_closed()))
+            result = self._executor.submit(self._execute, step)
+        except KvGone as gone:
+            result.set_exception(gone)  # it is collected once the steps before it are
         result.add_done_callback(lambda _: self._inbox.put(Woken()))
         self._dispatched.append(_Dispatched(plan=plan, result=result))
         self._pace.prepared(num_tokens=plan.num_tokens, took_s=self._clock() - now_s, now_s=self._clock())
@@ -272,11 +288,18 @@ class Loop:
             result, plan = dispatched.result.result(), dispatched.plan
         except CancelledError as error:
             raise self._first_failure() or error from None
+        except KvGone as gone:
+            self._begin_recovery(gone)
+            return
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=self._clock())
         commands = self._handle(StepEnded(step=plan.step, advances=advances(result)))
         answers = [command for command in commands if isinstance(command, Tell | Ended)]
         stats = StepStats(step=plan.step, duration_s=result.duration_s, load=plan.load)
         by_core_id = self.sequences.by_core_id
+        for place, scores in result.scores.items():
+            sequence = by_core_id.get(plan.chunks[place].sequence_id)
+            if sequence is not None:
+                sequence.tell_scores(scores)
         for sink, outputs in step_outputs(answers, by_core_id, plan, result, self._observers).items():
             sink.step(stats, outputs)
         for command in _ended(answers):
@@ -284,6 +307,22 @@ class Loop:
             self.sequences.forget(command.sequence_id)
         for event in self.moves.taken_early():
             self._tell_ended(self._handle(event))
+
+    def _begin_recovery(self, gone: KvGone) -> None:
+        """Has everything computed again, once the runner has recovered from a step that raised."""
+        self._recovery.begin(gone, self._mend, lambda: self._inbox.put(Woken()))
+        self._dispatched.clear()
+        self._pace.lost()
+        ended = _ended(self._handle(KvLost(cause=cause_of(gone))))
+        for command in ended:
+            self.moves.end(command.sequence_id)
+        self._tell_ended(ended)
+        for core_id, sequence in self.sequences.by_core_id.items():
+            sequence.roll_back(self._core.answer(core_id))
+
+    def _mend(self) -> None:
+        """Lets steps be executed again. On the executing thread, which has passed by all steps that were lost."""
+        self._broken = False
 
 
 def _ended(commands: Iterable[Command]) -> list[Ended]:

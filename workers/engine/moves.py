@@ -9,6 +9,7 @@ from workers.engine.sequences import EngineSequences
 from workers.engine.types import KvExchange, KvTransfer
 
 NO_EXCHANGE = "this worker exchanges no keys and values"
+REVOKED = "they were not wanted any more"
 
 
 class Moves:
@@ -57,6 +58,10 @@ class Moves:
             self._holds = {key: held for key, held in self._holds.items() if held != hold_id}
             self._core.handle(KvSent(hold_id=hold_id), self._clock())
         elif self.exchange is not None:
+            transfer = self._core.transfers.find(hold_id)
+            sequence = None if transfer is None else self._sequences.by_core_id.get(transfer.sequence_id)
+            if sequence is not None:
+                sequence.transfer = KvTransfer(problem=REVOKED)
             self.exchange.revoke(hold_id)
 
     def came(self, message: KvCame) -> KvArrived:
@@ -64,7 +69,7 @@ class Moves:
         self._close(message.transfer_id)
         transfer = self._core.transfers.find(message.hold_id)
         sequence = None if transfer is None else self._sequences.by_core_id.get(transfer.sequence_id)
-        if sequence is not None:
+        if transfer is not None and sequence is not None and not transfer.is_revoked:
             sequence.transfer = message.transfer
         return KvArrived(hold_id=message.hold_id, num_tokens=message.num_tokens)
 

@@ -31,6 +31,10 @@ class Pace:
         self._durations_s[num_tokens] = took_s
         self._began_s = now_s
 
+    def lost(self) -> None:
+        """Notes that the steps on their way do not end any more."""
+        self._executing.clear()
+
     def slack_s(self, now_s: float) -> float:
         """Returns for how many seconds planning the next step can still wait."""
         if not self._executing:

@@ -9,7 +9,7 @@ from placement.serving.kv.runs import TableRuns
 from placement.serving.step_plan import Chunk
 from workers.engine.types import KvTransfer, Shipping, Sink, Submission
 from workers.sampling.sampling import SamplerState
-from workers.step.scoring import ScoredPrompt
+from workers.step.scoring import PromptScores, ScoredPrompt
 from workers.step.types import SequenceInput
 
 
@@ -24,6 +24,7 @@ class EngineSequence:
         runs: its block table as ranges of KV slots.
         num_scored: how many prompt tokens have log-probabilities that are known or on their way; the first token, which
             has none, counts.
+        num_scored_told: how many of them were told to the sink.
         num_shipped: the leading prompt tokens whose keys and values the other replica has, or is sent.
         transfer: what became of those that another replica was to send; None where none was.
     """
@@ -34,6 +35,7 @@ class EngineSequence:
     sampler: SamplerState
     runs: TableRuns
     num_scored: int = 1
+    num_scored_told: int = 1
     num_shipped: int = 0
     transfer: KvTransfer | None = None
 
@@ -54,7 +56,22 @@ class EngineSequence:
             samples=chunk.samples,
             scored=None if self.submission.prompt_logprobs is None else self._scored(stop),
             ship=None if self.submission.ship is None else self._shipment(self.submission.ship, stop),
+            sequence_id=chunk.sequence_id,
         )
+
+    def tell_scores(self, scores: PromptScores) -> None:
+        """Notes that the sink is told of scores."""
+        self.num_scored_told = scores.first_index + len(scores.top)
+
+    def roll_back(self, answer: Sequence[int]) -> None:
+        """Forgets what steps did that are lost.
+
+        Args:
+            answer: the tokens of the answer that are known. A step that sampled and was lost has sampled in vain.
+        """
+        self.num_scored = self.num_scored_told
+        if self.sampler.num_tokens != len(answer):
+            self.sampler = _sampler(self.submission, answer)
 
     def _shipment(self, ship: Shipping, stop: int) -> Shipment | None:
         """Returns what goes to another replica with a chunk up to ``stop``: what is known by then and was not sent."""
@@ -82,13 +99,18 @@ def begin(sink: Sink, sequence_id: int, submission: Submission, block_size: int)
         sink=sink,
         sequence_id=sequence_id,
         submission=submission,
-        sampler=SamplerState(
-            submission.sampling,
-            submission.prompt_ids,
-            stop_token_ids=submission.stop_token_ids,
-            min_tokens=submission.min_tokens,
-            emitted_ids=submission.emitted_ids,
-            grammar=None if submission.grammar is None else submission.grammar.start(),
-        ),
+        sampler=_sampler(submission, submission.emitted_ids),
         runs=TableRuns(block_size),
+    )
+
+
+def _sampler(submission: Submission, answer: Sequence[int]) -> SamplerState:
+    """Makes what chooses the tokens that follow the answer so far."""
+    return SamplerState(
+        submission.sampling,
+        submission.prompt_ids,
+        stop_token_ids=submission.stop_token_ids,
+        min_tokens=submission.min_tokens,
+        emitted_ids=answer,
+        grammar=None if submission.grammar is None else submission.grammar.start(),
     )

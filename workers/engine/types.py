@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from placement.errors import HeterodyneError
 from placement.serving.events import EndReason, Receive, SequenceSpec
@@ -184,6 +184,20 @@ class Runner(Protocol):
         """Lays a batch out, while another may execute, and returns a function that executes it.
 
         The engine calls these functions in the order in which they were prepared.
+        """
+
+
+@runtime_checkable
+class Recovering(Protocol):
+    """A runner that can go on after a step has raised :class:`workers.transport.errors.KvGone`."""
+
+    def recover(self) -> None:
+        """Has somebody hold keys and values again, all of which are lost. No step is on its way.
+
+        The engine calls it on the thread that executes steps. It takes at most RECOVER_S.
+
+        Raises:
+            HeterodyneError: nobody was found; the replica is lost.
         """
 
 

@@ -19,6 +19,7 @@ from protos.codec.measured import measured_message
 from protos.codec.replica_ranks import ranks_message
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from protos.heterodyne.worker.v1 import worker_pb2_grpc as pb_grpc
+from workers.attention_worker.whereabouts import Address
 from workers.engine.moves import NO_EXCHANGE
 from workers.engine.types import STOPS, Stopping
 from workers.host.device import Device, available_cores
@@ -220,6 +221,8 @@ class WorkerService(pb_grpc.WorkerServicer):
         if self._loaded is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no model is loaded yet")
         engine, grammars = self._loaded.engine, self._loaded.grammars
+        if self._loaded.attention_worker is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this is an attention worker: it leads no replica")
         if engine is None or grammars is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank follows: rank 0 leads the replica")
         if self._grammars is None:
@@ -252,6 +255,23 @@ class WorkerService(pb_grpc.WorkerServicer):
         if kv_side is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_EXCHANGE)
         return ranks_message(kv_side.own)
+
+    async def MoveAttention(
+        self,
+        request: pb.MoveAttentionRequest,
+        context: grpc.aio.ServicerContext[pb.MoveAttentionRequest, pb.MoveAttentionResponse],
+    ) -> pb.MoveAttentionResponse:
+        """Notes where an attention worker listens from now on. The steps find it there once they have lost it."""
+        await self._check_epoch(request.epoch, context)
+        whereabouts = None if self._loaded is None else self._loaded.whereabouts
+        if whereabouts is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this rank has no attention workers")
+        to = request.address
+        try:
+            whereabouts.move(request.worker, Address(host=to.host, port=to.port, name=to.name))
+        except HeterodyneError as error:
+            await context.abort(_CODES[wire.error_code(error)], str(error))
+        return pb.MoveAttentionResponse(epoch=self._epoch)
 
     async def Prefill(
         self,

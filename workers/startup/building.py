@@ -1,11 +1,15 @@
 """Builds the engine of a leader from what it was asked to load."""
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from placement.model.part import Part
 from placement.model.specs import ModelSpec
+from placement.planning.residency import Residency
 from placement.serving.admission import Limits
+from placement.serving.offload.adoption import agree
+from placement.serving.offload.orders import Names
 from placement.serving.replica import ReplicaCore
 from placement.serving.settings import Checks, CoreSettings
 from placement.serving.step_plan import SchedulerLimits
@@ -46,8 +50,16 @@ def build_engine(
     model: ModelSpec,
     num_stages: int = 1,
     token_budget: int | None = None,
+    residency: Residency | None = None,
+    held: Mapping[int, Names] | None = None,
 ) -> Engine:
-    """Builds the engine of a leader, which is not started yet. ``token_budget`` replaces that of ``request``."""
+    """Builds the engine of a leader, which is not started yet.
+
+    Args:
+        token_budget: replaces that of ``request``.
+        residency: where the keys and values are; None: the replica's own ranks hold all.
+        held: the names of blocks that each attention worker has kept since the replica was started before, by worker.
+    """
     limits = read_limits(request)
     settings = CoreSettings(
         limits=Limits(
@@ -59,7 +71,12 @@ def build_engine(
             num_batches=num_stages,
         ),
         num_blocks=request.num_blocks,
+        residency=residency,
         prefix_cache=limits.prefix_cache,
         checks=Checks.AT_IDLE if os.environ.get(CHECK_VARIABLE) else Checks.NEVER,
     )
-    return Engine(runner=runner, core=ReplicaCore(settings), executor=executor)
+    core = ReplicaCore(settings)
+    if residency is not None and held:
+        agreed = agree(residency, held)
+        core.adopt(agreed.names, stale=agreed.stale)
+    return Engine(runner=runner, core=core, executor=executor)

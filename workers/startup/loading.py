@@ -20,6 +20,8 @@ from placement.planning.limits import ReplicaLimits
 from placement.serving.token_budget import StepBudget, budget_of
 from protos.codec.log_record import said
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
+from workers.attention_worker.whereabouts import Whereabouts
+from workers.attention_worker.worker import AttentionWorker
 from workers.engine.engine import Engine
 from workers.engine.types import STOPS, Runner, Stopping
 from workers.host.device import TORCH_DTYPES, Device, is_out_of_memory, use_device
@@ -36,6 +38,7 @@ from workers.startup.building import build_engine, num_slots, num_threads
 from workers.startup.checkpoint import load_weights
 from workers.startup.checks import CheckedLoad, check_load
 from workers.startup.facts import rank_facts
+from workers.startup.holding import open_attention_worker
 from workers.startup.transfers import KvSide, open_kv_side
 from workers.startup.warm_up import capture_decodes, capture_for, executing_thread, log_budget, warm_up
 from workers.step.runner import ModelRunner
@@ -56,6 +59,8 @@ class Loaded:
         membership: its connections with other ranks; None where the replica has one rank alone.
         budget: the token budget of a leader's steps, and what it measured; None at other ranks.
         kv_side: its side of transfers of keys and values; None where it takes part in none.
+        whereabouts: where its attention workers listen; None where it has none.
+        attention_worker: serves model ranks, where the rank is an attention worker; it has no other loop then.
     """
 
     weight_bytes: int
@@ -66,12 +71,14 @@ class Loaded:
     membership: Membership | None = None
     budget: StepBudget | None = None
     kv_side: KvSide | None = None
+    whereabouts: Whereabouts | None = None
+    attention_worker: AttentionWorker | None = None
 
     @property
-    def loop(self) -> Engine | Follower:
+    def loop(self) -> Engine | Follower | AttentionWorker:
         """Returns the loop that the rank runs."""
-        loop = self.engine or self.follower
-        assert loop is not None, "a rank leads or follows"
+        loop = self.engine or self.follower or self.attention_worker
+        assert loop is not None, "a rank leads, follows, or is an attention worker"
         return loop
 
 
@@ -115,6 +122,9 @@ class LoadJob:
             Stopping: it was stopped while it waited for another rank or read weights.
         """
         use_device(self._device.torch_device)
+        if self._request.HasField("attention"):
+            worker = open_attention_worker(self._request.attention, self._device, self._listener)
+            return Loaded(attention_worker=worker, weight_bytes=0, kv_bytes=self._request.attention.kv_cache_bytes)
         checked = check_load(self._request, self._device)
         # Before this rank joins the others: reading a large tokenizer holds up all its threads, its pulse among them.
         grammars = self._grammars(checked.model) if checked.leads else None

@@ -11,6 +11,9 @@ from workers.model.progress import LayerProgress
 from workers.sampling.sampling import SampledToken, SamplerState, SamplingFailed
 from workers.step.scoring import PromptScores, ScoredPrompt
 
+RECOVER_S = 30.0
+"""How long a rank may take to find somebody who holds keys and values again, before its replica is lost."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceInput:
@@ -25,6 +28,7 @@ class SequenceInput:
         samples: whether a token is sampled after the chunk; it is not where the prompt goes on.
         scored: the tokens of the prompt whose log-probabilities are wanted.
         ship: the keys and values that go to another replica with this step.
+        sequence_id: what attention workers know the sequence by.
     """
 
     token_ids: Sequence[int]
@@ -35,6 +39,7 @@ class SequenceInput:
     samples: bool = False
     scored: ScoredPrompt | None = None
     ship: Shipment | None = None
+    sequence_id: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -51,12 +56,16 @@ class Batch:
         shared: runs of KV that several of the sequences have in common, whose members are places in ``sequences``.
         exchange: the exchange by which ranks that share sequences attend to chunks of several tokens.
         closed: transfers of keys and values that are over: the step, or a later one, may use their blocks.
+        names: blocks of attention workers that the steps before this one fill, and the hash of the text of each.
+        forgotten: blocks of attention workers that have lost their names; the step may write to them.
     """
 
     sequences: tuple[SequenceInput, ...]
     shared: tuple[SharedSpan, ...] = ()
     exchange: Exchange = Exchange.ALL_GATHER
     closed: tuple[bytes, ...] = ()
+    names: tuple[tuple[int, bytes], ...] = ()
+    forgotten: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

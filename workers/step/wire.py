@@ -55,6 +55,7 @@ def _sequence_message(sequence: SequenceInput) -> pb.StepSequence:
         num_scored=0 if scored is None else len(scored.token_ids),
         first_scored=0 if scored is None else scored.first_index,
         ship=None if sequence.ship is None else _shipment_message(sequence.ship),
+        sequence_id=sequence.sequence_id,
     )
 
 
@@ -107,6 +108,7 @@ def _sequence(message: pb.StepSequence, vocab_size: int, limit: int) -> Sequence
         samples=message.samples,
         scored=ScoredPrompt(first_index=first, token_ids=[0] * count, num_top=0) if count else None,
         ship=_shipment(message.ship, message.start + num_tokens) if message.HasField("ship") else None,
+        sequence_id=message.sequence_id,
     )
 
 

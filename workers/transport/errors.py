@@ -32,6 +32,13 @@ class PeerFailed(HeterodyneError):
         return cls(rank, "did not answer in time")
 
 
+class KvGone(HeterodyneError):
+    """A step cannot be computed, as keys and values are gone, with whoever held them.
+
+    The rank itself is well: once it has recovered, everything can be computed again.
+    """
+
+
 class BadFrame(HeterodyneError):
     """The received bytes are not a frame of this replica, or they are damaged."""
 

@@ -43,6 +43,13 @@ class Kind(IntEnum):
     KV_REFUSED = 13
     KV_FAILED = 14
     KV_COMMAND = 15
+    ATTENTION_CHALLENGE = 16
+    ATTENTION_HELLO = 17
+    ATTENTION_WELCOME = 18
+    ATTENTION_REFUSED = 19
+    ATTENTION_ORDER = 20
+    ATTENTION_ROWS = 21
+    ATTENTION_RESULT = 22
 
 
 @dataclass(frozen=True, slots=True)

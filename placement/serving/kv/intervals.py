@@ -6,10 +6,11 @@ with few kernel calls and without a gather. Blocks are never moved, so the choic
 - a growing sequence takes the blocks right after its last one while they are free;
 - everything else goes into the largest free interval (worst fit), into its middle: whoever ends where the interval
   starts can go on growing into the first half, the newcomer into the second. Best fit would pack tightly and cut every
-  run at the first growth. An interval that starts at block 0 has nobody to its left and is filled from 0.
+  run at the first growth. An interval that starts at the first block of all has nobody to its left and is filled from
+  there.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from operator import sub
@@ -18,10 +19,12 @@ from operator import sub
 class FreeIntervals:
     """Holds the free blocks. The intervals ``[_starts[i], _stops[i])`` are sorted, disjoint and never touch."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
+        """At first the blocks ``[first, first + num_blocks)`` are free, of which there is at least one."""
         self.num_blocks = num_blocks
-        self._starts = [0]
-        self._stops = [num_blocks]
+        self._first = first
+        self._starts = [first]
+        self._stops = [first + num_blocks]
 
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(map(range, self._starts, self._stops))
@@ -58,7 +61,7 @@ class FreeIntervals:
         """Takes ``count`` blocks out of the middle of the largest interval, which has as many."""
         index = lengths.index(max(lengths))
         start = self._starts[index]
-        return self._cut(index, start if start == 0 else start + (lengths[index] - count) // 2, count)
+        return self._cut(index, start if start == self._first else start + (lengths[index] - count) // 2, count)
 
     def give_back(self, block: int) -> None:
         """Frees ``block``, joined with the intervals that it touches."""
@@ -76,11 +79,17 @@ class FreeIntervals:
             self._stops.insert(index, block + 1)
         self.num_blocks += 1
 
+    def take_one(self, block: int) -> None:
+        """Takes ``block``, which must be free."""
+        index = bisect_right(self._starts, block) - 1
+        assert index >= 0 and block < self._stops[index], f"block {block} is not free"
+        self._cut(index, block, 1)
+
     def check(self, num_total: int) -> None:
-        """Asserts what must always hold."""
+        """Asserts what must always hold, where there are ``num_total`` blocks, free or not."""
         assert len(self._starts) == len(self._stops)
         intervals = list(zip(self._starts, self._stops, strict=True))
-        assert all(0 <= start < stop <= num_total for start, stop in intervals), intervals
+        assert all(self._first <= start < stop <= self._first + num_total for start, stop in intervals), intervals
         assert all(left[1] < right[0] for left, right in pairwise(intervals)), intervals
         assert self.num_blocks == sum(stop - start for start, stop in intervals)
 

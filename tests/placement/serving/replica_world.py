@@ -20,6 +20,7 @@ from placement.serving.events import (
     Event,
     HoldLapsed,
     KvArrived,
+    KvLost,
     KvSent,
     Receive,
     Refused,
@@ -35,6 +36,7 @@ from placement.serving.events import (
 )
 from placement.serving.log import RecordedCore
 from placement.serving.replica import LATE_TRANSFER
+from placement.serving.sequence import Phase
 from placement.serving.settings import CoreSettings
 
 VOCAB_SIZE = 7
@@ -94,6 +96,11 @@ class World:
         self.incoming: dict[int, Receive] = {}
         self.outgoing: dict[int, Ship] = {}
         self.since_s: dict[int, float] = {}  # when each transfer began
+        self.names: dict[int, int] = {}  # at attention workers: the digest of what each named block held, by block
+        self.named: dict[bytes, int] = {}
+        residency = settings.residency
+        self.num_local_blocks = settings.num_blocks if residency is None else residency.num_local_blocks
+        self.spoiled: set[int] = set()  # transfers from here whose keys and values are gone
         self.lost = False
         self.reached: set[str] = set()  # what has happened, in words
 
@@ -156,6 +163,23 @@ class World:
             text.causes.add((EndReason.FAILED, "on fire"))
         self._tell(StepLost(cause="on fire"))
 
+    def lose_kv(self) -> None:
+        """All keys and values are lost, and the steps that were to execute with them."""
+        in_flight = {chunk.sequence_id for step in self.steps for chunk in step.run.plan.chunks}
+        for sequence_id, text in self.texts.items():
+            phase = self.core.phase(sequence_id)
+            if phase is None:
+                continue
+            self.reached.add(f"KV lost in {phase.value}{', in flight' if sequence_id in in_flight else ''}")
+            if text.spec.ship_to is not None and phase is not Phase.WAITING:
+                text.causes.add((EndReason.FAILED, "gone"))
+        self.steps.clear()
+        self.memory.clear()
+        self.names.clear()
+        self.spoiled |= set(self.outgoing)
+        self._tell(KvLost(cause="gone"))
+        assert self.lost or (not self.core.pool.num_cached and self.core.phases() <= {Phase.WAITING})
+
     def receive(self, hold_id: int, num_tokens: int) -> None:
         """Keys and values of the first ``num_tokens`` came."""
         request = self.incoming.pop(hold_id)
@@ -168,8 +192,8 @@ class World:
     def sent(self, hold_id: int) -> None:
         """The other replica has all keys and values: they are what they should be."""
         order = self.outgoing.pop(hold_id)
-        text = self.texts[order.sequence_id]
-        self._read(text, order.table, order.tokens.stop)
+        if hold_id not in self.spoiled:
+            self._read(self.texts[order.sequence_id], order.table, order.tokens.stop)
         self._tell(KvSent(hold_id=hold_id))
 
     def wait(self, seconds: float) -> None:
@@ -287,6 +311,7 @@ class World:
 
     def _execute(self, step: _Step) -> list[Advance]:
         self._scribble()
+        self._learn_names(step)
         jobs = list(zip(step.run.plan.chunks, step.run.token_ids, step.tables, strict=True))
         for chunk, known, table in jobs:
             text = self.texts[chunk.sequence_id]
@@ -306,6 +331,23 @@ class World:
                 self.reached.add("several tokens")
             assert not chunk.samples or chunk.stop + len(advances[-1].token_ids) == len(text.tokens)
         return advances
+
+    def _learn_names(self, step: _Step) -> None:
+        """Attention workers learn which blocks can be found, once what is in them is computed, and which cannot."""
+        size, run = self.core.pool.block_size, step.run
+        for block in run.forgotten:
+            self.names.pop(block, None)
+        for block, name in run.names:
+            assert block >= self.num_local_blocks, "who loses a local block has no use for its name"
+            digest = self.memory[block * size + size - 1]
+            assert self.named.setdefault(name, digest) == digest, "one name, one text"
+            self.names[block] = digest
+            self.reached.add("named")
+        for chunk, table in zip(run.plan.chunks, step.tables, strict=True):
+            for position in range(chunk.start, chunk.stop):
+                assert table[position // size] not in self.names, "a block is forgotten before it is written"
+        for block, digest in self.names.items():
+            assert self.memory[block * size + size - 1] == digest, "a name tells what is in the block"
 
     def _sample(self, text: Text) -> Advance:
         given = continuation(text.tokens, self.tokens_a_step)

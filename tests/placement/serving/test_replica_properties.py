@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from placement.planning.residency import Partition, Residency, everything_local, resident
 from placement.serving.admission import Limits
 from placement.serving.events import EndReason, SequenceSpec
 from placement.serving.sequence import Phase
@@ -33,6 +34,27 @@ SPECS = st.builds(
     reuse=st.sampled_from([True, True, True, False]),
     kind=st.sampled_from(["here", "here", "here", "from elsewhere", "to elsewhere"]),
 )
+
+
+def mixed(num_blocks: int) -> Residency:
+    """A few local blocks, and two attention workers that divide requests, the second with more blocks."""
+    local, first = num_blocks // 4, num_blocks // 4
+    return resident(
+        Partition.REQUESTS,
+        (1, 1),
+        num_kv_heads=2,
+        block_size=4,
+        num_local_blocks=local,
+        num_remote_blocks=(first, num_blocks - local - first),
+    )
+
+
+def elsewhere(num_blocks: int) -> Residency:
+    """All blocks at two attention workers, which divide KV heads."""
+    counts = (num_blocks, num_blocks)
+    return resident(
+        Partition.KV_HEADS, (1, 1), num_kv_heads=2, block_size=4, num_local_blocks=0, num_remote_blocks=counts
+    )
 
 
 def _spec(
@@ -67,12 +89,14 @@ ACTION = st.one_of(
     st.tuples(st.just("wait"), st.sampled_from([1.0, 12.0])),
     st.tuples(st.just("old transfer"), st.integers(0, 30)),
     st.tuples(st.sampled_from(["drain", "lose"]), st.integers(0, 9)),  # rare: see act
+    st.tuples(st.just("lose KV")),
 )
 SETTINGS = st.builds(
-    lambda num_blocks, block_size, budget, seqs, batches, cache: CoreSettings(
+    lambda num_blocks, block_size, budget, seqs, batches, cache, where: CoreSettings(
         limits=Limits(max_context_tokens=CONTEXT, vocab_size=VOCAB_SIZE, block_size=block_size),
         steps=SchedulerLimits(token_budget=budget, max_num_seqs=min(seqs, budget), num_batches=batches),
         num_blocks=num_blocks,
+        residency=where(num_blocks),
         prefix_cache=cache,
         checks=Checks.ALWAYS,
     ),
@@ -82,6 +106,7 @@ SETTINGS = st.builds(
     seqs=st.integers(1, 6),
     batches=st.sampled_from([1, 1, 2, 3]),
     cache=st.booleans(),
+    where=st.sampled_from([everything_local, everything_local, mixed, elsewhere]),
 )
 
 
@@ -124,6 +149,8 @@ def act(world: World, action: Sequence[object]) -> None:
         case ("drain", int(chance)):
             if chance == 0:
                 world.drain()
+        case ("lose KV",):
+            world.lose_kv()
         case ("lose", int(chance)):
             if chance == 0 and not world.lost:
                 world.lose()
@@ -151,7 +178,9 @@ MUST_BE_REACHED = {
     *(f"{phase.value} was reached" for phase in Phase if phase is not Phase.LEAVING),
     *(f"Cancel in {phase.value}" for phase in Phase if phase is not Phase.LEAVING),
     *(f"ended: {reason.value}" for reason in EndReason),
-    *("Drain", "StepLost", "HoldLapsed", "KvArrived", "KvSent"),
+    *(f"KV lost in {phase.value}" for phase in Phase if phase is not Phase.LEAVING),
+    *("KV lost in running, in flight", "named"),
+    *("Drain", "StepLost", "KvLost", "HoldLapsed", "KvArrived", "KvSent"),
     *("Run", "Tell", "Receive", "Ship", "Revoke"),
     *("refused: Draining", "refused: InvalidRequest"),
     *("received all", "received some", "a late receipt", "a late send"),
@@ -172,7 +201,7 @@ def draw_spec(draw: random.Random) -> SequenceSpec:
 
 
 def draw_action(draw: random.Random) -> tuple[object, ...]:
-    match draw.randrange(9):
+    match draw.randrange(10):
         case 0 | 1:
             asked = [(draw_spec(draw), draw.choice([0, 0, 1, 3])) for _ in range(draw.randint(1, 4))]
             return ("submit", asked, draw.random() < 0.5)
@@ -185,7 +214,9 @@ def draw_action(draw: random.Random) -> tuple[object, ...]:
         case 5:
             return ("sent", draw.randint(0, 5))
         case 6:
-            return draw.choice([("wait", 12.0), ("drain", draw.randrange(8)), ("lose", draw.randrange(8))])
+            return draw.choice(
+                [("lose KV",), ("wait", 12.0), ("drain", draw.randrange(8)), ("lose", draw.randrange(8))]
+            )
         case _:
             return draw.choice([("steps", draw.choice([1, 2, 4, 12]), True), ("end", 1, draw.choice([None, None, 0]))])
 
@@ -198,7 +229,8 @@ def test_such_events_reach_every_phase_command_and_end(num_batches: int) -> None
         made = CoreSettings(
             limits=Limits(max_context_tokens=CONTEXT, vocab_size=VOCAB_SIZE, block_size=draw.randint(1, 4)),
             steps=SchedulerLimits(token_budget=draw.randint(4, 16), max_num_seqs=4, num_batches=num_batches),
-            num_blocks=draw.choice([4, 8, 20]),
+            num_blocks=(num_blocks := draw.choice([4, 8, 20])),
+            residency=draw.choice([everything_local, mixed, elsewhere])(num_blocks),
             checks=Checks.ALWAYS,
         )
         world = World(made, tokens_a_step=num_batches)
@@ -206,5 +238,6 @@ def test_such_events_reach_every_phase_command_and_end(num_batches: int) -> None
             act(world, draw_action(draw))
         world.settle()
         reached |= world.reached
-    only = {"several tokens"} if num_batches > 1 else {"leaving was reached", "Cancel in leaving"}
+    early = {f"KV lost in {phase}, in flight" for phase in ("leaving", "shipping")}
+    only = {"several tokens"} if num_batches > 1 else {"leaving was reached", "Cancel in leaving", *early}
     assert reached >= MUST_BE_REACHED | only, (MUST_BE_REACHED | only) - reached

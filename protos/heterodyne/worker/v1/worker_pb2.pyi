@@ -482,6 +482,52 @@ class AttentionWorker(_message.Message):
 Global___AttentionWorker: _TypeAlias = AttentionWorker  # noqa: Y015
 
 @_typing.final
+class MoveAttentionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    worker: _builtins.int
+    """Its place among the workers of the residency."""
+    @_builtins.property
+    def address(self) -> Global___AttentionWorker: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        worker: _builtins.int = ...,
+        address: Global___AttentionWorker | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "epoch", b"epoch", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveAttentionRequest: _TypeAlias = MoveAttentionRequest  # noqa: Y015
+
+@_typing.final
+class MoveAttentionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveAttentionResponse: _TypeAlias = MoveAttentionResponse  # noqa: Y015
+
+@_typing.final
 class KvRegion(_message.Message):
     """A range of KV blocks; without holders the replica's own ranks hold it."""
 

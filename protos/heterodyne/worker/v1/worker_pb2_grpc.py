@@ -64,6 +64,11 @@ class WorkerStub:
                 request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.MoveAttention = channel.unary_unary(
+                '/heterodyne.worker.v1.Worker/MoveAttention',
+                request_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionRequest.SerializeToString,
+                response_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -115,6 +120,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MoveAttention(self, request, context):
+        """Tells a model rank that an attention worker listens elsewhere from now on: it was lost, and another took its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +159,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
+            ),
+            'MoveAttention': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveAttention,
+                    request_deserializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionRequest.FromString,
+                    response_serializer=heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +328,33 @@ class Worker:
             '/heterodyne.worker.v1.Worker/Prefill',
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             heterodyne_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveAttention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/heterodyne.worker.v1.Worker/MoveAttention',
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionRequest.SerializeToString,
+            heterodyne_dot_worker_dot_v1_dot_worker__pb2.MoveAttentionResponse.FromString,
             options,
             channel_credentials,
             insecure,

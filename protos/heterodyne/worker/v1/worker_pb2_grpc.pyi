@@ -52,6 +52,8 @@ class WorkerStub:
     a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
     that all of them have arrived. The end of the call before that revokes the transfer.
     """
+    MoveAttention: _grpc.UnaryUnaryMultiCallable[_worker_pb2.MoveAttentionRequest, _worker_pb2.MoveAttentionResponse]
+    """Tells a model rank that an attention worker listens elsewhere from now on: it was lost, and another took its place."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -75,6 +77,8 @@ class WorkerAsyncStub(WorkerStub):
     a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
     that all of them have arrived. The end of the call before that revokes the transfer.
     """
+    MoveAttention: _aio.UnaryUnaryMultiCallable[_worker_pb2.MoveAttentionRequest, _worker_pb2.MoveAttentionResponse]  # type: ignore[assignment]
+    """Tells a model rank that an attention worker listens elsewhere from now on: it was lost, and another took its place."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -131,5 +135,13 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         a prompt and sends them to the caller's ranks, whose blocks are reserved. The first request says which; the second
         that all of them have arrived. The end of the call before that revokes the transfer.
         """
+
+    @_abc_1.abstractmethod
+    def MoveAttention(
+        self,
+        request: _worker_pb2.MoveAttentionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.MoveAttentionResponse, _abc.Awaitable[_worker_pb2.MoveAttentionResponse]]:
+        """Tells a model rank that an attention worker listens elsewhere from now on: it was lost, and another took its place."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
