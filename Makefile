@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-memory bench-prefix bench-quantization bench-gpu clean
+.PHONY: help setup demo fleet-demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-memory bench-prefix bench-quantization bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -23,6 +23,9 @@ setup: $(STAMP)  ## Make the virtual environment and install everything
 
 demo: setup  ## Serve the demo model on this machine, stream an answer, shut down
 	$(BIN)/python -m orchestrator demo deploy/disaggregated.yaml
+
+fleet-demo: setup  ## deploy/fleet.yaml on emulated unequal hosts, as a Ray job: some requests, a picture of one, shut down
+	PYTHONPATH=. $(BIN)/python tests/netlab/fleet_demo.py
 
 test: setup lint types contracts unit  ## Lint, types, import contracts and all tests
 

@@ -250,11 +250,17 @@ def timeline(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT.JSON", help="the file to write")],
     address: ServiceAddress = DEFAULT_ADDRESS,
     last_s: Annotated[float | None, typer.Option("--last", min=0.0, help="only the last so many seconds")] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", metavar="FILE", help="also draw who did what for one request, as an SVG")
+    ] = None,
+    request_id: Annotated[
+        str | None, typer.Option("--request", metavar="ID", help="the request to draw; default: the last that ended")
+    ] = None,
 ) -> None:
     """Write the latest requests and steps as a trace that ui.perfetto.dev opens."""
     with _errors_in_one_line():
         check_address(address)
-        print(write_timeline(address, output, last_s=last_s))
+        print(write_timeline(address, output, last_s=last_s, picture=svg, request_id=request_id))
 
 
 @app.command()

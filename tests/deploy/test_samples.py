@@ -35,6 +35,8 @@ def test_every_sample_is_a_plan_and_names_the_schema(sample: str) -> None:
         ("disaggregated-fleet.yaml", ["prefill", "decode", "mixed"],
          "replica-0 computes prompts, replica-1 answers them, replica-2 does both; keys and values go over the network "
          "as 8-bit integers, where that is expected to be faster."),
+        ("fleet.yaml", ["prefill", "decode"],
+         "replica-0 computes prompts, replica-1 answers them; keys and values go over the network as bfloat16."),
     ],
 )  # fmt: skip
 def test_replicas_of_the_samples_with_pools_have_roles(sample: str, roles: list[str], sentence: str) -> None:
@@ -50,6 +52,13 @@ def test_the_fleet_is_cut_in_every_way_and_has_blocks_of_two_sizes() -> None:
     assert len(first.part.kv_heads) == 3 * len(second.part.kv_heads)
     assert len(decode.stages) == 2 and len(mixed.shards) == 1
     assert [each.limits.block_size for each in (prefill, decode, mixed)] == [32, 16, 16]
+
+
+def test_the_fleet_of_the_demo_shares_prompts_by_tokens_and_answers_by_heads_unequally() -> None:
+    prompts, answers = planned("fleet.yaml").plan.replicas
+    stripes = [shard.part.stripe for shard in prompts.shards]
+    assert [stripe.width for stripe in stripes if stripe is not None] == [11, 5]
+    assert [len(shard.part.kv_heads) for shard in answers.shards] == [3, 1]
 
 
 def test_each_role_of_two_machines_has_a_machine_of_its_own() -> None:

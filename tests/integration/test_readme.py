@@ -24,6 +24,7 @@ SERVE = "heterodyne serve deploy/local.yaml"
 ELSEWHERE = {
     "make test",  # is what runs this test
     "source .venv/bin/activate",  # below, in front of every command
+    "make fleet-demo",  # test_fleet
     "ray start --head",  # test_ray_job, with ports of its own
     f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {SERVE}",  # likewise
 }

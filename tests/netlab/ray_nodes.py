@@ -14,7 +14,12 @@ LABEL = "host"
 """The Ray node label that says which host a node is."""
 
 _BIN = Path(sys.executable).parent
-ENV = {"PATH": f"{_BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled", "RAY_DISABLE_IMPORT_WARNING": "1"}
+ENV = {
+    "PATH": f"{_BIN}:{os.environ['PATH']}",
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
+}
 """What commands that join the cluster run with."""
 
 _PORT = 6379
@@ -28,14 +33,17 @@ def ray_nodes(head: Host, *others: Host, num_cpus: int = 1) -> Iterator[str]:
     address = f"{head.address}:{_PORT}"
     # A short name: Ray's sockets lie there, whose paths may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as directory, ExitStack() as stack:
-        for host in (head, *others):
-            role = ["--head", f"--port={_PORT}"] if host is head else [f"--address={address}"]
-            command = [
-                str(_BIN / "ray"), "start", *role, "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
-                f"--node-ip-address={host.address}", f"--temp-dir={directory}/{host.spec.name}",
-                f"--labels={LABEL}={host.spec.name}", f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            ]  # fmt: skip
-            node = stack.enter_context(Command(host.command(command), env=ENV))
-            stack.callback(host.end)  # those that are no longer its descendants
-            node.wait_for("Ray runtime started", _START_S)
+        for hosts in ((head,), others):  # the others together, once there is a head to join
+            nodes = []
+            for host in hosts:
+                role = ["--head", f"--port={_PORT}"] if host is head else [f"--address={address}"]
+                command = [
+                    str(_BIN / "ray"), "start", *role, "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
+                    f"--node-ip-address={host.address}", f"--temp-dir={directory}/{host.spec.name}",
+                    f"--labels={LABEL}={host.spec.name}", f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                ]  # fmt: skip
+                nodes.append(stack.enter_context(Command(host.command(command), env=ENV)))
+                stack.callback(host.end)  # those that are no longer its descendants
+            for node in nodes:
+                node.wait_for("Ray runtime started", _START_S)
         yield address

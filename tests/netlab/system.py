@@ -64,8 +64,13 @@ def add_cpu_group(name: str, share: float) -> Path:
     group = groups / name
     group.mkdir()
     (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
-    (group / "cpu.cfs_quota_us").write_text(str(round(share * _PERIOD_US)))
+    set_cpu_share(group, share)
     return group
+
+
+def set_cpu_share(group: Path, share: float) -> None:
+    """The members of a group get this much of a core's time together from now on."""
+    (group / "cpu.cfs_quota_us").write_text(str(round(share * _PERIOD_US)))
 
 
 def delete_cpu_group(group: Path) -> None:
