@@ -31,6 +31,8 @@ class Engine:
         clock: returns the seconds of a monotonic clock.
 
     Attributes:
+        runner: what it was given; for measurements, while it does not run.
+        executor: likewise.
         failure: the exception that a step raised, or None; whatever is submitted after it ends at once with that cause.
         stop_cause: why the engine stops, where :meth:`stop` was called.
         ended: is done once the engine has left its loop, for whatever reason, and has answered all that was submitted
@@ -48,7 +50,8 @@ class Engine:
         self.limits = core.settings.limits
         self._core = core
         self._clock = clock
-        self._executor = executor
+        self.runner = runner
+        self.executor = executor
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._loop = Loop(runner=runner, core=core, executor=executor, inbox=self._inbox, clock=clock)
         self._draining = False
@@ -131,7 +134,7 @@ class Engine:
             self._end_all(error)
         finally:
             self.ended.set_result(None)
-            self._executor.shutdown(cancel_futures=True)
+            self.executor.shutdown(cancel_futures=True)
 
     def _end_all(self, cause: BaseException) -> None:
         """Ends every sequence with the cause, after the loop was left; the engine takes no more."""

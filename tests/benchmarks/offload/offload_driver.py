@@ -53,6 +53,7 @@ def load_request(arm: Arm) -> pb.LoadRequest:
                 q_first=arm.q_first,
                 staggered=arm.staggered,
                 secret=SECRET,
+                replica=arm.name,
             )
         )
     return request
@@ -83,7 +84,7 @@ class Decoder:
         assert loaded.engine is not None
         self._runner = loaded.engine.runner
         self._executor = loaded.engine.executor
-        self._sessions = loaded.sessions
+        self._sessions = () if loaded.offloading is None else loaded.offloading.sessions
         self._next_id = 1
 
     def measure(self, ask: Ask) -> Sample:

@@ -221,12 +221,15 @@ def measure_overlap(sizes: Sizes) -> Findings:
     named: list[tuple[str, list[Sample]]] = []
     with hosts() as at:
         for num_queries, shape in sizes.group_shapes:
-            with decodes(_ways(sizes, shape, at, q_first=(True, False), staggered=(False,)), at) as by_name:
+            ways = _ways(sizes, shape, at, name=f"g{num_queries}", q_first=(True, False), staggered=(False,))
+            with decodes(ways, at) as by_name:
                 asked = [(decoder, sizes.group_batch, sizes.group_context) for decoder in by_name.values()]
                 first, together = _turns(sizes, asked)
             metrics[f"q_first_gain_g{num_queries}"] = figures.gain(first, together)
             named += [(f"{shape}, queries first", first), (f"{shape}, all at once", together)]
-        with decodes(_ways(sizes, sizes.shape, at, q_first=(False,), staggered=(True, False)), at) as by_name:
+        with decodes(
+            _ways(sizes, sizes.shape, at, name="turns", q_first=(False,), staggered=(True, False)), at
+        ) as by_name:
             batch = sizes.fitting(sizes.held, sizes.context)
             turns, plain = _turns(sizes, [(decoder, batch, sizes.context) for decoder in by_name.values()])
     metrics["staggered_gain"] = figures.gain(turns, plain)
@@ -234,13 +237,15 @@ def measure_overlap(sizes: Sizes) -> Findings:
     return Findings(metrics=metrics, tables=[figures.samples_table(named)])
 
 
-def _ways(sizes: Sizes, shape: str, at: Hosts, *, q_first: Sequence[bool], staggered: Sequence[bool]) -> list[Arm]:
+def _ways(
+    sizes: Sizes, shape: str, at: Hosts, *, name: str, q_first: Sequence[bool], staggered: Sequence[bool]
+) -> list[Arm]:
     """Returns an offloaded arm for each combination; all have sessions of their own."""
     batch = sizes.fitting(sizes.held, sizes.context)
     blocks = max(batch * -(-(sizes.context + 1) // BLOCK_SIZE), sizes.group_batch * (sizes.group_context // 16 + 1))
     return [
         Arm(
-            name=f"{shape} {first} {turns}", shape=shape, threads=1, num_blocks=blocks, host=at.address, port=at.port,
+            name=f"{name} {first} {turns}", shape=shape, threads=1, num_blocks=blocks, host=at.address, port=at.port,
             epoch=1, q_first=first, staggered=turns,
         )
         for first in q_first
