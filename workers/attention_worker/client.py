@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -47,6 +48,14 @@ class _UnderWay:
     next_layer: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """Says how long a worker may be silent, and what is called again and again while it is waited for."""
+
+    silence_s: float = SILENCE_S
+    alive: Callable[[], None] = lambda: None
+
+
 def _in_turn(
     method: Callable[Concatenate["RemoteSession", _Arguments], _Result],
 ) -> Callable[Concatenate["RemoteSession", _Arguments], _Result]:
@@ -71,16 +80,15 @@ class RemoteSession:
         welcome: Welcome,
         worker: int,
         name: str,
-        silence_s: float = SILENCE_S,
-        alive: Callable[[], None] = lambda: None,
+        life: Life,
     ) -> None:
         """Takes ownership of a connection over which the session was opened."""
         self.geometry = geometry
         self.welcome = welcome
         self._worker = worker
         self._name = name
-        self._silence_s = silence_s
-        self._alive = alive
+        self._silence_s = life.silence_s
+        self._alive = life.alive
         self._link = link
         self._stream = Stream(link, self._place)
         self._orders: dict[int, _UnderWay] = {}
@@ -244,7 +252,7 @@ def connect(
     """Opens a session of a rank of a replica with an attention worker, whose index there is ``worker``.
 
     Args:
-        epoch: must be greater than that of every session of this rank before.
+        epoch: is greater than that of every session of this rank before.
         resumes: whether keys, values and names of the session before are to be kept.
         deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
         alive: is called again and again while the session waits; what it raises ends the wait.
@@ -252,23 +260,21 @@ def connect(
 
     Raises:
         NotEnoughMemory: the worker has not the memory.
-        AttentionRefused: the worker does not know the secret, or knows a session of the same or a greater epoch.
-        AttentionLost: the worker was not reached by the deadline, or is not what it should be.
+        AttentionRefused: it does not know the secret, or knows a session of the same or a greater epoch.
+        AttentionLost: it was not reached by the deadline, or is not what it should be.
     """
     hello = Hello(replica=replica, rank=rank, epoch=epoch, resumes=resumes, geometry=geometry)
     try:
         link = _reach(address, worker, deadline_s, alive)
-        try:
+        with ExitStack() as undo:
+            undo.callback(link.close)
             welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
-        except BaseException:  # what ``alive`` raises as well
-            link.close()
-            raise
+            undo.pop_all()
     except (Refused, PeerFailed, BadFrame) as error:
         raise _not_opened(error, worker, name) from error
     link.epoch = epoch
-    return RemoteSession(
-        link, geometry=geometry, welcome=welcome, worker=worker, name=name, silence_s=silence_s, alive=alive
-    )
+    life = Life(silence_s=silence_s, alive=alive)
+    return RemoteSession(link, geometry=geometry, welcome=welcome, worker=worker, name=name, life=life)
 
 
 def _not_opened(error: HeterodyneError, worker: int, name: str) -> HeterodyneError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from placement.errors import HeterodyneError
 from placement.serving.offload.orders import Geometry, Names
-from placement.serving.offload.sight import SessionPlace
+from placement.serving.offload.residents import SessionPlace
 from workers.attention_worker.client import RemoteSession, connect
 from workers.attention_worker.errors import AttentionRefused
 from workers.attention_worker.whereabouts import Whereabouts
