@@ -142,8 +142,8 @@ def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout],
     demand = sizes.demand(placed, workers)
     blocks = _draft_blocks(demand) if is_draft else _checked_blocks(demand)
     attention = Attention()
-    if setup is not None and not is_draft:
-        tenants = _tenants(sizes, layouts, demand)
+    tenants = [] if is_draft else _tenants(sizes, layouts, demand)
+    if setup is not None and tenants:
         attention = plan_attention(setup, workers, demand.rooms, [count for count, _ in blocks], tenants, sizes.model)
         blocks = [attention.blocks_of(index) or found for index, found in enumerate(blocks)]
     counts = [num_blocks for num_blocks, _ in blocks]
@@ -166,8 +166,8 @@ def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout],
 
 def _tenants(sizes: _Sizes, layouts: Sequence[ReplicaLayout], demand: Demand) -> list[Tenant]:
     """Describes the replicas whose keys and values attention workers hold."""
-    assert sizes.attention is not None
-    served = [index for index, layout in enumerate(layouts) if sizes.attention.serves(layout.pool.role)]
+    setup = sizes.attention
+    served = [] if setup is None else [it for it, layout in enumerate(layouts) if setup.serves(layout.pool.role)]
     return [
         Tenant(
             replica=index,
