@@ -59,7 +59,7 @@ class ReplicaCore:
     Attributes:
         pool: the KV blocks of the replica.
         scheduler: decides what a step computes.
-        num_ended_steps: how many steps have ended.
+        num_ended_steps: how many steps have ended, or were lost.
         transfers: keys and values on their way.
     """
 
@@ -80,6 +80,7 @@ class ReplicaCore:
         self._draining = False
         self._lost: str | None = None
         self.num_ended_steps = 0
+        self._num_lost_steps = 0
         self._totals = TokenTotals()
 
     def adopt(self, names: Names, *, stale: Iterable[int] = ()) -> int:
@@ -160,7 +161,7 @@ class ReplicaCore:
             live=live,
             in_flight=self._in_flight,
             num_moving=0 if is_still else num_moving(live, len(self._shipping)),
-            num_steps=self.num_ended_steps,
+            num_steps=self.num_ended_steps - self._num_lost_steps,
             totals=self._totals,
         )
 
@@ -218,6 +219,7 @@ class ReplicaCore:
         if self._lost is not None:
             return []
         self.num_ended_steps += len(self._in_flight)
+        self._num_lost_steps += len(self._in_flight)
         self._in_flight.clear()
         self._reserved.clear()
         commands: list[Command] = []

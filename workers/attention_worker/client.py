@@ -1,9 +1,12 @@
 """The model rank's end of a session with an attention worker."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -26,6 +29,10 @@ _RETRY_S = 0.05
 _CONNECT_S = 2.0
 
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class _UnderWay:
     """An order whose answers are awaited.
@@ -38,6 +45,19 @@ class _UnderWay:
     rows: AnswerRows
     result: AttentionResult
     next_layer: int = 0
+
+
+def _in_turn(
+    method: Callable[Concatenate["RemoteSession", _Arguments], _Result],
+) -> Callable[Concatenate["RemoteSession", _Arguments], _Result]:
+    """Lets one thread at a time use a session by the method."""
+
+    @wraps(method)
+    def turn(session: "RemoteSession", /, *args: _Arguments.args, **fields: _Arguments.kwargs) -> _Result:
+        with session.turn:
+            return method(session, *args, **fields)
+
+    return turn
 
 
 class RemoteSession:
@@ -68,6 +88,8 @@ class RemoteSession:
         self._payload_out = 0
         self._payload_in = 0
         self._lost: AttentionLost | None = None
+        # Steps use the session, and so does whoever stores keys and values that come from other replicas.
+        self.turn = threading.RLock()
         self._stalled_at: int | None = None  # the bytes that had come, as the last pulse said
         self._num_stalled = 0
 
@@ -81,6 +103,7 @@ class RemoteSession:
             frame_in=self._stream.bytes_in - self._payload_in,
         )
 
+    @_in_turn
     def order(self, order: StepOrder) -> int:
         """Sends an order and returns its number."""
         self._check()
@@ -93,6 +116,7 @@ class RemoteSession:
         self._send(Kind.ATTENTION_ORDER, number, 0, 0, memoryview(pack_order(order)))
         return number
 
+    @_in_turn
     def send(self, number: int, layer: int, query: Tensor | None, keys: Tensor | None, values: Tensor | None) -> None:
         """Sends an order's rows of a layer, as far as the socket takes them."""
         self._check()
@@ -107,6 +131,7 @@ class RemoteSession:
         if stored:
             self._send(Kind.ATTENTION_ROWS, number, layer, KV_ROWS, *stored)
 
+    @_in_turn
     def result(self, number: int, layer: int) -> AttentionResult:
         """Waits for the answer of an order in a layer, while the worker shows signs of life."""
         self._check()
@@ -120,6 +145,7 @@ class RemoteSession:
             del self._orders[number]
         return under_way.result
 
+    @_in_turn
     def flush(self) -> None:
         """Sends what is still queued."""
         self._check()

@@ -291,6 +291,7 @@ class Loop:
         except KvGone as gone:
             self._begin_recovery(gone)
             return
+        self._recovery.step_ended()
         self._pace.executed(num_tokens=plan.num_tokens, took_s=result.duration_s, now_s=self._clock())
         commands = self._handle(StepEnded(step=plan.step, advances=advances(result)))
         answers = [command for command in commands if isinstance(command, Tell | Ended)]

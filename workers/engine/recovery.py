@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 # Beyond what the runner may take: the steps before it have to leave the executing thread.
 _MARGIN_S = 30.0
+# So many recoveries in a row, none of which a step follows, are the loss of the replica: something is broken for good.
+_MOST_IN_VAIN = 5
 
 
 class Recovery:
@@ -26,6 +28,7 @@ class Recovery:
         self._under_way: Future[None] | None = None
         self._cause: KvGone | None = None
         self._began_s = 0.0
+        self._num_in_vain = 0
 
     @property
     def is_under_way(self) -> bool:
@@ -49,10 +52,11 @@ class Recovery:
             wake: is called at the end.
 
         Raises:
-            KvGone: this runner cannot recover.
+            KvGone: this runner cannot recover, or has done so several times and no step was computed since.
         """
-        if not isinstance(self._runner, Recovering):
+        if not isinstance(self._runner, Recovering) or self._num_in_vain == _MOST_IN_VAIN:
             raise cause
+        self._num_in_vain += 1
         runner = self._runner
         logger.warning(
             "The keys and values are lost, and are computed again: %s",
@@ -67,6 +71,10 @@ class Recovery:
         self._cause, self._began_s = cause, self._clock()
         self._under_way = self._executor.submit(recover)
         self._under_way.add_done_callback(lambda _: wake())
+
+    def step_ended(self) -> None:
+        """Notes that a step was computed: the last recovery was not in vain."""
+        self._num_in_vain = 0
 
     def finish(self) -> None:
         """Ends a recovery that has come to its end. Raises what the runner raised, or KvGone if it is late."""

@@ -13,6 +13,7 @@ from placement.serving.kv.portions import PortionLayouts
 from workers.kv_transfer.arrivals import Arrivals
 from workers.kv_transfer.inbound import Inbound
 from workers.kv_transfer.packing import MessagePlaces
+from workers.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,14 @@ class Awaited:
         lock: is held while something of it is written to the cache, which only the receiver's thread does.
         inbound: the connection over which each source rank has begun to send it.
         places: the portion of each source rank that was written last, and where it lies.
+        cache: where it is written to, and ``runs``, the slots there of all tokens up to the last that comes.
     """
 
     expected: Expected
     layouts: PortionLayouts
     arrivals: Arrivals
+    cache: KVCache
+    runs: tuple[Run, ...]
     lock: threading.Lock = field(default_factory=threading.Lock)
     inbound: dict[int, Inbound] = field(default_factory=dict)
     places: dict[int, tuple[Span, MessagePlaces]] = field(default_factory=dict)

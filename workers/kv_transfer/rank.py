@@ -4,9 +4,10 @@ import socket
 from collections.abc import Callable, Sequence
 
 from kernels.attention import Run
+from placement.errors import InvalidRequest
 from placement.serving.kv.peers import ReplicaRanks, Shipment
 from workers.kv_transfer.awaited import Expected
-from workers.kv_transfer.receiver import KvReceiver
+from workers.kv_transfer.receiver import Elsewhere, KvReceiver
 from workers.kv_transfer.sender import KvSender, Target
 from workers.model.kv_cache import KVCache
 from workers.model.progress import LayerProgress
@@ -33,6 +34,7 @@ class RankTransfers:
         listener: socket.socket,
         on_end: Callable[[bytes, str, int], None],
         on_drop: Callable[[bytes, str], None] = _tell_nobody,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """Takes the socket at which this rank listens; ranks of other replicas connect there from now on.
 
@@ -41,12 +43,22 @@ class RankTransfers:
                 how many bytes came.
             on_drop: is told once of each transfer that was opened and cannot go on: its name, and what went wrong. It
                 must not raise.
+            elsewhere: takes what is received to where it belongs; then nothing can be sent from here. None: ``cache``
+                is the place of all blocks.
         """
         self.own = own
         self._sender = KvSender(epoch=own.epoch, rank=rank, own=own, cache=cache, head_dim=head_dim, on_drop=on_drop)
         self._receiver = KvReceiver(
-            listener=listener, epoch=own.epoch, rank=rank, own=own, cache=cache, head_dim=head_dim, on_end=on_end
+            listener=listener,
+            epoch=own.epoch,
+            rank=rank,
+            own=own,
+            cache=cache,
+            head_dim=head_dim,
+            on_end=on_end,
+            elsewhere=elsewhere,
         )
+        self._can_send = elsewhere is None
         self._receiver.start()
 
     @property
@@ -59,7 +71,14 @@ class RankTransfers:
         self._receiver.expect(expected)
 
     def open(self, target: Target) -> None:
-        """Gets ready to send the keys and values of a sequence. Raises InvalidRequest where that is open already."""
+        """Gets ready to send the keys and values of a sequence.
+
+        Raises:
+            InvalidRequest: that is open already, or attention workers hold them.
+        """
+        if not self._can_send:
+            problem, fix = "cannot be sent from here: attention workers hold keys and values", "Ask another replica."
+            raise InvalidRequest(field="prefill", problem=problem, fix=fix)
         self._sender.open(target)
 
     def ship(self, shipment: Shipment, runs: Sequence[Run], progress: LayerProgress) -> None:

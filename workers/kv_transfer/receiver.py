@@ -6,11 +6,14 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
+from kernels.attention import Run
 from placement.errors import HeterodyneError
+from placement.model.part import Span
 from placement.serving.kv.peers import ReplicaRanks
 from placement.serving.kv.portions import PortionLayouts
 from protos.codec.log_record import said
@@ -33,6 +36,19 @@ _END_S = 10.0
 _FRAMES_A_TURN = 8
 
 
+class Elsewhere(Protocol):
+    """Takes keys and values to where a rank's blocks are, such as to attention workers."""
+
+    def scratch(self, num_tokens: int) -> KVCache:
+        """Returns memory for the keys and values of so many tokens, in the rank's layers and KV heads."""
+
+    def store(self, scratch: KVCache, tokens: Span, runs: Sequence[Run]) -> None:
+        """Takes those of ``tokens`` from the memory of a sequence to the blocks that ``runs`` of slots are in.
+
+        Once it has returned they are there for all later steps. It raises what keeps them from it.
+        """
+
+
 class KvReceiver:
     """Accepts source ranks of other replicas and writes what they send, on a thread of its own.
 
@@ -52,6 +68,7 @@ class KvReceiver:
         head_dim: int,
         on_end: Callable[[bytes, str, int], None],
         shared_memory: bool = True,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         """Keeps what it is given; nothing runs before :meth:`start`.
 
@@ -63,12 +80,14 @@ class KvReceiver:
                 bytes that came, on the receiver's thread; once, and not after the transfer was closed. It must not
                 raise.
             shared_memory: whether ranks on the same machine may send through memory that both share.
+            elsewhere: takes what is received, where this rank's cache is not the place of all blocks.
         """
         self._own = own
         self._rank = rank
         self._cache = cache
         self._head_dim = head_dim
         self._on_end = on_end
+        self._elsewhere = elsewhere
         self._door = Door(listener, rank=rank, epoch=epoch, shares_memory=shared_memory)
         self._transfers = AwaitedTransfers()
         self._inbound: dict[int, Inbound] = {}
@@ -98,7 +117,10 @@ class KvReceiver:
             source=expected.source, target=self._own, head_dim=self._head_dim, format=expected.format
         )
         arrivals = Arrivals(layouts, rank=self._rank, tokens=expected.tokens)
-        self._transfers.add(Awaited(expected, layouts, arrivals))
+        cache, runs = self._cache, expected.runs
+        if self._elsewhere is not None:  # all of it, since nobody else would take it in this order
+            cache, runs = self._elsewhere.scratch(expected.tokens.stop), ((0, expected.tokens.stop),)
+        self._transfers.add(Awaited(expected, layouts, arrivals, cache, runs))
         self._wake_up()
 
     def close(self, transfer_id: bytes) -> None:
@@ -244,6 +266,8 @@ class KvReceiver:
         if portion is not None:
             self._unpack(awaited, inbound.rank, portion)
         if awaited.arrivals.is_complete:
+            if self._elsewhere is not None:
+                self._elsewhere.store(awaited.cache, awaited.expected.tokens, awaited.expected.runs)
             self._transfers.end(awaited, "")
 
     def _unpack(self, awaited: Awaited, source: int, portion: LayerPortion) -> None:
@@ -252,8 +276,8 @@ class KvReceiver:
             places = MessagePlaces(
                 layout=portion.layout,
                 part=self._own.parts[self._rank],
-                cache=self._cache,
-                runs=awaited.expected.runs,
+                cache=awaited.cache,
+                runs=awaited.runs,
                 layouts=awaited.layouts,
             )
             awaited.places[source] = portion.portion, places

@@ -14,8 +14,10 @@ from placement.serving.offload.sight import session_places
 from workers.attention_worker.client import RemoteSession
 from workers.attention_worker.whereabouts import Whereabouts
 from workers.model.decoder_weights import attention_scale
+from workers.model.kv_cache import KVCache
 from workers.offload.layout import OffloadLayout, OffloadShape
 from workers.offload.sessions import Opening, Sessions, geometries
+from workers.offload.storing import Storing
 from workers.step.types import RECOVER_S
 
 
@@ -129,6 +131,17 @@ class Offloading:
             shape, kernels=kernels, windows=self._windows, device=device, sessions=self._sessions.all
         )
         return self._layout
+
+    def storing(self, cache: KVCache) -> Storing:
+        """Makes what takes keys and values from other replicas to where they belong; ``cache`` is this rank's."""
+        settings = self._settings
+        return Storing(
+            sessions=lambda: self._sessions.all,
+            places=self._places,
+            residency=settings.residency,
+            block_size=settings.block_size,
+            cache=cache,
+        )
 
     def recover(self) -> None:
         """Opens all sessions anew, wherever the workers are by then. Raises AttentionLost."""

@@ -183,7 +183,13 @@ class LoadJob:
         self._enter(pb.LOAD_PHASE_COMPILE)
         self._offloading = open_offloading(self._request, checked, self._go_on)
         kv_side = open_kv_side(
-            self._request, checked, self._device, cache, listener=self._listener, membership=membership
+            self._request,
+            checked,
+            self._device,
+            cache,
+            listener=self._listener,
+            membership=membership,
+            elsewhere=None if self._offloading is None else self._offloading.storing(cache),
         )
         try:
             loaded = self._start(checked, weights, cache, membership, grammars, kv_side)

@@ -10,6 +10,7 @@ from protos.codec.replica_ranks import read_kv_format
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from workers.host.device import Device
 from workers.kv_transfer.rank import RankTransfers
+from workers.kv_transfer.receiver import Elsewhere
 from workers.model.kv_cache import KVCache
 from workers.replica.kv_follower import KvFollower
 from workers.replica.kv_leader import KvLeader
@@ -51,12 +52,13 @@ def open_kv_side(
     *,
     listener: socket.socket | None,
     membership: Membership | None,
+    elsewhere: Elsewhere | None = None,
 ) -> KvSide | None:
     """Begins to listen for ranks of other replicas, once those of the own replica have joined.
 
     Returns None where nobody was told at which address others reach this rank. Raises InvalidRequest.
     """
-    if listener is None or not request.members or checked.residency is not None:
+    if listener is None or not request.members:
         return None
     own = ReplicaRanks(
         epoch=request.epoch,
@@ -76,6 +78,7 @@ def open_kv_side(
         listener=listener,
         on_end=commands.ended,
         on_drop=commands.dropped,
+        elsewhere=elsewhere,
     )
     commands.use(rank)
     return KvSide(

@@ -312,6 +312,7 @@ def test_what_was_counted_early_is_uncounted_where_its_step_is_lost() -> None:
     assert core.handle(KvLost(cause="gone"), 0.0) == []
     assert core.phase(1) is Phase.WAITING and core.answer(1) == [3]
     assert core.load().num_preemptions == 1 and core.num_ended_steps == last.step
+    assert core.load().steps == last.step - 1, "a lost step is no progress"
     again = plan(core)
     assert (again.step, again.chunks[0].start, again.chunks[0].num_tokens) == (last.step + 1, 0, 6)
     told, ended = end(core, again.step, 4)

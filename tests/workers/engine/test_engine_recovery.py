@@ -157,6 +157,7 @@ def test_every_answer_is_that_of_an_undisturbed_run(
         assert steps == sorted(steps)
         parts.idle()
         assert parts.engine.load.num_preemptions > 0
+        assert not parts.engine._loop._pace._executing, "no step is thought to be on its way"
 
 
 def logprobs(listener: Hearing, i: int) -> list[float]:
@@ -228,6 +229,25 @@ def test_a_runner_that_finds_nobody_ends_every_sequence_with_the_cause(make_engi
     parts.engine.thread.join(WAIT_S)
     assert parts.engine.failure is runner.problem
     assert "refused the connection" in listener.ends[1].detail
+
+
+class NeverHolds(SlowRunner):
+    """Recovers every time, and loses the keys and values at once."""
+
+    num_recovered = 0
+
+    def recover(self) -> None:
+        self.num_recovered += 1
+
+
+def test_recoveries_that_no_step_follows_come_to_an_end(make_engine: Any) -> None:
+    runner, listener = NeverHolds(), Listener()
+    runner.error = KvGone("big-memory: closed its connection")
+    runner.gate.release(100)
+    parts = make_engine(runner, vocab_size=16)
+    parts.engine.submit(listener, 1, submission([3, 4, 5], max_tokens=6))
+    listener.wait_ends(1)
+    assert listener.ends[1].end is EndReason.FAILED and runner.num_recovered == 5
 
 
 def test_a_recovery_without_an_end_ends_the_engine(make_engine: Any) -> None:
