@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from orchestrator.deployment.attention_lines import held, kv_words
 from orchestrator.deployment.known_cluster import LOCAL_NODE
 from orchestrator.deployment.offloading import offloading_events
 from orchestrator.deployment.preflight import Checked
@@ -11,6 +10,7 @@ from orchestrator.event_log import LogLevel, Said
 from placement.measured.targets import mixed_words
 from placement.model.part import Span
 from placement.planning.attention import GROUP
+from placement.planning.held import held, kv_words
 from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
 from placement.planning.memory import format_bytes, size_words
 from placement.planning.plan import Plan, Replica, Shard

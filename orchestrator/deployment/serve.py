@@ -17,6 +17,7 @@ from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.following import follow_launch, supervise, watch
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
+from orchestrator.deployment.offloading import offloading_events
 from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import Seats, crowded, find_seats, listening_host, rank_labels, worker_needs
@@ -125,7 +126,7 @@ def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog
             settled = settle(checked, _measure(handle, checked, stop))
             checked = settled.checked
             _tell(log, [settled.said, *plan_events(checked)])
-        yield _Launched(checked=checked, control_address=handle.start(_settings(checked)))
+        yield _Launched(checked=checked, control_address=handle.start(settings_of(checked)))
     finally:
         handle.stop()
 
@@ -133,13 +134,15 @@ def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog
 def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> Speeds:
     """Returns how fast each worker is. Raises LaunchFailed where one did not start."""
     try:
-        return handle.measure(_settings(checked), stop.asked)
+        return handle.measure(settings_of(checked), stop.asked)
     except ControllerFailed as error:
         raise LaunchFailed(str(error)) from error
 
 
-def _settings(checked: Checked) -> DeploymentSettings:
+def settings_of(checked: Checked) -> DeploymentSettings:
+    """Returns what the controller is told of a deployment."""
     config = checked.config
+    attention = config.serving.attention
     return DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
@@ -147,6 +150,9 @@ def _settings(checked: Checked) -> DeploymentSettings:
         fingerprint=checked.fingerprint,
         stall_timeout_s=config.gateway.stall_timeout_s,
         kv_format=config.serving.kv_format,
+        q_first=attention is None or attention.q_first is not False,
+        staggered=attention is None or attention.staggered,
+        offloading=" ".join(said.sentence for said in offloading_events(checked.offloading)),
     )
 
 
