@@ -20,6 +20,7 @@ from placement.measured.speed import DeviceSpeed
 from placement.model.specs import DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.planning.attention import AttentionSetup
 from placement.planning.auto import Choice
+from placement.planning.plan import Plan
 from placement.serving.offload.choice import PartitionChoice
 from placement.serving.offload.planned import Rates, judge_plan, suitable_partition, typical_context
 from placement.serving.offload.verdict import Verdict
@@ -42,6 +43,8 @@ class Offloading:
         verdict: what is expected of it; None: their memory is too little, and ``cause`` says so.
         cause: why no plan with them could be made.
         basis: the speeds that all of this goes by, in words.
+        trial: the plan with attention workers, by which all are started and measured before it is decided; None where
+            nothing depends on that, or all are measured.
     """
 
     devices: Mapping[int, DeviceSpec]
@@ -52,6 +55,7 @@ class Offloading:
     verdict: Verdict | None
     cause: str
     basis: str
+    trial: Plan | None = None
 
 
 def decide(
@@ -113,8 +117,20 @@ def decide(
         verdict=verdict,
         cause="" if error is None else str(error),
         basis=basis,
+        trial=_trial(alone, offloaded) if speeds is None and (len(places) > 1 or not must) else None,
     )
     return computing, chosen, decided
+
+
+def _trial(alone: Choice | None, offloaded: Choice | None) -> Plan | None:
+    """Returns the plan by which workers are started early: each must be the same rank whatever is decided then."""
+    if offloaded is None or (alone is not None and _devices(alone) != _devices(offloaded)):
+        return None
+    return offloaded.plan
+
+
+def _devices(choice: Choice) -> list[tuple[int, ...]]:
+    return [layout.devices for layout in choice.layouts]
 
 
 def _tried(

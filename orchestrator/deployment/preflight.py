@@ -6,7 +6,7 @@ Which GPUs a machine has is checked by the worker on its node; here only whether
 import errno
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +74,17 @@ class Checked:
         cluster = self.config.cluster
         named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
         return cluster.is_local or self.hosts is not None or named is not None
+
+    @property
+    def trial(self) -> "Checked | None":
+        """Returns what is started to be measured, before it is decided what is served; None: nothing is measured."""
+        plan = None if self.offloading is None else self.offloading.trial
+        if plan is None:
+            return None if self.split_by is None else self
+        names = self.config.cluster.worker_names
+        groups = [*((each.name, each.shards) for each in plan.replicas), (GROUP, plan.attention)]
+        workers = {(name, it.rank): names.index(it.device.worker) for name, shards in groups for it in shards}
+        return replace(self, plan=plan, workers=workers)
 
     @property
     def num_parameters(self) -> int:

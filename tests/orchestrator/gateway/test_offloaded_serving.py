@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from orchestrator.cli.render import status_lines
@@ -86,7 +87,8 @@ async def test_attention_workers_that_would_not_pay_are_not_started_and_status_s
     refused = sections(1, 1, offload="auto", link_speed=1000)
     async with deploy(make_config(tmp_path, served_checkpoint, **refused)) as running:
         assert await answers(running)
-        assert set(running.launcher.workers) == {("replica-0", 0)}
+        measured = running.launcher.workers["attention", 0]
+        assert not psutil.pid_exists(measured.pid) and running.shell.state.attention is None
         found = await status(running)
     assert not found.HasField("attention")
     assert "attention is not offloaded" in found.offloading.lower() and "not started" in found.offloading

@@ -171,9 +171,9 @@ async def deploy(config: Config, launcher: LocalLauncher | None = None) -> Async
     checked = preflight(config)
     launcher = launcher or LocalLauncher()
     early = EarlyWorkers(launcher)
-    if checked.split_by is not None:
+    if (trial := checked.trial) is not None:
         try:
-            checked = settle(checked, await early.measure(settings_of(checked))).checked
+            checked = settle(checked, await early.measure(settings_of(trial))).checked
         except BaseException:
             await early.close()
             raise
