@@ -2,7 +2,8 @@
 
 A replica is a block as high as its layers; a stage a band of it; a rank a box as wide as its share of the stage's
 weights of a layer, or, where ranks share sequences, of the tokens. What a rank holds is written in its box, or below
-the band where the box has no room for all of it.
+the band where the box has no room for all of it. Attention workers are a band below the replicas that share them, each
+as wide as its share of the keys and values.
 """
 
 import textwrap
@@ -12,11 +13,13 @@ from xml.etree import ElementTree
 
 from orchestrator.deployment.role_lines import own_dtype, role_word
 from placement.model.specs import ModelSpec
+from placement.planning.held import held
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Plan, Replica, Shard, Stage
 
 _WIDTH, _MARGIN, _TITLE, _GAP = 960, 16, 44, 28
 _BAND, _LEAST_BAND = 200, 76
+_WORKERS_BAND = 92
 _LINE, _CHAR, _SWATCH = 16, 6.6, 12
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#9c755f", "#edc948")
 _SVG = "http://www.w3.org/2000/svg"
@@ -47,7 +50,9 @@ class _Box:
 def plan_svg(plan: Plan, where: Where = lambda shard: shard.node) -> str:
     """Returns the picture as the text of an SVG file."""
     replicas = [(replica, [_boxes(stage, plan.model, where) for stage in replica.stages]) for replica in plan.replicas]
+    workers = _worker_boxes(plan, where)
     heights = [_height(replica, stages, plan.model) for replica, stages in replicas]
+    heights += [_LINE + _WORKERS_BAND + _notes_height(workers)] if workers else []
     height = _TITLE + sum(heights) + _GAP * len(heights) + _MARGIN
     root = ElementTree.Element("svg", {"xmlns": _SVG, "viewBox": f"0 0 {_WIDTH} {height}", "font-family": "sans-serif"})
     ElementTree.SubElement(root, "rect", {"width": "100%", "height": "100%", "fill": "white"})
@@ -58,19 +63,47 @@ def plan_svg(plan: Plan, where: Where = lambda shard: shard.node) -> str:
     top = _TITLE
     for replica, stages in replicas:
         top = _draw_replica(root, plan, replica, stages, top) + _GAP
+    if workers:
+        _text(root, _MARGIN, top + 10, _workers_title(plan), size=13)
+        _draw_stage(root, workers, top + _LINE, _WORKERS_BAND)
+        _draw_notes(root, workers, top + _LINE + _WORKERS_BAND)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _boxes(stage: Stage, model: ModelSpec, where: Where) -> list[_Box]:
-    boxes = []
-    for shard, share in zip(stage.shards, shares(stage), strict=True):
-        lines, width = describe(shard, model, where(shard)), share * _ROOM
-        fits = all(len(line) * _CHAR < width for line in lines) and (len(lines) + 1) * _LINE <= _band(stage, model)
-        short = [text for text in (shard.device.worker or f"rank {shard.rank}",) if len(text) * _CHAR < width]
-        notes = [] if fits else textwrap.wrap("; ".join(lines), _NOTE_CHARACTERS)
-        boxes.append(_Box(shard=shard, width=width, lines=lines, label=lines if fits else short, notes=notes))
-    return boxes
+    pairs = zip(stage.shards, shares(stage), strict=True)
+    return [
+        _box(shard, describe(shard, model, where(shard)), share * _ROOM, _band(stage, model)) for shard, share in pairs
+    ]
+
+
+def _box(shard: Shard, lines: Sequence[str], width: float, height: int) -> _Box:
+    """Writes what a rank holds in its box where there is room, and below where not."""
+    fits = all(len(line) * _CHAR < width for line in lines) and (len(lines) + 1) * _LINE <= height
+    short = [text for text in (shard.device.worker or f"rank {shard.rank}",) if len(text) * _CHAR < width]
+    notes = [] if fits else textwrap.wrap("; ".join(lines), _NOTE_CHARACTERS)
+    return _Box(shard=shard, width=width, lines=lines, label=lines if fits else short, notes=notes)
+
+
+def _worker_boxes(plan: Plan, where: Where) -> list[_Box]:
+    total = sum(shard.kv_bytes for shard in plan.attention)
+    return [
+        _box(shard, _worker_lines(plan, shard, where), shard.kv_bytes / total * _ROOM, _WORKERS_BAND)
+        for shard in plan.attention
+    ]
+
+
+def _worker_lines(plan: Plan, shard: Shard, where: Where) -> list[str]:
+    """Says in a few lines what an attention worker holds, and where it runs."""
+    name = f": worker {shard.device.worker}" if shard.device.worker else ""
+    place = f"{shard.device.name} of {where(shard)}"
+    return [f"attention {shard.rank}{name}", place, *map(str, held(plan, shard)), f"KV {format_bytes(shard.kv_bytes)}"]
+
+
+def _workers_title(plan: Plan) -> str:
+    count = len(plan.attention)
+    return f"attention workers: {count}, which hold keys and values and attend to them"
 
 
 def _height(replica: Replica, stages: Sequence[Sequence[_Box]], model: ModelSpec) -> int:
@@ -154,7 +187,8 @@ def describe(shard: Shard, model: ModelSpec, where: str) -> Sequence[str]:
         lines.append(f"tokens {_some(part.stripe.start, part.stripe.stop, part.stripe.block_size)} of a block")
     if len(part.vocab_rows):
         lines.append(f"vocabulary {_some(part.vocab_rows.start, part.vocab_rows.stop, model.vocab_size)}")
-    return [*lines, f"weights {format_bytes(shard.weight_bytes)}, KV {format_bytes(shard.kv_bytes)}"]
+    kv = f"KV {format_bytes(shard.kv_bytes)}" if shard.num_blocks else "KV at attention workers"
+    return [*lines, f"weights {format_bytes(shard.weight_bytes)}, {kv}"]
 
 
 def _some(start: int, stop: int, of: int) -> str:

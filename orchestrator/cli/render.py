@@ -8,6 +8,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.cli.attention_status import attention_pairs, attention_words
 from orchestrator.cli.client import GenerateResult
 from orchestrator.cli.measured_status import measured_pairs, measured_tables, step_pairs
 from orchestrator.key_values import key_values, printable
@@ -99,7 +100,8 @@ def status_table(console: Console, status: admin_pb2.GetStatusResponse, *, measu
         Text(printable(f"{replica.name}: {words}")) for replica in status.replicas if (words := _budget(replica))
     ]
     gateway = [Text(printable(words)) for words in _gateway_words(status.gateway)]
-    return Group(table, *causes, *notes, *budgets, *below, *gateway)
+    attention = [Text(printable(words)) for words in attention_words(status)]
+    return Group(table, *causes, *attention, *notes, *budgets, *below, *gateway)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
@@ -138,6 +140,7 @@ def status_lines(status: admin_pb2.GetStatusResponse, *, measured: bool = False)
     for row in _rows(status):
         named = {_KEYS.get(column, column.lower().replace(" ", "_")): value for column, value in row.items()}
         yield key_values(event="rank", **named)
+    yield from (key_values(**pairs) for pairs in attention_pairs(status))
     for replica in status.replicas:
         if replica.budget.token_budget:
             yield key_values(

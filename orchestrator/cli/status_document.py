@@ -24,6 +24,8 @@ def status_document(status: admin_pb2.GetStatusResponse) -> dict[str, Any]:
             _replica(replica, {key: words.get(replica.name, "") for key, words in of_replicas.items()})
             for replica in status.replicas
         ],
+        **({"attention": _attention(status.attention)} if status.HasField("attention") else {}),
+        **_known({"offloading": status.offloading}),
         "measured": [{name: _number(value) for name, value in pairs.items()} for pairs in measured_pairs(status)],
     }
 
@@ -55,6 +57,15 @@ def _replica(replica: admin_pb2.ReplicaStatus, told: Mapping[str, str]) -> dict[
         **({"load": _load(replica.load)} if replica.HasField("load") else {}),
         **({"step_budget": _budget(replica.budget)} if replica.budget.token_budget else {}),
         "ranks": [_rank(rank) for rank in replica.ranks],
+    }
+
+
+def _attention(group: admin_pb2.ReplicaStatus) -> dict[str, Any]:
+    return {
+        "state": admin_pb2.ReplicaState.Name(group.state).removeprefix("REPLICA_STATE_"),
+        "epoch": group.epoch,
+        **_known({"cause": group.cause}),
+        "ranks": [_rank(rank) | _known({"holds": rank.holds}) for rank in group.ranks],
     }
 
 

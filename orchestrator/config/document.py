@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from orchestrator.config.attention_checks import check_attention, model_workers
 from orchestrator.config.environment import unknown_variables, variable_of, wrong_target
 from orchestrator.config.parallelism import check_parallelism
 from orchestrator.config.pool_checks import check_pools
@@ -274,11 +275,15 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "is set, and telemetry.prometheus_address is not"
         fix = "Set telemetry.prometheus_address to where Prometheus shall scrape, such as 127.0.0.1:9464."
         errors.append(layers.refusal(("telemetry", "vllm_metrics"), True, problem, fix))
+    errors += _worker_contradictions(config, layers)
+    workers = config.cluster.named_workers
+    if wrong := check_attention(serving, workers, layers):
+        return errors + wrong
+    computing = model_workers(serving.attention, workers)
     return (
         errors
-        + _worker_contradictions(config, layers)
-        + check_parallelism(serving.parallelism, config.cluster.worker_names, layers)
-        + check_pools(serving, config.cluster.named_workers, layers)
+        + check_parallelism(serving.parallelism, [worker.name for worker in computing], layers)
+        + check_pools(serving, computing, layers)
     )
 
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from orchestrator.config.parallelism import ReplicaConfig
 from orchestrator.config.pools import (
     NamedWorker,
-    PoolConfig,
     PoolsConfig,
+    Selects,
     has_labels,
     members,
     pool_of_each,
@@ -49,7 +49,7 @@ def _pool_errors(pools: PoolsConfig | None, workers: Sequence[NamedWorker], laye
     for role, pool in pools.each:
         where = (*_POOLS, role.value)
         names = members(pool, workers)
-        unknown = list(_unknown_names(pool, workers, layers, where))
+        unknown = list(unknown_names(pool, workers, layers, where))
         yield from unknown
         if pool.node_labels and not any(has_labels(pool, worker) for worker in workers):
             problem = "are not among the node_labels of any worker"
@@ -67,9 +67,8 @@ def _pool_errors(pools: PoolsConfig | None, workers: Sequence[NamedWorker], laye
         yield layers.refusal(_POOLS, None, "has no pool", "Add prefill: and decode:, or leave it out.")
 
 
-def _unknown_names(
-    pool: PoolConfig, workers: Sequence[NamedWorker], layers: Layers, where: Key
-) -> Iterator[InvalidConfig]:
+def unknown_names(pool: Selects, workers: Sequence[NamedWorker], layers: Layers, where: Key) -> Iterator[InvalidConfig]:
+    """Yields a refusal for each name that a selection has, and no worker."""
     names = list(dict.fromkeys(name for worker in workers for name in (worker.entry, worker.name) if name))
     for at, name in enumerate(pool.workers):
         if name not in names:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol
 
 from pydantic import ConfigDict, Field
 
@@ -48,6 +48,15 @@ class PoolsConfig:
                 yield role, pool
 
 
+class Selects(Protocol):
+    """Selects workers by their names, by labels of their nodes, or both."""
+
+    @property
+    def workers(self) -> tuple[str, ...]: ...
+    @property
+    def node_labels(self) -> Mapping[str, str]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedWorker:
     """A worker as pools select it.
@@ -63,7 +72,7 @@ class NamedWorker:
     labels: Mapping[str, str]
 
 
-def members(pool: PoolConfig, workers: Sequence[NamedWorker]) -> list[str]:
+def members(pool: Selects, workers: Sequence[NamedWorker]) -> list[str]:
     """Returns the names of the workers that a pool selects, in their order."""
     named = frozenset(pool.workers)
     return [
@@ -71,7 +80,7 @@ def members(pool: PoolConfig, workers: Sequence[NamedWorker]) -> list[str]:
     ]
 
 
-def has_labels(pool: PoolConfig, worker: NamedWorker) -> bool:
+def has_labels(pool: Selects, worker: NamedWorker) -> bool:
     """Tells whether a pool selects a worker by its labels."""
     return bool(pool.node_labels) and pool.node_labels.items() <= worker.labels.items()
 

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
+from orchestrator.config.attention import AttentionConfig
 from orchestrator.config.parallelism import ParallelismConfig
 from orchestrator.config.pools import PoolsConfig
 from orchestrator.config.source import Layers
@@ -58,6 +59,8 @@ class ServingConfig:
     pools: PoolsConfig | None = None
     """Which workers are for prompts, and which for answers. Default: every replica is for both, unless
     serving.parallelism gives it a role."""
+    attention: AttentionConfig | None = None
+    """Workers that hold keys and values and attend to them, and compute nothing else of the model. Default: none."""
 
     @property
     def kv_format(self) -> KvFormat:
@@ -72,6 +75,9 @@ def expand_auto(layers: Layers) -> None:
         return
     if serving.get("kv_cache") == "auto":
         serving["kv_cache"] = None
+    attention = serving.get("attention")
+    if isinstance(attention, dict) and attention.get("kv_cache") == "auto":
+        attention["kv_cache"] = None
     others = {
         "token_budget": ("is neither auto nor a whole number", "Write auto, or a number without quotes or unit."),
         "parallelism": ("is neither auto nor a section", "Write auto, or replicas: with the stages of each."),

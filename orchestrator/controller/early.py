@@ -38,7 +38,7 @@ class EarlyWorkers:
         """Starts all workers of the plan, then measures all of them at the same time.
 
         Returns:
-            The speed of each rank of the plan in order, or why it is not known.
+            The speed of each rank of the plan in order, attention workers last, or why it is not known.
 
         Raises:
             WorkerFailed: they could not be placed, or one of them did not start.
@@ -47,7 +47,7 @@ class EarlyWorkers:
         return await self._measuring
 
     async def _measure(self, settings: DeploymentSettings) -> tuple[DeviceSpeed | NotMeasured, ...]:
-        shards = {(replica.name, shard.rank): shard for replica in settings.plan.replicas for shard in replica.shards}
+        shards = settings.shards
         await self._launcher.reserve(shards)
         await self._start_all(shards)
         barrier = _Barrier(len(shards))
@@ -74,11 +74,14 @@ class EarlyWorkers:
     # -- the launcher's seam ----------------------------------------------------------------------------------
 
     async def reserve(self, shards: Mapping[RankKey, Shard]) -> None:
-        """Does nothing where workers were started early, as those are the ones of ``shards``."""
+        """Stops those that were started early and are in no plan: attention workers that would not pay."""
         if not self._started:
             await self._launcher.reserve(shards)
             return
-        assert shards.keys() == self._started.keys(), (shards.keys(), self._started.keys())
+        assert shards.keys() <= self._started.keys(), (shards.keys(), self._started.keys())
+        for key in self._started.keys() - shards.keys():
+            await self._launcher.stop(key)
+            del self._started[key]
 
     async def start(self, key: RankKey, *, epoch: int, shard: Shard) -> Started:
         """Returns the worker that was started early, or starts one."""

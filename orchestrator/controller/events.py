@@ -125,6 +125,7 @@ class LoadRank:
 
     Attributes:
         members: all ranks of the replica, in their order.
+        attention: the attention workers that hold its keys and values, in their order.
     """
 
     replica: str
@@ -132,6 +133,7 @@ class LoadRank:
     shard: Shard
     address: str
     members: tuple[Member, ...] = ()
+    attention: tuple[Member, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -9,6 +9,7 @@ from orchestrator.controller import wire
 from orchestrator.controller.events import LoadRank, RankLoaded, RankProgress
 from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.launcher.process import WorkerFailed
+from placement.planning.attention import GROUP
 from protos.codec.measured import read_measurements
 from protos.heterodyne.worker.v1 import worker_pb2, worker_pb2_grpc
 
@@ -24,17 +25,25 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 async def load_rank(
-    command: LoadRank, settings: DeploymentSettings, token: bytes
+    command: LoadRank, settings: DeploymentSettings, token: bytes, attention_secret: bytes = b""
 ) -> AsyncIterator[RankProgress | RankLoaded]:
     """Yields how far the worker is; the last event is that it has loaded.
+
+    Args:
+        token: what the ranks of the replica know each other by.
+        attention_secret: what model ranks and attention workers know each other by.
 
     Raises:
         WorkerFailed: it took too long, or ended its answer too soon.
         grpc.aio.AioRpcError: it failed, in its own words.
     """
-    request = settings.load_request(
-        command.replica, command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
-    )
+    if command.replica == GROUP:
+        request = settings.attention_request(command.shard, epoch=command.epoch, secret=attention_secret)
+    else:
+        request = settings.load_request(
+            command.replica, command.shard, epoch=command.epoch, members=wire.members(command.members), token=token
+        )
+        settings.add_residency(request, command.replica, wire.attention_workers(command.attention), attention_secret)
     timeout_s = settings.load_timeout_s
     async with open_channel(command.address) as channel:
         stub: worker_pb2_grpc.WorkerAsyncStub = worker_pb2_grpc.WorkerStub(channel)

@@ -24,6 +24,7 @@ from orchestrator.controller.supervision import Observed, plan
 from orchestrator.launcher.agent import Started
 from orchestrator.launcher.process import HowEnded, WorkerEnd, WorkerFailed
 from placement.errors import cause_of
+from placement.planning.attention import GROUP
 from placement.planning.plan import Shard
 from protos.codec.log_record import said
 from protos.heterodyne.control.v1 import control_pb2 as pb
@@ -123,7 +124,9 @@ class ControllerShell:
                 while self._version == seen:
                     await self._changed.wait()
             seen = self._version
-            yield wire.deployment(self._state, version=seen)
+            yield wire.deployment(
+                self._state, version=seen, plan=self._settings.plan, offloading=self._settings.offloading
+            )
 
     async def report_lost(self, replica: str, epoch: int, cause: str) -> None:
         """Takes the gateway's word that a leader no longer answers.
@@ -216,7 +219,8 @@ class ControllerShell:
 
     async def _load(self, command: events.LoadRank) -> None:
         token = hmac.digest(self._secret, f"{command.replica} {command.epoch}".encode(), "sha256")
-        async for event in load_rank(command, self._settings, token):
+        attention_secret = hmac.digest(self._secret, f"{GROUP} {command.epoch}".encode(), "sha256")
+        async for event in load_rank(command, self._settings, token, attention_secret):
             await self.dispatch(event)
 
     async def _follow(self, command: events.FollowRank) -> None:

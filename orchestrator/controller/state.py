@@ -22,6 +22,7 @@ from orchestrator.controller.events import (
 )
 from placement.measured.measurements import NOTHING_MEASURED, StageMeasurements
 from placement.model.specs import DType
+from placement.planning.attention import GROUP
 from placement.planning.plan import Role, Shard
 from protos.codec.loading import Loading
 
@@ -78,6 +79,7 @@ class ReplicaState:
         block_size: the tokens of its KV blocks.
         dtype: the number type that it computes in.
         cause: that of the rank that failed first.
+        offloads: whether attention workers hold its keys and values, so that they load before it.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ReplicaState:
     role: Role = Role.MIXED
     phase: Phase = Phase.STARTING
     cause: str = ""
+    offloads: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +100,7 @@ class State:
     Attributes:
         launched: whether all replicas have been ready at the same time.
         dtype: the number type of its plan; None before there is one.
+        attention: the attention workers, a group like the ranks of a replica; None: there are none.
     """
 
     replicas: tuple[ReplicaState, ...] = ()
@@ -104,6 +108,18 @@ class State:
     cause: str = ""
     launched: bool = False
     dtype: DType | None = None
+    attention: ReplicaState | None = None
+
+    @property
+    def groups(self) -> tuple[ReplicaState, ...]:
+        """Lists all groups of ranks: the attention workers, if there are any, and the replicas."""
+        return self.replicas if self.attention is None else (self.attention, *self.replicas)
+
+    def with_groups(self, groups: tuple[ReplicaState, ...]) -> "State":
+        """Returns the state with other groups, in the same order."""
+        if self.attention is None:
+            return replace(self, replicas=groups)
+        return replace(self, attention=groups[0], replicas=groups[1:])
 
 
 def apply(state: State, event: Event) -> State:
@@ -126,21 +142,28 @@ def _launch(event: Launch) -> State:
             block_size=replica.limits.block_size,
             dtype=replica.dtype,
             role=replica.role,
+            offloads=replica.residency is not None,
         )
         for replica in event.plan.replicas
     )
-    return State(replicas=replicas, dtype=event.plan.dtype)
+    return State(replicas=replicas, dtype=event.plan.dtype, attention=_attention(event))
+
+
+def _attention(event: Launch) -> ReplicaState | None:
+    shards = event.plan.attention
+    if not shards:
+        return None
+    ranks = tuple(RankState(shard=shard) for shard in shards)
+    return ReplicaState(name=GROUP, epoch=event.epoch, ranks=ranks, block_size=0, dtype=event.plan.dtype)
 
 
 def _shutdown(state: State) -> State:
-    replicas = tuple(
-        replica if replica.phase.ended else replace(replica, phase=Phase.DRAINING) for replica in state.replicas
-    )
-    return replace(state, replicas=replicas, phase=Phase.STOPPED if _all_ended(state) else Phase.DRAINING)
+    groups = tuple(group if group.phase.ended else replace(group, phase=Phase.DRAINING) for group in state.groups)
+    return replace(state.with_groups(groups), phase=Phase.STOPPED if _all_ended(state) else Phase.DRAINING)
 
 
 def _all_ended(state: State) -> bool:
-    return all(rank.phase.ended for replica in state.replicas for rank in replica.ranks)
+    return all(rank.phase.ended for group in state.groups for rank in group.ranks)
 
 
 RankChange = RankStarted | RankProgress | RankLoaded | RankFailed | RankStopped
@@ -148,7 +171,7 @@ RankChange = RankStarted | RankProgress | RankLoaded | RankFailed | RankStopped
 
 def _rank_event(state: State, event: RankChange) -> State:
     """Changes the rank, then lets its replica and the deployment follow."""
-    found = [(i, r) for i, r in enumerate(state.replicas) if (r.name, r.epoch) == (event.replica, event.epoch)]
+    found = [(i, r) for i, r in enumerate(state.groups) if (r.name, r.epoch) == (event.replica, event.epoch)]
     if not found:
         return state
     at, replica = found[0]
@@ -158,8 +181,8 @@ def _rank_event(state: State, event: RankChange) -> State:
     after = _change(before, event)
     ranks = tuple(after if rank is before else rank for rank in replica.ranks)
     changed = _follow(replace(replica, ranks=ranks))
-    replicas = (*state.replicas[:at], changed, *state.replicas[at + 1 :])
-    return _conclude(replace(state, replicas=replicas))
+    groups = (*state.groups[:at], changed, *state.groups[at + 1 :])
+    return _conclude(state.with_groups(groups))
 
 
 def _change(rank: RankState, event: RankChange) -> RankState:
@@ -202,10 +225,11 @@ def _follow(replica: ReplicaState) -> ReplicaState:
 def _conclude(state: State) -> State:
     """Derives the deployment's phase and cause from its replicas."""
     phases = [replica.phase for replica in state.replicas]
-    cause = state.cause or next((replica.cause for replica in state.replicas if replica.cause), "")
+    cause = state.cause or next((group.cause for group in state.groups if group.cause), "")
     if state.phase is Phase.DRAINING:
         return replace(state, phase=Phase.STOPPED if _all_ended(state) else Phase.DRAINING, cause=cause)
     if not state.launched:
+        phases = [group.phase for group in state.groups]
         if Phase.FAILED in phases:  # a launch is whole or not at all
             return replace(state, phase=Phase.FAILED, cause=cause)
         if all(phase is Phase.READY for phase in phases):

@@ -1,7 +1,8 @@
 """Decides what the controller does: ``plan(state, observed) -> commands``, whatever happened before. Pure.
 
-All ranks of a replica load together, once the last of them has started: they connect with each other first. When one
-rank fails the others are stopped: groups are rebuilt, not repaired; and a launch is whole or not at all.
+All ranks of a replica load together, once the last of them has started: they connect with each other first. Where
+attention workers hold its keys and values those load before, so that they can be connected with. When one rank fails
+the others are stopped: groups are rebuilt, not repaired; and a launch is whole or not at all.
 
 The commands are all that is still to be done, so a command is planned again until its effect shows in the state or in
 what is observed. An event that is lost costs nothing but the time until the next.
@@ -45,7 +46,7 @@ def _is_wanted(state: State, replica: ReplicaState) -> bool:
 
 
 def _starts(state: State) -> Iterator[StartRank]:
-    for replica in state.replicas:
+    for replica in state.groups:
         for rank in replica.ranks if _is_wanted(state, replica) else ():
             if rank.phase is Phase.STARTING:
                 yield StartRank(replica=replica.name, epoch=replica.epoch, shard=rank.shard)
@@ -53,7 +54,7 @@ def _starts(state: State) -> Iterator[StartRank]:
 
 def _follows(state: State, observed: Observed) -> Iterator[FollowRank]:
     """A rank that is to be stopped needs nobody who follows it, as its stop says when it has ended."""
-    for replica in state.replicas:
+    for replica in state.groups:
         for rank in replica.ranks if _is_wanted(state, replica) else ():
             runs = rank.phase in (Phase.LOADING, Phase.READY)
             if runs and (replica.name, rank.shard.rank) not in observed.followed:
@@ -61,7 +62,10 @@ def _follows(state: State, observed: Observed) -> Iterator[FollowRank]:
 
 
 def _loads(state: State) -> Iterator[LoadRank]:
-    for replica in state.replicas:
+    workers = state.attention
+    for replica in state.groups:
+        if replica.offloads and (workers is None or workers.phase is not Phase.READY):
+            continue  # its ranks connect with them while they load
         if replica.phase is Phase.LOADING and _is_wanted(state, replica):
             members = tuple(_member(rank) for rank in replica.ranks)
             for rank in replica.ranks:
@@ -72,6 +76,7 @@ def _loads(state: State) -> Iterator[LoadRank]:
                         shard=rank.shard,
                         address=rank.address,
                         members=members,
+                        attention=tuple(map(_member, workers.ranks)) if workers and replica.offloads else (),
                     )
 
 
@@ -81,7 +86,7 @@ def _member(rank: RankState) -> Member:
 
 def _stops(state: State, observed: Observed) -> Iterator[StopRank]:
     """A rank that has failed may still have a process, frozen or cut off; and one that was starting, a late one."""
-    for replica in state.replicas:
+    for replica in state.groups:
         wanted = _is_wanted(state, replica)
         for rank in replica.ranks:
             may_run = not rank.phase.ended or (replica.name, rank.shard.rank) in observed.processes

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from orchestrator.controller.events import Member
 from orchestrator.controller.state import Phase, RankState, ReplicaState, State
 from placement.measured.speed import DeviceSpeed
+from placement.planning.held import held
+from placement.planning.plan import Plan
 from protos.codec.formats import dtype_message
 from protos.codec.loading import LOAD_PHASES, Loading, part_of
 from protos.codec.measured import measured_message
@@ -36,6 +38,18 @@ def members(ranks: Sequence[Member]) -> list[worker_pb2.Member]:
             host=rank.address.rpartition(":")[0].strip("[]"),
             port=rank.ranks_port,
             shard=shard_message(rank.shard.rank, rank.shard.part),
+        )
+        for rank in ranks
+    ]
+
+
+def attention_workers(ranks: Sequence[Member]) -> list[worker_pb2.AttentionWorker]:
+    """Returns where model ranks find the attention workers."""
+    return [
+        worker_pb2.AttentionWorker(
+            host=rank.address.rpartition(":")[0].strip("[]"),
+            port=rank.ranks_port,
+            name=rank.shard.device.worker,
         )
         for rank in ranks
     ]
@@ -85,12 +99,30 @@ def _replica(replica: ReplicaState) -> pb.Replica:
     )
 
 
-def deployment(state: State, *, version: int) -> pb.WatchResponse:
-    """Returns the message of the whole deployment."""
+def _attention(state: State, plan: Plan | None) -> pb.Replica | None:
+    """Returns the message of the attention workers, and what each of them holds."""
+    if state.attention is None:
+        return None
+    message = _replica(state.attention)
+    for rank, told in zip(state.attention.ranks, message.ranks, strict=True):
+        told.ClearField("shard")
+        told.holds = "" if plan is None else "; ".join(map(str, held(plan, rank.shard)))
+    return message
+
+
+def deployment(state: State, *, version: int, plan: Plan | None = None, offloading: str = "") -> pb.WatchResponse:
+    """Returns the message of the whole deployment.
+
+    Args:
+        plan: says what attention workers hold.
+        offloading: what was decided about them, in words.
+    """
     return pb.WatchResponse(
         version=version,
         phase=_PHASES[state.phase],
         cause=state.cause,
         dtype=worker_pb2.DTYPE_UNSPECIFIED if state.dtype is None else dtype_message(state.dtype),
         replicas=[_replica(replica) for replica in state.replicas],
+        attention=_attention(state, plan),
+        offloading=offloading,
     )

@@ -46,9 +46,10 @@ def crowded(used: str, idle: Sequence[str]) -> Said:
     )
 
 
-def measuring(num_workers: int) -> Said:
-    """The speed of workers is measured before the model is cut."""
-    sentence = f"Measuring the speed of {num_workers} workers, by which the model is split."
+def measuring(num_workers: int, *, splits: bool = True) -> Said:
+    """The speed of workers is measured before the model is cut, or before it is decided who holds its KV."""
+    purpose = "the model is split" if splits else "it is decided whether attention is offloaded, and how"
+    sentence = f"Measuring the speed of {num_workers} workers, by which {purpose}."
     return Said(event="measure", sentence=sentence, fields={"workers": num_workers})
 
 

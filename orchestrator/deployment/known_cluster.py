@@ -4,8 +4,8 @@ On one machine everything is known. A Ray cluster that was there before is known
 shares a machine with another only where both name the same one.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.config.document import Config, WorkerConfig
 from orchestrator.launcher.node import available_cores, available_memory_bytes, cpu_targets, has_gpu, named_target
@@ -87,6 +87,26 @@ def known_clusters(config: Config, machine: Machine, hosts: Sequence[Host] | Non
     apart = _known(config, machine, _labelled(workers))
     together = _known(config, machine, [_Node(name="node-0", memory_bytes=None, workers=everyone)])
     return (apart, together) if len(apart.spec.nodes) > 1 else (apart,)
+
+
+def without(cluster: KnownCluster, places: Collection[int]) -> KnownCluster:
+    """Returns the cluster without some workers, by their places in the configuration."""
+    nodes, workers, first = [], [], 0
+    for node in cluster.spec.nodes:
+        there = cluster.workers[first : first + len(node.devices)]
+        first += len(node.devices)
+        kept = [(device, place) for device, place in zip(node.devices, there, strict=True) if place not in places]
+        if kept:
+            nodes.append(replace(node, devices=tuple(device for device, _ in kept)))
+            workers += [place for _, place in kept]
+    return KnownCluster(spec=ClusterSpec(nodes=tuple(nodes)), workers=tuple(workers))
+
+
+def seats_of(cluster: KnownCluster, places: Sequence[int]) -> tuple[tuple[NodeSpec, DeviceSpec], ...]:
+    """Returns the machine and the device of each of these workers."""
+    pairs = [(node, device) for node in cluster.spec.nodes for device in node.devices]
+    found = dict(zip(cluster.workers, pairs, strict=True))
+    return tuple(found[place] for place in places)
 
 
 def _nodes_of(hosts: Sequence[Host]) -> list[_Node]:

@@ -119,7 +119,8 @@ class LoadProgress:
     def update(self, response: control_pb2.WatchResponse) -> None:
         """Takes in the state of every rank and shows what changed."""
         now_s = self._clock()
-        for replica in response.replicas:
+        attention = [response.attention] if response.HasField("attention") else []
+        for replica in (*attention, *response.replicas):
             for rank in replica.ranks:
                 load = self._rank_load(replica, rank, now_s)
                 now_doing = doing(rank)

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 
 from orchestrator.deployment.known_cluster import LOCAL_NODE
+from orchestrator.deployment.offloading import offloading_events
 from orchestrator.deployment.preflight import Checked
 from orchestrator.deployment.role_lines import own_dtype, role_events, role_word
 from orchestrator.event_log import LogLevel, Said
 from placement.measured.targets import mixed_words
 from placement.model.part import Span
+from placement.planning.attention import GROUP
+from placement.planning.held import held, kv_words
 from placement.planning.kv_size import UNKNOWN_MEMORY_KV_BYTES
 from placement.planning.memory import format_bytes, size_words
 from placement.planning.plan import Plan, Replica, Shard
@@ -19,7 +22,7 @@ def warning_events(checked: Checked) -> Iterator[Said]:
     for warning in checked.warnings:
         fields = {"model": path, "cause": warning}
         yield Said(event="warning", sentence=f"{path}: {warning}.", fields=fields, level=LogLevel.WARNING)
-    shards = [shard for replica in checked.plan.replicas for shard in replica.shards]
+    shards = [*(shard for replica in checked.plan.replicas for shard in replica.shards), *checked.plan.attention]
     threads = sum(shard.device.num_threads for shard in shards if shard.device.kind == "cpu")
     cores = checked.machine.num_cores
     if checked.config.cluster.is_local and threads > cores:
@@ -35,6 +38,8 @@ def warning_events(checked: Checked) -> Iterator[Said]:
 def plan_events(checked: Checked) -> Iterator[Said]:
     """Yields what each rank will hold, who computes what, what follows from unequal targets, and the context."""
     yield from _rank_events(checked)
+    yield from _attention_events(checked)
+    yield from offloading_events(checked.offloading)
     yield from role_events(checked.plan, checked.config.serving)
     yield from _mixed_events(checked)
     yield context_event(checked)
@@ -46,6 +51,30 @@ def _rank_events(checked: Checked) -> Iterator[Said]:
             for shard in ranks.shards:
                 fields = _rank_fields(checked, replica, stage, shard)
                 yield Said(event="plan", sentence=_rank_words(checked, replica, shard), fields=fields)
+
+
+def _attention_events(checked: Checked) -> Iterator[Said]:
+    """Yields what each attention worker will hold."""
+    for shard in checked.plan.attention:
+        device = shard.device
+        holdings = list(held(checked.plan, shard))
+        yield Said(
+            event="plan_attention",
+            sentence=f"{GROUP} rank {shard.rank}: worker {device.worker}, {device.name} of {place_of(checked, shard)}, "
+            f"{_target_words(shard)}{device.num_threads} thread(s): {', '.join(map(str, holdings))}.",
+            fields={
+                "rank": shard.rank,
+                "worker": device.worker,
+                "node": shard.node if checked.is_placed(shard) else "any",
+                "device": device.name,
+                "threads": device.num_threads,
+                "kv": format_bytes(shard.kv_bytes),
+                "replicas": ",".join(each.replica.name for each in holdings),
+                "kv_heads": ",".join(each.kv_heads.replace(" ", "_") for each in holdings),
+                "block_slots": ",".join(each.slots.replace(" ", "_") for each in holdings if each.slots),
+                "kv_tokens": ",".join(str(each.num_tokens) for each in holdings),
+            },
+        )
 
 
 def _rank_fields(checked: Checked, replica: Replica, stage: int, shard: Shard) -> dict[str, object]:
@@ -81,7 +110,7 @@ def _rank_words(checked: Checked, replica: Replica, shard: Shard) -> str:
         f"{device.name} of {place_of(checked, shard)}, {_target_words(shard)}{device.num_threads} thread(s): "
         f"layers {_range(part.layers)} of {model.num_layers}, "
         f"KV heads {_range(part.kv_heads)} of {model.num_kv_heads}, "
-        f"{format_bytes(shard.weight_bytes)} of weights, {format_bytes(shard.kv_bytes)} of KV cache, "
+        f"{format_bytes(shard.weight_bytes)} of weights, {kv_words(replica, shard)}, "
         f"token budget {replica.limits.budget_words}."
     )
 
@@ -142,6 +171,8 @@ def context_words(checked: Checked) -> str:
             more = "raise serving.kv_cache for more"
         case "unknown memory":
             more = "set memory for workers, or serving.kv_cache, for more"
+        case "attention workers":
+            more = "raise serving.attention.kv_cache, or add attention workers, for more"
         case _:
             more = "free or add memory for more, or choose serving.kv_cache yourself"
     return f"serves {served} of the model's {most} tokens: {more}"

@@ -6,7 +6,7 @@ Which GPUs a machine has is checked by the worker on its node; here only whether
 import errno
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from orchestrator.config.parallelism import ParallelismConfig, StageConfig
 from orchestrator.config.pools import pool_of_each, replica_pool
 from orchestrator.config.types import Address
 from orchestrator.deployment.known_cluster import KnownCluster, Machine, known_clusters, measure_machine
+from orchestrator.deployment.offloading import Offloading, decide
 from orchestrator.errors import refuse
 from orchestrator.model_dir.files import ModelFiles, read_model_files
 from orchestrator.model_dir.fingerprint import read_fingerprint
@@ -27,6 +28,7 @@ from placement.model.hf import saved_dtype
 from placement.model.quantization import Quantization, linear_format
 from placement.model.specs import DType, ModelSpec
 from placement.model.weights import num_parameters
+from placement.planning.attention import GROUP, AttentionSetup
 from placement.planning.auto import Choice, MakePlan, SplitBy, choose_layouts
 from placement.planning.layout import ReplicaLayout, StageLayout
 from placement.planning.plan import Plan, Shard
@@ -52,6 +54,7 @@ class Checked:
         checkpoint_bytes: size of the safetensors files.
         fingerprint: the digest of every file of the model, by its name.
         warnings: what is odd about the model directory, and served all the same.
+        offloading: what was decided about attention workers; None: there are none.
     """
 
     config: Config
@@ -64,12 +67,24 @@ class Checked:
     checkpoint_bytes: int
     fingerprint: Mapping[str, bytes]
     warnings: tuple[str, ...] = ()
+    offloading: Offloading | None = None
 
     def is_placed(self, shard: Shard) -> bool:
         """Returns whether it is known where the rank will run; else its plan has a placeholder for the node."""
         cluster = self.config.cluster
         named = cluster.each_worker[cluster.worker_names.index(shard.device.worker)].node
         return cluster.is_local or self.hosts is not None or named is not None
+
+    @property
+    def trial(self) -> "Checked | None":
+        """Returns what is started to be measured, before it is decided what is served; None: nothing is measured."""
+        plan = None if self.offloading is None else self.offloading.trial
+        if plan is None:
+            return None if self.split_by is None else self
+        names = self.config.cluster.worker_names
+        groups = [*((each.name, each.shards) for each in plan.replicas), (GROUP, plan.attention)]
+        workers = {(name, it.rank): names.index(it.device.worker) for name, shards in groups for it in shards}
+        return replace(self, plan=plan, workers=workers)
 
     @property
     def num_parameters(self) -> int:
@@ -112,26 +127,29 @@ def preflight(
     files = read_model_files(Path(config.model.path))
     machine = machine or measure_machine()
     _check_machine(config, machine)
-    cluster, choice = _choose(config, files, known_clusters(config, machine, hosts), speeds)
+    cluster, choice, offloading = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_start(config, machine)
     return Checked(
         config=config,
         model=files.spec,
         plan=choice.plan,
-        workers=_workers(cluster, choice),
+        workers=_workers(config, cluster, choice),
         split_by=choice.split_by,
         machine=machine,
         hosts=hosts,
         checkpoint_bytes=files.checkpoint_bytes,
         fingerprint=read_fingerprint(Path(config.model.path)),
         warnings=files.warnings,
+        offloading=offloading,
     )
 
 
-def _workers(cluster: KnownCluster, choice: Choice) -> dict[tuple[str, int], int]:
-    """Returns which worker each rank is."""
-    return {
+def _workers(config: Config, cluster: KnownCluster, choice: Choice) -> dict[tuple[str, int], int]:
+    """Returns which worker each rank is, those of the attention workers' group among them."""
+    names = config.cluster.worker_names
+    attention = {(GROUP, shard.rank): names.index(shard.device.worker) for shard in choice.plan.attention}
+    return attention | {
         (replica.name, rank): cluster.workers[device]
         for replica, layout in zip(choice.plan.replicas, choice.layouts, strict=True)
         for rank, device in enumerate(layout.devices)
@@ -158,25 +176,42 @@ def by_speed(checked: Checked, speeds: Sequence[DeviceSpeed]) -> Checked:
 
 def _choose(
     config: Config, files: ModelFiles, clusters: Sequence[KnownCluster], speeds: Sequence[DeviceSpeed] | None
-) -> tuple[KnownCluster, Choice]:
+) -> tuple[KnownCluster, Choice, Offloading | None]:
     """Returns the first cluster that a plan fits, and the plan; raises what was wrong with the first of them."""
     refusals: list[HeterodyneError] = []
     for cluster in clusters:
         try:
-            choice = _choose_layouts(config, files, cluster, speeds)
+            computing, choice, offloading = _offloaded(config, files, cluster, speeds)
             if config.serving.disaggregation != "never" and len(choice.plan.replicas) > 1:
                 check_exchange(choice.plan)
-            return cluster, choice
+            return computing, choice, offloading
         except HeterodyneError as error:
             refusals.append(error)
     raise refusals[0]
 
 
-def _choose_layouts(
+def _offloaded(
     config: Config, files: ModelFiles, cluster: KnownCluster, speeds: Sequence[DeviceSpeed] | None
+) -> tuple[KnownCluster, Choice, Offloading | None]:
+    """Returns the workers of the model, their plan, and what was decided about attention workers."""
+    if config.serving.attention is None:
+        return cluster, _choose_layouts(config, files, cluster, speeds), None
+
+    def plan_with(computing: KnownCluster, setup: AttentionSetup | None) -> Choice:
+        return _choose_layouts(config, files, computing, speeds, setup)
+
+    return decide(config, files.spec, _dtype(config, files), cluster, speeds, plan_with)
+
+
+def _choose_layouts(
+    config: Config,
+    files: ModelFiles,
+    cluster: KnownCluster,
+    speeds: Sequence[DeviceSpeed] | None,
+    attention: AttentionSetup | None = None,
 ) -> Choice:
     """Returns the layouts that are asked for, or those that suit, and their plan."""
-    make_plan = _planner(config, files)
+    make_plan = partial(_planner(config, files), attention=attention)
     if config.serving.parallelism is None:
         device_speeds = None if speeds is None else [speeds[worker] for worker in cluster.workers]
         pools = tuple(pool_of_each(config.serving.pools, config.cluster.named_workers).values())
@@ -186,12 +221,16 @@ def _choose_layouts(
     return Choice(layouts=layouts, plan=make_plan(cluster.spec, layouts=layouts))
 
 
+def _dtype(config: Config, files: ModelFiles) -> DType:
+    return saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype)
+
+
 def _planner(config: Config, files: ModelFiles) -> MakePlan:
     """Returns a function that plans layouts on a cluster as the configuration says."""
     return partial(
         plan_replicas,
         files.spec,
-        dtype=saved_dtype(files.config) if config.model.dtype == "auto" else DType(config.model.dtype),
+        dtype=_dtype(config, files),
         kv_cache_bytes=config.serving.kv_cache,
         max_context_tokens=config.model.max_context_tokens,
         limits=replica_limits(config),

@@ -42,6 +42,7 @@ def worker_needs(checked: Checked) -> list[Need]:
         for replica in checked.plan.replicas
         for shard in replica.shards
     }
+    devices |= {} if checked.offloading is None else checked.offloading.devices  # of those that stay idle, too
     return [need_of(devices[place], worker.node_labels) for place, worker in enumerate(workers)]
 
 

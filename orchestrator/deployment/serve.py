@@ -17,6 +17,7 @@ from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.following import follow_launch, supervise, watch
 from orchestrator.deployment.gateway_process import GatewayProcess, gateway_process
 from orchestrator.deployment.load_progress import LoadProgress
+from orchestrator.deployment.offloading import offloading_events
 from orchestrator.deployment.plan_lines import plan_events, warning_events
 from orchestrator.deployment.preflight import Checked, on_hosts, preflight
 from orchestrator.deployment.seats import Seats, crowded, find_seats, listening_host, rank_labels, worker_needs
@@ -59,7 +60,7 @@ def _ray(checked: Checked, stop: StopRequest, log: EventLog) -> Iterator[None]:
     """Starts or joins Ray, and sees that it has what the workers ask for. Leaves it at the end of the block."""
     cluster, needs = checked.config.cluster, worker_needs(checked)
     address, num_cpus = cluster.ray_address or "local", sum(need.num_cpus for need in needs)
-    if checked.split_by is None and cluster.is_local:
+    if checked.trial is None and cluster.is_local:
         _tell(log, plan_events(checked))
     log.tell(events.connecting(address))
     take_output(log.pass_on)
@@ -89,7 +90,7 @@ def _seated(checked: Checked, stop: StopRequest, log: EventLog) -> tuple[Checked
         checked = on_hosts(checked, seats.hosts)
     if (found := crowded(checked.config, seats)) is not None:
         log.tell(events.crowded(found[0].name, [host.name for host in found[1]]))
-    _tell(log, plan_events(checked) if checked.split_by is None else ())
+    _tell(log, plan_events(checked) if checked.trial is None else ())
     return checked, seats
 
 
@@ -109,23 +110,23 @@ class _Launched:
 
 @contextmanager
 def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog) -> Iterator[_Launched]:
-    """Starts a controller, measures the workers where ``auto`` cuts the model, and begins the launch."""
-    config = checked.config
+    """Starts a controller, measures the workers where ``auto`` decides by that, and begins the launch."""
+    config, trial = checked.config, checked.trial
     handle = ControllerHandle(
         LaunchSettings(
             bind_host=listening_host(config, seats, own_node_id()),
             start_timeout_s=config.launch.start_timeout_s,
-            labels=rank_labels(checked, seats.needs),
+            labels=rank_labels(trial or checked, seats.needs),
             log_level=log.level.value,
         )
     )
     try:
-        if checked.split_by is not None:
-            log.tell(events.measuring(len(checked.workers)))
-            settled = settle(checked, _measure(handle, checked, stop))
+        if trial is not None:
+            log.tell(events.measuring(len(trial.workers), splits=checked.split_by is not None))
+            settled = settle(checked, _measure(handle, trial, stop))
             checked = settled.checked
             _tell(log, [settled.said, *plan_events(checked)])
-        yield _Launched(checked=checked, control_address=handle.start(_settings(checked)))
+        yield _Launched(checked=checked, control_address=handle.start(settings_of(checked)))
     finally:
         handle.stop()
 
@@ -133,13 +134,15 @@ def _controller(checked: Checked, seats: Seats, stop: StopRequest, log: EventLog
 def _measure(handle: ControllerHandle, checked: Checked, stop: StopRequest) -> Speeds:
     """Returns how fast each worker is. Raises LaunchFailed where one did not start."""
     try:
-        return handle.measure(_settings(checked), stop.asked)
+        return handle.measure(settings_of(checked), stop.asked)
     except ControllerFailed as error:
         raise LaunchFailed(str(error)) from error
 
 
-def _settings(checked: Checked) -> DeploymentSettings:
+def settings_of(checked: Checked) -> DeploymentSettings:
+    """Returns what the controller is told of a deployment."""
     config = checked.config
+    attention = config.serving.attention
     return DeploymentSettings(
         plan=checked.plan,
         model_path=config.model.path,
@@ -147,6 +150,9 @@ def _settings(checked: Checked) -> DeploymentSettings:
         fingerprint=checked.fingerprint,
         stall_timeout_s=config.gateway.stall_timeout_s,
         kv_format=config.serving.kv_format,
+        q_first=attention is None or attention.q_first is not False,
+        staggered=attention is None or attention.staggered,
+        offloading=" ".join(said.sentence for said in offloading_events(checked.offloading)),
     )
 
 

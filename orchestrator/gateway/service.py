@@ -180,6 +180,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             context_tokens=self._model.max_context_tokens,
             model_context_tokens=self._model.spec.max_context_tokens,
             dtype=_dtype(self._fleet.deployment.dtype),
+            attention=_attention(self._fleet.deployment),
+            offloading=self._fleet.deployment.offloading,
         )
 
     async def GetTimeline(
@@ -195,10 +197,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _replica(self, replica: control_pb2.Replica) -> admin_pb2.ReplicaStatus:
         message = admin_pb2.ReplicaStatus(
-            name=replica.name,
-            state=_STATES.get(replica.phase, admin_pb2.REPLICA_STATE_UNSPECIFIED),
-            epoch=replica.epoch,
-            cause=replica.cause,
+            **_state(replica),
             ranks=[_rank(rank) for rank in replica.ranks],
             role="" if replica.role == control_pb2.ROLE_UNSPECIFIED else read_role(replica.role).value,
             dtype=_dtype(replica.dtype),
@@ -214,6 +213,23 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             message.load.CopyFrom(_load(leader.load, rates, age_s=leader.report_age_s))
             message.budget.CopyFrom(measured.step_budget(leader.load.budget))
         return message
+
+
+def _state(group: control_pb2.Replica) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "state": _STATES.get(group.phase, admin_pb2.REPLICA_STATE_UNSPECIFIED),
+        "epoch": group.epoch,
+        "cause": group.cause,
+    }
+
+
+def _attention(deployment: control_pb2.WatchResponse) -> admin_pb2.ReplicaStatus | None:
+    """Returns how the attention workers are; None where there are none."""
+    if not deployment.HasField("attention"):
+        return None
+    group = deployment.attention
+    return admin_pb2.ReplicaStatus(**_state(group), ranks=[_rank(rank) for rank in group.ranks])
 
 
 def _load(load: worker_pb2.LoadReport, rates: Rates | None, *, age_s: float) -> admin_pb2.ReplicaLoad:
@@ -267,6 +283,7 @@ def _rank(rank: control_pb2.Rank) -> admin_pb2.RankStatus:
         sums=measured.sums(rank.measured),
         overlap=measured.overlap(rank.measured),
         exchange=measured.exchange(rank.measured),
+        holds=rank.holds,
     )
 
 

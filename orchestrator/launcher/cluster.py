@@ -20,6 +20,7 @@ from orchestrator.launcher.process import HowEnded, WorkerArgs, WorkerEnd, Worke
 from orchestrator.launcher.ray_access import node_ip, ray_cause, start_own_ray
 from orchestrator.launcher.reach import check_reached
 from placement.errors import InvalidConfig
+from placement.planning.attention import NO_PART
 from placement.planning.memory import format_bytes
 from placement.planning.plan import Shard
 from placement.planning.seating import need_of
@@ -201,10 +202,11 @@ class RayLauncher:
         probe: Probe = await self._answer(agent.probe.remote(), self._settings.start_timeout_s)
         needed = self._needed_bytes(shard)
         if shard.device.kind == "cpu" and needed > probe.available_bytes:
+            setting = "serving.attention.kv_cache" if shard.part == NO_PART else "serving.kv_cache"
             raise WorkerFailed(
                 f"not enough memory on {probe.node}: {format_bytes(needed)} are needed, "
                 f"{format_bytes(shard.weight_bytes)} for weights and {format_bytes(shard.kv_bytes)} for KV blocks, and "
-                f"{format_bytes(probe.available_bytes)} are free. Free memory there, set serving.kv_cache to less, or "
+                f"{format_bytes(probe.available_bytes)} are free. Free memory there, set {setting} to less, or "
                 "choose another node"
             )
 

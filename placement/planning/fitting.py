@@ -24,7 +24,8 @@ class Placed:
         part: the part of the model that it holds.
         fixed: the bytes that it needs without KV blocks.
         block_size: the tokens of one KV block.
-        block_bytes: the bytes of one KV block.
+        block_bytes: the bytes of one KV block; 0 where attention workers hold those of the replica.
+        num_own_blocks: the KV blocks that it holds then, with their bytes in ``fixed``; None: all of the replica's.
     """
 
     node: NodeSpec
@@ -34,10 +35,12 @@ class Placed:
     fixed: Footprint
     block_size: int
     block_bytes: int
+    num_own_blocks: int | None = None
 
     def need(self, blocks: Blocks) -> Footprint:
         """Returns the bytes that it needs, where replicas have so many blocks."""
-        return replace(self.fixed, kv_bytes=blocks[self.replica] * self.block_bytes)
+        kv_bytes = self.fixed.kv_bytes + blocks[self.replica] * self.block_bytes
+        return replace(self.fixed, kv_bytes=kv_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

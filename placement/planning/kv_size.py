@@ -67,7 +67,7 @@ class Demand:
 
     @property
     def largest_block_bytes(self) -> list[int]:
-        """Returns for each replica the bytes of a block on the rank where it takes most."""
+        """Returns for each replica the bytes of a block on the rank where it takes most; 0: others hold its blocks."""
         return [max(rank.block_bytes for rank in ranks) for ranks in self.replicas]
 
     @property
@@ -77,7 +77,10 @@ class Demand:
 
     def blocks_of(self, kv_cache_bytes: int) -> Blocks:
         """Returns the blocks of each replica where ``serving.kv_cache`` is set so."""
-        return [num_blocks_for(kv_cache_bytes, bytes_per_block=size) for size in self.largest_block_bytes]
+        return [
+            num_blocks_for(kv_cache_bytes, bytes_per_block=size) if size else most
+            for size, most in zip(self.largest_block_bytes, self.most, strict=True)
+        ]
 
 
 def auto_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:

@@ -7,10 +7,11 @@ from typing import Literal
 from placement.model.part import Part, Span
 from placement.model.specs import DeviceSpec, DType, ModelSpec
 from placement.planning.limits import ReplicaLimits
+from placement.planning.residency import Residency
 
-KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences"]
+KvSizedBy = Literal["setting", "memory", "unknown memory", "sequences", "attention workers"]
 """Says what the number of KV blocks follows from: ``serving.kv_cache``; the memory that is left; the size that stands
-in for memory that is not known; or the most that sequences can use."""
+in for memory that is not known; the most that sequences can use; or what attention workers hold."""
 
 
 class Role(Enum):
@@ -71,6 +72,7 @@ class Replica:
         dtype: the number type of its weights, activations, keys and values.
         role: what it is for.
         kv_sized_by: what decided its number of KV blocks.
+        residency: where its KV blocks are, where attention workers hold some; None: its own ranks hold all.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Replica:
     dtype: DType
     role: Role = Role.MIXED
     kv_sized_by: KvSizedBy = "setting"
+    residency: Residency | None = None
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -97,7 +100,9 @@ class Replica:
 
     @property
     def num_blocks(self) -> int:
-        """Counts the KV blocks that sequences can use: the fewest that any rank holds."""
+        """Counts the KV blocks that sequences can use: the fewest that any rank holds, or those of all regions."""
+        if self.residency is not None:
+            return self.residency.num_blocks
         return min(shard.num_blocks for shard in self.shards)
 
 
@@ -107,11 +112,14 @@ class Plan:
 
     Attributes:
         dtype: the number type of replicas that have none of their own.
+        attention: the attention workers, which replicas share. They have no part of the model, and their KV bytes are
+            what they hold of all replicas.
     """
 
     model: ModelSpec
     dtype: DType
     replicas: tuple[Replica, ...]
+    attention: tuple[Shard, ...] = ()
 
     @property
     def has_roles(self) -> bool:

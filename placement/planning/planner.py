@@ -9,6 +9,15 @@ from placement.model.part import Part
 from placement.model.quantization import LinearFormat, check_linear_format
 from placement.model.specs import ClusterSpec, DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.model.weights import shard_tensors
+from placement.planning.attention import (
+    Attention,
+    AttentionSetup,
+    Tenant,
+    offloading,
+    own_blocks,
+    place_workers,
+    plan_attention,
+)
 from placement.planning.fitting import Blocks, Placed, rooms
 from placement.planning.kv_size import Demand, auto_blocks
 from placement.planning.layout import ReplicaLayout, cut, one_each
@@ -34,18 +43,19 @@ class _Sizes:
     max_context_tokens: int | None
     limits: ReplicaLimits
     linear: LinearFormat | None
+    attention: AttentionSetup | None = None
 
     def of(self, layout: ReplicaLayout) -> "_Sizes":
         """Returns the sizes of a replica, which its pool may have of its own."""
         pool = layout.pool
         return dataclasses.replace(self, dtype=pool.dtype or self.dtype, limits=pool.limits_of(self.limits))
 
-    def demand(self, placed: Sequence[_Ranks]) -> Demand:
-        """Describes what must fit where."""
+    def demand(self, placed: Sequence[_Ranks], workers: Sequence[Placed]) -> Demand:
+        """Describes what must fit where, attention workers among it."""
         replicas = tuple(tuple(rank for stage in replica for rank in stage) for replica in placed)
         return Demand(
             replicas=replicas,
-            rooms=rooms([rank for ranks in replicas for rank in ranks]),
+            rooms=rooms([*(rank for ranks in replicas for rank in ranks), *workers]),
             kv_cache_bytes=self.kv_cache_bytes,
             max_num_seqs=self.limits.max_num_seqs,
             asked_tokens=self.max_context_tokens,
@@ -91,6 +101,7 @@ def plan_replicas(
     linear: LinearFormat | None = None,
     layouts: Sequence[ReplicaLayout] | None = None,
     is_draft: bool = False,
+    attention: AttentionSetup | None = None,
 ) -> Plan:
     """Plans the replicas ``replica-0`` onwards. ``plan.model.max_context_tokens`` is the context that is served.
 
@@ -101,7 +112,9 @@ def plan_replicas(
         max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
         layouts: the devices of each replica and their shares; None: each device, in order, has a replica.
-        is_draft: whether the plan is made whether it fits or not, with the fewest KV blocks where no size is set.
+        is_draft: whether the plan is made whether it fits or not, with the fewest KV blocks where no size is set. It
+            leaves out who holds which of them.
+        attention: the attention workers, which are no devices of ``cluster``; None: there are none.
 
     Raises:
         InvalidConfig: the model knows a smaller context, or it cannot be rounded, or cut as a layout says.
@@ -116,6 +129,7 @@ def plan_replicas(
         max_context_tokens=max_context_tokens,
         limits=limits,
         linear=linear,
+        attention=attention,
     )
     return _plan(sizes, cluster, one_each(cluster) if layouts is None else layouts, is_draft)
 
@@ -123,8 +137,15 @@ def plan_replicas(
 def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout], is_draft: bool) -> Plan:
     """Cuts the model, checks that every rank fits where it is placed, and chooses the KV blocks and the context."""
     placed = _place_all(sizes, cluster, layouts)
-    demand = sizes.demand(placed)
+    setup = sizes.attention
+    workers = [] if setup is None else place_workers(setup, sizes.model, sizes.limits, cluster.nodes)
+    demand = sizes.demand(placed, workers)
     blocks = _draft_blocks(demand) if is_draft else _checked_blocks(demand)
+    attention = Attention()
+    tenants = [] if is_draft else _tenants(sizes, layouts, demand)
+    if setup is not None and tenants:
+        attention = plan_attention(setup, workers, demand.rooms, [count for count, _ in blocks], tenants, sizes.model)
+        blocks = [attention.blocks_of(index) or found for index, found in enumerate(blocks)]
     counts = [num_blocks for num_blocks, _ in blocks]
     replicas = tuple(
         Replica(
@@ -134,12 +155,31 @@ def _plan(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout],
             dtype=sizes.of(layout).dtype,
             role=layout.pool.role,
             kv_sized_by=sized_by,
+            residency=attention.residencies.get(index),
         )
         for index, (layout, ranks, (_, sized_by)) in enumerate(zip(layouts, placed, blocks, strict=True))
     )
     context = sizes.max_context_tokens or min(sizes.model.max_context_tokens, demand.held_tokens(counts))
     served = dataclasses.replace(sizes.model, max_context_tokens=context)
-    return Plan(model=served, dtype=sizes.dtype, replicas=replicas)
+    return Plan(model=served, dtype=sizes.dtype, replicas=replicas, attention=attention.shards)
+
+
+def _tenants(sizes: _Sizes, layouts: Sequence[ReplicaLayout], demand: Demand) -> list[Tenant]:
+    """Describes the replicas whose keys and values attention workers hold."""
+    setup = sizes.attention
+    served = [] if setup is None else [it for it, layout in enumerate(layouts) if setup.serves(layout.pool.role)]
+    return [
+        Tenant(
+            replica=index,
+            dtype=sizes.of(layouts[index]).dtype,
+            block_size=sizes.of(layouts[index]).limits.block_size,
+            num_local_blocks=demand.replicas[index][0].num_own_blocks or 0,
+            least=demand.least[index],
+            most=demand.most[index],
+            num_tenants=len(served),
+        )
+        for index in served
+    ]
 
 
 def _place_all(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLayout]) -> list[_Ranks]:
@@ -147,10 +187,27 @@ def _place_all(sizes: _Sizes, cluster: ClusterSpec, layouts: Sequence[ReplicaLay
     parts = _cut_all(sizes, layouts)
     _check_context(sizes.model, sizes.max_context_tokens)
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
-    return [
-        _place(sizes.of(layout), index, layout, replica_parts, devices)
-        for index, (layout, replica_parts) in enumerate(zip(layouts, parts, strict=True))
-    ]
+    placed = []
+    for index, (layout, replica_parts) in enumerate(zip(layouts, parts, strict=True)):
+        own = sizes.of(layout)
+        ranks = _place(own, index, layout, replica_parts, devices)
+        if sizes.attention is not None and sizes.attention.serves(layout.pool.role):
+            ranks = _offloading(own, sizes.attention, ranks, index)
+        placed.append(ranks)
+    return placed
+
+
+def _offloading(sizes: _Sizes, setup: AttentionSetup, ranks: _Ranks, replica: int) -> _Ranks:
+    """Returns the ranks of a replica whose KV blocks attention workers hold, but for the local ones."""
+    if any(rank.part.stripe is not None for stage in ranks for rank in stage):
+        raise InvalidConfig(
+            field=f"{LAYOUTS_FIELD}[{replica}]",
+            problem="has workers that share sequences, which keep their own keys and values, and serving.attention has "
+            "attention workers keep them",
+            fix="Use tensor_split or stages instead of sequence_split, or leave serving.attention out.",
+        )
+    local = own_blocks([rank for stage in ranks for rank in stage], setup.local_kv_cache_bytes)
+    return [[offloading(rank, sizes.limits.token_budget, local) for rank in stage] for stage in ranks]
 
 
 def _checked_blocks(demand: Demand) -> list[tuple[int, KvSizedBy]]:
@@ -220,7 +277,7 @@ def _shard(rank: int, placed: Placed, blocks: Blocks) -> Shard:
         node=placed.node.name,
         device=placed.device,
         part=placed.part,
-        num_blocks=blocks[placed.replica],
+        num_blocks=blocks[placed.replica] if placed.num_own_blocks is None else placed.num_own_blocks,
         weight_bytes=need.weight_bytes,
         kv_bytes=need.kv_bytes,
         workspace_bytes=need.workspace_bytes,

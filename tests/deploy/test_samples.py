@@ -64,3 +64,13 @@ def test_the_fleet_of_the_demo_shares_prompts_by_tokens_and_answers_by_heads_une
 def test_each_role_of_two_machines_has_a_machine_of_its_own() -> None:
     prefill, decode = planned("disaggregated-two-machines.yaml").plan.replicas
     assert (prefill.leader.node, decode.leader.node) == ("big", "small")
+
+
+def test_the_attention_sample_has_one_worker_for_the_model_and_one_for_all_keys_and_values() -> None:
+    checked = planned("attention-offload.yaml")
+    ((rank,),) = [replica.shards for replica in checked.plan.replicas]
+    (worker,) = checked.plan.attention
+    assert (rank.device.worker, rank.num_blocks) == ("model", 0)
+    assert (worker.device.worker, worker.kv_bytes, worker.weight_bytes) == ("memory", 64 * 2**20, 0)
+    (residency,) = [replica.residency for replica in checked.plan.replicas]
+    assert residency is not None and residency.num_local_blocks == 0 and residency.workers == (0,)

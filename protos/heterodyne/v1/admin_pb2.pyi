@@ -226,6 +226,7 @@ class RankStatus(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     LOAD_PHASE_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -255,6 +256,8 @@ class RankStatus(_message.Message):
     """What its code is generated for: a CPU target such as "avx2", or "cuda" and the name of the GPU. Empty where that is
     not known.
     """
+    holds: _builtins.str
+    """What an attention worker holds of the replicas' keys and values, in words."""
     @_builtins.property
     def sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___MeasuredSum]:
         """Of its stage, by size, ascending: set on the first rank of a stage that has several."""
@@ -290,10 +293,11 @@ class RankStatus(_message.Message):
         worker: _builtins.str = ...,
         load_phase: _builtins.str = ...,
         target: _builtins.str = ...,
+        holds: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "exchange", b"exchange", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "overlap", b"overlap", "pid", b"pid", "rank", b"rank", "sums", b"sums", "target", b"target", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exchange", b"_exchange", "_num_ffn_columns", b"_num_ffn_columns", "_num_kv_heads", b"_num_kv_heads", "_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "exchange", b"exchange", "first_layer", b"first_layer", "holds", b"holds", "kv_bytes", b"kv_bytes", "last_layer", b"last_layer", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "node", b"node", "num_ffn_columns", b"num_ffn_columns", "num_kv_heads", b"num_kv_heads", "overlap", b"overlap", "pid", b"pid", "rank", b"rank", "sums", b"sums", "target", b"target", "token_share", b"token_share", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exchange: _TypeAlias = _typing.Literal["exchange"]  # noqa: Y015
     _WhichOneofArgType__exchange: _TypeAlias = _typing.Literal["_exchange", b"_exchange"]  # noqa: Y015
@@ -605,16 +609,24 @@ class GetStatusResponse(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    OFFLOADING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     context_tokens: _builtins.int
     """How long a request and its answer may be together, and how long they could be for the model."""
     model_context_tokens: _builtins.int
     dtype: _builtins.str
     """Number type of weights, activations and KV, where a replica has none of its own: "float32" or "bfloat16"."""
+    offloading: _builtins.str
+    """What was decided about offloading attention, with its numbers, in words; empty where there was nothing to decide."""
     @_builtins.property
     def gateway(self) -> Global___GatewayStatus: ...
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]: ...
+    @_builtins.property
+    def attention(self) -> Global___ReplicaStatus:
+        """The attention workers, which replicas share; absent: there are none that work."""
+
     def __init__(
         self,
         *,
@@ -624,10 +636,12 @@ class GetStatusResponse(_message.Message):
         context_tokens: _builtins.int = ...,
         model_context_tokens: _builtins.int = ...,
         dtype: _builtins.str = ...,
+        attention: Global___ReplicaStatus | None = ...,
+        offloading: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "gateway", b"gateway"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "dtype", b"dtype", "gateway", b"gateway", "model", b"model", "model_context_tokens", b"model_context_tokens", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "context_tokens", b"context_tokens", "dtype", b"dtype", "gateway", b"gateway", "model", b"model", "model_context_tokens", b"model_context_tokens", "offloading", b"offloading", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

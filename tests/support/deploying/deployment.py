@@ -17,6 +17,7 @@ from orchestrator.controller.settings import DeploymentSettings
 from orchestrator.controller.shell import ControllerShell
 from orchestrator.deployment.auto_split import settle
 from orchestrator.deployment.known_cluster import Machine
+from orchestrator.deployment.offloading import offloading_events
 from orchestrator.deployment.preflight import Checked, preflight
 from orchestrator.gateway.server import Gateway, GatewaySettings
 from orchestrator.launcher.agent import Started
@@ -160,6 +161,7 @@ def settings_of(checked: Checked) -> DeploymentSettings:
         load_timeout_s=START_S,
         fingerprint=checked.fingerprint,
         kv_format=config.serving.kv_format,
+        offloading=" ".join(said.sentence for said in offloading_events(checked.offloading)),
     )
 
 
@@ -169,9 +171,9 @@ async def deploy(config: Config, launcher: LocalLauncher | None = None) -> Async
     checked = preflight(config)
     launcher = launcher or LocalLauncher()
     early = EarlyWorkers(launcher)
-    if checked.split_by is not None:
+    if (trial := checked.trial) is not None:
         try:
-            checked = settle(checked, await early.measure(settings_of(checked))).checked
+            checked = settle(checked, await early.measure(settings_of(trial))).checked
         except BaseException:
             await early.close()
             raise

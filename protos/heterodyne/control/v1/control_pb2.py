@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from protos.heterodyne.worker.v1 import worker_pb2 as heterodyne_dot_worker_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#heterodyne/control/v1/control.proto\x12\x15heterodyne.control.v1\x1a!heterodyne/worker/v1/worker.proto\"\xc5\x03\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12*\n\x05shard\x18\x06 \x01(\x0b\x32\x1b.heterodyne.worker.v1.Shard\x12+\n\x05phase\x18\x07 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x03\x12\x10\n\x08kv_bytes\x18\t \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\n \x01(\x03\x12\r\n\x05\x63\x61use\x18\x0b \x01(\t\x12\x39\n\x08measured\x18\x0c \x01(\x0b\x32\'.heterodyne.worker.v1.StageMeasurements\x12\x18\n\x0btoken_share\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06worker\x18\x0e \x01(\t\x12\x33\n\nload_phase\x18\x0f \x01(\x0e\x32\x1f.heterodyne.worker.v1.LoadPhase\x12\x13\n\x0btotal_bytes\x18\x10 \x01(\x03\x12\x0e\n\x06target\x18\x11 \x01(\tB\x0e\n\x0c_token_share\"\xf9\x01\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12*\n\x05ranks\x18\x05 \x03(\x0b\x32\x1b.heterodyne.control.v1.Rank\x12)\n\x04role\x18\x06 \x01(\x0e\x32\x1b.heterodyne.control.v1.Role\x12\x12\n\nblock_size\x18\x07 \x01(\x05\x12*\n\x05\x64type\x18\x08 \x01(\x0e\x32\x1b.heterodyne.worker.v1.Dtype\"\x0e\n\x0cWatchRequest\"\xba\x01\n\rWatchResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12+\n\x05phase\x18\x02 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\x12\x30\n\x08replicas\x18\x04 \x03(\x0b\x32\x1e.heterodyne.control.v1.Replica\x12*\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1b.heterodyne.worker.v1.Dtype\"B\n\x11ReportLostRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"\x14\n\x12ReportLostResponse*\x8f\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_STARTING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\x12\x0f\n\x0bPHASE_READY\x10\x03\x12\x12\n\x0ePHASE_DRAINING\x10\x04\x12\x10\n\x0cPHASE_FAILED\x10\x05\x12\x11\n\rPHASE_STOPPED\x10\x06*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_MIXED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x32\xc2\x01\n\x07\x43ontrol\x12T\n\x05Watch\x12#.heterodyne.control.v1.WatchRequest\x1a$.heterodyne.control.v1.WatchResponse0\x01\x12\x61\n\nReportLost\x12(.heterodyne.control.v1.ReportLostRequest\x1a).heterodyne.control.v1.ReportLostResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#heterodyne/control/v1/control.proto\x12\x15heterodyne.control.v1\x1a!heterodyne/worker/v1/worker.proto\"\xd4\x03\n\x04Rank\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\x03\x12*\n\x05shard\x18\x06 \x01(\x0b\x32\x1b.heterodyne.worker.v1.Shard\x12+\n\x05phase\x18\x07 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\x14\n\x0cweight_bytes\x18\x08 \x01(\x03\x12\x10\n\x08kv_bytes\x18\t \x01(\x03\x12\x14\n\x0cloaded_bytes\x18\n \x01(\x03\x12\r\n\x05\x63\x61use\x18\x0b \x01(\t\x12\x39\n\x08measured\x18\x0c \x01(\x0b\x32\'.heterodyne.worker.v1.StageMeasurements\x12\x18\n\x0btoken_share\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06worker\x18\x0e \x01(\t\x12\x33\n\nload_phase\x18\x0f \x01(\x0e\x32\x1f.heterodyne.worker.v1.LoadPhase\x12\x13\n\x0btotal_bytes\x18\x10 \x01(\x03\x12\x0e\n\x06target\x18\x11 \x01(\t\x12\r\n\x05holds\x18\x12 \x01(\tB\x0e\n\x0c_token_share\"\xf9\x01\n\x07Replica\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12*\n\x05ranks\x18\x05 \x03(\x0b\x32\x1b.heterodyne.control.v1.Rank\x12)\n\x04role\x18\x06 \x01(\x0e\x32\x1b.heterodyne.control.v1.Role\x12\x12\n\nblock_size\x18\x07 \x01(\x05\x12*\n\x05\x64type\x18\x08 \x01(\x0e\x32\x1b.heterodyne.worker.v1.Dtype\"\x0e\n\x0cWatchRequest\"\x81\x02\n\rWatchResponse\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12+\n\x05phase\x18\x02 \x01(\x0e\x32\x1c.heterodyne.control.v1.Phase\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\x12\x30\n\x08replicas\x18\x04 \x03(\x0b\x32\x1e.heterodyne.control.v1.Replica\x12*\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1b.heterodyne.worker.v1.Dtype\x12\x31\n\tattention\x18\x06 \x01(\x0b\x32\x1e.heterodyne.control.v1.Replica\x12\x12\n\noffloading\x18\x07 \x01(\t\"B\n\x11ReportLostRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61use\x18\x03 \x01(\t\"\x14\n\x12ReportLostResponse*\x8f\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n\x0ePHASE_STARTING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\x12\x0f\n\x0bPHASE_READY\x10\x03\x12\x12\n\x0ePHASE_DRAINING\x10\x04\x12\x10\n\x0cPHASE_FAILED\x10\x05\x12\x11\n\rPHASE_STOPPED\x10\x06*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_MIXED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03\x32\xc2\x01\n\x07\x43ontrol\x12T\n\x05Watch\x12#.heterodyne.control.v1.WatchRequest\x1a$.heterodyne.control.v1.WatchResponse0\x01\x12\x61\n\nReportLost\x12(.heterodyne.control.v1.ReportLostRequest\x1a).heterodyne.control.v1.ReportLostResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.heterodyne.control.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=1101
-  _globals['_PHASE']._serialized_end=1244
-  _globals['_ROLE']._serialized_start=1246
-  _globals['_ROLE']._serialized_end=1325
+  _globals['_PHASE']._serialized_start=1187
+  _globals['_PHASE']._serialized_end=1330
+  _globals['_ROLE']._serialized_start=1332
+  _globals['_ROLE']._serialized_end=1411
   _globals['_RANK']._serialized_start=98
-  _globals['_RANK']._serialized_end=551
-  _globals['_REPLICA']._serialized_start=554
-  _globals['_REPLICA']._serialized_end=803
-  _globals['_WATCHREQUEST']._serialized_start=805
-  _globals['_WATCHREQUEST']._serialized_end=819
-  _globals['_WATCHRESPONSE']._serialized_start=822
-  _globals['_WATCHRESPONSE']._serialized_end=1008
-  _globals['_REPORTLOSTREQUEST']._serialized_start=1010
-  _globals['_REPORTLOSTREQUEST']._serialized_end=1076
-  _globals['_REPORTLOSTRESPONSE']._serialized_start=1078
-  _globals['_REPORTLOSTRESPONSE']._serialized_end=1098
-  _globals['_CONTROL']._serialized_start=1328
-  _globals['_CONTROL']._serialized_end=1522
+  _globals['_RANK']._serialized_end=566
+  _globals['_REPLICA']._serialized_start=569
+  _globals['_REPLICA']._serialized_end=818
+  _globals['_WATCHREQUEST']._serialized_start=820
+  _globals['_WATCHREQUEST']._serialized_end=834
+  _globals['_WATCHRESPONSE']._serialized_start=837
+  _globals['_WATCHRESPONSE']._serialized_end=1094
+  _globals['_REPORTLOSTREQUEST']._serialized_start=1096
+  _globals['_REPORTLOSTREQUEST']._serialized_end=1162
+  _globals['_REPORTLOSTRESPONSE']._serialized_start=1164
+  _globals['_REPORTLOSTRESPONSE']._serialized_end=1184
+  _globals['_CONTROL']._serialized_start=1414
+  _globals['_CONTROL']._serialized_end=1608
 # @@protoc_insertion_point(module_scope)

@@ -88,6 +88,7 @@ class Rank(_message.Message):
     LOAD_PHASE_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     node: _builtins.str
     device: _builtins.str
@@ -107,6 +108,8 @@ class Rank(_message.Message):
     total_bytes: _builtins.int
     target: _builtins.str
     """What its worker's code is generated for, such as "avx2"; empty until it has started."""
+    holds: _builtins.str
+    """What an attention worker holds of the replicas' keys and values, in words."""
     @_builtins.property
     def shard(self) -> _worker_pb2.Shard: ...
     @_builtins.property
@@ -133,10 +136,11 @@ class Rank(_message.Message):
         load_phase: _worker_pb2.LoadPhase.ValueType = ...,
         total_bytes: _builtins.int = ...,
         target: _builtins.str = ...,
+        holds: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "measured", b"measured", "shard", b"shard", "token_share", b"token_share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "kv_bytes", b"kv_bytes", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "target", b"target", "token_share", b"token_share", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_token_share", b"_token_share", "address", b"address", "cause", b"cause", "device", b"device", "holds", b"holds", "kv_bytes", b"kv_bytes", "load_phase", b"load_phase", "loaded_bytes", b"loaded_bytes", "measured", b"measured", "node", b"node", "phase", b"phase", "pid", b"pid", "rank", b"rank", "shard", b"shard", "target", b"target", "token_share", b"token_share", "total_bytes", b"total_bytes", "weight_bytes", b"weight_bytes", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__token_share: _TypeAlias = _typing.Literal["token_share"]  # noqa: Y015
     _WhichOneofArgType__token_share: _TypeAlias = _typing.Literal["_token_share", b"_token_share"]  # noqa: Y015
@@ -212,14 +216,22 @@ class WatchResponse(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
+    OFFLOADING_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Grows with every change."""
     phase: Global___Phase.ValueType
     cause: _builtins.str
     dtype: _worker_pb2.Dtype.ValueType
     """Number type of weights, activations and KV."""
+    offloading: _builtins.str
+    """What was decided about offloading attention, with its numbers, in words; empty where there was nothing to decide."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    @_builtins.property
+    def attention(self) -> Global___Replica:
+        """The attention workers, which replicas share; absent: there are none that work."""
+
     def __init__(
         self,
         *,
@@ -228,10 +240,12 @@ class WatchResponse(_message.Message):
         cause: _builtins.str = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         dtype: _worker_pb2.Dtype.ValueType = ...,
+        attention: Global___Replica | None = ...,
+        offloading: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "dtype", b"dtype", "phase", b"phase", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "cause", b"cause", "dtype", b"dtype", "offloading", b"offloading", "phase", b"phase", "replicas", b"replicas", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
