@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -47,6 +48,19 @@ class _UnderWay:
     next_layer: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Life:
+    """Says when a worker is lost.
+
+    Attributes:
+        silence_s: how long it may be silent while it owes something.
+        alive: is called again and again while it is waited for; what it raises ends the wait.
+    """
+
+    silence_s: float = SILENCE_S
+    alive: Callable[[], None] = lambda: None
+
+
 def _in_turn(
     method: Callable[Concatenate["RemoteSession", _Arguments], _Result],
 ) -> Callable[Concatenate["RemoteSession", _Arguments], _Result]:
@@ -71,16 +85,15 @@ class RemoteSession:
         welcome: Welcome,
         worker: int,
         name: str,
-        silence_s: float = SILENCE_S,
-        alive: Callable[[], None] = lambda: None,
+        life: Life,
     ) -> None:
         """Takes ownership of a connection over which the session was opened."""
         self.geometry = geometry
         self.welcome = welcome
         self._worker = worker
         self._name = name
-        self._silence_s = silence_s
-        self._alive = alive
+        self._silence_s = life.silence_s
+        self._alive = life.alive
         self._link = link
         self._stream = Stream(link, self._place)
         self._orders: dict[int, _UnderWay] = {}
@@ -131,7 +144,6 @@ class RemoteSession:
         if stored:
             self._send(Kind.ATTENTION_ROWS, number, layer, KV_ROWS, *stored)
 
-    @_in_turn
     def result(self, number: int, layer: int) -> AttentionResult:
         """Waits for the answer of an order in a layer, while the worker shows signs of life."""
         self._check()
@@ -145,14 +157,20 @@ class RemoteSession:
             del self._orders[number]
         return under_way.result
 
-    @_in_turn
     def flush(self) -> None:
-        """Sends what is still queued."""
+        """Sends what is still queued. It reads nothing, so that whoever waits for a result is not kept from it."""
         self._check()
+        silent_s = 0.0
         try:
-            self._wait(self._stream.push)
+            while not self._has_pushed():
+                silent_s = 0.0 if self._stream.wait_for_room(_TICK_S) else silent_s + _TICK_S
+                self._check_silence(silent_s)
         except (PeerFailed, BadFrame) as error:
             raise self._lose(error) from error
+
+    @_in_turn
+    def _has_pushed(self) -> bool:
+        return self._stream.push()
 
     def close(self) -> None:
         """Closes the connection. Whoever waits in another thread gets AttentionLost."""
@@ -162,16 +180,20 @@ class RemoteSession:
         """Sends and receives until it is done. Silence is counted in ticks, as this process may be held up, too."""
         silent_s = 0.0
         while True:
-            if self._receive():
-                silent_s = 0.0
-            self._stream.push()
-            if is_done():
-                return
+            with self.turn:
+                silent_s = 0.0 if self._receive() else silent_s
+                self._stream.push()
+                if is_done():
+                    return
             if not self._stream.wait(_TICK_S):
                 silent_s += _TICK_S
-                if silent_s >= self._silence_s:
-                    raise PeerFailed(self._worker, f"is frozen or cut off: silent for {self._silence_s:g} s")
-                self._alive()
+                self._check_silence(silent_s)
+
+    def _check_silence(self, silent_s: float) -> None:
+        if silent_s >= self._silence_s:
+            raise PeerFailed(self._worker, f"is frozen or cut off: silent for {self._silence_s:g} s")
+        if silent_s:
+            self._alive()
 
     def _receive(self) -> bool:
         """Takes the frames that have come, and returns whether anything has."""
@@ -238,37 +260,33 @@ def connect(
     geometry: Geometry,
     resumes: bool,
     deadline_s: float,
-    alive: Callable[[], None] = lambda: None,
-    silence_s: float = SILENCE_S,
+    life: Life | None = None,
 ) -> RemoteSession:
     """Opens a session of a rank of a replica with an attention worker, whose index there is ``worker``.
 
     Args:
-        epoch: must be greater than that of every session of this rank before.
+        epoch: is greater than that of any session of this rank before.
         resumes: whether keys, values and names of the session before are to be kept.
         deadline_s: the end of the wait on the clock of :func:`time.monotonic`.
-        alive: is called again and again while the session waits; what it raises ends the wait.
-        silence_s: the worker is lost once it owes something and was silent for so long.
+        life: says when the worker is lost.
 
     Raises:
         NotEnoughMemory: the worker has not the memory.
-        AttentionRefused: the worker does not know the secret, or knows a session of the same or a greater epoch.
-        AttentionLost: the worker was not reached by the deadline, or is not what it should be.
+        AttentionRefused: it does not know the secret, or knows a session of the same or a greater epoch.
+        AttentionLost: it was not reached by the deadline, or is not what it should be.
     """
+    life, alive = life or Life(), (life or Life()).alive
     hello = Hello(replica=replica, rank=rank, epoch=epoch, resumes=resumes, geometry=geometry)
     try:
         link = _reach(address, worker, deadline_s, alive)
-        try:
+        with ExitStack() as undo:
+            undo.callback(link.close)
             welcome = introduce(link, hello, secret, deadline_s=deadline_s, alive=alive)
-        except BaseException:  # what ``alive`` raises as well
-            link.close()
-            raise
+            undo.pop_all()
     except (Refused, PeerFailed, BadFrame) as error:
         raise _not_opened(error, worker, name) from error
     link.epoch = epoch
-    return RemoteSession(
-        link, geometry=geometry, welcome=welcome, worker=worker, name=name, silence_s=silence_s, alive=alive
-    )
+    return RemoteSession(link, geometry=geometry, welcome=welcome, worker=worker, name=name, life=life)
 
 
 def _not_opened(error: HeterodyneError, worker: int, name: str) -> HeterodyneError:

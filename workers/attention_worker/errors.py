@@ -1,9 +1,9 @@
 """The errors of attention workers."""
 
-from placement.errors import HeterodyneError
+from workers.transport.errors import KvGone
 
 
-class AttentionLost(HeterodyneError):
+class AttentionLost(KvGone):
     """An attention worker can no longer be worked with: what it holds cannot be attended to.
 
     Attributes:

@@ -131,6 +131,15 @@ class Stream:
         """Tells whether all was handed to the socket, and yet a pulse says that less has come."""
         return not self._queue and progress != self.bytes_out & _BITS
 
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Waits until something can be sent; returns whether it can."""
+        number = self.link.socket.fileno()
+        if number < 0:
+            raise PeerFailed.ended_here(self.link.peer)
+        poll = select.poll()
+        poll.register(number, select.POLLOUT)
+        return bool(poll.poll(1000 * timeout_s))
+
     def _begin(self) -> None:
         """Reads a header, and finds memory for what follows."""
         parsed = parse(self._head, epoch=self.link.epoch, number=self.link.num_received)

@@ -13,15 +13,8 @@ from kernels.attention import PartPlan, PartSpan, Run, SequenceSpan, Window
 from kernels.protocol import Kernels
 from placement.planning.residency import Residency
 from placement.serving.offload.orders import StepOrder
-from placement.serving.offload.sight import (
-    Chunk,
-    Home,
-    SessionPlace,
-    SessionSight,
-    Sight,
-    find_home,
-    look,
-)
+from placement.serving.offload.residents import Chunk, Home, SessionPlace, find_home
+from placement.serving.offload.sight import SessionSight, Sight, look
 from placement.serving.offload.told import ToldTables
 from workers.attention_worker.session import AttentionSession
 from workers.host.device import use_device

@@ -10,7 +10,7 @@ from placement.model.part import Part, Span
 from placement.model.specs import ModelSpec
 from placement.planning.residency import Residency
 from placement.serving.offload.orders import Names
-from placement.serving.offload.sight import session_places
+from placement.serving.offload.residents import session_places
 from workers.attention_worker.client import RemoteSession
 from workers.attention_worker.whereabouts import Whereabouts
 from workers.model.decoder_weights import attention_scale

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from placement.errors import HeterodyneError
 from placement.serving.offload.orders import Geometry, Names
-from placement.serving.offload.sight import SessionPlace
-from workers.attention_worker.client import RemoteSession, connect
+from placement.serving.offload.residents import SessionPlace
+from workers.attention_worker.client import Life, RemoteSession, connect
 from workers.attention_worker.errors import AttentionRefused
 from workers.attention_worker.whereabouts import Whereabouts
 
@@ -103,7 +103,7 @@ class Sessions:
                     geometry=opening.geometries[index],
                     resumes=resumes,
                     deadline_s=min(deadline_s, time.monotonic() + _ATTEMPT_S),
-                    alive=alive,
+                    life=Life(alive=alive),
                 )
             except AttentionRefused:
                 raise

@@ -10,7 +10,7 @@ from kernels.attention import LayerCache, Run
 from placement.model.part import Span
 from placement.planning.residency import Residency
 from placement.serving.offload.orders import StepOrder
-from placement.serving.offload.sight import SessionPlace
+from placement.serving.offload.residents import SessionPlace
 from workers.attention_worker.session import AttentionSession
 from workers.model.kv_cache import KVCache
 

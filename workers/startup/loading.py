@@ -62,6 +62,7 @@ class Loaded:
         budget: the token budget of a leader's steps, and what it measured; None at other ranks.
         kv_side: its side of transfers of keys and values; None where it takes part in none.
         offloading: its sessions with attention workers; None where it holds all keys and values itself.
+        whereabouts: where these listen.
         attention_worker: serves model ranks, where the rank is an attention worker; it has no other loop then.
     """
 
@@ -74,12 +75,8 @@ class Loaded:
     budget: StepBudget | None = None
     kv_side: KvSide | None = None
     offloading: Offloading | None = None
+    whereabouts: Whereabouts | None = None
     attention_worker: AttentionWorker | None = None
-
-    @property
-    def whereabouts(self) -> Whereabouts | None:
-        """Returns where its attention workers listen; None where it has none."""
-        return None if self.offloading is None else self.offloading.whereabouts
 
     @property
     def loop(self) -> Engine | Follower | AttentionWorker:
@@ -193,7 +190,9 @@ class LoadJob:
         )
         try:
             loaded = self._start(checked, weights, cache, membership, grammars, kv_side)
-            return replace(loaded, offloading=self._offloading)
+            if self._offloading is None:
+                return loaded
+            return replace(loaded, offloading=self._offloading, whereabouts=self._offloading.whereabouts)
         except BaseException:
             if kv_side is not None:
                 kv_side.stop()

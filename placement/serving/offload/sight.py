@@ -12,140 +12,21 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.model.part import Span
-from placement.planning.residency import Holder, Region, Residency
+from placement.planning.residency import Residency
 from placement.serving.offload.orders import QuerySpan, Seen
+from placement.serving.offload.residents import (
+    Chunk,
+    Home,
+    Integers,
+    Resident,
+    SessionPlace,
+    Window,
+    is_undivided,
+    resident,
+    seen_of,
+)
 
-Integers = NDArray[np.int64]
 Rows = Integers | list[int]
-Window = int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """A sequence's tokens of a step.
-
-    Attributes:
-        sequence: what the attention workers know the sequence by.
-        first_row: the row of its first token in the micro-batch.
-        start: the position of that token.
-        num_tokens: how many tokens the step computes.
-        blocks: the blocks of the sequence up to the last of these tokens.
-        home: where all of them are with one worker for each head; None: they are not. See :func:`find_home`.
-    """
-
-    sequence: int
-    first_row: int
-    start: int
-    num_tokens: int
-    blocks: Integers
-    home: "Home | None" = None
-
-    @property
-    def stop(self) -> int:
-        """Returns the position behind its last token."""
-        return self.start + self.num_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Home:
-    """The one region, not local and not divided by slots, that all blocks of a sequence are in.
-
-    Attributes:
-        region: its place in the residency.
-        table: the blocks, counted from the region's first.
-    """
-
-    region: int
-    table: tuple[int, ...]
-
-
-def find_home(blocks: Integers, residency: Residency, block_size: int) -> Home | None:
-    """Returns the one region that a sequence's blocks are in, where there is one."""
-    first, last = int(blocks.min()), int(blocks.max())
-    for place, region in enumerate(residency.regions):
-        if region.blocks.start <= first and last < region.blocks.stop:
-            if region.is_local or not _is_undivided(region, block_size):
-                return None
-            return Home(region=place, table=tuple((blocks - region.blocks.start).tolist()))
-    return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionPlace:
-    """Describes what a session is of a model rank's work.
-
-    Attributes:
-        region: the place of its region in the residency.
-        kv_heads: the KV heads that it has, counted from the rank's first.
-    """
-
-    region: int
-    holder: Holder
-    kv_heads: Span
-
-
-def session_places(residency: Residency, kv_heads: Span) -> tuple[SessionPlace, ...]:
-    """Lists the sessions of a model rank that has some KV heads of the model, in the order in which parts are merged.
-
-    A worker that holds two regions has a session for each.
-    """
-    found = []
-    for place, region in enumerate(residency.regions):
-        for holder in region.holders:
-            first, stop = max(holder.kv_heads.start, kv_heads.start), min(holder.kv_heads.stop, kv_heads.stop)
-            if first < stop:
-                own = Span(first - kv_heads.start, stop - kv_heads.start)
-                found.append(SessionPlace(region=place, holder=holder, kv_heads=own))
-    return tuple(found)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resident:
-    """What one holder has of a sequence.
-
-    Attributes:
-        places: the places in the sequence of the blocks of the region, ascending.
-        start, width: of each block, the first slot that it holds, and how many.
-    """
-
-    places: Integers
-    start: int
-    width: int
-    block_size: int
-
-    def count(self, positions: Integers) -> Integers:
-        """Counts for each position the tokens before it that the holder has."""
-        block, offset = np.divmod(positions, self.block_size)
-        full = np.searchsorted(self.places, block)
-        is_here = np.zeros(len(positions), dtype=bool)
-        known = full < len(self.places)
-        is_here[known] = self.places[full[known]] == block[known]
-        within = np.where(is_here, (offset - self.start).clip(0, self.width), 0)
-        counted: Integers = full * self.width + within
-        return counted
-
-
-def resident(chunk: Chunk, region: Region, holder: Holder | None, block_size: int) -> Resident:
-    """Returns what a holder has of a sequence; None: the model rank itself, of a local region."""
-    inside = (chunk.blocks >= region.blocks.start) & (chunk.blocks < region.blocks.stop)
-    stripe = None if holder is None else holder.stripe
-    return Resident(
-        places=np.flatnonzero(inside),
-        start=0 if stripe is None else stripe.start,
-        width=block_size if stripe is None else stripe.width,
-        block_size=block_size,
-    )
-
-
-def seen_of(held: Resident, positions: Integers, windows: Sequence[Window]) -> list[Integers]:
-    """Returns for each window what the tokens at some positions see of what is held, [n, 2] with first and end."""
-    end = held.count(positions + 1)
-    found = []
-    for window in windows:
-        first = np.zeros_like(end) if window is None else held.count((positions + 1 - window).clip(0))
-        found.append(np.stack([first, end], axis=1))
-    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,47 +104,79 @@ def look(
             the rows after it follow.
     """
     num_rows = sum(chunk.num_tokens for chunk in chunks)
-    slots = np.arange(first_staged, first_staged + num_rows)
-    drafts = [_Draft() for _ in places]
-    local: list[LocalSpan] = []
-    local_rows: list[Integers] = []
-    part_rows: list[Integers] = []
+    found = _Search(residency, tuple(places), tuple(windows), block_size, slots=first_staged + np.arange(num_rows))
     for chunk in chunks:
+        found.add(chunk)
+    return found.sight()
+
+
+class _Search:
+    """Collects what is done in a micro-batch, chunk by chunk."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        places: tuple[SessionPlace, ...],
+        windows: tuple[Window, ...],
+        block_size: int,
+        *,
+        slots: Integers,
+    ) -> None:
+        self._residency = residency
+        self._places = places
+        self._windows = windows
+        self._block_size = block_size
+        self._slots = slots
+        self._drafts = [_Draft() for _ in places]
+        self._local: list[LocalSpan] = []
+        self._local_rows: list[Integers] = []
+        self._part_rows: list[Integers] = []
+
+    def add(self, chunk: Chunk) -> None:
+        """Finds what is done with a chunk."""
+        residency, size = self._residency, self._block_size
         if chunk.home is not None and chunk.num_tokens == 1 and chunk.start:
-            _ask_at_home(drafts, places, chunk, chunk.home, windows, block_size)
-            continue
+            _ask_at_home(self._drafts, self._places, chunk, chunk.home, self._windows, size)
+            return
         rows = np.arange(chunk.first_row, chunk.first_row + chunk.num_tokens)
         positions = np.arange(chunk.start, chunk.stop)
-        regions = _regions(chunk, residency)
-        own = _is_local(chunk, residency, positions, block_size)
-        slots[rows[own]] = _local_slots(chunk, positions[own], block_size)
+        own = _is_local(chunk, residency, positions, size)
+        self._slots[rows[own]] = _local_slots(chunk, positions[own], size)
         stored = [
-            _store(draft, chunk, place, residency, rows, positions, block_size)
-            for draft, place in zip(drafts, places, strict=True)
+            _store(draft, chunk, place, residency, rows, positions, size)
+            for draft, place in zip(self._drafts, self._places, strict=True)
         ]
         if chunk.start == 0:
-            local.append(_whole_span(chunk, slots[rows], windows))
-            local_rows.append(rows)
-            continue
-        if regions == {0} and residency.regions[0].is_local:
-            local.append(_local_span(chunk, residency, windows, positions, block_size))
-            local_rows.append(rows)
-            continue
-        is_whole = len(regions) == 1 and _is_undivided(residency.regions[min(regions)], block_size)
-        for draft, place, held in zip(drafts, places, stored, strict=True):
-            _ask(draft, chunk, place, held, rows, positions, windows, is_whole=is_whole)
-        if is_whole:
-            continue
-        part_rows.append(rows)
-        if 0 in regions and residency.regions[0].is_local:
-            local.append(_local_span(chunk, residency, windows, positions, block_size))
-    return Sight(
-        slots=slots,
-        local=tuple(local),
-        local_rows=_joined(local_rows),
-        part_rows=_joined(part_rows),
-        sessions=tuple(draft.sight() for draft in drafts),
-    )
+            self._local.append(_whole_span(chunk, self._slots[rows], self._windows))
+            self._local_rows.append(rows)
+        else:
+            self._ask(chunk, rows, positions, stored)
+
+    def _ask(self, chunk: Chunk, rows: Integers, positions: Integers, stored: Sequence[Resident]) -> None:
+        """Finds who attends to a chunk that sees earlier tokens."""
+        residency, size, windows = self._residency, self._block_size, self._windows
+        regions = _regions(chunk, residency)
+        is_here = 0 in regions and residency.regions[0].is_local
+        if is_here:
+            self._local.append(_local_span(chunk, residency, windows, positions, size))
+        if is_here and len(regions) == 1:
+            self._local_rows.append(rows)
+            return
+        is_whole = len(regions) == 1 and is_undivided(residency.regions[min(regions)], size)
+        for draft, held in zip(self._drafts, stored, strict=True):
+            draft.ask(chunk, held, rows, positions, windows, is_whole=is_whole)
+        if not is_whole:
+            self._part_rows.append(rows)
+
+    def sight(self) -> Sight:
+        """Returns what was found."""
+        return Sight(
+            slots=self._slots,
+            local=tuple(self._local),
+            local_rows=_joined(self._local_rows),
+            part_rows=_joined(self._part_rows),
+            sessions=tuple(draft.sight() for draft in self._drafts),
+        )
 
 
 class _Draft:
@@ -275,6 +188,26 @@ class _Draft:
         self.kv_rows: list[Rows] = []
         self.slots: list[Rows] = []
         self.tables: dict[int, tuple[int, ...]] = {}
+
+    def ask(
+        self,
+        chunk: Chunk,
+        held: Resident,
+        rows: Integers,
+        positions: Integers,
+        windows: Sequence[Window],
+        *,
+        is_whole: bool,
+    ) -> None:
+        """Notes the queries of a chunk that the session answers; none where they see nothing of what it holds."""
+        seen = seen_of(held, positions, windows)
+        if not any((ranges[:, 0] < ranges[:, 1]).any() for ranges in seen):
+            return
+        before, after = held.count(np.array([chunk.start, chunk.stop])).tolist()
+        span = QuerySpan(
+            sequence=chunk.sequence, num_queries=chunk.num_tokens, num_new=after - before, seen=tuple(map(_seen, seen))
+        )
+        (self.whole if is_whole else self.parts).append((span, rows))
 
     def sight(self) -> SessionSight:
         spans = [*self.whole, *self.parts]
@@ -320,11 +253,6 @@ def _regions(chunk: Chunk, residency: Residency) -> set[int]:
     return set(np.searchsorted(stops, chunk.blocks, side="right").tolist())
 
 
-def _is_undivided(region: Region, block_size: int) -> bool:
-    """Tells whether each head of a region's blocks is held by one worker as a whole."""
-    return all(holder.slots_per_block(block_size) == block_size for holder in region.holders)
-
-
 def _is_local(chunk: Chunk, residency: Residency, positions: Integers, block_size: int) -> NDArray[np.bool_]:
     here: NDArray[np.bool_] = chunk.blocks[positions // block_size] < residency.num_local_blocks
     return here
@@ -355,28 +283,6 @@ def _store(
     if chunk.start and len(held.places):
         draft.tables[chunk.sequence] = tuple((chunk.blocks[held.places] - region.blocks.start).tolist())
     return held
-
-
-def _ask(
-    draft: _Draft,
-    chunk: Chunk,
-    place: SessionPlace,
-    held: Resident,
-    rows: Integers,
-    positions: Integers,
-    windows: Sequence[Window],
-    *,
-    is_whole: bool,
-) -> None:
-    """Notes the queries of a chunk that a session answers; none where they see nothing of what it holds."""
-    seen = seen_of(held, positions, windows)
-    if not any((ranges[:, 0] < ranges[:, 1]).any() for ranges in seen):
-        return
-    before, after = held.count(np.array([chunk.start, chunk.stop])).tolist()
-    span = QuerySpan(
-        sequence=chunk.sequence, num_queries=chunk.num_tokens, num_new=after - before, seen=tuple(map(_seen, seen))
-    )
-    (draft.whole if is_whole else draft.parts).append((span, rows))
 
 
 def _seen(ranges: Integers) -> Seen:

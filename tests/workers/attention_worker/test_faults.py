@@ -24,7 +24,7 @@ from tests.support.offload.sessions import (
     geometry_of,
     open_session,
 )
-from workers.attention_worker.client import RemoteSession, connect
+from workers.attention_worker.client import Life, RemoteSession, connect
 from workers.attention_worker.errors import AttentionLost, AttentionRefused
 from workers.attention_worker.handshake import challenge, hear, welcome
 from workers.attention_worker.memory import kv_bytes_of
@@ -135,7 +135,7 @@ def test_what_is_damaged_on_the_wire_ends_the_session_with_an_error(place: int, 
 
 def test_a_worker_that_is_frozen_is_lost_within_the_deadline() -> None:
     with attention_worker() as (_, address), relayed(address) as relay:
-        session = open_session(relay.address, silence_s=1.0)
+        session = open_session(relay.address, life=Life(silence_s=1.0))
         compute(session, 0)
         relay.is_frozen = True
         with pytest.raises(AttentionLost, match="frozen or cut off"):
@@ -145,7 +145,7 @@ def test_a_worker_that_is_frozen_is_lost_within_the_deadline() -> None:
 
 def test_a_worker_that_owes_something_shows_that_it_lives() -> None:
     with attention_worker() as (_, address):
-        session = open_session(address, silence_s=1.0)
+        session = open_session(address, life=Life(silence_s=1.0))
         number = session.order(order_of(0))
         session.send(number, 0, ROWS[0], None, None)
         late = threading.Timer(2.5, lambda: session.send(number, 0, None, *ROWS[1:]))
