@@ -21,13 +21,14 @@ from placement.model.specs import DeviceSpec, DType, ModelSpec, NodeSpec
 from placement.planning.attention import AttentionSetup
 from placement.planning.auto import Choice
 from placement.planning.plan import Plan
+from placement.planning.residency import Partition
 from placement.serving.offload.choice import PartitionChoice
 from placement.serving.offload.planned import Rates, judge_plan, suitable_partition, typical_context
 from placement.serving.offload.verdict import Verdict
 
 PlanWith = Callable[[KnownCluster, AttentionSetup | None], Choice]
 """Plans a model on the workers that compute it, with attention workers or without."""
-_Seats = Sequence[tuple[NodeSpec, DeviceSpec]]
+_Seats = tuple[tuple[NodeSpec, DeviceSpec], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +69,6 @@ def decide(
 ) -> tuple[KnownCluster, Choice, Offloading]:
     """Plans with attention workers where they are expected to pay, or are asked for, and else without.
 
-    Args:
-        speeds: of all workers, in their order, where they were measured.
-
     Returns:
         the workers that compute the model, their plan, and what was decided.
 
@@ -84,46 +82,81 @@ def decide(
     seats, computing = seats_of(cluster, places), without(cluster, places)
     rates, basis = _rates(attention, names, cluster, speeds)
     partition = _partition(config, attention, model, dtype, seats, rates)
-    setup = AttentionSetup(
-        places=seats,
-        weights=tuple(rates.speed_of(device).weight_bytes_per_s for _, device in seats),
-        partition=partition.partition,
-        kv_cache_bytes=attention.kv_cache,
-        local_kv_cache_bytes=attention.local_kv_cache,
-    )
-    must = attention.offload == "always"
-    alone, alone_error = _tried(computing, None, plan_with)
-    offloaded, error = _tried(computing, setup, plan_with)
-    if offloaded is None and (must or alone is None):
-        assert error is not None
-        raise error
-    verdict = None
-    if offloaded is not None:
-        context = typical_context(offloaded.plan.model.max_context_tokens, attention.typical_context)
-        without_plan = None if alone is None else alone.plan
-        verdict = judge_plan(offloaded.plan, without_plan, rates, partition=partition.partition, context=context)
-    is_used = offloaded is not None and (must or (verdict is not None and verdict.is_accepted))
-    chosen = offloaded if is_used else alone
-    if chosen is None:
-        assert alone_error is not None
-        raise alone_error
-    holding = {shard.device.worker for shard in chosen.plan.attention}
+    setup = _setup(attention, seats, rates, partition.partition)
+    options = _options(computing, setup, plan_with, must=attention.offload == "always")
+    verdict = _verdict(options, rates, setup.partition, attention.typical_context)
+    is_used = options.must or (verdict is not None and verdict.is_accepted)
+    chosen = options.chosen(is_used)
     decided = Offloading(
         devices={place: device for place, (_, device) in zip(places, seats, strict=True)},
         is_used=is_used,
-        is_asked=must,
-        idle=tuple(device.worker for _, device in seats if device.worker not in holding),
+        is_asked=options.must,
+        idle=_idle(seats, chosen),
         partition=partition,
         verdict=verdict,
-        cause="" if error is None else str(error),
+        cause="" if options.error is None else str(options.error),
         basis=basis,
-        trial=_trial(alone, offloaded) if speeds is None and (len(places) > 1 or not must) else None,
+        trial=_trial(options) if speeds is None and (len(places) > 1 or not options.must) else None,
     )
     return computing, chosen, decided
 
 
-def _trial(alone: Choice | None, offloaded: Choice | None) -> Plan | None:
+def _idle(seats: _Seats, chosen: Choice) -> tuple[str, ...]:
+    holding = {shard.device.worker for shard in chosen.plan.attention}
+    return tuple(device.worker for _, device in seats if device.worker not in holding)
+
+
+def _setup(attention: AttentionConfig, seats: _Seats, rates: Rates, partition: Partition) -> AttentionSetup:
+    return AttentionSetup(
+        places=seats,
+        weights=tuple(rates.speed_of(device).weight_bytes_per_s for _, device in seats),
+        partition=partition,
+        kv_cache_bytes=attention.kv_cache,
+        local_kv_cache_bytes=attention.local_kv_cache,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The plans without attention workers and with them, or why there is none. There is one that may be chosen."""
+
+    alone: Choice | None
+    alone_error: NotEnoughMemory | None
+    offloaded: Choice | None
+    error: NotEnoughMemory | None
+    must: bool
+
+    def chosen(self, is_used: bool) -> Choice:
+        """Returns the plan that is served. Raises NotEnoughMemory where it could not be made."""
+        choice, error = (self.offloaded, self.error) if is_used else (self.alone, self.alone_error)
+        if choice is None:
+            assert error is not None
+            raise error
+        return choice
+
+
+def _options(computing: KnownCluster, setup: AttentionSetup, plan_with: PlanWith, *, must: bool) -> _Options:
+    """Makes both plans. Raises NotEnoughMemory where the one that is asked for cannot be made, or none."""
+    alone, alone_error = _tried(computing, None, plan_with)
+    offloaded, error = _tried(computing, setup, plan_with)
+    if error is not None and (must or alone is None):
+        raise error
+    return _Options(alone=alone, alone_error=alone_error, offloaded=offloaded, error=error, must=must)
+
+
+def _verdict(options: _Options, rates: Rates, partition: Partition, asked_context: int | None) -> Verdict | None:
+    """Judges the plan with attention workers; None where there is none."""
+    if options.offloaded is None:
+        return None
+    plan = options.offloaded.plan
+    context = typical_context(plan.model.max_context_tokens, asked_context)
+    alone = None if options.alone is None else options.alone.plan
+    return judge_plan(plan, alone, rates, partition=partition, context=context)
+
+
+def _trial(options: _Options) -> Plan | None:
     """Returns the plan by which workers are started early: each must be the same rank whatever is decided then."""
+    alone, offloaded = options.alone, options.offloaded
     if offloaded is None or (alone is not None and _devices(alone) != _devices(offloaded)):
         return None
     return offloaded.plan

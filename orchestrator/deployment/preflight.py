@@ -125,8 +125,7 @@ def preflight(
     """
     _check_environment()
     files = read_model_files(Path(config.model.path))
-    machine = machine or measure_machine()
-    _check_machine(config, machine)
+    _check_machine(config, machine := machine or measure_machine())
     cluster, choice, offloading = _choose(config, files, known_clusters(config, machine, hosts), speeds)
     if listens:
         _check_start(config, machine)

@@ -112,15 +112,13 @@ def plan_replicas(
         max_context_tokens: the context to serve; None: as much of the model's own as the KV blocks hold.
         linear: the format of linear layers; None: they are held in ``dtype``, as all else.
         layouts: the devices of each replica and their shares; None: each device, in order, has a replica.
-        is_draft: whether the plan is made whether it fits or not, with the fewest KV blocks where no size is set. It
-            leaves out who holds which of them.
-        attention: the attention workers, which are no devices of ``cluster``; None: there are none.
+        is_draft: whether the plan is made whether it fits or not, with the fewest KV blocks, wherever they are.
+        attention: the attention workers, which are no devices of ``cluster``.
 
     Raises:
         InvalidConfig: the model knows a smaller context, or it cannot be rounded, or cut as a layout says.
         InvalidModel: the sizes of a GPTQ checkpoint contradict each other, or it cannot be cut as a layout says.
-        NotEnoughMemory: the KV blocks hold too little, or ranks do not fit in their devices or in their node, as far as
-            their memory is known.
+        NotEnoughMemory: the KV blocks hold too little, or ranks do not fit where their memory is known.
     """
     sizes = _Sizes(
         model=model,
