@@ -149,12 +149,17 @@ class ReplicaCore:
             free_blocks=pool.num_free,
             total_blocks=pool.num_total,
             num_preemptions=scheduler.num_preemptions,
-            pending_tokens=scheduler.pending_tokens + sum(plan.num_tokens for plan in self._in_flight),
+            pending_tokens=scheduler.pending_tokens + self._count_dispatched(),
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
             prefix_queries=scheduler.num_prefix_queries,
             prefix_hits=scheduler.num_prefix_hits,
         )
+
+    def _count_dispatched(self) -> int:
+        """Counts the tokens of steps on their way that the scheduler takes to be computed (see ``_count_early``)."""
+        late = self._is_pipeline
+        return sum(it.num_tokens for plan in self._in_flight for it in plan.chunks if not (late and it.samples))
 
     def _count_moving(self) -> int:
         if self.transfers.is_empty and not self._reserved and not self._shipping:
@@ -292,7 +297,7 @@ class ReplicaCore:
             given = len(advance.token_ids)
             assert self._is_pipeline or advance.failed is not None or given == chunk.samples, "counted beforehand"
             if live is not None:  # else it has ended while the step was on its way
-                commands += self._advance(live, place, advance, now_s)
+                self._advance(live, place, advance, now_s, commands)
         return commands
 
     def _count_late(self, plan: StepPlan, event: StepEnded) -> None:
@@ -303,22 +308,25 @@ class ReplicaCore:
             if live is not None and chunk.samples:
                 self._count(live, len(live.accept(advance)[0]))
 
-    def _advance(self, live: LiveSequence, place: int, advance: Advance, now_s: float) -> list[Command]:
+    def _advance(self, live: LiveSequence, place: int, advance: Advance, now_s: float, commands: list[Command]) -> None:
         """Adds the tokens that a sequence was given to its answer, and ends the sequence after its last token."""
         if advance.failed is not None:
-            return self._end(live, EndReason.FAILED, advance.failed)
+            commands += self._end(live, EndReason.FAILED, advance.failed)
+            return
         token_ids, reason = live.accept(advance)
         if not token_ids:
-            return []
+            return
         tell = live.tell(place, token_ids, now_s)
-        if live.num_told == 0:
+        if tell.first_index == live.num_emitted:
             self._prompt_tokens += live.sequence.num_prompt_tokens
         self._output_tokens += len(token_ids)
         live.token_ids += token_ids
         live.extend_hashes(self.settings.limits.block_size)
+        commands.append(tell)
         if reason is EndReason.LENGTH and live.spec.ship_to is not None:
-            return [tell, self._ship(live)]
-        return [tell] if reason is None else [tell, *self._end(live, reason)]
+            commands.append(self._ship(live))
+        elif reason is not None:
+            commands += self._end(live, reason)
 
     # -- keys and values on their way -----------------------------------------------------------------------------
 

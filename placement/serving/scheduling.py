@@ -32,13 +32,8 @@ class _Draft:
 
     def add(self, sequence: Sequence, num_tokens: int, *, is_decode: bool) -> None:
         assert 1 <= num_tokens <= self.budget and sequence.step is None, sequence
-        chunk = Chunk(
-            sequence_id=sequence.sequence_id,
-            start=sequence.num_computed_tokens,
-            num_tokens=num_tokens,
-            samples=num_tokens == sequence.num_uncomputed_tokens,
-            is_decode=is_decode,
-        )
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        chunk = Chunk(sequence.sequence_id, sequence.num_computed_tokens, num_tokens, samples, is_decode)
         self.chunks.append(chunk)
         self.budget -= num_tokens
         sequence.step = self.step
@@ -259,12 +254,14 @@ class Scheduler:
         """
         decodes = [sequence for sequence in self._running if sequence.is_decode]
         most = -(-len(decodes) // self._limits.num_batches)
+        block_size, preempted, chunks = self._pool.block_size, draft.preempted, draft.chunks
         for sequence in decodes:
-            if len(draft.chunks) == most:
+            if len(chunks) == most:
                 return
-            if sequence.step is not None or not sequence.is_decode:
+            if sequence.step is not None or (preempted and not sequence.is_decode):
                 continue  # preempted a moment ago is no decode either
-            if self._find_room(sequence, draft):
+            num_tokens = sequence.num_prompt_tokens + sequence.num_output_tokens
+            if num_tokens <= len(sequence.block_table) * block_size or self._find_room(sequence, draft):
                 draft.add(sequence, 1, is_decode=True)
 
     def _schedule_prefills(self, draft: _Draft) -> None:

@@ -81,6 +81,11 @@ class Transfers:
 
     def receive(self, target: ReplicaDriver, source: ReplicaDriver, command: Receive, prompt: tuple[int, ...]) -> None:
         """Asks a replica to compute a prompt for another, which has reserved blocks for it."""
+        self.num_events += 1
+        # Whatever the target does in this very moment comes first; ids are given in the order of submission.
+        self._clock.after(0.0, partial(self._ask, target, source, command, prompt))
+
+    def _ask(self, target: ReplicaDriver, source: ReplicaDriver, command: Receive, prompt: tuple[int, ...]) -> None:
         sequence_id, tokens = self._next_id(), command.tokens
         self._open[sequence_id] = _Transfer(
             source=source,
@@ -92,11 +97,9 @@ class Transfers:
             num_tokens=tokens.stop,
             by_layer=streams_by_layer(len(tokens)),
         )
-        self.num_events += 1
-        spec = SequenceSpec(prompt_ids=prompt[: tokens.stop], max_tokens=1, ship_to=str(sequence_id))
-        submit = Submit(sequence_id=sequence_id, spec=spec, submitted_s=self._clock.now_s)
-        self._clock.after(0.0, partial(source.tell, submit))
         self._clock.after(QUEUE_S, partial(self._give_up_waiting, sequence_id))
+        spec = SequenceSpec(prompt_ids=prompt[: tokens.stop], max_tokens=1, ship_to=str(sequence_id))
+        source.tell(Submit(sequence_id=sequence_id, spec=spec, submitted_s=self._clock.now_s))
 
     def begun(self, source: ReplicaDriver, plan: StepPlan, begins_s: float) -> None:
         """Sends layers as a step computes them."""

@@ -1,11 +1,12 @@
 """Has the designs of the Splitwise paper served by our cores, with the shortcuts that its own simulator takes.
 
 The time of a step depends on its tokens alone, whatever their contexts. A step of prompts and tokens takes a tenth
-longer than one of as many prompt tokens. Prompts are not cut. Keys and values take a time by themselves, at 200 GB/s, whatever
-else is on its way, and the first token comes with the prompt.
+longer than one of as many prompt tokens. Prompts are not cut. Keys and values take a time by themselves, at 200 GB/s,
+whatever else is on its way, and the first token comes with the prompt.
 """
 
 import csv
+import gzip
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,6 @@ from placement.simulation.simulation import Fleet, Simulation
 from placement.simulation.step_time import StepTime
 from placement.simulation.tables import Table
 
-MODEL, TENSOR_PARALLEL = "bloom-176b", 8
 KV_BYTES_PER_TOKEN = 2 * 14336 * 70 * 2
 WEIGHT_BYTES = 352 * 2**30
 MACHINE_BYTES = 8 * 80 * 2**30
@@ -35,6 +35,7 @@ LINK_BYTES_PER_S = 200 * 2**30
 MOST_BATCH_TOKENS = 2048
 _BLOCK_SIZE = 64
 _UNCUT = 1 << 20
+_MOST_OWED = 0.1
 _SLOS = {"ttft": (2.0, 3.0, 6.0), "tbt": (1.25, 1.5, 5.0), "e2e": (1.25, 1.5, 5.0)}
 
 
@@ -72,13 +73,10 @@ ISO_POWER = {
 def read_machines(path: Path) -> dict[str, Machine]:
     """Reads the measured times; of measurements of equal size the median counts."""
     times: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: {"prompt": {}, "token": {}})
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["model"] == MODEL and int(row["tensor_parallel"]) == TENSOR_PARALLEL:
-                size = int(row["prompt_size"]) * int(row["batch_size"])
-                for kind in ("prompt", "token"):
-                    seconds = float(row[f"{kind}_time"]) * 1e-3
-                    times[row["hardware"]][kind].setdefault(size, []).append(seconds)
+    for row in _rows(path):
+        size = int(row["prompt_size"]) * int(row["batch_size"])
+        for kind in ("prompt", "token"):
+            times[row["hardware"]][kind].setdefault(size, []).append(float(row[f"{kind}_time"]) * 1e-3)
     return {
         hardware: Machine(**{kind: _median_table(sizes) for kind, sizes in kinds.items()})
         for hardware, kinds in times.items()
@@ -93,7 +91,7 @@ class TokenSteps:
     """Takes the time that the tokens of a step take, prompts or not, whatever their contexts.
 
     In the published simulator, tokens that do not fit in a batch with prompts wait for the next one. Here they are in
-    the step all the same, without taking time there; the next step without prompts takes that time instead.
+    the step all the same, without taking time there; the next steps without prompts take a little longer instead.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -111,7 +109,9 @@ class TokenSteps:
         if found is None:
             found = self._known[len(chunks)] = StepTime(*self._machine.token.read(len(chunks)))
         if self._owed_s:
-            found, self._owed_s = StepTime(found.seconds + self._owed_s, found.is_measured), 0.0
+            more_s = min(self._owed_s, _MOST_OWED * found.seconds)
+            self._owed_s -= more_s
+            return StepTime(found.seconds + more_s, found.is_measured)
         return found
 
     def _with_prompts(self, num_prompt: int, num_single: int) -> StepTime:
@@ -218,11 +218,17 @@ class Served:
 
 def read_trace(path: Path) -> Trace:
     """Returns when each request came, and the tokens of its prompt and of its answer."""
-    with path.open(newline="") as file:
-        return [
-            (float(row["arrival_timestamp"]), int(row["prompt_size"]), int(row["token_size"]))
-            for row in csv.DictReader(file)
-        ]
+    return [(float(row["arrival_timestamp"]), int(row["prompt_size"]), int(row["token_size"])) for row in _rows(path)]
+
+
+def at_rate(trace: Trace, rate: float) -> Trace:
+    """Returns the trace in the same rhythm, so that ``rate`` requests come in a second."""
+    factor = len(trace) / (trace[-1][0] * rate)
+    return [(at_s * factor, prompt, answer) for at_s, prompt, answer in trace]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(gzip.decompress(path.read_bytes()).decode().splitlines()))
 
 
 def serve(design: Design, machines: Mapping[str, Machine], trace: Trace) -> tuple[list[Served], Result]:
@@ -289,3 +295,41 @@ def meets_all(found: Mapping[str, float]) -> bool:
         for name, limits in _SLOS.items()
         for percent, limit in zip((50, 90, 99), limits, strict=True)
     )
+
+
+QUANTILES = tuple(f"{name}_p{percent}" for name in _SLOS for percent in (50, 90, 99))
+
+
+def read_reference(path: Path) -> dict[str, dict[str, float]]:
+    """Returns the figures of the published simulator, by design; ``all9`` tells whether all limits are kept."""
+    with path.open(newline="") as file:
+        return {
+            row["design"]: {
+                name: float(value) if name != "all9" else float(value == "True")
+                for name, value in row.items()
+                if name not in ("trace", "design")
+            }
+            for row in csv.DictReader(file)
+        }
+
+
+def capacity(design: Design, machines: Mapping[str, Machine], trace: Trace, *, low: float, step: float) -> float:
+    """Returns the most requests a second, in steps from ``low`` on, at which a design keeps all nine limits; 0: none.
+
+    The step doubles while the limits are kept, and then halves between what is kept and what is not.
+    """
+
+    def is_kept(rate: float) -> bool:
+        served, _ = serve(design, machines, at_rate(trace, rate))
+        return meets_all(figures(served, machines[A100]))
+
+    if not is_kept(low):
+        return 0.0
+    best, width = low, step
+    while is_kept(best + width):
+        best, width = best + width, 2 * width
+    while width > step:
+        width /= 2
+        if is_kept(best + width):
+            best += width
+    return best

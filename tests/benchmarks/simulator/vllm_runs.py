@@ -1,6 +1,7 @@
 """Reads measured runs of vLLM, and has the same requests served in virtual time by our scheduler."""
 
 import csv
+import gzip
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         name=folder.name,
         times=read_profile(folder / "profile", model.num_layers),
-        requests=_read_requests(folder / "requests.jsonl"),
+        requests=_read_requests(folder / "requests.jsonl.gz"),
         settings=settings,
         sums=sums if num_gpus > 1 else None,
     )
@@ -109,7 +110,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_requests(path: Path) -> tuple[MeasuredRequest, ...]:
     """The clients' clock is not the engine's: the request that was taken soonest after it came says how they differ."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     shift_s = min(row["queued_ts"] - row["arrival_time"] for row in rows)
     origin_s = min(row["arrival_time"] for row in rows)
     return tuple(
@@ -127,16 +128,16 @@ def _read_requests(path: Path) -> tuple[MeasuredRequest, ...]:
 def read_profile(folder: Path, num_layers: int) -> LayerTimes:
     """Reads the profile of a model's layers, whose times are in microseconds."""
     dense: dict[int, float] = defaultdict(float)
-    for row in _rows(folder / "dense.csv"):
+    for row in _rows(folder / "dense.csv.gz"):
         count = 1 if row["layer"] in _ONCE else num_layers * (2 if row["layer"] in _TWICE else 1)
         dense[int(row["tokens"])] += count * float(row["time_us"]) * 1e-6
     sampled: dict[int, float] = defaultdict(float)
-    for row in _rows(folder / "per_sequence.csv"):
+    for row in _rows(folder / "per_sequence.csv.gz"):
         sampled[int(row["sequences"])] += float(row["time_us"]) * 1e-6
     axes = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
     attention = [
         (tuple(float(row[name]) for name in axes), float(row["time_us"]) * 1e-6)
-        for row in _rows(folder / "attention.csv")
+        for row in _rows(folder / "attention.csv.gz")
     ]
     return LayerTimes(
         num_layers=num_layers,
@@ -147,8 +148,7 @@ def read_profile(folder: Path, num_layers: int) -> LayerTimes:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(gzip.decompress(path.read_bytes()).decode().splitlines()))
 
 
 def simulate(run: Run, step_s: float) -> Result:
