@@ -238,7 +238,8 @@ class ReplicaCore:
             return []
         plan = self.scheduler.schedule()
         last_step = self._in_flight[-1].step if self._in_flight else self.num_ended_steps
-        self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
+        if plan.reserved:
+            self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
         assert plan.chunks or not any(self._live[it].spec.ship_to for it in plan.preempted), "its blocks are not closed"
         commands = self._receive_reserved(now_s)
         # A preemption may have made room for somebody else: nobody is admitted in the same step.
@@ -249,8 +250,8 @@ class ReplicaCore:
         commands.append(
             Run(
                 plan=plan,
-                token_ids=tuple(live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)),
-                tables=tuple(live.sequence.block_table for live in planned),
+                token_ids=tuple([live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)]),
+                tables=tuple([live.sequence.block_table for live in planned]),
             )
         )
         self._in_flight.append(plan)

@@ -117,16 +117,15 @@ class ReplicaDriver:
     def plan(self) -> None:
         """Has the next steps planned, as far as it is time for them."""
         core = self.core
-        while core.wants_step:
-            if self._dispatched and not self._is_due():
-                return
+        while core.wants_step and (not self._dispatched or self._is_due()):
             commands = self._handle(_STEP_DUE)
-            others = [command for command in commands if not isinstance(command, Run)]
-            if len(others) < len(commands):
-                for command in commands:
-                    if isinstance(command, Run):
-                        self._run(command)
-            self._carry_out(others)
+            if not commands:
+                continue  # the core wants no step any more, or has made room for one
+            run = commands[-1]
+            if isinstance(run, Run):  # it is always the last
+                commands.pop()
+                self._run(run)
+            self._carry_out(commands)
 
     def _is_due(self) -> bool:
         """Tells whether the step after those on their way is planned now; if not, looks again when it is time."""
@@ -143,16 +142,16 @@ class ReplicaDriver:
         return False
 
     def _run(self, command: Run) -> None:
-        plan, work = command.plan, self.work
+        plan, work, free_s = command.plan, self.work, self._stage_free_s
         seconds, is_measured = self.spec.steps.step_time(plan.chunks)
         work.num_steps += 1
         if not is_measured:
             work.num_extrapolated_steps += 1
             work.extrapolated_s += seconds
-        begins_s = at_s = max(self._clock.now_s, self._stage_free_s[0])
-        part_s = seconds / len(self._stage_free_s)
-        for stage, free_s in enumerate(self._stage_free_s):
-            at_s = self._stage_free_s[stage] = max(at_s, free_s) + part_s
+        begins_s = at_s = max(self._clock.now_s, free_s[0])
+        part_s = seconds / len(free_s)
+        for stage in range(len(free_s)):
+            at_s = free_s[stage] = max(at_s, free_s[stage]) + part_s
         work.busy_s += part_s  # of the first stage: all have as much to do
         self._note_busy(begins_s, begins_s + part_s)
         self._dispatched.append((plan, seconds))

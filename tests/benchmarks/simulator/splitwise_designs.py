@@ -316,7 +316,8 @@ def read_reference(path: Path) -> dict[str, dict[str, float]]:
 def capacity(design: Design, machines: Mapping[str, Machine], trace: Trace, *, low: float, step: float) -> float:
     """Returns the most requests a second, in steps from ``low`` on, at which a design keeps all nine limits; 0: none.
 
-    The step doubles while the limits are kept, and then halves between what is kept and what is not.
+    The step doubles while the limits are kept, and then halves between what is kept and what is not. More than five
+    times ``low`` is not tried.
     """
 
     def is_kept(rate: float) -> bool:
@@ -326,7 +327,7 @@ def capacity(design: Design, machines: Mapping[str, Machine], trace: Trace, *, l
     if not is_kept(low):
         return 0.0
     best, width = low, step
-    while is_kept(best + width):
+    while best + width <= 5 * low and is_kept(best + width):
         best, width = best + width, 2 * width
     while width > step:
         width /= 2
