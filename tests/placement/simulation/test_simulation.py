@@ -3,21 +3,25 @@
 import random
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.planning.plan import Role
+from placement.serving.routing.binding import Waiting
+from placement.serving.routing.choice import ReplicaLoad, Route
 from placement.serving.step_plan import Chunk
 from placement.simulation.dispatch import OnlyReplica
 from placement.simulation.load import ClosedLoop, OpenLoop, Request, at_random
 from placement.simulation.replica import AT_ONCE_S
 from placement.simulation.results import summary
 from placement.simulation.simulation import Simulation
-from placement.simulation.step_time import StepTime
+from placement.simulation.step_time import LinearSteps, StepTime
 from tests.placement.simulation.simulated import LIMITS, fleet, replica, serve
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -89,6 +93,30 @@ def test_layers_that_are_sent_while_others_are_computed_hide_the_link() -> None:
         serve(pair, OpenLoop([ONE]), mode="always", num_layers=count).outcomes[0] for count in (1, 10)
     )
     assert at_the_end.ttft_s - by_layer.ttft_s == pytest.approx(0.9 * 299 * 1000 / 1e8, rel=0.01)
+
+
+class Always(OnlyReplica):
+    """Has every prompt computed by one replica for another, and notes what did not come."""
+
+    failed: ClassVar[list[tuple[str, str]]] = []
+
+    def bind(self, waiting: Sequence[Waiting], loads: Sequence[ReplicaLoad]) -> Mapping[int, Route]:
+        return {it.number: Route(replica="d", prefill="p", reason="always") for it in waiting}
+
+    def transfer_failed(self, prefill: str, replica: str) -> None:
+        self.failed.append((prefill, replica))
+
+
+def test_a_prompt_that_waits_too_long_elsewhere_is_computed_where_it_is_answered() -> None:
+    slow = LinearSteps(fixed_s=40.0, decode_s=0.0, prefill_s=0.0)
+    pair = [replica("p", Role.PREFILL, steps=slow), replica("d", Role.DECODE)]
+    dispatcher = Always("d", LIMITS)
+    requests = [replace(ONE, number=number, at_s=float(number), prompt_tokens=200) for number in range(2)]
+    first, second = Simulation(fleet(pair), OpenLoop(requests), dispatcher).run().outcomes
+    assert first.is_served and first.computed_s == 40.0
+    assert second.is_served and second.computed_s == -1.0
+    assert second.ttft_s == pytest.approx(30.0 + 0.11, abs=0.02)
+    assert dispatcher.failed == [("p", "d")]
 
 
 @pytest.mark.parametrize("roles", [[Role.MIXED], [Role.MIXED] * 3, [Role.PREFILL, Role.DECODE, Role.DECODE]])
