@@ -99,21 +99,15 @@ def choose(ranked: Sequence[Candidate], pools: Pools, costs: Costs, *, always: b
     """
     members = [(it.load.name, it.load.role) for it in ranked]
     prompts, answers = (set(pools.serving(phase, members)) for phase in (Role.PREFILL, Role.DECODE))
-    pairs = [
-        split_option(p, d, costs)
-        for p in ranked
-        if p.load.name in prompts
-        for d in ranked
-        if p is not d and d.load.name in answers
-    ]
+    first, last = ([it for it in ranked if it.load.name in names] for names in (prompts, answers))
+    pairs = [split_option(p, d, costs) for p in first for d in last if p is not d]
     if always:
         pairs = pairs or [split_option(p, d, costs) for p in ranked for d in ranked if p is not d]
         if not pairs:
             return route_alone(ranked, costs.limits)
         return _split_route(min(pairs, key=lambda it: it.order), None, pools, costs)
-    both = prompts & answers
-    home = [it for it in ranked if it.load.name in both]
-    away = [it for it in ranked if it.load.name not in both]
+    home = [it for it in ranked if it.load.name in prompts & answers]
+    away = [it for it in ranked if it.load.name not in prompts & answers]
     usual, unusual = _by_role(pairs, pools)
     options = [*([alone_option(home[0], costs)] if home else []), *usual]
     known = [it for it in unusual if costs.kv_bytes_per_token and _is_measured(it)]
