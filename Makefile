@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet-demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-memory bench-prefix bench-quantization bench-gpu clean
+.PHONY: help setup demo fleet-demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-memory bench-prefix bench-quantization bench-simulator bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -83,6 +83,9 @@ bench-disaggregation: setup  ## Prompts and answers on different replicas, again
 
 bench-quantization: setup  ## Perplexity, bytes and speed of 8 and 4 bit weights; writes build/bench/quantization.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_quantization.py $(BENCH_ARGS)
+
+bench-simulator: setup  ## The simulator against measured runs of vLLM and Splitwise's own simulator; writes build/bench/simulator.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/simulator/bench_simulator.py $(BENCH_ARGS)
 
 bench-memory: setup  ## Most memory that each rank of a cut model takes, against its plan; writes build/bench/memory.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_memory.py $(BENCH_ARGS)

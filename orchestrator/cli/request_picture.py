@@ -1,14 +1,15 @@
 """Draws who did what, and when, for one request, as an SVG. Pure.
 
 Time runs from left to right. The gateway has a lane, each rank of the replicas that computed the request has one, and
-so have the keys and values on their way. All ranks of a replica compute each of its steps together, so a step stands in
-the lanes of all; beside each lane is written what part of it is the rank's. A step is drawn where its time overlaps the
-request's, also where it computed tokens of other requests.
+so have the keys and values on their way and each attention worker. All ranks of a replica compute each of its steps
+together, so a step stands in the lanes of all, and in those of the attention workers; beside each lane is written what
+part of it is the rank's. A step is drawn where its time overlaps the request's, also where it computed tokens of other
+requests.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 from orchestrator.errors import ServiceError
@@ -21,11 +22,11 @@ _CHAR = 6.2
 _SVG = "http://www.w3.org/2000/svg"
 _COLOURS = {
     "queue": "#bab0ac", "prefill": "#4e79a7", "kv_transfer": "#76b7b2", "exposed": "#e15759", "mixed": "#b07aa1",
-    "decode": "#f28e2b",
+    "decode": "#f28e2b", "attention": "#59a14f",
 }  # fmt: skip
 _LEGEND = {
     "queue": "waits", "prefill": "prompt", "kv_transfer": "keys and values, hidden", "exposed": "not hidden",
-    "mixed": "prompt and answer", "decode": "answer",
+    "mixed": "prompt and answer", "decode": "answer", "attention": "attention",
 }  # fmt: skip
 _MOST_TICKS = 9
 
@@ -83,10 +84,19 @@ def lanes(
         found += _ranks(replicas.get(request.prefill_replica), request.prefill_replica, request, timeline)
         found.append(_transfer(request, queued_s, found[0].bars))
     found += _ranks(replicas.get(request.replica), request.replica, request, timeline)
+    found += _attention(status.attention, found[-1].bars)
     # Steps are timed by whoever hears of them, and a wait by whoever ends it: a step that begins ends the wait.
     begun_s = min((bar.start_s for lane in found for bar in lane.bars), default=queued_s)
     queue = Bar(kind="queue", start_s=0.0, stop_s=min(queued_s, begun_s), words="queue")
     return [Lane(who="gateway", part="binds the request, streams its answer", bars=(queue,)), *found]
+
+
+def _attention(workers: admin_pb2.ReplicaStatus, steps: Sequence[Bar]) -> Iterator[Lane]:
+    """Yields a lane for each attention worker, which has a part in every step of the answer."""
+    bars = tuple(replace(bar, kind="attention", words="attends") for bar in steps)
+    for rank in workers.ranks:
+        at = f"{rank.worker} on {rank.node}" if rank.worker else rank.node
+        yield Lane(who=at, part=f"attends: {rank.holds}", bars=bars)
 
 
 def _transfer(request: admin_pb2.RequestTiming, queued_s: float, prompt: Sequence[Bar]) -> Lane:

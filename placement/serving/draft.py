@@ -23,13 +23,8 @@ class Draft:
     def add(self, sequence: Sequence, num_tokens: int, *, is_decode: bool) -> None:
         """Adds the next tokens of a sequence."""
         assert 1 <= num_tokens <= self.budget and sequence.step is None, sequence
-        chunk = Chunk(
-            sequence_id=sequence.sequence_id,
-            start=sequence.num_computed_tokens,
-            num_tokens=num_tokens,
-            samples=num_tokens == sequence.num_uncomputed_tokens,
-            is_decode=is_decode,
-        )
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        chunk = Chunk(sequence.sequence_id, sequence.num_computed_tokens, num_tokens, samples, is_decode)
         self.chunks.append(chunk)
         self.budget -= num_tokens
         sequence.step = self.step

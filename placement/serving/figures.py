@@ -28,17 +28,25 @@ def num_moving(live: Iterable[LiveSequence], num_unsent: int) -> int:
     return sum(it.sequence.phase in (Phase.AWAITS_KV, Phase.SHIPPING) for it in live) - num_unsent
 
 
+def num_dispatched(in_flight: Iterable[StepPlan], *, is_pipeline: bool) -> int:
+    """Counts the tokens of steps on their way that the scheduler takes to be computed.
+
+    In a pipeline it takes those that sample to be computed only when their step has ended.
+    """
+    return sum(it.num_tokens for plan in in_flight for it in plan.chunks if not (is_pipeline and it.samples))
+
+
 def snapshot(
     scheduler: Scheduler,
     pool: BlockPool,
     *,
     live: Collection[LiveSequence],
-    in_flight: Iterable[StepPlan],
+    num_dispatched: int,
     num_moving: int,
     num_steps: int,
     totals: TokenTotals,
 ) -> LoadSnapshot:
-    """Returns the figures of a moment.
+    """Returns the figures of a moment, when ``num_dispatched`` tokens are in steps on their way.
 
     A sequence in a dispatched step counts as running, and its tokens as pending, until that step has ended, even
     where the scheduler has forgotten it.
@@ -51,7 +59,7 @@ def snapshot(
         free_blocks=pool.num_free,
         total_blocks=pool.num_total,
         num_preemptions=scheduler.num_preemptions,
-        pending_tokens=scheduler.pending_tokens + sum(plan.num_tokens for plan in in_flight),
+        pending_tokens=scheduler.pending_tokens + num_dispatched,
         prompt_tokens=totals.prompt,
         output_tokens=totals.output,
         prefix_queries=scheduler.num_prefix_queries,

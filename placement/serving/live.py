@@ -1,7 +1,7 @@
 """Keeps the sequences that a replica has not ended: what was asked, and the tokens as far as they are known."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from placement.serving.events import Advance, EndReason, SequenceSpec, Submit, Tell
 from placement.serving.prefix import chain_hashes
@@ -45,10 +45,12 @@ class LiveSequence:
 
     def accept(self, advance: Advance) -> tuple[tuple[int, ...], EndReason | None]:
         """Returns the given tokens that the answer takes, up to its end, and why it ends with them, if it does."""
-        given = advance.token_ids
-        room = self.spec.max_tokens - self.num_outputs
+        given, spec = advance.token_ids, self.spec
+        room = spec.max_tokens - self.num_outputs
+        if len(given) < room and not spec.stop_token_ids and not advance.is_complete:
+            return given, None
         for index, token_id in enumerate(given[:room], start=1):
-            if token_id in self.spec.stop_token_ids:
+            if token_id in spec.stop_token_ids:
                 return given[:index], EndReason.STOP
         if given and advance.is_complete and len(given) <= room:
             return given, EndReason.STOP
@@ -57,18 +59,11 @@ class LiveSequence:
     def tell(self, place: int, token_ids: tuple[int, ...], now_s: float) -> Tell:
         """Returns the command that tells the client of tokens. Call it before they are added to the answer."""
         sequence, first_index = self.sequence, self.num_outputs
-        tell = Tell(
-            sequence_id=sequence.sequence_id,
-            place=place,
-            first_index=first_index,
-            token_ids=token_ids,
-            num_preemptions=sequence.num_preemptions,
-        )
+        tell = Tell(sequence.sequence_id, place, first_index, token_ids, sequence.num_preemptions)
         if first_index > self.num_emitted:
             return tell
         assert self.scheduled_s is not None, self
-        return replace(
-            tell,
+        return tell._replace(
             queue_s=self.scheduled_s - self.submitted_s,
             prefill_s=now_s - self.scheduled_s,
             cached_tokens=sequence.num_cached_tokens,

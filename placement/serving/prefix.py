@@ -121,8 +121,11 @@ class PrefixCache:
 
     def register(self, sequence: Sequence) -> None:
         """Makes those blocks of a running sequence findable that are full, computed and hashed by now."""
+        first, last = sequence.num_registered_blocks, len(sequence.block_hashes)
+        if first == last:
+            return  # as after most steps
         num_full = sequence.num_computed_tokens // self._pool.block_size
-        for index in range(sequence.num_registered_blocks, min(num_full, len(sequence.block_hashes))):
+        for index in range(first, min(num_full, last)):
             self._pool.name(sequence.block_table[index], sequence.block_hashes[index])
             self._pending.pop(sequence.block_hashes[index], None)
             sequence.num_registered_blocks = index + 1

@@ -39,7 +39,7 @@ from placement.serving.events import (
     StepLost,
     Submit,
 )
-from placement.serving.figures import TokenTotals, num_moving, snapshot
+from placement.serving.figures import TokenTotals, num_dispatched, num_moving, snapshot
 from placement.serving.kv.blocks import BlockPool
 from placement.serving.kv.holds import Hold
 from placement.serving.live import Arrivals, LiveSequence
@@ -159,7 +159,7 @@ class ReplicaCore:
             self.scheduler,
             self.pool,
             live=live,
-            in_flight=self._in_flight,
+            num_dispatched=num_dispatched(self._in_flight, is_pipeline=self._is_pipeline),
             num_moving=0 if is_still else num_moving(live, len(self._shipping)),
             num_steps=self.num_ended_steps - self._num_lost_steps,
             totals=self._totals,
@@ -253,7 +253,8 @@ class ReplicaCore:
             return []
         plan = self.scheduler.schedule()
         last_step = self._in_flight[-1].step if self._in_flight else self.num_ended_steps
-        self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
+        if plan.reserved:
+            self._reserved += [(last_step, sequence_id) for sequence_id in plan.reserved]
         assert plan.chunks or not any(self._live[it].spec.ship_to for it in plan.preempted), "its blocks are not closed"
         commands = self._receive_reserved(now_s)
         # A preemption may have made room for somebody else: nobody is admitted in the same step.
@@ -273,8 +274,8 @@ class ReplicaCore:
         names, forgotten = self.pool.take_changes()
         return Run(
             plan=plan,
-            token_ids=tuple(live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)),
-            tables=tuple(live.sequence.block_table for live in planned),
+            token_ids=tuple([live.known(chunk) for live, chunk in zip(planned, plan.chunks, strict=True)]),
+            tables=tuple([live.sequence.block_table for live in planned]),
             names=names,
             forgotten=forgotten,
         )
@@ -316,7 +317,7 @@ class ReplicaCore:
             given = len(advance.token_ids)
             assert self._is_pipeline or advance.failed is not None or given == chunk.samples, "counted beforehand"
             if live is not None:  # else it has ended while the step was on its way
-                commands += self._advance(live, place, advance, now_s)
+                self._advance(live, place, advance, now_s, commands)
         return commands
 
     def _count_late(self, plan: StepPlan, event: StepEnded) -> None:
@@ -327,23 +328,26 @@ class ReplicaCore:
             if live is not None and chunk.samples:
                 self._count(live, len(live.accept(advance)[0]))
 
-    def _advance(self, live: LiveSequence, place: int, advance: Advance, now_s: float) -> list[Command]:
+    def _advance(self, live: LiveSequence, place: int, advance: Advance, now_s: float, commands: list[Command]) -> None:
         """Adds the tokens that a sequence was given to its answer, and ends the sequence after its last token."""
         if advance.failed is not None:
-            return self._end(live, EndReason.FAILED, advance.failed)
+            commands += self._end(live, EndReason.FAILED, advance.failed)
+            return
         token_ids, reason = live.accept(advance)
         if not token_ids:
-            return []
+            return
         tell = live.tell(place, token_ids, now_s)
-        if live.num_told == 0:
+        if tell.first_index == live.num_emitted:
             self._totals.prompt += live.sequence.num_prompt_tokens
         self._totals.output += len(token_ids)
         live.token_ids += token_ids
         live.extend_hashes(self.settings.limits.block_size)
+        commands.append(tell)
         if reason is EndReason.LENGTH and live.spec.ship_to is not None:
             hold = self._shipping.pop(live.sequence.sequence_id)
-            return [tell, self.transfers.ship(live.sequence, hold)]
-        return [tell] if reason is None else [tell, *self._end(live, reason)]
+            commands.append(self.transfers.ship(live.sequence, hold))
+        elif reason is not None:
+            commands += self._end(live, reason)
 
     # -- keys and values on their way -----------------------------------------------------------------------------
 

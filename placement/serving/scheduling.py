@@ -246,12 +246,14 @@ class Scheduler:
         """
         decodes = [sequence for sequence in self._running if sequence.is_decode]
         most = -(-len(decodes) // self._limits.num_batches)
+        block_size, preempted, chunks = self._pool.block_size, draft.preempted, draft.chunks
         for sequence in decodes:
-            if len(draft.chunks) == most:
+            if len(chunks) == most:
                 return
-            if sequence.step is not None or not sequence.is_decode:
+            if sequence.step is not None or (preempted and not sequence.is_decode):
                 continue  # preempted a moment ago is no decode either
-            if self._find_room(sequence, draft):
+            num_tokens = sequence.num_prompt_tokens + sequence.num_output_tokens
+            if num_tokens <= len(sequence.block_table) * block_size or self._find_room(sequence, draft):
                 draft.add(sequence, 1, is_decode=True)
 
     def _schedule_prefills(self, draft: Draft) -> None:

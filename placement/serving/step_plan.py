@@ -1,6 +1,7 @@
 """Describes what a step computes, and the bounds of a step."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +22,10 @@ class SchedulerLimits:
         assert 1 <= self.max_num_seqs <= self.token_budget and self.num_batches >= 1, self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A part of a step: the tokens ``[start, start + num_tokens)`` of one sequence.
+
+    It is a tuple, since one is made for each sequence in each step, and a dataclass takes twice as long to make.
 
     Attributes:
         samples: whether the chunk reaches the sequence's last token, so that the step yields the next one.
@@ -89,11 +91,17 @@ class StepPlan:
     @property
     def load(self) -> StepLoad:
         """Returns the size of the step."""
-        decodes = [chunk for chunk in self.chunks if chunk.is_decode]
-        prefills = [chunk for chunk in self.chunks if not chunk.is_decode]
+        num_decodes = context = num_prefill = pairs = 0
+        for chunk in self.chunks:
+            if chunk.is_decode:
+                num_decodes += 1
+                context += chunk.start + chunk.num_tokens
+            else:
+                num_prefill += chunk.num_tokens
+                pairs += (2 * chunk.start + chunk.num_tokens + 1) * chunk.num_tokens // 2
         return StepLoad(
-            num_decodes=len(decodes),
-            num_prefill_tokens=sum(chunk.num_tokens for chunk in prefills),
-            decode_context_tokens=sum(chunk.stop for chunk in decodes),
-            prefill_pairs=sum((chunk.start + chunk.stop + 1) * chunk.num_tokens // 2 for chunk in prefills),
+            num_decodes=num_decodes,
+            num_prefill_tokens=num_prefill,
+            decode_context_tokens=context,
+            prefill_pairs=pairs,
         )

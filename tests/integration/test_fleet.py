@@ -81,6 +81,7 @@ def test_status_shows_every_worker_where_the_file_puts_it(fleet: Cluster) -> Non
     assert [worker for _, worker in found] == [worker["name"] for worker in workers()]
     if fleet.hosts:
         assert [node for node, _ in found] == [worker["node"] for worker in workers()]
+    assert len(re.findall(r"event=attention_worker |holds=", said)) >= 2, said
     assert re.findall(r"replica=(\S+) role=(\S+) state=READY", said) == [
         ("replica-0", "prefill"), ("replica-0", "prefill"), ("replica-1", "decode"), ("replica-1", "decode"),
     ]  # fmt: skip

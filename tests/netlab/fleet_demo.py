@@ -37,7 +37,7 @@ def main() -> int:
         say(f"Ray runs, and {FILE.relative_to(REPOSITORY)} is submitted,")
         with job(there) as submitted:
             for line in submitted.output().splitlines():
-                if "event=plan " in line or "event=roles " in line:
+                if any(f"event={event} " in line for event in ("plan", "plan_attention", "attention_offload", "roles")):
                     print(line)
             say("it serves")
             family.look()

@@ -20,6 +20,7 @@ Disaggregation = Literal["auto", "never", "always"]
 two."""
 
 _ASSUMED_ANSWER_TOKENS = 64.0
+_UNKNOWN = ReplicaSpeed()
 
 
 class Router:
@@ -49,7 +50,7 @@ class Router:
 
     def speed(self, replica: str) -> ReplicaSpeed:
         """Returns what is known of a replica's speed."""
-        return self._speeds.get(replica, ReplicaSpeed())
+        return self._speeds.get(replica, _UNKNOWN)
 
     def link(self, prefill: str, replica: str) -> LinkSpeed:
         """Returns what is known of transfers from one replica to another."""

@@ -105,9 +105,11 @@ class ReplicaSpeed:
             return self
         if load.num_prefill_tokens:
             own_s = max(0.0, duration_s - self.decode.token_s * load.num_decodes)
-            return replace(self, prefill=self.prefill.after(load.num_prefill_tokens, own_s))
+            prefill = self.prefill.after(load.num_prefill_tokens, own_s)
+            return ReplicaSpeed(prefill=prefill, decode=self.decode, answer_tokens=self.answer_tokens)
         if load.num_decodes:
-            return replace(self, decode=self.decode.after(load.num_decodes, duration_s))
+            decode = self.decode.after(load.num_decodes, duration_s)
+            return ReplicaSpeed(prefill=self.prefill, decode=decode, answer_tokens=self.answer_tokens)
         return self
 
     def after_answer(self, num_tokens: int) -> "ReplicaSpeed":

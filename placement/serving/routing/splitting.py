@@ -99,22 +99,18 @@ def choose(ranked: Sequence[Candidate], pools: Pools, costs: Costs, *, always: b
     """
     members = [(it.load.name, it.load.role) for it in ranked]
     prompts, answers = (set(pools.serving(phase, members)) for phase in (Role.PREFILL, Role.DECODE))
-    pairs = [
-        split_option(p, d, costs)
-        for p in ranked
-        for d in ranked
-        if p is not d and p.load.name in prompts and d.load.name in answers
-    ]
+    first, last = ([it for it in ranked if it.load.name in names] for names in (prompts, answers))
+    pairs = [split_option(p, d, costs) for p in first for d in last if p is not d]
     if always:
         pairs = pairs or [split_option(p, d, costs) for p in ranked for d in ranked if p is not d]
         if not pairs:
             return route_alone(ranked, costs.limits)
         return _split_route(min(pairs, key=lambda it: it.order), None, pools, costs)
     home = [it for it in ranked if it.load.name in prompts & answers]
-    away = [it for it in ranked if it not in home]
-    usual = [it for it in pairs if it.prefill is not None and _has_role(it.prefill, it.replica, pools)]
+    away = [it for it in ranked if it.load.name not in prompts & answers]
+    usual, unusual = _by_role(pairs, pools)
     options = [*([alone_option(home[0], costs)] if home else []), *usual]
-    known = [it for it in pairs if it not in usual and costs.kv_bytes_per_token and _is_measured(it)]
+    known = [it for it in unusual if costs.kv_bytes_per_token and _is_measured(it)]
     others = [*([alone_option(away[0], costs)] if away else []), *known]
     best = min(options or others, key=lambda it: it.order)
     other = min(others, key=lambda it: it.order, default=best)
@@ -207,6 +203,16 @@ def _is_measured(option: Option) -> bool:
     """Tells whether what a pair costs is measured, so that an unusual one may be judged by it."""
     assert option.prefill is not None
     return option.prefill.is_measured and option.replica.is_measured and option.replica.speed.decode.weight > 0
+
+
+def _by_role(pairs: Iterable[Option], pools: Pools) -> tuple[list[Option], list[Option]]:
+    """Returns the usual pairs, and the others."""
+    usual: list[Option] = []
+    unusual: list[Option] = []
+    for pair in pairs:
+        assert pair.prefill is not None
+        (usual if _has_role(pair.prefill, pair.replica, pools) else unusual).append(pair)
+    return usual, unusual
 
 
 def _has_role(prefill: Candidate, replica: Candidate, pools: Pools) -> bool:

@@ -26,6 +26,7 @@ from placement.serving.events import (
 from placement.serving.prefix import chain_hashes
 from placement.serving.replica import ReplicaCore
 from placement.serving.sequence import TRANSITIONS, Phase, Sequence
+from placement.serving.settings import CoreSettings
 from placement.serving.step_plan import Chunk, SchedulerLimits, StepLoad, StepPlan
 from tests.placement.serving.replica_events import PIPELINE, PROMPT, SETTINGS, end, plan, spec, submit
 
@@ -80,6 +81,17 @@ def test_a_pipeline_has_a_sequence_in_one_step_at_a_time() -> None:
     assert not core.wants_step, "nothing to compute until something changes"
     end(core, 1, 6)
     assert plan(core).chunks[0].start == 5
+
+
+@pytest.mark.parametrize(("settings", "dispatched"), [(SETTINGS, 5 + 1), (PIPELINE, 5)])
+def test_tokens_of_a_step_on_its_way_are_pending_once(settings: CoreSettings, dispatched: int) -> None:
+    core = ReplicaCore(settings)
+    submit(core)
+    assert core.load().pending_tokens == 5
+    plan(core)
+    assert core.load().pending_tokens == dispatched, "a pipeline counts the token to come only once it is known"
+    end(core, 1, 6)
+    assert core.load().pending_tokens == 1, "the token that it was given"
 
 
 def test_a_step_may_give_a_pipelines_sequence_several_tokens() -> None:
