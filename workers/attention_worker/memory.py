@@ -93,10 +93,18 @@ class HeldMemory:
             self._complete.remove(self.last_complete)
 
     def take_over(self) -> None:
-        """Keeps keys, values and names for a new session, which begins without tables."""
+        """Keeps keys, values and names for a new session, which begins without tables.
+
+        A name that was told while the orders before it were under way is dropped: what it names is not all there.
+        """
         for layer in range(self.geometry.num_layers):
             self.copy(layer, 1 << 62)
         self.tables = {}
+        self.names = {
+            block: (text_hash, number)
+            for block, (text_hash, number) in self.names.items()
+            if number <= self.last_complete + 1
+        }
         self._complete.clear()
 
     def _slots(self, blocks: Iterable[int]) -> Tensor:

@@ -9,6 +9,7 @@ from kernels.protocol import Kernels
 from placement.model.part import Part, Span
 from placement.model.specs import ModelSpec
 from placement.planning.residency import Residency
+from placement.serving.offload.adoption import emptiest
 from placement.serving.offload.orders import Names
 from placement.serving.offload.residents import session_places
 from workers.attention_worker.client import RemoteSession
@@ -86,6 +87,7 @@ class Offloading:
         )
         self._sessions = Sessions(opening, whereabouts, go_on)
         self._layout: OffloadLayout | None = None
+        self._given_up = Span(0, 0)
 
     @property
     def sessions(self) -> tuple[RemoteSession, ...]:
@@ -104,17 +106,20 @@ class Offloading:
 
     def held(self) -> dict[int, Names]:
         """Returns the names of the blocks that each attention worker has kept from the start before."""
-        return self._sessions.held()
+        given_up = range(self._given_up.start, self._given_up.stop)
+        return {
+            worker: {block: name for block, name in names.items() if block not in given_up}
+            for worker, names in self._sessions.held().items()
+        }
 
-    def free_blocks(self) -> Span:
-        """Returns the longest run of blocks that nobody has kept anything in."""
-        kept = {block for names in self.held().values() for block in names}
-        best, first = Span(0, 0), 0
-        for block in [*sorted(kept), self.residency.num_blocks]:
-            if block - first > len(best):
-                best = Span(first, block)
-            first = block + 1
-        return best
+    def make_room(self, num_blocks: int) -> Span:
+        """Returns some blocks to write to before the first request, and gives up what was kept in them.
+
+        Whoever writes to them tells the attention workers first, with the step.
+        """
+        kept = {block for names in self._sessions.held().values() for block in names}
+        self._given_up = emptiest(kept, self.residency.num_blocks, num_blocks)
+        return self._given_up
 
     def layout(self, *, kernels: Kernels, device: torch.device) -> OffloadLayout:
         """Makes what lays out this rank's steps."""

@@ -272,8 +272,11 @@ class LoadJob:
 
     def _warm_up(self, checked: CheckedLoad, leading: Runner, executor: ThreadPoolExecutor) -> StepBudget:
         """Runs the first steps of the whole replica, and chooses the token budget by what they took."""
-        free = None if self._offloading is None else self._offloading.free_blocks()
-        warm = partial(warm_up, leading, model=checked.model, request=self._request, free_blocks=free)
+        blocks = None
+        if self._offloading is not None:
+            limits = checked.limits
+            blocks = self._offloading.make_room(-(-(limits.token_budget + 1) // limits.block_size))
+        warm = partial(warm_up, leading, model=checked.model, request=self._request, given_up=blocks)
         times = executor.submit(warm).result()
         self._enter(pb.LOAD_PHASE_WARM_UP)  # the first steps have compiled what was not there yet
         budget = budget_of(checked.limits, times)

@@ -48,7 +48,7 @@ def capture_for(device: torch.device, kernels: Kernels) -> Capture | None:
     return CudaCapture(device)
 
 
-def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest, free_blocks: Span | None = None) -> StepTimes:
+def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest, given_up: Span | None = None) -> StepTimes:
     """Runs steps of growing size before the first request, and returns how long they take.
 
     So the first request does not pay for compiled code, first-touch and thread start. The first step has one token;
@@ -56,9 +56,10 @@ def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest, free_b
     last is a decode behind the largest chunk.
 
     Args:
-        free_blocks: the KV blocks that they may write to; None: all.
+        given_up: the KV blocks that they write to, whose names attention workers forget; None: any.
     """
-    blocks = free_blocks or Span(0, request.num_blocks)
+    blocks = given_up or Span(0, request.num_blocks)
+    forgotten = () if given_up is None else tuple(range(given_up.start, given_up.stop))
     first = blocks.start * request.block_size
     most_tokens = min(request.token_budget, len(blocks) * request.block_size - 1, model.max_context_tokens - 1)
     step_time_s = request.step_time_s if request.HasField("step_time_s") else None
@@ -67,15 +68,15 @@ def warm_up(runner: Runner, *, model: ModelSpec, request: pb.LoadRequest, free_b
         following := next_size(times, most_tokens=most_tokens, spent_s=spent_s, step_time_s=step_time_s)
     ) is not None:
         size = following
-        duration_s = _run(runner, start=0, num_tokens=size, first_slot=first)
+        duration_s = _run(runner, start=0, num_tokens=size, first_slot=first, forgotten=forgotten)
         if not is_believed(times, size, duration_s, step_time_s=step_time_s):
-            again_s = _run(runner, start=0, num_tokens=size, first_slot=first)
+            again_s = _run(runner, start=0, num_tokens=size, first_slot=first, forgotten=forgotten)
             duration_s = min(duration_s, again_s)
             spent_s += again_s
         spent_s += duration_s
         times = times.with_step(size, duration_s)
     if size:
-        _run(runner, start=size, num_tokens=1, first_slot=first)
+        _run(runner, start=size, num_tokens=1, first_slot=first, forgotten=forgotten)
     return times
 
 
@@ -93,7 +94,7 @@ def log_budget(budget: StepBudget) -> None:
     logger.info(words, budget.token_budget, cause, seconds(budget.expected_s), extra=extra)
 
 
-def _run(runner: Runner, *, start: int, num_tokens: int, first_slot: int) -> float:
+def _run(runner: Runner, *, start: int, num_tokens: int, first_slot: int, forgotten: tuple[int, ...]) -> float:
     """Runs a step of one sequence, which has ``start`` tokens before it, and returns its seconds."""
     sequence = SequenceInput(
         token_ids=[0] * num_tokens,
@@ -102,7 +103,7 @@ def _run(runner: Runner, *, start: int, num_tokens: int, first_slot: int) -> flo
         sampler=SamplerState(SamplingParams(), ()),
         samples=True,
     )
-    return runner.prepare(Batch(sequences=(sequence,)))().duration_s
+    return runner.prepare(Batch(sequences=(sequence,), forgotten=forgotten))().duration_s
 
 
 def capture_decodes(runner: ModelRunner, request: pb.LoadRequest, capture: Capture) -> None:

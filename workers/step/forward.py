@@ -172,7 +172,8 @@ class Forward:
             attend=attend,
             on_layer=on_layer,
         )
-        in_program = in_program and self._group.sums and not self._model.ladder
+        # A program that stops for attention cannot sum: all ranks of the stage stop, or none.
+        in_program = in_program and attend is None and self._group.sums and not self._model.ladder
         return decoder.run_layers(
             *(self._model, self._weights, self._cache.layers, self._kernels, batch, x),
             sums=self._group.sums,

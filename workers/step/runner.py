@@ -194,7 +194,8 @@ class ModelRunner(Forward):
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Computes a batch, writes its KV, and returns logits [T, V] after every token: for tests and measurements."""
-        return self._all_logits(self.lay_out(batch).inputs)
+        logits = self._project(self.forward(self.lay_out(batch)))
+        return torch.empty(0, self._model.vocab_size) if logits is None else logits
 
 
 def newest(samplers: Sequence[SamplerState]) -> list[int]:

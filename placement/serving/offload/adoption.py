@@ -1,8 +1,9 @@
 """Decides which blocks of attention workers can be used again by the next incarnation of a replica. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from placement.model.part import Span
 from placement.planning.residency import Residency
 from placement.serving.offload.orders import Names
 
@@ -37,3 +38,17 @@ def agree(residency: Residency, held: Mapping[int, Names]) -> Adoption:
                 names[block] = name
     named = {block for of_worker in held.values() for block in of_worker}
     return Adoption(names=names, stale=tuple(sorted(named - names.keys())))
+
+
+def emptiest(kept: Collection[int], num_blocks: int, count: int) -> Span:
+    """Returns the first of those runs of ``count`` blocks, or of all if there are fewer, in which the fewest are kept.
+
+    Args:
+        num_blocks: all blocks, whose numbers ``kept`` has.
+    """
+    count = min(count, num_blocks)
+    before = [0]  # the kept blocks before each block
+    for block in range(num_blocks):
+        before.append(before[-1] + (block in kept))
+    start = min(range(num_blocks - count + 1), key=lambda first: before[first + count] - before[first])
+    return Span(start, start + count)

@@ -244,6 +244,23 @@ def test_who_resumes_finds_keys_values_names_and_the_last_order() -> None:
         assert not third.welcome.resumed and third.welcome.last_complete == -1 and not third.welcome.names
 
 
+def test_names_that_the_orders_before_never_made_true_are_dropped_for_good() -> None:
+    with attention_worker() as (_, address):
+        first = open_session(address)
+        compute(first, 0)
+        first.order(order_of(1))  # which is never carried out
+        first.order(StepOrder(names=((1, b"not all there"),)))
+        first.flush()
+        first.close()
+        second = open_session(address, epoch=2, resumes=True)
+        assert second.welcome.last_complete == 0 and not second.welcome.names
+        for sequence in range(2, 6):
+            compute(second, sequence)
+        second.close()
+        third = open_session(address, epoch=3, resumes=True)
+        assert third.welcome.last_complete == 4 and not third.welcome.names
+
+
 def test_what_is_held_is_dropped_when_its_lease_ends_and_the_epoch_stays_fenced() -> None:
     with attention_worker(lease_s=0.0) as (worker, address):
         session = open_session(address, epoch=5)

@@ -159,3 +159,31 @@ async def test_compiled_layers_answer_in_bfloat16(checkpoint: Callable[..., Path
             answers = [tokens(outputs) for outputs in await ask_all(found, texts)]
     assert sum(a[:4] == b[:4] for a, b in zip(wanted, answers, strict=True)) >= 3
     await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("kind", ["tp2", "pp2"])
+async def test_ranks_whose_layers_are_compiled_stop_for_attention_too(
+    checkpoint: Callable[..., Path], kind: str
+) -> None:
+    path = checkpoint("llama", dtype="bfloat16", num_hidden_layers=4, **WIDE)
+    texts = [prompt(60), prompt(33, 20), prompt(80, 7), prompt(12, 90)]
+    sizes = SIZES | {"dtype": pb.DTYPE_BFLOAT16, "token_budget": 64}
+    async with boxes(2) as workers:
+        async with replica("plain", path, kind, epoch=3, **sizes) as plain:
+            wanted = [tokens(outputs) for outputs in await ask_all(plain, texts)]
+        async with offloaded(path, workers, Partition.KV_HEADS, kind=kind, **sizes) as found:
+            answers = [tokens(outputs) for outputs in await ask_all(found, texts)]
+    assert sum(a[:4] == b[:4] for a, b in zip(wanted, answers, strict=True)) >= 3
+
+
+@pytest.mark.parametrize("num_local", [0, 20])
+async def test_a_rank_without_kv_heads_has_no_session(checkpoint: Callable[..., Path], num_local: int) -> None:
+    """One KV head is all that there is, and the first of two ranks has it."""
+    path, texts = group_checkpoint(checkpoint, 8), [prompt(LONG), prompt(SHORT, 90)]
+    wanted = [expected(path, text) for text in texts]
+    async with (
+        boxes(2) as workers,
+        offloaded(path, workers, Partition.TOKEN_RANGES, kind="tp2", num_local_blocks=num_local, **SIZES) as found,
+    ):
+        for outputs, answer in zip(await ask_all(found, texts), wanted, strict=True):
+            check_equal(outputs, answer)

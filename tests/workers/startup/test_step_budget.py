@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kernels.attention import Run
+from placement.model.part import Span
 from placement.model.specs import ModelSpec
 from placement.serving.token_budget import budget_of
 from protos.codec.limits import read_limits
@@ -24,18 +26,21 @@ class Timed:
 
     Attributes:
         sizes: the start and the tokens of each step that was run.
+        forgotten: the blocks whose names each step had attention workers forget, and the slots it wrote to.
     """
 
     def __init__(self, token_s: float, *, first_s: float = 0.0) -> None:
         self._token_s = token_s
         self._first_s = first_s
         self.sizes: list[tuple[int, int]] = []
+        self.forgotten: list[tuple[tuple[int, ...], Run]] = []
 
     def prepare(self, batch: Batch) -> Callable[[], StepResult]:
         (sequence,) = batch.sequences
         size = (sequence.start, sequence.num_tokens)
         is_first = size not in self.sizes
         self.sizes.append(size)
+        self.forgotten.append((batch.forgotten, *sequence.runs))
         duration_s = self._token_s * sequence.num_tokens + (self._first_s if is_first else 0.0)
         return lambda: StepResult(tokens=(None,), duration_s=duration_s)
 
@@ -75,6 +80,13 @@ def test_the_slowest_machine_is_not_asked_for_a_step_of_the_whole_budget(
     assert [step.num_tokens for step in times.steps] == [1, 2]
     assert sum(2.0 * count for _, count in runner.sizes) <= 12.0
     assert times.expected_s(256) == 512.0, "so the gateway waits long enough for such a step"
+
+
+def test_names_of_the_blocks_that_it_writes_to_are_forgotten_first(model: ModelSpec) -> None:
+    runner = Timed(0.001)
+    warm_up(runner, model=model, request=request(token_budget=24), given_up=Span(3, 7))
+    assert max(run for _, run in runner.forgotten) == (24, 49)
+    assert {blocks for blocks, _ in runner.forgotten} == {(3, 4, 5, 6)}
 
 
 def test_no_step_has_more_tokens_than_the_cache_has_slots_or_the_model_positions(model: ModelSpec) -> None:

@@ -1,7 +1,8 @@
 """Which blocks of attention workers are used again."""
 
+from placement.model.part import Span
 from placement.planning.residency import Partition, Residency, resident
-from placement.serving.offload.adoption import agree
+from placement.serving.offload.adoption import agree, emptiest
 
 
 def residency(partition: Partition) -> Residency:
@@ -24,3 +25,10 @@ def test_where_requests_are_divided_each_worker_speaks_for_its_own_blocks() -> N
     held = {0: {2: b"a", 5: b"of the other"}, 1: {6: b"b", 1: b"local"}}
     agreed = agree(residency(Partition.REQUESTS), held)
     assert (agreed.names, agreed.stale) == ({2: b"a", 6: b"b"}, (1, 5))
+
+
+def test_room_is_made_where_the_fewest_blocks_are_kept() -> None:
+    assert emptiest({0, 1, 4, 6}, 8, 2) == Span(2, 4)
+    assert emptiest({0, 1, 4, 6}, 8, 3) == Span(1, 4), "the first of those that give up one block"
+    assert emptiest(set(range(8)), 8, 3) == Span(0, 3)
+    assert emptiest({5}, 8, 99) == Span(0, 8)
