@@ -93,3 +93,26 @@ async def test_attention_workers_that_would_not_pay_are_stopped_once_measured_an
     assert not found.HasField("attention")
     assert "attention is not offloaded" in found.offloading.lower() and "Idle: memory." in found.offloading
     assert "attention" not in status_document(found) and "memory" in status_document(found)["offloading"]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"workers": ["model-0", "model-1"], "tensor_split": [1, 1]}],
+        [{"workers": ["model-0"]}, {"workers": ["model-1"], "layers": 1}],
+    ],
+    ids=["tensor", "stages"],
+)
+async def test_replicas_of_two_ranks_have_sessions_of_their_own(
+    served_checkpoint: Path, tmp_path: Path, stages: list[dict[str, Any]]
+) -> None:
+    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
+    plain.mkdir()
+    offloaded.mkdir()
+    async with deploy(make_config(plain, served_checkpoint)) as running:
+        expected = await answers(running)
+    asked = sections(2, 1)
+    asked["serving"]["parallelism"] = {"replicas": [{"stages": stages}]}
+    async with deploy(make_config(offloaded, served_checkpoint, **asked)) as running:
+        assert await answers(running) == expected
+        await settled(running, timeout_s=PATIENCE_S)
