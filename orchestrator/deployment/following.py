@@ -135,8 +135,8 @@ def supervise(
 
 
 def _tell_changes(phases: dict[tuple[str, int], int], state: control_pb2.WatchResponse, log: EventLog) -> None:
-    """Says which replicas are in another phase than in ``phases``, and keeps the new ones there."""
-    for replica in state.replicas:
+    """Says which replicas, or attention workers, are in another phase than in ``phases``, and keeps the new ones."""
+    for replica in (*([state.attention] if state.HasField("attention") else ()), *state.replicas):
         key = (replica.name, replica.epoch)
         if phases.get(key, control_pb2.PHASE_READY) != replica.phase:
             log.tell(events.replica_changed(replica))

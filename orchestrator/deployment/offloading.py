@@ -223,7 +223,7 @@ def offloading_events(decided: Offloading | None) -> Iterator[Said]:
     if decided.idle:
         yield Said(
             event="attention_idle",
-            sentence=f"Idle, and not started, as attention workers with nothing to hold: {', '.join(decided.idle)}.",
+            sentence=f"Idle: {', '.join(decided.idle)}. Attention workers with nothing to hold do not run.",
             fields={"workers": ",".join(decided.idle)},
             level=LogLevel.WARNING,
         )

@@ -1,4 +1,1 @@
-"""Decides how attention is offloaded to workers that hold the keys and values (Lamina, Chen et al. 2024).
-
-Nothing calls it yet: workers will, once attention is offloaded.
-"""
+"""Decides how attention is offloaded to workers that hold the keys and values (Lamina, Chen et al. 2024)."""

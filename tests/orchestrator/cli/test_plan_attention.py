@@ -52,7 +52,7 @@ def test_a_refusal_says_its_numbers_and_who_stays_idle(tmp_path: Path, served_ch
     assert decision.fields["offloaded"] == "false" and decision.fields["refusal"] == "links"
     assert decision.level is LogLevel.WARNING
     (idle,) = said(found, "attention_idle")
-    assert idle.sentence == "Idle, and not started, as attention workers with nothing to hold: m0, m1."
+    assert idle.sentence == "Idle: m0, m1. Attention workers with nothing to hold do not run."
     assert not found.plan.attention and all(replica.residency is None for replica in found.plan.replicas)
     assert not said(found, "plan_attention")
 

@@ -75,3 +75,47 @@ def test_workers_that_run_stay_in_their_replica_whatever_was_measured(
     settled = settle(provisional, [speed(20), speed(10)])
     assert settled.checked is provisional
     assert "would put workers into other replicas" in settled.said.pairs()
+
+
+def with_attention(directory: Path, model: Path, **attention: object) -> Checked:
+    """A worker for the model and two of unequal threads for attention, as far as speeds are assumed."""
+    workers = [{"name": "model", "threads": 1}, {"name": "m0", "threads": 4}, {"name": "m1", "threads": 1}]
+    section = {"workers": ["m0", "m1"], "kv_cache": "8MiB", "partition": "token_ranges"} | attention
+    config = make_config(directory, model, cluster={"workers": workers}, serving={"attention": section})
+    return preflight(config, machine=MACHINE, listens=False)
+
+
+def slots(checked: Checked) -> list[int]:
+    (residency,) = [replica.residency for replica in checked.plan.replicas]
+    return [] if residency is None else [holder.slots_per_block(16) for holder in residency.regions[0].holders]
+
+
+def test_attention_workers_hold_by_their_measured_speed(tmp_path: Path, served_checkpoint: Path) -> None:
+    provisional = with_attention(tmp_path, served_checkpoint, offload="always")
+    trial = provisional.trial
+    assert trial is not None and trial.workers == provisional.workers and len(trial.workers) == 3
+    settled = settle(provisional, [speed(10), speed(10), speed(30)])
+    assert slots(provisional) == [13, 3] and slots(settled.checked) == [4, 12]
+    assert settled.said.sentence == "The workers read weights at GB/s: model 10, m0 10, m1 30."
+    assert settled.checked.trial is None
+    assert settled.checked.offloading is not None and "are measured" in settled.checked.offloading.basis
+
+
+@pytest.mark.parametrize("link_speed", [100_000, 100_000_000_000])
+def test_what_is_measured_decides_whether_attention_is_offloaded(
+    tmp_path: Path, served_checkpoint: Path, link_speed: int
+) -> None:
+    provisional = with_attention(tmp_path, served_checkpoint, link_speed=link_speed)
+    assert provisional.trial is not None and len(provisional.trial.plan.attention) == 2
+    checked = settle(provisional, [speed(10), speed(10), speed(30)]).checked
+    assert len(checked.plan.attention) == (2 if link_speed > 1e9 else 0)
+    assert checked.workers.items() <= provisional.trial.workers.items()
+
+
+def test_an_attention_worker_that_cannot_be_measured_leaves_what_was_assumed(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    provisional = with_attention(tmp_path, served_checkpoint, offload="always")
+    settled = settle(provisional, [speed(10), speed(10), NotMeasured(cause="was not measured within 20 s")])
+    assert settled.checked is provisional
+    assert settled.said.sentence == "What was measured is not used: m1 was not measured within 20 s."

@@ -81,7 +81,7 @@ async def test_replicas_share_attention_workers(served_checkpoint: Path, tmp_pat
         assert "replica-0" in rank.holds and "replica-1" in rank.holds
 
 
-async def test_attention_workers_that_would_not_pay_are_not_started_and_status_says_why(
+async def test_attention_workers_that_would_not_pay_are_stopped_once_measured_and_status_says_why(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:
     refused = sections(1, 1, offload="auto", link_speed=1000)
@@ -91,5 +91,28 @@ async def test_attention_workers_that_would_not_pay_are_not_started_and_status_s
         assert not psutil.pid_exists(measured.pid) and running.shell.state.attention is None
         found = await status(running)
     assert not found.HasField("attention")
-    assert "attention is not offloaded" in found.offloading.lower() and "not started" in found.offloading
+    assert "attention is not offloaded" in found.offloading.lower() and "Idle: memory." in found.offloading
     assert "attention" not in status_document(found) and "memory" in status_document(found)["offloading"]
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"workers": ["model-0", "model-1"], "tensor_split": [1, 1]}],
+        [{"workers": ["model-0"]}, {"workers": ["model-1"], "layers": 1}],
+    ],
+    ids=["tensor", "stages"],
+)
+async def test_replicas_of_two_ranks_have_sessions_of_their_own(
+    served_checkpoint: Path, tmp_path: Path, stages: list[dict[str, Any]]
+) -> None:
+    plain, offloaded = tmp_path / "plain", tmp_path / "offloaded"
+    plain.mkdir()
+    offloaded.mkdir()
+    async with deploy(make_config(plain, served_checkpoint)) as running:
+        expected = await answers(running)
+    asked = sections(2, 1)
+    asked["serving"]["parallelism"] = {"replicas": [{"stages": stages}]}
+    async with deploy(make_config(offloaded, served_checkpoint, **asked)) as running:
+        assert await answers(running) == expected
+        await settled(running, timeout_s=PATIENCE_S)
