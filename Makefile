@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fleet-demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-memory bench-prefix bench-quantization bench-simulator bench-gpu clean
+.PHONY: help setup demo fleet-demo test lint types contracts unit protos pictures bench-attention bench-peers bench-engine bench-gateway bench-parallel bench-disaggregation bench-offload bench-memory bench-prefix bench-quantization bench-simulator bench-gpu clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 16
@@ -80,6 +80,9 @@ bench-parallel: setup  ## One model over two emulated hosts with delays between 
 
 bench-disaggregation: setup  ## Prompts and answers on different replicas, against both on each, partly as root; writes build/bench/disaggregation.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/disaggregation/bench_disaggregation.py $(BENCH_ARGS)
+
+bench-offload: setup  ## Attention at a worker that holds keys and values, against one process, as root; writes build/bench/offload.json
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/offload/bench_offload.py $(BENCH_ARGS)
 
 bench-quantization: setup  ## Perplexity, bytes and speed of 8 and 4 bit weights; writes build/bench/quantization.json
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_quantization.py $(BENCH_ARGS)

@@ -5,6 +5,7 @@ import pytest
 
 from protos.heterodyne.v1 import admin_pb2, admin_pb2_grpc, inference_pb2_grpc
 from protos.heterodyne.v1 import inference_pb2 as pb
+from tests.integration import test_readme as readme
 from tests.support.clocks import PATIENCE_S
 from tests.support.deploying.ray_access import listeners, missing_ss
 from tests.support.deploying.service import serve
@@ -13,7 +14,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
 def test_the_sample_answers_and_says_who_holds_what() -> None:
-    command, address = serve(config="deploy/attention-offload.yaml")
+    assert readme.SERVE_ATTENTION in readme.commands()
+    command, address = serve(config=readme.SERVE_ATTENTION.split()[-1])
     with command:
         with grpc.insecure_channel(address) as channel:
             request = pb.GenerateRequest(prompt="And it came to pass", max_tokens=60, ignore_eos=True)

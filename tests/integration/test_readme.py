@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 README = (REPOSITORY / "README.md").read_text()
 SERVE = "heterodyne serve deploy/local.yaml"
+SERVE_ATTENTION = "heterodyne serve deploy/attention-offload.yaml"
 ELSEWHERE = {
     "make test",  # is what runs this test
     "source .venv/bin/activate",  # below, in front of every command
     "make fleet-demo",  # test_fleet
+    SERVE_ATTENTION,  # test_attention_offload, at an address of its own
     "ray start --head",  # test_ray_job, with ports of its own
     f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {SERVE}",  # likewise
 }
@@ -85,7 +87,7 @@ def run_every_command_that_talks_to_it() -> None:
     """To the service of :func:`serve_as_written`, while that runs."""
     # The port of the metrics is written in a command, not set by the environment.
     rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 15
+    assert len(rest) == 16
     for command in rest:
         result = subprocess.run(
             shell(command),
@@ -116,7 +118,7 @@ def run_python_example() -> None:
 
 def test_the_yaml_shown_is_that_of_the_files() -> None:
     shown = [yaml.safe_load(block) for block in blocks("yaml")]
-    names = ("local.yaml", "two-machines.yaml", "split.yaml", "disaggregated.yaml")
+    names = ("local.yaml", "two-machines.yaml", "split.yaml", "disaggregated.yaml", "attention-offload.yaml")
     assert shown == [yaml.safe_load((REPOSITORY / "deploy" / name).read_text()) for name in names]
 
 
