@@ -239,9 +239,11 @@ class RemoteSession:
 
     def _lose(self, error: HeterodyneError) -> AttentionLost:
         cause = error.cause if isinstance(error, PeerFailed) else str(error)
-        self._lost = AttentionLost(self._worker, self._name, cause)
+        with self.turn:
+            if self._lost is None:  # what another thread finds after that is that the connection was closed here
+                self._lost = AttentionLost(self._worker, self._name, cause)
         self._link.close()
-        return self._lost
+        return AttentionLost(self._worker, self._name, self._lost.cause)
 
     def _check(self) -> None:
         if self._lost is not None:

@@ -79,14 +79,21 @@ class Directory:
             return entry.session
 
     def let_go(self) -> None:
-        """Drops what was held for model ranks that have not come back for the time of the lease."""
-        with self._lock:
+        """Drops what was held for model ranks that have not come back for the time of the lease.
+
+        It never waits: while a session is being opened nothing is dropped. Its caller shows all others signs of life.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             for entry in self._entries.values():
                 is_open = entry.session is not None and not entry.session.ended.is_set()
                 if entry.memory is None or is_open:
                     continue
                 if time.monotonic() >= entry.memory.used_s + self._lease_s:
                     entry.memory = entry.session = None
+        finally:
+            self._lock.release()
 
     def _end(self, entry: _Entry) -> None:
         """Ends the session of a smaller epoch, whose thread no longer touches the memory then. Raises Refused."""

@@ -81,6 +81,7 @@ class Offloading:
             secret=settings.secret,
             replica=settings.replica,
             rank=settings.rank,
+            residency=settings.residency,
             places=self._places,
             geometries=shapes,
             resumes=settings.resumes,

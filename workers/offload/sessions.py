@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from placement.errors import HeterodyneError
+from placement.planning.residency import Residency
 from placement.serving.offload.orders import Geometry, Names
 from placement.serving.offload.residents import SessionPlace
 from workers.attention_worker.client import Life, RemoteSession, connect
@@ -14,6 +15,8 @@ from workers.attention_worker.whereabouts import Whereabouts
 CONNECT_S = 30.0
 """How long an attention worker is waited for when a rank is loaded."""
 _ATTEMPT_S = 2.0
+# A worker that is there and takes no session is not asked again at once.
+_PAUSE_S = 0.1
 # Sessions of one start of a replica have epochs of their own, so that each fences the one before it.
 _ATTEMPT_BITS = 12
 
@@ -25,6 +28,7 @@ class Opening:
     Attributes:
         epoch: of the replica.
         replica: its name, which stays the same when it is started again.
+        residency: says which blocks the regions of ``places`` have.
         geometries: of each session, in the order of ``places``.
         resumes: whether keys and values are kept that the workers have from the start before.
     """
@@ -33,6 +37,7 @@ class Opening:
     secret: bytes
     replica: str
     rank: int
+    residency: Residency
     places: tuple[SessionPlace, ...]
     geometries: tuple[Geometry, ...]
     resumes: bool
@@ -47,11 +52,7 @@ class Sessions:
         self._opening = opening
         self._num_attempts = 0
         self.all: tuple[RemoteSession, ...] = ()
-        try:
-            self._open(resumes=opening.resumes, timeout_s=CONNECT_S, alive=go_on)
-        except BaseException:
-            self.close()
-            raise
+        self._open(resumes=opening.resumes, timeout_s=CONNECT_S, alive=go_on)
 
     def reopen(self, timeout_s: float) -> None:
         """Opens all sessions anew, wherever the workers are by then; nothing that they hold is kept.
@@ -63,26 +64,38 @@ class Sessions:
         self._open(resumes=False, timeout_s=timeout_s, alive=lambda: None)
 
     def held(self) -> dict[int, Names]:
-        """Returns the names of blocks that each worker has kept, as far as all that was told before is there."""
+        """Returns the names of blocks that each worker has kept, as far as all that was told before is there.
+
+        Every session is told all names: only those count that are of blocks of its own region.
+        """
         found: dict[int, dict[int, bytes]] = {}
         for place, session in zip(self._opening.places, self.all, strict=True):
             welcome = session.welcome
+            own = self._opening.residency.regions[place.region].blocks
             kept = {
-                block: name for block, (name, number) in welcome.names.items() if number <= welcome.last_complete + 1
+                block: name
+                for block, (name, number) in welcome.names.items()
+                if own.start <= block < own.stop and number <= welcome.last_complete + 1
             }
             found.setdefault(place.holder.worker, {}).update(kept if welcome.resumed else {})
         return dict(found)
 
     def close(self) -> None:
-        """Closes all sessions. The workers keep what they hold for a time."""
+        """Closes all sessions, whose use raises AttentionLost then. The workers keep what they hold for a time."""
         for session in self.all:
             session.close()
-        self.all = ()
 
     def _open(self, *, resumes: bool, timeout_s: float, alive: Callable[[], None]) -> None:
         deadline_s = time.monotonic() + timeout_s
-        for index in range(len(self._opening.places)):
-            self.all = (*self.all, self._connect(index, resumes, deadline_s, alive))
+        opened: list[RemoteSession] = []
+        try:
+            for index in range(len(self._opening.places)):
+                opened.append(self._connect(index, resumes, deadline_s, alive))
+        except BaseException:
+            for session in opened:
+                session.close()
+            raise
+        self.all = tuple(opened)  # at once: another thread may be about to use them
 
     def _connect(self, index: int, resumes: bool, deadline_s: float, alive: Callable[[], None]) -> RemoteSession:
         """Connects with a worker, which may move while it is waited for."""
@@ -110,6 +123,8 @@ class Sessions:
             except HeterodyneError:
                 if time.monotonic() >= deadline_s:
                     raise
+                alive()
+                time.sleep(_PAUSE_S)
 
 
 def geometries(

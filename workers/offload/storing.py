@@ -52,9 +52,10 @@ class Storing:
         slots = np.concatenate([np.arange(start, stop) for start, stop in runs])[tokens.start : tokens.stop]
         positions = np.arange(tokens.start, tokens.stop)
         self._store_here(scratch, positions, slots)
+        sessions = self._sessions()  # all goes to the same ones: what others were told is lost with them
         for first in range(0, len(slots), _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
-            for place, session in zip(self._places, self._sessions(), strict=True):
+            for place, session in zip(self._places, sessions, strict=True):
                 self._store_there(scratch, positions[part], slots[part], place, session)
 
     def _store_here(self, scratch: KVCache, positions: Integers, slots: Integers) -> None:
@@ -82,7 +83,9 @@ class Storing:
         if not own.any():
             return
         theirs = (blocks[own] - region.blocks.start) * width + offsets[own]
-        number = session.order(StepOrder(slots=tuple(theirs.tolist())))
+        # A step may be long in coming that says which names these blocks have lost.
+        renewed = tuple(np.unique(blocks[own]).tolist())
+        number = session.order(StepOrder(slots=tuple(theirs.tolist()), forgotten=renewed))
         heads, rows = slice(place.kv_heads.start, place.kv_heads.stop), torch.from_numpy(positions[own])
         for layer, here in enumerate(scratch.layers):
             keys, values = (x[heads, rows].transpose(0, 1) for x in (here.keys, here.values))
