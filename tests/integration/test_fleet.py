@@ -25,7 +25,7 @@ MODEL = REPOSITORY / "deploy/demo"
 MAX_TOKENS = 40
 # Characters of the prompts: of less than a block, and of several steps.
 LENGTHS = (20, 300, 2600)
-DEMO_S = 400.0
+DEMO_S = 500.0
 
 
 @pytest.fixture(scope="module", params=["emulated", "plain"])

@@ -23,7 +23,7 @@ from workers.kv_transfer.inbound import MOST_CONNECTIONS, Door, Inbound
 from workers.kv_transfer.packing import MessagePlaces
 from workers.kv_transfer.wire import INLINE, Piece, unpack_about, unpack_piece
 from workers.model.kv_cache import KVCache
-from workers.transport.errors import PeerFailed
+from workers.transport.errors import KvGone, PeerFailed
 from workers.transport.frames import Kind
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Elsewhere(Protocol):
         """Returns memory for the keys and values of so many tokens, in the rank's layers and KV heads."""
 
     def store(self, scratch: KVCache, tokens: Span, runs: Sequence[Run]) -> None:
-        """Takes those of ``tokens`` from the memory of a sequence to the blocks that ``runs`` of slots are in.
+        """Takes ``tokens``, those that the memory has, to the blocks of their sequence, which ``runs`` of slots are in.
 
         Once it has returned they are there for all later steps. It raises what keeps them from it.
         """
@@ -119,7 +119,8 @@ class KvReceiver:
         arrivals = Arrivals(layouts, rank=self._rank, tokens=expected.tokens)
         cache, runs = self._cache, expected.runs
         if self._elsewhere is not None:  # all of it, since nobody else would take it in this order
-            cache, runs = self._elsewhere.scratch(expected.tokens.stop), ((0, expected.tokens.stop),)
+            tokens = expected.tokens
+            cache, runs = self._elsewhere.scratch(len(tokens)), ((-tokens.start, len(tokens)),)
         self._transfers.add(Awaited(expected, layouts, arrivals, cache, runs))
         self._wake_up()
 
@@ -246,7 +247,7 @@ class KvReceiver:
                 return False
             try:
                 self._write(awaited, inbound, piece, inline)
-            except NotDue as error:
+            except (NotDue, KvGone) as error:  # in the second case the source is well, and so are its other transfers
                 self._transfers.end(awaited, str(error))
                 return False
             except Exception as error:  # what failed was counted as having come, perhaps

@@ -50,19 +50,19 @@ class Storing:
     def store(self, scratch: KVCache, tokens: Span, runs: Sequence[Run]) -> None:
         """Takes those of ``tokens`` to their blocks. Raises AttentionLost."""
         slots = np.concatenate([np.arange(start, stop) for start, stop in runs])[tokens.start : tokens.stop]
-        positions = np.arange(tokens.start, tokens.stop)
-        self._store_here(scratch, positions, slots)
+        rows_there = np.arange(len(tokens))
+        self._store_here(scratch, rows_there, slots)
         sessions = self._sessions()  # all goes to the same ones: what others were told is lost with them
         for first in range(0, len(slots), _AT_ONCE):
             part = slice(first, first + _AT_ONCE)
             for place, session in zip(self._places, sessions, strict=True):
-                self._store_there(scratch, positions[part], slots[part], place, session)
+                self._store_there(scratch, rows_there[part], slots[part], place, session)
 
-    def _store_here(self, scratch: KVCache, positions: Integers, slots: Integers) -> None:
+    def _store_here(self, scratch: KVCache, rows_there: Integers, slots: Integers) -> None:
         own = slots < self._residency.num_local_blocks * self._block_size
         if not own.any():
             return
-        source, target = torch.from_numpy(positions[own]), torch.from_numpy(slots[own])
+        source, target = torch.from_numpy(rows_there[own]), torch.from_numpy(slots[own])
         for here, there in zip(scratch.layers, self._cache.layers, strict=True):
             there.keys[:, target.to(there.keys.device)] = here.keys[:, source].to(there.keys.device)
             there.values[:, target.to(there.values.device)] = here.values[:, source].to(there.values.device)
@@ -70,7 +70,7 @@ class Storing:
     def _store_there(
         self,
         scratch: KVCache,
-        positions: Integers,
+        rows_there: Integers,
         slots: Integers,
         place: SessionPlace,
         session: AttentionSession,
@@ -86,11 +86,15 @@ class Storing:
         # A step may be long in coming that says which names these blocks have lost.
         renewed = tuple(np.unique(blocks[own]).tolist())
         number = session.order(StepOrder(slots=tuple(theirs.tolist()), forgotten=renewed))
-        heads, rows = slice(place.kv_heads.start, place.kv_heads.stop), torch.from_numpy(positions[own])
-        for layer, here in enumerate(scratch.layers):
-            keys, values = (x[heads, rows].transpose(0, 1) for x in (here.keys, here.values))
-            session.send(number, layer, None, keys, values)
-            session.flush()
+        heads, rows = slice(place.kv_heads.start, place.kv_heads.stop), torch.from_numpy(rows_there[own])
+        try:
+            for layer, here in enumerate(scratch.layers):
+                keys, values = (x[heads, rows].transpose(0, 1) for x in (here.keys, here.values))
+                session.send(number, layer, None, keys, values)
+                session.flush()
+        except BaseException:
+            session.close()  # it would wait for the other layers for ever
+            raise
 
 
 def _like(layer: LayerCache, num_tokens: int) -> LayerCache:
