@@ -1,0 +1,75 @@
+"""Says which paths there are, and who answers them."""
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from orchestrator.gateway.http.asks import Asks
+from orchestrator.gateway.http.connection import json_bytes
+from orchestrator.gateway.http.exchange import Exchange, Service
+from orchestrator.gateway.http.problem import HttpError, headers_of, problem_of, status_of
+from orchestrator.gateway.request.request import check_model
+from placement.errors import HeterodyneError
+
+_OWNER = "heterodyne"
+
+
+def make_app(service: Service) -> FastAPI:
+    """Returns the application. It has no pages: what it takes is what clients of the OpenAI API send."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    asks, created_s = Asks(service.model), int(time.time())
+
+    async def chat_completions(_: Request) -> Response:
+        return Exchange(service, asks.chat)
+
+    async def completions(_: Request) -> Response:
+        return Exchange(service, asks.completion)
+
+    def described() -> dict[str, Any]:
+        model = service.model
+        head = {"id": model.name, "object": "model", "created": created_s, "owned_by": _OWNER}
+        return {**head, "root": model.name, "parent": None, "max_model_len": model.max_context_tokens}
+
+    async def models(_: Request) -> Response:
+        return _json({"object": "list", "data": [described()]})
+
+    async def model(request: Request) -> Response:
+        check_model(request.path_params["name"], service.model)
+        return _json(described())
+
+    async def health(_: Request) -> Response:
+        return Response(status_code=200 if service.is_serving() else 503)
+
+    routes: tuple[tuple[str, str, Callable[[Request], Awaitable[Response]]], ...] = (
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/completions", completions),
+        ("GET", "/v1/models", models),
+        ("GET", "/v1/models/{name:path}", model),
+        ("GET", "/health", health),
+    )
+    for method, path, endpoint in routes:
+        app.add_route(path, endpoint, methods=[method])
+    app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(HeterodyneError, _refuse)
+    return app
+
+
+def _json(value: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json_bytes(value), status_code=status, headers=headers, media_type="application/json")
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HeterodyneError)
+    return _json(problem_of(error), status=status_of(error), headers=headers_of(error))
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    """Says in the API's form that there is no such path, or not for this method."""
+    assert isinstance(error, HTTPException)
+    words = {404: f"there is no {request.url.path[:100]} here", 405: f"{request.method} is not answered here"}
+    refused = HttpError(error.status_code, words.get(error.status_code, str(error.detail)))
+    return _json(problem_of(refused), status=error.status_code, headers=dict(error.headers or {}))
