@@ -294,6 +294,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         defaults=files.defaults,
         chat_template=files.chat_template,
         directory=directory.resolve(),
+        tokenizer_config=files.tokenizer_config,
     )
 
 

@@ -1,7 +1,7 @@
 """Says which paths there are, and who answers them."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,9 +9,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from orchestrator.gateway.http.asks import Asks
-from orchestrator.gateway.http.connection import json_bytes
+from orchestrator.gateway.http.connection import Gone, json_bytes, read_json
 from orchestrator.gateway.http.exchange import Exchange, Service
 from orchestrator.gateway.http.problem import HttpError, headers_of, problem_of, status_of
+from orchestrator.gateway.http.token_calls import CONVERSION_S, TokenCalls
 from orchestrator.gateway.request.request import check_model
 from placement.errors import HeterodyneError
 
@@ -21,7 +22,7 @@ _OWNER = "heterodyne"
 def make_app(service: Service) -> FastAPI:
     """Returns the application. It has no pages: what it takes is what clients of the OpenAI API send."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    asks, created_s = Asks(service.model), int(time.time())
+    asks, tokens, created_s = Asks(service.model), TokenCalls(service.model), int(time.time())
 
     async def chat_completions(_: Request) -> Response:
         return Exchange(service, asks.chat)
@@ -44,21 +45,38 @@ def make_app(service: Service) -> FastAPI:
     async def health(_: Request) -> Response:
         return Response(status_code=200 if service.is_serving() else 503)
 
+    async def tokenize(request: Request) -> Response:
+        return _json(await tokens.tokenize(await _body(request)))
+
+    async def detokenize(request: Request) -> Response:
+        return _json(await tokens.detokenize(await _body(request)))
+
+    async def tokenizer_info(_: Request) -> Response:
+        return _json(tokens.info())
+
     routes: tuple[tuple[str, str, Callable[[Request], Awaitable[Response]]], ...] = (
         ("POST", "/v1/chat/completions", chat_completions),
         ("POST", "/v1/completions", completions),
         ("GET", "/v1/models", models),
         ("GET", "/v1/models/{name:path}", model),
         ("GET", "/health", health),
+        ("POST", "/tokenize", tokenize),
+        ("POST", "/detokenize", detokenize),
+        ("GET", "/tokenizer_info", tokenizer_info),
     )
     for method, path, endpoint in routes:
         app.add_route(path, endpoint, methods=[method])
     app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(Gone, _say_nothing)
     app.add_exception_handler(HeterodyneError, _refuse)
     return app
 
 
-def _json(value: dict[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+async def _body(request: Request) -> bytes:
+    return await read_json(request.headers, request.receive, CONVERSION_S)
+
+
+def _json(value: Mapping[str, Any], *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(json_bytes(value), status_code=status, headers=headers, media_type="application/json")
 
 
@@ -73,3 +91,8 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
     words = {404: f"there is no {request.url.path[:100]} here", 405: f"{request.method} is not answered here"}
     refused = HttpError(error.status_code, words.get(error.status_code, str(error.detail)))
     return _json(problem_of(refused), status=error.status_code, headers=dict(error.headers or {}))
+
+
+async def _say_nothing(_: Request, error: Exception) -> Response:
+    """Answers a client that is not there any more."""
+    return Response(status_code=499)

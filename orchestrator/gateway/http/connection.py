@@ -52,37 +52,8 @@ class Connection:
         self._lock = asyncio.Lock()  # answers of several prompts are sent by several tasks
 
     async def read_json(self, timeout_s: float) -> bytes:
-        """Returns the body.
-
-        Raises:
-            HttpError: it is too large, or not marked as JSON: a page of another site could send such a request unasked.
-                Or it took too long.
-            Gone: the client went.
-        """
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise HttpError(415, "the body has to be JSON: send the header Content-Type: application/json")
-        if self.headers.get("content-length", "0").isdigit() and int(self.headers.get("content-length", "0")) > (
-            MAX_BODY_BYTES
-        ):
-            raise _too_large()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._read()
-        except TimeoutError:
-            raise HttpError(408, "the body did not come in time") from None
-
-    async def _read(self) -> bytes:
-        body = bytearray()
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            body += message.get("body", b"")
-            if len(body) > MAX_BODY_BYTES:
-                raise _too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
+        """Returns the body. Raises as the function of that name does."""
+        return await read_json(self.headers, self._receive, timeout_s)
 
     async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs ``work`` to its end, or cancels it as soon as the client goes."""
@@ -155,5 +126,32 @@ def _body(data: bytes) -> Message:
     return {"type": "http.response.body", "body": data, "more_body": True}
 
 
-def _too_large() -> HttpError:
-    return HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+async def read_json(headers: Headers, receive: Receive, timeout_s: float) -> bytes:
+    """Returns the body of a request.
+
+    Raises:
+        HttpError: it is too large, or does not come in time, or is not marked as JSON: what is not, a page of another
+            site may have a browser send without being asked whether it may.
+        Gone: the client went.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HttpError(415, "the body has to be JSON: send the header Content-Type: application/json")
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read(receive)
+    except TimeoutError:
+        raise HttpError(408, "the body did not come in time") from None
+
+
+async def _read(receive: Receive) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        if not message.get("more_body", False):
+            return bytes(body)

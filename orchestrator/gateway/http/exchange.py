@@ -4,7 +4,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from google.rpc import code_pb2
@@ -56,11 +56,13 @@ class Asked:
     Attributes:
         messages: a request for each prompt.
         names: what the fields of those are called in the body.
+        shown_tokens: the special tokens that the answer's text does not leave out, with their texts.
     """
 
     messages: tuple[pb.GenerateRequest, ...]
     answering: Answering
     names: Mapping[str, str]
+    shown_tokens: Mapping[int, str] = field(default_factory=dict)
 
 
 Ask = Callable[[bytes, str], Asked]
@@ -105,7 +107,10 @@ class Exchange(Response):
         try:
             asked = self._ask(data, request_id)
             try:
-                requests = [await self._service.requests.read(message, client) for message in asked.messages]
+                requests = [
+                    replace(await self._service.requests.read(message, client), shown_tokens=asked.shown_tokens)
+                    for message in asked.messages
+                ]
                 await self._answer(connection, client, asked.answering, requests)
             except FieldError as error:
                 raise renamed(error, asked.names) from None

@@ -1,7 +1,8 @@
 """Checks a client's GenerateRequest and fills in its defaults. Pure."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.errors import ContextExceeded, UnknownModel
@@ -34,6 +35,7 @@ class Request:
         echo: whether the prompt's tokens are returned.
         cache_salt: a digest of the client's salt; empty where it gave none.
         grammar: what each choice must match.
+        shown_tokens: the special tokens that the answer's text does not leave out, with their texts.
     """
 
     request_id: str
@@ -50,6 +52,7 @@ class Request:
     echo: bool = False
     cache_salt: bytes = b""
     grammar: worker_pb2.Grammar | None = None
+    shown_tokens: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def check_model(name: str, model: ServedModel) -> None:

@@ -1,13 +1,30 @@
 """Writes answers as turns of a conversation, streamed or in one piece. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.gateway.client import Accepted, ChoiceEnd, Delta, Event, Finished
+from orchestrator.gateway.client import Accepted, ChoiceEnd, Delta, Event, Finished, FinishReason
 from orchestrator.gateway.http.answering.logprobs import chat_logprobs
 from orchestrator.gateway.http.answering.parts import Head, usage
 from orchestrator.gateway.http.answering.token_texts import TokenTexts
+from orchestrator.gateway.http.tools.reading import Family, ToolStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calls:
+    """How calls of tools are read and told.
+
+    Attributes:
+        several: whether more than the first call is told.
+        is_named: whether the client named the function: then the answer ends as any other does.
+        new_id: makes the id of a call.
+    """
+
+    family: Family
+    several: bool
+    is_named: bool
+    new_id: Callable[[int], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +37,7 @@ class ChatForm:
         with_ids: whether the ids of tokens are sent too.
         is_stream: whether the answer is sent piece by piece.
         with_usage: whether a stream ends in what was used.
+        calls: how calls of tools are read; None where there are none to be.
     """
 
     num_choices: int
@@ -27,13 +45,16 @@ class ChatForm:
     with_ids: bool
     is_stream: bool
     with_usage: bool
+    calls: Calls | None = None
 
 
 @dataclass(slots=True)
 class _Turn:
     """What a choice has come to."""
 
+    tools: ToolStream | None
     content: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     end: ChoiceEnd | None = None
@@ -47,7 +68,8 @@ class ChatAnswer:
         self._head = head.of("chat.completion.chunk" if form.is_stream else "chat.completion")
         self._form = form
         self._texts = texts
-        self._turns = [_Turn() for _ in range(form.num_choices)]
+        tools = None if form.calls is None else form.calls.family
+        self._turns = [_Turn(None if tools is None else ToolStream(tools)) for _ in range(form.num_choices)]
         self._finished: list[Finished] = []
 
     def take(self, prompt: int, event: Event) -> Sequence[Mapping[str, Any]]:
@@ -70,47 +92,79 @@ class ChatAnswer:
         return [{**self._head, "choices": choices, "usage": usage(self._finished)}]
 
     def _piece(self, delta: Delta) -> Sequence[Mapping[str, Any]]:
-        num_top = self._form.top_logprobs
-        logprobs = (
-            None
-            if num_top is None
-            else chat_logprobs(delta.token_ids, delta.scores, num_top=num_top, texts=self._texts)
-        )
+        turn, num_top = self._turns[delta.choice], self._form.top_logprobs
+        logprobs = None
+        if num_top is not None:
+            logprobs = chat_logprobs(delta.token_ids, delta.scores, num_top=num_top, texts=self._texts)
+        turn.end = delta.end
+        content, calls = self._read(turn, delta)
+        turn.calls += calls
         if self.is_stream:
-            if not (delta.text or delta.end or logprobs or self._form.with_ids):
+            if not (content or calls or delta.end or logprobs or self._form.with_ids):
                 return ()
-            said = {"content": delta.text} if delta.text or not delta.end else {}
-            return [self._chunk(delta.choice, said, logprobs, delta.end, delta.token_ids)]
-        turn = self._turns[delta.choice]
-        turn.content.append(delta.text)
+            said: dict[str, Any] = {"content": content} if content or not (delta.end or calls) else {}
+            if calls:
+                said["tool_calls"] = calls
+            return [self._chunk(delta.choice, said, logprobs, delta.token_ids)]
+        turn.content.append(content)
         turn.token_ids.extend(delta.token_ids)
         turn.logprobs.extend(logprobs or ())
-        turn.end = delta.end or turn.end
         return ()
+
+    def _read(self, turn: _Turn, delta: Delta) -> tuple[str, list[dict[str, Any]]]:
+        """Returns the content and the calls that are certain now."""
+        if turn.tools is None or self._form.calls is None:
+            return delta.text, []
+        items = turn.tools.push(delta.text)
+        if delta.end is not None:
+            items += turn.tools.finish()
+        content = ""
+        calls: list[dict[str, Any]] = []
+        for item in items:
+            if isinstance(item, str):
+                content += item
+                continue
+            index = len(turn.calls) + len(calls)
+            if index and not self._form.calls.several:
+                continue
+            function = {"name": item.name, "arguments": item.arguments}
+            id = self._form.calls.new_id(self._form.calls.family.id_characters)
+            numbered = {"index": index} if self.is_stream else {}
+            calls.append({**numbered, "id": id, "type": "function", "function": function})
+        return content, calls
 
     def _chunk(
         self,
         index: int,
         said: Mapping[str, Any],
         logprobs: list[dict[str, Any]] | None = None,
-        end: ChoiceEnd | None = None,
         token_ids: Sequence[int] = (),
     ) -> Mapping[str, Any]:
-        choice = {"index": index, "delta": said, **self._rest(logprobs, end, token_ids)}
+        choice = {"index": index, "delta": said, **self._rest(self._turns[index], logprobs, token_ids)}
         no_usage = {"usage": None} if self._form.with_usage else {}
         return {**self._head, "choices": [choice], **no_usage}
 
     def _choice(self, index: int, turn: _Turn) -> dict[str, Any]:
-        message = {"role": "assistant", "content": "".join(turn.content), "refusal": None}
+        content: str | None = "".join(turn.content)
+        if turn.calls and not content:
+            content = None
+        calls = {"tool_calls": turn.calls} if turn.calls else {}
+        message = {"role": "assistant", "content": content, "refusal": None, **calls}
         logprobs = None if self._form.top_logprobs is None else turn.logprobs
-        return {"index": index, "message": message, **self._rest(logprobs, turn.end, turn.token_ids)}
+        return {"index": index, "message": message, **self._rest(turn, logprobs, turn.token_ids)}
 
-    def _rest(
-        self, logprobs: list[dict[str, Any]] | None, end: ChoiceEnd | None, token_ids: Sequence[int]
-    ) -> dict[str, Any]:
+    def _rest(self, turn: _Turn, logprobs: list[dict[str, Any]] | None, token_ids: Sequence[int]) -> dict[str, Any]:
         return {
             "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None},
-            "finish_reason": None if end is None else end.finish_reason.value,
-            "stop_reason": None if end is None else end.matched_stop,
+            "finish_reason": self._finish_reason(turn),
+            "stop_reason": None if turn.end is None else turn.end.matched_stop,
             **({"token_ids": list(token_ids)} if self._form.with_ids else {}),
         }
+
+    def _finish_reason(self, turn: _Turn) -> str | None:
+        if turn.end is None:
+            return None
+        calls = self._form.calls
+        if turn.calls and calls is not None and not calls.is_named and turn.end.finish_reason is FinishReason.STOP:
+            return "tool_calls"
+        return turn.end.finish_reason.value

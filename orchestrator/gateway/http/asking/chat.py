@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 
 from orchestrator.gateway.http.asking.body import Body, Int32, fault
-from orchestrator.gateway.http.asking.common import Common, check_stream, fill
+from orchestrator.gateway.http.asking.common import Common, check_stream, fill, json_text
+from orchestrator.gateway.http.asking.tools import CalledTool, Tool, ToolChoice, fill_tools, offered
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 
@@ -31,7 +32,13 @@ class ChatMessage(Body):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Text = ""
     name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = None
+    # What clients send back of an answer, as they got it.
     refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
 
 
 class ChatBody(Common):
@@ -42,7 +49,12 @@ class ChatBody(Common):
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
     modalities: list[Literal["text"]] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # Of vLLM.
     add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def chat_message(body: ChatBody, *, request_id: str) -> pb.GenerateRequest:
@@ -70,7 +82,15 @@ def chat_message(body: ChatBody, *, request_id: str) -> pb.GenerateRequest:
     if body.logprobs:
         message.logprobs = body.top_logprobs or 0
     fill_chat(message.chat, body.messages)
+    fill_tools(
+        message,
+        offered(body.tools, body.tool_choice),
+        body.tool_choice,
+        several=body.parallel_tool_calls is not False,
+    )
     message.chat.skip_generation_prompt = body.add_generation_prompt is False
+    if body.chat_template_kwargs:
+        message.chat.template_values = json_text(body.chat_template_kwargs)
     return message
 
 
@@ -79,4 +99,8 @@ def fill_chat(chat: pb.Chat, messages: list[ChatMessage]) -> None:
     for each in messages:
         # The newer name of a role that templates know by the older one.
         role = "system" if each.role == "developer" else each.role
-        chat.messages.add(role=role, content=each.content)
+        turn = chat.messages.add(
+            role=role, content=each.content, tool_call_id=each.tool_call_id or "", name=each.name or ""
+        )
+        for call in each.tool_calls or ():
+            turn.tool_calls.add(id=call.id, name=call.function.name, arguments=call.function.arguments)

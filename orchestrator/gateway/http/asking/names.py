@@ -13,11 +13,16 @@ COMPLETION: Mapping[str, str] = {**_COMMON, "prompt_ids.ids": "prompt", "prompt_
 CHAT: Mapping[str, str] = {
     **_COMMON,
     "chat.messages": "messages",
+    "chat.tools": "tools",
+    "chat.template_values": "chat_template_kwargs",
     "chat": "messages",
     "prompt": "messages",
     "logprobs": "top_logprobs",
 }
-CHAT_NEWER: Mapping[str, str] = {**CHAT, "max_tokens": "max_completion_tokens"}
+NEWER: Mapping[str, str] = {"max_tokens": "max_completion_tokens"}
+"""Of a chat whose client wrote the newer name."""
+FORCED: Mapping[str, str] = {"structured_output.json_schema": "tools", "structured_output": "tools"}
+"""Of a chat whose grammar is made of its tools."""
 TOKENIZE: Mapping[str, str] = {"chat.messages": "messages", "chat": "messages", "text": "prompt"}
 DETOKENIZE: Mapping[str, str] = {"ids": "tokens"}
 _SECTION = "sampling."
