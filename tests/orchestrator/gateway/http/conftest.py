@@ -1,4 +1,4 @@
-"""A deployment of a real worker process, whose model has a chat template that takes tools, and clients of its HTTP API."""
+"""A deployment of a real worker process whose model has a chat template that takes tools, and a client of its API."""
 
 import shutil
 from collections.abc import AsyncIterator
