@@ -52,12 +52,6 @@ def test_committed_sample_is_valid() -> None:
     assert config.gateway.http_address == Address("127.0.0.1", 8000)
 
 
-def test_there_is_no_http_unless_it_is_asked_for(tmp_path: Path) -> None:
-    assert load(tmp_path, MINIMAL).gateway.http_address is None
-    config = load(tmp_path, MINIMAL, "gateway.http_address=127.0.0.1:0", "gateway.address=127.0.0.1:0")
-    assert config.gateway.http_address == Address("127.0.0.1", 0)
-
-
 def test_variable_with_one_underscore_is_refused(tmp_path: Path) -> None:
     error = refusal(tmp_path, MINIMAL, HETERODYNE_GATEWAY_ADDRESS="h:1")
     assert error.field == "environment variable HETERODYNE_GATEWAY_ADDRESS"
@@ -212,16 +206,6 @@ def test_worker_counts_expand_to_one_entry_a_replica(tmp_path: Path) -> None:
             MINIMAL + "telemetry: {prometheus_address: '0.0.0.0:50051'}\n",
             "telemetry.prometheus_address", "0.0.0.0:50051",
             "has the port of gateway.address, on line 3", "Give each a port of its own.",
-        ),
-        (
-            MINIMAL + "gateway: {http_address: '0.0.0.0:50051'}\n",
-            "gateway.http_address", "0.0.0.0:50051",
-            "has the port of gateway.address, on line 3", "Give each a port of its own.",
-        ),
-        (
-            MINIMAL + "gateway: {http_address: 'h:9464'}\ntelemetry: {prometheus_address: 'h:9464'}\n",
-            "gateway.http_address", "h:9464",
-            "has the port of telemetry.prometheus_address, on line 3", "Give each a port of its own.",
         ),
         (
             MINIMAL + "cluster: {workers: [{device: cuda:0, count: 2}]}\n",

@@ -19,19 +19,20 @@ FAMILIES = (HERMES, LLAMA3, MISTRAL)
 # Of what texts are made that are hard to read.
 PIECES = st.sampled_from(
     [
-        "<tool_call>",
-        "</tool_call>",
-        "<|python_tag|>",
-        "[TOOL_CALLS]",
-        "[ARGS]",
-        "[CALL_ID]",
-        "<tool",
-        "[TOOL",
-        "\n",
-        " ",
+        *(
+            "<tool_call>",
+            "</tool_call>",
+            "<|python_tag|>",
+            "[TOOL_CALLS]",
+            "[ARGS]",
+            "[CALL_ID]",
+            "<tool",
+            "[TOOL",
+            "<|",
+        ),
+        *('{"name": "f", "arguments": {}}', '{"name": "g", "parameters": {"a": "}"}}', '{"name": 1}', "x" * 600),
+        *("{", "}", "[", "]", '"', "\\", ";", ",", "\n", " ", "f", "text", "é"),
     ]
-    + ['{"name": "f", "arguments": {}}', '{"name": "g", "parameters": {"a": "}"}}', "{", "}", "[", "]", '"', "\\", ";"]
-    + ["f", "text", ",", '{"name": 1}', "é", "x" * 600]
 )
 NAMES = st.from_regex(r"[A-Za-z0-9_.\-]{1,12}", fullmatch=True)
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=20)
