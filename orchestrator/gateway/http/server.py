@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from orchestrator.config.types import Address
 from orchestrator.gateway.http.connection import ABORT
@@ -18,6 +18,8 @@ FIELD = "gateway.http_address"
 _START_S = 10.0
 # Longer than clients keep a connection that they do not use, so that none sends on one that is being closed.
 _KEEP_ALIVE_S = 65
+# How long a client may take from connecting to the end of its first request's head.
+_FIRST_REQUEST_S = 30.0
 _BACKLOG = 2048
 # A client's machine that no longer answers is noticed as soon as by the gRPC server.
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
@@ -75,16 +77,22 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Lets an exchange close its connection at once, and notices a machine that is gone."""
+    """Lets an exchange close its connection at once; gives up clients that ask nothing, and machines that are gone."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, ABORT: transport.abort}
+        self.loop.call_later(_FIRST_REQUEST_S, self._close_unless_asked)
         connected = transport.get_extra_info("socket")
         if connected is not None:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEP_ALIVE:
                 connected.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def _close_unless_asked(self) -> None:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None:  # the head of no request is complete
+            self.transport.abort()
 
 
 def _listen(address: Address) -> socket.socket:

@@ -54,7 +54,7 @@ async def test_a_cut_drain_says_so_to_those_whose_stream_had_not_begun(served_ch
 
 
 async def test_an_address_in_use_is_refused_and_named() -> None:
-    async def application(*_: object) -> None:
+    async def application(scope: object, receive: object, send: object) -> None:
         raise AssertionError("nobody asks")
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -66,7 +66,7 @@ async def test_an_address_in_use_is_refused_and_named() -> None:
 
 
 async def test_it_takes_no_signal_and_listens_on_loopback_of_both_kinds() -> None:
-    async def application(*_: object) -> None:
+    async def application(scope: object, receive: object, send: object) -> None:
         raise AssertionError("nobody asks")
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
