@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -16,7 +17,7 @@ from placement.errors import HeterodyneError
 ABORT = "abort"
 """The key, in the state of a scope, of what closes the connection at once, whatever waits to be sent."""
 
-# How long a client may take to make room for the last words of an exchange.
+# How long a client may take to make room for the last words of an exchange, once its time is up.
 _LAST_WORDS_S = 3.0
 _EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -40,14 +41,16 @@ class Connection:
 
     Args:
         request_id: what the response says the request is called.
+        timeout_s: how long the request may take; as long its client may be slow to read.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, request_id: str, timeout_s: float) -> None:
         self.headers = Headers(scope=scope)
         self._abort = scope.get("state", {}).get(ABORT)
         self._receive = receive
         self._send = send
         self._request_id = request_id
+        self._end_s = time.monotonic() + timeout_s
         self._is_stream = False
         self._lock = asyncio.Lock()  # answers of several prompts are sent by several tasks
 
@@ -106,10 +109,10 @@ class Connection:
                 await self.send_json(problem_of(error), status=status_of(error), headers=headers_of(error))
 
     @contextlib.asynccontextmanager
-    async def _last_words(self) -> Any:
+    async def _last_words(self) -> AsyncIterator[None]:
         """Closes the connection of a client that makes no room for what is left to say."""
         try:
-            async with asyncio.timeout(_LAST_WORDS_S):
+            async with asyncio.timeout(max(self._end_s - time.monotonic(), _LAST_WORDS_S)):
                 yield
         except TimeoutError:
             if self._abort is not None:

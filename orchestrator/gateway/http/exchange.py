@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _TRACE_HEADERS = ("traceparent", "tracestate")
 _REQUEST_ID = "x-request-id"
+_INLINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,8 @@ class Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves the request, from its body to its last byte."""
         request_id = request_id_of(scope)
-        connection = Connection(scope, receive, send, request_id=request_id)
+        timeout_s = self._service.request_timeout_s
+        connection = Connection(scope, receive, send, request_id=request_id, timeout_s=timeout_s)
         client = self._client(connection, request_id)
         try:
             data = await connection.read_json(client.remaining_s())
@@ -105,13 +107,13 @@ class Exchange(Response):
     async def _serve(self, connection: Connection, client: Client, data: bytes, request_id: str) -> None:
         """Sends the answer, or the error that took its place."""
         try:
-            asked = self._ask(data, request_id)
+            asked = await self._read(data, request_id)
             try:
                 requests = [
                     replace(await self._service.requests.read(message, client), shown_tokens=asked.shown_tokens)
                     for message in asked.messages
                 ]
-                await self._answer(connection, client, asked.answering, requests)
+                await self._answer(connection, client, asked, requests)
             except FieldError as error:
                 raise renamed(error, asked.names) from None
         except _Ended as ended:
@@ -124,16 +126,23 @@ class Exchange(Response):
             logger.exception("A request failed in a way that nobody foresaw.", extra=said("request_failed"))
             await connection.send_problem(ReplicaFault("the service failed; its log says how"))
 
-    async def _answer(
-        self, connection: Connection, client: Client, answering: Answering, requests: Sequence[Request]
-    ) -> None:
+    async def _read(self, data: bytes, request_id: str) -> Asked:
+        """Returns what the body asks for. A long one is read in a thread, so that the event loop goes on meanwhile."""
+        if len(data) <= _INLINE_BYTES:
+            return self._ask(data, request_id)
+        return await asyncio.to_thread(self._ask, data, request_id)
+
+    async def _answer(self, connection: Connection, client: Client, asked: Asked, requests: Sequence[Request]) -> None:
         """Has all prompts answered, at the same time, and sends the end of it. Raises the first error."""
+        answering = asked.answering
 
         async def answer(prompt: int) -> None:
             async def send(event: Event) -> None:
                 await connection.stream(answering.take(prompt, event))
 
             outcome = await self._service.generator.generate(requests[prompt], replace(client, send=send))
+            if isinstance(outcome, FieldError):
+                raise _Ended(renamed(outcome, asked.names))
             if isinstance(outcome, HeterodyneError):
                 raise _Ended(outcome)
 
