@@ -22,47 +22,16 @@ _OWNER = "heterodyne"
 def make_app(service: Service) -> FastAPI:
     """Returns the application. It has no pages: what it takes is what clients of the OpenAI API send."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    asks, tokens, created_s = Asks(service.model), TokenCalls(service.model), int(time.time())
-
-    async def chat_completions(_: Request) -> Response:
-        return Exchange(service, asks.chat)
-
-    async def completions(_: Request) -> Response:
-        return Exchange(service, asks.completion)
-
-    def described() -> dict[str, Any]:
-        model = service.model
-        head = {"id": model.name, "object": "model", "created": created_s, "owned_by": _OWNER}
-        return {**head, "root": model.name, "parent": None, "max_model_len": model.max_context_tokens}
-
-    async def models(_: Request) -> Response:
-        return _json({"object": "list", "data": [described()]})
-
-    async def model(request: Request) -> Response:
-        check_model(request.path_params["name"], service.model)
-        return _json(described())
-
-    async def health(_: Request) -> Response:
-        return Response(status_code=200 if service.is_serving() else 503)
-
-    async def tokenize(request: Request) -> Response:
-        return _json(await tokens.tokenize(await _body(request)))
-
-    async def detokenize(request: Request) -> Response:
-        return _json(await tokens.detokenize(await _body(request)))
-
-    async def tokenizer_info(_: Request) -> Response:
-        return _json(tokens.info())
-
+    paths = _Paths(service)
     routes: tuple[tuple[str, str, Callable[[Request], Awaitable[Response]]], ...] = (
-        ("POST", "/v1/chat/completions", chat_completions),
-        ("POST", "/v1/completions", completions),
-        ("GET", "/v1/models", models),
-        ("GET", "/v1/models/{name:path}", model),
-        ("GET", "/health", health),
-        ("POST", "/tokenize", tokenize),
-        ("POST", "/detokenize", detokenize),
-        ("GET", "/tokenizer_info", tokenizer_info),
+        ("POST", "/v1/chat/completions", paths.chat_completions),
+        ("POST", "/v1/completions", paths.completions),
+        ("GET", "/v1/models", paths.models),
+        ("GET", "/v1/models/{name:path}", paths.model),
+        ("GET", "/health", paths.health),
+        ("POST", "/tokenize", paths.tokenize),
+        ("POST", "/detokenize", paths.detokenize),
+        ("GET", "/tokenizer_info", paths.tokenizer_info),
     )
     for method, path, endpoint in routes:
         app.add_route(path, endpoint, methods=[method])
@@ -70,6 +39,46 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(Gone, _say_nothing)
     app.add_exception_handler(HeterodyneError, _refuse)
     return app
+
+
+class _Paths:
+    """Answers each path."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._asks = Asks(service.model)
+        self._tokens = TokenCalls(service.model)
+        self._created_s = int(time.time())
+
+    async def chat_completions(self, _: Request) -> Response:
+        return Exchange(self._service, self._asks.chat)
+
+    async def completions(self, _: Request) -> Response:
+        return Exchange(self._service, self._asks.completion)
+
+    async def models(self, _: Request) -> Response:
+        return _json({"object": "list", "data": [self._described()]})
+
+    async def model(self, request: Request) -> Response:
+        check_model(request.path_params["name"], self._service.model)
+        return _json(self._described())
+
+    def _described(self) -> dict[str, Any]:
+        model = self._service.model
+        head = {"id": model.name, "object": "model", "created": self._created_s, "owned_by": _OWNER}
+        return {**head, "root": model.name, "parent": None, "max_model_len": model.max_context_tokens}
+
+    async def health(self, _: Request) -> Response:
+        return Response(status_code=200 if self._service.is_serving() else 503)
+
+    async def tokenize(self, request: Request) -> Response:
+        return _json(await self._tokens.tokenize(await _body(request)))
+
+    async def detokenize(self, request: Request) -> Response:
+        return _json(await self._tokens.detokenize(await _body(request)))
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        return _json(self._tokens.info())
 
 
 async def _body(request: Request) -> bytes:
