@@ -143,7 +143,10 @@ class GatewayConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     address: AddressText = _DEFAULT_ADDRESS
-    """Where clients connect. Port 0 takes any free port."""
+    """Where clients connect by gRPC. Port 0 takes any free port."""
+    http_address: Annotated[AddressText | None, Field(examples=["127.0.0.1:8000", "0.0.0.0:8000"])] = None
+    """Where clients of the OpenAI API connect by HTTP, such as 127.0.0.1:8000. Default: nowhere, since neither surface
+    asks who a client is, and since port 8000 is often another program's, beside which the service shall still start."""
     max_in_flight: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Most answers that replicas work on at once; a request counts once for each of its choices."""
     max_queued: Annotated[int, Field(ge=0, le=2**20)] = 1024
@@ -271,6 +274,12 @@ def _contradictions(config: Config, layers: Layers) -> list[InvalidConfig]:
         problem = "has the port of gateway.address"
         key = ("telemetry", "prometheus_address")
         errors.append(layers.refusal(key, str(prometheus), problem, "Give each a port of its own."))
+    http = config.gateway.http_address
+    for key, other in ((("gateway", "address"), gateway), (("telemetry", "prometheus_address"), prometheus)):
+        if http is not None and other is not None and http.port == other.port != 0:
+            problem = f"has the port of {'.'.join(key)}"
+            where = ("gateway", "http_address")
+            errors.append(layers.refusal(where, str(http), problem, "Give each a port of its own."))
     if config.telemetry.vllm_metrics and prometheus is None:
         problem = "is set, and telemetry.prometheus_address is not"
         fix = "Set telemetry.prometheus_address to where Prometheus shall scrape, such as 127.0.0.1:9464."

@@ -53,16 +53,22 @@ def measuring(num_workers: int, *, splits: bool = True) -> Said:
     return Said(event="measure", sentence=sentence, fields={"workers": num_workers})
 
 
-def ready(checked: Checked, address: str) -> Said:
-    """The service takes requests: what is served, where, and how to try it."""
+def ready(checked: Checked, address: str, http_address: str = "") -> Said:
+    """The service takes requests: what is served, where, and how to try it. ``http_address`` is empty without HTTP."""
     name, served, most = checked.config.model.name, checked.context_tokens, checked.model_context_tokens
     here = _reached_here(address)
     where = address if here == address else f"{address}, which is every interface"
+    http = f" and http://{_reached_here(http_address)}/v1 (OpenAI API)" if http_address else ""
     return Said(
         event="serving",
-        sentence=f"Ready: {name} at {where} (gRPC), context {served} of {most} tokens; "
+        sentence=f"Ready: {name} at {where} (gRPC){http}, context {served} of {most} tokens; "
         f'try: heterodyne generate "Hello" --address {here}',
-        fields={"model": name, "address": address, **context_fields(checked)},
+        fields={
+            "model": name,
+            "address": address,
+            **({"http_address": http_address} if http_address else {}),
+            **context_fields(checked),
+        },
     )
 
 

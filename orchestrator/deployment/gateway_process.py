@@ -39,11 +39,12 @@ _CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0),)
 
 
 class GatewayProcess:
-    """The gateway process, and the address it listens on."""
+    """The gateway process, and the addresses it listens on; that for HTTP is empty where it does not."""
 
-    def __init__(self, output: "_Output", address: str) -> None:
+    def __init__(self, output: "_Output", listening: Listening) -> None:
         self.process = output.process
-        self.address = address
+        self.address = listening.address
+        self.http_address = listening.http_address
         self._output = output
 
     def ended(self) -> bool:
@@ -128,8 +129,8 @@ def gateway_process(
         output.close()
 
 
-def _listening(output: "_Output", stop: StopRequest) -> str:
-    """Returns the address that the gateway says it listens on. Raises LaunchFailed."""
+def _listening(output: "_Output", stop: StopRequest) -> Listening:
+    """Returns where the gateway says that it listens. Raises LaunchFailed."""
     deadline = time.monotonic() + _GATEWAY_START_S
     while time.monotonic() < deadline and not stop.asked.is_set():
         try:
@@ -138,7 +139,7 @@ def _listening(output: "_Output", stop: StopRequest) -> str:
             continue
         if listening is None:
             raise LaunchFailed(_why_silent(output, timeout_s=deadline - time.monotonic()))
-        return listening.address
+        return listening
     raise LaunchFailed("stopped while starting" if stop.asked.is_set() else "the gateway did not start in time")
 
 

@@ -327,6 +327,7 @@ def _check_listening(config: Config) -> None:
     bind_host = config.cluster.bind_host if config.cluster.is_local else None
     refusals = (
         _port_refusal("gateway.address", config.gateway.address),
+        _port_refusal("gateway.http_address", config.gateway.http_address),
         None if bind_host is None else _bind_host_refusal(bind_host),
         _port_refusal("telemetry.prometheus_address", config.telemetry.prometheus_address),
     )

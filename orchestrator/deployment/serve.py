@@ -165,7 +165,7 @@ def _run(
         with LoadProgress(log) as progress:
             ready = follow_launch(states, gateway, stop, progress, timeout_s=_launch_limit_s(config))
         if ready is not None:
-            log.tell(events.ready(launched.checked, gateway.address))
+            log.tell(events.ready(launched.checked, gateway.address, gateway.http_address))
             on_ready()
             if (cause := supervise(ready, states, gateway, stop, log)) is not None:
                 # Whoever still waits for an answer hears from the gateway which replica was lost.

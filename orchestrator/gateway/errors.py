@@ -7,6 +7,10 @@ class UnknownModel(InvalidRequest):
     """The request names a model that is not served."""
 
 
+class ContextExceeded(InvalidRequest):
+    """The prompt, or the prompt and its answer, are longer than the context."""
+
+
 class NotAdmitted(HeterodyneError):
     """A request did not get a slot."""
 

@@ -102,7 +102,7 @@ class Generator:
                     epoch=leader.epoch,
                     max_tokens=request.max_tokens,
                     journal=self.journal,
-                    text=TextStream(self._detokenizer, request.stop, request.prompt_ids),
+                    text=TextStream(self._detokenizer, request.stop, request.prompt_ids, request.shown_tokens),
                     grammar=request.grammar,
                 )
             )

@@ -1,7 +1,9 @@
 """Describes the served model: its name, limits, defaults and tokenizer."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -19,6 +21,7 @@ class ServedModel:
     Attributes:
         directory: where ``tokenizer`` was read from; None where it was made in memory.
         chat_template: writes conversations out as prompts; None where the model has none.
+        tokenizer_config: the content of the model's tokenizer_config.json.
     """
 
     name: str
@@ -30,6 +33,7 @@ class ServedModel:
     defaults: DefaultSampling
     chat_template: ChatTemplate | None = None
     directory: Path | None = None
+    tokenizer_config: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self) -> pb.Model:
         """Returns the model as clients see it."""

@@ -24,6 +24,9 @@ from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Fleet
 from orchestrator.gateway.fleet.leader import LeaderLimits
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.http.app import make_app
+from orchestrator.gateway.http.exchange import Service
+from orchestrator.gateway.http.server import HttpServer
 from orchestrator.gateway.load_log import LoadLog
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request.reader import RequestReader
@@ -80,6 +83,7 @@ class Gateway:
         fleet: the replicas as it knows them.
         admission: what is in flight and what waits.
         generator: serves requests and keeps their journal.
+        http_address: where it listens for HTTP, once it does; None where it is not to.
     """
 
     def __init__(self, settings: GatewaySettings) -> None:
@@ -114,6 +118,8 @@ class Gateway:
         self.generator = Generator(model=model, fleet=self.fleet, admission=self.admission, telemetry=self._telemetry)
         self._health = health_aio.HealthServicer()
         self._server = self._make_server(model)
+        self._http = self._make_http(model)
+        self.http_address: str | None = None
         self._background = BackgroundTasks()
 
     def _make_server(self, model: ServedModel) -> grpc.aio.Server:
@@ -146,6 +152,20 @@ class Gateway:
         )
         return server
 
+    def _make_http(self, model: ServedModel) -> HttpServer | None:
+        address = self._config.gateway.http_address
+        if address is None:
+            return None
+        service = Service(
+            model=model,
+            requests=self._requests,
+            generator=self.generator,
+            telemetry=self._telemetry,
+            request_timeout_s=self._config.gateway.request_timeout_s,
+            is_serving=lambda: self._is_serving,
+        )
+        return HttpServer(make_app(service), address)
+
     def _make_telemetry(self) -> Telemetry:
         vllm = [] if self._vllm is None else [self._vllm]
         telemetry = Telemetry(
@@ -176,10 +196,10 @@ class Gateway:
             self._vllm.stepped(replica, step)
 
     async def start(self) -> str:
-        """Listens and follows the controller; returns the address.
+        """Listens and follows the controller; returns the address of the gRPC services.
 
         Raises:
-            InvalidConfig: the address cannot be listened on.
+            InvalidConfig: an address cannot be listened on.
         """
         address = self._config.gateway.address
         try:
@@ -193,6 +213,8 @@ class Gateway:
             ) from error
         await self._set_health()
         await self._server.start()
+        if self._http is not None:
+            self.http_address = str(await self._http.start())
         self._background.spawn(self.fleet.follow())
         self._background.spawn(self._load_log.run())
         return str(replace(address, port=port))
@@ -218,7 +240,7 @@ class Gateway:
             self.fleet.stop()
             await self.admission.wait_idle(_LAST_WORDS_S)
         self.fleet.drain()
-        await self._server.stop(_LAST_WORDS_S)
+        await asyncio.gather(self._server.stop(_LAST_WORDS_S), *(() if self._http is None else (self._http.stop(),)))
         await self._requests.close()
         await self._background.close()
         await self.fleet.close()
@@ -233,13 +255,17 @@ class Gateway:
             waiting.cancel()
         return idle.done() and not idle.cancelled() and idle.result()
 
+    @property
+    def _is_serving(self) -> bool:
+        return self.fleet.accepting and not self._draining
+
     def _health_changed(self) -> None:
         self._background.spawn(self._set_health())
 
     async def _set_health(self) -> None:
         # One at a time, each reading the state anew: the last to run tells the truth.
         async with self._health_lock:
-            serving = self.fleet.accepting and not self._draining
+            serving = self._is_serving
             state = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             for service in ("", _INFERENCE):
                 await self._health.set(service, state)
@@ -268,6 +294,7 @@ def load_model(settings: GatewaySettings) -> ServedModel:
         defaults=files.defaults,
         chat_template=files.chat_template,
         directory=directory.resolve(),
+        tokenizer_config=files.tokenizer_config,
     )
 
 
@@ -289,7 +316,8 @@ async def run(settings: GatewaySettings) -> int:
     # Modules and classes stay for good: looking through them for garbage would hold every stream up for some 20 ms.
     gc.collect()
     gc.freeze()
-    print(Listening(address=address, pid=os.getpid()).line(), flush=True)
+    listening = Listening(address=address, pid=os.getpid(), http_address=gateway.http_address or "")
+    print(listening.line(), flush=True)
     await stop.wait()
     finished = await gateway.drain(cut)
     for number in (signal.SIGTERM, signal.SIGINT):

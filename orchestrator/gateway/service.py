@@ -19,12 +19,12 @@ from orchestrator.gateway.grpc_client import grpc_client
 from orchestrator.gateway.load_log import LoadLog
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.reader import RequestReader
-from orchestrator.gateway.request.request import check_model
+from orchestrator.gateway.request.request import check_ids, check_model
 from orchestrator.gateway.request.text_work import TextWork
 from orchestrator.gateway.status import abort, code_of
 from orchestrator.gateway.timeline import Timeline
 from orchestrator.telemetry.requests import Telemetry
-from placement.errors import HeterodyneError, InvalidRequest
+from placement.errors import HeterodyneError
 from placement.serving.routing.binding import WaitReason
 from placement.serving.routing.choice import RouteKind
 from protos.codec.formats import read_dtype
@@ -107,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Converts token ids to text."""
         try:
             check_model(request.model, self._model)
-            _check_ids(request, self._model)
+            check_ids(request.ids, self._model)
             skip = not request.keep_special_tokens
             text = await self._conversions.detokenize(request.ids, skip_special=skip, timeout_s=_CONVERSION_S)
         except HeterodyneError as error:
@@ -125,24 +125,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         except HeterodyneError as error:
             await abort(context, error)
         return pb.GetModelResponse(model=self._model.message())
-
-
-def _check_ids(request: pb.DetokenizeRequest, model: ServedModel) -> None:
-    if len(request.ids) > model.max_context_tokens:
-        raise InvalidRequest(
-            field="ids",
-            value=f"{len(request.ids)} ids",
-            problem="are more than the context holds",
-            fix=f"Send at most {model.max_context_tokens} at a time.",
-        )
-    for index, token_id in enumerate(request.ids):
-        if token_id >= model.spec.vocab_size:
-            raise InvalidRequest(
-                field=f"ids[{index}]",
-                value=token_id,
-                problem="is outside the vocabulary",
-                fix=f"Use ids from 0 to {model.spec.vocab_size - 1}.",
-            )
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):

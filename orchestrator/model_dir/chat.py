@@ -5,7 +5,7 @@ The format is that of transformers' ``apply_chat_template``.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -13,19 +13,25 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from orchestrator.brief import brief
 from orchestrator.model_dir.chat_form import ALL_TEXT, Forms, find_forms, written
-from orchestrator.model_dir.chat_sandbox import DEADLINE, MAX_RENDER_S, check_size, compile_template
+from orchestrator.model_dir.chat_sandbox import DEADLINE, MAX_RENDER_S, check_size, compile_template, variables_of
 from placement.errors import InvalidModel, InvalidRequest, cause_of
 
 LEAVES_OUT = "the model's chat template leaves out what messages say, given as text and as parts"
 _MAX_REASON_CHARACTERS = 500
+_NO_VALUES: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        more: what else a template may read of it, such as ``tool_calls``.
+    """
 
     role: str
     content: str
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
@@ -39,6 +45,10 @@ class ChatTemplate:
         field: where the template is from, for the error.
         now: the clock of ``strftime_now``.
 
+    Attributes:
+        source: the template.
+        takes_tools: whether it reads which tools there are.
+
     Raises:
         InvalidModel: it is no Jinja template.
     """
@@ -51,10 +61,12 @@ class ChatTemplate:
         field: str = "chat_template.jinja",
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._forms: Forms | None = ALL_TEXT
         try:
             self._template = compile_template(source, now=now)
+            self.takes_tools = "tools" in variables_of(source)
         except TemplateSyntaxError as error:
             raise _not_a_template(field, f"line {error.lineno}: {error.message}") from None
         except Exception as error:  # what Python has against the code that Jinja makes of it
@@ -68,10 +80,21 @@ class ChatTemplate:
         self._forms = find_forms(lambda messages: self._write(messages, add_generation_prompt=True))
         return self._forms is not None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        values: Mapping[str, Any] = _NO_VALUES,
+    ) -> str:
         """Returns the conversation as the model's prompt. Special tokens are written out: tokenizing must add none.
 
         Computes for about ``MAX_RENDER_S`` at most, and some 0.1 ms where the conversation is short.
+
+        Args:
+            tools: what the model may call; None where there is nothing.
+            values: further variables of the template.
 
         Raises:
             InvalidRequest: the template refuses the conversation, fails on it, takes too long or writes too much.
@@ -82,21 +105,28 @@ class ChatTemplate:
         deadline_s = time.monotonic() + MAX_RENDER_S
         try:
             return self._write(
-                [written(message.role, message.content, forms) for message in messages],
+                [{**written(message.role, message.content, forms), **message.more} for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 deadline_s=deadline_s,
+                more={**values, "tools": tools},
             )
         except Exception as error:  # templates compute: whatever Python can raise, they can
             raise _refusal(error, len(messages)) from None
 
     def _write(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, deadline_s: float | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        deadline_s: float | None = None,
+        more: Mapping[str, Any] = _NO_VALUES,
     ) -> str:
         values = {
-            **self._special_tokens,
-            "messages": messages,
             "tools": None,
             "documents": None,
+            **more,
+            **self._special_tokens,
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             DEADLINE: time.monotonic() + MAX_RENDER_S if deadline_s is None else deadline_s,
         }

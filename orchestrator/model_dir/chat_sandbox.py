@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError, TemplateRuntimeError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -39,6 +39,11 @@ def compile_template(source: str, *, now: Callable[[], datetime]) -> Template:
     environment = _Sandbox(now)
     code = environment.compile(_Bounding().visit(environment.parse(source)))
     return Template.from_code(environment, code, environment.make_globals(None))
+
+
+def variables_of(source: str) -> set[str]:
+    """Returns the variables that a template reads and does not set itself. Raises as ``compile_template`` does."""
+    return meta.find_undeclared_variables(_Sandbox(datetime.now).parse(source))
 
 
 def check_size(num_characters: int) -> None:

@@ -43,6 +43,7 @@ class ModelFiles:
         config: the content of config.json.
         defaults: the sampling parameters that generation_config.json recommends.
         chat_template: the chat template; None where the model has none, as base models do.
+        tokenizer_config: the content of tokenizer_config.json; empty where there is none.
         checkpoint_bytes: the size of all safetensors files.
         warnings: what is odd about the directory, and served all the same, each in a clause.
     """
@@ -52,6 +53,7 @@ class ModelFiles:
     defaults: DefaultSampling
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    tokenizer_config: Mapping[str, Any]
     checkpoint_bytes: int
     warnings: tuple[str, ...]
 
@@ -88,6 +90,7 @@ def read_model_files(directory: Path, *, tied_embeddings: bool | None = None) ->
         defaults=default_sampling(generation),
         tokenizer=tokenizer,
         chat_template=chat_template,
+        tokenizer_config=complete.files.config,
         checkpoint_bytes=checkpoint.num_bytes,
         warnings=(
             *((_left_out(complete, spec),) if complete.left_out else ()),

@@ -26,17 +26,20 @@ class Listening:
         address: ``host:port``, as the child was told to bind.
         ranks_port: where the other ranks of a worker's replica connect; 0 of a gateway.
         target: what the code of a worker is generated for, such as ``avx2``; empty of a gateway.
+        http_address: where a gateway listens for HTTP; empty where it does not.
     """
 
     address: str
     pid: int
     ranks_port: int = 0
     target: str = ""
+    http_address: str = ""
 
     def line(self) -> str:
         """Returns the line that the child prints, without its end."""
         said = {"address": self.address, "ranks_port": self.ranks_port, "pid": self.pid, "target": self.target}
-        return json.dumps({"event": "listening", **said})
+        http = {"http_address": self.http_address} if self.http_address else {}
+        return json.dumps({"event": "listening", **said, **http})
 
     @classmethod
     def read(cls, line: str) -> "Listening | None":
@@ -50,6 +53,7 @@ class Listening:
                 ranks_port=int(said["ranks_port"]),
                 pid=int(said["pid"]),
                 target=str(said["target"]),
+                http_address=str(said.get("http_address", "")),
             )
         except (ValueError, TypeError, KeyError, RecursionError):
             return None

@@ -23,6 +23,7 @@ PLANTED = [
     ("orchestrator/deployment/serve.py", "import ray", RAY_CONTRACT),
     ("orchestrator/deployment/serve.py", "import orchestrator.cli.app", "floors of orchestrator"),
     ("orchestrator/gateway/model.py", "import orchestrator.gateway.service", "floors of orchestrator.gateway"),
+    ("orchestrator/gateway/http/answering/chat.py", "import orchestrator.gateway.http.exchange", "gateway.http"),
     ("placement/model/specs.py", "import placement.planning.plan", "floors of placement"),
     ("kernels/cuda/gpus.py", "import kernels.cpu.variant", "floors of kernels"),
     ("workers/step/runner.py", "import workers.engine.loop", "floors of workers"),

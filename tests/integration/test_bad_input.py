@@ -132,7 +132,12 @@ def test_schema_prints_the_committed_schema() -> None:
 
 @pytest.mark.integration
 def test_more_gpus_than_the_cluster_has_are_refused_before_anything_is_launched() -> None:
-    sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", "cluster.workers=[{device: cuda:7}]")
+    sets = (
+        "gateway.address=127.0.0.1:0",
+        "gateway.http_address=null",
+        "telemetry.prometheus_address=null",
+        "cluster.workers=[{device: cuda:7}]",
+    )
     with orchestrator("serve", "deploy/local.yaml", *(f"--set={item}" for item in sets)) as command:
         assert command.process.wait(timeout=2 * PATIENCE_S) == 1
         last = command.output().strip().splitlines()[-1]

@@ -58,7 +58,7 @@ def stop(cluster: str, name: str, job: Command) -> None:
 def test_a_job_serves_streams_its_logs_and_stops_when_told(cluster: str) -> None:
     address = f"127.0.0.1:{free_port()}"
     job = submit(
-        cluster, "serve", "deploy/local.yaml", f"--set=gateway.address={address}",
+        cluster, "serve", "deploy/local.yaml", f"--set=gateway.address={address}", "--set=gateway.http_address=null",
         "--set=telemetry.prometheus_address=null", "--set=cluster.workers=[{threads: 1}]",
     )  # fmt: skip
     with job:
@@ -88,7 +88,7 @@ def test_workers_of_one_machine_share_every_layer_of_a_model_that_is_too_large_f
     address = f"127.0.0.1:{free_port()}"
     workers = "[{threads: 1, memory: 411MiB}, {threads: 1, memory: 411MiB}]"
     job = submit(
-        cluster, "serve", "deploy/local.yaml", f"--set=gateway.address={address}",
+        cluster, "serve", "deploy/local.yaml", f"--set=gateway.address={address}", "--set=gateway.http_address=null",
         "--set=telemetry.prometheus_address=null", f"--set=cluster.workers={workers}",
         "--set=model.max_context_tokens=1024", "--set=serving.kv_cache=4MiB", "--set=serving.token_budget=64",
         "--set=serving.max_num_seqs=4",

@@ -31,9 +31,10 @@ ELSEWHERE = {
     f"ray job submit --address http://127.0.0.1:8265 --working-dir . -- {SERVE}",  # likewise
 }
 # So that the tests neither need nor disturb the default ports.
-ADDRESS, METRICS = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+ADDRESS, HTTP, METRICS = (f"127.0.0.1:{free_port()}" for _ in range(3))
 ENV = {
     "HETERODYNE_GATEWAY__ADDRESS": ADDRESS,
+    "HETERODYNE_GATEWAY__HTTP_ADDRESS": HTTP,
     "HETERODYNE_ADDRESS": ADDRESS,
     "HETERODYNE_TELEMETRY__PROMETHEUS_ADDRESS": METRICS,
 }
@@ -83,11 +84,17 @@ def serve_as_written(**more: str) -> Command:
     return service
 
 
+def elsewhere(text: str) -> str:
+    """Returns what is written in the README with the ports of the tests, where the environment does not say them."""
+    for port, address in (("50051", ADDRESS), ("8000", HTTP), ("9464", METRICS)):
+        text = text.replace(f"127.0.0.1:{port}", address)
+    return text
+
+
 def run_every_command_that_talks_to_it() -> None:
     """To the service of :func:`serve_as_written`, while that runs."""
-    # The port of the metrics is written in a command, not set by the environment.
-    rest = [c.replace("127.0.0.1:9464", METRICS) for c in commands() if c not in {*ELSEWHERE, "make demo", SERVE}]
-    assert len(rest) == 16
+    rest = [elsewhere(command) for command in commands() if command not in {*ELSEWHERE, "make demo", SERVE}]
+    assert len(rest) == 18
     for command in rest:
         result = subprocess.run(
             shell(command),
@@ -102,18 +109,20 @@ def run_every_command_that_talks_to_it() -> None:
         assert result.stdout.strip(), command
 
 
-def run_python_example() -> None:
+def run_python_examples() -> None:
     """Against the same service."""
-    (example,) = blocks("python")
-    result = subprocess.run(
-        [sys.executable, "-c", example.replace("127.0.0.1:50051", ADDRESS)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_S,
-        check=True,
-    )
-    assert len(result.stdout) > 20
+    examples = blocks("python")
+    assert len(examples) == 2
+    for example in examples:
+        result = subprocess.run(
+            [sys.executable, "-c", elsewhere(example)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_S,
+            check=True,
+        )
+        assert len(result.stdout) > 20
 
 
 def test_the_yaml_shown_is_that_of_the_files() -> None:

@@ -136,7 +136,7 @@ def resident_bytes(service: Service) -> dict[str, int]:
 
 def test_every_command_of_the_readme_runs_beside_it(service: Service) -> None:
     readme.run_every_command_that_talks_to_it()
-    readme.run_python_example()
+    readme.run_python_examples()
 
 
 async def test_64_streams_of_mixed_requests_for_60_s_give_the_answers_they_give_alone(service: Service) -> None:
@@ -249,6 +249,8 @@ def test_every_process_listens_on_loopback_alone(service: Service) -> None:
     pids = {listener.pid for listener in found}
     ours = {"worker": worker_process(service).pid, "gateway": gateway_process(service).pid}
     assert {name: pid for name, pid in ours.items() if pid not in pids} == {}
+    of_gateway = {listener.port for listener in found if listener.pid == ours["gateway"]}
+    assert {int(address.rpartition(":")[2]) for address in (readme.ADDRESS, readme.HTTP)} <= of_gateway
     assert [listener for listener in found if not listener.on_loopback] == []
 
 

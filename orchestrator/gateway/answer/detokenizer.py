@@ -7,8 +7,9 @@ others a short window is decoded again and again, because a token's text may dep
 ends within a character, and with byte-fallback decoders one invalid byte makes it raise on every later token.
 """
 
+import copy
 from codecs import utf_8_decode
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -19,6 +20,7 @@ NUM_CONTEXT_TOKENS = 8  # of the prompt; enough for decoders that treat the firs
 MAX_CONTEXT_TOKENS = 16  # a window that grows saves a second decoding at each push, and costs more in each
 MAX_PENDING_TOKENS = 64  # each push decodes what is pending: bounds the work for a model that emits garbage
 MAX_CHARACTER_TOKENS = 4  # a UTF-8 character has at most 4 bytes, a token at least 1
+_NO_TOKENS: Mapping[int, str] = {}
 
 
 class Decoder(Protocol):
@@ -38,12 +40,15 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, ByteLevel) else None
 
-    def decoder(self, prompt_ids: Sequence[int]) -> Decoder:
+    def decoder(self, prompt_ids: Sequence[int], shown: Mapping[int, str] = _NO_TOKENS) -> Decoder:
         """Returns a decoder for a new answer. It skips special tokens.
 
         Args:
             prompt_ids: what the answer continues; some tokenizers write the first word of a text without its space.
+            shown: the special tokens that it does not skip, with their texts.
         """
+        if shown:
+            return ShowingDecoder(self.decoder, prompt_ids, shown)
         if self._token_bytes is not None:
             return ByteDecoder(self._token_bytes)
         return WindowDecoder(self._tokenizer, prompt_ids)
@@ -175,3 +180,36 @@ class WindowDecoder:
             if rest and text + rest == whole:
                 return self._give_out(text, count)
         return self._give_out(self._pending_text(), len(self._pending))
+
+
+class ShowingDecoder:
+    """Writes some special tokens out, and has what is between them decoded.
+
+    Args:
+        decoder: makes a decoder of what continues the given tokens.
+    """
+
+    def __init__(
+        self, decoder: Callable[[Sequence[int]], Decoder], prompt_ids: Sequence[int], shown: Mapping[int, str]
+    ) -> None:
+        self._make = decoder
+        self._inner = decoder(prompt_ids)
+        self._shown = shown
+
+    def __copy__(self) -> "ShowingDecoder":
+        other = object.__new__(ShowingDecoder)
+        other._make, other._shown, other._inner = self._make, self._shown, copy.copy(self._inner)
+        return other
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        text, start = "", 0
+        for place, token_id in enumerate(token_ids):
+            if token_id in self._shown:
+                if place > start:
+                    text += self._inner.push(token_ids[start:place])
+                text += self._inner.flush() + self._shown[token_id]
+                self._inner, start = self._make([token_id]), place + 1
+        return text + self._inner.push(token_ids[start:]) if start < len(token_ids) else text
+
+    def flush(self) -> str:
+        return self._inner.flush()

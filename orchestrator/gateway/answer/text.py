@@ -1,10 +1,12 @@
 """Makes an answer's text as its tokens arrive, and ends it before a stop string."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.gateway.answer.detokenizer import Detokenizer
+
+_NO_TOKENS: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,18 @@ class TextStream:
     Args:
         stop: the stop strings, none of them empty.
         prompt_ids: what the answer continues; some decoders write the first word of a text without its space.
+        shown: the special tokens that are not skipped, with their texts.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str], prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stop: Sequence[str],
+        prompt_ids: Sequence[int],
+        shown: Mapping[int, str] = _NO_TOKENS,
+    ) -> None:
         assert all(stop), stop
-        self._decoder = detokenizer.decoder(prompt_ids)
+        self._decoder = detokenizer.decoder(prompt_ids, shown)
         self._stop = sorted(stop, key=len, reverse=True)
         self._held = ""  # certain, but a stop string may have begun in it
         self._ended = False

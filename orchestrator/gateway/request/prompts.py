@@ -3,14 +3,13 @@
 from collections.abc import Callable
 
 from orchestrator.gateway.model import ServedModel
+from orchestrator.gateway.request.conversation import num_characters, read_messages, read_tools, read_values
 from orchestrator.gateway.request.request import check_length, check_size
 from orchestrator.gateway.request.text_work import INLINE_CHARACTERS, TextWork
-from orchestrator.model_dir.chat import Message
 from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 _INLINE_MESSAGES = 64
-MAX_MESSAGES = 4096
 
 
 class Prompts:
@@ -51,25 +50,22 @@ class Prompts:
                 problem=f"cannot be written as a prompt: {self._model.name} has no chat template",
                 fix="Send prompt instead, or serve a model that was trained to chat, with its chat_template.jinja.",
             )
-        messages = _messages(chat)
-        size = sum(len(message.role) + len(message.content) for message in messages)
+        messages, tools, values = read_messages(chat), read_tools(chat), read_values(chat)
+        size = num_characters(chat)
         check_size(size, self._model, field="chat")
+        if tools and not template.takes_tools:
+            raise InvalidRequest(
+                field="chat.tools",
+                value=f"{len(tools)} tools",
+                problem=f"cannot be told to the model: the chat template of {self._model.name} takes none",
+                fix="Leave them out, or serve a model that was trained to call tools.",
+            )
 
         def render() -> str:
-            return template.render(messages, add_generation_prompt=not chat.skip_generation_prompt)
+            return template.render(
+                messages, add_generation_prompt=not chat.skip_generation_prompt, tools=tools or None, values=values
+            )
 
         if size <= INLINE_CHARACTERS and len(messages) <= _INLINE_MESSAGES:
             return render()
         return await self._work.run(render, timeout_s=timeout_s)
-
-
-def _messages(chat: pb.Chat) -> list[Message]:
-    if not chat.messages:
-        raise InvalidRequest(
-            field="chat.messages", value=0, problem="holds no message", fix='Send at least one, of role "user".'
-        )
-    if len(chat.messages) > MAX_MESSAGES:
-        raise InvalidRequest(
-            field="chat.messages", value=len(chat.messages), problem="are too many", fix=f"Send at most {MAX_MESSAGES}."
-        )
-    return [Message(role=message.role, content=message.content) for message in chat.messages]

@@ -1,10 +1,11 @@
 """Checks a client's GenerateRequest and fills in its defaults. Pure."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.gateway.errors import UnknownModel
+from orchestrator.gateway.errors import ContextExceeded, UnknownModel
 from orchestrator.gateway.model import ServedModel
 from orchestrator.gateway.request.sampling import check_bounds, check_sampling
 from orchestrator.gateway.request.shown import shown
@@ -34,6 +35,7 @@ class Request:
         echo: whether the prompt's tokens are returned.
         cache_salt: a digest of the client's salt; empty where it gave none.
         grammar: what each choice must match.
+        shown_tokens: the special tokens that the answer's text does not leave out, with their texts.
     """
 
     request_id: str
@@ -50,6 +52,7 @@ class Request:
     echo: bool = False
     cache_salt: bytes = b""
     grammar: worker_pb2.Grammar | None = None
+    shown_tokens: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def check_model(name: str, model: ServedModel) -> None:
@@ -69,9 +72,9 @@ def check_text(text: str, model: ServedModel, *, field: str) -> None:
 
 
 def check_size(num_characters: int, model: ServedModel, *, field: str) -> None:
-    """Raises InvalidRequest for more characters than the tokens of a whole context can stand for."""
+    """Raises ContextExceeded for more characters than the tokens of a whole context can stand for."""
     if num_characters > model.max_context_tokens * model.max_token_bytes:
-        raise InvalidRequest(
+        raise ContextExceeded(
             field=field,
             value=f"{num_characters} characters",
             problem=f"is longer than the context of {model.max_context_tokens} tokens can be",
@@ -184,9 +187,9 @@ def _check_prompt(prompt_ids: Sequence[int], model: ServedModel) -> None:
 
 
 def check_length(num_prompt_tokens: int, model: ServedModel) -> None:
-    """Raises InvalidRequest for a prompt that leaves no room for an answer."""
+    """Raises ContextExceeded for a prompt that leaves no room for an answer."""
     if num_prompt_tokens >= model.max_context_tokens:
-        raise InvalidRequest(
+        raise ContextExceeded(
             field="prompt",
             value=f"{num_prompt_tokens} tokens",
             problem=f"leaves no room for an answer in the context of {model.max_context_tokens} tokens",
@@ -219,7 +222,7 @@ def _max_tokens(message: pb.GenerateRequest, num_prompt_tokens: int, model: Serv
         return room
     least = 0 if message.echo else 1
     if not least <= message.max_tokens <= room:
-        raise InvalidRequest(
+        raise ContextExceeded(
             field="max_tokens",
             value=message.max_tokens,
             problem=f"is out of range for a prompt of {num_prompt_tokens} tokens in a context of "
@@ -227,3 +230,22 @@ def _max_tokens(message: pb.GenerateRequest, num_prompt_tokens: int, model: Serv
             fix=f"Ask for {least} to {room}, or leave it out.",
         )
     return message.max_tokens
+
+
+def check_ids(token_ids: Sequence[int], model: ServedModel) -> None:
+    """Raises InvalidRequest for ids that are too many to make a text of, or outside the vocabulary."""
+    if len(token_ids) > model.max_context_tokens:
+        raise InvalidRequest(
+            field="ids",
+            value=f"{len(token_ids)} ids",
+            problem="are more than the context holds",
+            fix=f"Send at most {model.max_context_tokens} at a time.",
+        )
+    for index, token_id in enumerate(token_ids):
+        if token_id >= model.spec.vocab_size:
+            raise InvalidRequest(
+                field=f"ids[{index}]",
+                value=token_id,
+                problem="is outside the vocabulary",
+                fix=f"Use ids from 0 to {model.spec.vocab_size - 1}.",
+            )

@@ -14,6 +14,8 @@ from orchestrator.cli.demo import DemoFailed, WrappedText, demo, demo_file, meas
 from placement.errors import InvalidConfig
 from protos.heterodyne.v1 import inference_pb2 as pb
 
+NO_HTTP = "gateway.http_address=null"
+
 
 def shown(width: int, *pieces: str) -> str:
     out = io.StringIO()
@@ -84,7 +86,7 @@ def test_an_open_port_is_refused() -> None:
 def test_ports_that_are_taken_are_told_at_once_with_what_to_run() -> None:
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         taken = [f"127.0.0.1:{server.getsockname()[1]}" for server in (first, second)]
-        sets = [f"gateway.address={taken[0]}", f"telemetry.prometheus_address={taken[1]}"]
+        sets = [f"gateway.address={taken[0]}", NO_HTTP, f"telemetry.prometheus_address={taken[1]}"]
         with pytest.raises(DemoFailed) as caught:
             demo(Path("deploy/local.yaml"), overrides=sets, console=Console(file=io.StringIO()))
     *told, run = str(caught.value).splitlines()
@@ -99,7 +101,7 @@ def test_ports_that_are_taken_are_told_at_once_with_what_to_run() -> None:
 def test_of_one_taken_port_only_its_variable_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        sets = [f"gateway.address={address}", "telemetry.prometheus_address=null"]
+        sets = [f"gateway.address={address}", NO_HTTP, "telemetry.prometheus_address=null"]
         with pytest.raises(DemoFailed, match=r"^gateway\.address: is in use") as caught:
             demo(Path("deploy/local.yaml"), overrides=sets, console=Console(file=io.StringIO()))
     assert "Run it on free ports: HETERODYNE_GATEWAY__ADDRESS=" in str(caught.value)

@@ -49,6 +49,7 @@ def test_committed_sample_is_valid() -> None:
     assert config.model.path == str(Path("deploy/demo").resolve())
     assert [worker.threads for worker in config.cluster.each_worker] == [1]
     assert config.telemetry.prometheus_address == Address("127.0.0.1", 9464)
+    assert config.gateway.http_address == Address("127.0.0.1", 8000)
 
 
 def test_variable_with_one_underscore_is_refused(tmp_path: Path) -> None:

@@ -65,3 +65,6 @@ def test_what_is_advised_can_be_connected_to(address: str, tried: str) -> None:
     said = events.ready(mock.Mock(plan=plan, config=config, model=mock.Mock(max_context_tokens=4096)), address)
     assert said.sentence.endswith(f"--address {tried}") and said.fields["address"] == address
     assert ("every interface" in said.sentence) == (tried != address)
+    assert "http" not in said.sentence and "http_address" not in said.fields
+    both = events.ready(mock.Mock(plan=plan, config=config, model=mock.Mock(max_context_tokens=4096)), address, address)
+    assert f"http://{tried}/v1 (OpenAI API)" in both.sentence and both.fields["http_address"] == address

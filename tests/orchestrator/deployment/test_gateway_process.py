@@ -30,7 +30,7 @@ def output_of(code: str) -> _Output:
 
 def test_what_the_gateway_prints_never_stops_it(capfd: pytest.CaptureFixture[str]) -> None:
     output = output_of(f"{CHATTER} {SAYS} {CHATTER} print('the last')")
-    assert _listening(output, StopRequest()) == "127.0.0.1:7000"
+    assert _listening(output, StopRequest()).address == "127.0.0.1:7000"
     assert output.process.wait(PATIENCE_S) == 0
     output._thread.join(PATIENCE_S)
     output.close()
@@ -46,7 +46,7 @@ def test_what_the_gateway_prints_never_stops_it(capfd: pytest.CaptureFixture[str
 def test_an_output_that_is_lost_stops_no_gateway(loss: Loss) -> None:
     with lost_stderr(loss):
         output = _Output(child(f"{CHATTER} {SAYS} {CHATTER}"), EventLog(Console(file=sys.stderr)))
-        assert _listening(output, StopRequest()) == "127.0.0.1:7000"
+        assert _listening(output, StopRequest()).address == "127.0.0.1:7000"
         assert output.process.wait(PATIENCE_S) == 0
         output._thread.join(PATIENCE_S)
     output.close()

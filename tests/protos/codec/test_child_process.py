@@ -15,6 +15,8 @@ LISTENING = Listening(address="127.0.0.1:7000", ranks_port=7001, pid=12, target=
 
 def test_what_a_child_says_is_read_back() -> None:
     assert Listening.read(LISTENING.line()) == LISTENING
+    gateway = Listening(address="127.0.0.1:7000", pid=12, http_address="127.0.0.1:8000")
+    assert Listening.read(gateway.line()) == gateway
 
 
 @pytest.mark.parametrize(

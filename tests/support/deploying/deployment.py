@@ -78,7 +78,7 @@ def make_config(directory: Path, model: Path, /, **sections: Mapping[str, object
     content: dict[str, dict[str, object]] = {
         "model": {"path": str(model)},
         "cluster": {"ray_address": "local"},
-        "gateway": {"address": "127.0.0.1:0"},
+        "gateway": {"address": "127.0.0.1:0", "http_address": "127.0.0.1:0"},
         "serving": {"kv_cache": "16MiB"},
     }
     for section, values in sections.items():

@@ -102,10 +102,15 @@ def serve(
     env: dict[str, str] | None = None,
 ) -> tuple[Command, str]:
     """Start ``serve`` on any free port and wait until it serves. Returns it and its address."""
-    sets = ("gateway.address=127.0.0.1:0", "telemetry.prometheus_address=null", *overrides)
+    sets = (
+        "gateway.address=127.0.0.1:0",
+        "gateway.http_address=127.0.0.1:0",
+        "telemetry.prometheus_address=null",
+        *overrides,
+    )
     command = orchestrator("serve", config, *(f"--set={override}" for override in sets), env=env, checkout=checkout)
     try:
-        return command, command.wait_for(r"event=serving .*address=(\S+)")[1]
+        return command, command.wait_for(r"event=serving .* address=(\S+)")[1]
     except BaseException:
         command.close()
         raise

@@ -10,10 +10,14 @@ import grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from orchestrator.config.document import TelemetryConfig
+from orchestrator.config.types import Address
 from orchestrator.gateway.fleet.admission import Admission
 from orchestrator.gateway.fleet.fleet import Bound, Fleet
 from orchestrator.gateway.fleet.leader import Leader, LeaderLimits
 from orchestrator.gateway.generate import Generator
+from orchestrator.gateway.http.app import make_app
+from orchestrator.gateway.http.exchange import Service
+from orchestrator.gateway.http.server import HttpServer
 from orchestrator.gateway.model import ServedModel, longest_token_bytes
 from orchestrator.gateway.request.reader import RequestReader
 from orchestrator.gateway.service import InferenceService
@@ -133,6 +137,7 @@ class StubGateway:
     """What runs."""
 
     address: str
+    http: str
     worker: StubWorker
     leader: Leader
     generator: Generator
@@ -141,9 +146,17 @@ class StubGateway:
 
 @asynccontextmanager
 async def stub_gateway(
-    model: ServedModel, *, request_timeout_s: float = 30.0, has_helper: bool = False
+    model: ServedModel,
+    *,
+    request_timeout_s: float = 30.0,
+    has_helper: bool = False,
+    max_in_flight: int = 64,
+    max_queued: int = 64,
 ) -> AsyncIterator[StubGateway]:
-    """Serve ``model`` on a free port; the worker behind it is the test's. A helper is a replica that nobody reaches."""
+    """Serve ``model`` on free ports, by gRPC and HTTP; the worker behind it is the test's.
+
+    A helper is a replica that nobody reaches.
+    """
     worker, worker_server = StubWorker(), grpc.aio.server()
     worker_pb2_grpc.add_WorkerServicer_to_server(worker, worker_server)
     worker_port = worker_server.add_insecure_port("127.0.0.1:0")
@@ -152,7 +165,7 @@ async def stub_gateway(
     leader = Leader(name="replica-0", epoch=EPOCH, address=f"127.0.0.1:{worker_port}", limits=limits)
     following = asyncio.create_task(leader.run(lambda: None))
     worker.replies.put_nowait(pb.LeadResponse(epoch=EPOCH, load=pb.LoadReport(total_blocks=8, free_blocks=8)))
-    admission = Admission(64, 64)
+    admission = Admission(max_in_flight, max_queued)
     telemetry = Telemetry(TelemetryConfig())
     helper = Leader(name="replica-1", epoch=EPOCH + 1, address="127.0.0.1:1", limits=limits) if has_helper else None
     fleet = cast(Fleet, OneLeader(leader, helper))
@@ -169,10 +182,32 @@ async def stub_gateway(
     inference_pb2_grpc.add_InferenceServicer_to_server(service, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
+    http = HttpServer(
+        make_app(
+            Service(
+                model=model,
+                requests=requests,
+                generator=generator,
+                telemetry=telemetry,
+                request_timeout_s=request_timeout_s,
+                is_serving=lambda: leader.accepting,
+            )
+        ),
+        Address("127.0.0.1", 0),
+    )
+    http_address = await http.start()
     try:
         await until(lambda: leader.accepting)
-        yield StubGateway(address=address, worker=worker, leader=leader, generator=generator, admission=admission)
+        yield StubGateway(
+            address=address,
+            http=str(http_address),
+            worker=worker,
+            leader=leader,
+            generator=generator,
+            admission=admission,
+        )
     finally:
+        await http.stop()
         await server.stop(0.0)
         await requests.close()
         following.cancel()

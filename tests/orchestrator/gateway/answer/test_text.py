@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -343,3 +345,30 @@ def test_unknown_ids_have_no_bytes_and_are_not_kept() -> None:
     known = TokenBytes(BPE)
     assert [known[10**6 + number] for number in range(100)] == [b""] * 100 and not known
     assert known[EOS] == b"" and known[id_of(BPE, "hello")] == b"hello" and len(known) == 2
+
+
+@settings(deadline=None)
+@given(
+    ids=st.lists(st.sampled_from([*range(5, 261), id_of(FALLBACK, "<bos>"), 2, 3]), max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+)
+def test_special_tokens_that_are_shown_stand_between_what_is_decoded(ids: list[int], cuts: list[int]) -> None:
+    marks = {id_of(FALLBACK, "<bos>"): "[MARK]"}
+    bounds = sorted({0, len(ids), *(min(cut, len(ids)) for cut in cuts)})
+
+    def joined(runs: list[list[int]]) -> str:
+        text = TextStream(Detokenizer(FALLBACK), (), (), marks)
+        return "".join(text.push(*run).text for run in runs) + text.finish().text
+
+    whole = joined([ids] if ids else [])
+    assert joined([ids[start:stop] for start, stop in pairwise(bounds)]) == whole
+    assert whole.count("[MARK]") == ids.count(id_of(FALLBACK, "<bos>"))
+
+
+def test_a_stop_string_ends_a_text_that_shows_special_tokens_at_the_same_token() -> None:
+    marks = {EOS: "<eos>"}
+    ids = [*ids_of("hello "), EOS, *ids_of("world, there")]
+    text = TextStream(Detokenizer(BPE), ["world"], (), marks)
+    delta = text.push(*ids)
+    assert (delta.text, delta.matched_stop) == ("hello <eos>", "world")
+    assert delta.num_tokens < len(ids)

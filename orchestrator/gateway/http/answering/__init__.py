@@ -1,0 +1,1 @@
+"""Writes the events of an answer as the objects of the OpenAI API. Pure."""
