@@ -150,7 +150,7 @@ class GatewayConfig:
     max_in_flight: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Most answers that replicas work on at once; a request counts once for each of its choices."""
     max_queued: Annotated[int, Field(ge=0, le=2**20)] = 1024
-    """Most requests that wait; further ones are refused with RESOURCE_EXHAUSTED."""
+    """Most requests that wait; further ones are refused, with RESOURCE_EXHAUSTED by gRPC and 429 by HTTP."""
     request_timeout_s: Annotated[float, Field(gt=0, le=86400)] = 600.0
     """Longest a request may take, whatever deadline its client set."""
     drain_grace_s: Annotated[float, Field(ge=0, le=86400)] = 30.0

@@ -17,7 +17,7 @@ SOURCE = "gateway"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m orchestrator.gateway", description="The public gRPC front.")
+    parser = argparse.ArgumentParser(prog="python -m orchestrator.gateway", description="The public front.")
     parser.add_argument("config", type=Path, help="the cluster YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one value")
     parser.add_argument("--control", required=True, help="host:port of the controller")

@@ -1,6 +1,7 @@
 """Defines who sent a request and what happens to it, whichever surface it came by.
 
-A surface (gRPC is the only one) makes a ``Client`` for each request and writes the events that the client is sent.
+A surface (gRPC, or the OpenAI API over HTTP) makes a ``Client`` for each request and writes the events that the client
+is sent.
 """
 
 import time

@@ -11,7 +11,7 @@ from orchestrator.gateway.http.answering.token_texts import TokenTexts
 from orchestrator.gateway.http.asking.body import read_body
 from orchestrator.gateway.http.asking.chat import ChatBody, chat_message
 from orchestrator.gateway.http.asking.completion import CompletionBody, completion_messages
-from orchestrator.gateway.http.asking.names import CHAT, COMPLETION, FORCED, NEWER
+from orchestrator.gateway.http.asking.names import CHAT, COMPLETION, FORCED, NEWER, STRUCTURED
 from orchestrator.gateway.http.exchange import Asked
 from orchestrator.gateway.http.tools.families import family_of, forced
 from orchestrator.gateway.model import ServedModel
@@ -45,10 +45,11 @@ class Asks:
             calls=calls,
         )
         newer = {} if body.max_completion_tokens is None else NEWER
+        structured = {} if body.structured_outputs is None else STRUCTURED
         return Asked(
             messages=(message,),
             answering=ChatAnswer(head=self._head("chatcmpl", request_id), form=form, texts=self._texts),
-            names={**CHAT, **newer, **(FORCED if calls is not None and _is_forced(body) else {})},
+            names={**CHAT, **newer, **structured, **(FORCED if calls is not None and _is_forced(body) else {})},
             shown_tokens=self._shown if calls is not None else {},
         )
 
@@ -84,7 +85,8 @@ class Asks:
         answering = CompletionAnswer(
             head=self._head("cmpl", request_id), form=form, num_prompts=len(messages), texts=self._texts
         )
-        return Asked(messages=messages, answering=answering, names=COMPLETION)
+        structured = {} if body.structured_outputs is None else STRUCTURED
+        return Asked(messages=messages, answering=answering, names={**COMPLETION, **structured})
 
     def _head(self, kind: str, request_id: str) -> Head:
         return Head(id=f"{kind}-{request_id}", created_s=int(time.time()), model=self._model.name)

@@ -14,6 +14,7 @@ from placement.errors import InvalidRequest
 from protos.heterodyne.v1 import inference_pb2 as pb
 
 _NUM_SEEDS = 2**64
+_SPECIAL = frozenset(r"\.+*?()|[]{}^$#&-~")
 
 
 def _listed(value: Any) -> Any:
@@ -53,6 +54,15 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+class StructuredOutputs(Body):
+    """What the answer is held to, in vLLM's form: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1024)] | None = None
+
+
 class Common(Body):
     """The fields that both kinds of request have. None is the same as a field that is left out."""
 
@@ -85,6 +95,7 @@ class Common(Body):
     ignore_eos: bool | None = None
     priority: Int32 | None = None
     cache_salt: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     request_id: str | None = None
     return_token_ids: bool | None = None
     skip_special_tokens: Literal[True] | None = None
@@ -131,6 +142,12 @@ def fill(message: pb.GenerateRequest, body: Common, *, default_id: str) -> None:
     _fill_sampling(message.sampling, body)
     if body.response_format is not None:
         _fill_format(message.structured_output, body.response_format)
+    if body.structured_outputs is not None:
+        if message.structured_output.WhichOneof("format") is not None:
+            raise InvalidRequest(
+                field="structured_outputs", problem="is there beside response_format", fix="Send one of them."
+            )
+        _fill_structured(message.structured_output, body.structured_outputs)
 
 
 def _fill_sampling(sampling: pb.SamplingParams, body: Common) -> None:
@@ -163,6 +180,28 @@ def _fill_format(structured: pb.StructuredOutput, form: ResponseFormat) -> None:
         structured.json_schema = '{"type":"object"}'
     elif schema is not None:
         structured.json_schema = json_text(schema.schema_)
+
+
+def _fill_structured(structured: pb.StructuredOutput, form: StructuredOutputs) -> None:
+    if sum(value is not None for value in (form.json_, form.regex, form.grammar, form.choice)) != 1:
+        raise InvalidRequest(
+            field="structured_outputs",
+            problem="holds none or several of json, regex, grammar and choice",
+            fix="Send one of them.",
+        )
+    if form.json_ is not None:
+        structured.json_schema = form.json_ if isinstance(form.json_, str) else json_text(form.json_)
+    elif form.regex is not None:
+        structured.regex = form.regex
+    elif form.grammar is not None:
+        structured.grammar = form.grammar
+    else:
+        structured.regex = "|".join(_literal(choice) for choice in form.choice or ())
+
+
+def _literal(text: str) -> str:
+    """Returns the regular expression, in the syntax of Rust's regex, that matches ``text`` alone."""
+    return "".join(f"\\{character}" if character in _SPECIAL else character for character in text)
 
 
 def json_text(value: object) -> str:

@@ -19,6 +19,13 @@ CHAT: Mapping[str, str] = {
     "prompt": "messages",
     "logprobs": "top_logprobs",
 }
+STRUCTURED: Mapping[str, str] = {
+    "structured_output.json_schema": "structured_outputs.json",
+    "structured_output.regex": "structured_outputs.regex",
+    "structured_output.grammar": "structured_outputs.grammar",
+    "structured_output": "structured_outputs",
+}
+"""Of a request whose grammar came in vLLM's form."""
 NEWER: Mapping[str, str] = {"max_tokens": "max_completion_tokens"}
 """Of a chat whose client wrote the newer name."""
 FORCED: Mapping[str, str] = {"structured_output.json_schema": "tools", "structured_output": "tools"}

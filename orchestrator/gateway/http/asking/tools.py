@@ -101,9 +101,9 @@ def fill_tools(
         return
     if message.HasField("structured_output"):
         raise InvalidRequest(
-            field="response_format",
-            problem="cannot be held to where tool_choice forces a call",
-            fix="Leave it out, or set tool_choice to auto.",
+            field="tool_choice",
+            problem="forces a call, and another form of the answer is asked for too",
+            fix="Set it to auto, or leave response_format and structured_outputs out.",
         )
     if isinstance(choice, tuple):
         schema = next(_parameters(tool) for tool in tools if tool.function.name == choice[0])

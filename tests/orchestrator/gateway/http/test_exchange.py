@@ -10,7 +10,7 @@ from google.rpc import code_pb2
 
 from orchestrator.gateway import generate
 from orchestrator.gateway.fleet.inbox import Lost
-from orchestrator.gateway.http import connection
+from orchestrator.gateway.http import connection, server
 from orchestrator.gateway.http.asking.body import MAX_BODY_BYTES
 from protos.heterodyne.worker.v1 import worker_pb2
 from tests.support.clocks import PATIENCE_S, until
@@ -197,6 +197,24 @@ async def test_what_is_wrong_as_http_is_refused_in_the_apis_form(
         assert reply.status == status
         error = reply.json()["error"]
         assert words in error["message"] and error["type"] == "invalid_request_error"
+
+
+async def test_a_connection_that_asks_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_FIRST_REQUEST_S", 0.05)
+    async with stub_gateway(served_model()) as gateway, connected(gateway.http) as (reader, writer):
+        writer.write(b"GET /health HTTP/1.1\r\n")  # and no more of it
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+
+
+async def test_a_connection_serves_several_requests_one_after_the_other() -> None:
+    async with stub_gateway(served_model()) as gateway, connected(gateway.http) as (reader, writer):
+        for index in range(3):
+            writer.write(request_bytes(COMPLETIONS, {"prompt": "ab", "stream": index == 1}))
+            gateway.worker.step(token(await only(gateway), 0, index, end=LENGTH))
+            await asyncio.wait_for(reader.readuntil(f'"text":"{"abc"[index]}"'.encode()), PATIENCE_S)
+            if index == 1:
+                await reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n")
 
 
 async def test_an_id_of_the_clients_names_the_request_everywhere() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from orchestrator.gateway.answer.detokenizer import Detokenizer
 from orchestrator.gateway.answer.text import TextStream
@@ -17,20 +17,10 @@ from orchestrator.gateway.http.answering.completion import CompletionAnswer, Com
 from orchestrator.gateway.http.answering.parts import Answering, Head
 from orchestrator.gateway.http.answering.token_texts import Offsets, TokenTexts
 from orchestrator.gateway.http.tools.hermes import HERMES
+from tests.support.gateway.byte_tokens import MARKS, bytes_alone
 
 CALL = '{"name": "f", "arguments": {"a": "é"}}'
-MARKS = {256: "<tool_call>", 257: "</tool_call>"}
 HEAD = Head(id="x", created_s=1, model="m")
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-
-
-def bytes_alone() -> Tokenizer:
-    """A token for each byte, and two special ones, as Qwen's for calls are."""
-    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(BYTES)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MARKS.values()])
-    return tokenizer
 
 
 TOKENIZER = bytes_alone()

@@ -124,7 +124,7 @@ def test_a_forced_call_is_a_schema() -> None:
         ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
         (
             {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
-            "response_format",
+            "tool_choice",
         ),
         ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
     ],
@@ -133,6 +133,27 @@ def test_what_cannot_be_honoured_is_refused_by_its_name(fields: dict[str, Any], 
     with pytest.raises(InvalidRequest) as caught:
         chat(**fields)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "source"),
+    [
+        ({"json": {"type": "object"}}, "json_schema", '{"type":"object"}'),
+        ({"json": '{"type": "object"}'}, "json_schema", '{"type": "object"}'),
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"grammar": 'start: "a"'}, "grammar", 'start: "a"'),
+        ({"choice": ["yes", "no (a.b)"]}, "regex", r"yes|no \(a\.b\)"),
+    ],
+)
+def test_grammars_in_the_form_of_vllm_are_read(form: dict[str, Any], kind: str, source: str) -> None:
+    structured = chat(structured_outputs=form).structured_output
+    assert (structured.WhichOneof("format"), getattr(structured, kind)) == (kind, source)
+    for more in (
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": form | {"regex": "b", "json": {}}},
+    ):
+        with pytest.raises(InvalidRequest, match=r"^structured_outputs: "):
+            chat(**{"structured_outputs": form} | more)
 
 
 def test_definitions_of_one_name_that_differ_are_refused() -> None:
