@@ -4,7 +4,6 @@ Without offloading one process has both cores. The relay that carries the packet
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -182,7 +181,7 @@ def _sweep(
     """Measures and predicts the gain by context and delay."""
     alone, one, offloaded = by_name["alone"], by_name["one thread"], by_name["offloaded"]
     work = DecodeWork.of(model, DType.BFLOAT16)
-    both, single = (_speeds(sizes, work, decoder) for decoder in (alone, one))
+    both, single = _speeds(sizes, work, alone, sizes.capped), _speeds(sizes, work, one, sizes.held)
     lone = _turns(sizes, [(offloaded, 1, SHORT)])[0]
     overhead_s = figures.overhead_s(work, single, lone)
     measured: dict[Point, float] = {}
@@ -204,14 +203,12 @@ def _sweep(
     )
 
 
-def _speeds(sizes: Sizes, work: DecodeWork, decoder: Decodes) -> Speeds:
-    """Measures how fast a process computes and attends."""
+def _speeds(sizes: Sizes, work: DecodeWork, decoder: Decodes, most: int) -> Speeds:
+    """Measures how fast a process computes, and attends to as many sequences as it will: more than caches hold."""
     batches = sorted({1, 2, 4, 8, sizes.most_sequences // 2, sizes.most_sequences} & set(range(1, 1025)))
     batches = [batch for batch in batches if batch <= sizes.most_sequences]
-    middle = statistics.median_low(batches)
-    samples = _turns(
-        sizes, [*((decoder, batch, SHORT) for batch in batches), (decoder, middle, min(sizes.context, 1024))]
-    )
+    fitting = max(batch for batch in batches if batch <= sizes.fitting(most, sizes.context))
+    samples = _turns(sizes, [*((decoder, batch, SHORT) for batch in batches), (decoder, fitting, sizes.context)])
     return figures.speeds(work, [it for found in samples[:-1] for it in found], samples[-1])
 
 
