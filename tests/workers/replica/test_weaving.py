@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import SharedSpan
+from kernels.cpu.layers.partial import Partial
 from placement.measured.overlap import OverlapTable
 from tests.support.oracle import CHECKPOINTS, WIDE, continue_greedily
 from tests.support.ranks import Ranks, ranks
@@ -24,20 +25,20 @@ RUNS = ((7, 157),)
 PROMPTS = [[random.Random(length).randrange(509) for _ in range(length)] for length in (90, 3, 200, 41)]
 
 
-def counted(name: str, count: int, log: list[str]) -> Generator[Tensor, None, Tensor]:
+def counted(name: str, count: int, log: list[str]) -> Generator[Partial, None, Tensor]:
     for number in range(count):
         log.append(f"{name}{number}")
-        yield torch.tensor(number)
+        yield Partial(update=torch.tensor(number))
     return torch.tensor(count)
 
 
 def test_lanes_take_turns_and_the_first_is_ahead() -> None:
     log: list[str] = []
 
-    def begin(x: Tensor) -> Future[None]:
+    def begin(x: Partial) -> Future[None]:
         done: Future[None] = Future()
         done.set_result(None)
-        log.append(f"+{int(x)}")
+        log.append(f"+{int(x.update)}")
         return done
 
     outputs = run_overlapped([counted("a", 2, log), counted("b", 2, log)], begin)
@@ -48,7 +49,7 @@ def test_lanes_take_turns_and_the_first_is_ahead() -> None:
 def test_a_lane_waits_for_its_own_sum_only() -> None:
     begun: list[Future[None]] = []
 
-    def begin(_: Tensor) -> Future[None]:
+    def begin(_: Partial) -> Future[None]:
         if begun:  # the other micro-batch has computed: now the first's sum is there
             begun[-1].set_result(None)
         begun.append(Future())
@@ -61,7 +62,7 @@ def test_a_lane_waits_for_its_own_sum_only() -> None:
 
 
 def test_what_a_sum_raises_ends_the_step() -> None:
-    def begin(_: Tensor) -> Future[None]:
+    def begin(_: Partial) -> Future[None]:
         failed: Future[None] = Future()
         failed.set_exception(OSError("lost"))
         return failed
@@ -72,7 +73,7 @@ def test_what_a_sum_raises_ends_the_step() -> None:
 
 def test_alone_every_sum_is_waited_for() -> None:
     log: list[str] = []
-    assert int(run_alone(counted("a", 2, log), lambda x: log.append(f"+{int(x)}"))) == 2
+    assert int(run_alone(counted("a", 2, log), lambda x: log.append(f"+{int(x.update)}"))) == 2
     assert log == ["a0", "+0", "a1", "+1"]
 
 
