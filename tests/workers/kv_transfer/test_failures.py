@@ -204,7 +204,9 @@ def test_nothing_of_a_transfer_is_written_once_any_close_of_it_has_returned(monk
         held.may_go.set()
         for thread in threads:
             thread.join(WAIT_S)
-        # Another layer may have been written before one of the two had its turn.
-        assert held.order[-2:] == ["closed", "closed"] and set(held.order[:-2]) == {"written"}
-        assert it.drops.get(timeout=WAIT_S)[0] == transfer  # the next layer is refused
-        assert held.order.count("written") == 1 and it.ends.empty()
+        # More layers may have been written before one of the two had its turn, but none after it.
+        closed = list(held.order)
+        assert closed[-2:] == ["closed", "closed"] and set(closed[:-2]) == {"written"}
+        if closed.count("written") < len(it.target.ranks.parts[0].layers):
+            assert it.drops.get(timeout=WAIT_S)[0] == transfer  # the next layer is refused
+        assert held.order == closed and it.ends.empty()
