@@ -125,17 +125,26 @@ def resident(
     return Residency(regions=tuple(regions))
 
 
+def head_spans(num_kv_heads: int, weights: Sequence[float]) -> tuple[Span, ...]:
+    """Returns the KV heads of each worker by its weight, empty for some where there are many workers."""
+    return spans(Dimension(name="KV heads", size=num_kv_heads), deal(num_kv_heads, weights))
+
+
+def slot_spans(block_size: int, weights: Sequence[float]) -> tuple[Span, ...]:
+    """Returns the slots of a block that each worker holds by its weight, likewise."""
+    return spans(Dimension(name="slots of a block", size=block_size), deal(block_size, weights))
+
+
 def _divided(
     partition: Partition, weights: Sequence[float], *, num_kv_heads: int, block_size: int
 ) -> tuple[Holder, ...]:
     """Returns the holders that have a part of each block."""
     if partition is Partition.KV_HEADS:
-        heads = spans(Dimension(name="KV heads", size=num_kv_heads), deal(num_kv_heads, weights))
+        heads = head_spans(num_kv_heads, weights)
         return tuple(Holder(worker=worker, kv_heads=own) for worker, own in enumerate(heads) if own)
-    slots = spans(Dimension(name="slots of a block", size=block_size), deal(block_size, weights))
     whole = Span(0, num_kv_heads)
     return tuple(
         Holder(worker=worker, kv_heads=whole, stripe=Stripe(own.start, own.stop, block_size))
-        for worker, own in enumerate(slots)
+        for worker, own in enumerate(slot_spans(block_size, weights))
         if own
     )

@@ -7,19 +7,13 @@ long sequences that whole ones would leave workers idle.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
 from placement.model.layers import Gqa
 from placement.model.specs import DType
-from placement.planning.residency import Partition
-from placement.serving.offload.partition import (
-    assigned_workers,
-    block_owners,
-    head_spans,
-    token_runs_of,
-)
+from placement.planning.residency import Partition, head_spans, slot_spans
 from placement.serving.offload.wire_bytes import token_range_bytes, whole_head_bytes
 
 LEAST_GAIN = 0.05
@@ -159,19 +153,44 @@ def typical_shares(
 def _range_loads(
     weights: Sequence[float], attention: Gqa, dtype: DType, seen: Sequence[int], block_size: int
 ) -> tuple[Load, ...]:
+    """Returns what each worker gets where it has some slots of each block."""
     whole = whole_head_bytes(attention, dtype)
     token_kv_bytes = whole.key + whole.value
-    kv_bytes, wire_bytes = [0.0] * len(weights), [0.0] * len(weights)
-    for context, num_sequences in Counter(seen).items():
-        runs = token_runs_of(context, block_size, weights)
-        holders = [index for index, own in enumerate(runs) if own]
-        sent = token_range_bytes(attention, dtype, num_holders=len(holders))
-        for index in holders:
-            kv_bytes[index] += num_sequences * token_kv_bytes * sum(map(len, runs[index]))
-            wire_bytes[index] += num_sequences * (sent.query + sent.result) / len(holders)
-        if holders:
-            wire_bytes[block_owners(-(-context // block_size), weights)[-1]] += num_sequences * token_kv_bytes
-    return tuple(Load(kv_bytes=kv, wire_bytes=wire) for kv, wire in zip(kv_bytes, wire_bytes, strict=True))
+    shares = [len(slots) / block_size for slots in slot_spans(block_size, weights)]
+    num_holders = sum(1 for share in shares if share)
+    sent = token_range_bytes(attention, dtype, num_holders=num_holders)
+    return tuple(
+        Load(
+            kv_bytes=share * token_kv_bytes * sum(seen),
+            wire_bytes=len(seen) * ((sent.query + sent.result) / num_holders + share * token_kv_bytes)
+            if share
+            else 0.0,
+        )
+        for share in shares
+    )
+
+
+def assigned_workers(num_tokens: Mapping[int, int], weights: Sequence[float]) -> dict[int, int]:
+    """Assigns many sequences at once, such as those of a worker that is lost: the longest first.
+
+    That is the rule of Graham (1969), by which the greatest load is soon near the least there can be. Room is not
+    looked at.
+
+    Args:
+        num_tokens: tokens of each sequence, by its id.
+
+    Returns:
+        the worker of each sequence, by its id.
+    """
+    assert any(weights), weights
+    loads = [0] * len(weights)
+    workers: dict[int, int] = {}
+    for sequence, tokens in sorted(num_tokens.items(), key=lambda item: (-item[1], item[0])):
+        able = (worker for worker, weight in enumerate(weights) if weight)
+        worker = min(able, key=lambda it: ((loads[it] + tokens) / weights[it], it))
+        loads[worker] += tokens
+        workers[sequence] = worker
+    return workers
 
 
 def _slowest_s(workers: Sequence[AttentionWorker], loads: Sequence[Load]) -> float:

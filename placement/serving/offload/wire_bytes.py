@@ -7,52 +7,33 @@ query goes to each worker that has some, and each answers with a part and the lo
 are merged.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from placement.model.layers import Gqa
 from placement.model.specs import DType, ModelSpec
 
-FRAME_BYTES = 36
-"""What a frame takes beside its payload: its header with the checksum."""
-FRAMES_OUT = 2
-"""Frames to a worker for a micro-batch and layer: the queries go first, and the keys and values follow."""
-FRAMES_BACK = 1
 PART_ITEMSIZE = 4
 """Bytes of a number of a part, and of a log-sum-exp: parts are merged in float32, and only their sum is rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WireBytes:
-    """The bytes of one layer: of a token, or of all tokens of a micro-batch.
+    """The payload of one layer: of a token, or of several.
 
     Attributes:
         query, key, value: bytes that go out.
         result: bytes of the answer, with the log-sum-exp where it has one.
-        frames_out, frames_back: bytes of the frames around them.
     """
 
     query: int
     key: int
     value: int
     result: int
-    frames_out: int = 0
-    frames_back: int = 0
-
-    @property
-    def out(self) -> int:
-        """Counts what the attention workers receive."""
-        return self.query + self.key + self.value + self.frames_out
-
-    @property
-    def back(self) -> int:
-        """Counts what they send."""
-        return self.result + self.frames_back
 
     @property
     def total(self) -> int:
         """Counts both directions."""
-        return self.out + self.back
+        return self.query + self.key + self.value + self.result
 
 
 def whole_head_bytes(
@@ -79,41 +60,6 @@ def token_range_bytes(attention: Gqa, dtype: DType, *, num_holders: int) -> Wire
         return whole
     part = attention.num_heads * (attention.head_dim + 1) * PART_ITEMSIZE
     return WireBytes(query=num_holders * whole.query, key=whole.key, value=whole.value, result=num_holders * part)
-
-
-def additional_bytes(attention: Gqa, dtype: DType, *, num_holders: int) -> int:
-    """Counts what token ranges cost a token and layer, beyond whole heads.
-
-    With R holders that is (R - 1) * e * d for queries, and R * 4 * (d + heads) - e * d for answers.
-    """
-    parts = token_range_bytes(attention, dtype, num_holders=num_holders)
-    return parts.total - whole_head_bytes(attention, dtype).total
-
-
-def framed(payload: WireBytes, *, num_workers: int) -> WireBytes:
-    """Adds the frames that carry the payload of a micro-batch and layer to so many workers, and back."""
-    return WireBytes(
-        query=payload.query,
-        key=payload.key,
-        value=payload.value,
-        result=payload.result,
-        frames_out=num_workers * FRAMES_OUT * FRAME_BYTES,
-        frames_back=num_workers * FRAMES_BACK * FRAME_BYTES,
-    )
-
-
-def micro_batch_bytes(
-    attention: Gqa, dtype: DType, *, num_tokens: int, kv_heads_by_worker: Sequence[int]
-) -> tuple[WireBytes, ...]:
-    """Counts the bytes of a micro-batch and layer for each worker, frames included, where KV heads are divided.
-
-    A worker without heads is sent nothing.
-    """
-    counted: list[WireBytes] = []
-    for heads in kv_heads_by_worker:
-        payload = whole_head_bytes(attention, dtype, num_tokens=num_tokens, num_kv_heads=heads)
-        counted.append(framed(payload, num_workers=1) if heads and num_tokens else payload)
-    return tuple(counted)
 
 
 def model_token_bytes(model: ModelSpec, dtype: DType) -> int:

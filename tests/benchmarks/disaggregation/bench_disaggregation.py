@@ -17,8 +17,9 @@ from tests.benchmarks.disaggregation.split_gaps import measure_gaps
 from tests.benchmarks.disaggregation.split_goodput import measure_goodput
 from tests.benchmarks.disaggregation.split_routing import measure_routing
 from tests.benchmarks.disaggregation.split_sizes import Sizes, quick
+from tests.benchmarks.items import among, report_items
 from tests.benchmarks.parallel.parallel_figures import Findings, merged
-from tests.benchmarks.report import RESULTS, Report, publish, shown
+from tests.benchmarks.report import RESULTS
 from tests.netlab.requirements import missing
 
 HEADLINE = (
@@ -33,7 +34,7 @@ ITEMS: dict[str, Callable[[Sizes], Findings]] = {
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--items", type=_items, default=list(ITEMS), help="some of " + ",".join(ITEMS))
+    parser.add_argument("--items", type=among(ITEMS), default=list(ITEMS), help="some of " + ",".join(ITEMS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few requests, to see that it runs")
     parser.add_argument("--shape", default="smollm-135m", help="of the random checkpoint")
@@ -46,14 +47,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--load", type=float, help="of both replicas, for the routing")
     parser.add_argument("--output", type=Path, default=RESULTS / "disaggregation.json")
     return parser.parse_args(argv)
-
-
-def _items(text: str) -> list[str]:
-    items = text.split(",")
-    for item in items:
-        if item not in ITEMS:
-            raise argparse.ArgumentTypeError(f"{item!r} is not one of {', '.join(ITEMS)}")
-    return items
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
@@ -86,18 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_at_start = os.getloadavg()
     sizes = sizes_of(options)
     found = measure_all(options.items, sizes)
-    figures = ", ".join(f"{key} {shown(found.metrics[key])}" for key in HEADLINE if key in found.metrics)
-    settings = {key: str(value) for key, value in dataclasses.asdict(sizes).items()} | dict(found.settings)
-    report = Report(
-        name="disaggregation",
-        headline=f"disaggregation: {figures or f'{len(found.metrics)} figures'}",
-        metrics=found.metrics,
-        tables=found.tables,
-        curves=found.curves,
-        left_out=found.left_out,
-        settings=settings | {"items": ",".join(options.items)},
+    report_items(
+        "disaggregation",
+        found,
+        headline=HEADLINE,
+        sizes=sizes,
+        items=options.items,
+        load_at_start=load_at_start,
+        output=options.output,
     )
-    publish(report, load_at_start=load_at_start, output=options.output)
     return 0
 
 

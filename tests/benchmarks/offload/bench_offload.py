@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.benchmarks.items import among, report_items
 from tests.benchmarks.offload.offload_run import measure_gain, measure_overlap
 from tests.benchmarks.offload.offload_sizes import Sizes, quick
 from tests.benchmarks.parallel.parallel_figures import Findings, merged
-from tests.benchmarks.report import RESULTS, Report, publish, shown
+from tests.benchmarks.report import RESULTS
 from tests.netlab.requirements import missing
 
 HEADLINE = (
@@ -28,7 +29,7 @@ ITEMS: dict[str, Callable[[Sizes], Findings]] = {"gain": measure_gain, "overlap"
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--items", type=_items, default=list(ITEMS), help="some of " + ",".join(ITEMS))
+    parser.add_argument("--items", type=among(ITEMS), default=list(ITEMS), help="some of " + ",".join(ITEMS))
     parser.add_argument("--repeats", type=int, help="of each measurement")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps, to see that it runs")
     parser.add_argument("--contexts", type=int, nargs="+", help="tokens of a sequence, for the plot")
@@ -37,14 +38,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, help="sequences of the context that fit into the attention worker")
     parser.add_argument("--output", type=Path, default=RESULTS / "offload.json")
     return parser.parse_args(argv)
-
-
-def _items(text: str) -> list[str]:
-    items = text.split(",")
-    for item in items:
-        if item not in ITEMS:
-            raise argparse.ArgumentTypeError(f"{item!r} is not one of {', '.join(ITEMS)}")
-    return items
 
 
 def sizes_of(options: argparse.Namespace) -> Sizes:
@@ -78,18 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     load_at_start = os.getloadavg()
     sizes = sizes_of(options)
     found = measure_all(options.items, sizes)
-    figures = ", ".join(f"{key} {shown(found.metrics[key])}" for key in HEADLINE if key in found.metrics)
-    settings = {key: str(value) for key, value in dataclasses.asdict(sizes).items()} | dict(found.settings)
-    report = Report(
-        name="offload",
-        headline=f"offload: {figures or 'nothing was measured'}",
-        metrics=found.metrics,
-        tables=found.tables,
-        curves=found.curves,
-        left_out=found.left_out,
-        settings=settings | {"items": ",".join(options.items)},
+    report_items(
+        "offload",
+        found,
+        headline=HEADLINE,
+        sizes=sizes,
+        items=options.items,
+        load_at_start=load_at_start,
+        output=options.output,
     )
-    publish(report, load_at_start=load_at_start, output=options.output)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Attention workers as services in this process, and replicas whose keys and values they hold."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from workers.host.model_files import read_json
 from workers.service.server import WorkerService
 
 SECRET = bytes(range(32))
+SIZES: dict[str, Any] = {"num_blocks": 96, "token_budget": 48, "max_context_tokens": 256, "prefix_cache": True}
 _LOAD_S = 60.0
 
 
@@ -98,3 +99,10 @@ async def offloaded(
     residency = residency_of(path, workers, partition, num_blocks=sizes.num_blocks, block_size=sizes.block_size, **own)
     async with replica("offloaded", path, kind, epoch=epoch, residency=residency, **fields) as found:
         yield found
+
+
+def group_checkpoint(checkpoint: Callable[..., Path], group: int) -> Path:
+    """A model with so many query heads to a KV head."""
+    return checkpoint(
+        "llama", num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=8 // group, hidden_size=64
+    )

@@ -13,13 +13,12 @@ import pytest
 
 from placement.planning.residency import Partition
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
-from tests.support.deploying.offloaded import SECRET, Box, boxes, offloaded
+from tests.support.deploying.answers import check_equal, expected, prompt
+from tests.support.deploying.offloaded import SECRET, SIZES, Box, boxes, group_checkpoint, offloaded
 from tests.support.deploying.replicas import Replica, Stream, settled
 from tests.support.worker import running
-from tests.workers.offload.test_offloaded_answers import check_equal, expected, group_checkpoint, prompt
 
 NUM_TOKENS = 100
-SIZES: dict[str, Any] = {"num_blocks": 96, "token_budget": 48, "max_context_tokens": 256, "prefix_cache": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

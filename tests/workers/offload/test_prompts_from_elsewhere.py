@@ -6,18 +6,9 @@ from pathlib import Path
 import pytest
 
 from placement.planning.residency import Partition
-from tests.support.deploying.offloaded import boxes, offloaded
+from tests.support.deploying.answers import LONG, NUM_TOKENS, SHORT, check_equal, expected, prompt
+from tests.support.deploying.offloaded import SIZES, boxes, group_checkpoint, offloaded
 from tests.support.deploying.replicas import LAYOUTS, Stream, replica, settled, transfer
-from tests.workers.offload.test_offloaded_answers import (
-    LONG,
-    NUM_TOKENS,
-    SHORT,
-    SIZES,
-    check_equal,
-    expected,
-    group_checkpoint,
-    prompt,
-)
 
 
 @pytest.mark.parametrize("partition", Partition)

@@ -12,6 +12,7 @@ from placement.planning.residency import Partition
 from placement.serving.offload.choice import (
     AttentionWorker,
     PartitionChoice,
+    assigned_workers,
     choose_partition,
     partition_loads,
     typical_shares,
@@ -109,3 +110,20 @@ def test_typical_shares_are_of_all(partition: Partition) -> None:
         assert sum(wire_bytes) == token_range_bytes(GROUPED, F32, num_holders=2).total
     else:
         assert wire_bytes == pytest.approx((whole.total / 4, 3 * whole.total / 4))
+
+
+@given(
+    weights=st.lists(st.one_of(st.just(0.0), st.floats(0.05, 20.0)), min_size=1, max_size=6).filter(any),
+    lengths=st.lists(st.integers(1, 500), max_size=40),
+)
+def test_requests_are_assigned_by_load_and_weight(weights: list[float], lengths: list[int]) -> None:
+    owners = assigned_workers(dict(enumerate(lengths)), weights)
+    assert owners.keys() == dict(enumerate(lengths)).keys()
+    loads = [sum(lengths[it] for it, owner in owners.items() if owner == worker) for worker in range(len(weights))]
+    for worker, weight in enumerate(weights):
+        own = [lengths[it] for it, owner in owners.items() if owner == worker]
+        if not own:
+            continue
+        for other, other_weight in enumerate(weights):
+            if other_weight:  # its shortest came last, and would have ended later anywhere else
+                assert loads[worker] / weight <= (loads[other] + min(own)) / other_weight * (1 + 1e-9)

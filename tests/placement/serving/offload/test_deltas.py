@@ -18,7 +18,6 @@ from placement.serving.offload.deltas import (
     copies,
     deltas,
 )
-from placement.serving.offload.partition import own_blocks
 
 NUM_BLOCKS = 100
 TABLES = st.dictionaries(st.integers(0, 6), st.lists(st.integers(0, NUM_BLOCKS - 1), max_size=6).map(tuple), max_size=5)
@@ -68,23 +67,6 @@ def test_any_tables_follow_from_any_others(before: Tables, after: Tables) -> Non
 @given(tables=TABLES)
 def test_nothing_is_told_where_nothing_changed(tables: Tables) -> None:
     assert deltas(tables, dict(tables)) == ()
-
-
-@given(
-    table=st.lists(st.integers(0, 99), min_size=1, max_size=20),
-    new=st.lists(st.integers(0, 99), min_size=1, max_size=4),
-    weights=st.lists(st.floats(0.5, 2), min_size=1, max_size=4),
-)
-def test_where_tokens_are_divided_each_worker_is_told_of_its_own_new_blocks_alone(
-    table: list[int], new: list[int], weights: list[float]
-) -> None:
-    num_told = 0
-    for worker in range(len(weights)):
-        before, after = (own_blocks(blocks, weights, worker) for blocks in (table, [*table, *new]))
-        for delta in deltas({1: before}, {1: after}):
-            assert isinstance(delta, Appended)
-            num_told += len(delta.blocks)
-    assert num_told == len(new)
 
 
 def test_growth_is_told_by_the_new_blocks_alone() -> None:

@@ -8,18 +8,9 @@ from hypothesis import strategies as st
 
 from placement.model.layers import Gqa
 from placement.model.specs import DType
-from placement.serving.offload.partition import head_spans
-from placement.serving.offload.wire_bytes import (
-    FRAME_BYTES,
-    additional_bytes,
-    framed,
-    micro_batch_bytes,
-    model_token_bytes,
-    token_range_bytes,
-    whole_head_bytes,
-)
+from placement.planning.residency import head_spans
+from placement.serving.offload.wire_bytes import model_token_bytes, token_range_bytes, whole_head_bytes
 from tests.placement.serving.offload.paper_models import LLAMA3_70B, LLAMA_65B
-from workers.transport.frames import HEADER_BYTES
 
 BF16 = DType.BFLOAT16
 
@@ -55,28 +46,19 @@ def test_whole_heads_take_the_formula_however_they_are_divided(
     heads = [len(span) for span in head_spans(attention.num_kv_heads, weights)]
     payloads = [whole_head_bytes(attention, dtype, num_tokens=7, num_kv_heads=count) for count in heads]
     assert sum(payload.total for payload in payloads) == 7 * formula(attention, dtype)
-    sent = micro_batch_bytes(attention, dtype, num_tokens=7, kv_heads_by_worker=heads)
-    busy = sum(1 for count in heads if count)
-    assert sum(it.total for it in sent) == 7 * formula(attention, dtype) + busy * 3 * FRAME_BYTES
-    assert all(bool(it.total) == bool(count) for it, count in zip(sent, heads, strict=True))
+    assert all(bool(it.total) == bool(count) for it, count in zip(payloads, heads, strict=True))
 
 
 @given(attention=attentions(), dtype=st.sampled_from(DType), num_holders=st.integers(2, 9))
 def test_token_ranges_take_a_query_and_a_part_of_each_holder(attention: Gqa, dtype: DType, num_holders: int) -> None:
     width, size = attention.num_heads * attention.head_dim, dtype.itemsize
     extra = (num_holders - 1) * size * width + num_holders * 4 * (width + attention.num_heads) - size * width
-    assert additional_bytes(attention, dtype, num_holders=num_holders) == extra
     parts, whole = token_range_bytes(attention, dtype, num_holders=num_holders), whole_head_bytes(attention, dtype)
+    assert parts.total - whole.total == extra
     assert (parts.key, parts.value) == (whole.key, whole.value)
 
 
 @pytest.mark.parametrize("num_holders", [0, 1])
 def test_a_sequence_of_one_holder_costs_nothing_more(num_holders: int) -> None:
     attention = Gqa(num_heads=8, num_kv_heads=2, head_dim=64)
-    assert additional_bytes(attention, BF16, num_holders=num_holders) == 0
-
-
-def test_frames_are_as_large_as_those_of_the_wire() -> None:
-    assert FRAME_BYTES == HEADER_BYTES
-    sent = framed(whole_head_bytes(Gqa(num_heads=8, num_kv_heads=2, head_dim=64), BF16), num_workers=3)
-    assert (sent.out, sent.back) == (1024 + 2 * 256 + 6 * HEADER_BYTES, 1024 + 3 * HEADER_BYTES)
+    assert token_range_bytes(attention, BF16, num_holders=num_holders) == whole_head_bytes(attention, BF16)
