@@ -87,7 +87,13 @@ class DeploymentSettings:
 
     def attention_request(self, shard: Shard, *, epoch: int, secret: bytes) -> worker_pb2.LoadRequest:
         """Writes what an attention worker is asked to set aside; model ranks know its ``secret``."""
-        load = worker_pb2.AttentionLoad(kv_cache_bytes=shard.kv_bytes, secret=secret)
+        dtypes = {replica.dtype: None for replica in self.plan.replicas if replica.residency is not None}
+        load = worker_pb2.AttentionLoad(
+            kv_cache_bytes=shard.kv_bytes,
+            secret=secret,
+            dtypes=map(dtype_message, dtypes),
+            head_dim=self.plan.model.head_dim,
+        )
         return worker_pb2.LoadRequest(epoch=epoch, attention=load)
 
     def add_residency(

@@ -128,6 +128,7 @@ class LoadJob:
         """
         use_device(self._device.torch_device)
         if self._request.HasField("attention"):
+            self._enter(pb.LOAD_PHASE_COMPILE)
             worker = open_attention_worker(self._request.attention, self._device, self._listener)
             return Loaded(attention_worker=worker, weight_bytes=0, kv_bytes=self._request.attention.kv_cache_bytes)
         checked = check_load(self._request, self._device)

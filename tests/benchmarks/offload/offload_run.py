@@ -110,7 +110,8 @@ def _attention_worker(host: Host) -> Iterator[int]:
 def load_attention(address: str) -> None:
     """Has a worker become an attention worker. Runs on its host."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        request = pb.LoadRequest(epoch=_EPOCH, attention=pb.AttentionLoad(kv_cache_bytes=_KV_BYTES, secret=SECRET))
+        load = pb.AttentionLoad(kv_cache_bytes=_KV_BYTES, secret=SECRET, dtypes=[pb.DTYPE_BFLOAT16], head_dim=64)
+        request = pb.LoadRequest(epoch=_EPOCH, attention=load)
         for _ in worker_pb2_grpc.WorkerStub(channel).Load(request, timeout=_START_S):
             pass
 

@@ -26,6 +26,7 @@ from placement.planning.attention import GROUP, NO_PART
 from placement.planning.limits import ReplicaLimits
 from placement.planning.plan import Plan, Replica, Shard, Stage
 from placement.planning.residency import Partition, resident
+from protos.codec.formats import dtype_message
 from protos.codec.residency import read_residency
 from protos.heterodyne.control.v1 import control_pb2 as pb
 from tests.support.planning import MODEL
@@ -142,6 +143,8 @@ def test_a_shutdown_ends_attention_workers_too() -> None:
 def test_an_attention_worker_is_told_its_memory_and_the_secret_and_no_model() -> None:
     request = SETTINGS.attention_request(PLAN.attention[1], epoch=EPOCH, secret=SECRET)
     assert request.attention.kv_cache_bytes == 6000 and request.attention.secret == SECRET
+    assert list(request.attention.dtypes) == [dtype_message(PLAN.replicas[0].dtype)]
+    assert request.attention.head_dim == PLAN.model.head_dim
     assert (request.epoch, request.model_path, request.HasField("residency")) == (EPOCH, "", False)
 
 

@@ -2,10 +2,15 @@
 
 import asyncio
 import time
+from typing import Any
 
 import grpc
 import pytest
+import torch
+from torch import Tensor
 
+from kernels.select import kernels_for
+from placement.errors import InvalidRequest
 from placement.serving.offload.orders import StepOrder
 from protos.heterodyne.worker.v1 import worker_pb2 as pb
 from tests.support.gateway.leader_stream import EPOCH
@@ -13,6 +18,9 @@ from tests.support.offload.sessions import DEADLINE_S, SECRET, geometry_of
 from tests.support.worker import running
 from workers.attention_worker.client import connect
 from workers.attention_worker.errors import AttentionLost
+from workers.host.device import open_device
+from workers.startup.holding import open_attention_worker
+from workers.transport.mesh import listen
 
 
 async def test_a_rank_without_a_model_holds_keys_and_values_until_it_is_stopped() -> None:
@@ -60,3 +68,23 @@ async def test_an_impossible_load_is_refused(kv_cache_bytes: int, secret: bytes,
             async for _ in stub.Load(pb.LoadRequest(epoch=EPOCH, attention=attention)):
                 pass
         assert refused.value.code() is code
+
+
+async def test_code_is_compiled_before_the_worker_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    attended: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    variant = kernels_for("cpu")
+
+    def attend_parts(query: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        attended.append((query.dtype, tuple(query.shape)))
+        return attend(query, *given)
+
+    attend = variant.attend_parts
+    monkeypatch.setattr(variant, "attend_parts", attend_parts)
+    dtypes = [pb.DTYPE_FLOAT32, pb.DTYPE_BFLOAT16]
+    load = pb.AttentionLoad(kv_cache_bytes=1 << 20, secret=SECRET, dtypes=dtypes, head_dim=32)
+    with listen("127.0.0.1") as listener:
+        open_attention_worker(load, open_device("cpu", 1), listener)
+        assert attended == [(torch.float32, (1, 1, 32)), (torch.bfloat16, (1, 1, 32))]
+        load.head_dim = -1
+        with pytest.raises(InvalidRequest, match="head_dim"):
+            open_attention_worker(load, open_device("cpu", 1), listener)

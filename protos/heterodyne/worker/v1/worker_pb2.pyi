@@ -394,19 +394,30 @@ class AttentionLoad(_message.Message):
 
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    DTYPES_FIELD_NUMBER: _builtins.int
+    HEAD_DIM_FIELD_NUMBER: _builtins.int
     kv_cache_bytes: _builtins.int
     """The most bytes of keys and values of all sessions together."""
     secret: _builtins.bytes
     """32 bytes that the model ranks know, too: who opens a session proves it, and never says it."""
+    head_dim: _builtins.int
+    @_builtins.property
+    def dtypes(self) -> _containers.RepeatedScalarFieldContainer[Global___Dtype.ValueType]:
+        """What sessions will attend with: the code for it is compiled before the worker is ready, since compiling may take
+        half a minute, in which no session gets an answer. What is not said is compiled when a session first needs it.
+        """
+
     def __init__(
         self,
         *,
         kv_cache_bytes: _builtins.int = ...,
         secret: _builtins.bytes = ...,
+        dtypes: _abc.Iterable[Global___Dtype.ValueType] | None = ...,
+        head_dim: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_cache_bytes", b"kv_cache_bytes", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtypes", b"dtypes", "head_dim", b"head_dim", "kv_cache_bytes", b"kv_cache_bytes", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
