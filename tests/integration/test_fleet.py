@@ -78,9 +78,11 @@ def test_answers_are_those_of_transformers_and_prompts_were_computed_elsewhere(f
 def test_status_shows_every_worker_where_the_file_puts_it(fleet: Cluster) -> None:
     said = fleet.ask("status").stdout
     found = re.findall(r"event=rank .*? node=(\S+) worker=(\S+) ", said)
+    found += [(node, worker) for worker, node in re.findall(r"event=attention .*? worker=(\S+) node=(\S+) ", said)]
     assert [worker for _, worker in found] == [worker["name"] for worker in workers()]
     if fleet.hosts:
         assert [node for node, _ in found] == [worker["node"] for worker in workers()]
+    assert len(re.findall(r"event=attention .* holds=\"KV heads .* of replica-1", said)) == 2, said
     assert re.findall(r"replica=(\S+) role=(\S+) state=READY", said) == [
         ("replica-0", "prefill"), ("replica-0", "prefill"), ("replica-1", "decode"), ("replica-1", "decode"),
     ]  # fmt: skip
