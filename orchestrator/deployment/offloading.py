@@ -33,7 +33,7 @@ _Seats = tuple[tuple[NodeSpec, DeviceSpec], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloading:
-    """What was decided about the attention workers of a deployment.
+    """Holds what was decided about the attention workers of a deployment.
 
     Attributes:
         devices: the device of each attention worker, by its place in ``config.cluster.each_worker``.

@@ -108,7 +108,8 @@ def test_make_fleet_demo_shows_it_all_and_leaves_nothing() -> None:
         "prompt computed on replica-0",
         "of it not hidden",
         "who did what for request",
-        "event=overlap",
+        "event=attention ",
+        "in 2 micro-batches",  # by which all-reduces, too, are on their way while something is computed
         "left: none",
     )
     for said in words:

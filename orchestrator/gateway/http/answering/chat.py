@@ -50,7 +50,7 @@ class ChatForm:
 
 @dataclass(slots=True)
 class _Turn:
-    """What a choice has come to."""
+    """Collects what one choice of an answer has come to."""
 
     tools: ToolStream | None
     content: list[str] = field(default_factory=list)

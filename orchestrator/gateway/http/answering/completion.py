@@ -35,7 +35,7 @@ class CompletionForm:
 
 @dataclass(slots=True)
 class _Whole:
-    """What a choice has come to."""
+    """Collects what one choice of an answer has come to."""
 
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)

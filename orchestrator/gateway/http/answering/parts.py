@@ -25,7 +25,7 @@ class Answering(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """What stands at the top of every object of an answer.
+    """Holds what stands at the top of every object of an answer.
 
     Attributes:
         created_s: when the request came, in seconds since 1970.

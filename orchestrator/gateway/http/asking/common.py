@@ -55,7 +55,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """What the answer is held to, in vLLM's form: one of these."""
+    """Says what the answer is held to, in vLLM's form: by one of these."""
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None

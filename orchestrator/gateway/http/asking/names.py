@@ -25,11 +25,11 @@ STRUCTURED: Mapping[str, str] = {
     "structured_output.grammar": "structured_outputs.grammar",
     "structured_output": "structured_outputs",
 }
-"""Of a request whose grammar came in vLLM's form."""
+"""The fields of a request whose grammar came in vLLM's form."""
 NEWER: Mapping[str, str] = {"max_tokens": "max_completion_tokens"}
-"""Of a chat whose client wrote the newer name."""
+"""The fields of a chat whose client wrote the newer name."""
 FORCED: Mapping[str, str] = {"structured_output.json_schema": "tools", "structured_output": "tools"}
-"""Of a chat whose grammar is made of its tools."""
+"""The fields of a chat whose grammar is made of its tools."""
 TOKENIZE: Mapping[str, str] = {"chat.messages": "messages", "chat": "messages", "text": "prompt"}
 DETOKENIZE: Mapping[str, str] = {"ids": "tokens"}
 _SECTION = "sampling."
